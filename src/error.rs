@@ -1,0 +1,192 @@
+//! The one error type.
+//!
+//! A kind says what the caller does about it; the text names the thing, its value and what is
+//! allowed; the hint says what to do. `retry` is the only place that decides whether another try
+//! can help.
+
+use std::error::Error as StdError;
+use std::fmt;
+
+/// What the caller does about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The configuration or the command line is wrong. Nothing was started. Exit code 2.
+    Config,
+    /// A peer cannot be reached or went away: sockets, timeouts, server shutdown.
+    Unreachable,
+    /// A peer answered and refused: authentication, permission, a missing object.
+    Refused,
+    /// The thing exists but somebody else holds it: an active slot, the lock queue.
+    Busy,
+    /// A peer sent something that its protocol does not allow, or that we do not understand.
+    Protocol,
+    /// One event can never be published: too large, not encodable, no route.
+    Event,
+    /// Going on would be a guess. A person must decide. Exit code 3.
+    Verdict,
+}
+
+/// Whether another try can help, and how patiently to try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retry {
+    /// Soon: the peer is away and will be back.
+    Soon,
+    /// Slowly: a person has to change something, then it works without a restart.
+    Slowly,
+    /// Never.
+    Never,
+}
+
+/// An error with its kind, its story and what to do about it.
+pub struct Error {
+    kind: Kind,
+    what: String,
+    hint: Option<String>,
+    source: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// The result type of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of `kind`; `what` names the thing, its value and what is allowed.
+    pub fn new(kind: Kind, what: impl Into<String>) -> Self {
+        Self { kind, what: what.into(), hint: None, source: None }
+    }
+
+    /// A [`Kind::Config`] error.
+    pub fn config(what: impl Into<String>) -> Self {
+        Self::new(Kind::Config, what)
+    }
+
+    /// A [`Kind::Unreachable`] error.
+    pub fn unreachable(what: impl Into<String>) -> Self {
+        Self::new(Kind::Unreachable, what)
+    }
+
+    /// A [`Kind::Refused`] error.
+    pub fn refused(what: impl Into<String>) -> Self {
+        Self::new(Kind::Refused, what)
+    }
+
+    /// A [`Kind::Protocol`] error.
+    pub fn protocol(what: impl Into<String>) -> Self {
+        Self::new(Kind::Protocol, what)
+    }
+
+    /// A [`Kind::Event`] error.
+    pub fn event(what: impl Into<String>) -> Self {
+        Self::new(Kind::Event, what)
+    }
+
+    /// A [`Kind::Verdict`] error.
+    pub fn verdict(what: impl Into<String>) -> Self {
+        Self::new(Kind::Verdict, what)
+    }
+
+    /// Adds what a person should do.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// Adds the error below this one.
+    #[must_use]
+    pub fn caused_by(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// Puts `context` before the text: what was being done.
+    #[must_use]
+    pub fn context(mut self, context: impl fmt::Display) -> Self {
+        self.what = format!("{context}: {}", self.what);
+        self
+    }
+
+    /// The same story under another kind.
+    #[must_use]
+    pub fn with_kind(mut self, kind: Kind) -> Self {
+        self.kind = kind;
+        self
+    }
+
+    /// What the caller does about it.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// What a person should do, where we know it.
+    pub fn advice(&self) -> Option<&str> {
+        self.hint.as_deref()
+    }
+
+    /// Whether another try can help.
+    pub fn retry(&self) -> Retry {
+        match self.kind {
+            Kind::Unreachable | Kind::Busy | Kind::Protocol => Retry::Soon,
+            Kind::Refused => Retry::Slowly,
+            Kind::Config | Kind::Event | Kind::Verdict => Retry::Never,
+        }
+    }
+
+    /// A short stable word for metric labels and logs.
+    pub fn label(&self) -> &'static str {
+        match self.kind {
+            Kind::Config => "config",
+            Kind::Unreachable => "unreachable",
+            Kind::Refused => "refused",
+            Kind::Busy => "busy",
+            Kind::Protocol => "protocol",
+            Kind::Event => "event",
+            Kind::Verdict => "verdict",
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    /// The text with the whole chain of causes on one line, without the hint.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.what)?;
+        let mut cause = self.source.as_ref().map(|e| &**e as &dyn StdError);
+        while let Some(e) = cause {
+            write!(f, ": {e}")?;
+            cause = e.source();
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}: {self}", self.kind)?;
+        match &self.hint {
+            Some(hint) => write!(f, " (hint: {hint})"),
+            None => Ok(()),
+        }
+    }
+}
+
+// The chain is already part of Display, so `source` stays `None`: printers that walk the chain
+// would otherwise say everything twice.
+impl StdError for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_tells_the_whole_chain_once() {
+        let io = std::io::Error::other("connection reset");
+        let error = Error::unreachable("reading from the broker").caused_by(io).context("session");
+        assert_eq!(error.to_string(), "session: reading from the broker: connection reset");
+    }
+
+    #[test]
+    fn a_verdict_is_never_retried() {
+        assert_eq!(Error::verdict("slot recreated").retry(), Retry::Never);
+        assert_eq!(Error::refused("password").retry(), Retry::Slowly);
+        assert_eq!(Error::unreachable("down").retry(), Retry::Soon);
+    }
+}

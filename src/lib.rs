@@ -1,0 +1,10 @@
+//! Watership: WAL, shipped to rabbits.
+
+pub mod amqp;
+pub mod backoff;
+pub mod error;
+pub mod message;
+pub mod pg;
+pub mod position;
+pub mod secret;
+pub mod tls;

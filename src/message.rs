@@ -1,0 +1,351 @@
+//! What is sent: routing key, properties and body of one publish, and what became of it.
+//!
+//! A message is encoded once, into one allocation, in the form in which AMQP carries it: the
+//! properties are the bytes of the content header's flags and list (AMQP 0-9-1, section 4.2.6.1).
+//! So a retry copies bytes and encodes nothing. The publisher adds frames around it.
+
+use std::future::Future;
+
+use uuid::Uuid;
+
+use crate::error::{Error, Result};
+
+/// Index of a route in the router's list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RouteId(pub u16);
+
+/// Index of an exchange in the list that the publisher was opened with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ExchangeId(pub u16);
+
+/// The sender's own number for a publish; comes back with its outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(pub u64);
+
+/// Longest AMQP short string, in bytes: routing key, message id, type, header name and others.
+pub const SHORT_STRING_MAX: usize = 255;
+
+/// One publish, ready to be framed.
+#[derive(Debug, Clone)]
+pub struct Message {
+    buf: Box<[u8]>,
+    routing_key_len: u8,
+    properties_end: u32,
+    /// The exchange to publish to.
+    pub exchange: ExchangeId,
+    /// The route that made this message.
+    pub route: RouteId,
+    /// The `message_id` property; a returned message is matched by it.
+    pub id: Uuid,
+}
+
+impl Message {
+    /// The routing key, at most 255 bytes.
+    pub fn routing_key(&self) -> &[u8] {
+        &self.buf[..usize::from(self.routing_key_len)]
+    }
+
+    /// Property flags and property list, as they stand in the content header frame.
+    pub fn properties(&self) -> &[u8] {
+        &self.buf[usize::from(self.routing_key_len)..self.properties_end as usize]
+    }
+
+    /// The body.
+    pub fn body(&self) -> &[u8] {
+        &self.buf[self.properties_end as usize..]
+    }
+
+    /// Bytes held in memory for this message.
+    pub fn size(&self) -> usize {
+        self.buf.len() + size_of::<Self>()
+    }
+}
+
+/// The fixed properties of every message; `delivery_mode` is always 2 (persistent).
+#[derive(Debug, Clone, Copy)]
+pub struct Properties<'a> {
+    /// MIME type of the body.
+    pub content_type: &'a str,
+    /// Stable id of the message.
+    pub message_id: Uuid,
+    /// Seconds since 1970-01-01 UTC.
+    pub timestamp: u64,
+    /// The `type` property.
+    pub kind: &'a str,
+    /// The `app_id` property.
+    pub app_id: &'a str,
+}
+
+/// Builds a [`Message`]: properties, then headers, then [`Builder::finish`] with the body.
+pub struct Builder<'a> {
+    buf: Vec<u8>,
+    routing_key_len: u8,
+    headers_len_at: usize,
+    properties: Properties<'a>,
+}
+
+// Property flags, AMQP 0-9-1 section 4.2.6.1 and class basic (60), high bit first.
+const FLAGS: u16 = CONTENT_TYPE | HEADERS | DELIVERY_MODE | MESSAGE_ID | TIMESTAMP | TYPE | APP_ID;
+const CONTENT_TYPE: u16 = 1 << 15;
+const HEADERS: u16 = 1 << 13;
+const DELIVERY_MODE: u16 = 1 << 12;
+const MESSAGE_ID: u16 = 1 << 7;
+const TIMESTAMP: u16 = 1 << 6;
+const TYPE: u16 = 1 << 5;
+const APP_ID: u16 = 1 << 3;
+const PERSISTENT: u8 = 2;
+
+impl<'a> Builder<'a> {
+    /// Starts a message; `body_len` only sizes the allocation.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the routing key, the content type, the type or the
+    /// application id is longer than 255 bytes.
+    pub fn new(routing_key: &str, properties: Properties<'a>, body_len: usize) -> Result<Self> {
+        const HEADERS_GUESS: usize = 320;
+        let len = check_short("routing key", routing_key)?;
+        check_short("type", properties.kind)?;
+        check_short("app_id", properties.app_id)?;
+        let mut buf = Vec::with_capacity(routing_key.len() + HEADERS_GUESS + body_len);
+        buf.extend_from_slice(routing_key.as_bytes());
+        buf.extend_from_slice(&FLAGS.to_be_bytes());
+        buf.push(check_short("content_type", properties.content_type)?);
+        buf.extend_from_slice(properties.content_type.as_bytes());
+        let headers_len_at = buf.len();
+        buf.extend_from_slice(&[0; 4]);
+        Ok(Self { buf, routing_key_len: len, headers_len_at, properties })
+    }
+
+    /// Adds a header that is a string of any length.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
+    pub fn header_text(&mut self, name: &str, value: &[u8]) -> Result<()> {
+        self.header_name(name)?;
+        self.buf.push(b'S');
+        let len = u32::try_from(value.len())
+            .map_err(|_| Error::event(format!("header {name:?} is longer than 4 GiB")))?;
+        self.buf.extend_from_slice(&len.to_be_bytes());
+        self.buf.extend_from_slice(value);
+        Ok(())
+    }
+
+    /// Adds a header by letting `write` append its text; saves a copy.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
+    pub fn header_with(&mut self, name: &str, write: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
+        self.header_name(name)?;
+        self.buf.push(b'S');
+        let at = self.buf.len();
+        self.buf.extend_from_slice(&[0; 4]);
+        write(&mut self.buf);
+        self.set_len(at)
+    }
+
+    /// Adds a 64-bit integer header.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
+    pub fn header_int(&mut self, name: &str, value: i64) -> Result<()> {
+        self.header_name(name)?;
+        self.buf.push(b'l');
+        self.buf.extend_from_slice(&value.to_be_bytes());
+        Ok(())
+    }
+
+    /// Adds a double header.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
+    pub fn header_float(&mut self, name: &str, value: f64) -> Result<()> {
+        self.header_name(name)?;
+        self.buf.push(b'd');
+        self.buf.extend_from_slice(&value.to_be_bytes());
+        Ok(())
+    }
+
+    /// Adds a boolean header.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
+    pub fn header_bool(&mut self, name: &str, value: bool) -> Result<()> {
+        self.header_name(name)?;
+        self.buf.extend_from_slice(&[b't', u8::from(value)]);
+        Ok(())
+    }
+
+    /// Adds a header without a value.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
+    pub fn header_void(&mut self, name: &str) -> Result<()> {
+        self.header_name(name)?;
+        self.buf.push(b'V');
+        Ok(())
+    }
+
+    /// Ends the headers and adds the body that `write_body` appends.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the headers exceed 4 GiB.
+    pub fn finish(
+        mut self,
+        exchange: ExchangeId,
+        route: RouteId,
+        write_body: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<Message> {
+        self.set_len(self.headers_len_at)?;
+        let properties = self.properties;
+        let mut id_text = Uuid::encode_buffer();
+        let id_text = properties.message_id.as_hyphenated().encode_lower(&mut id_text);
+        self.buf.push(PERSISTENT);
+        for text in [&*id_text, properties.kind, properties.app_id] {
+            // Lengths were checked by `new`; a uuid has 36 bytes.
+            self.buf.push(text.len() as u8);
+            self.buf.extend_from_slice(text.as_bytes());
+            if std::ptr::eq(text, id_text) {
+                self.buf.extend_from_slice(&properties.timestamp.to_be_bytes());
+            }
+        }
+        let properties_end = u32::try_from(self.buf.len())
+            .map_err(|_| Error::event("message properties are longer than 4 GiB"))?;
+        write_body(&mut self.buf);
+        Ok(Message {
+            buf: self.buf.into_boxed_slice(),
+            routing_key_len: self.routing_key_len,
+            properties_end,
+            exchange,
+            route,
+            id: properties.message_id,
+        })
+    }
+
+    fn header_name(&mut self, name: &str) -> Result<()> {
+        let len = check_short("header name", name)?;
+        self.buf.push(len);
+        self.buf.extend_from_slice(name.as_bytes());
+        Ok(())
+    }
+
+    /// Writes the length of everything after the four bytes at `at` into them.
+    fn set_len(&mut self, at: usize) -> Result<()> {
+        let len = u32::try_from(self.buf.len() - at - 4)
+            .map_err(|_| Error::event("message headers are longer than 4 GiB"))?;
+        self.buf[at..at + 4].copy_from_slice(&len.to_be_bytes());
+        Ok(())
+    }
+}
+
+fn check_short(what: &str, text: &str) -> Result<u8> {
+    u8::try_from(text.len()).map_err(|_| {
+        Error::event(format!(
+            "{what} has {} bytes, AMQP allows at most {SHORT_STRING_MAX}: {:.60?}…",
+            text.len(),
+            text
+        ))
+    })
+}
+
+/// What became of one publish. Every publish gets exactly one, unless the connection is lost:
+/// then `next_outcomes` returns an error and every outstanding publish is in doubt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// The broker has taken responsibility and the message reached at least one queue.
+    Confirmed,
+    /// The broker refused this message now (`basic.nack`); it may take it later.
+    Nacked,
+    /// No queue is bound for it (`basic.return`); the text is the broker's.
+    Returned(String),
+    /// Its channel was closed by the broker (404, 403 and others) while it was unconfirmed.
+    ChannelClosed {
+        /// AMQP reply code, such as 404.
+        code: u16,
+        /// The broker's text.
+        text: String,
+    },
+}
+
+/// Sends messages and says what became of each. Production: AMQP and stdout; and a simulator.
+pub trait Publisher {
+    /// Takes the message for sending. Never waits: bytes are copied into the output buffer, and
+    /// `next_outcomes` moves them. The caller bounds how many are outstanding.
+    fn send(&mut self, ticket: Ticket, message: &Message);
+
+    /// Moves bytes and appends at least one outcome to `outcomes`.
+    ///
+    /// Cancel-safe: dropping the future loses neither bytes nor outcomes.
+    ///
+    /// # Errors
+    /// When the connection is lost or a confirm deadline expired: the session is over.
+    fn next_outcomes(
+        &mut self,
+        outcomes: &mut Vec<(Ticket, Outcome)>,
+    ) -> impl Future<Output = Result<()>>;
+
+    /// True while the broker has blocked this connection (`connection.blocked`).
+    fn is_blocked(&self) -> bool;
+
+    /// Largest body, in bytes, that the publisher takes.
+    fn max_body(&self) -> usize;
+
+    /// Ends the connection in order, so that a successor need not wait for its timeout.
+    fn close(self) -> impl Future<Output = ()>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use amq_protocol::protocol::basic::parse_properties;
+    use amq_protocol::types::AMQPValue;
+
+    fn sample() -> Builder<'static> {
+        let properties = Properties {
+            content_type: "application/json",
+            message_id: Uuid::from_u128(7),
+            timestamp: 1_700_000_000,
+            kind: "order.created",
+            app_id: "shop",
+        };
+        Builder::new("order.created", properties, 2).unwrap()
+    }
+
+    #[test]
+    fn properties_are_what_the_amqp_codec_reads() {
+        let mut builder = sample();
+        builder.header_text("ws-key", b"order/7").unwrap();
+        builder.header_with("ws-route", |out| out.extend_from_slice(b"orders")).unwrap();
+        builder.header_int("n", -3).unwrap();
+        builder.header_float("f", 1.5).unwrap();
+        builder.header_bool("b", true).unwrap();
+        builder.header_void("v").unwrap();
+        let message = builder.finish(ExchangeId(0), RouteId(1), |b| b.extend(b"{}")).unwrap();
+        assert_eq!(message.routing_key(), b"order.created");
+        assert_eq!(message.body(), b"{}");
+
+        let (rest, properties) = parse_properties(message.properties()).unwrap();
+        assert!(rest.is_empty());
+        let text = |s: &Option<amq_protocol::types::ShortString>| s.as_ref().unwrap().to_string();
+        assert_eq!(text(properties.content_type()), "application/json");
+        assert_eq!(text(properties.message_id()), Uuid::from_u128(7).to_string());
+        assert_eq!(text(properties.kind()), "order.created");
+        assert_eq!(text(properties.app_id()), "shop");
+        assert_eq!(*properties.timestamp(), Some(1_700_000_000));
+        assert_eq!(*properties.delivery_mode(), Some(2));
+        let headers = properties.headers().as_ref().unwrap().inner();
+        assert_eq!(headers.len(), 6);
+        assert_eq!(headers["n"], AMQPValue::LongLongInt(-3));
+        assert_eq!(headers["b"], AMQPValue::Boolean(true));
+        assert_eq!(headers["ws-route"], AMQPValue::LongString("orders".into()));
+    }
+
+    #[test]
+    fn refuses_what_amqp_cannot_carry() {
+        let long = "x".repeat(256);
+        let mut builder = sample();
+        assert!(builder.header_text(&long, b"").is_err());
+        let properties = builder.properties;
+        let error = Builder::new(&long, properties, 0).err().unwrap();
+        assert!(error.to_string().starts_with("routing key has 256 bytes, AMQP allows at most 255"));
+    }
+}

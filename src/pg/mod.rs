@@ -1,0 +1,2 @@
+//! Speaks Postgres; knows no event, no broker, no config.
+

@@ -1,0 +1,178 @@
+//! TLS for both ends: one place builds the rustls configuration.
+//!
+//! `verify-full` is what a URL that asks for TLS gets. The weaker levels exist because Postgres
+//! has them; they have to be asked for by name.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use crate::error::{Error, Result};
+
+/// How much of the server's certificate is checked; the names are those of libpq's `sslmode`.
+///
+/// <https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-PROTECTION>
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// No TLS.
+    #[default]
+    Disable,
+    /// Encrypt, check nothing: a man in the middle is not noticed.
+    Require,
+    /// The chain must end in a trusted root; the host name is not compared.
+    VerifyCa,
+    /// Chain and host name.
+    VerifyFull,
+}
+
+/// Everything that TLS needs to know.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Options {
+    /// How much is checked.
+    pub mode: Mode,
+    /// PEM file with the trusted roots; the system's roots when absent.
+    pub root_cert: Option<PathBuf>,
+    /// PEM file with the client's certificate chain.
+    pub client_cert: Option<PathBuf>,
+    /// PEM file with the client's private key.
+    pub client_key: Option<PathBuf>,
+}
+
+/// Builds the client configuration; reads the files anew, so a rotated certificate is seen at the
+/// next connect.
+///
+/// # Errors
+/// [`crate::error::Kind::Config`] naming the file that cannot be read or holds no certificate.
+///
+/// # Panics
+/// When called with [`Mode::Disable`].
+pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
+    assert!(options.mode != Mode::Disable, "no TLS configuration without TLS");
+    let provider = Arc::new(ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .map_err(|e| Error::config("TLS versions").caused_by(e))?;
+    let builder = match options.mode {
+        Mode::Disable | Mode::Require => {
+            let verifier = Lenient { provider, inner: None };
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
+        }
+        Mode::VerifyCa => {
+            let roots = Arc::new(roots(options.root_cert.as_deref())?);
+            let inner = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
+                .build()
+                .map_err(|e| Error::config("trusted roots").caused_by(e))?;
+            let verifier = Lenient { provider, inner: Some(inner) };
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
+        }
+        Mode::VerifyFull => builder.with_root_certificates(roots(options.root_cert.as_deref())?),
+    };
+    let config = match (&options.client_cert, &options.client_key) {
+        (None, None) => builder.with_no_client_auth(),
+        (Some(cert), Some(key)) => builder
+            .with_client_auth_cert(certificates(cert)?, private_key(key)?)
+            .map_err(|e| {
+                Error::config(format!("client certificate {} does not fit its key", cert.display()))
+                    .caused_by(e)
+            })?,
+        (Some(_), None) | (None, Some(_)) => {
+            return Err(Error::config("a client certificate and its key belong together, one is set")
+                .hint("set both or neither"));
+        }
+    };
+    Ok(Arc::new(config))
+}
+
+/// The name to verify for `host`: a DNS name or an address.
+///
+/// # Errors
+/// [`crate::error::Kind::Config`] when it is neither.
+pub fn server_name(host: &str) -> Result<ServerName<'static>> {
+    ServerName::try_from(host.to_owned())
+        .map_err(|e| Error::config(format!("host {host:?} is no DNS name or address")).caused_by(e))
+}
+
+fn roots(file: Option<&Path>) -> Result<RootCertStore> {
+    let mut store = RootCertStore::empty();
+    let list = match file {
+        Some(path) => certificates(path)?,
+        None => rustls_native_certs::load_native_certs().certs,
+    };
+    let (added, _) = store.add_parsable_certificates(list);
+    if added == 0 {
+        let from = file.map_or("the system".to_owned(), |p| p.display().to_string());
+        return Err(Error::config(format!("no trusted root certificate found in {from}"))
+            .hint("name a PEM file with the CA certificate (sslrootcert, or broker.tls_ca)"));
+    }
+    Ok(store)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let read = |e| {
+        Error::config(format!("certificate file {} cannot be read", path.display())).caused_by(e)
+    };
+    CertificateDer::pem_file_iter(path).map_err(read)?.collect::<Result<_, _>>().map_err(read)
+}
+
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
+    PrivateKeyDer::from_pem_file(path).map_err(|e| {
+        Error::config(format!("private key file {} cannot be read", path.display())).caused_by(e)
+    })
+}
+
+/// `require` (no inner verifier: any certificate) and `verify-ca` (chain only).
+#[derive(Debug)]
+struct Lenient {
+    provider: Arc<CryptoProvider>,
+    inner: Option<Arc<WebPkiServerVerifier>>,
+}
+
+impl ServerCertVerifier for Lenient {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let Some(inner) = &self.inner else { return Ok(ServerCertVerified::assertion()) };
+        // webpki checks the chain before the name, so a name error means that the chain is good.
+        match inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
+            Err(rustls::Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            )) => Ok(ServerCertVerified::assertion()),
+            other => other,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
