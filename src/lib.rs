@@ -4,6 +4,7 @@ pub mod amqp;
 pub mod backoff;
 pub mod error;
 pub mod message;
+pub mod outbox;
 pub mod pg;
 pub mod position;
 pub mod secret;
