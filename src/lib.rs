@@ -6,6 +6,7 @@ pub mod dev;
 pub mod error;
 pub mod message;
 pub mod metrics;
+pub mod outbox;
 pub mod pg;
 pub mod position;
 pub mod secret;

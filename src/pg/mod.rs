@@ -8,3 +8,7 @@ pub mod replication;
 pub mod socket;
 pub mod sqlstate;
 pub mod wire;
+pub mod migrate;
+pub mod publication;
+pub mod slot;
+pub mod sqlstate;
