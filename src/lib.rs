@@ -3,6 +3,7 @@
 pub mod amqp;
 pub mod backoff;
 pub mod dev;
+pub mod column;
 pub mod error;
 pub mod message;
 pub mod metrics;
