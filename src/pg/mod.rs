@@ -1,1 +1,3 @@
 //! Speaks Postgres; knows no event, no broker, no config.
+
+pub mod pgoutput;
