@@ -148,7 +148,7 @@ fn a_broken_compose_file_is_found_out() {
             "depends on b, which does not exist",
         ),
         (
-            "services: {a: {image: x, restart: 'no', depends_on: {a: {condition: service_healthy}}}}",
+            "services: {a: {image: x, restart: 'no', depends_on: {a: {condition: later}}}}",
             "cannot hold for a",
         ),
     ] {

@@ -99,12 +99,13 @@ pub fn headless(files: &[Code]) -> Vec<String> {
         .collect()
 }
 
-/// Migrations are `sql/NNNN_name.sql`, numbered from 0001 without holes or twins.
+/// Migrations are `sql/NNNN_name.sql`, numbered from 0001 without holes or twins. What begins
+/// without a digit is another kind of script.
 pub fn migration_holes(files: &[Code]) -> Vec<String> {
     let numbered = files.iter().filter_map(|f| {
         let name = f.path.strip_prefix("sql/")?.strip_suffix(".sql")?;
         let name = name.rsplit('/').next().unwrap_or(name);
-        Some((f, name))
+        name.starts_with(|c: char| c.is_ascii_digit()).then_some((f, name))
     });
     let mut found = Vec::new();
     for (index, (file, name)) in numbered.enumerate() {
