@@ -360,6 +360,8 @@ mod tests {
         let error = builder.finish(ExchangeId(0), RouteId(0), |_| {}).unwrap_err();
         assert_eq!(error.kind(), crate::error::Kind::Event);
         let error = Builder::new(&long, properties, 0).err().unwrap();
-        assert!(error.to_string().starts_with("routing key has 256 bytes, AMQP allows at most 255"));
+        assert!(
+            error.to_string().starts_with("routing key has 256 bytes, AMQP allows at most 255")
+        );
     }
 }
