@@ -149,9 +149,7 @@ impl Channel {
     /// The content header of a returned message.
     pub fn content_header(&mut self, body_size: u64, id: Option<Uuid>) -> Result<()> {
         match std::mem::replace(&mut self.content, Content::None) {
-            Content::Header { text, target } if body_size == 0 => {
-                self.end_return(text, target, id)
-            }
+            Content::Header { text, target } if body_size == 0 => self.end_return(text, target, id),
             Content::Header { text, target } => {
                 self.content = Content::Body { text, target, id, remaining: body_size };
                 Ok(())
@@ -179,9 +177,10 @@ impl Channel {
     }
 
     fn end_return(&mut self, text: String, target: u64, id: Option<Uuid>) -> Result<()> {
-        let found = self.pending.iter_mut().find(|p| {
-            matches!(p.fate, Fate::Waiting) && p.target == target && Some(p.id) == id
-        });
+        let found = self
+            .pending
+            .iter_mut()
+            .find(|p| matches!(p.fate, Fate::Waiting) && p.target == target && Some(p.id) == id);
         match found {
             Some(pending) => {
                 pending.fate = Fate::Returned(text);

@@ -49,11 +49,15 @@ pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> 
     };
     let tuned = tune_with(&tune, url, options)?;
     link.frame_max = tuned.frame_max;
-    put(link, 0, connection::AMQPMethod::TuneOk(connection::TuneOk {
-        channel_max: tuned.channel_max,
-        frame_max: tuned.frame_max as u32,
-        heartbeat: tuned.heartbeat,
-    }));
+    put(
+        link,
+        0,
+        connection::AMQPMethod::TuneOk(connection::TuneOk {
+            channel_max: tuned.channel_max,
+            frame_max: tuned.frame_max as u32,
+            heartbeat: tuned.heartbeat,
+        }),
+    );
     let virtual_host = url.vhost.as_str().into();
     put(link, 0, connection::AMQPMethod::Open(connection::Open { virtual_host }));
     match receive(link).await? {
@@ -75,7 +79,11 @@ pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> 
 /// An exclusive queue belongs to one connection and is deleted with it
 /// (<https://www.rabbitmq.com/docs/queues#exclusive-queues>).
 pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
-    put_class(link, CONTROL_CHANNEL, AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})));
+    put_class(
+        link,
+        CONTROL_CHANNEL,
+        AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})),
+    );
     match receive(link).await? {
         Incoming::Method(CONTROL_CHANNEL, AMQPClass::Channel(channel::AMQPMethod::OpenOk(_))) => {}
         other => return Err(unexpected(&other, "channel.open-ok")),
@@ -94,9 +102,10 @@ pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
         Incoming::Method(CONTROL_CHANNEL, AMQPClass::Queue(queue::AMQPMethod::DeclareOk(_))) => {
             Ok(())
         }
-        Incoming::Method(CONTROL_CHANNEL, AMQPClass::Channel(channel::AMQPMethod::Close(close))) => {
-            Err(lock_error(name, &close))
-        }
+        Incoming::Method(
+            CONTROL_CHANNEL,
+            AMQPClass::Channel(channel::AMQPMethod::Close(close)),
+        ) => Err(lock_error(name, &close)),
         other => Err(unexpected(&other, "queue.declare-ok")),
     }
 }

@@ -207,11 +207,7 @@ impl Link {
     /// End of the frame in which `written` lies; `written` itself between two frames.
     fn boundary_after(&mut self) -> usize {
         let start = self.boundary_before();
-        if start == self.written {
-            start
-        } else {
-            start + wire::frame_len(&self.out[start..])
-        }
+        if start == self.written { start } else { start + wire::frame_len(&self.out[start..]) }
     }
 
     fn tcp(&self) -> &TcpStream {

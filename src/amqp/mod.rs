@@ -15,5 +15,5 @@ mod handshake;
 mod link;
 pub mod options;
 pub mod publisher;
-// pub mod topology;
+pub mod topology;
 pub mod wire;

@@ -153,7 +153,9 @@ impl Url {
         let (scheme, default_port) = match scheme {
             "amqp" => (Scheme::Amqp, 5672),
             "amqps" => (Scheme::Amqps, 5671),
-            other => return Err(format!("scheme {other:?} is unknown, amqp and amqps are allowed")),
+            other => {
+                return Err(format!("scheme {other:?} is unknown, amqp and amqps are allowed"));
+            }
         };
         let (rest, query) = rest.split_once('?').map_or((rest, ""), |(r, q)| (r, q));
         let (authority, vhost) = rest.split_once('/').map_or((rest, ""), |(a, v)| (a, v));
@@ -214,7 +216,9 @@ impl Url {
 fn number(name: &str, value: &str, min: u64, max: u64) -> Result<u64, String> {
     match value.parse() {
         Ok(n) if (min..=max).contains(&n) => Ok(n),
-        Ok(_) | Err(_) => Err(format!("{name} is {value:?}, a number from {min} to {max} is needed")),
+        Ok(_) | Err(_) => {
+            Err(format!("{name} is {value:?}, a number from {min} to {max} is needed"))
+        }
     }
 }
 
@@ -231,9 +235,11 @@ fn split_port(host: &str, default: u16) -> Result<(String, u16), String> {
     }
     let port = match port {
         None => default,
-        Some(text) => text.parse().ok().filter(|p| *p > 0).ok_or_else(|| {
-            format!("port {text:?} is no number from 1 to 65535")
-        })?,
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|p| *p > 0)
+            .ok_or_else(|| format!("port {text:?} is no number from 1 to 65535"))?,
     };
     Ok((decode(name, "host")?, port))
 }

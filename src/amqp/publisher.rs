@@ -250,10 +250,14 @@ impl Connection {
             return Ok(());
         }
         let oldest = self.channels.iter().filter_map(Channel::oldest).min();
-        let waited = oldest.map(|sent| now.saturating_duration_since(sent.max(self.deadlines_from)));
+        let waited =
+            oldest.map(|sent| now.saturating_duration_since(sent.max(self.deadlines_from)));
         match waited {
             Some(waited) if waited > self.confirm_timeout => Err(self
-                .lost(&format!("no confirm for {waited:.1?} ({} waiting)", self.unconfirmed()), None)
+                .lost(
+                    &format!("no confirm for {waited:.1?} ({} waiting)", self.unconfirmed()),
+                    None,
+                )
                 .hint("are the queue's leader and a majority of its replicas up?")),
             Some(_) | None => Ok(()),
         }
@@ -462,7 +466,7 @@ impl Publisher for Connection {
     }
 }
 
-fn join_errors(mut errors: Vec<(&Url, Error)>) -> Error {
+pub(super) fn join_errors(mut errors: Vec<(&Url, Error)>) -> Error {
     if errors.len() == 1 {
         let (url, error) = errors.remove(0);
         return error.context(format!("broker {url}"));

@@ -192,12 +192,15 @@ impl Peer {
 
     /// Closes a channel and drops what still arrives on it, up to the answer.
     pub async fn close_channel(&mut self, number: u16, code: u16, text: &str) {
-        self.channel(number, channel::AMQPMethod::Close(channel::Close {
-            reply_code: code,
-            reply_text: text.into(),
-            class_id: 60,
-            method_id: 40,
-        }))
+        self.channel(
+            number,
+            channel::AMQPMethod::Close(channel::Close {
+                reply_code: code,
+                reply_text: text.into(),
+                class_id: 60,
+                method_id: 40,
+            }),
+        )
         .await;
         let ok = channel::AMQPMethod::CloseOk(channel::CloseOk {});
         let ok = AMQPFrame::Method(number, AMQPClass::Channel(ok));
