@@ -4,4 +4,5 @@
 //! stops, kills or specially configures a server starts a private one through `watership::dev`.
 
 mod dev;
+mod pg_wire;
 mod support;
