@@ -4,5 +4,6 @@
 //! stops, kills or specially configures a server starts a private one through `watership::dev`.
 
 mod dev;
+mod pg_stream;
 mod pg_wire;
 mod support;
