@@ -313,3 +313,19 @@ async fn one_byte_segments_make_the_same_frames() {
     drop(stream);
     server.await.unwrap();
 }
+
+#[tokio::test]
+async fn a_failover_slot_needs_17() {
+    let (database, client, mut session) = published().await;
+    let slot = format!("slot_{}", database.name);
+    let created = session.create_slot(&slot, true).await;
+    if session.server_major().unwrap() < 17 {
+        let error = created.unwrap_err();
+        assert_eq!(error.kind(), Kind::Config);
+        assert!(error.to_string().contains("17 or later"), "{error}");
+        return;
+    }
+    created.unwrap();
+    let sql = "SELECT failover FROM pg_replication_slots WHERE slot_name = $1";
+    assert!(client.query_one(sql, &[&slot]).await.unwrap().get::<_, bool>(0));
+}
