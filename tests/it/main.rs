@@ -5,4 +5,6 @@
 
 mod amqp;
 mod dev;
+mod pg_stream;
+mod pg_wire;
 mod support;
