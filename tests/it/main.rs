@@ -4,4 +4,7 @@
 //! stops, kills or specially configures a server starts a private one through `watership::dev`.
 
 mod dev;
+mod maintain;
+mod slot;
+mod sql;
 mod support;
