@@ -7,4 +7,7 @@ mod amqp;
 mod dev;
 mod pg_stream;
 mod pg_wire;
+mod maintain;
+mod slot;
+mod sql;
 mod support;
