@@ -2,6 +2,7 @@
 
 pub mod amqp;
 pub mod backoff;
+pub mod cli;
 pub mod dev;
 pub mod error;
 pub mod message;
