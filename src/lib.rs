@@ -3,6 +3,7 @@
 pub mod amqp;
 pub mod backoff;
 pub mod column;
+pub mod cli;
 pub mod dev;
 pub mod envelope;
 pub mod error;
