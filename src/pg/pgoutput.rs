@@ -59,7 +59,7 @@ pub enum Message<'a> {
     Type {
         /// The type's OID.
         id: u32,
-        /// The type's schema; empty means `pg_catalog`.
+        /// The type's schema; `pg_catalog` is spelled out, as in [`Relation`].
         namespace: &'a str,
         /// The type's name.
         name: &'a str,
@@ -371,6 +371,14 @@ mod tests {
         assert_eq!(values, [Value::Text(b"7"), Value::Unchanged, Value::Null]);
         let Value::Text(text) = values[0] else { panic!() };
         assert!(INSERT.as_ptr_range().contains(&text.as_ptr()));
+    }
+
+    #[test]
+    fn an_empty_schema_is_pg_catalog() {
+        let expected = Message::Type { id: 1, namespace: "pg_catalog", name: "x" };
+        assert_eq!(decode(b"Y\0\0\0\x01\0x\0"), Ok(expected));
+        let Ok(Message::Relation(relation)) = decode(b"R\0\0\0\x01\0x\0d\0\0") else { panic!() };
+        assert_eq!((relation.namespace, relation.name), ("pg_catalog", "x"));
     }
 
     #[test]

@@ -29,7 +29,9 @@ impl<'a> Reader<'a> {
             },
             b'C' => self.commit()?,
             b'R' => Message::Relation(self.relation()?),
-            b'Y' => Message::Type { id: self.u32()?, namespace: self.name()?, name: self.name()? },
+            b'Y' => {
+                Message::Type { id: self.u32()?, namespace: self.namespace()?, name: self.name()? }
+            }
             b'T' => Message::Truncate(self.truncate()?),
             b'M' => self.logical()?,
             b'O' => Message::Origin { commit_lsn: self.lsn()?, name: self.name()? },
@@ -87,10 +89,7 @@ impl<'a> Reader<'a> {
 
     fn relation(&mut self) -> Result<Relation<'a>, Fault> {
         let id = self.u32()?;
-        let namespace = match self.name()? {
-            "" => "pg_catalog",
-            namespace => namespace,
-        };
+        let namespace = self.namespace()?;
         let name = self.name()?;
         let replica_identity = match self.u8()? {
             b'd' => ReplicaIdentity::Default,
@@ -169,6 +168,14 @@ impl<'a> Reader<'a> {
     fn bytes(&mut self) -> Result<&'a [u8], Fault> {
         let len = self.i32()?;
         self.take(usize::try_from(len).map_err(|_| Fault::OutOfRange(len))?)
+    }
+
+    /// A schema's name; `pg_catalog` is sent as the empty string.
+    fn namespace(&mut self) -> Result<&'a str, Fault> {
+        match self.name()? {
+            "" => Ok("pg_catalog"),
+            namespace => Ok(namespace),
+        }
     }
 
     /// A string up to its zero byte.
