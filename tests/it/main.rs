@@ -3,5 +3,6 @@
 //! Each test takes its own database and its own vhost, so tests run in parallel. A test that
 //! stops, kills or specially configures a server starts a private one through `watership::dev`.
 
+mod amqp;
 mod dev;
 mod support;
