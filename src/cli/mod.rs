@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 
 mod broker;
 mod check;
+mod demo;
 mod findings;
 mod init;
 mod logging;
@@ -65,6 +66,8 @@ enum Command {
     Run(run::Args),
     /// Show where the relay stands.
     Status(status::Args),
+    /// Show Watership at work on private servers, through two faults.
+    Demo(demo::Args),
 }
 
 /// Runs the command. `watch_signals` is called by those that end in order.
@@ -81,6 +84,9 @@ pub async fn execute(
         Command::Check(args) => check::execute(&load(&cli.config)?, &args, out).await,
         Command::Run(args) => run::execute(Config::load(&cli.config)?, &args, watch_signals).await,
         Command::Status(args) => status::execute(&load(&cli.config)?, &args, out).await,
+        Command::Demo(args) => {
+            Ok(if demo::run(args).await? { End::Fine } else { End::Failed })
+        }
     }
 }
 
