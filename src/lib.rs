@@ -2,6 +2,7 @@
 
 pub mod amqp;
 pub mod backoff;
+pub mod dev;
 pub mod error;
 pub mod message;
 pub mod pg;

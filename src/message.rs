@@ -346,6 +346,8 @@ mod tests {
         assert!(builder.header_text(&long, b"").is_err());
         let properties = builder.properties;
         let error = Builder::new(&long, properties, 0).err().unwrap();
-        assert!(error.to_string().starts_with("routing key has 256 bytes, AMQP allows at most 255"));
+        assert!(
+            error.to_string().starts_with("routing key has 256 bytes, AMQP allows at most 255")
+        );
     }
 }

@@ -107,7 +107,8 @@ mod tests {
     #[test]
     fn position_text_sorts_like_the_position() {
         let at = |epoch, lsn, ordinal, sub| Position { epoch, commit_lsn: Lsn(lsn), ordinal, sub };
-        let list = [at(1, 9, 2, 0), at(1, 9, 2, 1), at(1, 9, 10, 0), at(1, 16, 1, 0), at(2, 1, 1, 0)];
+        let list =
+            [at(1, 9, 2, 0), at(1, 9, 2, 1), at(1, 9, 10, 0), at(1, 16, 1, 0), at(2, 1, 1, 0)];
         for pair in list.windows(2) {
             assert!(pair[0] < pair[1]);
             assert!(pair[0].to_string() < pair[1].to_string());

@@ -71,7 +71,10 @@ mod tests {
     #[test]
     fn never_prints_the_value() {
         let secret = Secret::new("hunter2");
-        assert_eq!(format!("{secret} {secret:?} {:#?}", Some(&secret)).matches("hunter2").count(), 0);
+        assert_eq!(
+            format!("{secret} {secret:?} {:#?}", Some(&secret)).matches("hunter2").count(),
+            0
+        );
         assert_eq!(secret.expose(), "hunter2");
     }
 

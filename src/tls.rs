@@ -11,7 +11,9 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+};
 
 use crate::error::{Error, Result};
 
@@ -75,15 +77,17 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
     };
     let config = match (&options.client_cert, &options.client_key) {
         (None, None) => builder.with_no_client_auth(),
-        (Some(cert), Some(key)) => builder
-            .with_client_auth_cert(certificates(cert)?, private_key(key)?)
-            .map_err(|e| {
+        (Some(cert), Some(key)) => {
+            builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(|e| {
                 Error::config(format!("client certificate {} does not fit its key", cert.display()))
                     .caused_by(e)
-            })?,
+            })?
+        }
         (Some(_), None) | (None, Some(_)) => {
-            return Err(Error::config("a client certificate and its key belong together, one is set")
-                .hint("set both or neither"));
+            return Err(Error::config(
+                "a client certificate and its key belong together, one is set",
+            )
+            .hint("set both or neither"));
         }
     };
     Ok(Arc::new(config))

@@ -1,2 +1,1 @@
 //! Speaks Postgres; knows no event, no broker, no config.
-

@@ -1,0 +1,7 @@
+//! The integration tests: one binary, real servers, shared by all tests of the process.
+//!
+//! Each test takes its own database and its own vhost, so tests run in parallel. A test that
+//! stops, kills or specially configures a server starts a private one through `watership::dev`.
+
+mod dev;
+mod support;
