@@ -42,7 +42,8 @@ impl Servers {
         let rabbit_options = RabbitOptions::default();
         let (postgres, rabbit) =
             tokio::try_join!(Postgres::start(options), Rabbit::start(rabbit_options))?;
-        let connection = Connection::connect(&rabbit.url("/"), ConnectionProperties::default());
+        let url = rabbit.url("/");
+        let connection = Connection::connect(&url, ConnectionProperties::default());
         let connection = connection.await.map_err(broker("connecting"))?;
         let channel = connection.create_channel().await.map_err(broker("opening a channel"))?;
         Ok(Self { postgres, rabbit, channel, connection })
