@@ -5,10 +5,11 @@
 
 use std::fmt::Write as _;
 
-
 use crate::column;
 use crate::error::{Error, Result};
-use crate::event::{Change, Content, Event, OldRow, OutboxRow, Payload, Row, Table, Value, route_id};
+use crate::event::{
+    Change, Content, Event, OldRow, OutboxRow, Payload, Row, Table, Value, route_id,
+};
 use crate::message::{Builder, Message, Properties};
 use crate::route::{MessageIdRule, Route};
 
@@ -49,7 +50,12 @@ impl Envelope {
             Content::Change(change) => {
                 let op = event.op().as_str();
                 let _ = write!(self.kind, "{}.{op}", event.table.full_name);
-                write_key_text(&mut self.key, &event.table, &route.key_columns(&event.table), change)?;
+                write_key_text(
+                    &mut self.key,
+                    &event.table,
+                    &route.key_columns(&event.table),
+                    change,
+                )?;
                 (JSON, change_len(change))
             }
         };
@@ -109,9 +115,9 @@ impl<'a> Body<'a> {
         match payload {
             Payload::Json(json) => Ok(Body::Verbatim(json)),
             Payload::Hex(text) => {
-                let digits = text.strip_prefix(b"\\x").filter(|d| {
-                    d.len().is_multiple_of(2) && d.iter().all(u8::is_ascii_hexdigit)
-                });
+                let digits = text
+                    .strip_prefix(b"\\x")
+                    .filter(|d| d.len().is_multiple_of(2) && d.iter().all(u8::is_ascii_hexdigit));
                 digits.map(Body::Hex).ok_or_else(|| {
                     Error::event("column \"data\" is not in hex form")
                         .hint("the replication session must run with bytea_output = hex")
@@ -142,7 +148,8 @@ pub fn is_reserved_header(name: &str) -> bool {
 }
 
 fn write_headers(builder: &mut Builder<'_>, headers: &[u8], has_traceparent: bool) -> Result<()> {
-    let wrong = |e| Error::event("column \"headers\" is no JSON object").caused_by::<serde_json::Error>(e);
+    let wrong =
+        |e: serde_json::Error| Error::event("column \"headers\" is no JSON object").caused_by(e);
     let map: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(headers).map_err(wrong)?;
     for (name, value) in &map {

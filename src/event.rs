@@ -231,7 +231,8 @@ mod tests {
     #[test]
     fn captured_ids_are_stable_and_ignore_the_epoch() {
         let origin = Origin { system_id: 7_301_234_567_890_123_456, timeline: 1 };
-        let at = |epoch, ordinal, sub| Position { epoch, commit_lsn: Lsn(0x16B_3748), ordinal, sub };
+        let at =
+            |epoch, ordinal, sub| Position { epoch, commit_lsn: Lsn(0x16B_3748), ordinal, sub };
         let id = captured_id(origin, at(1, 3, 0));
         assert_eq!(id.to_string(), "fixed");
         assert_eq!(id, captured_id(origin, at(2, 3, 0)));

@@ -2,13 +2,18 @@
 
 pub mod amqp;
 pub mod backoff;
-pub mod dev;
 pub mod column;
+pub mod dev;
+pub mod envelope;
 pub mod error;
+pub mod event;
 pub mod message;
 pub mod metrics;
 pub mod outbox;
 pub mod pg;
 pub mod position;
+pub mod relay;
+pub mod route;
 pub mod secret;
+pub mod source;
 pub mod tls;

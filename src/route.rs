@@ -305,9 +305,7 @@ impl Route {
             Change::Truncate => Lanes::Barrier { group },
             Change::Insert { new } => Lanes::One { lane: lane(new), group: Some(group) },
             Change::Delete { old } => Lanes::One { lane: lane(old.row()), group: Some(group) },
-            Change::Update { old: None, new } => {
-                Lanes::One { lane: lane(new), group: Some(group) }
-            }
+            Change::Update { old: None, new } => Lanes::One { lane: lane(new), group: Some(group) },
             Change::Update { old: Some(old), new } => match [lane(old.row()), lane(new)] {
                 [a, b] if a == b => Lanes::One { lane: a, group: Some(group) },
                 lanes => Lanes::Two { lanes, group },
@@ -381,7 +379,8 @@ impl Template {
             if brace == "}" {
                 return Err(wrong("a \"}\" without \"{\"; write \"}}\" for a brace"));
             }
-            let (name, after) = rest.split_once('}').ok_or_else(|| wrong("a \"{\" without \"}\""))?;
+            let (name, after) =
+                rest.split_once('}').ok_or_else(|| wrong("a \"{\" without \"}\""))?;
             let field = fields.iter().find(|(known, _)| *known == name).ok_or_else(|| {
                 let known: Vec<&str> = fields.iter().map(|(name, _)| *name).collect();
                 let known = known.join(", ");

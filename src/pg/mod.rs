@@ -3,12 +3,11 @@
 pub mod auth;
 pub mod client;
 pub mod connect;
+pub mod migrate;
 pub mod pgoutput;
+pub mod publication;
 pub mod replication;
+pub mod slot;
 pub mod socket;
 pub mod sqlstate;
 pub mod wire;
-pub mod migrate;
-pub mod publication;
-pub mod slot;
-pub mod sqlstate;

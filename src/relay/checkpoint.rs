@@ -96,8 +96,7 @@ pub async fn read(client: &Client, name: &str) -> Result<Option<Row>> {
 /// [`Kind::Verdict`] when there is no row.
 pub async fn take_session(client: &Client, name: &str, publication_oid: u32) -> Result<Row> {
     const SQL: &str = include_str!("../../sql/query/checkpoint_take_session.sql");
-    let row =
-        client.query_opt(SQL, &[&name, &publication_oid]).await.map_err(missing_schema)?;
+    let row = client.query_opt(SQL, &[&name, &publication_oid]).await.map_err(missing_schema)?;
     row.as_ref().map(from_sql).transpose()?.ok_or_else(|| no_row(name))
 }
 
@@ -123,7 +122,8 @@ fn from_sql(row: &SqlRow) -> Result<Row> {
     let text = |i: usize| row.try_get::<_, String>(i).map_err(postgres_error);
     let lsn = |i: usize| row.try_get::<_, PgLsn>(i).map(|l| Lsn(l.into())).map_err(postgres_error);
     let int = |i: usize| row.try_get::<_, i64>(i).map_err(postgres_error);
-    let wrong = |what: &str| Error::protocol(format!("watership.checkpoint.{what} is out of range"));
+    let wrong =
+        |what: &str| Error::protocol(format!("watership.checkpoint.{what} is out of range"));
     let position = Position {
         epoch: u32::try_from(int(0)?).map_err(|_| wrong("epoch"))?,
         commit_lsn: lsn(1)?,
@@ -150,7 +150,8 @@ fn from_sql(row: &SqlRow) -> Result<Row> {
 pub fn verify(row: &Row, server: &ServerFacts, slot: Option<&SlotState>) -> Result<()> {
     let name = &row.slot;
     if server.wal_level != "logical" {
-        let text = format!("wal_level is {:?}, logical replication needs \"logical\"", server.wal_level);
+        let text =
+            format!("wal_level is {:?}, logical replication needs \"logical\"", server.wal_level);
         return Err(Error::verdict(text)
             .hint("ALTER SYSTEM SET wal_level = 'logical', then restart Postgres"));
     }
@@ -245,10 +246,7 @@ impl PostgresStore {
     pub async fn new(client: Arc<Client>, name: &str, session_no: i64) -> Result<Self> {
         const SQL: &str = include_str!("../../sql/query/checkpoint_store.sql");
         // The row must survive a crash of this server; whether a standby has it does not matter.
-        client
-            .batch_execute("SET synchronous_commit = local")
-            .await
-            .map_err(postgres_error)?;
+        client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
         let statement = client.prepare(SQL).await.map_err(postgres_error)?;
         Ok(Self { client, statement, name: name.to_owned(), session_no })
     }

@@ -141,8 +141,7 @@ impl Lanes {
         let order = self.admitted;
         self.admitted += 1;
         let next = [None; 2];
-        let slot =
-            Slot { message, entry, captured, committed_at_us, order, nacks: 0, keys, next };
+        let slot = Slot { message, entry, captured, committed_at_us, order, nacks: 0, keys, next };
         let id = match self.free.pop() {
             Some(id) => {
                 self.slots[id as usize] = Some(slot);
@@ -157,9 +156,8 @@ impl Lanes {
             None => self.enter(id),
             Some((group, barrier)) => {
                 let group = self.groups.entry(group).or_default();
-                let must_wait = group.barrier
-                    || !group.waiting.is_empty()
-                    || (barrier && group.live > 0);
+                let must_wait =
+                    group.barrier || !group.waiting.is_empty() || (barrier && group.live > 0);
                 if must_wait {
                     group.waiting.push_back(id);
                 } else {
@@ -333,7 +331,8 @@ impl Lanes {
     fn link(&mut self, tail: u32, lane: u64, id: u32) {
         let tail = self.slots[tail as usize].as_mut().expect("a lane's tail is live");
         let (lanes, count) = lanes_of(tail.keys);
-        let place = lanes[..count].iter().position(|l| *l == lane).expect("the tail is in its lane");
+        let place =
+            lanes[..count].iter().position(|l| *l == lane).expect("the tail is in its lane");
         tail.next[place] = Some(id);
     }
 

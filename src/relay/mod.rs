@@ -49,7 +49,7 @@ pub struct Options {
     /// Captured tables besides the outbox, `schema.table`.
     pub tables: Vec<String>,
     /// Where the broker is. `exchanges` and `lock_queue` are filled in by the relay.
-    pub broker: amqp::Options,
+    pub broker: amqp::options::Options,
     /// What is declared or verified at the start of a session.
     pub topology: amqp::topology::Options,
     /// Routes.
@@ -127,7 +127,10 @@ pub struct Parts<S, P> {
 enum Ending {
     No,
     /// Nothing new is taken; what is in the window is settled, until the deadline.
-    Draining { deadline: Instant, because: Option<Error> },
+    Draining {
+        deadline: Instant,
+        because: Option<Error>,
+    },
 }
 
 impl<S: Source, P: Publisher> Relay<S, P> {

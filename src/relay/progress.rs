@@ -233,7 +233,11 @@ mod tests {
         assert!(idle.due(Lsn(1000), later).is_some());
         idle.wrote(Lsn(100_500));
         idle.reached(at(100_600));
-        assert_eq!(idle.due(Lsn(100_000), later + Duration::from_secs(31)), None, "only our own write");
+        assert_eq!(
+            idle.due(Lsn(100_000), later + Duration::from_secs(31)),
+            None,
+            "only our own write"
+        );
         idle.reached(at(200_000));
         idle.busy();
         assert_eq!(idle.due(Lsn(100_000), later), None, "an event came in between");

@@ -95,8 +95,9 @@ async fn take_over(client: &Client, options: &Options) -> Result<(Row, ServerFac
     let server = server_facts(client).await?;
     let slot = read_slot(client, &options.slot).await?;
     checkpoint::verify(&row, &server, slot.as_ref())?;
-    let publication =
-        read_publication(client, &options.publication).await?.ok_or_else(|| no_publication(options))?;
+    let publication = read_publication(client, &options.publication)
+        .await?
+        .ok_or_else(|| no_publication(options))?;
     let taken = checkpoint::take_session(client, name, publication.oid).await?;
     if taken.publication_oid != row.publication_oid {
         tracing::warn!(
@@ -144,10 +145,7 @@ async fn stream(
     Ok((stream, assembler))
 }
 
-async fn primary_keys(
-    client: &Client,
-    tables: &[String],
-) -> Result<HashMap<String, Vec<String>>> {
+async fn primary_keys(client: &Client, tables: &[String]) -> Result<HashMap<String, Vec<String>>> {
     let mut keys = HashMap::new();
     for table in tables {
         let name: TableName = table.parse()?;

@@ -177,7 +177,8 @@ impl Status {
         inner.window_events = window_events;
         inner.blocked = blocked;
         inner.held.clear();
-        let held = lanes.holds().map(|(route, h)| (usize::from(route.0), h.reason.clone(), h.since));
+        let held =
+            lanes.holds().map(|(route, h)| (usize::from(route.0), h.reason.clone(), h.since));
         inner.held.extend(held);
     }
 

@@ -134,8 +134,8 @@ impl Assembler {
     /// [`crate::error::Kind::Protocol`] when the message is malformed or out of place,
     /// [`crate::error::Kind::Verdict`] when the outbox lacks a column that is needed.
     pub fn apply(&mut self, data: &Bytes, out: &mut Vec<Item>) -> Result<()> {
-        let message = pgoutput::decode(data)
-            .map_err(|e| Error::protocol("pgoutput message").caused_by(e))?;
+        let message =
+            pgoutput::decode(data).map_err(|e| Error::protocol("pgoutput message").caused_by(e))?;
         match message {
             Message::Insert { relation, new } => self.insert(data, relation, &new, out),
             Message::Begin { final_lsn, commit_time, xid } => {
@@ -414,9 +414,7 @@ fn outbox_row(
     let bytes = |index: Option<usize>| match index.map(|i| values[i]) {
         Some(pgoutput::Value::Text(text)) => Some(data.slice_ref(text)),
         // Inserts carry no unchanged TOAST, and the binary option is not used for the outbox.
-        Some(
-            pgoutput::Value::Null | pgoutput::Value::Unchanged | pgoutput::Value::Binary(_),
-        )
+        Some(pgoutput::Value::Null | pgoutput::Value::Unchanged | pgoutput::Value::Binary(_))
         | None => None,
     };
     let text = |index: Option<usize>, name: &str| match bytes(index) {
