@@ -25,6 +25,10 @@ pub struct Ticket(pub u64);
 /// Longest AMQP short string, in bytes: routing key, message id, type, header name and others.
 pub const SHORT_STRING_MAX: usize = 255;
 
+/// Most bytes that properties and headers may take together. They travel in one frame, and
+/// brokers agree to frames of 131,072 bytes unless told otherwise.
+pub const PROPERTIES_MAX: usize = 60 * 1024;
+
 /// One publish, ready to be framed.
 #[derive(Debug, Clone)]
 pub struct Message {
@@ -188,7 +192,7 @@ impl<'a> Builder<'a> {
     /// Ends the headers and adds the body that `write_body` appends.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Event`] when the headers exceed 4 GiB.
+    /// [`crate::error::Kind::Event`] when the properties exceed [`PROPERTIES_MAX`].
     pub fn finish(
         mut self,
         exchange: ExchangeId,
@@ -208,8 +212,14 @@ impl<'a> Builder<'a> {
                 self.buf.extend_from_slice(&properties.timestamp.to_be_bytes());
             }
         }
-        let properties_end = u32::try_from(self.buf.len())
-            .map_err(|_| Error::event("message properties are longer than 4 GiB"))?;
+        let properties_len = self.buf.len() - usize::from(self.routing_key_len);
+        if properties_len > PROPERTIES_MAX {
+            return Err(Error::event(format!(
+                "message properties and headers have {properties_len} bytes, at most \
+                 {PROPERTIES_MAX} are allowed"
+            )));
+        }
+        let properties_end = self.buf.len() as u32;
         write_body(&mut self.buf);
         Ok(Message {
             buf: self.buf.into_boxed_slice(),
@@ -345,6 +355,10 @@ mod tests {
         let mut builder = sample();
         assert!(builder.header_text(&long, b"").is_err());
         let properties = builder.properties;
+        let mut builder = sample();
+        builder.header_text("big", &vec![b'x'; PROPERTIES_MAX]).unwrap();
+        let error = builder.finish(ExchangeId(0), RouteId(0), |_| {}).unwrap_err();
+        assert_eq!(error.kind(), crate::error::Kind::Event);
         let error = Builder::new(&long, properties, 0).err().unwrap();
         assert!(
             error.to_string().starts_with("routing key has 256 bytes, AMQP allows at most 255")

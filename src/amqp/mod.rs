@@ -1,1 +1,19 @@
 //! Speaks AMQP 0-9-1 to RabbitMQ; knows no event, no Postgres, no config.
+//!
+//! | file | what |
+//! |---|---|
+//! | `options` | broker URLs and everything a connection is opened with |
+//! | `wire` | frames to bytes and back, pure |
+//! | `link` | one socket, plain or TLS, with an output and an input buffer |
+//! | `handshake` | protocol header to `connection.open-ok`, and the lock queue |
+//! | `channel` | the unconfirmed publishes of one channel, pure |
+//! | `publisher` | the connection that sends messages and says what became of each |
+//! | `topology` | declares or verifies exchanges and queues (lapin) |
+
+mod channel;
+mod handshake;
+mod link;
+pub mod options;
+pub mod publisher;
+pub mod topology;
+pub mod wire;

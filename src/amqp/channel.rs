@@ -1,0 +1,379 @@
+//! The unconfirmed publishes of one channel. Pure: no socket, no clock of its own.
+//!
+//! The broker numbers the publishes of a channel 1, 2, 3, … from `confirm.select` on and confirms
+//! them by that number, singly or as a range, in any order, each exactly once
+//! (<https://www.rabbitmq.com/docs/confirms#publisher-confirms>). A returned message comes back
+//! *before* its confirm, without its number; it is found by message id, exchange and routing key.
+//!
+//! Invariant: every publish leaves this file with exactly one outcome, and what was returned or
+//! nacked never leaves as confirmed. A confirm or a return that fits nothing is an error: then the
+//! count of the two sides differs, and no later confirm could be trusted.
+
+use std::collections::VecDeque;
+
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::error::{Error, Result};
+use crate::message::{Outcome, Ticket};
+
+/// The life of a channel. Publishes made before `Open` wait in `waiting`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    /// The broker closed it; the next publish opens it again.
+    Closed,
+    /// `channel.open` is sent.
+    Opening,
+    /// `confirm.select` is sent.
+    Selecting,
+    /// Publishes go out.
+    Open,
+}
+
+/// One publish that has no outcome yet, or whose elders have none.
+struct Pending {
+    ticket: Ticket,
+    id: Uuid,
+    target: u64,
+    sent: Instant,
+    fate: Fate,
+}
+
+enum Fate {
+    Waiting,
+    /// `basic.return` was seen; its confirm follows.
+    Returned(String),
+    Settled,
+}
+
+/// How the broker confirms.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Ack,
+    Nack,
+}
+
+/// A `basic.return` whose content is still arriving.
+enum Content {
+    None,
+    Header { text: String, target: u64 },
+    Body { text: String, target: u64, id: Option<Uuid>, remaining: u64 },
+}
+
+pub(super) type Outcomes = Vec<(Ticket, Outcome)>;
+
+pub(super) struct Channel {
+    /// Channel number.
+    pub number: u16,
+    /// Where it is in its life.
+    pub state: State,
+    /// Frames of publishes made while the channel is being opened.
+    pub waiting: Vec<u8>,
+    /// Delivery tag of the front of `pending`.
+    base: u64,
+    pending: VecDeque<Pending>,
+    content: Content,
+}
+
+impl Channel {
+    pub fn new(number: u16) -> Self {
+        Self {
+            number,
+            state: State::Closed,
+            waiting: Vec::new(),
+            base: 1,
+            pending: VecDeque::new(),
+            content: Content::None,
+        }
+    }
+
+    /// Notes a publish; its delivery tag follows from its place.
+    pub fn publish(&mut self, ticket: Ticket, id: Uuid, target: u64, sent: Instant) {
+        self.pending.push_back(Pending { ticket, id, target, sent, fate: Fate::Waiting });
+    }
+
+    /// When the oldest unconfirmed publish was made.
+    pub fn oldest(&self) -> Option<Instant> {
+        self.pending.front().map(|p| p.sent)
+    }
+
+    /// How many publishes have no outcome.
+    pub fn unconfirmed(&self) -> usize {
+        self.pending.iter().filter(|p| !matches!(p.fate, Fate::Settled)).count()
+    }
+
+    /// `basic.ack` or `basic.nack`.
+    pub fn confirm(
+        &mut self,
+        tag: u64,
+        multiple: bool,
+        verdict: Verdict,
+        outcomes: &mut Outcomes,
+    ) -> Result<()> {
+        self.expect_no_content("a confirm")?;
+        if self.state != State::Open {
+            return Err(self.bad(format!("confirm for tag {tag} while it is not open")));
+        }
+        let next = self.base + self.pending.len() as u64;
+        // AMQP 0-9-1, basic.ack: tag zero with `multiple` means all so far.
+        let tag = if tag == 0 && multiple { next.saturating_sub(1) } else { tag };
+        if tag < self.base {
+            return Err(self.bad(format!("second confirm for delivery tag {tag}")));
+        }
+        if tag >= next {
+            let last = next - 1;
+            return Err(self.bad(format!("confirm for tag {tag}, the last one sent is {last}")));
+        }
+        let at = (tag - self.base) as usize;
+        if matches!(self.pending[at].fate, Fate::Settled) {
+            return Err(self.bad(format!("second confirm for delivery tag {tag}")));
+        }
+        let from = if multiple { 0 } else { at };
+        for pending in self.pending.range_mut(from..=at) {
+            settle(pending, verdict, outcomes);
+        }
+        while self.pending.front().is_some_and(|p| matches!(p.fate, Fate::Settled)) {
+            self.pending.pop_front();
+            self.base += 1;
+        }
+        Ok(())
+    }
+
+    /// `basic.return`: its content header and body follow.
+    pub fn begin_return(&mut self, text: String, target: u64) -> Result<()> {
+        self.expect_no_content("basic.return")?;
+        self.content = Content::Header { text, target };
+        Ok(())
+    }
+
+    /// The content header of a returned message.
+    pub fn content_header(&mut self, body_size: u64, id: Option<Uuid>) -> Result<()> {
+        match std::mem::replace(&mut self.content, Content::None) {
+            Content::Header { text, target } if body_size == 0 => self.end_return(text, target, id),
+            Content::Header { text, target } => {
+                self.content = Content::Body { text, target, id, remaining: body_size };
+                Ok(())
+            }
+            Content::None | Content::Body { .. } => {
+                Err(self.bad("content header without a basic.return".into()))
+            }
+        }
+    }
+
+    /// A piece of a returned message's body.
+    pub fn content_body(&mut self, len: u64) -> Result<()> {
+        match std::mem::replace(&mut self.content, Content::None) {
+            Content::Body { text, target, id, remaining } if len == remaining => {
+                self.end_return(text, target, id)
+            }
+            Content::Body { text, target, id, remaining } if len < remaining => {
+                self.content = Content::Body { text, target, id, remaining: remaining - len };
+                Ok(())
+            }
+            Content::None | Content::Header { .. } | Content::Body { .. } => {
+                Err(self.bad(format!("unexpected content body of {len} bytes")))
+            }
+        }
+    }
+
+    fn end_return(&mut self, text: String, target: u64, id: Option<Uuid>) -> Result<()> {
+        let found = self
+            .pending
+            .iter_mut()
+            .find(|p| matches!(p.fate, Fate::Waiting) && p.target == target && Some(p.id) == id);
+        match found {
+            Some(pending) => {
+                pending.fate = Fate::Returned(text);
+                Ok(())
+            }
+            None => Err(self.bad(format!(
+                "returned message with id {id:?} is none of the {} unconfirmed ones",
+                self.unconfirmed()
+            ))),
+        }
+    }
+
+    /// `channel.close` by the broker: everything unconfirmed is in doubt and has this outcome.
+    pub fn close(&mut self, code: u16, text: &str, outcomes: &mut Outcomes) {
+        for pending in self.pending.drain(..) {
+            match pending.fate {
+                // A return before the close does not make the publish any more settled.
+                Fate::Waiting | Fate::Returned(_) => {
+                    let outcome = Outcome::ChannelClosed { code, text: text.to_owned() };
+                    outcomes.push((pending.ticket, outcome));
+                }
+                Fate::Settled => {}
+            }
+        }
+        self.base = 1;
+        self.waiting.clear();
+        self.content = Content::None;
+        self.state = State::Closed;
+    }
+
+    fn expect_no_content(&self, what: &str) -> Result<()> {
+        match &self.content {
+            Content::None => Ok(()),
+            Content::Header { .. } | Content::Body { .. } => {
+                Err(self.bad(format!("{what} inside the content of a returned message")))
+            }
+        }
+    }
+
+    fn bad(&self, what: String) -> Error {
+        Error::protocol(format!("broker, channel {}: {what}", self.number))
+    }
+}
+
+fn settle(pending: &mut Pending, verdict: Verdict, outcomes: &mut Outcomes) {
+    let outcome = match (std::mem::replace(&mut pending.fate, Fate::Settled), verdict) {
+        (Fate::Settled, Verdict::Ack | Verdict::Nack) => return,
+        (Fate::Waiting, Verdict::Ack) => Outcome::Confirmed,
+        (Fate::Waiting, Verdict::Nack) => Outcome::Nacked,
+        (Fate::Returned(text), Verdict::Ack | Verdict::Nack) => Outcome::Returned(text),
+    };
+    outcomes.push((pending.ticket, outcome));
+}
+
+/// What a return is matched by besides the message id: FNV-1a over exchange and routing key.
+pub(super) fn target(exchange: u64, routing_key: &[u8]) -> u64 {
+    fnv(exchange, routing_key)
+}
+
+/// The exchange's part of [`target`].
+pub(super) fn target_exchange(name: &str) -> u64 {
+    const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+    // 0xff occurs in no UTF-8 text, so it separates the two parts.
+    fnv(fnv(OFFSET_BASIS, name.as_bytes()), &[0xff])
+}
+
+fn fnv(hash: u64, bytes: &[u8]) -> u64 {
+    const PRIME: u64 = 0x0100_0000_01b3;
+    bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(PRIME))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn open(publishes: u64) -> Channel {
+        let mut channel = Channel::new(2);
+        channel.state = State::Open;
+        for n in 1..=publishes {
+            channel.publish(Ticket(n), Uuid::from_u128(n.into()), 7, Instant::now());
+        }
+        channel
+    }
+
+    fn give_back(channel: &mut Channel, n: u64) -> Result<()> {
+        channel.begin_return("NO_ROUTE".into(), 7)?;
+        channel.content_header(3, Some(Uuid::from_u128(n.into())))?;
+        channel.content_body(1)?;
+        channel.content_body(2)
+    }
+
+    #[test]
+    fn returns_before_one_multiple_ack_mark_exactly_their_own_publishes() {
+        let mut channel = open(8);
+        for n in [4, 2, 6] {
+            give_back(&mut channel, n).unwrap();
+        }
+        let mut outcomes = Vec::new();
+        channel.confirm(6, true, Verdict::Ack, &mut outcomes).unwrap();
+        let expected: Outcomes = (1..=6)
+            .map(|n| match n % 2 {
+                0 => (Ticket(n), Outcome::Returned("NO_ROUTE".into())),
+                _ => (Ticket(n), Outcome::Confirmed),
+            })
+            .collect();
+        assert_eq!(outcomes, expected);
+        assert_eq!(channel.unconfirmed(), 2);
+    }
+
+    #[test]
+    fn confirms_that_fit_nothing_are_errors() {
+        for (tag, multiple) in [(0, false), (5, false), (2, false), (2, true), (u64::MAX, true)] {
+            let mut channel = open(4);
+            let mut outcomes = Vec::new();
+            channel.confirm(2, false, Verdict::Ack, &mut outcomes).unwrap();
+            let error = channel.confirm(tag, multiple, Verdict::Ack, &mut outcomes).unwrap_err();
+            assert_eq!(error.kind(), crate::error::Kind::Protocol, "{tag} {multiple}");
+            assert_eq!(outcomes.len(), 1);
+        }
+        let mut closed = Channel::new(2);
+        assert!(closed.confirm(1, true, Verdict::Ack, &mut Vec::new()).is_err());
+        assert!(closed.confirm(0, true, Verdict::Ack, &mut Vec::new()).is_err());
+    }
+
+    #[test]
+    fn returns_that_fit_nothing_are_errors() {
+        assert!(give_back(&mut open(3), 4).is_err());
+        let mut twice = open(3);
+        give_back(&mut twice, 1).unwrap();
+        assert!(give_back(&mut twice, 1).is_err());
+        let mut other_key = open(3);
+        other_key.begin_return("NO_ROUTE".into(), 8).unwrap();
+        assert!(other_key.content_header(0, Some(Uuid::from_u128(1))).is_err());
+        let mut interrupted = open(3);
+        interrupted.begin_return("NO_ROUTE".into(), 7).unwrap();
+        assert!(interrupted.confirm(1, false, Verdict::Ack, &mut Vec::new()).is_err());
+        assert!(open(1).content_body(1).is_err());
+        assert!(open(1).content_header(1, None).is_err());
+    }
+
+    #[test]
+    fn closed_channel_gives_every_publish_an_outcome_and_counts_from_one_again() {
+        let mut channel = open(4);
+        give_back(&mut channel, 3).unwrap();
+        let mut outcomes = Vec::new();
+        channel.confirm(2, false, Verdict::Nack, &mut outcomes).unwrap();
+        channel.close(404, "NOT_FOUND", &mut outcomes);
+        assert_eq!(outcomes[0], (Ticket(2), Outcome::Nacked));
+        let closed: Vec<u64> = outcomes[1..].iter().map(|(ticket, _)| ticket.0).collect();
+        assert_eq!(closed, [1, 3, 4]);
+        channel.state = State::Open;
+        channel.publish(Ticket(9), Uuid::nil(), 7, Instant::now());
+        channel.confirm(1, false, Verdict::Ack, &mut outcomes).unwrap();
+        assert_eq!(outcomes.last().unwrap(), &(Ticket(9), Outcome::Confirmed));
+    }
+
+    proptest! {
+        /// Against a plain list: any mix of confirms gives each publish exactly one outcome, and
+        /// the returned and nacked ones are never confirmed.
+        #[test]
+        fn every_publish_has_exactly_one_outcome(
+            steps in proptest::collection::vec((1u64..60, any::<bool>(), any::<bool>()), 0..80),
+            returned in proptest::collection::btree_set(1u64..60, 0..20),
+        ) {
+            let mut channel = open(60);
+            for n in &returned {
+                give_back(&mut channel, *n).unwrap();
+            }
+            let mut expected: Vec<Option<Outcome>> = vec![None; 61];
+            let mut outcomes = Vec::new();
+            for (tag, multiple, ack) in steps {
+                let verdict = if ack { Verdict::Ack } else { Verdict::Nack };
+                let result = channel.confirm(tag, multiple, verdict, &mut outcomes);
+                prop_assert_eq!(result.is_err(), expected[tag as usize].is_some());
+                if result.is_err() {
+                    continue;
+                }
+                let from = if multiple { 1 } else { tag };
+                for n in from..=tag {
+                    expected[n as usize].get_or_insert(match (returned.contains(&n), ack) {
+                        (true, _) => Outcome::Returned("NO_ROUTE".into()),
+                        (false, true) => Outcome::Confirmed,
+                        (false, false) => Outcome::Nacked,
+                    });
+                }
+            }
+            channel.close(320, "bye", &mut outcomes);
+            prop_assert_eq!(outcomes.len(), 60);
+            for (ticket, outcome) in outcomes {
+                let closed = Outcome::ChannelClosed { code: 320, text: "bye".into() };
+                prop_assert_eq!(outcome, expected[ticket.0 as usize].take().unwrap_or(closed));
+            }
+        }
+    }
+}

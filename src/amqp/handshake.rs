@@ -1,0 +1,265 @@
+//! From the protocol header to `connection.open-ok`, and the lock queue.
+//!
+//! AMQP 0-9-1, section 2.2.4. The caller bounds the whole by a timeout. A refusal is told with
+//! the broker's own words and what to do about it.
+
+use std::future::poll_fn;
+
+use amq_protocol::protocol::{AMQPClass, channel, connection, queue};
+use amq_protocol::types::{AMQPValue, FieldTable, LongString};
+
+use super::link::Link;
+use super::options::{Auth, Options, Url};
+use super::wire::{self, FRAME_MAX, Incoming};
+use crate::error::{Error, Kind, Result};
+use crate::message::PROPERTIES_MAX;
+
+/// The channel of the lock queue; publishing channels follow it.
+pub(super) const CONTROL_CHANNEL: u16 = 1;
+
+/// The smallest `frame_max` that takes every message's properties in one frame.
+const FRAME_MIN: usize = PROPERTIES_MAX + 64;
+
+/// What both sides agreed on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tuned {
+    /// Largest frame, in bytes.
+    pub frame_max: usize,
+    /// Highest channel number.
+    pub channel_max: u16,
+    /// Heartbeat timeout in seconds.
+    pub heartbeat: u16,
+}
+
+/// Opens the connection: authentication, tuning, virtual host.
+pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> Result<Tuned> {
+    link.out().extend_from_slice(wire::PROTOCOL_HEADER);
+    let mechanisms = match receive(link).await? {
+        Incoming::Start(mechanisms) => mechanisms,
+        other => return Err(unexpected(&other, "connection.start")),
+    };
+    let auth = url.auth.unwrap_or(options.auth);
+    put(link, 0, connection::AMQPMethod::StartOk(start_ok(auth, &mechanisms, url, options)?));
+    let tune = match receive(link).await.map_err(silent_refusal)? {
+        Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::Tune(tune))) => tune,
+        Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
+            return Err(login_refused(link, &close, url).await);
+        }
+        other => return Err(unexpected(&other, "connection.tune")),
+    };
+    let tuned = tune_with(&tune, url, options)?;
+    link.frame_max = tuned.frame_max;
+    put(
+        link,
+        0,
+        connection::AMQPMethod::TuneOk(connection::TuneOk {
+            channel_max: tuned.channel_max,
+            frame_max: tuned.frame_max as u32,
+            heartbeat: tuned.heartbeat,
+        }),
+    );
+    let virtual_host = url.vhost.as_str().into();
+    put(link, 0, connection::AMQPMethod::Open(connection::Open { virtual_host }));
+    match receive(link).await? {
+        Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::OpenOk(_))) => Ok(tuned),
+        Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
+            let hint = format!(
+                "create the virtual host {:?} and give user {:?} permissions in it",
+                url.vhost, url.username
+            );
+            say_close_ok(link).await;
+            Err(close_error(&close).hint(hint))
+        }
+        other => Err(unexpected(&other, "connection.open-ok")),
+    }
+}
+
+/// Declares the exclusive queue that fences a second publisher of the same name.
+///
+/// An exclusive queue belongs to one connection and is deleted with it
+/// (<https://www.rabbitmq.com/docs/queues#exclusive-queues>).
+pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
+    put_class(
+        link,
+        CONTROL_CHANNEL,
+        AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})),
+    );
+    match receive(link).await? {
+        Incoming::Method(CONTROL_CHANNEL, AMQPClass::Channel(channel::AMQPMethod::OpenOk(_))) => {}
+        other => return Err(unexpected(&other, "channel.open-ok")),
+    }
+    let declare = queue::Declare {
+        queue: name.into(),
+        passive: false,
+        durable: false,
+        exclusive: true,
+        auto_delete: false,
+        nowait: false,
+        arguments: FieldTable::default(),
+    };
+    put_class(link, CONTROL_CHANNEL, AMQPClass::Queue(queue::AMQPMethod::Declare(declare)));
+    match receive(link).await? {
+        Incoming::Method(CONTROL_CHANNEL, AMQPClass::Queue(queue::AMQPMethod::DeclareOk(_))) => {
+            Ok(())
+        }
+        Incoming::Method(
+            CONTROL_CHANNEL,
+            AMQPClass::Channel(channel::AMQPMethod::Close(close)),
+        ) => Err(lock_error(name, &close)),
+        other => Err(unexpected(&other, "queue.declare-ok")),
+    }
+}
+
+fn lock_error(name: &str, close: &channel::Close) -> Error {
+    const RESOURCE_LOCKED: u16 = 405;
+    const ACCESS_REFUSED: u16 = 403;
+    let text = &close.reply_text;
+    match close.reply_code {
+        RESOURCE_LOCKED => {
+            let relay = name.strip_prefix("watership.").and_then(|n| n.strip_suffix(".lock"));
+            let relay = relay.map_or(String::new(), |relay| format!(" named {relay:?}"));
+            Error::new(Kind::Busy, format!("another relay{relay} holds the lock queue {name:?}"))
+                .hint("stop the other one, or leave this one waiting as its stand-by")
+        }
+        ACCESS_REFUSED => Error::refused(format!("lock queue {name:?}: {text}"))
+            .hint(format!("allow it: set_permissions with configure matching \"{name}\"")),
+        code => Error::refused(format!("lock queue {name:?}: {code} {text}"))
+            .hint("a queue of that name that is not ours must be deleted or renamed"),
+    }
+}
+
+fn start_ok(
+    auth: Auth,
+    mechanisms: &str,
+    url: &Url,
+    options: &Options,
+) -> Result<connection::StartOk> {
+    let mechanism = auth.mechanism();
+    if !mechanisms.split(' ').any(|offered| offered == mechanism) {
+        return Err(Error::refused(format!(
+            "broker does not offer the SASL mechanism {mechanism}, only {mechanisms}"
+        ))
+        .hint("EXTERNAL needs TLS, a client certificate and rabbitmq_auth_mechanism_ssl"));
+    }
+    let response = match auth {
+        Auth::Plain => format!("\0{}\0{}", url.username, url.password.expose()),
+        Auth::External => String::new(),
+    };
+    Ok(connection::StartOk {
+        client_properties: client_properties(&options.connection_name),
+        mechanism: mechanism.into(),
+        response: response.into(),
+        locale: "en_US".into(),
+    })
+}
+
+/// <https://www.rabbitmq.com/docs/connections#capabilities>
+fn client_properties(connection_name: &str) -> FieldTable {
+    let text = |value: &str| AMQPValue::LongString(LongString::from(value));
+    let mut capabilities = FieldTable::default();
+    for name in [
+        "publisher_confirms",
+        "basic.nack",
+        "connection.blocked",
+        "consumer_cancel_notify",
+        "authentication_failure_close",
+    ] {
+        capabilities.insert(name.into(), AMQPValue::Boolean(true));
+    }
+    let mut properties = FieldTable::default();
+    properties.insert("product".into(), text("watership"));
+    properties.insert("version".into(), text(env!("CARGO_PKG_VERSION")));
+    properties.insert("platform".into(), text("Rust"));
+    properties.insert("connection_name".into(), text(connection_name));
+    properties.insert("capabilities".into(), AMQPValue::FieldTable(capabilities));
+    properties
+}
+
+/// Zero from the broker means "no limit" for both maxima.
+fn tune_with(tune: &connection::Tune, url: &Url, options: &Options) -> Result<Tuned> {
+    let frame_max = match tune.frame_max as usize {
+        0 => FRAME_MAX,
+        offered => offered.min(FRAME_MAX),
+    };
+    if frame_max < FRAME_MIN {
+        return Err(Error::refused(format!(
+            "broker allows frames of {frame_max} bytes, at least {FRAME_MIN} are needed"
+        ))
+        .hint("raise frame_max in rabbitmq.conf, its default is 131072"));
+    }
+    let channel_max = if tune.channel_max == 0 { u16::MAX } else { tune.channel_max };
+    let heartbeat = url.heartbeat.unwrap_or(options.heartbeat).as_secs().clamp(1, 3600);
+    Ok(Tuned { frame_max, channel_max, heartbeat: heartbeat as u16 })
+}
+
+async fn login_refused(link: &mut Link, close: &connection::Close, url: &Url) -> Error {
+    say_close_ok(link).await;
+    let hint = format!("check user {:?} and its password in the broker URL", url.username);
+    close_error(close).with_kind(Kind::Refused).hint(hint)
+}
+
+/// A broker that closes the socket here most likely disliked the password.
+fn silent_refusal(error: Error) -> Error {
+    error.hint("the broker went away during login: see its log, it may refuse the user")
+}
+
+/// What a `connection.close` of the broker means for us.
+pub(super) fn close_error(close: &connection::Close) -> Error {
+    const ACCESS_REFUSED: u16 = 403;
+    const NOT_ALLOWED: u16 = 530;
+    let kind = match close.reply_code {
+        ACCESS_REFUSED | NOT_ALLOWED => Kind::Refused,
+        // 501 to 505: the broker did not understand our frames.
+        501..=505 => Kind::Protocol,
+        _ => Kind::Unreachable,
+    };
+    let what = format!("broker closed the connection: {} {}", close.reply_code, close.reply_text);
+    Error::new(kind, what)
+}
+
+/// What arrived although `wanted` was due.
+pub(super) fn unexpected(incoming: &Incoming, wanted: &str) -> Error {
+    match incoming {
+        Incoming::Method(_, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
+            close_error(close)
+        }
+        Incoming::Method(_, AMQPClass::Connection(connection::AMQPMethod::Secure(_))) => {
+            Error::refused("broker asks for a second authentication step, which is not supported")
+        }
+        other => Error::protocol(format!("broker sent {other:?}, expected {wanted}")),
+    }
+}
+
+async fn say_close_ok(link: &mut Link) {
+    put(link, 0, connection::AMQPMethod::CloseOk(connection::CloseOk {}));
+    // The broker has said its last word; whether ours arrives does not matter.
+    let _ = poll_fn(|cx| link.poll_write(cx)).await;
+}
+
+fn put(link: &mut Link, channel: u16, method: connection::AMQPMethod) {
+    put_class(link, channel, AMQPClass::Connection(method));
+}
+
+fn put_class(link: &mut Link, channel: u16, class: AMQPClass) {
+    wire::put_method(link.out(), channel, class);
+}
+
+/// Sends what is in the buffer and waits for the next frame that is no heartbeat.
+async fn receive(link: &mut Link) -> Result<Incoming> {
+    poll_fn(|cx| link.poll_write(cx))
+        .await
+        .map_err(|e| Error::unreachable("writing to the broker").caused_by(e))?;
+    loop {
+        match link.next_frame()? {
+            Some(Incoming::Heartbeat) => {}
+            Some(frame) => return Ok(frame),
+            None => match poll_fn(|cx| link.poll_read(cx)).await {
+                Ok(0) => return Err(Error::unreachable("broker closed the connection")),
+                Ok(_) => {}
+                Err(e) => {
+                    return Err(Error::unreachable("reading from the broker").caused_by(e));
+                }
+            },
+        }
+    }
+}

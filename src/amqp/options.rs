@@ -1,0 +1,319 @@
+//! What a broker connection is opened with, and the broker's URL.
+//!
+//! A URL follows the RabbitMQ URI specification (<https://www.rabbitmq.com/docs/uri-spec> and
+//! `/uri-query-parameters`), with two differences that help people: an empty path `/` means the
+//! virtual host `/`, not the one with the empty name, and an unknown parameter is an error.
+//! Nothing here prints a password.
+
+use std::fmt;
+use std::time::Duration;
+
+use percent_encoding::percent_decode_str;
+
+use crate::error::{Error, Result};
+use crate::secret::{Secret, redact_url};
+use crate::tls;
+
+/// Most channels that one connection opens for its exchanges; more exchanges share them.
+pub const CHANNELS_MAX: usize = 64;
+
+/// Everything that [`super::publisher::Connection::open`] needs.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Brokers of one cluster, tried in turn.
+    pub urls: Vec<Url>,
+    /// TLS files and level; for `amqps` a level of `Disable` means `VerifyFull`.
+    pub tls: tls::Options,
+    /// How the broker learns who we are.
+    pub auth: Auth,
+    /// Heartbeat timeout in whole seconds, 1 to 3600; sent twice as often.
+    pub heartbeat: Duration,
+    /// Bounds one attempt as a whole: name, TCP, TLS, handshake, lock queue and channels.
+    pub connect_timeout: Duration,
+    /// Longest wait for a confirm; time in which the broker blocks us does not count.
+    pub confirm_timeout: Duration,
+    /// The exchanges; a message names one by its index.
+    pub exchanges: Vec<String>,
+    /// Exclusive queue that fences this publisher against a second one of the same name.
+    pub lock_queue: Option<String>,
+    /// Shown in the broker's list of connections.
+    pub connection_name: String,
+    /// Largest body, in bytes. RabbitMQ 4.0 and later: 16 MiB by default.
+    pub max_message_size: usize,
+}
+
+impl Options {
+    /// The defaults, for one or more URLs.
+    pub fn new(urls: Vec<Url>) -> Self {
+        Self {
+            urls,
+            tls: tls::Options::default(),
+            auth: Auth::Plain,
+            heartbeat: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(10),
+            confirm_timeout: Duration::from_secs(30),
+            exchanges: Vec::new(),
+            lock_queue: None,
+            connection_name: "watership".into(),
+            max_message_size: 16 * 1024 * 1024,
+        }
+    }
+
+    /// The TLS options that hold for `url`, or `None` for plain text.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Config`] when a TLS level was asked for and the URL is plain text.
+    pub fn tls_for(&self, url: &Url) -> Result<Option<tls::Options>> {
+        let mut options = self.tls.clone();
+        match (url.scheme, options.mode) {
+            (Scheme::Amqp, tls::Mode::Disable) => return Ok(None),
+            (Scheme::Amqp, tls::Mode::Require | tls::Mode::VerifyCa | tls::Mode::VerifyFull) => {
+                return Err(Error::config(format!(
+                    "broker URL {url} is plain text, but a TLS level is set"
+                ))
+                .hint("write amqps:// or remove the TLS level"));
+            }
+            (Scheme::Amqps, tls::Mode::Disable) => options.mode = tls::Mode::VerifyFull,
+            (Scheme::Amqps, tls::Mode::Require | tls::Mode::VerifyCa | tls::Mode::VerifyFull) => {}
+        }
+        Ok(Some(options))
+    }
+}
+
+/// SASL mechanism.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Auth {
+    /// User and password of the URL.
+    #[default]
+    Plain,
+    /// The client certificate; needs `rabbitmq_auth_mechanism_ssl` in the broker.
+    External,
+}
+
+impl Auth {
+    /// The name that AMQP uses.
+    pub fn mechanism(self) -> &'static str {
+        match self {
+            Auth::Plain => "PLAIN",
+            Auth::External => "EXTERNAL",
+        }
+    }
+}
+
+/// Plain text or TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    /// `amqp://`, port 5672.
+    Amqp,
+    /// `amqps://`, port 5671.
+    Amqps,
+}
+
+/// One broker. `Display` and `Debug` hide the password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Url {
+    /// Plain text or TLS.
+    pub scheme: Scheme,
+    /// Host name or address, IPv6 without brackets.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+    /// User name, decoded.
+    pub username: String,
+    /// Password, decoded.
+    pub password: Secret,
+    /// Virtual host, decoded.
+    pub vhost: String,
+    /// `heartbeat`, in seconds, if the URL has it.
+    pub heartbeat: Option<Duration>,
+    /// `connection_timeout`, in milliseconds, if the URL has it.
+    pub connect_timeout: Option<Duration>,
+    /// `auth_mechanism`, if the URL has it.
+    pub auth: Option<Auth>,
+}
+
+const PARAMETERS: &str = "heartbeat (seconds), connection_timeout (milliseconds), \
+                          auth_mechanism (plain, external)";
+
+impl Url {
+    /// Parses `amqp[s]://[user[:password]@]host[:port][/vhost][?parameters]`.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Config`], naming the part that is wrong, without the password.
+    pub fn parse(text: &str) -> Result<Self> {
+        Self::parse_parts(text).map_err(|what| {
+            Error::config(format!("broker URL {}: {what}", redact_url(text)))
+                .hint("the form is amqp[s]://user:password@host:port/vhost, percent-encoded")
+        })
+    }
+
+    fn parse_parts(text: &str) -> Result<Self, String> {
+        let (scheme, rest) =
+            text.split_once("://").ok_or("has no scheme, amqp:// or amqps:// is needed")?;
+        let (scheme, default_port) = match scheme {
+            "amqp" => (Scheme::Amqp, 5672),
+            "amqps" => (Scheme::Amqps, 5671),
+            other => {
+                return Err(format!("scheme {other:?} is unknown, amqp and amqps are allowed"));
+            }
+        };
+        let (rest, query) = rest.split_once('?').map_or((rest, ""), |(r, q)| (r, q));
+        let (authority, vhost) = rest.split_once('/').map_or((rest, ""), |(a, v)| (a, v));
+        let (userinfo, host) = authority.rsplit_once('@').map_or(("", authority), |(u, h)| (u, h));
+        let (username, password) = match userinfo {
+            "" => ("guest".to_owned(), "guest".to_owned()),
+            _ => {
+                let (user, password) = userinfo.split_once(':').unwrap_or((userinfo, ""));
+                (decode(user, "user name")?, decode(password, "password")?)
+            }
+        };
+        let (host, port) = split_port(host, default_port)?;
+        let vhost = match vhost {
+            "" => "/".to_owned(),
+            _ => decode(vhost, "virtual host")?,
+        };
+        if vhost.len() > 255 {
+            return Err(format!("virtual host has {} bytes, at most 255 are allowed", vhost.len()));
+        }
+        let mut url = Self {
+            scheme,
+            host,
+            port,
+            username,
+            password: Secret::new(password),
+            vhost,
+            heartbeat: None,
+            connect_timeout: None,
+            auth: None,
+        };
+        query.split('&').filter(|p| !p.is_empty()).try_for_each(|pair| url.parameter(pair))?;
+        Ok(url)
+    }
+
+    fn parameter(&mut self, pair: &str) -> Result<(), String> {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        match name {
+            "heartbeat" => {
+                self.heartbeat = Some(Duration::from_secs(number(name, value, 1, 3600)?));
+            }
+            "connection_timeout" => {
+                self.connect_timeout =
+                    Some(Duration::from_millis(number(name, value, 1, 3_600_000)?));
+            }
+            "auth_mechanism" => {
+                self.auth = Some(match value.to_ascii_lowercase().as_str() {
+                    "plain" => Auth::Plain,
+                    "external" => Auth::External,
+                    _ => return Err(format!("auth_mechanism {value:?}: plain or external")),
+                });
+            }
+            other => return Err(format!("parameter {other:?} is unknown, allowed: {PARAMETERS}")),
+        }
+        Ok(())
+    }
+}
+
+fn number(name: &str, value: &str, min: u64, max: u64) -> Result<u64, String> {
+    match value.parse() {
+        Ok(n) if (min..=max).contains(&n) => Ok(n),
+        Ok(_) | Err(_) => {
+            Err(format!("{name} is {value:?}, a number from {min} to {max} is needed"))
+        }
+    }
+}
+
+fn split_port(host: &str, default: u16) -> Result<(String, u16), String> {
+    let (name, port) = match host.strip_prefix('[') {
+        Some(rest) => {
+            let (name, rest) = rest.split_once(']').ok_or("IPv6 address lacks its ']'")?;
+            (name, rest.strip_prefix(':'))
+        }
+        None => host.split_once(':').map_or((host, None), |(name, port)| (name, Some(port))),
+    };
+    if name.is_empty() {
+        return Err("has no host".into());
+    }
+    let port = match port {
+        None => default,
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|p| *p > 0)
+            .ok_or_else(|| format!("port {text:?} is no number from 1 to 65535"))?,
+    };
+    Ok((decode(name, "host")?, port))
+}
+
+fn decode(text: &str, what: &str) -> Result<String, String> {
+    percent_decode_str(text)
+        .decode_utf8()
+        .map(std::borrow::Cow::into_owned)
+        .map_err(|_| format!("{what} is not UTF-8 after percent-decoding"))
+}
+
+impl fmt::Display for Url {
+    /// The URL without password and parameters.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let scheme = match self.scheme {
+            Scheme::Amqp => "amqp",
+            Scheme::Amqps => "amqps",
+        };
+        let (open, close) = if self.host.contains(':') { ("[", "]") } else { ("", "") };
+        let vhost = if self.vhost == "/" { "%2f" } else { &self.vhost };
+        write!(f, "{scheme}://{}@{open}{}{close}:{}/{vhost}", self.username, self.host, self.port)
+    }
+}
+
+impl fmt::Debug for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn url_parts_are_decoded_and_defaults_filled_in() {
+        let url =
+            Url::parse("amqps://re%40lay:p%2Fw%3A1@[::1]:5999/my%2Fvhost?heartbeat=7").unwrap();
+        assert_eq!((url.scheme, url.host.as_str(), url.port), (Scheme::Amqps, "::1", 5999));
+        assert_eq!((url.username.as_str(), url.password.expose()), ("re@lay", "p/w:1"));
+        assert_eq!((url.vhost.as_str(), url.heartbeat), ("my/vhost", Some(Duration::from_secs(7))));
+        for text in ["amqp://h", "amqp://h/", "amqp://h/%2f", "amqp://guest:guest@h:5672/%2F"] {
+            let url = Url::parse(text).unwrap();
+            assert_eq!((url.port, url.vhost.as_str(), url.username.as_str()), (5672, "/", "guest"));
+        }
+    }
+
+    #[test]
+    fn wrong_urls_are_named_without_their_password() {
+        for (text, part) in [
+            ("relay:hunter2@h/", "has no scheme"),
+            ("http://relay:hunter2@h/", "scheme \"http\" is unknown, amqp and amqps are allowed"),
+            ("amqp://relay:hunter2@/", "has no host"),
+            ("amqp://relay:hunter2@h:0/", "port \"0\" is no number from 1 to 65535"),
+            ("amqp://relay:hunter2@h?frame_max=1", "parameter \"frame_max\" is unknown, allowed:"),
+            ("amqp://relay:hunter2@h?heartbeat=0", "heartbeat is \"0\", a number from 1 to 3600"),
+            ("amqp://relay:hunter2@h/%ff", "virtual host is not UTF-8"),
+        ] {
+            let error = Url::parse(text).unwrap_err();
+            assert!(error.to_string().contains(part), "{error}");
+            assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+        }
+        let url = Url::parse("amqp://relay:hunter2@h/").unwrap();
+        assert_eq!(format!("{url} {url:?}").matches("hunter2").count(), 0);
+    }
+
+    #[test]
+    fn amqps_verifies_and_plain_text_with_a_tls_level_is_refused() {
+        let secure = Url::parse("amqps://h").unwrap();
+        let plain = Url::parse("amqp://h").unwrap();
+        let mut options = Options::new(vec![secure.clone()]);
+        assert_eq!(options.tls_for(&secure).unwrap().unwrap().mode, tls::Mode::VerifyFull);
+        assert!(options.tls_for(&plain).unwrap().is_none());
+        options.tls.mode = tls::Mode::VerifyCa;
+        assert!(options.tls_for(&plain).is_err());
+    }
+}

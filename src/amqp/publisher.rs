@@ -1,0 +1,486 @@
+//! The connection that publishes messages and says what became of each.
+//!
+//! Invariant: **a nack, a return, a lost channel is never success.** Every publish has exactly one
+//! outcome (`channel` keeps the count), or the connection ends with an error and then every
+//! publish without an outcome is in doubt.
+//!
+//! One owner, no task: `send` appends frames to the output buffer, `next_outcomes` moves all bytes
+//! in both directions, keeps the heartbeats and watches the deadlines. It has to be polled all the
+//! time, also when nothing is outstanding. All state is in the struct, so a dropped future loses
+//! nothing.
+//!
+//! There is one channel per exchange, because the broker answers a publish to a missing or
+//! forbidden exchange by closing the channel, without a delivery tag. Such a channel is opened
+//! again by the next publish to it; the other channels go on.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, connection};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
+
+use super::channel::{Channel, Outcomes, State, Verdict, target, target_exchange};
+use super::handshake::{self, CONTROL_CHANNEL, Tuned, close_error};
+use super::link::Link;
+use super::options::{CHANNELS_MAX, Options, Url};
+use super::wire::{self, Incoming};
+use crate::error::{Error, Kind, Result};
+use crate::message::{Message, Outcome, Publisher, Ticket};
+
+/// Longest wait for `connection.close-ok`.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The deadlines are looked at this often within the shortest of them.
+const TICKS_PER_DEADLINE: u32 = 4;
+
+/// A confirming connection to RabbitMQ.
+pub struct Connection {
+    link: Link,
+    url: Url,
+    channels: Vec<Channel>,
+    exchanges: Vec<Exchange>,
+    /// Send a heartbeat after this much silence of ours.
+    heartbeat: Duration,
+    confirm_timeout: Duration,
+    max_body: usize,
+    ticks: Interval,
+    blocked_since: Option<Instant>,
+    /// Confirm deadlines count from here at the earliest: when the last block ended.
+    deadlines_from: Instant,
+    /// Kept until everything that was received is read: it may hold the broker's reason.
+    write_error: Option<io::Error>,
+}
+
+struct Exchange {
+    name: String,
+    /// The exchange's part of what a return is matched by.
+    target: u64,
+}
+
+impl Connection {
+    /// Connects to the first URL that works, takes the lock queue and opens a channel in confirm
+    /// mode for every exchange. Whether the exchanges exist shows at the first publish.
+    ///
+    /// # Errors
+    /// `Unreachable`; `Refused` for login, virtual host, permissions and certificates; `Busy` when
+    /// another connection holds the lock queue; `Config` for TLS files. With several URLs the text
+    /// says what each of them answered.
+    pub async fn open(options: &Options) -> Result<Self> {
+        let mut errors: Vec<(&Url, Error)> = Vec::new();
+        for url in &options.urls {
+            let limit = url.connect_timeout.unwrap_or(options.connect_timeout);
+            let error = match timeout(limit, Self::open_one(options, url)).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error)) => error,
+                Err(_) => Error::unreachable(format!("no AMQP connection within {limit:?}")),
+            };
+            match error.kind() {
+                // The lock belongs to the cluster, and files are the same for every broker.
+                Kind::Busy | Kind::Config => return Err(error.context(format!("broker {url}"))),
+                Kind::Unreachable
+                | Kind::Refused
+                | Kind::Protocol
+                | Kind::Event
+                | Kind::Verdict => errors.push((url, error)),
+            }
+        }
+        Err(join_errors(errors))
+    }
+
+    async fn open_one(options: &Options, url: &Url) -> Result<Self> {
+        for name in &options.exchanges {
+            if name.len() > crate::message::SHORT_STRING_MAX {
+                return Err(Error::config(format!("exchange name {name:?} exceeds 255 bytes")));
+            }
+        }
+        let mut link = Link::connect(url, options).await?;
+        let tuned = handshake::handshake(&mut link, url, options).await?;
+        let locked = match &options.lock_queue {
+            Some(name) => handshake::take_lock(&mut link, name).await,
+            None => Ok(()),
+        };
+        let mut connection = Self::new(options, url, link, tuned);
+        if let Err(error) = locked {
+            connection.close().await;
+            return Err(error);
+        }
+        connection.open_channels().await?;
+        Ok(connection)
+    }
+
+    fn new(options: &Options, url: &Url, link: Link, tuned: Tuned) -> Self {
+        let available = usize::from(tuned.channel_max.saturating_sub(CONTROL_CHANNEL)).max(1);
+        let count = options.exchanges.len().min(CHANNELS_MAX).min(available);
+        let timeout = Duration::from_secs(u64::from(tuned.heartbeat));
+        let mut ticks = interval((timeout / 2).min(options.confirm_timeout) / TICKS_PER_DEADLINE);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let exchange =
+            |name: &String| Exchange { name: name.clone(), target: target_exchange(name) };
+        Self {
+            link,
+            url: url.clone(),
+            channels: (0..count).map(|i| Channel::new(CONTROL_CHANNEL + 1 + i as u16)).collect(),
+            exchanges: options.exchanges.iter().map(exchange).collect(),
+            heartbeat: timeout / 2,
+            confirm_timeout: options.confirm_timeout,
+            max_body: options.max_message_size,
+            ticks,
+            blocked_since: None,
+            deadlines_from: Instant::now(),
+            write_error: None,
+        }
+    }
+
+    /// Opens all channels at once, so the round trips do not add up.
+    async fn open_channels(&mut self) -> Result<()> {
+        for index in 0..self.channels.len() {
+            self.open_channel(index);
+        }
+        let mut outcomes = Vec::new();
+        poll_fn(|cx| {
+            while self.channels.iter().any(|c| c.state != State::Open) {
+                match self.poll_step(cx, &mut outcomes) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+            Poll::Ready(Ok(()))
+        })
+        .await?;
+        assert!(outcomes.is_empty(), "nothing was published yet");
+        Ok(())
+    }
+
+    fn open_channel(&mut self, index: usize) {
+        let channel = &mut self.channels[index];
+        let open = channel::AMQPMethod::Open(channel::Open {});
+        wire::put_method(self.link.out(), channel.number, AMQPClass::Channel(open));
+        channel.state = State::Opening;
+    }
+
+    /// Since when the broker has blocked this connection, if it does.
+    pub fn blocked_since(&self) -> Option<Instant> {
+        self.blocked_since
+    }
+
+    /// The broker that is connected.
+    pub fn url(&self) -> &Url {
+        &self.url
+    }
+
+    /// Publishes without an outcome.
+    pub fn unconfirmed(&self) -> usize {
+        self.channels.iter().map(Channel::unconfirmed).sum()
+    }
+
+    /// Bytes that wait to be handed to the kernel.
+    pub fn unsent_bytes(&self) -> usize {
+        let waiting: usize = self.channels.iter().map(|c| c.waiting.len()).sum();
+        self.link.unsent() + waiting
+    }
+
+    fn poll_outcomes(&mut self, cx: &mut Context<'_>, outcomes: &mut Outcomes) -> Poll<Result<()>> {
+        let before = outcomes.len();
+        loop {
+            match self.poll_step(cx, outcomes) {
+                Poll::Ready(Ok(())) if outcomes.len() == before => {}
+                Poll::Ready(result) => {
+                    if result.is_err() {
+                        // The close-ok that we may owe; nobody waits for it.
+                        let _ = self.link.poll_write(cx);
+                    }
+                    return Poll::Ready(result);
+                }
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+
+    /// One round: frames that are here, then write, then read. Deadlines are only looked at when
+    /// nothing is left to read, so that a pause of our own is not taken for the broker's.
+    fn poll_step(&mut self, cx: &mut Context<'_>, outcomes: &mut Outcomes) -> Poll<Result<()>> {
+        let before = outcomes.len();
+        while let Some(frame) = self.link.next_frame()? {
+            self.received(frame, outcomes)?;
+        }
+        if self.write_error.is_none()
+            && let Poll::Ready(Err(error)) = self.link.poll_write(cx)
+        {
+            self.write_error = Some(error);
+        }
+        if outcomes.len() > before {
+            return Poll::Ready(Ok(()));
+        }
+        match self.link.poll_read(cx) {
+            Poll::Ready(Ok(0)) => Poll::Ready(Err(self.lost("broker closed the connection", None))),
+            Poll::Ready(Ok(_)) => Poll::Ready(Ok(())),
+            Poll::Ready(Err(e)) => Poll::Ready(Err(self.lost("reading from the broker", Some(e)))),
+            Poll::Pending if self.write_error.is_some() => {
+                let error = self.write_error.take();
+                Poll::Ready(Err(self.lost("writing to the broker", error)))
+            }
+            Poll::Pending if self.ticks.poll_tick(cx).is_ready() => {
+                Poll::Ready(self.check_deadlines())
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn lost(&self, what: &str, cause: Option<io::Error>) -> Error {
+        let error = Error::unreachable(format!("broker {}: {what}", self.url));
+        match cause {
+            Some(cause) => error.caused_by(cause),
+            None => error,
+        }
+    }
+
+    fn check_deadlines(&mut self) -> Result<()> {
+        let now = Instant::now();
+        // Twice the negotiated timeout is what the broker itself allows us.
+        let silence = now - self.link.last_read;
+        if silence > self.heartbeat * 4 {
+            return Err(self.lost(&format!("no sign of life for {silence:.1?}"), None));
+        }
+        if now - self.link.last_write >= self.heartbeat && self.link.urgent().is_empty() {
+            wire::put_heartbeat(self.link.urgent());
+        }
+        if self.blocked_since.is_some() {
+            return Ok(());
+        }
+        let oldest = self.channels.iter().filter_map(Channel::oldest).min();
+        let waited =
+            oldest.map(|sent| now.saturating_duration_since(sent.max(self.deadlines_from)));
+        match waited {
+            Some(waited) if waited > self.confirm_timeout => Err(self
+                .lost(
+                    &format!("no confirm for {waited:.1?} ({} waiting)", self.unconfirmed()),
+                    None,
+                )
+                .hint("are the queue's leader and a majority of its replicas up?")),
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    fn received(&mut self, frame: Incoming, outcomes: &mut Outcomes) -> Result<()> {
+        match frame {
+            Incoming::Ack { channel, tag, multiple } => {
+                self.channel(channel)?.confirm(tag, multiple, Verdict::Ack, outcomes)
+            }
+            Incoming::Heartbeat => Ok(()),
+            Incoming::ContentHeader { channel, body_size, message_id } => {
+                self.channel(channel)?.content_header(body_size, message_id)
+            }
+            Incoming::ContentBody { channel, len } => self.channel(channel)?.content_body(len),
+            Incoming::Method(number, AMQPClass::Basic(method)) => {
+                self.received_basic(number, method, outcomes)
+            }
+            Incoming::Method(0, AMQPClass::Connection(method)) => self.received_connection(method),
+            Incoming::Method(number, AMQPClass::Channel(method)) => {
+                self.received_channel(number, method, outcomes)
+            }
+            Incoming::Method(
+                number,
+                AMQPClass::Confirm(confirm::AMQPMethod::SelectOk(confirm::SelectOk {})),
+            ) => {
+                let channel = self.channel_in(number, State::Selecting)?;
+                channel.state = State::Open;
+                let waiting = std::mem::take(&mut channel.waiting);
+                self.link.out().extend_from_slice(&waiting);
+                Ok(())
+            }
+            other @ (Incoming::Start(_) | Incoming::Method(..)) => {
+                Err(handshake::unexpected(&other, "a confirm"))
+            }
+        }
+    }
+
+    fn received_basic(
+        &mut self,
+        number: u16,
+        method: basic::AMQPMethod,
+        outcomes: &mut Outcomes,
+    ) -> Result<()> {
+        match method {
+            basic::AMQPMethod::Nack(nack) => {
+                let (tag, multiple) = (nack.delivery_tag, nack.multiple);
+                self.channel(number)?.confirm(tag, multiple, Verdict::Nack, outcomes)
+            }
+            basic::AMQPMethod::Return(back) => {
+                let exchange = target_exchange(back.exchange.as_str());
+                let target = target(exchange, back.routing_key.as_str().as_bytes());
+                self.channel(number)?.begin_return(String::from(back.reply_text), target)
+            }
+            other => {
+                let other = Incoming::Method(number, AMQPClass::Basic(other));
+                Err(handshake::unexpected(&other, "a confirm"))
+            }
+        }
+    }
+
+    fn received_connection(&mut self, method: connection::AMQPMethod) -> Result<()> {
+        match method {
+            connection::AMQPMethod::Close(close) => {
+                let ok = connection::AMQPMethod::CloseOk(connection::CloseOk {});
+                self.link.hold(true);
+                wire::put_method(self.link.urgent(), 0, AMQPClass::Connection(ok));
+                Err(close_error(&close).context(format!("broker {}", self.url)))
+            }
+            connection::AMQPMethod::Blocked(_) => {
+                self.blocked_since.get_or_insert_with(Instant::now);
+                self.link.hold(true);
+                Ok(())
+            }
+            connection::AMQPMethod::Unblocked(_) => {
+                self.blocked_since = None;
+                self.deadlines_from = Instant::now();
+                self.link.hold(false);
+                Ok(())
+            }
+            other => {
+                let other = Incoming::Method(0, AMQPClass::Connection(other));
+                Err(handshake::unexpected(&other, "a confirm"))
+            }
+        }
+    }
+
+    fn received_channel(
+        &mut self,
+        number: u16,
+        method: channel::AMQPMethod,
+        outcomes: &mut Outcomes,
+    ) -> Result<()> {
+        match method {
+            channel::AMQPMethod::OpenOk(_) => {
+                self.channel_in(number, State::Opening)?.state = State::Selecting;
+                let select = confirm::AMQPMethod::Select(confirm::Select { nowait: false });
+                wire::put_method(self.link.out(), number, AMQPClass::Confirm(select));
+                Ok(())
+            }
+            channel::AMQPMethod::Close(close) => {
+                self.channel(number)?.close(close.reply_code, close.reply_text.as_str(), outcomes);
+                // Behind the publishes that still lie in the buffer: the broker drops those.
+                let ok = channel::AMQPMethod::CloseOk(channel::CloseOk {});
+                wire::put_method(self.link.out(), number, AMQPClass::Channel(ok));
+                Ok(())
+            }
+            other => {
+                let other = Incoming::Method(number, AMQPClass::Channel(other));
+                Err(handshake::unexpected(&other, "a confirm"))
+            }
+        }
+    }
+
+    fn channel(&mut self, number: u16) -> Result<&mut Channel> {
+        let index = usize::from(number).checked_sub(usize::from(CONTROL_CHANNEL) + 1);
+        index.and_then(|index| self.channels.get_mut(index)).ok_or_else(|| {
+            Error::protocol(format!("broker sent a frame on channel {number}, which is not open"))
+        })
+    }
+
+    fn channel_in(&mut self, number: u16, state: State) -> Result<&mut Channel> {
+        let channel = self.channel(number)?;
+        if channel.state == state {
+            Ok(channel)
+        } else {
+            let (is, want) = (channel.state, state);
+            let what = format!("broker answered on channel {number} in state {is:?}, not {want:?}");
+            Err(Error::protocol(what))
+        }
+    }
+
+    async fn wait_for_close_ok(&mut self) -> Result<()> {
+        loop {
+            while let Some(frame) = self.link.next_frame()? {
+                let close_ok = connection::AMQPMethod::CloseOk(connection::CloseOk {});
+                if frame == Incoming::Method(0, AMQPClass::Connection(close_ok)) {
+                    return Ok(());
+                }
+            }
+            let read = poll_fn(|cx| {
+                if let Poll::Ready(Err(error)) = self.link.poll_write(cx) {
+                    return Poll::Ready(Err(error));
+                }
+                self.link.poll_read(cx)
+            });
+            match read.await {
+                Ok(0) => return Ok(()),
+                Ok(_) => {}
+                Err(error) => return Err(self.lost("closing", Some(error))),
+            }
+        }
+    }
+}
+
+impl Publisher for Connection {
+    /// # Panics
+    /// When the body is larger than [`Publisher::max_body`] or the exchange is none of ours.
+    fn send(&mut self, ticket: Ticket, message: &Message) {
+        assert!(message.body().len() <= self.max_body, "the caller checks the body's size");
+        let exchange = usize::from(message.exchange.0);
+        let index = exchange % self.channels.len();
+        if self.channels[index].state == State::Closed {
+            self.open_channel(index);
+        }
+        let (exchange, frame_max) = (&self.exchanges[exchange], self.link.frame_max);
+        let target = target(exchange.target, message.routing_key());
+        let channel = &mut self.channels[index];
+        channel.publish(ticket, message.id, target, Instant::now());
+        let out = match channel.state {
+            State::Open => self.link.out(),
+            State::Opening | State::Selecting => &mut channel.waiting,
+            State::Closed => unreachable!("it was opened above"),
+        };
+        wire::put_publish(out, channel.number, &exchange.name, message, frame_max);
+    }
+
+    fn next_outcomes(
+        &mut self,
+        outcomes: &mut Vec<(Ticket, Outcome)>,
+    ) -> impl Future<Output = Result<()>> {
+        poll_fn(move |cx| self.poll_outcomes(cx, outcomes))
+    }
+
+    fn is_blocked(&self) -> bool {
+        self.blocked_since.is_some()
+    }
+
+    fn max_body(&self) -> usize {
+        self.max_body
+    }
+
+    /// Sends `connection.close` and waits at most one second for the answer: then the broker has
+    /// deleted the lock queue. What is still in the output buffer is not sent.
+    async fn close(mut self) {
+        let close = connection::AMQPMethod::Close(connection::Close {
+            reply_code: 200,
+            reply_text: "bye".into(),
+            class_id: 0,
+            method_id: 0,
+        });
+        self.link.hold(true);
+        wire::put_method(self.link.urgent(), 0, AMQPClass::Connection(close));
+        // An error or a timeout here changes nothing: the socket is dropped next.
+        let _ = timeout(CLOSE_TIMEOUT, self.wait_for_close_ok()).await;
+    }
+}
+
+pub(super) fn join_errors(mut errors: Vec<(&Url, Error)>) -> Error {
+    if errors.len() == 1 {
+        let (url, error) = errors.remove(0);
+        return error.context(format!("broker {url}"));
+    }
+    if errors.is_empty() {
+        return Error::config("no broker URL is given");
+    }
+    let all_refused = errors.iter().all(|(_, e)| e.kind() == Kind::Refused);
+    let kind = if all_refused { Kind::Refused } else { Kind::Unreachable };
+    let hint = errors.iter().find_map(|(_, e)| e.advice().map(str::to_owned));
+    let told: Vec<String> = errors.iter().map(|(url, e)| format!("{url}: {e}")).collect();
+    let error = Error::new(kind, format!("no broker could be used: {}", told.join("; ")));
+    match hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
