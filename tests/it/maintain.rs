@@ -131,12 +131,10 @@ async fn old_default_rows_go_in_batches_once_passed_and_later_ones_wait() {
     let (database, client) = installed().await;
     let open = database.connect().await;
     let old = "'2020-01-01 12:00+00')";
-    let rows = format!(
-        "INSERT INTO watership.outbox \
-         (aggregate_type, aggregate_id, event_type, payload, created_at) \
-         SELECT 't', n::text, 'e', '{{}}', '2020-01-01' FROM generate_series(1, 1500) AS n"
-    );
-    client.batch_execute(&rows).await.unwrap();
+    let rows = "INSERT INTO watership.outbox \
+        (aggregate_type, aggregate_id, event_type, payload, created_at) \
+        SELECT 't', n::text, 'e', '{}', '2020-01-01' FROM generate_series(1, 1500) AS n";
+    client.batch_execute(rows).await.unwrap();
     // Open when the note is taken: its row will lie behind the noted position.
     open.batch_execute(&format!("BEGIN; INSERT INTO watership.outbox {EVENT}, {old}"))
         .await
@@ -231,7 +229,7 @@ fn tables_inserted_into(messages: &[Vec<u8>]) -> Vec<String> {
         match message[0] {
             b'R' => {
                 let mut strings = message[5..].split(|byte| *byte == 0);
-                let mut next = || String::from_utf8(strings.next().unwrap().to_vec()).unwrap();
+                let mut next = || String::from_utf8_lossy(strings.next().expect("a string"));
                 names.insert(message[1..5].to_vec(), format!("{}.{}", next(), next()));
             }
             b'I' => inserts.push(names[&message[1..5]].clone()),
