@@ -38,7 +38,8 @@ async fn old_partition(client: &Client) {
     let sql = "SET ROLE watership_owner; \
         CREATE TABLE watership.outbox_20200101 PARTITION OF watership.outbox \
         FOR VALUES FROM ('2020-01-01 00:00+00') TO ('2020-01-02 00:00+00'); RESET ROLE; \
-        INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload, created_at) \
+        INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload, \
+        created_at) \
         VALUES ('t', '1', 'e', '{}', '2020-01-01 12:00+00')";
     client.batch_execute(sql).await.expect("an old partition");
 }

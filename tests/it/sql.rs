@@ -152,7 +152,8 @@ async fn what_no_message_can_carry_is_refused_in_the_application() {
         "'t', '1', 'e', '{}', '\\x00'",
     ] {
         let sql = format!(
-            "INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload, data) \
+            "INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, \
+             payload, data) \
              VALUES ({values})"
         );
         assert_eq!(refusal(&admin, &sql).await, CHECK_VIOLATION, "{sql}");
