@@ -7,7 +7,8 @@
 //! ```no_run
 //! use watership::outbox::{NewEvent, Payload, emit};
 //!
-//! # async fn example(client: &mut tokio_postgres::Client) -> Result<(), Box<dyn std::error::Error>> {
+//! # type Failed = Box<dyn std::error::Error>;
+//! # async fn example(client: &mut tokio_postgres::Client) -> Result<(), Failed> {
 //! let tx = client.transaction().await?;
 //! tx.execute("UPDATE orders SET state = 'paid' WHERE id = $1", &[&42_i64]).await?;
 //! let body = r#"{"order": 42, "total": 12.50}"#;

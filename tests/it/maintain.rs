@@ -38,7 +38,8 @@ async fn old_partition(client: &Client) {
     let sql = "SET ROLE watership_owner; \
         CREATE TABLE watership.outbox_20200101 PARTITION OF watership.outbox \
         FOR VALUES FROM ('2020-01-01 00:00+00') TO ('2020-01-02 00:00+00'); RESET ROLE; \
-        INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload, created_at) \
+        INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload, \
+        created_at) \
         VALUES ('t', '1', 'e', '{}', '2020-01-01 12:00+00')";
     client.batch_execute(sql).await.expect("an old partition");
 }
@@ -131,12 +132,10 @@ async fn old_default_rows_go_in_batches_once_passed_and_later_ones_wait() {
     let (database, client) = installed().await;
     let open = database.connect().await;
     let old = "'2020-01-01 12:00+00')";
-    let rows = format!(
-        "INSERT INTO watership.outbox \
-         (aggregate_type, aggregate_id, event_type, payload, created_at) \
-         SELECT 't', n::text, 'e', '{{}}', '2020-01-01' FROM generate_series(1, 1500) AS n"
-    );
-    client.batch_execute(&rows).await.unwrap();
+    let rows = "INSERT INTO watership.outbox \
+        (aggregate_type, aggregate_id, event_type, payload, created_at) \
+        SELECT 't', n::text, 'e', '{}', '2020-01-01' FROM generate_series(1, 1500) AS n";
+    client.batch_execute(rows).await.unwrap();
     // Open when the note is taken: its row will lie behind the noted position.
     open.batch_execute(&format!("BEGIN; INSERT INTO watership.outbox {EVENT}, {old}"))
         .await
@@ -231,7 +230,7 @@ fn tables_inserted_into(messages: &[Vec<u8>]) -> Vec<String> {
         match message[0] {
             b'R' => {
                 let mut strings = message[5..].split(|byte| *byte == 0);
-                let mut next = || String::from_utf8(strings.next().unwrap().to_vec()).unwrap();
+                let mut next = || String::from_utf8_lossy(strings.next().expect("a string"));
                 names.insert(message[1..5].to_vec(), format!("{}.{}", next(), next()));
             }
             b'I' => inserts.push(names[&message[1..5]].clone()),
