@@ -4,7 +4,6 @@
 //! the configuration it gets is an ordinary file, printed with `--keep`. The judgement is the
 //! ledger's: what committed arrived, nothing else did, and each key in commit order.
 
-use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -20,9 +19,11 @@ use crate::error::{Error, Result};
 mod consumer;
 mod ledger;
 mod shop;
+mod view;
 
-use ledger::{Counts, Ledger, Verdict};
+use ledger::{Counts, Ledger};
 use shop::Transactions;
+use view::View;
 
 const QUEUE: &str = "demo.orders";
 const EXCHANGE: &str = "demo.events";
@@ -40,8 +41,6 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 const SETTLE: Duration = Duration::from_secs(1);
 /// How often progress is looked at, and shown on a terminal.
 const TICK: Duration = Duration::from_millis(100);
-/// How often progress is shown elsewhere.
-const LINE_EVERY: Duration = Duration::from_secs(5);
 
 /// Show Watership at work on private servers, through two faults
 #[derive(Debug, Clone, clap::Args)]
@@ -117,7 +116,7 @@ pub async fn run(args: Args) -> Result<bool> {
     let (faults, transactions) = stack.live_through(&run, shop, args.events).await?;
     consumer.abort();
     let verdict = run.ledger().verdict(faults.relay_killed);
-    report(&verdict, transactions, &faults);
+    view::report(&verdict, transactions, &faults);
     if args.keep {
         stack.keep().await?;
     }
@@ -332,13 +331,13 @@ fn ended_well(writer: Result<Result<Transactions>, JoinError>) -> Result<Transac
 
 fn start_relay(config: &Path) -> Result<Process> {
     let log = crate::dev::home()?.join("relay.log");
-    let mut command = Command::new(program()?);
+    let mut command = Command::new(crate::dev::this_program()?);
     command.arg("run").arg("--config").arg(config);
     Process::spawn("the relay", command, &log)
 }
 
 async fn init(config: &Path, admin: &str) -> Result<()> {
-    let mut command = tokio::process::Command::new(program()?);
+    let mut command = tokio::process::Command::new(crate::dev::this_program()?);
     command.args(["init", "--admin-url", admin, "--config"]).arg(config).kill_on_drop(true);
     let failed = |text: String| Error::refused(format!("watership init {text}"));
     let out = match tokio::time::timeout(STEP_LIMIT, command.output()).await {
@@ -354,10 +353,6 @@ async fn init(config: &Path, admin: &str) -> Result<()> {
     Err(failed(format!("ended with {}: {}", out.status, said.trim())))
 }
 
-fn program() -> Result<PathBuf> {
-    std::env::current_exe().map_err(|e| Error::config("finding this program").caused_by(e))
-}
-
 fn config_text(postgres: &Postgres, rabbit: &Rabbit) -> Result<String> {
     let source = postgres.url("relay", DATABASE);
     let broker = rabbit.url("/");
@@ -365,7 +360,8 @@ fn config_text(postgres: &Postgres, rabbit: &Rabbit) -> Result<String> {
     let admin = crate::dev::free_port()?;
     Ok(format!(
         "name = \"demo\"\n\n[source]\nurl = \"{source}\"\n\n\
-         [broker]\nurl = \"{broker}\"\ntopology = \"declare\"\nmanagement_url = \"{management}\"\n\n\
+         [broker]\nurl = \"{broker}\"\ntopology = \"declare\"\n\
+         management_url = \"{management}\"\n\n\
          [admin]\nlisten = \"127.0.0.1:{admin}\"\n\n\
          [[queue]]\nname = \"{QUEUE}\"\ntype = \"quorum\"\n\n\
          [[binding]]\nqueue = \"{QUEUE}\"\nexchange = \"{EXCHANGE}\"\nrouting_key = \"order.#\"\n\n\
@@ -373,98 +369,4 @@ fn config_text(postgres: &Postgres, rabbit: &Rabbit) -> Result<String> {
          outbox = {{ aggregate_type = \"order\" }}\nexchange = \"{EXCHANGE}\"\n\
          routing_key = \"{{aggregate_type}}.{{event_type}}\"\n"
     ))
-}
-
-/// The progress line: rewritten in place on a terminal, a new line now and then elsewhere.
-struct View {
-    terminal: bool,
-    last: Option<Instant>,
-}
-
-impl View {
-    fn new() -> Self {
-        Self { terminal: std::io::stdout().is_terminal(), last: None }
-    }
-
-    fn show(&mut self, elapsed: Duration, counts: Counts) {
-        let every = if self.terminal { TICK } else { LINE_EVERY };
-        if self.last.is_some_and(|last| last.elapsed() < every) {
-            return;
-        }
-        self.last = Some(Instant::now());
-        let line = format!(
-            "{:5.1} s  committed {:>7}  delivered {:>7}  on the way {:>6}  duplicates {}",
-            elapsed.as_secs_f64(),
-            counts.committed,
-            counts.delivered,
-            counts.committed.saturating_sub(counts.delivered),
-            counts.duplicates
-        );
-        if self.terminal {
-            print!("\r\x1b[K{line}");
-        } else {
-            println!("{line}");
-        }
-        let _ = std::io::stdout().flush();
-    }
-
-    fn note(&mut self, text: &str) {
-        self.end();
-        println!("         {text}");
-        self.last = None;
-    }
-
-    fn end(&self) {
-        if self.terminal {
-            println!();
-        }
-    }
-}
-
-fn report(verdict: &Verdict, transactions: Transactions, faults: &Faults) {
-    let counts = verdict.counts;
-    let seconds = verdict.span.as_secs_f64().max(0.001);
-    let ms = |d: Duration| d.as_secs_f64() * 1000.0;
-    println!();
-    println!(
-        "committed         {} events in {} transactions ({} more rolled back)",
-        counts.committed, transactions.committed, transactions.rolled_back
-    );
-    println!("delivered         {}", counts.delivered);
-    println!("lost              {}", verdict.lost);
-    println!("never committed   {}", verdict.unexpected);
-    println!(
-        "duplicates        {} ({} of them redelivered by the broker)",
-        counts.duplicates, counts.redelivered
-    );
-    println!("order violations  {} (of {} keys)", counts.violations, verdict.keys);
-    if counts.altered > 0 {
-        println!("altered           {}", counts.altered);
-    }
-    println!(
-        "events/s          {:.0} (over the whole run with its faults; {} in the best second)",
-        counts.delivered as f64 / seconds,
-        verdict.best_second
-    );
-    if let Some((p50, p99)) = verdict.calm {
-        println!(
-            "latency           p50 {:.1} ms, p99 {:.1} ms (commit to consumer, before the faults); \
-             longest {:.1} s",
-            ms(p50),
-            ms(p99),
-            verdict.longest.as_secs_f64()
-        );
-    }
-    println!(
-        "faults            relay killed at {:.1} s, delivering again after {:.1} s; \
-         RabbitMQ stopped at {:.1} s, delivering again after {:.1} s",
-        faults.relay_killed.as_secs_f64(),
-        (faults.relay_back.saturating_sub(faults.relay_killed)).as_secs_f64(),
-        faults.broker_stopped.as_secs_f64(),
-        (faults.broker_back.saturating_sub(faults.broker_stopped)).as_secs_f64(),
-    );
-    println!(
-        "{}",
-        if verdict.holds() { "OK: nothing lost, everything in order" } else { "FAILED" }
-    );
 }
