@@ -1,8 +1,11 @@
 //! Watership: WAL, shipped to rabbits.
 
+pub mod admin;
 pub mod amqp;
 pub mod backoff;
 pub mod column;
+pub mod cli;
+pub mod config;
 pub mod dev;
 pub mod envelope;
 pub mod error;

@@ -149,6 +149,14 @@ pub fn fill_in(raw: &Raw, lookup: Lookup<'_>) -> Result<Raw> {
     tree.try_into().map_err(|e| Error::config("configuration cannot be filled in").caused_by(e))
 }
 
+/// [`fill_in`] for one string, from the environment; for values of command line options.
+///
+/// # Errors
+/// [`crate::error::Kind::Config`] naming the variable or the file.
+pub fn fill_in_text(text: &str) -> Result<String> {
+    fill_text(text, &|name| std::env::var(name).ok()).map_err(Error::config)
+}
+
 fn fill_tree(value: &mut toml::Value, key: &str, lookup: Lookup<'_>, problems: &mut Vec<String>) {
     match value {
         toml::Value::String(text) => match fill_text(text, lookup) {

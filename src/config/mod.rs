@@ -11,9 +11,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::amqp;
 use crate::amqp::options::{Auth, Url};
+use crate::amqp::topology::Topology;
 use crate::error::Result;
+use crate::metrics::RouteLabel;
 use crate::pg;
+use crate::relay;
 use crate::route::Rule;
 use crate::secret::Secret;
 use crate::tls;
@@ -21,6 +25,7 @@ use crate::tls;
 pub mod load;
 pub mod raw;
 mod routes;
+mod topology;
 mod value;
 
 use raw::Raw;
@@ -35,7 +40,7 @@ pub struct Config {
     pub source: Source,
     /// Where messages go.
     pub broker: Broker,
-    /// What is declared or verified in the broker.
+    /// What is declared or verified in the broker; the routes' exchanges are among it.
     pub topology: Topology,
     /// What goes where, the default rules when the file has no route.
     pub rules: Vec<Rule>,
@@ -87,28 +92,6 @@ pub struct Broker {
     pub management_url: Option<Secret>,
 }
 
-/// Whether missing things are made or reported.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TopologyMode {
-    /// Declare what is missing.
-    Declare,
-    /// Only look.
-    Verify,
-}
-
-/// `broker.topology`, `[[exchange]]`, `[[queue]]`, `[[binding]]`
-#[derive(Debug, Clone)]
-pub struct Topology {
-    /// Whether missing things are made or reported.
-    pub mode: TopologyMode,
-    /// Those listed, and those of the routes, which are topic exchanges unless listed.
-    pub exchanges: Vec<raw::Exchange>,
-    /// Those listed.
-    pub queues: Vec<raw::Queue>,
-    /// Those listed.
-    pub bindings: Vec<raw::Binding>,
-}
-
 /// `[relay]`
 #[derive(Debug, Clone)]
 pub struct Relay {
@@ -122,6 +105,8 @@ pub struct Relay {
     pub checkpoint_interval: Duration,
     /// How long confirms are awaited at shutdown.
     pub drain_timeout: Duration,
+    /// How often an idle stream advances the slot.
+    pub idle_interval: Duration,
 }
 
 /// `[log]`
@@ -172,7 +157,7 @@ impl Config {
         let log = log(p, &raw.log);
         let tables = source.as_ref().map_or(&[][..], |s| &s.tables);
         let rules = routes::rules(p, &raw.route, tables);
-        let topology = topology(p, &raw, &rules);
+        let topology = topology::topology(p, &raw, &rules);
         let warnings = warnings(source.as_ref(), &broker);
         problems.into_result(file)?;
         let source = source.expect("without a source there is a problem");
@@ -193,12 +178,48 @@ impl Config {
     }
 
     /// What labels the routes' metrics, in the order of the rules.
-    pub fn route_labels(&self) -> Vec<crate::metrics::RouteLabel> {
-        let label = |rule: &Rule| crate::metrics::RouteLabel {
-            name: rule.name.clone(),
-            owner: rule.owner.clone(),
-        };
+    pub fn route_labels(&self) -> Vec<RouteLabel> {
+        let label = |rule: &Rule| RouteLabel { name: rule.name.clone(), owner: rule.owner.clone() };
         self.rules.iter().map(label).collect()
+    }
+
+    /// For connections to the broker. The relay adds exchanges and the lock queue.
+    pub fn broker_options(&self) -> amqp::options::Options {
+        let Broker { urls, tls, auth, connect_timeout, heartbeat, confirm_timeout, .. } =
+            &self.broker;
+        let mut options = amqp::options::Options::new(urls.clone());
+        options.tls = tls.clone();
+        options.auth = *auth;
+        options.heartbeat = *heartbeat;
+        options.connect_timeout = *connect_timeout;
+        options.confirm_timeout = *confirm_timeout;
+        options.connection_name = format!("watership {}", self.name);
+        options.max_message_size = self.broker.max_message_size;
+        options
+    }
+
+    /// For the relay.
+    pub fn relay_options(&self) -> relay::Options {
+        relay::Options {
+            name: self.name.clone(),
+            sql: self.source.sql.clone(),
+            slot: self.source.slot.clone(),
+            publication: self.source.publication.clone(),
+            tables: self.source.tables.clone(),
+            broker: self.broker_options(),
+            topology: self.topology.clone(),
+            rules: self.rules.clone(),
+            window: relay::Window {
+                events: self.relay.max_window_events,
+                bytes: self.relay.max_window_bytes,
+                unconfirmed: self.relay.max_unconfirmed,
+            },
+            checkpoint_interval: self.relay.checkpoint_interval,
+            drain_timeout: self.relay.drain_timeout,
+            retain: self.retain,
+            maintain: self.maintain,
+            idle_interval: self.relay.idle_interval,
+        }
     }
 }
 
@@ -341,6 +362,7 @@ fn relay(p: &mut Problems, raw: &raw::Relay) -> Relay {
         max_unconfirmed: p.number("relay.max_unconfirmed", raw.max_unconfirmed, 1, WINDOW_MAX),
         checkpoint_interval: p.duration(interval, &raw.checkpoint_interval, MILLISECOND, minute),
         drain_timeout: p.duration("relay.drain_timeout", &raw.drain_timeout, MILLISECOND, HOUR),
+        idle_interval: p.duration("relay.idle_interval", &raw.idle_interval, SECOND, HOUR),
     }
 }
 
@@ -368,50 +390,6 @@ fn log(p: &mut Problems, raw: &raw::Log) -> Log {
     Log {
         format: p.word("log.format", &raw.format, &formats),
         level: p.word("log.level", &raw.level, &levels),
-    }
-}
-
-fn topology(p: &mut Problems, raw: &Raw, rules: &[Rule]) -> Topology {
-    let modes = [("declare", TopologyMode::Declare), ("verify", TopologyMode::Verify)];
-    let mode = p.word("broker.topology", &raw.broker.topology, &modes);
-    let mut exchanges = raw.exchange.clone();
-    for (index, exchange) in exchanges.iter().enumerate() {
-        amqp_name(p, &format!("exchange[{index}].name"), &exchange.name);
-        let kinds = ["topic", "direct", "fanout", "headers"].map(|kind| (kind, ()));
-        // Plugins bring more kinds, all of them named x-….
-        if !exchange.kind.starts_with("x-") {
-            p.word(&format!("exchange[{index}].kind"), &exchange.kind, &kinds);
-        }
-    }
-    for name in routes::exchanges(rules) {
-        if !exchanges.iter().any(|exchange| exchange.name == name) {
-            exchanges.push(raw::Exchange { name: name.to_owned(), ..raw::Exchange::default() });
-        }
-    }
-    for (index, queue) in raw.queue.iter().enumerate() {
-        amqp_name(p, &format!("queue[{index}].name"), &queue.name);
-        let kinds = ["quorum", "classic", "stream"].map(|kind| (kind, ()));
-        p.word(&format!("queue[{index}].type"), &queue.kind, &kinds);
-        for (name, value) in &queue.arguments {
-            let key = format!("queue[{index}].arguments.{name}");
-            if name == "x-queue-type" {
-                p.other(format!("{key}: the type of a queue is set by its key \"type\""));
-            } else if !(value.is_str() || value.is_integer() || value.is_bool()) {
-                p.other(format!("{key}: allowed are strings, integers and booleans"));
-            }
-        }
-    }
-    for (index, binding) in raw.binding.iter().enumerate() {
-        amqp_name(p, &format!("binding[{index}].queue"), &binding.queue);
-        amqp_name(p, &format!("binding[{index}].exchange"), &binding.exchange);
-    }
-    Topology { mode, exchanges, queues: raw.queue.clone(), bindings: raw.binding.clone() }
-}
-
-/// A name of an exchange or a queue: an AMQP short string that is not empty.
-fn amqp_name(p: &mut Problems, key: &str, name: &str) {
-    if name.is_empty() || name.len() > crate::message::SHORT_STRING_MAX {
-        p.value(key, format!("{name:?}"), "1 to 255 bytes");
     }
 }
 

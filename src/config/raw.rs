@@ -80,6 +80,7 @@ pub struct Relay {
     pub max_unconfirmed: u64,
     pub checkpoint_interval: String,
     pub drain_timeout: String,
+    pub idle_interval: String,
 }
 
 /// `[outbox]`
@@ -222,6 +223,7 @@ impl Default for Relay {
             max_unconfirmed: 2048,
             checkpoint_interval: "100ms".into(),
             drain_timeout: "10s".into(),
+            idle_interval: "30s".into(),
         }
     }
 }

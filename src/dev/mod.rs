@@ -306,7 +306,7 @@ fn send(signal: Signal, targets: &[String]) {
 }
 
 /// A loopback port that nobody listens on at this moment.
-fn free_port() -> Result<u16> {
+pub fn free_port() -> Result<u16> {
     let bound = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|l| l.local_addr());
     let address = bound.map_err(|e| Error::unreachable("finding a free port").caused_by(e))?;
     Ok(address.port())
@@ -342,7 +342,7 @@ fn versions(parent: &str, below: &str) -> Vec<PathBuf> {
 }
 
 /// The last bytes of a log file.
-fn tail(log: &Path) -> String {
+pub fn tail(log: &Path) -> String {
     let bytes = fs::read(log).unwrap_or_default();
     let start = bytes.len().saturating_sub(LOG_TAIL);
     String::from_utf8_lossy(&bytes[start..]).into_owned()

@@ -3,5 +3,11 @@
 //! Each test takes its own database and its own vhost, so tests run in parallel. A test that
 //! stops, kills or specially configures a server starts a private one through `watership::dev`.
 
+mod amqp;
 mod dev;
+mod pg_stream;
+mod pg_wire;
+mod maintain;
+mod slot;
+mod sql;
 mod support;
