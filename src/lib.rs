@@ -3,8 +3,8 @@
 pub mod admin;
 pub mod amqp;
 pub mod backoff;
-pub mod column;
 pub mod cli;
+pub mod column;
 pub mod config;
 pub mod dev;
 pub mod envelope;

@@ -5,9 +5,9 @@
 
 mod amqp;
 mod dev;
+mod maintain;
 mod pg_stream;
 mod pg_wire;
-mod maintain;
 mod slot;
 mod sql;
 mod support;
