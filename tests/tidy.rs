@@ -23,11 +23,6 @@ const EXCEPTIONS: &[Exception] = &[
     },
     Exception {
         path: "tests/it/dev.rs",
-        words: "sleep(Duration::from_millis(20))",
-        why: "the grain of a wait for the end of processes that are nobody's children",
-    },
-    Exception {
-        path: "tests/it/dev.rs",
         words: "#[ignore",
         why: "the process that another test starts and kills",
     },
@@ -144,6 +139,7 @@ fn only_config_load_reads_the_environment() {
         layers::environment,
         &[
             ("src/config/load.rs", "use std::env;\nfn f() { env::var(\"X\"); }"),
+            ("src/cli/demo.rs", "fn f() { std::env::current_exe(); }"),
             ("src/cli/run.rs", "const V: &str = env!(\"CARGO_PKG_VERSION\");"),
         ],
     );
@@ -260,7 +256,13 @@ fn tests_wait_on_progress_and_never_sleep() {
         &[
             ("tests/it/crash.rs", "async fn f() { tokio::time::sleep(D).await; }", 1),
             ("src/a.rs", "#[cfg(test)]\nmod tests {\n fn f() { thread::sleep(D); }\n}", 3),
-            ("tests/it/dev.rs", "fn f() { sleep(Duration::from_millis(200)); }", 1),
+            ("tests/it/a.rs", "fn f() { loop { sleep(Duration::from_millis(20)); } }", 1),
+            ("tests/it/a.rs", "fn deadline() {}\nfn f() { loop { sleep(POLL); } }", 2),
+            (
+                "tests/it/a.rs",
+                "fn f() { while now < deadline { sleep(Duration::from_millis(500)); } }",
+                1,
+            ),
             ("tests/it/crash.rs", "use tokio::time::sleep;\nasync fn f() { sleep(D).await; }", 2),
         ],
     );
@@ -269,6 +271,7 @@ fn tests_wait_on_progress_and_never_sleep() {
         &[
             ("src/relay/supervisor.rs", "async fn f() { tokio::time::sleep(D).await; }"),
             ("tests/simulation.rs", "async fn f() { tokio::time::sleep(D).await; }"),
+            ("tests/it/a.rs", "fn f() { while go { assert!(now < deadline); sleep(POLL); } }"),
             ("tests/it/slow.rs", "// sleep()\nfn f() { sleeper(); }"),
         ],
     );

@@ -17,8 +17,8 @@ use crate::usage::{cpu_seconds, peak_rss_bytes, tree_cpu_seconds};
 const POLL: Duration = Duration::from_millis(20);
 /// The same until the first message.
 const POLL_FIRST: Duration = Duration::from_millis(2);
-/// How long a drain may take.
-const LIMIT: Duration = Duration::from_secs(600);
+/// How long the queue may stand still. Postgres decodes a large transaction before it sends any.
+const STALL_LIMIT: Duration = Duration::from_secs(60);
 /// How long the last confirm may come after its message lies in the queue.
 const CONFIRM_LIMIT: Duration = Duration::from_secs(10);
 
@@ -102,10 +102,8 @@ pub async fn large(servers: &Servers, rows: u64, seed: u32) -> Result<Large> {
     let client = servers.client(name).await?;
     let shape = Shape { events: rows, rows_per_tx: rows, keys: Keys::Uniform, seed };
     load::fill(&client, &shape).await?;
-    let relay = installation.start()?;
-    let (first_change, first_message) =
-        tokio::join!(first_change(&relay), first_message(servers, name));
-    let first_message = first_message?;
+    let mut relay = installation.start()?;
+    let (first_change, first_message) = beginning(servers, name, &mut relay).await?;
     let first_message_after_first_change_ms = first_change
         .and_then(|change| first_message.checked_duration_since(change))
         .map(|gap| gap.as_secs_f64() * 1e3);
@@ -119,8 +117,8 @@ async fn drain(
     installation: &Installation,
     events: u64,
 ) -> Result<(Drain, Relay)> {
-    let relay = installation.start()?;
-    let first_message = first_message(servers, &installation.name).await?;
+    let mut relay = installation.start()?;
+    let first_message = filled(servers, &installation.name, 1, POLL_FIRST, &mut relay).await?;
     measure(servers, &installation.name, events, relay, first_message).await
 }
 
@@ -132,14 +130,12 @@ async fn measure(
     mut relay: Relay,
     first_message: Instant,
 ) -> Result<(Drain, Relay)> {
-    relay.alive()?;
     let client = servers.client(name).await?;
     let walsender = limits::walsender(&client, name).await?;
     let broker = servers.rabbit_pid()?;
     // The broker's figure lacks what it did before the first message; the others lack nothing.
     let broker_before = tree_cpu_seconds(broker);
-    let filled = servers.wait_depth(name, events, POLL, LIMIT).await;
-    let filled = filled.map_err(|e| e.context(relay.tail()))?;
+    let filled = filled(servers, name, events, POLL, &mut relay).await?;
     let broker_seconds = tree_cpu_seconds(broker) - broker_before;
     let walsender_seconds = cpu_seconds(walsender).unwrap_or(0.0);
     let relay_pid = relay.process.pid();
@@ -157,25 +153,64 @@ async fn measure(
         broker_us: broker_seconds * per_event,
         walsender_us: walsender_seconds * per_event,
         peak_rss_mb: peak_rss_bytes(relay_pid)? as f64 / 1e6,
-        duplicates: depth - events,
+        duplicates: depth.saturating_sub(events),
     };
     Ok((drain, relay))
 }
 
-async fn first_message(servers: &Servers, name: &str) -> Result<Instant> {
-    servers.wait_depth(name, 1, POLL_FIRST, LIMIT).await
+/// Waits until the queue holds `wanted` messages; looks every `interval`.
+///
+/// # Errors
+/// When the relay ends, or the queue stands still for [`STALL_LIMIT`].
+async fn filled(
+    servers: &Servers,
+    name: &str,
+    wanted: u64,
+    interval: Duration,
+    relay: &mut Relay,
+) -> Result<Instant> {
+    let mut depth = 0;
+    let mut deadline = Instant::now() + STALL_LIMIT;
+    loop {
+        let now = servers.depth(name).await?;
+        if now >= wanted {
+            return Ok(Instant::now());
+        }
+        if now > depth {
+            deadline = Instant::now() + STALL_LIMIT;
+        }
+        depth = now;
+        relay.alive()?;
+        if Instant::now() > deadline {
+            let log = relay.tail();
+            let text = format!("the queue stays at {depth} of {wanted} messages\n{log}");
+            return Err(Error::unreachable(text));
+        }
+        tokio::time::sleep(interval).await;
+    }
 }
 
-/// When the relay has counted its first change; `None` when it never does.
-async fn first_change(relay: &Relay) -> Option<Instant> {
-    let deadline = Instant::now() + LIMIT;
-    while Instant::now() < deadline {
-        if relay.metric(CHANGES).await > 0.0 {
-            return Some(Instant::now());
+/// When the relay had counted its first change, if that was seen, and the first message.
+async fn beginning(
+    servers: &Servers,
+    name: &str,
+    relay: &mut Relay,
+) -> Result<(Option<Instant>, Instant)> {
+    let mut first_change = None;
+    let deadline = Instant::now() + STALL_LIMIT;
+    loop {
+        if first_change.is_none() && relay.metric(CHANGES).await > 0.0 {
+            first_change = Some(Instant::now());
+        }
+        if servers.depth(name).await? > 0 {
+            return Ok((first_change, Instant::now()));
+        }
+        relay.alive()?;
+        if Instant::now() > deadline {
+            return Err(Error::unreachable(format!("no message arrives\n{}", relay.tail())));
         }
         tokio::time::sleep(POLL_FIRST).await;
     }
-    None
 }
 
 async fn confirmed(relay: &Relay, events: u64) -> Result<()> {

@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -50,15 +51,20 @@ impl Installation {
             servers.rabbit.url("/"),
         );
         fs::write(&config, text)
+            // It holds the password of the private broker; the relay warns when others can read it.
+            .and_then(|()| fs::set_permissions(&config, fs::Permissions::from_mode(0o600)))
             .map_err(|e| Error::config(format!("writing {}", config.display())).caused_by(e))?;
         let installation = Self { name: name.to_owned(), config, log, port };
-        installation.init()?;
+        installation.init().await?;
         Ok(installation)
     }
 
-    fn init(&self) -> Result<()> {
-        let output = self.command("init")?.stdout(Stdio::piped()).output();
-        let output = output.map_err(|e| Error::config("running watership init").caused_by(e))?;
+    async fn init(&self) -> Result<()> {
+        let mut command = tokio::process::Command::from(self.command("init")?);
+        let output = tokio::time::timeout(LIMIT, command.kill_on_drop(true).output()).await;
+        let output = output
+            .map_err(|_| Error::unreachable("watership init takes too long"))?
+            .map_err(|e| Error::config("running watership init").caused_by(e))?;
         if output.status.success() {
             return Ok(());
         }

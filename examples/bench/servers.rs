@@ -1,14 +1,12 @@
 //! The private servers of a run, and small conversations with them.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use lapin::options::{
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
-use tokio::time::Instant;
 use tokio_postgres::{Client, NoTls};
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions};
 use watership::error::{Error, Result};
@@ -102,28 +100,6 @@ impl Servers {
         let passive = QueueDeclareOptions { passive: true, ..Default::default() };
         let queue = self.channel.queue_declare(name.into(), passive, FieldTable::default());
         Ok(u64::from(queue.await.map_err(broker("asking for the queue"))?.message_count()))
-    }
-
-    /// Waits until the queue holds `wanted` messages; looks every `interval`.
-    pub async fn wait_depth(
-        &self,
-        name: &str,
-        wanted: u64,
-        interval: Duration,
-        limit: Duration,
-    ) -> Result<Instant> {
-        let deadline = Instant::now() + limit;
-        loop {
-            let depth = self.depth(name).await?;
-            if depth >= wanted {
-                return Ok(Instant::now());
-            }
-            if Instant::now() > deadline {
-                let text = format!("queue {name} holds {depth} of {wanted} after {limit:?}");
-                return Err(Error::unreachable(text).hint("see the relay's log above"));
-            }
-            tokio::time::sleep(interval).await;
-        }
     }
 
     /// A program of this build: `target/release/<name>`, seen from our own place.
