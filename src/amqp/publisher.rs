@@ -419,6 +419,10 @@ impl Publisher for Connection {
     fn send(&mut self, ticket: Ticket, message: &Message) {
         assert!(message.body().len() <= self.max_body, "the caller checks the body's size");
         let exchange = usize::from(message.exchange.0);
+        assert!(
+            exchange < self.exchanges.len(),
+            "the message names an exchange of this connection"
+        );
         let index = exchange % self.channels.len();
         if self.channels[index].state == State::Closed {
             self.open_channel(index);
