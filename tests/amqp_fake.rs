@@ -36,9 +36,10 @@ async fn session<S, C>(
         peer.open_channels(2, channels).await;
         script(peer).await;
     });
-    let connection = Connection::open(&Options { urls: vec![url], ..options }).await.unwrap();
+    let connection =
+        Connection::open(&Options { urls: vec![url], ..options }).await.expect("the session lives");
     client(connection).await;
-    script.await.unwrap();
+    script.await.expect("the session lives");
 }
 
 fn publish(connection: &mut Connection, exchange: u16, tickets: std::ops::RangeInclusive<u64>) {
@@ -51,7 +52,7 @@ fn publish(connection: &mut Connection, exchange: u16, tickets: std::ops::RangeI
 async fn outcomes(connection: &mut Connection, count: usize) -> Vec<(u64, Outcome)> {
     let mut all = Vec::new();
     while all.len() < count {
-        connection.next_outcomes(&mut all).await.unwrap();
+        connection.next_outcomes(&mut all).await.expect("the session lives");
     }
     all.into_iter().map(|(ticket, outcome)| (ticket.0, outcome)).collect()
 }

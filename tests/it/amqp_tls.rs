@@ -14,28 +14,31 @@ use watership::tls::{self, Mode};
 type Authority = Issuer<'static, KeyPair>;
 
 fn authority(directory: &Path, name: &str) -> (Authority, PathBuf) {
-    let key = KeyPair::generate().unwrap();
-    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    let key = KeyPair::generate().expect("test certificates");
+    let mut params = CertificateParams::new(Vec::new()).expect("test certificates");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.distinguished_name.push(rcgen::DnType::CommonName, name);
     let path = directory.join(format!("{name}.pem"));
-    std::fs::write(&path, params.self_signed(&key).unwrap().pem()).unwrap();
+    std::fs::write(&path, params.self_signed(&key).expect("test certificates").pem())
+        .expect("test certificates");
     (Issuer::new(params, key), path)
 }
 
 /// Certificate and key for `name`, as two files.
 fn certificate(directory: &Path, authority: &Authority, name: &str) -> (PathBuf, PathBuf) {
-    let key = KeyPair::generate().unwrap();
-    let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+    let key = KeyPair::generate().expect("test certificates");
+    let params = CertificateParams::new(vec![name.to_owned()]).expect("test certificates");
     let paths = (directory.join(format!("{name}.crt")), directory.join(format!("{name}.key")));
-    std::fs::write(&paths.0, params.signed_by(&key, authority).unwrap().pem()).unwrap();
-    std::fs::write(&paths.1, key.serialize_pem()).unwrap();
+    std::fs::write(&paths.0, params.signed_by(&key, authority).expect("test certificates").pem())
+        .expect("test certificates");
+    std::fs::write(&paths.1, key.serialize_pem()).expect("test certificates");
     paths
 }
 
 /// Opens and closes both kinds of connection; both must come to the same result.
 async fn connect(port: u16, host: &str, tls: tls::Options) -> Result<()> {
-    let url = Url::parse(&format!("amqps://guest:guest@{host}:{port}/%2f")).unwrap();
+    let url =
+        Url::parse(&format!("amqps://guest:guest@{host}:{port}/%2f")).expect("test certificates");
     let mut options = Options::new(vec![url]);
     options.tls = tls;
     options.connect_timeout = std::time::Duration::from_secs(60);
