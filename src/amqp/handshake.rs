@@ -8,7 +8,7 @@ use std::future::poll_fn;
 use amq_protocol::protocol::{AMQPClass, channel, connection, queue};
 use amq_protocol::types::{AMQPValue, FieldTable, LongString};
 
-use super::link::Link;
+use super::link::{Link, is_tls, tls_refusal};
 use super::options::{Auth, Options, Url};
 use super::wire::{self, FRAME_MAX, Incoming};
 use crate::error::{Error, Kind, Result};
@@ -245,20 +245,27 @@ fn put_class(link: &mut Link, channel: u16, class: AMQPClass) {
 }
 
 /// Sends what is in the buffer and waits for the next frame that is no heartbeat.
+///
+/// When writing fails, what the broker said before it went away is read first: it has the reason.
 async fn receive(link: &mut Link) -> Result<Incoming> {
-    poll_fn(|cx| link.poll_write(cx))
-        .await
-        .map_err(|e| Error::unreachable("writing to the broker").caused_by(e))?;
+    let write_error = poll_fn(|cx| link.poll_write(cx)).await.err();
     loop {
         match link.next_frame()? {
             Some(Incoming::Heartbeat) => {}
             Some(frame) => return Ok(frame),
-            None => match poll_fn(|cx| link.poll_read(cx)).await {
-                Ok(0) => return Err(Error::unreachable("broker closed the connection")),
-                Ok(_) => {}
-                Err(e) => {
+            None => match (poll_fn(|cx| link.poll_read(cx)).await, write_error.as_ref()) {
+                // With TLS 1.3 a refused client certificate shows only here.
+                (Err(e), _) if is_tls(&e) => {
+                    return Err(tls_refusal("reading from the broker").caused_by(e));
+                }
+                (Ok(0), None) => return Err(Error::unreachable("broker closed the connection")),
+                (Err(e), None) => {
                     return Err(Error::unreachable("reading from the broker").caused_by(e));
                 }
+                (Ok(0) | Err(_), Some(e)) => {
+                    return Err(Error::unreachable(format!("writing to the broker: {e}")));
+                }
+                (Ok(_), _) => {}
             },
         }
     }

@@ -260,17 +260,26 @@ fn set_user_timeout(_tcp: &TcpStream, _timeout: Option<Duration>) -> io::Result<
     Ok(())
 }
 
-/// A certificate problem needs a person; a broken socket does not.
 fn tls_error(error: io::Error) -> Error {
-    let is_tls = error.get_ref().is_some_and(|e| e.is::<rustls::Error>());
     let what = "TLS handshake with the broker";
-    if is_tls {
-        Error::refused(what)
-            .caused_by(error)
-            .hint("check the broker's certificate, the trusted roots and the host name in the URL")
+    if is_tls(&error) {
+        tls_refusal(what).caused_by(error)
     } else {
         Error::unreachable(what).caused_by(error).hint("is TLS enabled on this port?")
     }
+}
+
+/// Whether the TLS library failed, and not the socket below it.
+pub(super) fn is_tls(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
+}
+
+/// A certificate problem needs a person; a broken socket does not.
+pub(super) fn tls_refusal(what: &str) -> Error {
+    Error::refused(what).hint(
+        "check the broker's certificate, the trusted roots, the host name in the URL and the \
+         client certificate",
+    )
 }
 
 impl Stream {

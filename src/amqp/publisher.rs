@@ -27,7 +27,7 @@ use super::link::Link;
 use super::options::{CHANNELS_MAX, Options, Url};
 use super::wire::{self, Incoming};
 use crate::error::{Error, Kind, Result};
-use crate::message::{Message, Outcome, Publisher, Ticket};
+use crate::message::{Message, Outcome, Publisher, SHORT_STRING_MAX, Ticket};
 
 /// Longest wait for `connection.close-ok`.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -89,9 +89,10 @@ impl Connection {
     }
 
     async fn open_one(options: &Options, url: &Url) -> Result<Self> {
-        for name in &options.exchanges {
-            if name.len() > crate::message::SHORT_STRING_MAX {
-                return Err(Error::config(format!("exchange name {name:?} exceeds 255 bytes")));
+        for name in options.exchanges.iter().chain(&options.lock_queue) {
+            if name.len() > SHORT_STRING_MAX {
+                let what = format!("name {name:.60?}… has {} bytes", name.len());
+                return Err(Error::config(format!("{what}, AMQP allows {SHORT_STRING_MAX}")));
             }
         }
         let mut link = Link::connect(url, options).await?;
@@ -419,6 +420,10 @@ impl Publisher for Connection {
     fn send(&mut self, ticket: Ticket, message: &Message) {
         assert!(message.body().len() <= self.max_body, "the caller checks the body's size");
         let exchange = usize::from(message.exchange.0);
+        assert!(
+            exchange < self.exchanges.len(),
+            "the message names an exchange of this connection"
+        );
         let index = exchange % self.channels.len();
         if self.channels[index].state == State::Closed {
             self.open_channel(index);

@@ -20,6 +20,7 @@ use lapin::uri::{
 use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, ExchangeKind};
 use tokio::time::timeout;
 
+use super::link::{is_tls, tls_refusal};
 use super::options::{Auth, Options, Url};
 use super::publisher::join_errors;
 use crate::error::{Error, Kind, Result};
@@ -188,16 +189,14 @@ async fn apply_on(
 ) -> Result<()> {
     let channel = step(limit, "opening a channel", connection.create_channel()).await?;
     for exchange in topology.exchanges.iter().filter(|e| !e.name.is_empty()) {
-        let hint = "create it or set topology = \"declare\"";
         apply_exchange(&channel, exchange, topology.mode, limit)
             .await
-            .map_err(|e| say_missing(e, "exchange", &exchange.name, url, hint))?;
+            .map_err(|e| say_missing(e, "exchange", &exchange.name, url))?;
     }
     for queue in &topology.queues {
-        let hint = "create it or set topology = \"declare\"";
         apply_queue(&channel, queue, topology.mode, limit)
             .await
-            .map_err(|e| say_missing(e, "queue", &queue.name, url, hint))?;
+            .map_err(|e| say_missing(e, "queue", &queue.name, url))?;
     }
     match topology.mode {
         Mode::Verify => Ok(()),
@@ -308,22 +307,18 @@ fn translate(error: &lapin::Error) -> Error {
             };
             Error::refused(text).hint(hint)
         }
-        ErrorKind::IOError(io) if is_certificate(io) => Error::refused("TLS handshake")
-            .caused_by(error.clone())
-            .hint("check the broker's certificate, the trusted roots and the host name in the URL"),
+        ErrorKind::IOError(io) if is_tls(io) => {
+            tls_refusal("TLS with the broker").caused_by(error.clone())
+        }
         _ => Error::unreachable("broker connection failed").caused_by(error.clone()),
     }
 }
 
-fn is_certificate(error: &std::io::Error) -> bool {
-    error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
-}
-
 /// Turns "404" into a sentence with what to do.
-fn say_missing(error: Error, what: &str, name: &str, url: &Url, hint: &str) -> Error {
+fn say_missing(error: Error, what: &str, name: &str, url: &Url) -> Error {
     if error.kind() == Kind::Refused && error.to_string().contains("404 ") {
         Error::refused(format!("{what} {name:?} does not exist in vhost {:?}", url.vhost))
-            .hint(hint)
+            .hint("create it or set topology = \"declare\"")
     } else {
         error
     }

@@ -280,7 +280,7 @@ pub fn frame_len(bytes: &[u8]) -> usize {
 mod tests {
     use super::*;
     use amq_protocol::frame::AMQPContentHeader;
-    use amq_protocol::protocol::basic::{AMQPMethod, AMQPProperties, Publish, parse_properties};
+    use amq_protocol::protocol::basic::{AMQPMethod, Publish, parse_properties};
     use proptest::prelude::*;
 
     use crate::message::{Builder, ExchangeId, Properties, RouteId};
@@ -306,8 +306,8 @@ mod tests {
     fn reference(channel: u16, exchange: &str, message: &Message, frame_max: usize) -> Vec<u8> {
         let routing_key = std::str::from_utf8(message.routing_key()).unwrap();
         let publish = AMQPMethod::Publish(Publish {
-            exchange: exchange.try_into().unwrap(),
-            routing_key: routing_key.try_into().unwrap(),
+            exchange: exchange.into(),
+            routing_key: routing_key.into(),
             mandatory: true,
             immediate: false,
         });

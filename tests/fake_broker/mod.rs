@@ -13,9 +13,13 @@ use watership::message::{Builder, ExchangeId, Message, Properties, RouteId};
 
 /// A listener and the URL that leads to it.
 pub async fn broker() -> (Url, TcpListener) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let port = listener.local_addr().unwrap().port();
-    (Url::parse(&format!("amqp://guest:guest@127.0.0.1:{port}/%2f")).unwrap(), listener)
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("the fake broker works");
+    let port = listener.local_addr().expect("the fake broker works").port();
+    (
+        Url::parse(&format!("amqp://guest:guest@127.0.0.1:{port}/%2f"))
+            .expect("the fake broker works"),
+        listener,
+    )
 }
 
 /// The URL of a port where nobody listens.
@@ -40,7 +44,7 @@ pub fn message(exchange: u16, n: u64, body: &[u8]) -> Message {
     };
     Builder::new(&format!("key.{n}"), properties, body.len())
         .and_then(|b| b.finish(ExchangeId(exchange), RouteId(0), |out| out.extend(body)))
-        .unwrap()
+        .expect("the fake broker works")
 }
 
 /// A publish as the broker sees it.
@@ -61,15 +65,15 @@ pub struct Peer {
 
 impl Peer {
     pub async fn accept(listener: &TcpListener) -> Self {
-        let (stream, _) = listener.accept().await.unwrap();
-        stream.set_nodelay(true).unwrap();
+        let (stream, _) = listener.accept().await.expect("the fake broker works");
+        stream.set_nodelay(true).expect("the fake broker works");
         Self { stream, input: Vec::new(), one_byte_at_a_time: false }
     }
 
-    /// Up to `connection.open-ok`.
-    pub async fn handshake(&mut self) {
+    /// Up to `connection.open-ok`; returns what the client said of itself.
+    pub async fn handshake(&mut self) -> connection::StartOk {
         let mut header = [0; 8];
-        self.stream.read_exact(&mut header).await.unwrap();
+        self.stream.read_exact(&mut header).await.expect("the fake broker works");
         assert_eq!(&header, b"AMQP\0\0\x09\x01");
         self.connection(connection::AMQPMethod::Start(connection::Start {
             version_major: 0,
@@ -79,12 +83,10 @@ impl Peer {
             locales: "en_US".into(),
         }))
         .await;
-        match self.receive_connection().await {
-            connection::AMQPMethod::StartOk(ok) => {
-                assert_eq!(ok.response.as_bytes(), b"\0guest\0guest");
-            }
+        let start_ok = match self.receive_connection().await {
+            connection::AMQPMethod::StartOk(ok) => ok,
             other => panic!("{other:?}"),
-        }
+        };
         let tune = connection::Tune { channel_max: 2047, frame_max: 131_072, heartbeat: 60 };
         self.connection(connection::AMQPMethod::Tune(tune)).await;
         match self.receive_connection().await {
@@ -96,6 +98,7 @@ impl Peer {
             other => panic!("{other:?}"),
         }
         self.connection(connection::AMQPMethod::OpenOk(connection::OpenOk {})).await;
+        start_ok
     }
 
     /// Lets `count` channels be opened and put into confirm mode, from number `first` on.
@@ -258,7 +261,11 @@ impl Peer {
             }
             let read = self.stream.read_buf(&mut self.input);
             let read = tokio::time::timeout(Duration::from_secs(20), read).await;
-            assert_ne!(read.expect("frame within 20 s").unwrap(), 0, "client closed the socket");
+            assert_ne!(
+                read.expect("frame within 20 s").expect("the fake broker works"),
+                0,
+                "client closed the socket"
+            );
         }
     }
 
@@ -281,14 +288,15 @@ impl Peer {
     }
 
     async fn send(&mut self, frame: AMQPFrame) {
-        let bytes = gen_frame::<Vec<u8>>(&frame)(WriteContext::from(Vec::new())).unwrap();
+        let bytes = gen_frame::<Vec<u8>>(&frame)(WriteContext::from(Vec::new()))
+            .expect("the fake broker works");
         self.raw(&bytes.into_inner().0).await;
     }
 
     pub async fn raw(&mut self, bytes: &[u8]) {
         let size = if self.one_byte_at_a_time { 1 } else { bytes.len() };
         for segment in bytes.chunks(size) {
-            self.stream.write_all(segment).await.unwrap();
+            self.stream.write_all(segment).await.expect("the fake broker works");
             if self.one_byte_at_a_time {
                 tokio::task::yield_now().await;
             }

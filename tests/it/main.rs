@@ -4,6 +4,7 @@
 //! stops, kills or specially configures a server starts a private one through `watership::dev`.
 
 mod amqp;
+mod amqp_tls;
 mod dev;
 mod maintain;
 mod pg_stream;
