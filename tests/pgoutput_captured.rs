@@ -2,6 +2,8 @@
 //!
 //! Captured with `pg_logical_slot_get_binary_changes` (`proto_version '1'`, `messages 'true'`).
 
+#![allow(clippy::unwrap_used, reason = "a test may fail by it")]
+
 use watership::pg::pgoutput::{
     Column, Message, OldKind, OldTuple, ReplicaIdentity, Tuple, Value, decode,
 };

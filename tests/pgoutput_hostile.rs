@@ -1,6 +1,8 @@
 //! The pgoutput decoder against bytes of all kinds: what an encoder writes comes back, and what
 //! is damaged is refused or read as something else, but never panics and never reaches outside.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail by it")]
+
 use std::ops::Range;
 
 use proptest::prelude::*;

@@ -10,8 +10,23 @@ use watership::column::{oid, write_json};
 
 /// `json` and `jsonb` are left out: they are embedded as they come.
 const TYPES: &[u32] = &[
-    oid::BOOL, oid::INT4, oid::FLOAT8, oid::NUMERIC, oid::TEXT, oid::BYTEA, oid::DATE,
-    oid::TIMESTAMP, oid::TIMESTAMPTZ, oid::TIMETZ, 1000, 1001, 1007, 1009, 1020, 1022, 1185,
+    oid::BOOL,
+    oid::INT4,
+    oid::FLOAT8,
+    oid::NUMERIC,
+    oid::TEXT,
+    oid::BYTEA,
+    oid::DATE,
+    oid::TIMESTAMP,
+    oid::TIMESTAMPTZ,
+    oid::TIMETZ,
+    1000,
+    1001,
+    1007,
+    1009,
+    1020,
+    1022,
+    1185,
 ];
 
 fuzz_target!(|data: &[u8]| {

@@ -121,19 +121,40 @@ impl<'a> Reader<'a> {
         let count = self.count()?;
         let start = self.rest;
         for _ in 0..count {
-            self.value()?;
+            if self.value().is_none() {
+                return Err(self.value_fault());
+            }
         }
         Ok(Tuple { count, data: &start[..start.len() - self.rest.len()] })
     }
 
+    /// The next value of a tuple; `None`, and nothing taken, when there is no valid one.
+    ///
+    /// This is the hot path: one pattern per kind, and what was wrong is only worked out when
+    /// something was. A negative length is far above what is left when read as unsigned.
     #[inline]
-    pub(super) fn value(&mut self) -> Result<Value<'a>, Fault> {
-        match self.u8()? {
-            b't' => Ok(Value::Text(self.bytes()?)),
-            b'n' => Ok(Value::Null),
-            b'u' => Ok(Value::Unchanged),
-            b'b' => Ok(Value::Binary(self.bytes()?)),
-            other => Err(Fault::Unknown(other)),
+    pub(super) fn value(&mut self) -> Option<Value<'a>> {
+        let (value, rest) = match self.rest {
+            [kind @ (b't' | b'b'), a, b, c, d, rest @ ..] => {
+                let len = u32::from_be_bytes([*a, *b, *c, *d]);
+                let (bytes, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
+                (if *kind == b't' { Value::Text(bytes) } else { Value::Binary(bytes) }, rest)
+            }
+            [b'n', rest @ ..] => (Value::Null, rest),
+            [b'u', rest @ ..] => (Value::Unchanged, rest),
+            _ => return None,
+        };
+        self.rest = rest;
+        Some(value)
+    }
+
+    /// Why `value` found none.
+    #[cold]
+    fn value_fault(&mut self) -> Fault {
+        match self.u8() {
+            Ok(b't' | b'b') => self.bytes().err().unwrap_or(Fault::CutOff),
+            Ok(other) => Fault::Unknown(other),
+            Err(fault) => fault,
         }
     }
 
@@ -164,7 +185,6 @@ impl<'a> Reader<'a> {
     }
 
     /// Bytes after their own 32-bit length.
-    #[inline]
     fn bytes(&mut self) -> Result<&'a [u8], Fault> {
         let len = self.i32()?;
         self.take(usize::try_from(len).map_err(|_| Fault::OutOfRange(len))?)
