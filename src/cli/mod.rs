@@ -84,9 +84,7 @@ pub async fn execute(
         Command::Check(args) => check::execute(&load(&cli.config)?, &args, out).await,
         Command::Run(args) => run::execute(Config::load(&cli.config)?, &args, watch_signals).await,
         Command::Status(args) => status::execute(&load(&cli.config)?, &args, out).await,
-        Command::Demo(args) => {
-            Ok(if demo::run(args).await? { End::Fine } else { End::Failed })
-        }
+        Command::Demo(args) => Ok(if demo::run(args).await? { End::Fine } else { End::Failed }),
     }
 }
 

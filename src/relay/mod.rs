@@ -51,7 +51,7 @@ pub struct Options {
     /// Where the broker is. `exchanges` and `lock_queue` are filled in by the relay.
     pub broker: amqp::options::Options,
     /// What is declared or verified at the start of a session.
-    pub topology: amqp::topology::Options,
+    pub topology: amqp::topology::Topology,
     /// Routes.
     pub rules: Vec<Rule>,
     /// Limits of what is in memory.

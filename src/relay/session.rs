@@ -78,7 +78,7 @@ async fn broker(options: &Options, router: &Router) -> Result<Connection> {
     let mut broker = options.broker.clone();
     broker.exchanges = router.exchanges().to_vec();
     broker.lock_queue = Some(format!("watership.{}.lock", options.name));
-    topology::ensure(&broker, &options.topology).await?;
+    topology::apply(&broker, &options.topology).await?;
     Connection::open(&broker).await
 }
 

@@ -4,5 +4,6 @@
 //! stops, kills or specially configures a server starts a private one through `watership::dev`.
 
 mod amqp;
+mod cli;
 mod dev;
 mod support;
