@@ -22,6 +22,7 @@ EXPOSE 9187
 STOPSIGNAL SIGTERM
 # No curl in this image: the binary asks its own admin port.
 HEALTHCHECK --interval=5s --timeout=3s --start-period=10s --retries=6 \
-    CMD ["/usr/local/bin/watership", "status", "--config", "/etc/watership/watership.toml"]
+    CMD ["/usr/local/bin/watership", "status", "--ready", \
+         "--config", "/etc/watership/watership.toml"]
 ENTRYPOINT ["/usr/local/bin/watership"]
 CMD ["run", "--config", "/etc/watership/watership.toml"]

@@ -11,6 +11,7 @@ GRANT INSERT (id, aggregate_type, aggregate_id, event_type, payload, data, conte
     traceparent) ON watership.outbox TO watership_app;
 
 GRANT EXECUTE ON FUNCTION
+    watership.fits_a_message(text, text, text, text, jsonb, text),
     watership.append_event(uuid, text, text, text, json, bytea, text, jsonb),
     watership.emit(text, text, text, text, jsonb, uuid),
     watership.emit(text, text, text, json, jsonb, uuid),

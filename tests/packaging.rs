@@ -7,8 +7,10 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use serde_json::{Map, Value};
+use watership::config::{Config, load};
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -177,6 +179,51 @@ fn the_relays_compose_configuration_fits_the_compose_file() {
         let mounts = list(&compose["services"][service]["volumes"]);
         assert!(mounts.iter().any(|m| m.starts_with("./config/compose.toml:")), "{mounts:?}");
     }
+}
+
+#[test]
+fn the_relay_accepts_its_compose_configuration() {
+    let text = read("config/compose.toml");
+    let raw = load::parse("compose.toml", &text).unwrap_or_else(|e| panic!("{e}"));
+    let raw = load::fill_in(&raw, &|_| Some("secret".into())).unwrap_or_else(|e| panic!("{e}"));
+    let config = Config::from_raw("compose.toml", raw).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(config.name, "shop");
+}
+
+/// The command lines after the program's name that compose file, image and unit start.
+fn shipped_commands() -> Vec<Vec<String>> {
+    let compose = yaml("docker-compose.yml");
+    let services = &compose["services"];
+    let mut found = vec![list(&services["init"]["command"])];
+    found.push(list(&services["relay"]["healthcheck"]["test"])[2..].to_vec());
+    let dockerfile = read("Dockerfile").replace("\\\n", " ");
+    for line in dockerfile.lines().filter_map(|l| l.split_once("CMD [")) {
+        let words: Value = serde_json::from_str(&format!("[{}", line.1)).expect("a JSON list");
+        let words = list(&words);
+        let skipped = usize::from(words[0].ends_with("/watership"));
+        found.push(words[skipped..].to_vec());
+    }
+    let unit = read("packaging/watership.service");
+    let starts = unit.lines().filter_map(|l| l.strip_prefix("ExecStart=/usr/local/bin/watership "));
+    found.extend(starts.map(|line| line.split(' ').map(str::to_owned).collect()));
+    found
+}
+
+#[test]
+fn the_program_knows_every_command_that_is_shipped() {
+    let commands = shipped_commands();
+    assert_eq!(commands.len(), 5, "{commands:?}");
+    let said = |words: &[String]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
+        let output = command.args(words).arg("--help").output().expect("the program starts");
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    for words in commands {
+        let (known, text) = said(&words);
+        assert!(known, "{words:?}: {text}");
+    }
+    let (known, _) = said(&["run".to_owned(), "--no-such-flag".to_owned()]);
+    assert!(!known, "--help hides a wrong flag, so this test cannot fail");
 }
 
 #[test]

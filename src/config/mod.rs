@@ -209,16 +209,18 @@ impl Config {
             broker: self.broker_options(),
             topology: self.topology.clone(),
             rules: self.rules.clone(),
-            window: relay::Window {
-                events: self.relay.max_window_events,
-                bytes: self.relay.max_window_bytes,
-                unconfirmed: self.relay.max_unconfirmed,
+            tuning: relay::Tuning {
+                window: relay::Window {
+                    events: self.relay.max_window_events,
+                    bytes: self.relay.max_window_bytes,
+                    unconfirmed: self.relay.max_unconfirmed,
+                },
+                checkpoint_interval: self.relay.checkpoint_interval,
+                drain_timeout: self.relay.drain_timeout,
+                idle_interval: self.relay.idle_interval,
             },
-            checkpoint_interval: self.relay.checkpoint_interval,
-            drain_timeout: self.relay.drain_timeout,
             retain: self.retain,
             maintain: self.maintain,
-            idle_interval: self.relay.idle_interval,
         }
     }
 }

@@ -33,6 +33,7 @@ const LIMITS: &str = " -c statement_timeout=30s -c lock_timeout=5s \
      -c idle_in_transaction_session_timeout=60s";
 
 /// A connection for ordinary SQL.
+#[derive(Debug)]
 pub struct SqlConnection {
     /// Runs the queries.
     pub client: Client,
@@ -41,6 +42,7 @@ pub struct SqlConnection {
 }
 
 /// Resolves when the connection ends; apart from the client, so that both can be used at once.
+#[derive(Debug)]
 pub struct Closed(mpsc::Receiver<Error>);
 
 impl Closed {

@@ -131,7 +131,7 @@ pub fn io_error(what: &str, error: io::Error) -> Error {
 fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
     use rustls::CertificateError as C;
     match error {
-        rustls::Error::InvalidCertificate(C::UnknownIssuer) => (
+        rustls::Error::InvalidCertificate(C::UnknownIssuer | C::BadSignature) => (
             Kind::Refused,
             Some("name the CA that signed the server certificate: sslrootcert=FILE"),
         ),

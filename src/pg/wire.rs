@@ -158,6 +158,8 @@ impl Wire {
     pub(super) fn fail(&mut self, error: Error) -> Error {
         if !matches!(self.state, State::Failed(_)) {
             self.state = State::Failed(Failure::of(&error));
+            // What came after the failure has no meaning any more.
+            self.input.clear();
         }
         error
     }
@@ -206,11 +208,12 @@ impl Wire {
 
     fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         // Output that the peer does not take must not keep us from reading: the peer may be
-        // waiting for us to read first.
-        if let Poll::Ready(Err(e)) = self.poll_output(cx) {
-            return Poll::Ready(Err(e));
+        // waiting for us to read first, and one that has closed may have said why.
+        let written = self.poll_output(cx);
+        match (pin!(self.socket.read_buf(&mut self.input)).poll(cx), written) {
+            (Poll::Pending, Poll::Ready(Err(e))) => Poll::Ready(Err(e)),
+            (read, _) => read,
         }
-        pin!(self.socket.read_buf(&mut self.input)).poll(cx)
     }
 
     fn poll_output(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

@@ -7,6 +7,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, Row as SqlRow, Statement};
@@ -224,7 +225,16 @@ pub enum Store {
     /// The row in the source database.
     Postgres(Arc<PostgresStore>),
     /// Memory, for the simulation.
-    Memory(Arc<Mutex<Vec<(Position, Lsn)>>>),
+    Memory(Arc<MemoryStore>),
+}
+
+/// Every checkpoint that was written, and how long a write takes.
+#[derive(Debug, Default)]
+pub struct MemoryStore {
+    /// The rows, oldest first.
+    pub rows: Mutex<Vec<(Position, Lsn)>>,
+    /// Half of it passes before the row is there, half after: a crash can fall on either side.
+    pub latency: Duration,
 }
 
 /// Writes the row of one session.
@@ -256,10 +266,12 @@ impl Store {
     /// Writes a checkpoint; durable when the future resolves.
     pub fn store(&self, position: Position, flush: Lsn) -> Storing {
         match self {
-            Store::Memory(rows) => {
-                let rows = rows.clone();
+            Store::Memory(store) => {
+                let store = store.clone();
                 Box::pin(async move {
-                    rows.lock().expect("no holder panics").push((position, flush));
+                    tokio::time::sleep(store.latency / 2).await;
+                    store.rows.lock().expect("no holder panics").push((position, flush));
+                    tokio::time::sleep(store.latency / 2).await;
                     Ok(flush)
                 })
             }

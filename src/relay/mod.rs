@@ -54,18 +54,36 @@ pub struct Options {
     pub topology: amqp::topology::Topology,
     /// Routes.
     pub rules: Vec<Rule>,
+    /// Limits and intervals of the loop.
+    pub tuning: Tuning,
+    /// Age at which outbox partitions are retired.
+    pub retain: Duration,
+    /// Whether the relay runs `watership.maintain`.
+    pub maintain: bool,
+}
+
+/// Limits and intervals of the loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tuning {
     /// Limits of what is in memory.
     pub window: Window,
     /// Longest time between progress and its checkpoint.
     pub checkpoint_interval: Duration,
     /// Longest time that a shutdown waits for what is in the window.
     pub drain_timeout: Duration,
-    /// Age at which outbox partitions are retired.
-    pub retain: Duration,
-    /// Whether the relay runs `watership.maintain`.
-    pub maintain: bool,
     /// How often an idle stream may advance the slot when little WAL was written.
     pub idle_interval: Duration,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            window: Window { events: 8192, bytes: 16 << 20, unconfirmed: 2048 },
+            checkpoint_interval: Duration::from_millis(100),
+            drain_timeout: Duration::from_secs(10),
+            idle_interval: Duration::from_secs(30),
+        }
+    }
 }
 
 /// Limits of what is in memory.
@@ -89,7 +107,7 @@ pub struct Relay<S, P> {
     store: Store,
     router: Arc<Router>,
     envelope: Envelope,
-    limits: Window,
+    tuning: Tuning,
     window: Watermark,
     lanes: Lanes,
     progress: Progress,
@@ -98,8 +116,6 @@ pub struct Relay<S, P> {
     outcomes: Vec<(Ticket, Outcome)>,
     storing: Option<Pin<Box<dyn Future<Output = Result<Lsn>>>>>,
     ending: Ending,
-    drain_timeout: Duration,
-    checkpoint_interval: Duration,
     metrics: Arc<Metrics>,
     status: Arc<Status>,
 }
@@ -134,26 +150,24 @@ enum Ending {
 }
 
 impl<S: Source, P: Publisher> Relay<S, P> {
-    /// An engine that has not begun.
-    pub fn new(parts: Parts<S, P>, options: &Options) -> Self {
+    /// An engine that has not begun; `name` is the `app_id` of its messages.
+    pub fn new(parts: Parts<S, P>, name: &str, tuning: &Tuning) -> Self {
         let Parts { source, publisher, store, progress, router, metrics, status } = parts;
         Self {
             source,
             publisher,
             store,
             router,
-            envelope: Envelope::new(&options.name),
-            limits: options.window,
+            envelope: Envelope::new(name),
+            tuning: *tuning,
             window: Watermark::new(),
             lanes: Lanes::new(),
-            idle: Idle::new(options.idle_interval, Instant::now().into_std()),
+            idle: Idle::new(tuning.idle_interval, Instant::now().into_std()),
             progress,
             batch: Vec::new(),
             outcomes: Vec::new(),
             storing: None,
             ending: Ending::No,
-            drain_timeout: options.drain_timeout,
-            checkpoint_interval: options.checkpoint_interval,
             metrics,
             status,
         }
@@ -170,7 +184,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     /// # Errors
     /// Whatever ends the session: a lost connection, a lost checkpoint row, a poison event.
     pub async fn run(&mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
-        let mut tick = interval(self.checkpoint_interval);
+        let mut tick = interval(self.tuning.checkpoint_interval);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.send_ready();
@@ -214,11 +228,11 @@ impl<S: Source, P: Publisher> Relay<S, P> {
 
     /// How many more items may be taken.
     fn room(&self) -> usize {
-        let full = self.window.bytes() >= self.limits.bytes;
+        let full = self.window.bytes() >= self.tuning.window.bytes;
         if full || matches!(self.ending, Ending::Draining { .. }) {
             return 0;
         }
-        self.limits.events.saturating_sub(self.window.len()).min(BATCH_MAX)
+        self.tuning.window.events.saturating_sub(self.window.len()).min(BATCH_MAX)
     }
 
     fn wake_at(&self) -> Option<Instant> {
@@ -232,7 +246,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
 
     fn send_ready(&mut self) {
         let now = Instant::now().into_std();
-        while self.lanes.in_flight() < self.limits.unconfirmed {
+        while self.lanes.in_flight() < self.tuning.window.unconfirmed {
             let Some((ticket, slot)) = self.lanes.next(now) else { break };
             self.publisher.send(ticket, &slot.message);
             let metrics = &self.metrics.routes[usize::from(slot.message.route.0)];
@@ -415,7 +429,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
 
     fn drain(&mut self, because: Option<Error>) {
         if matches!(self.ending, Ending::No) {
-            let deadline = Instant::now() + self.drain_timeout;
+            let deadline = Instant::now() + self.tuning.drain_timeout;
             self.ending = Ending::Draining { deadline, because };
         }
     }
@@ -447,7 +461,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             None if left == 0 => Ok(()),
             None => Err(Error::unreachable(format!(
                 "shutdown: {left} events were not confirmed within the drain timeout of {:?}",
-                self.drain_timeout
+                self.tuning.drain_timeout
             ))
             .hint("nothing is lost: they are sent again at the next start")),
         }

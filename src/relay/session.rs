@@ -71,7 +71,7 @@ pub async fn open(
         metrics: metrics.clone(),
         status: status.clone(),
     };
-    Ok(Session { relay: Relay::new(parts, options), closed })
+    Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed })
 }
 
 async fn broker(options: &Options, router: &Router) -> Result<Connection> {

@@ -6,4 +6,9 @@
 mod amqp;
 mod cli;
 mod dev;
+mod maintain;
+mod pg_stream;
+mod pg_wire;
+mod slot;
+mod sql;
 mod support;

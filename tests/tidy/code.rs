@@ -113,10 +113,10 @@ pub fn repository() -> Vec<Code> {
 fn walk(root: &Path, folder: &str, files: &mut Vec<Code>) {
     let entries = fs::read_dir(root.join(folder)).unwrap_or_else(|e| panic!("{folder}: {e}"));
     for entry in entries {
-        let entry = entry.unwrap();
-        let name = entry.file_name().into_string().unwrap();
+        let entry = entry.expect("a readable folder");
+        let name = entry.file_name().into_string().expect("names are UTF-8");
         let path = if folder.is_empty() { name } else { format!("{folder}/{name}") };
-        let kind = entry.file_type().unwrap();
+        let kind = entry.file_type().expect("a kind of file");
         if SKIPPED.contains(&path.as_str()) || path.ends_with("/target") {
             continue;
         }
