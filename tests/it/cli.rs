@@ -281,11 +281,12 @@ impl Running {
     async fn start(config: &PathBuf, port: u16) -> Self {
         let child = command(config, &["run"]).spawn().expect("the program starts");
         let mut running = Self { child, port };
+        let mut again = tokio::time::interval(POLL);
         let ready = async {
             while !running.get("/readyz").await.starts_with("HTTP/1.0 200") {
                 let ended = running.child.try_wait().expect("its state is known");
                 assert!(ended.is_none(), "the relay ended: {ended:?}");
-                tokio::time::sleep(POLL).await;
+                again.tick().await;
             }
         };
         tokio::time::timeout(LIMIT, ready).await.expect("the relay becomes ready");
