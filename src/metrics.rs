@@ -310,7 +310,8 @@ mod tests {
         let text = exporter.render();
         for series in [
             "watership_messages_confirmed_total{route=\"orders\",owner=\"team\"} 0",
-            "watership_commit_to_confirm_seconds_bucket{route=\"orders\",owner=\"team\",le=\"0.0005\"} 0",
+            "watership_commit_to_confirm_seconds_bucket{route=\"orders\",owner=\"team\",\
+             le=\"0.0005\"} 0",
             "watership_capture_to_publish_seconds_count{route=\"orders\",owner=\"team\"} 0",
             "watership_route_held{route=\"orders\",owner=\"team\"} 0",
             "watership_wal_status{status=\"lost\"} 0",

@@ -21,7 +21,7 @@ fn problem(more: &str) -> String {
 }
 
 fn keys(value: &toml::Value) -> toml::Table {
-    value.as_table().unwrap().clone()
+    value.as_table().expect("it is a table").clone()
 }
 
 #[test]

@@ -304,35 +304,26 @@ mod tests {
     use super::*;
     use crate::amqp::options::Url;
 
-    fn queue(json: &str) -> QueueFacts {
-        serde_json::from_str(json).unwrap()
-    }
-
     #[test]
     fn a_queue_is_graded_by_what_its_confirm_is_worth() {
-        for (json, grade) in [
-            (r#"{"type":"quorum","durable":true}"#, Grade::Safe),
-            (
-                r#"{"type":"quorum","durable":true,"arguments":{"x-max-length":5,"x-overflow":"reject-publish"}}"#,
-                Grade::Safe,
-            ),
-            (r#"{"type":"quorum","durable":true,"arguments":{"x-max-length":5}}"#, Grade::Unsafe),
-            (
-                r#"{"type":"quorum","durable":true,"effective_policy_definition":{"max-length":5}}"#,
-                Grade::Unsafe,
-            ),
-            (r#"{"type":"quorum","durable":true,"effective_policy_definition":[]}"#, Grade::Safe),
-            (r#"{"type":"quorum","durable":true,"arguments":{"x-message-ttl":5}}"#, Grade::Weak),
-            (r#"{"type":"classic","durable":true}"#, Grade::Weak),
-            (
-                r#"{"type":"stream","durable":true,"arguments":{"x-max-length-bytes":5}}"#,
-                Grade::Weak,
-            ),
-            (r#"{"type":"classic","durable":false}"#, Grade::Unsafe),
-            (r#"{"type":"classic","durable":true,"auto_delete":true}"#, Grade::Unsafe),
+        let limited = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish"}"#;
+        for (kind, more, grade) in [
+            ("quorum", "", Grade::Safe),
+            ("quorum", limited, Grade::Safe),
+            ("quorum", r#","arguments":{"x-max-length":5}"#, Grade::Unsafe),
+            ("quorum", r#","effective_policy_definition":{"max-length":5}"#, Grade::Unsafe),
+            ("quorum", r#","effective_policy_definition":[]"#, Grade::Safe),
+            ("quorum", r#","arguments":{"x-message-ttl":5}"#, Grade::Weak),
+            ("classic", "", Grade::Weak),
+            ("stream", r#","arguments":{"x-max-length-bytes":5}"#, Grade::Weak),
+            ("classic", r#","auto_delete":true"#, Grade::Unsafe),
         ] {
-            assert_eq!(queue(json).grade().0, grade, "{json}");
+            let json = format!(r#"{{"type":"{kind}","durable":true{more}}}"#);
+            let facts: QueueFacts = serde_json::from_str(&json).unwrap();
+            assert_eq!(facts.grade().0, grade, "{json}");
         }
+        let transient = QueueFacts { kind: "quorum".into(), ..QueueFacts::default() };
+        assert_eq!(transient.grade().0, Grade::Unsafe);
     }
 
     #[test]

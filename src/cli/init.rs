@@ -26,7 +26,7 @@ use crate::secret::Secret;
 /// Options of `init`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  \
-    watership --config shop.toml init --admin-url 'postgres://postgres:${PGPASSWORD}@127.0.0.1/shop'\n\n\
+    watership --config shop.toml init --admin-url 'postgres://postgres:${PW}@127.0.0.1/shop'\n\n\
     May be run again: what is there is left as it is.")]
 pub(super) struct Args {
     /// Who makes the objects: a superuser, or a role with CREATEROLE and CREATE that owns the

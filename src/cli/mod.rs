@@ -80,18 +80,24 @@ pub async fn execute(
 ) -> Result<End> {
     let out = Out { json: cli.json };
     match cli.command {
-        Command::Init(args) => init::execute(&load(&cli.config)?, &args, out).await,
+        Command::Init(args) => init::execute(&warned(&cli.config)?, &args, out).await,
         Command::Check(args) => check::execute(&load(&cli.config)?, &args, out).await,
         Command::Run(args) => run::execute(Config::load(&cli.config)?, &args, watch_signals).await,
-        Command::Status(args) => status::execute(&load(&cli.config)?, &args, out).await,
+        Command::Status(args) => status::execute(&warned(&cli.config)?, &args, out).await,
         Command::Demo(args) => Ok(if demo::run(args).await? { End::Fine } else { End::Failed }),
     }
 }
 
-/// For the commands that print and end: warnings of the file go to stderr, logs are quiet.
+/// For the commands that print and end: logs are quiet.
 fn load(path: &Path) -> Result<Config> {
     let config = Config::load(path)?;
     logging::start_quiet(&config.log);
+    Ok(config)
+}
+
+/// As [`load`]; warnings of the file go to stderr.
+fn warned(path: &Path) -> Result<Config> {
+    let config = load(path)?;
     config.warnings.iter().for_each(|warning| print_warning(warning));
     Ok(config)
 }

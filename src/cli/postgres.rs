@@ -77,7 +77,7 @@ fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts) {
         Some(bytes) => f.ok("disk", format!("a slot may keep {} MiB of WAL", bytes >> 20)),
         None => f.warning(
             "disk",
-            "max_slot_wal_keep_size is -1: while the relay is down, WAL grows until the disk is full",
+            "max_slot_wal_keep_size is -1: while the relay is down, WAL fills the disk",
             "set it to what the disk can hold, and alert on watership_safe_wal_size_bytes",
         ),
     }

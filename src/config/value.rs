@@ -130,7 +130,7 @@ fn parse_duration(text: &str) -> Option<Duration> {
 
 fn show_duration(duration: Duration) -> String {
     let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
-    let fits = |(_, factor): &&(&str, u64)| millis % factor == 0;
+    let fits = |(_, factor): &&(&str, u64)| millis.is_multiple_of(*factor);
     let (unit, factor) = UNITS.iter().rev().find(fits).unwrap_or(&UNITS[0]);
     format!("{}{unit}", millis / factor)
 }
@@ -146,7 +146,7 @@ fn parse_size(text: &str) -> Option<u64> {
 }
 
 fn show_size(bytes: u64) -> String {
-    let fits = |(_, factor): &&(&str, u64)| bytes % factor == 0;
+    let fits = |(_, factor): &&(&str, u64)| bytes.is_multiple_of(*factor);
     let (unit, factor) = SIZES[..4].iter().rev().find(fits).unwrap_or(&SIZES[0]);
     format!("{}{unit}", bytes / factor)
 }

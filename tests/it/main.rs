@@ -5,6 +5,7 @@
 
 mod amqp;
 mod amqp_tls;
+mod cli;
 mod dev;
 mod maintain;
 mod pg_stream;
