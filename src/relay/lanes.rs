@@ -423,3 +423,6 @@ fn group_of(keys: Keys) -> Option<(u64, bool)> {
         Keys::Barrier { group } => Some((group, true)),
     }
 }
+
+#[cfg(test)]
+mod tests;

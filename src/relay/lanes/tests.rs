@@ -1,0 +1,233 @@
+//! The lanes against a naive model: whatever the outcomes, a key's messages are accepted in the
+//! order of admission, a truncate is a barrier, and nothing is forgotten.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use uuid::Uuid;
+use super::{Lanes, PROBE_EVERY, RETRY_LIMIT};
+use crate::message::{Builder, ExchangeId, Message, Properties, RouteId, Ticket};
+use crate::position::{Lsn, Position};
+use crate::relay::watermark::{EntryId, Watermark};
+use crate::route::Lanes as Keys;
+use crate::source::Receipt;
+
+fn message(id: u128, route: u16) -> Message {
+    let properties = Properties {
+        content_type: "text/plain",
+        message_id: Uuid::from_u128(id),
+        timestamp: 0,
+        kind: "test",
+        app_id: "test",
+    };
+    let builder = Builder::new("key", properties, 0).unwrap();
+    builder.finish(ExchangeId(0), RouteId(route), |_| {}).unwrap()
+}
+
+fn entry() -> EntryId {
+    let receipt = Receipt::new(Position::default(), Some(Lsn(1)));
+    Watermark::new().push(receipt, 1, 0)
+}
+
+struct Bench {
+    lanes: Lanes,
+    now: Instant,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self { lanes: Lanes::new(), now: Instant::now() }
+    }
+
+    fn admit(&mut self, id: u128, keys: Keys) {
+        self.admit_on(0, id, keys);
+    }
+
+    fn admit_on(&mut self, route: u16, id: u128, keys: Keys) {
+        self.lanes.admit(message(id, route), keys, entry(), self.now, 0);
+    }
+
+    /// Everything that may be sent now.
+    fn send(&mut self) -> Vec<(Ticket, u128)> {
+        let mut sent = Vec::new();
+        while let Some((ticket, slot)) = self.lanes.next(self.now) {
+            sent.push((ticket, slot.message.id.as_u128()));
+        }
+        sent
+    }
+
+    fn ids(&mut self) -> Vec<u128> {
+        self.send().into_iter().map(|(_, id)| id).collect()
+    }
+}
+
+fn one(lane: u64) -> Keys {
+    Keys::One { lane, group: None }
+}
+
+fn row(lane: u64) -> Keys {
+    Keys::One { lane, group: Some(1) }
+}
+
+#[test]
+fn one_key_waits_for_its_confirm_and_others_do_not() {
+    let mut bench = Bench::new();
+    bench.admit(1, one(7));
+    bench.admit(2, one(7));
+    bench.admit(3, one(8));
+    let sent = bench.send();
+    assert_eq!(sent.iter().map(|s| s.1).collect::<Vec<_>>(), [1, 3]);
+    bench.lanes.confirmed(sent[0].0);
+    assert_eq!(bench.ids(), [2]);
+}
+
+#[test]
+fn nacked_message_holds_back_its_lane_only() {
+    let mut bench = Bench::new();
+    bench.admit(1, one(7));
+    bench.admit(2, one(7));
+    bench.admit(3, one(8));
+    let sent = bench.send();
+    bench.lanes.nacked(sent[0].0, bench.now);
+    bench.lanes.confirmed(sent[1].0);
+    bench.admit(4, one(8));
+    assert_eq!(bench.ids(), [4]);
+    let wake = bench.lanes.wake_at().expect("a retry is due");
+    assert!(wake > bench.now && wake <= bench.now + RETRY_LIMIT);
+    bench.now = wake;
+    assert_eq!(bench.ids(), [1], "the nacked message, not its successor");
+}
+
+#[test]
+fn a_key_change_waits_for_both_keys_and_both_wait_for_it() {
+    let mut bench = Bench::new();
+    bench.admit(1, row(7));
+    bench.admit(2, row(8));
+    bench.admit(3, Keys::Two { lanes: [7, 8], group: 1 });
+    bench.admit(4, row(7));
+    bench.admit(5, row(8));
+    let sent = bench.send();
+    assert_eq!(sent.len(), 2);
+    bench.lanes.confirmed(sent[0].0);
+    assert!(bench.send().is_empty(), "the old key is free, the new one is not");
+    bench.lanes.confirmed(sent[1].0);
+    let change = bench.send();
+    assert_eq!(change.len(), 1);
+    assert_eq!(change[0].1, 3);
+    bench.lanes.confirmed(change[0].0);
+    assert_eq!(bench.ids(), [4, 5]);
+}
+
+#[test]
+fn a_truncate_is_a_barrier_for_its_table_only() {
+    let mut bench = Bench::new();
+    bench.admit(1, row(7));
+    bench.admit(2, Keys::Barrier { group: 1 });
+    bench.admit(3, row(8));
+    bench.admit(4, one(9));
+    let sent = bench.send();
+    assert_eq!(sent.iter().map(|s| s.1).collect::<Vec<_>>(), [1, 4]);
+    bench.lanes.confirmed(sent[0].0);
+    let barrier = bench.send();
+    assert_eq!(barrier[0].1, 2);
+    assert!(bench.send().is_empty());
+    bench.lanes.confirmed(barrier[0].0);
+    assert_eq!(bench.ids(), [3]);
+}
+
+#[test]
+fn a_held_route_is_probed_by_its_first_message_and_others_go_on() {
+    let mut bench = Bench::new();
+    bench.admit_on(0, 1, one(1));
+    bench.admit_on(0, 2, one(2));
+    let sent = bench.send();
+    assert!(bench.lanes.hold(sent[0].0, "no queue".into(), bench.now));
+    assert!(!bench.lanes.hold(sent[1].0, "no queue".into(), bench.now), "held already");
+    bench.admit_on(0, 3, one(3));
+    bench.admit_on(1, 4, one(4));
+    assert_eq!(bench.ids(), [4]);
+    bench.now += PROBE_EVERY;
+    let probe = bench.send();
+    assert_eq!(probe.len(), 1);
+    assert_eq!(probe[0].1, 1);
+    bench.lanes.hold(probe[0].0, "still no queue".into(), bench.now);
+    assert!(bench.send().is_empty());
+    bench.now += PROBE_EVERY;
+    let probe = bench.send();
+    let (_, released) = bench.lanes.confirmed(probe[0].0);
+    assert!(released);
+    assert_eq!(bench.ids(), [2, 3]);
+    assert_eq!(bench.lanes.holds().count(), 0);
+}
+
+#[derive(Debug, Clone)]
+enum Outcome {
+    Confirm,
+    Nack,
+    Hold,
+}
+
+fn keys() -> impl Strategy<Value = Keys> {
+    prop_oneof![
+        8 => (0..4_u64).prop_map(row),
+        2 => (0..4_u64, 1..4_u64)
+            .prop_map(|(a, d)| Keys::Two { lanes: [a, (a + d) % 4], group: 1 }),
+        1 => Just(Keys::Barrier { group: 1 }),
+    ]
+}
+
+fn touches(keys: Keys) -> Vec<u64> {
+    match keys {
+        Keys::One { lane, .. } => vec![lane],
+        Keys::Two { lanes, .. } => lanes.to_vec(),
+        Keys::Barrier { .. } => (0..4).collect(),
+        Keys::Free => vec![],
+    }
+}
+
+proptest! {
+    #[test]
+    fn every_key_is_accepted_in_order_under_any_outcomes(
+        admitted in prop::collection::vec(keys(), 1..60),
+        outcomes in prop::collection::vec(
+            prop_oneof![6 => Just(Outcome::Confirm), 2 => Just(Outcome::Nack), 1 => Just(Outcome::Hold)],
+            0..200,
+        ),
+        picks in prop::collection::vec(any::<prop::sample::Index>(), 300),
+    ) {
+        let mut bench = Bench::new();
+        for (id, keys) in admitted.iter().enumerate() {
+            bench.admit(id as u128, *keys);
+        }
+        let mut outcomes = outcomes.into_iter();
+        let mut picks = picks.into_iter().cycle();
+        let mut flying: Vec<(Ticket, u128)> = Vec::new();
+        let mut last: HashMap<u64, u128> = HashMap::new();
+        let mut accepted = 0;
+        while accepted < admitted.len() {
+            flying.extend(bench.send());
+            if flying.is_empty() {
+                let wake = bench.lanes.wake_at();
+                prop_assert!(wake.is_some(), "stuck with {} left", admitted.len() - accepted);
+                bench.now = wake.unwrap().max(bench.now + Duration::from_millis(1));
+                continue;
+            }
+            let (ticket, id) = flying.swap_remove(picks.next().unwrap().index(flying.len()));
+            match outcomes.next().unwrap_or(Outcome::Confirm) {
+                Outcome::Nack => bench.lanes.nacked(ticket, bench.now),
+                Outcome::Hold => { bench.lanes.hold(ticket, "broken".into(), bench.now); }
+                Outcome::Confirm => {
+                    bench.lanes.confirmed(ticket);
+                    accepted += 1;
+                    for lane in touches(admitted[id as usize]) {
+                        let before = last.insert(lane, id);
+                        prop_assert!(before < Some(id), "lane {}: {} after {:?}", lane, id, before);
+                    }
+                }
+            }
+        }
+        prop_assert_eq!(bench.lanes.in_flight(), 0);
+        prop_assert_eq!(bench.lanes.wake_at(), None);
+    }
+}
