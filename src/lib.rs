@@ -17,7 +17,8 @@
 //! 1. [`pg::replication`] takes WAL data off the wire, [`pg::pgoutput`] decodes it in place;
 //! 2. [`source::transaction`] gives each change its position and makes it an [`event::Event`];
 //! 3. [`route`] says where it goes, [`envelope`] makes it a [`message::Message`];
-//! 4. [`relay::lanes`] says when it may go, [`amqp::publisher`] sends it and says what became of it;
+//! 4. [`relay::lanes`] says when it may go, [`amqp::publisher`] sends it and says what became of
+//!    it;
 //! 5. [`relay::watermark`] finds the settled prefix, [`relay::checkpoint`] stores it, and the
 //!    source is told.
 //!
