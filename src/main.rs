@@ -1,1 +1,87 @@
-fn main() {}
+//! The program: parses the command line, runs the command, turns the result into an exit code.
+//!
+//! Nothing else ends the process. 0 fine, 1 failed, 2 usage or configuration, 3 a verdict that
+//! needs a person.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use watership::cli::{self, Cli, End};
+use watership::error::{Error, Kind, Result};
+
+fn main() -> ExitCode {
+    // First of all: lapin's connector would otherwise choose a provider by itself.
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        return report(&Error::config("another TLS provider is installed already"));
+    }
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come here too, with code 0. A closed terminal is no failure.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&Error::config("no async runtime").caused_by(error)),
+    };
+    let result = runtime.block_on(cli::execute(cli, watch_signals));
+    // A name lookup may still hang in a thread; nobody needs its answer.
+    runtime.shutdown_background();
+    match result {
+        Ok(End::Fine) => ExitCode::SUCCESS,
+        Ok(End::Failed) => ExitCode::from(1),
+        Ok(End::NeedsPerson) => ExitCode::from(3),
+        Err(error) => report(&error),
+    }
+}
+
+fn report(error: &Error) -> ExitCode {
+    cli::print_error(error);
+    ExitCode::from(match error.kind() {
+        Kind::Config => 2,
+        Kind::Verdict => 3,
+        Kind::Unreachable | Kind::Refused | Kind::Busy | Kind::Protocol | Kind::Event => 1,
+    })
+}
+
+/// The first SIGTERM or SIGINT sets the value to true, the second ends the process.
+///
+/// On a thread of its own, so that it works when everything else hangs.
+fn watch_signals() -> Result<watch::Receiver<bool>> {
+    let failed = |e: std::io::Error| Error::config("signals cannot be handled").caused_by(e);
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let (sender, receiver) = watch::channel(false);
+    let (mut terminate, mut interrupt) = {
+        let _guard = runtime.enter();
+        let terminate = signal(SignalKind::terminate()).map_err(failed)?;
+        (terminate, signal(SignalKind::interrupt()).map_err(failed)?)
+    };
+    let wait = move || {
+        runtime.block_on(async {
+            for times in 1.. {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                if times == 2 {
+                    exit_now();
+                }
+                tracing::info!("asked to stop; a second signal ends the process at once");
+                sender.send_replace(true);
+            }
+        });
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).map_err(failed)?;
+    Ok(receiver)
+}
+
+#[expect(clippy::exit, clippy::disallowed_methods, reason = "the second signal waits for nobody")]
+fn exit_now() {
+    std::process::exit(1)
+}

@@ -13,6 +13,7 @@
 mod channel;
 mod handshake;
 mod link;
+pub mod management;
 pub mod options;
 pub mod publisher;
 pub mod topology;

@@ -306,10 +306,21 @@ fn send(signal: Signal, targets: &[String]) {
 }
 
 /// A loopback port that nobody listens on at this moment.
-fn free_port() -> Result<u16> {
+///
+/// # Errors
+/// When the loopback interface has none.
+pub fn free_port() -> Result<u16> {
     let bound = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|l| l.local_addr());
     let address = bound.map_err(|e| Error::unreachable("finding a free port").caused_by(e))?;
     Ok(address.port())
+}
+
+/// The path of the running program, to start it once more as another process.
+///
+/// # Errors
+/// When the system does not say.
+pub fn this_program() -> Result<PathBuf> {
+    std::env::current_exe().map_err(|e| Error::config("finding this program").caused_by(e))
 }
 
 /// A command with a clean environment: what `PG*` or `RABBITMQ_*` the caller has set is not for
@@ -342,7 +353,7 @@ fn versions(parent: &str, below: &str) -> Vec<PathBuf> {
 }
 
 /// The last bytes of a log file.
-fn tail(log: &Path) -> String {
+pub fn tail(log: &Path) -> String {
     let bytes = fs::read(log).unwrap_or_default();
     let start = bytes.len().saturating_sub(LOG_TAIL);
     String::from_utf8_lossy(&bytes[start..]).into_owned()

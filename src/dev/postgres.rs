@@ -95,7 +95,7 @@ impl Postgres {
         let mut server = Self { programs, owner, directory, port: free_port()?, process: None };
         let mut copy = server.owner.command(Path::new("cp"));
         copy.arg("-R").arg(template).arg(server.data_dir());
-        run(copy, "copying the template cluster")?;
+        run(copy, "copying the template cluster").await?;
         server.configure(&options)?;
         server.start_again().await?;
         Ok(server)
@@ -412,13 +412,15 @@ async fn template(programs: &Programs, owner: Owner) -> Result<PathBuf> {
     programs.add_libraries(&mut initdb);
     initdb.current_dir(&directory).arg("-D").arg(&data);
     initdb.args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N"]);
-    run(initdb, "initdb")?;
+    run(initdb, "initdb").await?;
     templates.insert(programs.bin.clone(), data.clone());
     Ok(data)
 }
 
-fn run(mut command: Command, what: &str) -> Result<()> {
-    let out = command.stdin(Stdio::null()).output();
+/// Runs a short-lived command; others go on meanwhile (RabbitMQ starts beside `initdb`).
+async fn run(command: Command, what: &str) -> Result<()> {
+    let mut command = tokio::process::Command::from(command);
+    let out = command.stdin(Stdio::null()).kill_on_drop(true).output().await;
     let out = out.map_err(|e| Error::config(format!("starting {what}")).caused_by(e))?;
     if out.status.success() {
         return Ok(());

@@ -5,5 +5,11 @@
 
 mod amqp;
 mod amqp_tls;
+mod cli;
 mod dev;
+mod maintain;
+mod pg_stream;
+mod pg_wire;
+mod slot;
+mod sql;
 mod support;

@@ -1,0 +1,125 @@
+//! The benchmark: how fast the real relay drains a backlog, held against the limits of the same
+//! machine, measured in the same run.
+//!
+//! Private servers (Postgres with fsync, RabbitMQ with a quorum queue), the real `watership run`
+//! as its own process, nothing in between. See bench/README.md for what each figure means.
+
+mod drain;
+mod latency;
+mod limits;
+mod load;
+mod relay;
+mod report;
+mod servers;
+mod usage;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use watership::error::Result;
+
+use crate::load::{Keys, Shape};
+use crate::report::Report;
+use crate::servers::Servers;
+
+/// Measures the relay against the limits of this machine.
+///
+/// Example: bench/run --events 50000 --rows-per-tx 1
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Events in the backlog.
+    #[arg(long, default_value_t = 200_000)]
+    events: u64,
+    /// Rows per transaction; repeat for several runs. Without it: 1 and 100.
+    #[arg(long)]
+    rows_per_tx: Vec<u64>,
+    /// How keys are chosen; repeat for several runs. Without it: uniform.
+    #[arg(long, value_enum)]
+    keys: Vec<Keys>,
+    /// Rows of the one large transaction; 0 leaves it out.
+    #[arg(long, default_value_t = 1_000_000)]
+    large: u64,
+    /// Seconds of the latency measurement at 200 events a second; 0 leaves it out.
+    #[arg(long, default_value_t = 20)]
+    latency_seconds: u64,
+    /// Leave out the drains.
+    #[arg(long)]
+    no_drain: bool,
+    /// Measure the limits only; needs no relay.
+    #[arg(long)]
+    limits_only: bool,
+    /// A tenth of everything.
+    #[arg(long)]
+    quick: bool,
+    /// Seed of the data.
+    #[arg(long, default_value_t = 1)]
+    seed: u32,
+    /// Where the JSON goes.
+    #[arg(long, default_value = "bench/out")]
+    out: PathBuf,
+}
+
+impl Arguments {
+    fn shapes(&self) -> Vec<Shape> {
+        let rows =
+            if self.rows_per_tx.is_empty() { vec![1, 100] } else { self.rows_per_tx.clone() };
+        let keys = if self.keys.is_empty() { vec![Keys::Uniform] } else { self.keys.clone() };
+        let mut shapes = Vec::new();
+        for keys in keys {
+            for &rows_per_tx in &rows {
+                let events = self.events;
+                shapes.push(Shape { events, rows_per_tx, keys, seed: self.seed });
+            }
+        }
+        shapes
+    }
+
+    /// `--quick` in figures.
+    fn scaled(mut self) -> Self {
+        if self.quick {
+            self.events /= 10;
+            self.large /= 10;
+            self.latency_seconds = self.latency_seconds.div_ceil(4);
+        }
+        self
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run(Arguments::parse().scaled()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            if let Some(advice) = error.advice() {
+                eprintln!("hint: {advice}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> Result<()> {
+    let servers = Servers::start().await?;
+    let mut report = Report::new(&servers);
+    report.print_head();
+    if !arguments.no_drain || arguments.limits_only {
+        let messages = arguments.events.min(limits::PUBLISH_MESSAGES_MAX);
+        let publish = limits::publish(&servers, messages).await?;
+        report.publish(publish);
+        for shape in arguments.shapes() {
+            let case = drain::run(&servers, &shape, &report, arguments.limits_only).await?;
+            report.case(case);
+        }
+    }
+    if !arguments.limits_only {
+        if arguments.large > 0 {
+            report.large(drain::large(&servers, arguments.large, arguments.seed).await?);
+        }
+        if arguments.latency_seconds > 0 {
+            report.latency(latency::run(&servers, arguments.latency_seconds).await?);
+        }
+    }
+    report.write(&arguments.out)
+}

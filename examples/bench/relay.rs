@@ -1,0 +1,151 @@
+//! The real relay as its own process: configuration, start, metrics, end.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+use watership::dev::{self, Process, Signal};
+use watership::error::{Error, Result};
+
+use crate::servers::Servers;
+
+/// How long the relay may take to be ready, or to end after SIGTERM.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A database with its own slot, publication and configuration file.
+pub struct Installation {
+    pub name: String,
+    config: PathBuf,
+    log: PathBuf,
+    port: u16,
+}
+
+/// A running relay. Killed on drop.
+pub struct Relay {
+    pub process: Process,
+    pub spawned: Instant,
+    log: PathBuf,
+    port: u16,
+}
+
+impl Installation {
+    /// Makes the database and runs `watership init`, which makes slot and publication.
+    pub async fn create(servers: &Servers, name: &str) -> Result<Self> {
+        servers.postgres.create_database(name).await?;
+        let folder = dev::home()?;
+        let port = free_port()?;
+        let config = folder.join(format!("{name}.toml"));
+        let log = folder.join(format!("{name}.log"));
+        let text = format!(
+            "name = \"{name}\"\n\
+             [source]\nurl = \"{}\"\nslot = \"{name}\"\npublication = \"{name}\"\n\
+             [broker]\nurl = \"{}\"\ntopology = \"verify\"\n\
+             [admin]\nlisten = \"127.0.0.1:{port}\"\n",
+            servers.postgres.url("postgres", name),
+            servers.rabbit.url("/"),
+        );
+        fs::write(&config, text)
+            // It holds the password of the private broker; the relay warns when others can read it.
+            .and_then(|()| fs::set_permissions(&config, fs::Permissions::from_mode(0o600)))
+            .map_err(|e| Error::config(format!("writing {}", config.display())).caused_by(e))?;
+        let installation = Self { name: name.to_owned(), config, log, port };
+        installation.init().await?;
+        Ok(installation)
+    }
+
+    async fn init(&self) -> Result<()> {
+        let mut command = tokio::process::Command::from(self.command("init")?);
+        let output = tokio::time::timeout(LIMIT, command.kill_on_drop(true).output()).await;
+        let output = output
+            .map_err(|_| Error::unreachable("watership init takes too long"))?
+            .map_err(|e| Error::config("running watership init").caused_by(e))?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Err(Error::refused(format!("watership init: {}: {said}", output.status)))
+    }
+
+    fn command(&self, word: &str) -> Result<Command> {
+        let mut command = Command::new(Servers::built("watership")?);
+        command.arg(word).arg("--config").arg(&self.config);
+        Ok(command)
+    }
+
+    /// Starts `watership run`.
+    pub fn start(&self) -> Result<Relay> {
+        let command = self.command("run")?;
+        let spawned = Instant::now();
+        let process = Process::spawn("the relay", command, &self.log)?;
+        Ok(Relay { process, spawned, log: self.log.clone(), port: self.port })
+    }
+}
+
+impl Relay {
+    /// Waits until it says that it streams and has the broker; how long that took.
+    pub async fn ready(&mut self) -> Result<Duration> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            if self.get("/readyz").await.is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")) {
+                return Ok(self.spawned.elapsed());
+            }
+            self.alive()?;
+            if Instant::now() > deadline {
+                return Err(Error::unreachable(format!("the relay is not ready\n{}", self.tail())));
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// An error with its log when it has ended.
+    pub fn alive(&mut self) -> Result<()> {
+        match self.process.ended() {
+            None => Ok(()),
+            Some(status) => {
+                Err(Error::unreachable(format!("the relay ended with {status}\n{}", self.tail())))
+            }
+        }
+    }
+
+    /// The sum of a metric over all labels; 0 while the relay does not answer yet.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").await.unwrap_or_default();
+        let series = text.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+        });
+        series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    /// Asks it to end, and waits.
+    pub async fn stop(mut self) -> Result<()> {
+        self.process.signal(Signal::Term);
+        self.process.wait(LIMIT).await.map(drop)
+    }
+
+    /// The end of its log.
+    pub fn tail(&self) -> String {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+
+    async fn get(&self, path: &str) -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).await?;
+        let request = format!("GET {path} HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok(answer)
+    }
+}
+
+fn free_port() -> Result<u16> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).and_then(|l| l.local_addr());
+    Ok(listener.map_err(|e| Error::unreachable("finding a free port").caused_by(e))?.port())
+}

@@ -1,0 +1,169 @@
+//! Prints the figures beside their bars and writes them as JSON.
+
+use std::fs;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use watership::error::{Error, Result};
+
+use crate::drain::{Case, Drain, Large};
+use crate::latency::Latency;
+use crate::limits::{Publish, cores, cpu_bound};
+use crate::servers::Servers;
+
+/// The bars: share of the limit, CPU, memory, latency, start.
+const SHARE_MIN: f64 = 0.8;
+const RELAY_US_MAX: f64 = 8.0;
+const RSS_MB_MAX: f64 = 25.0;
+const LARGE_RSS_MB_MAX: f64 = 30.0;
+const LARGE_FIRST_MS_MAX: f64 = 200.0;
+const P50_MS_MAX: f64 = 2.0;
+const P99_MS_MAX: f64 = 10.0;
+const START_MS_MAX: f64 = 100.0;
+
+/// Everything that a run has measured.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Seconds since 1970.
+    at: u64,
+    cores: f64,
+    postgres: u32,
+    publish: Option<Publish>,
+    cases: Vec<Case>,
+    large: Option<Large>,
+    latency: Option<Latency>,
+}
+
+impl Report {
+    pub fn new(servers: &Servers) -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self {
+            at: since.map_or(0, |d| d.as_secs()),
+            cores: cores(),
+            postgres: servers.postgres.major(),
+            publish: None,
+            cases: Vec::new(),
+            large: None,
+            latency: None,
+        }
+    }
+
+    pub fn print_head(&self) {
+        println!("{} cores, Postgres {}, load {}", self.cores, self.postgres, load_average());
+    }
+
+    pub fn publish_limit(&self) -> Option<&Publish> {
+        self.publish.as_ref()
+    }
+
+    pub fn publish(&mut self, publish: Option<Publish>) {
+        if let Some(p) = &publish {
+            println!(
+                "limit, publisher alone: {:.0}/s (broker {:.1} µs, publisher {:.1} µs a message)",
+                p.rate, p.broker_us, p.publisher_us
+            );
+        }
+        self.publish = publish;
+    }
+
+    pub fn case(&mut self, case: Case) {
+        let shape = &case.shape;
+        println!(
+            "\n{} events, {} rows a transaction, {:?} keys, {} bytes a body",
+            shape.events, shape.rows_per_tx, shape.keys, case.body_bytes
+        );
+        println!(
+            "  limit, pg_recvlogical alone: {:.0}/s (walsender {:.1} µs an event)",
+            case.decode.rate, case.decode.walsender_us
+        );
+        if let Some(publish) = &self.publish {
+            let bound = cpu_bound(publish, &case.decode);
+            println!("  limit, all cores for broker and walsender: {bound:.0}/s");
+        }
+        println!("  limit of this run: {:.0}/s", case.limit);
+        if let Some(drain) = &case.drain {
+            let share = drain.rate / case.limit;
+            print_drain(drain);
+            println!("  share of the limit: {share:.2} {}", at_least(share, SHARE_MIN));
+            println!("  CPU bar: {}", at_most(drain.relay_us, RELAY_US_MAX));
+            println!("  memory bar: {}", at_most(drain.peak_rss_mb, RSS_MB_MAX));
+        }
+        self.cases.push(case);
+    }
+
+    pub fn large(&mut self, large: Large) {
+        println!("\none transaction of {} rows", large.drain.events);
+        print_drain(&large.drain);
+        println!("  memory bar: {}", at_most(large.drain.peak_rss_mb, LARGE_RSS_MB_MAX));
+        match large.first_message_after_first_change_ms {
+            Some(ms) => println!(
+                "  first message after the first change: {ms:.0} ms {}",
+                at_most(ms, LARGE_FIRST_MS_MAX)
+            ),
+            None => println!("  first message before the first change was counted"),
+        }
+        self.large = Some(large);
+    }
+
+    pub fn latency(&mut self, latency: Latency) {
+        let l = &latency;
+        println!("\nlatency at 200 events a second, {} events", l.events);
+        println!(
+            "  commit to consumer: p50 {:.2} ms {}, p99 {:.2} ms {}",
+            l.commit_p50_ms,
+            at_most(l.commit_p50_ms, P50_MS_MAX),
+            l.commit_p99_ms,
+            at_most(l.commit_p99_ms, P99_MS_MAX)
+        );
+        println!(
+            "  with the writer's own commit: p50 {:.2} ms, p99 {:.2} ms",
+            l.insert_p50_ms, l.insert_p99_ms
+        );
+        println!(
+            "  process start to ready: {:.0} ms {}",
+            l.start_to_ready_ms,
+            at_most(l.start_to_ready_ms, START_MS_MAX)
+        );
+        self.latency = Some(latency);
+    }
+
+    /// Writes `<folder>/<time>.json` and `<folder>/latest.json`.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let failed = |e| Error::config(format!("writing to {}", folder.display())).caused_by(e);
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|e| Error::protocol("writing the report").caused_by(e))?;
+        fs::create_dir_all(folder).map_err(failed)?;
+        let own = folder.join(format!("{}.json", self.at));
+        fs::write(&own, &text).map_err(failed)?;
+        fs::write(folder.join("latest.json"), &text).map_err(failed)?;
+        println!("\nwritten to {}", own.display());
+        Ok(())
+    }
+}
+
+fn print_drain(drain: &Drain) {
+    println!("  relay: {:.0} events/s ({:.1} s)", drain.rate, drain.seconds);
+    println!(
+        "  CPU an event: relay {:.1} µs, broker {:.1} µs, walsender {:.1} µs",
+        drain.relay_us, drain.broker_us, drain.walsender_us
+    );
+    println!(
+        "  peak RSS {:.1} MB, first message after {:.0} ms, duplicates {}",
+        drain.peak_rss_mb, drain.first_message_ms, drain.duplicates
+    );
+}
+
+fn at_least(value: f64, bar: f64) -> String {
+    format!("[bar ≥ {bar}: {}]", if value >= bar { "met" } else { "MISSED" })
+}
+
+fn at_most(value: f64, bar: f64) -> String {
+    format!("[bar ≤ {bar}: {}]", if value <= bar { "met" } else { "MISSED" })
+}
+
+/// The 1-minute load before the run: figures from a busy machine compare with nothing.
+fn load_average() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or("unknown").to_owned()
+}

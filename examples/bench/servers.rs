@@ -1,0 +1,128 @@
+//! The private servers of a run, and small conversations with them.
+
+use std::path::{Path, PathBuf};
+
+use lapin::options::{
+    ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
+use tokio_postgres::{Client, NoTls};
+use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions};
+use watership::error::{Error, Result};
+
+/// The exchange that the relay publishes to without a `[[route]]`.
+pub const EXCHANGE: &str = "watership";
+
+/// Postgres, RabbitMQ, and a channel for queues.
+pub struct Servers {
+    pub postgres: Postgres,
+    pub rabbit: Rabbit,
+    pub channel: Channel,
+    // Dropping it would close the channel.
+    connection: Connection,
+}
+
+impl Servers {
+    /// Starts both; fsync on, WAL large enough that no checkpoint falls into a measurement.
+    pub async fn start() -> Result<Self> {
+        let conf = [
+            "wal_level = logical",
+            "max_replication_slots = 10",
+            "max_wal_size = 16GB",
+            "checkpoint_timeout = 1h",
+            "shared_buffers = 256MB",
+            // Else vacuum of the freshly loaded table takes CPU at random moments.
+            "autovacuum = off",
+        ];
+        let conf = conf.map(str::to_owned).to_vec();
+        let options = PostgresOptions { fsync: true, conf, ..PostgresOptions::default() };
+        let rabbit_options = RabbitOptions::default();
+        let (postgres, rabbit) =
+            tokio::try_join!(Postgres::start(options), Rabbit::start(rabbit_options))?;
+        let url = rabbit.url("/");
+        let connection = Connection::connect(&url, ConnectionProperties::default());
+        let connection = connection.await.map_err(broker("connecting"))?;
+        let channel = connection.create_channel().await.map_err(broker("opening a channel"))?;
+        Ok(Self { postgres, rabbit, channel, connection })
+    }
+
+    /// A second channel, for consumers.
+    pub async fn another_channel(&self) -> Result<Channel> {
+        self.connection.create_channel().await.map_err(broker("opening a channel"))
+    }
+
+    pub fn rabbit_pid(&self) -> Result<u32> {
+        self.rabbit.pid().ok_or_else(|| Error::unreachable("RabbitMQ is not running"))
+    }
+
+    /// A client of `database` as the superuser.
+    pub async fn client(&self, database: &str) -> Result<Client> {
+        let url = self.postgres.url("postgres", database);
+        let (client, connection) =
+            tokio_postgres::connect(&url, NoTls).await.map_err(sql("connecting"))?;
+        // Ends with the client.
+        tokio::spawn(connection);
+        Ok(client)
+    }
+
+    /// An empty durable quorum queue, bound to everything of the relay's exchange.
+    pub async fn fresh_queue(&self, name: &str) -> Result<()> {
+        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        self.channel
+            .exchange_declare(EXCHANGE.into(), ExchangeKind::Topic, durable, FieldTable::default())
+            .await
+            .map_err(broker("declaring the exchange"))?;
+        self.delete_queue(name).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+        self.channel
+            .queue_declare(name.into(), durable, arguments)
+            .await
+            .map_err(broker("declaring the queue"))?;
+        let (queue, key) = (name.into(), "#".into());
+        let options = QueueBindOptions::default();
+        self.channel
+            .queue_bind(queue, EXCHANGE.into(), key, options, FieldTable::default())
+            .await
+            .map_err(broker("binding the queue"))
+    }
+
+    pub async fn delete_queue(&self, name: &str) -> Result<()> {
+        let options = QueueDeleteOptions::default();
+        let deleted = self.channel.queue_delete(name.into(), options).await;
+        deleted.map(drop).map_err(broker("deleting the queue"))
+    }
+
+    /// Messages that lie in the queue now.
+    pub async fn depth(&self, name: &str) -> Result<u64> {
+        let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+        let queue = self.channel.queue_declare(name.into(), passive, FieldTable::default());
+        Ok(u64::from(queue.await.map_err(broker("asking for the queue"))?.message_count()))
+    }
+
+    /// A program of this build: `target/release/<name>`, seen from our own place.
+    pub fn built(name: &str) -> Result<PathBuf> {
+        let own = std::env::current_exe()
+            .map_err(|e| Error::config("finding this program").caused_by(e))?;
+        let folder = own.parent().and_then(Path::parent).unwrap_or(Path::new("."));
+        let path = folder.join(name);
+        if path.exists() {
+            return Ok(path);
+        }
+        let text = format!("{} is not there", path.display());
+        Err(Error::config(text)
+            .hint("bench/run builds it: cargo build --release --bins --examples"))
+    }
+}
+
+/// Turns an error of the broker's client into ours.
+pub fn broker(doing: &str) -> impl FnOnce(lapin::Error) -> Error {
+    move |e| Error::unreachable(format!("RabbitMQ: {doing}")).caused_by(e)
+}
+
+/// Turns an error of Postgres' client into ours.
+pub fn sql(doing: &str) -> impl FnOnce(tokio_postgres::Error) -> Error {
+    move |e| Error::unreachable(format!("Postgres: {doing}")).caused_by(e)
+}

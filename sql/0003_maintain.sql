@@ -1,0 +1,215 @@
+-- Watership 0003: maintain, which makes and retires the partitions of the outbox.
+--
+-- The relay calls it once an hour and at start, and again at once while it returns more = true.
+-- A call is one transaction, and what it locks stays locked to its end; so a call does little:
+--   1. days ahead: all that are missing (blocks nobody who writes to a day);
+--   2. detached partitions that every relay has passed: drops up to 4;
+--   3. old rows in the default partition that every relay has passed: deletes up to 1,000;
+--   4. only when it did none of these: detaches one old partition. That alone stops writers, for
+--      at most 100 ms of waiting for each lock, then it gives up and names it in `postponed`.
+-- Passed means: the smallest flush_lsn of watership.checkpoint has reached the WAL position that
+-- was noted in an earlier call. Without a checkpoint row nothing is dropped or deleted.
+
+SET ROLE watership_owner;
+
+-- The first day is today (UTC), the last today + days.
+CREATE FUNCTION watership.create_days_ahead(
+    days integer, OUT created text[], OUT skipped text[], OUT postponed text[]
+) LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    day date;
+    leaf text;
+    there bigint;
+BEGIN
+    created := '{}'; skipped := '{}'; postponed := '{}';
+    FOR i IN 0..days LOOP
+        day := (now() AT TIME ZONE 'UTC')::date + i;
+        leaf := 'outbox_' || to_char(day, 'YYYYMMDD');
+        CONTINUE WHEN EXISTS (SELECT FROM pg_inherits
+            WHERE inhparent = 'watership.outbox'::regclass
+                AND inhrelid = to_regclass('watership.' || leaf));
+        SELECT count(*) INTO there FROM (
+            SELECT FROM ONLY watership.outbox_default
+            WHERE created_at >= day AND created_at < day + 1 LIMIT 1000) AS rows;
+        IF there > 0 THEN
+            skipped := skipped || format('%s: %s%s rows of that day are in the default partition',
+                leaf, there, CASE WHEN there = 1000 THEN ' or more' ELSE '' END);
+            CONTINUE;
+        END IF;
+        BEGIN
+            -- Made alone and then attached, it needs no lock that conflicts with writers.
+            EXECUTE format('CREATE TABLE watership.%I (LIKE watership.outbox INCLUDING DEFAULTS '
+                'INCLUDING CONSTRAINTS INCLUDING INDEXES INCLUDING STORAGE)', leaf);
+            EXECUTE format('ALTER TABLE watership.outbox ATTACH PARTITION watership.%I '
+                'FOR VALUES FROM (%L) TO (%L)', leaf, day::timestamptz, (day + 1)::timestamptz);
+            created := created || leaf;
+        EXCEPTION
+            WHEN lock_not_available OR deadlock_detected THEN
+                postponed := postponed || format('creating %s: %s', leaf, SQLERRM);
+                EXIT;  -- the next day would wait for the same lock
+            WHEN check_violation OR invalid_object_definition OR duplicate_table THEN
+                skipped := skipped || format('%s: %s', leaf, SQLERRM);
+        END;
+    END LOOP;
+END
+$$;
+
+CREATE FUNCTION watership.drop_passed(
+    flush_lsn pg_lsn, most integer, OUT dropped text[], OUT postponed text[]
+) LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    leaf text;
+BEGIN
+    dropped := '{}'; postponed := '{}';
+    FOR leaf IN SELECT name FROM watership.retired_partition AS r
+        WHERE r.lsn <= drop_passed.flush_lsn ORDER BY r.lsn LIMIT most LOOP
+        -- Somebody attached it again: it is live, not ours to drop.
+        IF EXISTS (SELECT FROM pg_inherits WHERE inhrelid = to_regclass('watership.' || leaf)) THEN
+            DELETE FROM watership.retired_partition WHERE name = leaf;
+            CONTINUE;
+        END IF;
+        BEGIN
+            EXECUTE format('DROP TABLE IF EXISTS watership.%I', leaf);
+            DELETE FROM watership.retired_partition WHERE name = leaf;
+            dropped := dropped || leaf;
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+            postponed := postponed || format('dropping %s: %s', leaf, SQLERRM);
+        END;
+    END LOOP;
+END
+$$;
+
+-- Deletes the rows of the note that every relay has passed; with no note left, takes a new one.
+-- A row counts only if its transaction had ended when the note was taken: an open transaction may
+-- still add a row with an old created_at, and that row lies behind the noted position.
+CREATE FUNCTION watership.delete_passed_default_rows(
+    flush_lsn pg_lsn, retain interval, most integer, OUT deleted bigint
+) LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    note watership.default_retirement%ROWTYPE;
+    horizon xid8 := pg_snapshot_xmin(pg_current_snapshot());
+BEGIN
+    deleted := 0;
+    SELECT * INTO note FROM watership.default_retirement;
+    -- age() compares 32-bit xids, so a note must not be older than half of their range.
+    IF note.one AND horizon::text::numeric - note.xid::text::numeric > 1000000000 THEN
+        DELETE FROM watership.default_retirement;
+        note := NULL;
+    END IF;
+    IF note.one AND note.lsn <= flush_lsn THEN
+        DELETE FROM ONLY watership.outbox_default WHERE ctid = ANY (ARRAY(
+            SELECT d.ctid FROM ONLY watership.outbox_default AS d
+            WHERE d.created_at < note.cutoff AND age(d.xmin) > age(note.xid::xid) LIMIT most));
+        GET DIAGNOSTICS deleted = ROW_COUNT;
+        IF deleted < most THEN
+            DELETE FROM watership.default_retirement;
+            note := NULL;
+        END IF;
+    END IF;
+    IF note.one IS NULL THEN
+        -- The snapshot is older than the position, so what it shows as ended lies before it.
+        INSERT INTO watership.default_retirement (cutoff, xid, lsn)
+        SELECT now() - retain, horizon, pg_current_wal_insert_lsn()
+        WHERE EXISTS (SELECT FROM ONLY watership.outbox_default
+            WHERE created_at < now() - retain);
+    END IF;
+END
+$$;
+
+CREATE FUNCTION watership.detach_oldest(
+    retain interval, OUT detached text[], OUT postponed text[]
+) LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    leaf text;
+    upper_bound timestamptz;
+BEGIN
+    detached := '{}'; postponed := '{}';
+    -- A bound reads: FOR VALUES FROM ('2026-01-01 00:00:00+00') TO ('2026-01-02 00:00:00+00').
+    SELECT c.relname, b.upper_bound INTO leaf, upper_bound
+    FROM pg_inherits AS i
+    JOIN pg_class AS c ON c.oid = i.inhrelid
+    CROSS JOIN LATERAL (SELECT substring(pg_get_expr(c.relpartbound, c.oid)
+        FROM ' TO \(''([^'']+)''\)$')::timestamptz AS upper_bound) AS b
+    WHERE i.inhparent = 'watership.outbox'::regclass
+        AND c.relnamespace = 'watership'::regnamespace
+        AND b.upper_bound <= now() - retain
+    ORDER BY b.upper_bound LIMIT 1;
+    IF leaf IS NULL THEN
+        RETURN;
+    END IF;
+    BEGIN
+        -- The root comes last: whoever waits for it has nothing else left to wait for.
+        EXECUTE format('LOCK TABLE ONLY watership.%I IN ACCESS EXCLUSIVE MODE', leaf);
+        LOCK TABLE ONLY watership.outbox_default IN ACCESS EXCLUSIVE MODE;
+        EXECUTE format('ALTER TABLE watership.outbox DETACH PARTITION watership.%I', leaf);
+        -- The lock is held: every writer of this partition has ended, before this position.
+        INSERT INTO watership.retired_partition (name, range_to, lsn)
+        VALUES (leaf, upper_bound, pg_current_wal_insert_lsn());
+        detached := detached || leaf;
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        postponed := postponed || format('detaching %s: %s', leaf, SQLERRM);
+    END;
+END
+$$;
+
+-- retain: how long events stay in the outbox after their transaction began.
+-- created, skipped, postponed, dropped, detached: partitions, with the reason where one is due;
+-- postponed means that a lock was not to be had, try later. default_left counts to 100,000.
+-- more: this call did something, so call again.
+CREATE FUNCTION watership.maintain(
+    retain interval,
+    OUT created text[], OUT skipped text[], OUT postponed text[], OUT dropped text[],
+    OUT detached text[], OUT default_deleted bigint, OUT default_left bigint, OUT more boolean
+) LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET lock_timeout = '100ms'
+SET TimeZone = 'UTC'
+SET DateStyle = 'ISO, YMD'
+AS $$
+DECLARE
+    days_ahead CONSTANT integer := 14;
+    drop_most CONSTANT integer := 4;
+    delete_most CONSTANT integer := 1000;
+    count_most CONSTANT integer := 100000;
+    flush_lsn pg_lsn;
+    later text[];
+BEGIN
+    IF retain IS NULL OR retain < interval '0' THEN
+        RAISE EXCEPTION 'retain is %, and must be an interval of 0 or more', retain
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    dropped := '{}'; detached := '{}'; default_deleted := 0;
+    IF pg_try_advisory_xact_lock(1465079888, 2) THEN
+        SELECT min(c.flush_lsn) INTO flush_lsn FROM watership.checkpoint AS c;
+        SELECT * INTO created, skipped, postponed FROM watership.create_days_ahead(days_ahead);
+        SELECT * INTO dropped, later FROM watership.drop_passed(flush_lsn, drop_most);
+        postponed := postponed || later;
+        default_deleted := watership.delete_passed_default_rows(flush_lsn, retain, delete_most);
+        more := created <> '{}' OR dropped <> '{}' OR default_deleted > 0;
+        IF NOT more THEN
+            SELECT * INTO detached, later FROM watership.detach_oldest(retain);
+            postponed := postponed || later;
+            more := detached <> '{}';
+        END IF;
+    ELSE
+        created := '{}'; skipped := '{}'; more := false;
+        postponed := ARRAY['all: maintenance is running in another session'];
+    END IF;
+    SELECT count(*) INTO default_left FROM (
+        SELECT FROM ONLY watership.outbox_default LIMIT count_most) AS rows;
+END
+$$;
+
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA watership FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION watership.maintain(interval) TO watership_relay;
+
+-- The first days are there before the first row.
+DO $$
+BEGIN
+    PERFORM watership.maintain(interval '14 days');
+END
+$$;
+
+INSERT INTO watership.migration (version, name) VALUES (3, '0003_maintain');
+
+RESET ROLE;

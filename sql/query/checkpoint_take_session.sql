@@ -1,0 +1,11 @@
+-- A new session of relay $1 takes the row over; writes of an older session match no row from here.
+-- With another publication ($2 is its oid) the ordinals of the interrupted transaction may differ,
+-- so that transaction is resumed from its start.
+UPDATE watership.checkpoint
+SET session_no = session_no + 1,
+    ordinal = CASE WHEN publication_oid = $2 THEN ordinal ELSE 0 END,
+    publication_oid = $2,
+    updated_at = now()
+WHERE name = $1
+RETURNING epoch::bigint, commit_lsn, ordinal, flush_lsn, session_no, slot, system_identifier,
+          timeline::bigint, publication, publication_oid

@@ -1,0 +1,184 @@
+//! The broker half of `check`: connection, exchanges, queues; bindings and grades where the
+//! management API is given.
+
+use super::findings::Findings;
+use crate::amqp::management::{Grade, Management, QueueFacts};
+use crate::amqp::options::Options;
+use crate::amqp::topology::{self, Binding, Mode, Topology};
+use crate::config::Config;
+use crate::error::{Kind, Result};
+use crate::route::{Action, MessageIdRule, Rule, Select};
+
+/// Adds what it finds; never fails, because a failure is a finding too.
+pub(super) async fn check(f: &mut Findings, config: &Config) {
+    let options = config.broker_options();
+    if let Err(error) = topology::apply(&options, &nothing()).await {
+        return f.error("broker", &error);
+    }
+    let urls: Vec<String> = options.urls.iter().map(ToString::to_string).collect();
+    f.ok("broker", format!("connected to {}", urls.join(" or ")));
+    check_things(f, config, &options).await;
+    let Some(url) = &config.broker.management_url else {
+        return f.warning(
+            "bindings",
+            "bindings are not verified: AMQP cannot list them",
+            "set broker.management_url",
+        );
+    };
+    let graded = match Management::new(url, &options) {
+        Ok(management) => check_routes(f, config, &management).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = graded {
+        f.error("management", &error);
+    }
+}
+
+fn nothing() -> Topology {
+    Topology { mode: Mode::Verify, ..Topology::default() }
+}
+
+/// Verifies exchange by exchange and queue by queue, so that each is a finding.
+async fn check_things(f: &mut Findings, config: &Config, options: &Options) {
+    let topology = &config.topology;
+    for exchange in &topology.exchanges {
+        let one = Topology { exchanges: vec![exchange.clone()], ..nothing() };
+        let what = format!("exchange {:?}", exchange.name);
+        report(f, topology.mode, "exchange", &what, topology::apply(options, &one).await);
+    }
+    for queue in &topology.queues {
+        let one = Topology { queues: vec![queue.clone()], ..nothing() };
+        let what = format!("queue {:?}", queue.name);
+        report(f, topology.mode, "queue", &what, topology::apply(options, &one).await);
+    }
+}
+
+fn report(f: &mut Findings, mode: Mode, area: &'static str, what: &str, result: Result<()>) {
+    match result {
+        Ok(()) => f.ok(area, format!("{what} exists")),
+        Err(error) if mode == Mode::Declare && is_missing(&error) => {
+            f.ok(area, format!("{what} does not exist, `watership run` declares it"));
+        }
+        Err(error) => f.error(area, &error),
+    }
+}
+
+fn is_missing(error: &crate::error::Error) -> bool {
+    error.kind() == Kind::Refused && error.to_string().contains("does not exist")
+}
+
+/// The queues that a route's exchange feeds, by the names of the routes.
+struct Reached<'a> {
+    rule: &'a Rule,
+    queues: Vec<String>,
+}
+
+async fn check_routes(f: &mut Findings, config: &Config, management: &Management) -> Result<()> {
+    check_bindings(f, &config.topology, management).await?;
+    let mut reached = Vec::new();
+    for rule in &config.rules {
+        let Action::Publish { exchange, .. } = &rule.action else { continue };
+        let queues = management.queues_behind(exchange).await?;
+        let mut facts = Vec::new();
+        for queue in &queues {
+            facts.push(management.queue(queue).await?);
+        }
+        grade(f, rule, exchange, &facts);
+        reached.push(Reached { rule, queues });
+    }
+    warn_of_shared_ids(f, &reached);
+    Ok(())
+}
+
+async fn check_bindings(f: &mut Findings, topology: &Topology, api: &Management) -> Result<()> {
+    for Binding { queue, exchange, routing_key } in &topology.bindings {
+        let what = format!("queue {queue:?} to exchange {exchange:?} by {routing_key:?}");
+        let there = api.bindings(exchange).await?;
+        let bound = there.iter().any(|b| b.queue == *queue && b.routing_key == *routing_key);
+        match (bound, topology.mode) {
+            (true, Mode::Declare | Mode::Verify) => f.ok("binding", what),
+            (false, Mode::Declare) => {
+                f.ok("binding", format!("{what} does not exist, `watership run` declares it"));
+            }
+            (false, Mode::Verify) => {
+                f.problem(
+                    "binding",
+                    format!("{what} does not exist"),
+                    "bind it, or set \
+                    broker.topology = \"declare\"",
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn grade(f: &mut Findings, rule: &Rule, exchange: &str, queues: &[QueueFacts]) {
+    let name = &rule.name;
+    if queues.is_empty() {
+        return f.problem(
+            "route",
+            format!("{name:?} is UNSAFE: no queue is bound to exchange {exchange:?}"),
+            "bind a queue; until then messages come back and the route is held",
+        );
+    }
+    let graded: Vec<(Grade, String)> = queues
+        .iter()
+        .map(|queue| {
+            let (grade, reason) = queue.grade();
+            (grade, format!("queue {:?}: {reason}", queue.name))
+        })
+        .collect();
+    let worst = graded.iter().map(|(grade, _)| *grade).max().unwrap_or(Grade::Safe);
+    let reasons = |grade| {
+        let of_grade = graded.iter().filter(|(g, _)| *g == grade).map(|(_, r)| r.as_str());
+        of_grade.collect::<Vec<_>>().join("; ")
+    };
+    let what = format!("{name:?} is {worst} ({})", reasons(worst));
+    match worst {
+        Grade::Safe => f.ok("route", what),
+        Grade::Weak => f.warning("route", what, "a quorum queue without TTL is SAFE"),
+        Grade::Unsafe => f.warning(
+            "route",
+            what,
+            "confirmed messages can be dropped; set overflow to reject-publish, make it durable",
+        ),
+    }
+}
+
+/// Consumers drop a second message with the same id, so two routes with the event's id must not
+/// meet in one queue.
+fn warn_of_shared_ids(f: &mut Findings, reached: &[Reached<'_>]) {
+    for (index, first) in reached.iter().enumerate() {
+        for second in &reached[index + 1..] {
+            let shared = first.queues.iter().find(|queue| second.queues.contains(queue));
+            let (Some(queue), true) = (shared, may_share_ids(first.rule, second.rule)) else {
+                continue;
+            };
+            f.warning(
+                "route",
+                format!(
+                    "{:?} and {:?} may send the same event, with the same id, to queue {queue:?}: \
+                     a consumer that drops duplicates drops one of them",
+                    first.rule.name, second.rule.name
+                ),
+                "set message_id = \"route\" on one of them",
+            );
+        }
+    }
+}
+
+fn may_share_ids(a: &Rule, b: &Rule) -> bool {
+    let event_id = |rule: &Rule| match &rule.action {
+        Action::Publish { message_id, .. } => *message_id == MessageIdRule::Event,
+        Action::Drop => false,
+    };
+    let meet = |x: &str, y: &str| x == "*" || y == "*" || x == y;
+    let overlap = match (&a.select, &b.select) {
+        (Select::Outbox { aggregate_type: x }, Select::Outbox { aggregate_type: y })
+        | (Select::Table { name: x }, Select::Table { name: y }) => meet(x, y),
+        (Select::Outbox { .. }, Select::Table { .. })
+        | (Select::Table { .. }, Select::Outbox { .. }) => false,
+    };
+    overlap && event_id(a) && event_id(b)
+}

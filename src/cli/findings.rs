@@ -1,0 +1,120 @@
+//! What `check` found, each with what to do.
+
+use serde::Serialize;
+
+use super::{End, Out};
+use crate::error::{Error, Kind};
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Level {
+    Ok,
+    /// The relay runs; something may go wrong later.
+    Warning,
+    /// The relay will not run, or messages will not arrive.
+    Problem,
+    /// Going on would be a guess: a person has to decide.
+    Verdict,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Finding {
+    level: Level,
+    area: &'static str,
+    what: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    advice: Option<String>,
+}
+
+/// All findings, printed as they come.
+pub(super) struct Findings {
+    list: Vec<Finding>,
+    out: Out,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    result: Level,
+    findings: &'a [Finding],
+}
+
+impl Findings {
+    pub(super) fn new(out: Out) -> Self {
+        Self { list: Vec::new(), out }
+    }
+
+    pub(super) fn ok(&mut self, area: &'static str, what: impl Into<String>) {
+        self.add(Level::Ok, area, what.into(), None);
+    }
+
+    pub(super) fn warning(
+        &mut self,
+        area: &'static str,
+        what: impl Into<String>,
+        advice: impl Into<String>,
+    ) {
+        self.add(Level::Warning, area, what.into(), Some(advice.into()));
+    }
+
+    pub(super) fn problem(
+        &mut self,
+        area: &'static str,
+        what: impl Into<String>,
+        advice: impl Into<String>,
+    ) {
+        self.add(Level::Problem, area, what.into(), Some(advice.into()));
+    }
+
+    /// Adds an error under its own kind.
+    pub(super) fn error(&mut self, area: &'static str, error: &Error) {
+        let level = match error.kind() {
+            Kind::Verdict => Level::Verdict,
+            Kind::Config
+            | Kind::Unreachable
+            | Kind::Refused
+            | Kind::Busy
+            | Kind::Protocol
+            | Kind::Event => Level::Problem,
+        };
+        self.add(level, area, error.to_string(), error.advice().map(str::to_owned));
+    }
+
+    /// How many are worse than a warning.
+    pub(super) fn problems(&self) -> usize {
+        self.list.iter().filter(|f| f.level >= Level::Problem).count()
+    }
+
+    fn add(&mut self, level: Level, area: &'static str, what: String, advice: Option<String>) {
+        let (word, colour) = match level {
+            Level::Ok => ("ok", 32),
+            Level::Warning => ("warning", 33),
+            Level::Problem => ("problem", 31),
+            Level::Verdict => ("verdict", 31),
+        };
+        let word = self.out.coloured(colour, &format!("{word:<8}"));
+        self.out.line(&format!("{word} {area:<12} {what}"));
+        if let Some(advice) = &advice {
+            self.out.line(&format!("         {:<12} -> {advice}", ""));
+        }
+        self.list.push(Finding { level, area, what, advice });
+    }
+
+    /// Prints the sum and says how the command ends.
+    pub(super) fn finish(self) -> crate::error::Result<End> {
+        let count = |level| self.list.iter().filter(|f| f.level == level).count();
+        let worst = self.list.iter().map(|f| f.level).max().unwrap_or(Level::Ok);
+        self.out.line(&format!(
+            "\n{} ok, {} warnings, {} problems",
+            count(Level::Ok),
+            count(Level::Warning),
+            count(Level::Problem) + count(Level::Verdict)
+        ));
+        self.out.data(&Report { result: worst, findings: &self.list })?;
+        Ok(match worst {
+            Level::Ok | Level::Warning => End::Fine,
+            Level::Problem => End::Failed,
+            Level::Verdict => End::NeedsPerson,
+        })
+    }
+}

@@ -1,0 +1,53 @@
+//! Log lines on stderr: text where it is a terminal, JSON elsewhere, or as the configuration says.
+//!
+//! Other crates log errors only. Control characters are escaped by tracing-subscriber, so a name
+//! from outside cannot forge a line.
+
+use std::io::IsTerminal as _;
+use std::sync::OnceLock;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::config::{Log, LogFormat};
+
+static JSON: OnceLock<bool> = OnceLock::new();
+
+/// Whether lines are JSON; false before logging was started.
+pub(super) fn is_json() -> bool {
+    JSON.get().copied().unwrap_or(false)
+}
+
+/// For `run`: as configured.
+pub(super) fn start(log: &Log) {
+    let json = match log.format {
+        LogFormat::Json => true,
+        LogFormat::Text => false,
+        LogFormat::Auto => !std::io::stderr().is_terminal(),
+    };
+    install(json, &format!("error,watership={}", log.level));
+}
+
+/// For commands that print and end: text, and only what goes wrong beside their output.
+pub(super) fn start_quiet(log: &Log) {
+    let level = match log.level {
+        "debug" | "trace" => log.level,
+        _ => "warn",
+    };
+    install(false, &format!("off,watership={level}"));
+}
+
+fn install(json: bool, filter: &str) {
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(filter))
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    let installed = if json {
+        builder.json().flatten_event(true).with_current_span(true).try_init()
+    } else {
+        builder.try_init()
+    };
+    // Somebody else's subscriber, in a test: then lines go there.
+    if installed.is_ok() {
+        let _ = JSON.set(json);
+    }
+}

@@ -1,0 +1,156 @@
+//! The command line: one file per command. The only place that prints.
+//!
+//! Data goes to stdout, as text or with `--json` as one object; errors and logs go to stderr. A
+//! command returns how it went; `main` turns that into an exit code.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+use tokio::sync::watch;
+
+use crate::config::Config;
+use crate::error::{Error, Result};
+
+mod broker;
+mod check;
+mod demo;
+mod findings;
+mod init;
+mod logging;
+mod postgres;
+mod run;
+mod status;
+
+/// How a command ended that did what it was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// All is well. Exit code 0.
+    Fine,
+    /// What was looked at is not well. Exit code 1.
+    Failed,
+    /// A person has to decide. Exit code 3.
+    NeedsPerson,
+}
+
+/// Ships the Postgres outbox and captured tables to RabbitMQ, at least once and in order.
+#[derive(Debug, Parser)]
+#[command(name = "watership", version, after_help = EXAMPLE)]
+pub struct Cli {
+    /// Configuration file.
+    #[arg(long, global = true, value_name = "FILE", default_value = "watership.toml")]
+    config: PathBuf,
+    /// Print data as JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLE: &str = "\
+Exit codes: 0 fine, 1 failed, 2 usage or configuration, 3 a verdict that needs a person.
+
+Example:
+  watership --config shop.toml init --admin-url postgres://postgres@127.0.0.1/shop
+  watership --config shop.toml check
+  watership --config shop.toml run";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Prepare the database: schema, roles, publication, slot, checkpoint, grants.
+    Init(init::Args),
+    /// Look at everything the relay needs, and change nothing.
+    Check(check::Args),
+    /// Run the relay until SIGTERM.
+    Run(run::Args),
+    /// Show where the relay stands.
+    Status(status::Args),
+    /// Show Watership at work on private servers, through two faults.
+    Demo(demo::Args),
+}
+
+/// Runs the command. `watch_signals` is called by those that end in order.
+///
+/// # Errors
+/// What the command says.
+pub async fn execute(
+    cli: Cli,
+    watch_signals: impl FnOnce() -> Result<watch::Receiver<bool>>,
+) -> Result<End> {
+    let out = Out { json: cli.json };
+    match cli.command {
+        Command::Init(args) => init::execute(&warned(&cli.config)?, &args, out).await,
+        Command::Check(args) => check::execute(&load(&cli.config)?, &args, out).await,
+        Command::Run(args) => run::execute(Config::load(&cli.config)?, &args, watch_signals).await,
+        Command::Status(args) => status::execute(&warned(&cli.config)?, &args, out).await,
+        Command::Demo(args) => Ok(if demo::run(args).await? { End::Fine } else { End::Failed }),
+    }
+}
+
+/// For the commands that print and end: logs are quiet.
+fn load(path: &Path) -> Result<Config> {
+    let config = Config::load(path)?;
+    logging::start_quiet(&config.log);
+    Ok(config)
+}
+
+/// As [`load`]; warnings of the file go to stderr.
+fn warned(path: &Path) -> Result<Config> {
+    let config = load(path)?;
+    config.warnings.iter().for_each(|warning| print_warning(warning));
+    Ok(config)
+}
+
+/// Prints an error and what to do: as a log line where logs are JSON, as text elsewhere.
+pub fn print_error(error: &Error) {
+    if logging::is_json() {
+        let hint = error.advice().unwrap_or_default();
+        tracing::error!(kind = error.label(), hint, "{error}");
+        return;
+    }
+    let mut text = format!("error: {error}\n");
+    if let Some(hint) = error.advice() {
+        text.push_str(&format!("hint: {hint}\n"));
+    }
+    // Where stderr is closed there is nobody to tell.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+fn print_warning(text: &str) {
+    let _ = writeln!(std::io::stderr(), "warning: {text}");
+}
+
+/// Where data is printed.
+#[derive(Debug, Clone, Copy)]
+struct Out {
+    json: bool,
+}
+
+impl Out {
+    /// Prints a line; nothing with `--json`.
+    fn line(self, text: &str) {
+        if !self.json {
+            // `head` closes the pipe early; that is no failure of ours.
+            let _ = writeln!(std::io::stdout(), "{text}");
+        }
+    }
+
+    /// Prints the whole result with `--json`; nothing without.
+    fn data(self, data: &impl Serialize) -> Result<()> {
+        if self.json {
+            let text = serde_json::to_string_pretty(data)
+                .map_err(|e| Error::config("the result is not JSON").caused_by(e))?;
+            let _ = writeln!(std::io::stdout(), "{text}");
+        }
+        Ok(())
+    }
+
+    /// `text` in a colour (ANSI number) where stdout is a terminal.
+    fn coloured(self, colour: u8, text: &str) -> String {
+        if std::io::stdout().is_terminal() {
+            return format!("\x1b[{colour}m{text}\x1b[0m");
+        }
+        text.to_owned()
+    }
+}

@@ -1,0 +1,85 @@
+//! The OIDs of the built-in types that JSON treats specially, and of the built-in array types.
+//!
+//! They are fixed for ever (`src/include/catalog/pg_type.dat`). Types of extensions and users have
+//! other OIDs in every database and are text here.
+
+/// `bool`.
+pub const BOOL: u32 = 16;
+/// `bytea`.
+pub const BYTEA: u32 = 17;
+/// `int8`.
+pub const INT8: u32 = 20;
+/// `int2`.
+pub const INT2: u32 = 21;
+/// `int4`.
+pub const INT4: u32 = 23;
+/// `text`.
+pub const TEXT: u32 = 25;
+/// `oid`.
+pub const OID: u32 = 26;
+/// `json`.
+pub const JSON: u32 = 114;
+/// `box`.
+pub const BOX: u32 = 603;
+/// `float4`.
+pub const FLOAT4: u32 = 700;
+/// `float8`.
+pub const FLOAT8: u32 = 701;
+/// `bpchar`.
+pub const BPCHAR: u32 = 1042;
+/// `varchar`.
+pub const VARCHAR: u32 = 1043;
+/// `date`.
+pub const DATE: u32 = 1082;
+/// `time`.
+pub const TIME: u32 = 1083;
+/// `timestamp`.
+pub const TIMESTAMP: u32 = 1114;
+/// `timestamptz`.
+pub const TIMESTAMPTZ: u32 = 1184;
+/// `interval`.
+pub const INTERVAL: u32 = 1186;
+/// `timetz`.
+pub const TIMETZ: u32 = 1266;
+/// `numeric`.
+pub const NUMERIC: u32 = 1700;
+/// `uuid`.
+pub const UUID: u32 = 2950;
+/// `jsonb`.
+pub const JSONB: u32 = 3802;
+
+/// The element type of a built-in array type; `None` for everything else.
+pub const fn element_of(type_oid: u32) -> Option<u32> {
+    let element = match type_oid {
+        1000 => BOOL,
+        1001 => BYTEA,
+        1016 => INT8,
+        1005 => INT2,
+        1007 => INT4,
+        1009 => TEXT,
+        1028 => OID,
+        199 => JSON,
+        1020 => BOX,
+        1021 => FLOAT4,
+        1022 => FLOAT8,
+        1014 => BPCHAR,
+        1015 => VARCHAR,
+        1182 => DATE,
+        1183 => TIME,
+        1115 => TIMESTAMP,
+        1185 => TIMESTAMPTZ,
+        1187 => INTERVAL,
+        1270 => TIMETZ,
+        1231 => NUMERIC,
+        2951 => UUID,
+        3807 => JSONB,
+        // Arrays of the other built-in types: their elements are text.
+        143 | 271 | 629 | 651 | 719 | 775 | 791 | 1002 | 1003 | 1006 | 1008 | 1010 | 1011
+        | 1012 | 1013 | 1017 | 1018 | 1019 | 1027 | 1034 | 1040 | 1041 | 1561 | 1563 | 2201
+        | 2207 | 2208 | 2209 | 2210 | 2211 | 2949 | 3221 | 3643 | 3644 | 3645 | 3735 | 3770
+        | 3905 | 3907 | 3909 | 3911 | 3913 | 3927 | 4073 | 4090 | 4097 | 4192 | 5039 | 6150
+        | 6151 | 6152 | 6153 | 6155 | 6157 => TEXT,
+        _ => return None,
+    };
+    Some(element)
+}

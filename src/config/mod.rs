@@ -1,0 +1,426 @@
+//! The configuration: what was written ([`raw`]) becomes what it means ([`Config`]).
+//!
+//! Invariant: after a `Config` exists nobody checks it again; every component gets its own
+//! `Options` from it. All problems of a file are reported at once. `Debug` shows no secret.
+//!
+//! ```text
+//! file ── load ──► Raw (strings, defaults) ── Config::from_raw ──► Config ──► …_options()
+//! ```
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::amqp;
+use crate::amqp::options::{Auth, Url};
+use crate::amqp::topology::Topology;
+use crate::error::Result;
+use crate::metrics::RouteLabel;
+use crate::pg;
+use crate::relay;
+use crate::route::Rule;
+use crate::secret::Secret;
+use crate::tls;
+
+pub mod load;
+pub mod raw;
+mod routes;
+mod topology;
+mod value;
+
+use raw::Raw;
+use value::Problems;
+
+/// Everything, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Name of this relay: checkpoint row, lock queue and `app_id`.
+    pub name: String,
+    /// Where events come from.
+    pub source: Source,
+    /// Where messages go.
+    pub broker: Broker,
+    /// What is declared or verified in the broker; the routes' exchanges are among it.
+    pub topology: Topology,
+    /// What goes where, the default rules when the file has no route.
+    pub rules: Vec<Rule>,
+    /// How much is under way, and how often progress is stored.
+    pub relay: Relay,
+    /// Whether the relay makes and retires partitions.
+    pub maintain: bool,
+    /// How long rows stay in the outbox after they were relayed.
+    pub retain: Duration,
+    /// Where probes and metrics are served; `None` when switched off.
+    pub listen: Option<SocketAddr>,
+    /// Logging.
+    pub log: Log,
+    /// What is allowed but should be changed.
+    pub warnings: Vec<String>,
+}
+
+/// `[source]`
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// Server, role and database.
+    pub sql: pg::connect::Options,
+    /// Name of the replication slot.
+    pub slot: String,
+    /// Name of the publication.
+    pub publication: String,
+    /// Captured tables, `schema.table`, besides the outbox.
+    pub tables: Vec<String>,
+}
+
+/// `[broker]`
+#[derive(Debug, Clone)]
+pub struct Broker {
+    /// Nodes of one cluster, tried in turn; never empty.
+    pub urls: Vec<Url>,
+    /// Trusted roots and client certificate for `amqps`.
+    pub tls: tls::Options,
+    /// How the broker learns who we are.
+    pub auth: Auth,
+    /// Bounds one connection attempt.
+    pub connect_timeout: Duration,
+    /// Heartbeat timeout, whole seconds.
+    pub heartbeat: Duration,
+    /// Longest wait for a confirm.
+    pub confirm_timeout: Duration,
+    /// Largest body in bytes.
+    pub max_message_size: usize,
+    /// `http://[user:password@]host:port` of the management plugin.
+    pub management_url: Option<Secret>,
+}
+
+/// `[relay]`
+#[derive(Debug, Clone)]
+pub struct Relay {
+    /// Most unsettled entries.
+    pub max_window_events: usize,
+    /// Most bytes of unsettled messages.
+    pub max_window_bytes: usize,
+    /// Most messages without a confirm.
+    pub max_unconfirmed: usize,
+    /// How often progress is stored: the duplicate window after a fault.
+    pub checkpoint_interval: Duration,
+    /// How long confirms are awaited at shutdown.
+    pub drain_timeout: Duration,
+    /// How often an idle stream advances the slot.
+    pub idle_interval: Duration,
+}
+
+/// `[log]`
+#[derive(Debug, Clone)]
+pub struct Log {
+    /// Text or JSON.
+    pub format: LogFormat,
+    /// Least level of the relay's own lines.
+    pub level: &'static str,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Text on a terminal, JSON elsewhere.
+    Auto,
+    /// Lines for people.
+    Text,
+    /// One object per line.
+    Json,
+}
+
+impl Config {
+    /// Reads and checks the file at `path`.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Config`] with everything that is wrong with it.
+    pub fn load(path: &Path) -> Result<Self> {
+        let (raw, warnings) = load::load(path)?;
+        let mut config = Self::from_raw(&path.display().to_string(), raw)?;
+        config.warnings.splice(0..0, warnings);
+        Ok(config)
+    }
+
+    /// Checks what was written; `file` is only shown in errors.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Config`] with everything that is wrong with it.
+    pub fn from_raw(file: &str, raw: Raw) -> Result<Self> {
+        let mut problems = Problems::default();
+        let p = &mut problems;
+        let name = p.name("name", &raw.name, "_-.");
+        let source = source(p, &raw.source);
+        let broker = broker(p, &raw.broker);
+        let relay = relay(p, &raw.relay);
+        let retain = p.duration("outbox.retain", &raw.outbox.retain, Duration::ZERO, YEAR);
+        let listen = listen(p, &raw.admin);
+        let log = log(p, &raw.log);
+        let tables = source.as_ref().map_or(&[][..], |s| &s.tables);
+        let rules = routes::rules(p, &raw.route, tables);
+        let topology = topology::topology(p, &raw, &rules);
+        let warnings = warnings(source.as_ref(), &broker);
+        problems.into_result(file)?;
+        let source = source.expect("without a source there is a problem");
+        let maintain = raw.outbox.maintain;
+        Ok(Self {
+            name,
+            source,
+            broker,
+            topology,
+            rules,
+            relay,
+            maintain,
+            retain,
+            listen,
+            log,
+            warnings,
+        })
+    }
+
+    /// What labels the routes' metrics, in the order of the rules.
+    pub fn route_labels(&self) -> Vec<RouteLabel> {
+        let label = |rule: &Rule| RouteLabel { name: rule.name.clone(), owner: rule.owner.clone() };
+        self.rules.iter().map(label).collect()
+    }
+
+    /// For connections to the broker. The relay adds exchanges and the lock queue.
+    pub fn broker_options(&self) -> amqp::options::Options {
+        let Broker { urls, tls, auth, connect_timeout, heartbeat, confirm_timeout, .. } =
+            &self.broker;
+        let mut options = amqp::options::Options::new(urls.clone());
+        options.tls = tls.clone();
+        options.auth = *auth;
+        options.heartbeat = *heartbeat;
+        options.connect_timeout = *connect_timeout;
+        options.confirm_timeout = *confirm_timeout;
+        options.connection_name = format!("watership {}", self.name);
+        options.max_message_size = self.broker.max_message_size;
+        options
+    }
+
+    /// For the relay.
+    pub fn relay_options(&self) -> relay::Options {
+        relay::Options {
+            name: self.name.clone(),
+            sql: self.source.sql.clone(),
+            slot: self.source.slot.clone(),
+            publication: self.source.publication.clone(),
+            tables: self.source.tables.clone(),
+            broker: self.broker_options(),
+            topology: self.topology.clone(),
+            rules: self.rules.clone(),
+            tuning: relay::Tuning {
+                window: relay::Window {
+                    events: self.relay.max_window_events,
+                    bytes: self.relay.max_window_bytes,
+                    unconfirmed: self.relay.max_unconfirmed,
+                },
+                checkpoint_interval: self.relay.checkpoint_interval,
+                drain_timeout: self.relay.drain_timeout,
+                idle_interval: self.relay.idle_interval,
+            },
+            retain: self.retain,
+            maintain: self.maintain,
+        }
+    }
+}
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+const SECOND: Duration = Duration::from_secs(1);
+const HOUR: Duration = Duration::from_secs(3600);
+const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+/// RabbitMQ's own limit of `max_message_size`, in bytes.
+const MESSAGE_MAX: u64 = 512 << 20;
+
+fn source(p: &mut Problems, raw: &raw::Source) -> Option<Source> {
+    if p.word("source.mode", &raw.mode, &[("wal", true), ("poll", false)]) {
+        // The only mode so far.
+    } else {
+        p.other("source.mode = \"poll\" is not available yet; use \"wal\"");
+    }
+    let slot = p.name("source.slot", &raw.slot, "_");
+    let publication = p.name("source.publication", &raw.publication, "_-.");
+    let mut tables: Vec<String> = Vec::new();
+    for (index, table) in raw.tables.iter().enumerate() {
+        let key = format!("source.tables[{index}]");
+        if !is_table_name(table) {
+            p.value(&key, format!("{table:?}"), "\"schema.table\"");
+        } else if table.starts_with("watership.") {
+            p.value(&key, format!("{table:?}"), "tables outside the relay's own schema");
+        } else if tables.contains(table) {
+            p.other(format!("{key}: table {table:?} is listed twice"));
+        }
+        tables.push(table.clone());
+    }
+    let sql = postgres(p, raw)?;
+    Some(Source { sql, slot, publication, tables })
+}
+
+fn postgres(p: &mut Problems, raw: &raw::Source) -> Option<pg::connect::Options> {
+    const KEY: &str = "source.url";
+    if raw.url.is_empty() {
+        p.other(format!("{KEY} is not set; allowed: \"postgres://user@host:5432/database\""));
+        return None;
+    }
+    let mut sql = match pg::connect::Options::parse(&Secret::new(&*raw.url)) {
+        Ok(sql) => sql,
+        Err(error) => {
+            p.error(KEY, &error);
+            return None;
+        }
+    };
+    if !raw.password.is_empty() {
+        if sql.password.is_some() {
+            p.other(format!("{KEY} has a password and source.password is set; keep one"));
+        }
+        sql.password = Some(Secret::new(&*raw.password));
+    }
+    Some(sql)
+}
+
+fn broker(p: &mut Problems, raw: &raw::Broker) -> Broker {
+    if raw.url.is_empty() {
+        p.other("broker.url is not set; allowed: \"amqp://user@host:5672/vhost\" or a list");
+    }
+    let auth = [("plain", Auth::Plain), ("external", Auth::External)];
+    let auth = p.word("broker.auth", &raw.auth, &auth);
+    let file = |path: &str| (!path.is_empty()).then(|| PathBuf::from(path));
+    let tls = tls::Options {
+        mode: tls::Mode::Disable,
+        root_cert: file(&raw.tls_ca),
+        client_cert: file(&raw.tls_cert),
+        client_key: file(&raw.tls_key),
+    };
+    if tls.client_cert.is_some() != tls.client_key.is_some() {
+        p.other("broker.tls_cert and broker.tls_key belong together; set both or neither");
+    }
+    if auth == Auth::External && tls.client_cert.is_none() {
+        p.other("broker.auth = \"external\" needs broker.tls_cert and broker.tls_key");
+    }
+    let heartbeat = p.duration("broker.heartbeat", &raw.heartbeat, SECOND, HOUR);
+    if heartbeat.subsec_millis() != 0 {
+        p.value("broker.heartbeat", format!("{:?}", raw.heartbeat), "whole seconds");
+    }
+    let key = "broker.confirm_timeout";
+    let confirm_timeout = p.duration(key, &raw.confirm_timeout, SECOND, HOUR);
+    if confirm_timeout <= heartbeat * 2 {
+        let value = format!("{:?}", raw.confirm_timeout);
+        p.value(key, value, "more than twice broker.heartbeat");
+    }
+    Broker {
+        urls: broker_urls(p, raw),
+        tls,
+        auth,
+        connect_timeout: p.duration("broker.connect_timeout", &raw.connect_timeout, SECOND, HOUR),
+        heartbeat,
+        confirm_timeout,
+        max_message_size: p.size("broker.max_message_size", &raw.max_message_size, 1, MESSAGE_MAX),
+        management_url: management_url(p, &raw.management_url),
+    }
+}
+
+fn broker_urls(p: &mut Problems, raw: &raw::Broker) -> Vec<Url> {
+    let mut urls = Vec::new();
+    for (index, text) in raw.url.iter().enumerate() {
+        let key =
+            if raw.url.len() == 1 { "broker.url".into() } else { format!("broker.url[{index}]") };
+        match Url::parse(text) {
+            Ok(mut url) => {
+                if !raw.password.is_empty() {
+                    if !url.password.expose().is_empty() {
+                        p.other(format!(
+                            "{key} needs a user and no password, because broker.password is set"
+                        ));
+                    }
+                    url.password = Secret::new(&*raw.password);
+                }
+                urls.push(url);
+            }
+            Err(error) => p.error(&key, &error),
+        }
+    }
+    urls
+}
+
+fn management_url(p: &mut Problems, text: &str) -> Option<Secret> {
+    if text.is_empty() {
+        return None;
+    }
+    if !text.starts_with("http://") && !text.starts_with("https://") {
+        let shown = format!("{:?}", crate::secret::redact_url(text));
+        p.value("broker.management_url", shown, "\"http://user@host:15672\" or https");
+    }
+    Some(Secret::new(text))
+}
+
+fn relay(p: &mut Problems, raw: &raw::Relay) -> Relay {
+    const WINDOW_MAX: u64 = 1 << 20;
+    let events = p.number("relay.max_window_events", raw.max_window_events, 1, WINDOW_MAX);
+    let interval = "relay.checkpoint_interval";
+    let minute = SECOND * 60;
+    Relay {
+        max_window_events: events,
+        max_window_bytes: p.size("relay.max_window_bytes", &raw.max_window_bytes, 1 << 16, 4 << 30),
+        max_unconfirmed: p.number("relay.max_unconfirmed", raw.max_unconfirmed, 1, WINDOW_MAX),
+        checkpoint_interval: p.duration(interval, &raw.checkpoint_interval, MILLISECOND, minute),
+        drain_timeout: p.duration("relay.drain_timeout", &raw.drain_timeout, MILLISECOND, HOUR),
+        idle_interval: p.duration("relay.idle_interval", &raw.idle_interval, SECOND, HOUR),
+    }
+}
+
+fn listen(p: &mut Problems, raw: &raw::Admin) -> Option<SocketAddr> {
+    const KEY: &str = "admin.listen";
+    if raw.listen.is_empty() {
+        return None;
+    }
+    let Ok(address) = raw.listen.parse::<SocketAddr>() else {
+        p.value(KEY, format!("{:?}", raw.listen), "\"address:port\" such as \"127.0.0.1:9187\"");
+        return None;
+    };
+    if !address.ip().is_loopback() && !raw.allow_remote {
+        p.other(format!(
+            "{KEY} = \"{address}\" can be reached from other machines, and there is no \
+             authentication; listen on 127.0.0.1, or set admin.allow_remote = true"
+        ));
+    }
+    Some(address)
+}
+
+fn log(p: &mut Problems, raw: &raw::Log) -> Log {
+    let formats = [("auto", LogFormat::Auto), ("text", LogFormat::Text), ("json", LogFormat::Json)];
+    let levels = ["info", "error", "warn", "debug", "trace"].map(|level| (level, level));
+    Log {
+        format: p.word("log.format", &raw.format, &formats),
+        level: p.word("log.level", &raw.level, &levels),
+    }
+}
+
+fn is_table_name(text: &str) -> bool {
+    let parts = text.split_once('.');
+    parts.is_some_and(|(schema, table)| {
+        !schema.is_empty() && !table.is_empty() && !table.contains(['.', '"', '*'])
+    })
+}
+
+fn warnings(source: Option<&Source>, broker: &Broker) -> Vec<String> {
+    let mut list = Vec::new();
+    if let Some(Source { sql, .. }) = source {
+        let weak = match sql.tls.mode {
+            tls::Mode::Require => Some("verifies no certificate"),
+            tls::Mode::VerifyCa => Some("does not compare the host name"),
+            tls::Mode::Disable | tls::Mode::VerifyFull => None,
+        };
+        list.extend(weak.map(|weak| {
+            format!("source.url {weak}: somebody between can read and change everything")
+        }));
+    }
+    let local = |host: &str| {
+        host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+    };
+    for url in &broker.urls {
+        if url.scheme == crate::amqp::options::Scheme::Amqp && !local(&url.host) {
+            list.push(format!("broker {url} is plain text over the network; use amqps://"));
+        }
+    }
+    list
+}

@@ -1,0 +1,385 @@
+//! What the relay counts and measures, as handles that are made once.
+//!
+//! Invariant: every series exists from the start, so an alert on a rate or on absence works from
+//! the first scrape. Names are `watership_…`, in base units (seconds, bytes), counters end in
+//! `_total`. A handle is a pointer to an atomic: the hot path looks up no name.
+//!
+//! Without an installed recorder all handles do nothing; tests and the simulation rely on that.
+//! Somebody must call [`Exporter::upkeep`] every few seconds even when nobody scrapes: histogram
+//! samples wait in memory until then.
+
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::error::{Error, Result};
+use crate::position::Lsn;
+
+/// Upper bounds of the buckets of every `_seconds` histogram, in seconds: 0.5 ms to 60 s.
+const BUCKETS: [f64; 16] =
+    [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0];
+
+/// The values of `pg_replication_slots.wal_status`.
+///
+/// <https://www.postgresql.org/docs/current/view-pg-replication-slots.html>
+pub const WAL_STATUS: [&str; 4] = ["reserved", "extended", "unreserved", "lost"];
+
+/// Renders what was recorded in the Prometheus text format.
+#[derive(Clone)]
+pub struct Exporter(PrometheusHandle);
+
+/// Makes the process record metrics. To be called once, before [`Metrics::new`].
+///
+/// # Errors
+/// [`crate::error::Kind::Config`] when a recorder is installed already.
+pub fn install() -> Result<Exporter> {
+    let recorder = builder().build_recorder();
+    let handle = recorder.handle();
+    metrics::set_global_recorder(recorder)
+        .map_err(|e| Error::config(format!("metrics cannot be recorded: {e}")))?;
+    Ok(Exporter(handle))
+}
+
+fn builder() -> PrometheusBuilder {
+    // Without explicit buckets the exporter would render summaries, which cannot be added up.
+    PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &BUCKETS)
+        .expect("the list of buckets is not empty")
+}
+
+impl Exporter {
+    /// Everything, in the Prometheus text format.
+    pub fn render(&self) -> String {
+        self.0.render()
+    }
+
+    /// Moves histogram samples into their buckets and frees their memory. Every few seconds.
+    pub fn upkeep(&self) {
+        self.0.run_upkeep();
+    }
+}
+
+/// What identifies a route in labels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteLabel {
+    /// Name of the route.
+    pub name: String,
+    /// Who is called when this route is broken; may be empty.
+    pub owner: String,
+}
+
+/// All handles.
+#[derive(Clone)]
+pub struct Metrics {
+    /// By route, in the order of the list given to [`Metrics::new`] (index = `RouteId`).
+    pub routes: Vec<RouteMetrics>,
+    /// What is unsettled right now.
+    pub window: WindowMetrics,
+    /// The replication slot and the positions in the WAL.
+    pub wal: WalMetrics,
+    /// The checkpoint row.
+    pub checkpoint: CheckpointMetrics,
+    /// The broker connection.
+    pub broker: BrokerMetrics,
+    /// The outbox table's upkeep.
+    pub outbox: OutboxMetrics,
+    /// Sessions started.
+    pub sessions: Counter,
+    /// Sessions ended, by cause; see [`Metrics::ended`].
+    reconnects: Vec<(&'static str, Counter)>,
+}
+
+/// Handles of one route (labels `route`, `owner`).
+#[derive(Clone)]
+pub struct RouteMetrics {
+    /// Events that this route matched.
+    pub received: Counter,
+    /// Messages handed to the broker, retries included.
+    pub published: Counter,
+    /// Messages that the broker confirmed and that reached a queue.
+    pub confirmed: Counter,
+    /// `basic.nack`.
+    pub nacked: Counter,
+    /// `basic.return`: no queue is bound.
+    pub returned: Counter,
+    /// Events that a route with `drop = true` dropped.
+    pub dropped: Counter,
+    /// From the transaction's commit time to the confirm, in seconds.
+    pub commit_to_confirm: Histogram,
+    /// From reading the change off the socket to handing the message to the publisher, in seconds.
+    pub capture_to_publish: Histogram,
+    /// 1 while the route is held because its destination is broken.
+    pub held: Gauge,
+}
+
+/// The ring of unsettled entries.
+#[derive(Clone)]
+pub struct WindowMetrics {
+    /// Messages published and not yet answered.
+    pub in_flight: Gauge,
+    /// Unsettled entries.
+    pub events: Gauge,
+    /// Bytes of unsettled messages.
+    pub bytes: Gauge,
+    /// 1 while intake pauses because the window is full.
+    pub paused: Gauge,
+}
+
+/// The replication slot and the positions in the WAL.
+#[derive(Clone)]
+pub struct WalMetrics {
+    /// Current WAL position minus the slot's confirmed position, in bytes.
+    pub slot_lag_bytes: Gauge,
+    /// WAL that the slot keeps from removal, in bytes.
+    pub retained_bytes: Gauge,
+    /// Bytes that can still be written before the slot may be lost; +Inf without a limit.
+    pub safe_wal_size_bytes: Gauge,
+    /// Transactions decoded to their end.
+    pub transactions: Counter,
+    /// Changes received, before any filter or route.
+    pub changes: Counter,
+    /// Events received again that the checkpoint had passed.
+    pub skipped: Counter,
+    /// Last position received.
+    pub received: Gauge,
+    /// Position up to which everything is confirmed or parked.
+    pub settled: Gauge,
+    /// Position stored in the checkpoint row.
+    pub checkpointed: Gauge,
+    /// Position told to the slot.
+    pub advanced: Gauge,
+    status: Vec<(&'static str, Gauge)>,
+}
+
+/// The checkpoint row.
+#[derive(Clone)]
+pub struct CheckpointMetrics {
+    /// Seconds since the row was last known to be as new as the settled position.
+    pub age_seconds: Gauge,
+    /// Checkpoints written.
+    pub written: Counter,
+}
+
+/// The broker connection.
+#[derive(Clone)]
+pub struct BrokerMetrics {
+    /// Unix time of the last confirm, in seconds; 0 before the first.
+    pub last_confirmed_seconds: Gauge,
+    /// 1 while the broker blocks the connection (memory or disk alarm).
+    pub blocked: Gauge,
+    /// Whole seconds spent blocked since the process started; set with `absolute`.
+    pub blocked_seconds: Counter,
+}
+
+/// The outbox table's partitions.
+#[derive(Clone)]
+pub struct OutboxMetrics {
+    /// Partitions made ahead.
+    pub partitions_created: Counter,
+    /// Partitions dropped after the checkpoint had passed them.
+    pub partitions_dropped: Counter,
+    /// Days for which no partition could be made, because the default partition has their rows.
+    pub partitions_skipped: Counter,
+    /// Runs of the upkeep that failed (lock timeouts and others).
+    pub maintain_failures: Counter,
+}
+
+impl Metrics {
+    /// Registers every series with the installed recorder, with value 0.
+    pub fn new(routes: &[RouteLabel]) -> Self {
+        Self {
+            routes: routes.iter().map(RouteMetrics::new).collect(),
+            window: WindowMetrics {
+                in_flight: gauge!("watership_in_flight_messages"),
+                events: gauge!("watership_window_events"),
+                bytes: gauge!("watership_window_bytes"),
+                paused: gauge!("watership_window_paused"),
+            },
+            wal: WalMetrics::new(),
+            checkpoint: CheckpointMetrics {
+                age_seconds: gauge!("watership_checkpoint_age_seconds"),
+                written: counter!("watership_checkpoints_total"),
+            },
+            broker: BrokerMetrics {
+                last_confirmed_seconds: gauge!("watership_last_confirmed_timestamp_seconds"),
+                blocked: gauge!("watership_broker_blocked"),
+                blocked_seconds: counter!("watership_broker_blocked_seconds_total"),
+            },
+            outbox: OutboxMetrics {
+                partitions_created: counter!("watership_outbox_partitions_created_total"),
+                partitions_dropped: counter!("watership_outbox_partitions_dropped_total"),
+                partitions_skipped: counter!("watership_outbox_partitions_skipped_total"),
+                maintain_failures: counter!("watership_outbox_maintain_failures_total"),
+            },
+            sessions: counter!("watership_sessions_total"),
+            reconnects: CAUSES
+                .iter()
+                .map(|cause| (*cause, counter!("watership_reconnects_total", "cause" => *cause)))
+                .collect(),
+        }
+    }
+
+    /// Counts the end of a session; `None` is an orderly shutdown.
+    pub fn ended(&self, cause: Option<&Error>) {
+        let cause = cause.map_or(SHUTDOWN, Error::label);
+        for (_, counter) in self.reconnects.iter().filter(|(name, _)| *name == cause) {
+            counter.increment(1);
+        }
+    }
+}
+
+const SHUTDOWN: &str = "shutdown";
+
+/// [`Error::label`] of every kind, and the orderly end.
+const CAUSES: [&str; 8] =
+    ["config", "unreachable", "refused", "busy", "protocol", "event", "verdict", SHUTDOWN];
+
+impl RouteMetrics {
+    fn new(route: &RouteLabel) -> Self {
+        let labels = [("route", route.name.clone()), ("owner", route.owner.clone())];
+        Self {
+            received: counter!("watership_events_received_total", &labels),
+            published: counter!("watership_messages_published_total", &labels),
+            confirmed: counter!("watership_messages_confirmed_total", &labels),
+            nacked: counter!("watership_messages_nacked_total", &labels),
+            returned: counter!("watership_messages_returned_total", &labels),
+            dropped: counter!("watership_events_dropped_total", &labels),
+            commit_to_confirm: histogram!("watership_commit_to_confirm_seconds", &labels),
+            capture_to_publish: histogram!("watership_capture_to_publish_seconds", &labels),
+            held: gauge!("watership_route_held", &labels),
+        }
+    }
+}
+
+impl WalMetrics {
+    fn new() -> Self {
+        let position = |stage| gauge!("watership_position_lsn", "stage" => stage);
+        let safe_wal_size_bytes = gauge!("watership_safe_wal_size_bytes");
+        // Not known yet must not look like "nothing left".
+        safe_wal_size_bytes.set(f64::INFINITY);
+        Self {
+            slot_lag_bytes: gauge!("watership_slot_lag_bytes"),
+            retained_bytes: gauge!("watership_retained_wal_bytes"),
+            safe_wal_size_bytes,
+            transactions: counter!("watership_transactions_total"),
+            changes: counter!("watership_changes_received_total"),
+            skipped: counter!("watership_events_skipped_total"),
+            received: position("received"),
+            settled: position("settled"),
+            checkpointed: position("checkpointed"),
+            advanced: position("advanced"),
+            status: WAL_STATUS
+                .iter()
+                .map(|status| (*status, gauge!("watership_wal_status", "status" => *status)))
+                .collect(),
+        }
+    }
+
+    /// Sets the series of `status` to 1 and the others to 0. An unknown word sets all to 0.
+    pub fn set_status(&self, status: &str) {
+        for (name, gauge) in &self.status {
+            gauge.set(f64::from(u8::from(*name == status)));
+        }
+    }
+
+    /// Bytes that may still be written before the slot is lost; `None` means no limit.
+    pub fn set_safe_wal_size(&self, bytes: Option<i64>) {
+        self.safe_wal_size_bytes.set(bytes.map_or(f64::INFINITY, |b| b as f64));
+    }
+}
+
+/// A position as a gauge value: exact up to 2^53 bytes (8 PiB) of WAL.
+pub fn lsn_value(lsn: Lsn) -> f64 {
+    lsn.0 as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    fn label(name: &str) -> RouteLabel {
+        RouteLabel { name: name.into(), owner: "team".into() }
+    }
+
+    #[test]
+    fn every_series_is_present_before_anything_happened() {
+        let recorder = builder().build_recorder();
+        let exporter = Exporter(recorder.handle());
+        let _metrics = metrics::with_local_recorder(&recorder, || Metrics::new(&[label("orders")]));
+        exporter.upkeep();
+        let text = exporter.render();
+        for series in [
+            "watership_messages_confirmed_total{route=\"orders\",owner=\"team\"} 0",
+            "watership_commit_to_confirm_seconds_bucket{route=\"orders\",owner=\"team\",\
+             le=\"0.0005\"} 0",
+            "watership_capture_to_publish_seconds_count{route=\"orders\",owner=\"team\"} 0",
+            "watership_route_held{route=\"orders\",owner=\"team\"} 0",
+            "watership_wal_status{status=\"lost\"} 0",
+            "watership_reconnects_total{cause=\"shutdown\"} 0",
+            "watership_position_lsn{stage=\"advanced\"} 0",
+            "watership_safe_wal_size_bytes inf",
+            "watership_sessions_total 0",
+        ] {
+            assert!(text.contains(series), "{series} is missing in\n{text}");
+        }
+        let unnamed = text.lines().filter(|l| !l.is_empty() && !l.starts_with('#'));
+        assert!(unnamed.clone().all(|l| l.starts_with("watership_")), "{text}");
+    }
+
+    #[test]
+    fn latencies_are_histograms_not_summaries() {
+        let recorder = builder().build_recorder();
+        let exporter = Exporter(recorder.handle());
+        metrics::with_local_recorder(&recorder, || {
+            Metrics::new(&[label("a")]).routes[0].commit_to_confirm.record(0.0015);
+        });
+        let text = exporter.render();
+        assert!(text.contains("# TYPE watership_commit_to_confirm_seconds histogram"), "{text}");
+        assert!(text.contains("le=\"0.001\"} 0"), "{text}");
+        assert!(text.contains("le=\"0.002\"} 1"), "{text}");
+    }
+
+    #[test]
+    fn an_ended_session_is_counted_under_the_label_of_its_error() {
+        let recorder = builder().build_recorder();
+        let exporter = Exporter(recorder.handle());
+        let metrics = metrics::with_local_recorder(&recorder, || Metrics::new(&[]));
+        for kind in [
+            Kind::Config,
+            Kind::Unreachable,
+            Kind::Refused,
+            Kind::Busy,
+            Kind::Protocol,
+            Kind::Event,
+            Kind::Verdict,
+        ] {
+            metrics.ended(Some(&Error::new(kind, "x")));
+        }
+        metrics.ended(None);
+        let text = exporter.render();
+        for cause in CAUSES {
+            let series = format!("watership_reconnects_total{{cause=\"{cause}\"}} 1");
+            assert!(text.contains(&series), "{series} is missing in\n{text}");
+        }
+    }
+
+    #[test]
+    fn exactly_one_wal_status_is_set() {
+        let recorder = builder().build_recorder();
+        let exporter = Exporter(recorder.handle());
+        let metrics = metrics::with_local_recorder(&recorder, || Metrics::new(&[]));
+        metrics.wal.set_status("extended");
+        metrics.wal.set_status("lost");
+        let text = exporter.render();
+        assert!(text.contains("watership_wal_status{status=\"lost\"} 1"), "{text}");
+        assert!(text.contains("watership_wal_status{status=\"extended\"} 0"), "{text}");
+    }
+
+    #[test]
+    fn handles_do_nothing_without_a_recorder() {
+        let metrics = Metrics::new(&[label("a")]);
+        metrics.routes[0].confirmed.increment(1);
+        metrics.routes[0].commit_to_confirm.record(0.1);
+        metrics.ended(None);
+    }
+}

@@ -1,0 +1,207 @@
+//! Start-up and authentication of our own connection.
+//!
+//! Invariants: a clear-text password is never sent, an md5 hash only when allowed, and where
+//! channel binding or SCRAM is required nothing less lets us in. The start-up packet fixes every
+//! setting that changes the text of values, so that a role's own settings cannot.
+//!
+//! <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-START-UP>
+
+use std::io;
+
+use postgres_protocol::authentication::md5_hash;
+use postgres_protocol::authentication::sasl::{self, ScramSha256};
+use postgres_protocol::message::backend::{AuthenticationSaslBody, Message};
+use postgres_protocol::message::frontend;
+use tokio_postgres::fallible_iterator::FallibleIterator;
+
+use super::connect::{ChannelBinding, Options};
+use super::wire::{Reply, Wire};
+use crate::error::{Error, Result};
+use crate::secret::Secret;
+
+/// Settings of every session of ours, replication or not: values come as ISO 8601 and exact, and
+/// nothing of `public` is found by an unqualified name.
+///
+/// A space in a value has to be escaped with a backslash, as in the server's command line.
+pub(super) const SETTINGS: &str = "-c search_path=pg_catalog -c DateStyle=ISO,YMD \
+     -c IntervalStyle=iso_8601 -c TimeZone=UTC -c extra_float_digits=3 -c bytea_output=hex";
+
+/// A walsender waits as long as it takes; its statements never time out.
+const REPLICATION_SETTINGS: &str = " -c statement_timeout=0 -c lock_timeout=0 \
+     -c idle_in_transaction_session_timeout=0";
+
+/// What the server asked for as proof.
+enum Proof {
+    /// Nothing: trust, peer or a client certificate.
+    None,
+    /// An md5 hash.
+    Md5([u8; 4]),
+    /// SCRAM.
+    Sasl(AuthenticationSaslBody),
+}
+
+/// Sends the start-up packet and authenticates.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] when the server asks for what is not allowed, or refuses us.
+pub(super) async fn start_up(wire: &mut Wire, options: &Options, replication: bool) -> Result<()> {
+    let settings = match replication {
+        true => format!("{SETTINGS}{REPLICATION_SETTINGS}"),
+        false => SETTINGS.to_owned(),
+    };
+    let mut parameters = vec![
+        ("user", options.user.as_str()),
+        ("database", options.database.as_str()),
+        ("client_encoding", "UTF8"),
+        ("application_name", options.application_name.as_str()),
+        ("options", settings.as_str()),
+    ];
+    if replication {
+        parameters.push(("replication", "database"));
+    }
+    frontend::startup_message(parameters, wire.output())
+        .map_err(|e| Error::config("a zero byte in user, database or name").caused_by(e))?;
+    match asked_proof(wire).await? {
+        Proof::None => admit_without_proof(options),
+        Proof::Md5(salt) => {
+            admit_md5(options)?;
+            let password = password(options)?.expose();
+            let hash = md5_hash(options.user.as_bytes(), password.as_bytes(), salt);
+            frontend::password_message(hash.as_bytes(), wire.output()).map_err(encoding)?;
+            authenticated(wire).await
+        }
+        Proof::Sasl(body) => scram(wire, options, &body).await,
+    }
+}
+
+async fn asked_proof(wire: &mut Wire) -> Result<Proof> {
+    match wire.reply().await? {
+        Reply::Message(Message::AuthenticationOk) => Ok(Proof::None),
+        Reply::Message(Message::AuthenticationMd5Password(body)) => Ok(Proof::Md5(body.salt())),
+        Reply::Message(Message::AuthenticationSasl(body)) => Ok(Proof::Sasl(body)),
+        Reply::Message(Message::AuthenticationCleartextPassword) => Err(refuse_clear_text()),
+        Reply::Message(
+            Message::AuthenticationKerberosV5
+            | Message::AuthenticationScmCredential
+            | Message::AuthenticationGss
+            | Message::AuthenticationSspi,
+        ) => Err(Error::refused("the server asks for Kerberos, GSSAPI or SSPI; not supported")
+            .hint("let pg_hba.conf ask this role for scram-sha-256")),
+        other => Err(wire.unexpected(other, "authenticating")),
+    }
+}
+
+/// The error for a server that asks for the password itself.
+pub(super) fn refuse_clear_text() -> Error {
+    Error::refused("the server asks for a clear-text password; it is never sent")
+        .hint("let pg_hba.conf ask this role for scram-sha-256 instead of `password`")
+}
+
+/// Whether a server may let us in without any proof.
+pub(super) fn admit_without_proof(options: &Options) -> Result<()> {
+    if options.channel_binding == ChannelBinding::Require {
+        return Err(Error::refused("the server asks for no proof, so there is no channel binding")
+            .hint("let pg_hba.conf ask for scram-sha-256, or drop channel_binding=require"));
+    }
+    if options.require_scram {
+        return Err(Error::refused("the server asks for no proof; require_auth=scram-sha-256")
+            .hint("let pg_hba.conf ask for scram-sha-256, or drop require_auth"));
+    }
+    Ok(())
+}
+
+/// Whether an md5 hash may be sent.
+pub(super) fn admit_md5(options: &Options) -> Result<()> {
+    if options.channel_binding == ChannelBinding::Require || options.require_scram {
+        return Err(Error::refused("the server asks for md5; scram-sha-256 is required"));
+    }
+    if !options.allow_md5 {
+        return Err(Error::refused("the server asks for an md5 password hash; md5 is not allowed")
+            .hint(
+                "set password_encryption=scram-sha-256 on the server and the password again, or \
+                 allow md5 with allow_md5=true in the URL",
+            ));
+    }
+    Ok(())
+}
+
+/// The password, now that the server asks for one.
+pub(super) fn password(options: &Options) -> Result<&Secret> {
+    options.password.as_ref().ok_or_else(|| {
+        Error::config(format!("the server asks for the password of {:?}", options.user))
+            .hint("the URL holds none")
+    })
+}
+
+async fn scram(wire: &mut Wire, options: &Options, body: &AuthenticationSaslBody) -> Result<()> {
+    let offered: Vec<&str> = body.mechanisms().collect().map_err(broken)?;
+    let (mechanism, binding) = choose(wire, options, &offered)?;
+    let mut scram = ScramSha256::new(password(options)?.expose().as_bytes(), binding);
+    frontend::sasl_initial_response(mechanism, scram.message(), wire.output()).map_err(encoding)?;
+    match wire.reply().await? {
+        Reply::Message(Message::AuthenticationSaslContinue(body)) => {
+            scram.update(body.data()).map_err(broken)?;
+        }
+        other => return Err(wire.unexpected(other, "authenticating")),
+    }
+    frontend::sasl_response(scram.message(), wire.output()).map_err(encoding)?;
+    match wire.reply().await? {
+        // The server proves here that it knows the password too.
+        Reply::Message(Message::AuthenticationSaslFinal(body)) => {
+            scram.finish(body.data()).map_err(broken)?;
+        }
+        other => return Err(wire.unexpected(other, "authenticating")),
+    }
+    authenticated(wire).await
+}
+
+/// The mechanism and its binding. When we could bind and the server does not offer it, we say so
+/// (`y`): a server that did offer it notices that somebody cut the list.
+///
+/// <https://www.rfc-editor.org/rfc/rfc5802#section-6>
+fn choose(
+    wire: &Wire,
+    options: &Options,
+    offered: &[&str],
+) -> Result<(&'static str, sasl::ChannelBinding)> {
+    let wanted = options.channel_binding != ChannelBinding::Disable;
+    let hash = wire.socket().channel_binding().filter(|_| wanted);
+    let plus = offered.contains(&sasl::SCRAM_SHA_256_PLUS);
+    if options.channel_binding == ChannelBinding::Require {
+        let why = match (&hash, plus) {
+            (Some(_), true) => None,
+            (None, _) => Some("the server's certificate defines none (Ed25519 or RSA-PSS)"),
+            (Some(_), false) => Some("the server does not offer SCRAM-SHA-256-PLUS"),
+        };
+        if let Some(why) = why {
+            return Err(Error::refused(format!("channel_binding=require, but {why}"))
+                .hint("use an RSA or ECDSA certificate, or set channel_binding=prefer"));
+        }
+    }
+    match hash {
+        Some(hash) if plus => {
+            Ok((sasl::SCRAM_SHA_256_PLUS, sasl::ChannelBinding::tls_server_end_point(hash)))
+        }
+        _ if !offered.contains(&sasl::SCRAM_SHA_256) => Err(Error::refused(format!(
+            "the server offers {}; allowed: SCRAM-SHA-256, SCRAM-SHA-256-PLUS",
+            offered.join(", ")
+        ))),
+        Some(_) => Ok((sasl::SCRAM_SHA_256, sasl::ChannelBinding::unrequested())),
+        None => Ok((sasl::SCRAM_SHA_256, sasl::ChannelBinding::unsupported())),
+    }
+}
+
+async fn authenticated(wire: &mut Wire) -> Result<()> {
+    match wire.reply().await? {
+        Reply::Message(Message::AuthenticationOk) => Ok(()),
+        other => Err(wire.unexpected(other, "authenticating")),
+    }
+}
+
+fn broken(error: io::Error) -> Error {
+    Error::refused("the SCRAM exchange with the server failed").caused_by(error)
+}
+
+fn encoding(error: io::Error) -> Error {
+    Error::config("the password cannot be sent").caused_by(error)
+}

@@ -1,0 +1,216 @@
+//! The schema in the database: which files of `sql/` ran there, and running the others.
+//!
+//! Invariant: a numbered file never changes once released. Its SHA-256 is stored with its version,
+//! and a difference stops everything. Files run in order, all in one transaction, under an advisory
+//! lock, so two `watership init` at once are one after the other. A file that was run by hand
+//! registered itself without a checksum and counts as done.
+//!
+//! Here is no publication, no slot and no checkpoint row: those are made by `watership init` in
+//! between, see [`grant_applications`].
+
+use sha2::{Digest, Sha256};
+use tokio_postgres::{Client, GenericClient, Transaction};
+
+use crate::error::{Error, Result};
+use crate::pg::sqlstate::postgres_error;
+
+/// One numbered file of `sql/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Migration {
+    /// The number in the file's name; counts up from 1 without a gap.
+    pub version: i32,
+    /// The file's name without `.sql`.
+    pub name: &'static str,
+    /// The file.
+    pub sql: &'static str,
+}
+
+/// A migration that `apply` ran.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Applied {
+    /// Its number.
+    pub version: i32,
+    /// The file's name without `.sql`.
+    pub name: &'static str,
+}
+
+/// Every migration that this program knows, in order.
+pub const MIGRATIONS: &[Migration] = &[
+    Migration { version: 1, name: "0001_schema", sql: include_str!("../../sql/0001_schema.sql") },
+    Migration { version: 2, name: "0002_emit", sql: include_str!("../../sql/0002_emit.sql") },
+    Migration {
+        version: 3,
+        name: "0003_maintain",
+        sql: include_str!("../../sql/0003_maintain.sql"),
+    },
+];
+
+/// The last step of `watership init`: what applications may do.
+const GRANT: &str = include_str!("../../sql/grant.sql");
+
+/// Taken while migrations or grants run. The first number is "WSTP"; `watership.maintain` uses 2.
+const LOCK: &str = "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)";
+
+/// A row of `watership.migration`.
+struct Record {
+    version: i32,
+    name: String,
+    /// Absent when the file was run by hand.
+    checksum: Option<String>,
+}
+
+/// Runs every migration that the database does not have yet, all or none.
+///
+/// The client's user needs CREATEROLE (or superuser) and CREATE on the database.
+///
+/// # Errors
+/// [`crate::error::Kind::Verdict`] when a file differs from what was run, or when the database is
+/// newer than this program; otherwise what the server says, with the file's name.
+pub async fn apply(client: &mut Client) -> Result<Vec<Applied>> {
+    let tx = locked(client).await?;
+    let mut applied = Vec::new();
+    for migration in pending(&tx).await? {
+        let failed = |e| postgres_error(e).context(format!("sql/{}.sql", migration.name));
+        tx.batch_execute(migration.sql).await.map_err(failed)?;
+        // The table is the owner's, and a member need not inherit the owner's rights.
+        tx.batch_execute("SET LOCAL ROLE watership_owner").await.map_err(failed)?;
+        tx.execute(
+            "UPDATE watership.migration SET checksum = $2 WHERE version = $1",
+            &[&migration.version, &checksum(migration.sql)],
+        )
+        .await
+        .map_err(failed)?;
+        tx.batch_execute("RESET ROLE").await.map_err(failed)?;
+        applied.push(Applied { version: migration.version, name: migration.name });
+    }
+    tx.commit().await.map_err(postgres_error)?;
+    Ok(applied)
+}
+
+/// The migrations that the database does not have yet; needs SELECT on `watership.migration`.
+///
+/// # Errors
+/// As [`apply`].
+pub async fn pending(client: &impl GenericClient) -> Result<Vec<Migration>> {
+    let done = records(client).await?;
+    verify(&done)?;
+    Ok(MIGRATIONS.iter().filter(|m| done.iter().all(|d| d.version != m.version)).copied().collect())
+}
+
+/// Lets the role `watership_app` write to the outbox; may be repeated.
+///
+/// Call it last, when the slot and the checkpoint row exist: a row that is written before the slot
+/// is never streamed.
+///
+/// # Errors
+/// What the server says, with the file's name.
+pub async fn grant_applications(client: &mut Client) -> Result<()> {
+    let failed = |e| postgres_error(e).context("sql/grant.sql");
+    let tx = locked(client).await?;
+    tx.batch_execute(GRANT).await.map_err(failed)?;
+    tx.commit().await.map_err(failed)
+}
+
+async fn locked(client: &mut Client) -> Result<Transaction<'_>> {
+    let tx = client.transaction().await.map_err(postgres_error)?;
+    let start = format!("SET LOCAL search_path = pg_catalog, pg_temp; {LOCK}");
+    tx.batch_execute(&start).await.map_err(postgres_error)?;
+    Ok(tx)
+}
+
+async fn records(client: &impl GenericClient) -> Result<Vec<Record>> {
+    let table = "SELECT pg_catalog.to_regclass('watership.migration') IS NOT NULL";
+    let there: bool = client.query_one(table, &[]).await.map_err(postgres_error)?.get(0);
+    if !there {
+        return Ok(Vec::new());
+    }
+    let sql = "SELECT version, name, checksum FROM watership.migration ORDER BY version";
+    let rows = client.query(sql, &[]).await.map_err(postgres_error)?;
+    let record = |row: tokio_postgres::Row| Record {
+        version: row.get(0),
+        name: row.get(1),
+        checksum: row.get(2),
+    };
+    Ok(rows.into_iter().map(record).collect())
+}
+
+fn verify(done: &[Record]) -> Result<()> {
+    for record in done {
+        let file = format!("sql/{}.sql", record.name);
+        let Some(known) = MIGRATIONS.iter().find(|m| m.version == record.version) else {
+            let newest = MIGRATIONS.last().map_or(0, |m| m.version);
+            return Err(Error::verdict(format!(
+                "the schema in the database is at version {} ({file}), and this program knows \
+                 versions up to {newest}",
+                record.version
+            ))
+            .hint("use the newer watership that made this schema"));
+        };
+        let ours = checksum(known.sql);
+        let differs = record.checksum.as_ref().is_some_and(|theirs| *theirs != ours);
+        if differs || record.name != known.name {
+            return Err(Error::verdict(format!(
+                "{file} was run in this database with checksum {}, and this program has {} with \
+                 checksum {ours}",
+                record.checksum.as_deref().unwrap_or("unknown"),
+                known.name
+            ))
+            .hint(
+                "a migration never changes after its release: use the watership that made this \
+                 schema, or compare the file with the database by hand",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// SHA-256 in lower-case hexadecimal.
+fn checksum(sql: &str) -> String {
+    use std::fmt::Write as _;
+    let mut text = String::with_capacity(64);
+    for byte in Sha256::digest(sql.as_bytes()) {
+        write!(text, "{byte:02x}").expect("writing to a String does not fail");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Kind;
+
+    fn record(version: i32, name: &str, checksum: Option<&str>) -> Record {
+        Record { version, name: name.into(), checksum: checksum.map(str::to_owned) }
+    }
+
+    #[test]
+    fn each_file_is_numbered_in_order_and_registers_itself() {
+        for (index, migration) in MIGRATIONS.iter().enumerate() {
+            assert_eq!(migration.version as usize, index + 1);
+            assert!(migration.name.starts_with(&format!("{:04}_", migration.version)));
+            let insert = format!("VALUES ({}, '{}')", migration.version, migration.name);
+            assert!(migration.sql.contains(&insert), "{}", migration.name);
+        }
+    }
+
+    #[test]
+    fn a_file_run_by_hand_counts_as_done() {
+        assert!(verify(&[record(1, "0001_schema", None)]).is_ok());
+    }
+
+    #[test]
+    fn a_changed_file_is_named_and_needs_a_person() {
+        let error = verify(&[record(2, "0002_emit", Some("00ff"))]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Verdict);
+        assert!(error.to_string().contains("sql/0002_emit.sql"), "{error}");
+        assert!(verify(&[record(2, "0002_other", None)]).is_err());
+    }
+
+    #[test]
+    fn a_newer_schema_asks_for_a_newer_program() {
+        let error = verify(&[record(9999, "9999_later", None)]).unwrap_err();
+        assert_eq!(error.kind(), Kind::Verdict);
+        assert!(error.to_string().contains("version 9999"), "{error}");
+        assert!(error.advice().unwrap().contains("newer watership"));
+    }
+}

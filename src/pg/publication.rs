@@ -1,0 +1,284 @@
+//! The publication and the tables in it, seen through ordinary SQL.
+//!
+//! What a publication leaves out is lost without a word, so everything that can leave something
+//! out is read: tables, operations, row filters, column lists. Names come from configuration and
+//! are always quoted here; nobody else builds such a statement.
+
+use std::fmt;
+use std::str::FromStr;
+
+use postgres_protocol::escape::escape_identifier;
+use tokio_postgres::GenericClient;
+
+use crate::error::{Error, Result};
+use crate::pg::sqlstate::postgres_error;
+
+/// A table by schema and name, each as it stands in the catalog (not quoted, not folded).
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TableName {
+    /// The schema.
+    pub schema: String,
+    /// The table.
+    pub name: String,
+}
+
+impl TableName {
+    /// A name from its two parts.
+    pub fn new(schema: impl Into<String>, name: impl Into<String>) -> Self {
+        Self { schema: schema.into(), name: name.into() }
+    }
+
+    /// The outbox.
+    pub fn outbox() -> Self {
+        Self::new("watership", "outbox")
+    }
+
+    /// As SQL.
+    pub fn quoted(&self) -> String {
+        format!("{}.{}", escape_identifier(&self.schema), escape_identifier(&self.name))
+    }
+}
+
+impl fmt::Display for TableName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.schema, self.name)
+    }
+}
+
+impl FromStr for TableName {
+    type Err = Error;
+
+    /// Splits `schema.table` at its first dot.
+    fn from_str(text: &str) -> Result<Self> {
+        match text.split_once('.') {
+            Some((schema, name)) if !schema.is_empty() && !name.is_empty() => {
+                Ok(Self::new(schema, name))
+            }
+            _ => Err(Error::config(format!("table {text:?} is not of the form schema.table"))),
+        }
+    }
+}
+
+/// A publication.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Publication {
+    /// Changes when the publication is dropped and created again.
+    pub oid: u32,
+    /// Its name.
+    pub name: String,
+    /// Whether changes of partitions come under the root's name.
+    pub via_root: bool,
+    /// Whether it was made FOR ALL TABLES.
+    pub all_tables: bool,
+    /// What it publishes.
+    pub operations: Operations,
+    /// Its tables, sorted by name; of a partitioned one the root where `via_root` is set.
+    pub tables: Vec<PublishedTable>,
+}
+
+/// The operations that a publication publishes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operations {
+    /// INSERT.
+    pub insert: bool,
+    /// UPDATE.
+    pub update: bool,
+    /// DELETE.
+    pub delete: bool,
+    /// TRUNCATE.
+    pub truncate: bool,
+}
+
+/// A table of a publication.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PublishedTable {
+    /// Its name.
+    pub table: TableName,
+    /// The WHERE clause, where there is one: other rows are silently left out.
+    pub row_filter: Option<String>,
+    /// The column list, where there is one: other columns are silently left out.
+    pub columns: Option<Vec<String>>,
+}
+
+/// The publication of that name in this database.
+///
+/// # Errors
+/// What the server says.
+pub async fn read_publication(
+    client: &impl GenericClient,
+    name: &str,
+) -> Result<Option<Publication>> {
+    let sql = "SELECT oid, pubviaroot, puballtables, pubinsert, pubupdate, pubdelete, pubtruncate \
+        FROM pg_catalog.pg_publication WHERE pubname = $1::text";
+    let Some(row) = client.query_opt(sql, &[&name]).await.map_err(postgres_error)? else {
+        return Ok(None);
+    };
+    Ok(Some(Publication {
+        oid: row.get(0),
+        name: name.to_owned(),
+        via_root: row.get(1),
+        all_tables: row.get(2),
+        operations: Operations {
+            insert: row.get(3),
+            update: row.get(4),
+            delete: row.get(5),
+            truncate: row.get(6),
+        },
+        tables: read_tables(client, name).await?,
+    }))
+}
+
+async fn read_tables(client: &impl GenericClient, name: &str) -> Result<Vec<PublishedTable>> {
+    // pg_publication_tables always lists columns; only prattrs tells a column list from all.
+    let sql = "SELECT t.schemaname::text, t.tablename::text, t.rowfilter, \
+            CASE WHEN r.prattrs IS NOT NULL THEN t.attnames::text[] END \
+        FROM pg_catalog.pg_publication_tables AS t \
+        JOIN pg_catalog.pg_publication AS p ON p.pubname = t.pubname \
+        JOIN pg_catalog.pg_namespace AS n ON n.nspname = t.schemaname \
+        JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = t.tablename \
+        LEFT JOIN pg_catalog.pg_publication_rel AS r ON r.prpubid = p.oid AND r.prrelid = c.oid \
+        WHERE t.pubname = $1::text ORDER BY t.schemaname, t.tablename";
+    let rows = client.query(sql, &[&name]).await.map_err(postgres_error)?;
+    let table = |row: tokio_postgres::Row| PublishedTable {
+        table: TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
+        row_filter: row.get(2),
+        columns: row.get(3),
+    };
+    Ok(rows.into_iter().map(table).collect())
+}
+
+/// Creates the publication for `tables`, with every operation, under the roots' names.
+///
+/// The user needs CREATE on the database and must own the tables.
+///
+/// # Errors
+/// What the server says: a table is missing, the name is taken, the right is lacking.
+pub async fn create_publication(
+    client: &impl GenericClient,
+    name: &str,
+    tables: &[TableName],
+) -> Result<()> {
+    assert!(!tables.is_empty(), "a publication without tables publishes nothing");
+    let sql = format!(
+        "CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true, \
+         publish = 'insert, update, delete, truncate')",
+        escape_identifier(name),
+        quoted_list(tables)
+    );
+    let failed = |e| postgres_error(e).context(format!("creating the publication {name}"));
+    client.batch_execute(&sql).await.map_err(failed)
+}
+
+/// Adds `tables` to the publication.
+///
+/// # Errors
+/// What the server says: a table is there already or missing, the right is lacking.
+pub async fn add_tables(
+    client: &impl GenericClient,
+    name: &str,
+    tables: &[TableName],
+) -> Result<()> {
+    assert!(!tables.is_empty(), "there is something to add");
+    let sql =
+        format!("ALTER PUBLICATION {} ADD TABLE {}", escape_identifier(name), quoted_list(tables));
+    let failed = |e| postgres_error(e).context(format!("adding to the publication {name}"));
+    client.batch_execute(&sql).await.map_err(failed)
+}
+
+fn quoted_list(tables: &[TableName]) -> String {
+    tables.iter().map(TableName::quoted).collect::<Vec<_>>().join(", ")
+}
+
+/// What a table writes to the WAL to say which row an UPDATE or DELETE changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ReplicaIdentity {
+    /// DEFAULT with a primary key: its columns, in key order.
+    Key(Vec<String>),
+    /// The columns of the unique index that USING INDEX names, in its order.
+    Index(Vec<String>),
+    /// All columns.
+    Full,
+    /// None: UPDATE and DELETE of a published table fail *in the application*.
+    Nothing,
+}
+
+/// What `check` wants to know of a captured table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableFacts {
+    /// Its name.
+    pub table: TableName,
+    /// Its OID.
+    pub oid: u32,
+    /// Whether it is a partitioned root. Its partitions then have identities of their own.
+    pub partitioned: bool,
+    /// Its replica identity.
+    pub identity: ReplicaIdentity,
+    /// The columns of its primary key, in key order; empty without one.
+    pub primary_key: Vec<String>,
+    /// Whether the current role may read it.
+    pub may_select: bool,
+}
+
+/// The facts about a table; absent when there is no ordinary or partitioned table of that name.
+///
+/// # Errors
+/// What the server says.
+pub async fn read_table(
+    client: &impl GenericClient,
+    table: &TableName,
+) -> Result<Option<TableFacts>> {
+    let sql = "SELECT c.oid, c.relkind = 'p', c.relreplident::text, \
+            has_table_privilege(c.oid, 'SELECT'), k.key, k.chosen \
+        FROM pg_catalog.pg_class AS c \
+        JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace \
+        CROSS JOIN LATERAL (SELECT \
+            array_agg(a.attname::text ORDER BY p.place) FILTER (WHERE i.indisprimary) AS key, \
+            array_agg(a.attname::text ORDER BY p.place) FILTER (WHERE i.indisreplident) AS chosen \
+            FROM pg_catalog.pg_index AS i \
+            CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY AS p (attnum, place) \
+            JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = p.attnum \
+            WHERE i.indrelid = c.oid AND p.place <= i.indnkeyatts) AS k \
+        WHERE n.nspname = $1::text AND c.relname = $2::text AND c.relkind IN ('r', 'p')";
+    let row = client.query_opt(sql, &[&table.schema, &table.name]).await.map_err(postgres_error)?;
+    let Some(row) = row else { return Ok(None) };
+    let primary_key = row.get::<_, Option<Vec<String>>>(4).unwrap_or_default();
+    let chosen = row.get::<_, Option<Vec<String>>>(5).unwrap_or_default();
+    let identity = match row.get(2) {
+        "d" if primary_key.is_empty() => ReplicaIdentity::Nothing,
+        "d" => ReplicaIdentity::Key(primary_key.clone()),
+        // The chosen index may have been dropped since: then there is no identity.
+        "i" if chosen.is_empty() => ReplicaIdentity::Nothing,
+        "i" => ReplicaIdentity::Index(chosen),
+        "f" => ReplicaIdentity::Full,
+        "n" => ReplicaIdentity::Nothing,
+        other => return Err(Error::protocol(format!("replica identity {other:?} of {table}"))),
+    };
+    Ok(Some(TableFacts {
+        table: table.clone(),
+        oid: row.get(0),
+        partitioned: row.get(1),
+        identity,
+        primary_key,
+        may_select: row.get(3),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_name_is_split_at_its_first_dot() {
+        let table: TableName = "public.a.b".parse().unwrap();
+        assert_eq!(table, TableName::new("public", "a.b"));
+        for wrong in ["", "orders", ".orders", "public."] {
+            assert!(wrong.parse::<TableName>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn hostile_names_stay_names() {
+        let table = TableName::new("a\"; DROP", "b'c");
+        assert_eq!(table.quoted(), "\"a\"\"; DROP\".\"b'c\"");
+    }
+}

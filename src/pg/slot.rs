@@ -1,0 +1,265 @@
+//! The replication slot and the server it lives on, seen through ordinary SQL.
+//!
+//! Here is only what the server says, for Postgres 15 and later: columns that came later
+//! (`invalidation_reason`, `failover`, `synced`, `inactive_since`) are read through JSON, so one
+//! query fits every version. Nothing here decides whether a slot is good; nothing drops one.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use tokio_postgres::types::PgLsn;
+use tokio_postgres::{GenericClient, Row};
+
+use crate::error::{Error, Result};
+use crate::pg::sqlstate::postgres_error;
+use crate::position::Lsn;
+
+/// How much of the WAL that a slot needs is still there.
+///
+/// <https://www.postgresql.org/docs/current/view-pg-replication-slots.html>
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WalStatus {
+    /// Within `max_wal_size`.
+    Reserved,
+    /// More than `max_wal_size` is kept for the slot.
+    Extended,
+    /// Over `max_slot_wal_keep_size`: the next checkpoint may remove what the slot needs.
+    Unreserved,
+    /// Removed: the slot is of no use any more.
+    Lost,
+}
+
+impl WalStatus {
+    /// The server's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            WalStatus::Reserved => "reserved",
+            WalStatus::Extended => "extended",
+            WalStatus::Unreserved => "unreserved",
+            WalStatus::Lost => "lost",
+        }
+    }
+}
+
+impl FromStr for WalStatus {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        [WalStatus::Reserved, WalStatus::Extended, WalStatus::Unreserved, WalStatus::Lost]
+            .into_iter()
+            .find(|status| status.as_str() == text)
+            .ok_or_else(|| {
+                Error::protocol(format!(
+                    "wal_status {text:?} is none of reserved, extended, unreserved, lost"
+                ))
+            })
+    }
+}
+
+/// A row of `pg_replication_slots`, with what follows from it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotState {
+    /// The slot's name.
+    pub name: String,
+    /// The output plugin; absent for a physical slot.
+    pub plugin: Option<String>,
+    /// The database; absent for a physical slot.
+    pub database: Option<String>,
+    /// Whether the slot ends with its session.
+    pub temporary: bool,
+    /// Whether prepared transactions are decoded at PREPARE.
+    pub two_phase: bool,
+    /// Process id of the walsender that reads it now.
+    pub active_pid: Option<i32>,
+    /// Where a reader starts.
+    pub confirmed_flush_lsn: Option<Lsn>,
+    /// Oldest WAL that the slot needs; absent when it is lost.
+    pub restart_lsn: Option<Lsn>,
+    /// Absent when the slot reserves no WAL.
+    pub wal_status: Option<WalStatus>,
+    /// Bytes that may still be written before the slot may be lost; absent without a limit.
+    pub safe_wal_size: Option<i64>,
+    /// Why the slot is lost; from Postgres 17, and on 16 for a conflict on a standby.
+    pub invalidation_reason: Option<String>,
+    /// Whether standbys may take the slot over; from Postgres 17.
+    pub failover: bool,
+    /// Whether this is a standby's copy; from Postgres 17.
+    pub synced: bool,
+    /// Bytes between `confirmed_flush_lsn` and the end of WAL.
+    pub lag_bytes: u64,
+    /// Bytes between `restart_lsn` and the end of WAL.
+    pub retained_bytes: u64,
+}
+
+/// The end of WAL on a primary and, in recovery, what was replayed.
+const END_OF_WAL: &str = "CASE WHEN pg_catalog.pg_is_in_recovery() \
+    THEN pg_catalog.pg_last_wal_replay_lsn() ELSE pg_catalog.pg_current_wal_lsn() END";
+
+/// The slot of that name in this cluster, whichever database it is for.
+///
+/// # Errors
+/// What the server says.
+pub async fn read_slot(client: &impl GenericClient, name: &str) -> Result<Option<SlotState>> {
+    let sql = format!(
+        "SELECT slot_name::text, plugin::text, database::text, temporary, two_phase, active_pid, \
+         confirmed_flush_lsn, restart_lsn, wal_status, safe_wal_size, \
+         coalesce(j->>'invalidation_reason', \
+             CASE WHEN (j->>'conflicting')::boolean THEN 'conflict' END), \
+         coalesce((j->>'failover')::boolean, false), coalesce((j->>'synced')::boolean, false), \
+         {END_OF_WAL} \
+         FROM pg_catalog.pg_replication_slots AS s, \
+         LATERAL pg_catalog.to_jsonb(s) AS j WHERE slot_name = $1::text"
+    );
+    let row = client.query_opt(&sql, &[&name]).await.map_err(postgres_error)?;
+    row.map(|row| slot_from(&row)).transpose()
+}
+
+fn slot_from(row: &Row) -> Result<SlotState> {
+    let confirmed_flush_lsn = lsn(row, 6);
+    let restart_lsn = lsn(row, 7);
+    let end = lsn(row, 13).unwrap_or(Lsn::ZERO);
+    let wal_status = row.get::<_, Option<&str>>(8).map(str::parse).transpose()?;
+    Ok(SlotState {
+        name: row.get(0),
+        plugin: row.get(1),
+        database: row.get(2),
+        temporary: row.get(3),
+        two_phase: row.get(4),
+        active_pid: row.get(5),
+        confirmed_flush_lsn,
+        restart_lsn,
+        wal_status,
+        safe_wal_size: row.get(9),
+        invalidation_reason: row.get(10),
+        failover: row.get(11),
+        synced: row.get(12),
+        lag_bytes: confirmed_flush_lsn.map_or(0, |lsn| end.bytes_since(lsn)),
+        retained_bytes: restart_lsn.map_or(0, |lsn| end.bytes_since(lsn)),
+    })
+}
+
+fn lsn(row: &Row, column: usize) -> Option<Lsn> {
+    row.get::<_, Option<PgLsn>>(column).map(|lsn| Lsn(u64::from(lsn)))
+}
+
+/// Creates a permanent logical slot for pgoutput and returns its consistent point: what commits
+/// after it is streamed.
+///
+/// The server waits for every transaction that is open now; give it a deadline. The user needs
+/// REPLICATION.
+///
+/// # Errors
+/// What the server says: the name is taken, no slot is free, `wal_level` is not logical.
+pub async fn create_slot(client: &impl GenericClient, name: &str) -> Result<Lsn> {
+    let sql = "SELECT lsn FROM pg_catalog.pg_create_logical_replication_slot($1::text, 'pgoutput')";
+    let row = client
+        .query_one(sql, &[&name])
+        .await
+        .map_err(|e| postgres_error(e).context(format!("creating the replication slot {name}")))?;
+    lsn(&row, 0).ok_or_else(|| Error::protocol("a new slot has no consistent point"))
+}
+
+/// What the server is and how it is set, as far as the relay depends on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerFacts {
+    /// As `server_version_num`: 150018 is 15.18.
+    pub version_num: i32,
+    /// The version as the server writes it.
+    pub version: String,
+    /// `minimal`, `replica` or `logical`.
+    pub wal_level: String,
+    /// Slots that the server allows.
+    pub max_replication_slots: u32,
+    /// Slots that exist.
+    pub used_replication_slots: u32,
+    /// Walsenders that the server allows.
+    pub max_wal_senders: u32,
+    /// Walsenders that run.
+    pub used_wal_senders: u32,
+    /// Whether this is a standby.
+    pub in_recovery: bool,
+    /// End of WAL; in recovery, what was replayed.
+    pub wal_lsn: Lsn,
+    /// The timeline of the end of WAL; in recovery, of the last checkpoint.
+    pub timeline: u32,
+    /// Names the cluster; a copy made by base backup has the same.
+    pub system_identifier: u64,
+    /// Bytes of WAL that a slot may keep; absent without a limit.
+    pub max_slot_wal_keep_size: Option<u64>,
+    /// After how long without a reader a slot is lost (from Postgres 18); absent for never.
+    pub idle_replication_slot_timeout: Option<Duration>,
+    /// After how long without an answer a reader is cut off; absent for never.
+    pub wal_sender_timeout: Option<Duration>,
+    /// The database we are in.
+    pub database: String,
+    /// The role we are.
+    pub user: String,
+    /// Whether that role may replicate (REPLICATION, or superuser).
+    pub user_may_replicate: bool,
+}
+
+/// Reads the facts; every role may.
+///
+/// # Errors
+/// What the server says.
+pub async fn server_facts(client: &impl GenericClient) -> Result<ServerFacts> {
+    let sql = format!(
+        "SELECT current_setting('server_version_num')::int, current_setting('server_version'), \
+         current_setting('wal_level'), current_setting('max_replication_slots')::int, \
+         (SELECT count(*)::int FROM pg_catalog.pg_replication_slots), \
+         current_setting('max_wal_senders')::int, \
+         (SELECT count(*)::int FROM pg_catalog.pg_stat_replication), \
+         pg_is_in_recovery(), {END_OF_WAL}, \
+         CASE WHEN pg_is_in_recovery() THEN (SELECT timeline_id FROM pg_control_checkpoint()) \
+             ELSE ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int END, \
+         (SELECT system_identifier FROM pg_control_system()), \
+         current_database()::text, current_user::text, \
+         (SELECT rolreplication OR rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)"
+    );
+    let row = client.query_one(&sql, &[]).await.map_err(postgres_error)?;
+    let count = |column: usize| row.get::<_, i32>(column).unsigned_abs();
+    let max_slot_wal_keep_size = setting(client, "max_slot_wal_keep_size").await?;
+    let idle = setting(client, "idle_replication_slot_timeout").await?;
+    let wal_sender = setting(client, "wal_sender_timeout").await?;
+    Ok(ServerFacts {
+        version_num: row.get(0),
+        version: row.get(1),
+        wal_level: row.get(2),
+        max_replication_slots: count(3),
+        used_replication_slots: count(4),
+        max_wal_senders: count(5),
+        used_wal_senders: count(6),
+        in_recovery: row.get(7),
+        wal_lsn: lsn(&row, 8).unwrap_or(Lsn::ZERO),
+        timeline: row.get::<_, i32>(9).cast_unsigned(),
+        system_identifier: row.get::<_, i64>(10).cast_unsigned(),
+        max_slot_wal_keep_size,
+        idle_replication_slot_timeout: idle.filter(|ms| *ms > 0).map(Duration::from_millis),
+        wal_sender_timeout: wal_sender.filter(|ms| *ms > 0).map(Duration::from_millis),
+        database: row.get(11),
+        user: row.get(12),
+        user_may_replicate: row.get(13),
+    })
+}
+
+/// A numeric setting in bytes or milliseconds; absent when it is negative or this version has none.
+async fn setting(client: &impl GenericClient, name: &str) -> Result<Option<u64>> {
+    let sql = "SELECT setting::bigint * CASE unit WHEN 'MB' THEN 1048576 WHEN 'kB' THEN 1024 \
+        WHEN 's' THEN 1000 WHEN 'min' THEN 60000 ELSE 1 END \
+        FROM pg_catalog.pg_settings WHERE name = $1";
+    let row = client.query_opt(sql, &[&name]).await.map_err(postgres_error)?;
+    Ok(row.and_then(|row| u64::try_from(row.get::<_, i64>(0)).ok()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wal_status_is_one_of_four_words() {
+        for word in ["reserved", "extended", "unreserved", "lost"] {
+            assert_eq!(word.parse::<WalStatus>().unwrap().as_str(), word);
+        }
+        assert!("fine".parse::<WalStatus>().is_err());
+    }
+}

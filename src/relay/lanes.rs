@@ -1,0 +1,425 @@
+//! Which message may be sent next. Pure; time is passed in.
+//!
+//! Invariant: one unconfirmed message per key; a nack goes back to the head of its lane. A
+//! message stands in the queue of each of its lanes (two for a key change) and may be sent when
+//! it is at the head of all of them. A truncate is a barrier: it waits for everything before it in
+//! its table, and everything after it waits for it.
+//!
+//! A held route's messages wait aside, in order; its first one probes whether the destination
+//! works again. Other routes go on.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
+use std::time::{Duration, Instant};
+
+use crate::message::{Message, RouteId, Ticket};
+use crate::relay::watermark::EntryId;
+use crate::route::Lanes as Keys;
+
+/// First wait before a nacked message is tried again; doubles.
+pub const RETRY_FIRST: Duration = Duration::from_millis(5);
+/// Longest wait before a nacked message is tried again.
+pub const RETRY_LIMIT: Duration = Duration::from_millis(500);
+/// How often a held route is probed with its first message.
+pub const PROBE_EVERY: Duration = Duration::from_secs(5);
+
+/// A message between admission and settlement.
+#[derive(Debug)]
+pub struct Slot {
+    /// The message.
+    pub message: Message,
+    /// The window's entry that it settles.
+    pub entry: EntryId,
+    /// When it was captured, for the metric.
+    pub captured: Instant,
+    /// Commit time, in microseconds since 1970-01-01 UTC, for the metric.
+    pub committed_at_us: i64,
+    /// Order of admission: what is put aside comes back in this order.
+    order: u64,
+    nacks: u32,
+    keys: Keys,
+    /// Next slot in each of its lanes.
+    next: [Option<u32>; 2],
+}
+
+/// First and last slot of a lane.
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    head: u32,
+    tail: u32,
+}
+
+/// The messages of one table: truncates are barriers among them.
+#[derive(Debug, Default)]
+struct Group {
+    /// Messages past the barrier check and not settled.
+    live: u32,
+    /// A barrier is one of them.
+    barrier: bool,
+    /// Messages behind a barrier; the first may be the barrier itself.
+    waiting: VecDeque<u32>,
+}
+
+/// What holds a route.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hold {
+    /// Why, in words.
+    pub reason: String,
+    /// Since when.
+    pub since: Instant,
+    /// When the next probe may go out.
+    probe_at: Instant,
+    /// The probe that is out.
+    probing: Option<u32>,
+}
+
+/// Lanes hold ready-made hashes as keys; hashing them again would be work for nothing.
+#[derive(Debug, Default)]
+struct AsIs(u64);
+
+impl Hasher for AsIs {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, _: &[u8]) {
+        unreachable!("only u64 keys are used")
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = value;
+    }
+}
+
+type ByHash<T> = HashMap<u64, T, BuildHasherDefault<AsIs>>;
+
+/// All unsettled messages and the order in which they may go.
+#[derive(Debug, Default)]
+pub struct Lanes {
+    slots: Vec<Option<Slot>>,
+    free: Vec<u32>,
+    admitted: u64,
+    lanes: ByHash<Ends>,
+    groups: ByHash<Group>,
+    ready: VecDeque<u32>,
+    /// Nacked messages by due time, then by admission.
+    retries: BTreeMap<(Instant, u64), u32>,
+    holds: BTreeMap<RouteId, Hold>,
+    /// Messages of held routes that could otherwise go, by admission.
+    aside: BTreeMap<(RouteId, u64), u32>,
+    in_flight: usize,
+}
+
+impl Lanes {
+    /// No messages.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Messages sent and without outcome.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Routes that are held, with their reasons.
+    pub fn holds(&self) -> impl Iterator<Item = (RouteId, &Hold)> {
+        self.holds.iter().map(|(route, hold)| (*route, hold))
+    }
+
+    /// The message of a ticket that is out.
+    pub fn slot(&self, ticket: Ticket) -> &Slot {
+        self.at(index(ticket))
+    }
+
+    /// Takes the next message in source order.
+    pub fn admit(
+        &mut self,
+        message: Message,
+        keys: Keys,
+        entry: EntryId,
+        captured: Instant,
+        committed_at_us: i64,
+    ) {
+        let order = self.admitted;
+        self.admitted += 1;
+        let next = [None; 2];
+        let slot = Slot { message, entry, captured, committed_at_us, order, nacks: 0, keys, next };
+        let id = match self.free.pop() {
+            Some(id) => {
+                self.slots[id as usize] = Some(slot);
+                id
+            }
+            None => {
+                self.slots.push(Some(slot));
+                u32::try_from(self.slots.len() - 1).expect("the window is far below 2^32")
+            }
+        };
+        match group_of(keys) {
+            None => self.enter(id),
+            Some((group, barrier)) => {
+                let group = self.groups.entry(group).or_default();
+                let must_wait =
+                    group.barrier || !group.waiting.is_empty() || (barrier && group.live > 0);
+                if must_wait {
+                    group.waiting.push_back(id);
+                } else {
+                    group.live += 1;
+                    group.barrier = barrier;
+                    self.enter(id);
+                }
+            }
+        }
+    }
+
+    /// The next message that may be sent now; it counts as in flight from here on.
+    pub fn next(&mut self, now: Instant) -> Option<(Ticket, &Slot)> {
+        let id = self.next_id(now)?;
+        self.in_flight += 1;
+        Some((Ticket(u64::from(id)), self.at(id)))
+    }
+
+    /// When `next` may have something again without any outcome in between.
+    pub fn wake_at(&self) -> Option<Instant> {
+        let retry = self.retries.keys().next().map(|(due, _)| *due);
+        let probe = self
+            .holds
+            .iter()
+            .filter(|(route, hold)| hold.probing.is_none() && self.first_aside(**route).is_some())
+            .map(|(_, hold)| hold.probe_at)
+            .min();
+        [retry, probe].into_iter().flatten().min()
+    }
+
+    /// The broker has it: the message leaves, its lanes move on, and a hold that it probed ends.
+    /// Returns the slot and whether a hold ended.
+    pub fn confirmed(&mut self, ticket: Ticket) -> (Slot, bool) {
+        let id = self.landed(ticket);
+        let slot = self.slots[id as usize].take().expect("an outcome belongs to a live slot");
+        self.free.push(id);
+        let released = self.end_probe(id, slot.message.route);
+        self.leave(id, &slot);
+        (slot, released)
+    }
+
+    /// The broker refused it for now: it stays at the head of its lane and is tried again, for
+    /// ever. A nack says that the destination exists, so a hold that it probed ends.
+    pub fn nacked(&mut self, ticket: Ticket, now: Instant) {
+        let id = self.landed(ticket);
+        let slot = self.slots[id as usize].as_mut().expect("an outcome belongs to a live slot");
+        let wait = RETRY_FIRST.saturating_mul(1 << slot.nacks.min(16)).min(RETRY_LIMIT);
+        slot.nacks = slot.nacks.saturating_add(1);
+        let (route, order) = (slot.message.route, slot.order);
+        self.retries.insert((now + wait, order), id);
+        self.end_probe(id, route);
+    }
+
+    /// The destination is broken: the message's route is held, and the message waits at the head
+    /// of its lane. Returns whether the hold is new.
+    pub fn hold(&mut self, ticket: Ticket, reason: String, now: Instant) -> bool {
+        let id = self.landed(ticket);
+        let (route, order) = (self.at(id).message.route, self.at(id).order);
+        self.aside.insert((route, order), id);
+        match self.holds.get_mut(&route) {
+            Some(hold) => {
+                if hold.probing == Some(id) {
+                    hold.probing = None;
+                    hold.probe_at = now + PROBE_EVERY;
+                    hold.reason = reason;
+                }
+                false
+            }
+            None => {
+                let probe_at = now + PROBE_EVERY;
+                self.holds.insert(route, Hold { reason, since: now, probe_at, probing: None });
+                true
+            }
+        }
+    }
+
+    fn next_id(&mut self, now: Instant) -> Option<u32> {
+        if let Some(id) = self.next_probe(now) {
+            return Some(id);
+        }
+        while let Some(entry) = self.retries.first_entry() {
+            if entry.key().0 > now {
+                break;
+            }
+            let id = entry.remove();
+            if let Some(id) = self.unless_held(id) {
+                return Some(id);
+            }
+        }
+        while let Some(id) = self.ready.pop_front() {
+            if let Some(id) = self.unless_held(id) {
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    fn next_probe(&mut self, now: Instant) -> Option<u32> {
+        if self.holds.is_empty() {
+            return None;
+        }
+        let due = |hold: &Hold| hold.probing.is_none() && hold.probe_at <= now;
+        let routes: Vec<RouteId> =
+            self.holds.iter().filter(|(_, hold)| due(hold)).map(|(route, _)| *route).collect();
+        for route in routes {
+            if let Some(key) = self.first_aside(route) {
+                let id = self.aside.remove(&key).expect("the key was just read");
+                self.holds.get_mut(&route).expect("the route is held").probing = Some(id);
+                return Some(id);
+            }
+        }
+        None
+    }
+
+    fn first_aside(&self, route: RouteId) -> Option<(RouteId, u64)> {
+        self.aside.range((route, 0)..=(route, u64::MAX)).next().map(|(key, _)| *key)
+    }
+
+    /// Puts the message aside when its route is held.
+    fn unless_held(&mut self, id: u32) -> Option<u32> {
+        if self.holds.is_empty() {
+            return Some(id);
+        }
+        let (route, order) = (self.at(id).message.route, self.at(id).order);
+        if self.holds.contains_key(&route) {
+            self.aside.insert((route, order), id);
+            return None;
+        }
+        Some(id)
+    }
+
+    /// When `id` was the probe of a hold, the hold ends and what it kept goes first.
+    fn end_probe(&mut self, id: u32, route: RouteId) -> bool {
+        if self.holds.get(&route).and_then(|hold| hold.probing) != Some(id) {
+            return false;
+        }
+        self.holds.remove(&route);
+        let mut last_first = Vec::new();
+        while let Some(key) = self.first_aside(route) {
+            last_first.extend(self.aside.remove(&key));
+        }
+        for id in last_first.into_iter().rev() {
+            self.ready.push_front(id);
+        }
+        true
+    }
+
+    /// Past the barrier check: joins its lanes, and is ready when it heads all of them.
+    fn enter(&mut self, id: u32) {
+        let (lanes, count) = lanes_of(self.at(id).keys);
+        let mut heads = 0;
+        for (place, lane) in lanes[..count].iter().enumerate() {
+            match self.lanes.get_mut(lane) {
+                None => {
+                    self.lanes.insert(*lane, Ends { head: id, tail: id });
+                    heads += 1;
+                }
+                Some(ends) => {
+                    let tail = std::mem::replace(&mut ends.tail, id);
+                    self.link(tail, *lane, id);
+                }
+            }
+            debug_assert!(self.at(id).next[place].is_none());
+        }
+        if heads == count {
+            self.ready.push_back(id);
+        }
+    }
+
+    /// Makes `id` follow `tail` in `lane`.
+    fn link(&mut self, tail: u32, lane: u64, id: u32) {
+        let tail = self.slots[tail as usize].as_mut().expect("a lane's tail is live");
+        let (lanes, count) = lanes_of(tail.keys);
+        let place =
+            lanes[..count].iter().position(|l| *l == lane).expect("the tail is in its lane");
+        tail.next[place] = Some(id);
+    }
+
+    /// Takes a settled slot out of its lanes and its group, and lets the next ones go.
+    fn leave(&mut self, id: u32, slot: &Slot) {
+        let (lanes, count) = lanes_of(slot.keys);
+        for (place, lane) in lanes[..count].iter().enumerate() {
+            let ends = self.lanes.get_mut(lane).expect("a live slot's lane exists");
+            assert_eq!(ends.head, id, "only the head of a lane is ever in flight");
+            match slot.next[place] {
+                None => {
+                    self.lanes.remove(lane);
+                }
+                Some(next) => {
+                    ends.head = next;
+                    if self.heads_all(next) {
+                        self.ready.push_back(next);
+                    }
+                }
+            }
+        }
+        if let Some((group, _)) = group_of(slot.keys) {
+            self.leave_group(group);
+        }
+    }
+
+    fn heads_all(&self, id: u32) -> bool {
+        let (lanes, count) = lanes_of(self.at(id).keys);
+        lanes[..count].iter().all(|lane| self.lanes[lane].head == id)
+    }
+
+    fn leave_group(&mut self, key: u64) {
+        let group = self.groups.get_mut(&key).expect("a live slot's group exists");
+        group.live -= 1;
+        if group.live == 0 {
+            group.barrier = false;
+        }
+        let mut entering = Vec::new();
+        while !group.barrier
+            && let Some(&id) = group.waiting.front()
+        {
+            let slot = self.slots[id as usize].as_ref().expect("a waiting slot is live");
+            let barrier = matches!(slot.keys, Keys::Barrier { .. });
+            if barrier && group.live > 0 {
+                break;
+            }
+            group.waiting.pop_front();
+            group.live += 1;
+            group.barrier = barrier;
+            entering.push(id);
+        }
+        if group.live == 0 && group.waiting.is_empty() {
+            self.groups.remove(&key);
+        }
+        for id in entering {
+            self.enter(id);
+        }
+    }
+
+    fn landed(&mut self, ticket: Ticket) -> u32 {
+        assert!(self.in_flight > 0, "an outcome belongs to a message in flight");
+        self.in_flight -= 1;
+        index(ticket)
+    }
+
+    fn at(&self, id: u32) -> &Slot {
+        self.slots[id as usize].as_ref().expect("the slot is live")
+    }
+}
+
+fn index(ticket: Ticket) -> u32 {
+    u32::try_from(ticket.0).expect("tickets are slot numbers")
+}
+
+fn lanes_of(keys: Keys) -> ([u64; 2], usize) {
+    match keys {
+        Keys::Free | Keys::Barrier { .. } => ([0; 2], 0),
+        Keys::One { lane, .. } => ([lane, 0], 1),
+        Keys::Two { lanes, .. } => (lanes, 2),
+    }
+}
+
+/// The group and whether the message is its barrier.
+fn group_of(keys: Keys) -> Option<(u64, bool)> {
+    match keys {
+        Keys::Free | Keys::One { group: None, .. } => None,
+        Keys::One { group: Some(group), .. } | Keys::Two { group, .. } => Some((group, false)),
+        Keys::Barrier { group } => Some((group, true)),
+    }
+}

@@ -1,0 +1,247 @@
+//! How far the relay is: received ≥ settled ≥ stored ≥ advanced. Pure.
+//!
+//! Also the idle rule: when an idle stream may advance although no event asked for it.
+
+use std::time::{Duration, Instant};
+
+use crate::metrics::{Metrics, lsn_value};
+use crate::position::{Lsn, Position};
+use crate::source::Receipt;
+
+/// How far each stage is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    received: Position,
+    settled: Position,
+    settled_flush: Lsn,
+    storing: Option<(Position, Lsn)>,
+    stored: Position,
+    stored_flush: Lsn,
+    advanced: Lsn,
+    due: bool,
+    last_stored: Option<Instant>,
+}
+
+impl Progress {
+    /// Everything stands where the checkpoint row stands.
+    pub fn new(position: Position, flush: Lsn) -> Self {
+        Self {
+            received: position,
+            settled: position,
+            settled_flush: flush,
+            storing: None,
+            stored: position,
+            stored_flush: flush,
+            advanced: flush,
+            due: false,
+            last_stored: None,
+        }
+    }
+
+    /// The source handed on everything up to here.
+    pub fn received(&mut self, position: Position) {
+        self.received = self.received.max(position);
+    }
+
+    /// Everything covered by the receipt is settled.
+    pub fn settled(&mut self, receipt: &Receipt) {
+        self.received(receipt.position());
+        self.settled = self.settled.max(receipt.position());
+        assert!(self.settled <= self.received, "settled ≤ received");
+        if let Some(flush) = receipt.flush() {
+            // A replayed transaction ends before what was authorised already.
+            self.settled_flush = self.settled_flush.max(flush);
+        }
+    }
+
+    /// How far the source could be told to flush, once stored.
+    pub fn flush(&self) -> Lsn {
+        self.settled_flush
+    }
+
+    /// Position up to which everything is settled.
+    pub fn settled_position(&self) -> Position {
+        self.settled
+    }
+
+    /// The stored checkpoint.
+    pub fn stored_checkpoint(&self) -> (Position, Lsn) {
+        (self.stored, self.stored_flush)
+    }
+
+    /// How far the source has been told.
+    pub fn advanced_lsn(&self) -> Lsn {
+        self.advanced
+    }
+
+    /// Position up to which everything was received.
+    pub fn received_position(&self) -> Position {
+        self.received
+    }
+
+    /// One checkpoint interval has passed.
+    pub fn tick(&mut self) {
+        self.due = true;
+    }
+
+    /// The interval has passed since the last write began.
+    pub fn is_due(&self) -> bool {
+        self.due
+    }
+
+    /// There is something that is settled and not stored.
+    pub fn has_unstored(&self) -> bool {
+        (self.settled, self.settled_flush) != (self.stored, self.stored_flush)
+    }
+
+    /// What to write now.
+    pub fn begin_storing(&mut self) -> (Position, Lsn) {
+        assert!(self.storing.is_none(), "one checkpoint at a time");
+        self.due = false;
+        let checkpoint = (self.settled, self.settled_flush);
+        self.storing = Some(checkpoint);
+        checkpoint
+    }
+
+    /// The write that was begun is durable.
+    pub fn stored(&mut self) {
+        let (position, flush) = self.storing.take().expect("a write was under way");
+        assert!(position >= self.stored && flush >= self.stored_flush, "checkpoints are monotonic");
+        assert!(position <= self.settled && flush <= self.settled_flush, "stored ≤ settled");
+        (self.stored, self.stored_flush) = (position, flush);
+    }
+
+    /// What the source may be told now; never more than is stored.
+    pub fn to_advance(&self) -> Option<Lsn> {
+        (self.stored_flush > self.advanced).then_some(self.stored_flush)
+    }
+
+    /// The source was told.
+    pub fn advanced(&mut self, flush: Lsn) {
+        assert!(flush <= self.stored_flush, "advanced ≤ stored");
+        assert!(flush >= self.advanced, "the source never goes back");
+        self.advanced = flush;
+    }
+
+    /// Sets the gauges.
+    pub fn publish(&self, metrics: &Metrics) {
+        metrics.wal.received.set(lsn_value(self.received.commit_lsn));
+        metrics.wal.settled.set(lsn_value(self.settled.commit_lsn));
+        metrics.wal.checkpointed.set(lsn_value(self.stored_flush));
+        metrics.wal.advanced.set(lsn_value(self.advanced));
+    }
+}
+
+/// WAL that pins nothing interesting: written by our own checkpoints and by background processes.
+const OWN_WAL: u64 = 4096;
+/// An idle advance does not wait for the interval when this much WAL is pinned, in bytes.
+const IDLE_BYTES: u64 = 16 << 20;
+
+/// When an idle stream may advance: every interval, or when much WAL is pinned; never when the WAL
+/// grew only by our own writes, because the checkpoint of an advance is such a write and would
+/// cause the next one.
+#[derive(Debug)]
+pub struct Idle {
+    interval: Duration,
+    last: Instant,
+    reached: Option<Receipt>,
+    own_wal_end: Lsn,
+}
+
+impl Idle {
+    /// Nothing reached yet; the first interval begins at `now`.
+    pub fn new(interval: Duration, now: Instant) -> Self {
+        Self { interval, last: now, reached: None, own_wal_end: Lsn::ZERO }
+    }
+
+    /// The source is idle and handed on everything before this receipt.
+    pub fn reached(&mut self, receipt: Receipt) {
+        self.reached = Some(receipt);
+    }
+
+    /// Something was received: what the source said before is covered by its receipt.
+    pub fn busy(&mut self) {
+        self.reached = None;
+    }
+
+    /// Our own checkpoint ended about here in the WAL.
+    pub fn wrote(&mut self, wal_end: Lsn) {
+        self.own_wal_end = self.own_wal_end.max(wal_end);
+    }
+
+    /// The receipt to settle now, if the rule allows it. Call only with an empty window.
+    pub fn due(&mut self, flush: Lsn, now: Instant) -> Option<Receipt> {
+        let end = self.reached.as_ref()?.flush()?;
+        let pinned = end.bytes_since(flush);
+        let foreign = end.bytes_since(self.own_wal_end.max(flush));
+        let waited = now.saturating_duration_since(self.last) >= self.interval;
+        if pinned >= IDLE_BYTES || (waited && foreign > OWN_WAL) {
+            self.last = now;
+            return self.reached.take();
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn receipt(lsn: u64, flush: Option<u64>) -> Receipt {
+        let position = Position { epoch: 1, commit_lsn: Lsn(lsn), ordinal: 1, sub: 0 };
+        Receipt::new(position, flush.map(Lsn))
+    }
+
+    #[test]
+    fn nothing_is_advanced_before_it_is_stored() {
+        let mut progress = Progress::new(Position::default(), Lsn(5));
+        progress.settled(&receipt(10, Some(12)));
+        assert_eq!(progress.to_advance(), None);
+        assert_eq!(progress.begin_storing().1, Lsn(12));
+        progress.settled(&receipt(20, Some(22)));
+        assert_eq!(progress.to_advance(), None);
+        progress.stored();
+        // What was settled after the write began is not covered by it (museum M10).
+        assert_eq!(progress.to_advance(), Some(Lsn(12)));
+        progress.advanced(Lsn(12));
+        assert!(progress.has_unstored());
+    }
+
+    #[test]
+    #[should_panic(expected = "advanced ≤ stored")]
+    fn advancing_past_the_checkpoint_panics() {
+        let mut progress = Progress::new(Position::default(), Lsn(5));
+        progress.settled(&receipt(10, Some(12)));
+        progress.advanced(Lsn(12));
+    }
+
+    #[test]
+    fn a_replayed_commit_does_not_lower_the_flush_position() {
+        let mut progress = Progress::new(Position::default(), Lsn(50));
+        progress.settled(&receipt(10, Some(12)));
+        assert_eq!(progress.flush(), Lsn(50));
+    }
+
+    #[test]
+    fn an_idle_stream_advances_on_foreign_wal_but_not_on_our_own() {
+        let start = Instant::now();
+        let later = start + Duration::from_secs(31);
+        let mut idle = Idle::new(Duration::from_secs(30), start);
+        let at = |lsn| receipt(1, Some(lsn));
+        idle.reached(at(100_000));
+        assert_eq!(idle.due(Lsn(1000), start), None, "too early");
+        assert!(idle.due(Lsn(1000), later).is_some());
+        idle.wrote(Lsn(100_500));
+        idle.reached(at(100_600));
+        assert_eq!(
+            idle.due(Lsn(100_000), later + Duration::from_secs(31)),
+            None,
+            "only our own write"
+        );
+        idle.reached(at(200_000));
+        idle.busy();
+        assert_eq!(idle.due(Lsn(100_000), later), None, "an event came in between");
+        idle.reached(at(100_000 + IDLE_BYTES));
+        assert!(idle.due(Lsn(100_000), later).is_some(), "much WAL does not wait");
+    }
+}

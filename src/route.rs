@@ -1,0 +1,468 @@
+//! Event to exchange, routing key and lanes, by rules parsed at start. Pure. To change how
+//! routing works, this is the one file to open.
+//!
+//! An event goes to every rule that selects it; each makes a message of its own. An event that
+//! none selects is poison: dropping needs a rule that says so.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use crate::error::{Error, Result};
+use crate::event::{Change, Content, Event, Op, OutboxRow, Row, Table, Value};
+use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX};
+
+/// Most rules that a configuration may have.
+pub const RULES_MAX: usize = 1000;
+
+/// How messages of one key follow each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ordering {
+    /// At most one unconfirmed message per key: order survives a selective nack.
+    Keyed,
+    /// Many unconfirmed messages per key: faster on a hot key, a nack can reorder.
+    Pipelined,
+}
+
+/// What the `message_id` of a route's messages is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MessageIdRule {
+    /// The event's id.
+    Event,
+    /// UUIDv5(event id, route name): for routes that meet in one queue.
+    Route,
+}
+
+/// Which events a rule selects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Select {
+    /// Outbox events of an aggregate type; `*` means all.
+    Outbox {
+        /// The type, compared exactly.
+        aggregate_type: String,
+    },
+    /// Changes of a captured table, `schema.table`; `*` means all.
+    Table {
+        /// The name, compared exactly.
+        name: String,
+    },
+}
+
+/// What happens to the selected events.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// A message is published.
+    Publish {
+        /// Name of the exchange.
+        exchange: String,
+        /// Template of the routing key: text with `{field}`; `{{` and `}}` are braces.
+        routing_key: String,
+        /// Order within a key.
+        ordering: Ordering,
+        /// What the message id is.
+        message_id: MessageIdRule,
+        /// Columns that make the key of a captured table; empty means its primary key.
+        key: Vec<String>,
+    },
+    /// Nothing is published; the event is counted.
+    Drop,
+}
+
+/// One rule of the configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// Name, unique; the `ws-route` header.
+    pub name: String,
+    /// Who is called when it breaks.
+    pub owner: String,
+    /// Which events.
+    pub select: Select,
+    /// What happens to them.
+    pub action: Action,
+}
+
+/// The rules that apply when the configuration has none: everything goes to the topic exchange
+/// `watership`.
+pub fn default_rules() -> Vec<Rule> {
+    let rule = |name: &str, select, routing_key: &str| Rule {
+        name: name.into(),
+        owner: String::new(),
+        select,
+        action: Action::Publish {
+            exchange: "watership".into(),
+            routing_key: routing_key.into(),
+            ordering: Ordering::Keyed,
+            message_id: MessageIdRule::Event,
+            key: Vec::new(),
+        },
+    };
+    let all = || "*".to_owned();
+    vec![
+        rule("outbox", Select::Outbox { aggregate_type: all() }, "{aggregate_type}.{event_type}"),
+        rule("tables", Select::Table { name: all() }, "{schema}.{table}.{op}"),
+    ]
+}
+
+/// A rule that publishes, parsed.
+#[derive(Debug)]
+pub struct Route {
+    /// Index in the router's list; also of its metrics.
+    pub id: RouteId,
+    /// Name, the `ws-route` header.
+    pub name: String,
+    /// Where its messages go.
+    pub exchange: ExchangeId,
+    /// Order within a key.
+    pub ordering: Ordering,
+    /// What the message id is.
+    pub message_id: MessageIdRule,
+    routing_key: Template,
+    key: Vec<String>,
+}
+
+/// The lanes that a message takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lanes {
+    /// None: the route is pipelined.
+    Free,
+    /// One key. `group` is its table's, which truncates wait for; outbox events have none.
+    One {
+        /// Hash of route and key.
+        lane: u64,
+        /// Hash of route and table.
+        group: Option<u64>,
+    },
+    /// A key change: the old key's lane and the new one's.
+    Two {
+        /// Hashes of route and keys, different.
+        lanes: [u64; 2],
+        /// Hash of route and table.
+        group: u64,
+    },
+    /// A truncate: after everything before it in its table, before everything after it.
+    Barrier {
+        /// Hash of route and table.
+        group: u64,
+    },
+}
+
+/// All rules, parsed.
+#[derive(Debug)]
+pub struct Router {
+    rules: Vec<(Select, Parsed)>,
+    exchanges: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Parsed {
+    Publish(Route),
+    Drop(RouteId),
+}
+
+/// What a rule decided for an event.
+#[derive(Debug)]
+pub enum Decision<'a> {
+    /// Publish by this route.
+    Publish(&'a Route),
+    /// Count it under this rule and publish nothing.
+    Drop(RouteId),
+}
+
+impl Router {
+    /// Parses the rules.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Config`] naming the route and what is wrong with it.
+    pub fn new(rules: &[Rule]) -> Result<Self> {
+        if rules.is_empty() || rules.len() > RULES_MAX {
+            let text = format!("{} routes, allowed are 1 to {RULES_MAX}", rules.len());
+            return Err(Error::config(text));
+        }
+        let mut router = Self { rules: Vec::new(), exchanges: Vec::new() };
+        for (index, rule) in rules.iter().enumerate() {
+            if rules[..index].iter().any(|r| r.name == rule.name) {
+                let text = format!("route name {:?} is used twice, names are unique", rule.name);
+                return Err(Error::config(text));
+            }
+            let id = RouteId(u16::try_from(index).expect("RULES_MAX fits"));
+            let parsed = router.parse(id, rule)?;
+            router.rules.push((rule.select.clone(), parsed));
+        }
+        Ok(router)
+    }
+
+    /// The exchanges of all routes; an [`ExchangeId`] is an index into it.
+    pub fn exchanges(&self) -> &[String] {
+        &self.exchanges
+    }
+
+    /// Everything that is to be done with the event; empty means that no rule selects it.
+    pub fn route<'a>(&'a self, event: &'a Event) -> impl Iterator<Item = Decision<'a>> {
+        self.rules.iter().filter(move |(select, _)| select.matches(event)).map(|(_, parsed)| {
+            match parsed {
+                Parsed::Publish(route) => Decision::Publish(route),
+                Parsed::Drop(id) => Decision::Drop(*id),
+            }
+        })
+    }
+
+    fn parse(&mut self, id: RouteId, rule: &Rule) -> Result<Parsed> {
+        let Action::Publish { exchange, routing_key, ordering, message_id, key } = &rule.action
+        else {
+            return Ok(Parsed::Drop(id));
+        };
+        let fields = match rule.select {
+            Select::Outbox { .. } => OUTBOX_FIELDS,
+            Select::Table { .. } => TABLE_FIELDS,
+        };
+        let in_route = |error: Error| error.context(format!("route {:?}", rule.name));
+        if matches!(rule.select, Select::Outbox { .. }) && !key.is_empty() {
+            let text = "key columns apply to captured tables; the key of an outbox event is \
+                        (aggregate_type, aggregate_id)";
+            return Err(in_route(Error::config(text)));
+        }
+        let known = self.exchanges.iter().position(|e| e == exchange);
+        let exchange = known.unwrap_or_else(|| {
+            self.exchanges.push(exchange.clone());
+            self.exchanges.len() - 1
+        });
+        Ok(Parsed::Publish(Route {
+            id,
+            name: rule.name.clone(),
+            exchange: ExchangeId(u16::try_from(exchange).expect("RULES_MAX fits")),
+            ordering: *ordering,
+            message_id: *message_id,
+            routing_key: Template::parse(routing_key, fields).map_err(in_route)?,
+            key: key.clone(),
+        }))
+    }
+}
+
+impl Select {
+    fn matches(&self, event: &Event) -> bool {
+        match (self, &event.content) {
+            (Select::Outbox { aggregate_type }, Content::Outbox(row)) => {
+                aggregate_type == "*" || *aggregate_type == *row.aggregate_type
+            }
+            (Select::Table { name }, Content::Change(_)) => {
+                name == "*" || *name == event.table.full_name
+            }
+            (Select::Outbox { .. }, Content::Change(_))
+            | (Select::Table { .. }, Content::Outbox(_)) => false,
+        }
+    }
+}
+
+impl Route {
+    /// Writes the routing key into `out`, which is cleared first.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when it is longer than 255 bytes.
+    pub fn routing_key(&self, event: &Event, out: &mut String) -> Result<()> {
+        out.clear();
+        self.routing_key.render(event, out);
+        if out.len() > SHORT_STRING_MAX {
+            let (name, len) = (&self.name, out.len());
+            let text = format!(
+                "routing key of route {name:?} has {len} bytes, AMQP allows {SHORT_STRING_MAX}"
+            );
+            return Err(Error::event(text));
+        }
+        Ok(())
+    }
+
+    /// The columns of `table` that make its key for this route; empty when it has none.
+    pub fn key_columns(&self, table: &Table) -> Vec<usize> {
+        if self.key.is_empty() {
+            return table.key.clone();
+        }
+        self.key.iter().filter_map(|name| table.column(name)).collect()
+    }
+
+    /// The lanes that the event's message takes on this route.
+    pub fn lanes(&self, event: &Event) -> Lanes {
+        match self.ordering {
+            Ordering::Pipelined => Lanes::Free,
+            Ordering::Keyed => match &event.content {
+                Content::Outbox(row) => Lanes::One { lane: self.outbox_lane(row), group: None },
+                Content::Change(change) => self.change_lanes(&event.table, change),
+            },
+        }
+    }
+
+    // Two keys with one hash share a lane and wait for each other: slower, never wrong.
+    fn outbox_lane(&self, row: &OutboxRow) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.id.hash(&mut hasher);
+        row.aggregate_type.hash(&mut hasher);
+        row.aggregate_id.hash(&mut hasher);
+        hasher.finish()
+    }
+
+    fn change_lanes(&self, table: &Table, change: &Change) -> Lanes {
+        let group = self.table_hash(table).finish();
+        let columns = self.key_columns(table);
+        let lane = |row: &Row| self.row_lane(table, &columns, row);
+        match change {
+            Change::Truncate => Lanes::Barrier { group },
+            Change::Insert { new } => Lanes::One { lane: lane(new), group: Some(group) },
+            Change::Delete { old } => Lanes::One { lane: lane(old.row()), group: Some(group) },
+            Change::Update { old: None, new } => Lanes::One { lane: lane(new), group: Some(group) },
+            Change::Update { old: Some(old), new } => match [lane(old.row()), lane(new)] {
+                [a, b] if a == b => Lanes::One { lane: a, group: Some(group) },
+                lanes => Lanes::Two { lanes, group },
+            },
+        }
+    }
+
+    fn table_hash(&self, table: &Table) -> DefaultHasher {
+        let mut hasher = DefaultHasher::new();
+        self.id.hash(&mut hasher);
+        table.full_name.hash(&mut hasher);
+        hasher
+    }
+
+    /// Without key columns every row of the table shares one lane.
+    fn row_lane(&self, table: &Table, columns: &[usize], row: &Row) -> u64 {
+        let mut hasher = self.table_hash(table);
+        for &column in columns {
+            match &row[column] {
+                Value::Text(text) => text.hash(&mut hasher),
+                Value::Null | Value::Unchanged => 0xFF_u8.hash(&mut hasher),
+            }
+        }
+        hasher.finish()
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Field {
+    AggregateType,
+    AggregateId,
+    EventType,
+    Schema,
+    Table,
+    Op,
+}
+
+const OUTBOX_FIELDS: &[(&str, Field)] = &[
+    ("aggregate_type", Field::AggregateType),
+    ("aggregate_id", Field::AggregateId),
+    ("event_type", Field::EventType),
+];
+const TABLE_FIELDS: &[(&str, Field)] =
+    &[("schema", Field::Schema), ("table", Field::Table), ("op", Field::Op)];
+
+#[derive(Debug)]
+enum Segment {
+    Text(String),
+    Field(Field),
+}
+
+/// Text with fields, parsed.
+#[derive(Debug)]
+struct Template(Vec<Segment>);
+
+impl Template {
+    fn parse(text: &str, fields: &[(&str, Field)]) -> Result<Self> {
+        let wrong = |what: &str| Error::config(format!("routing_key {text:?}: {what}"));
+        let mut segments = Vec::new();
+        let mut plain = String::new();
+        let mut rest = text;
+        while let Some(at) = rest.find(['{', '}']) {
+            plain.push_str(&rest[..at]);
+            let brace = &rest[at..=at];
+            rest = &rest[at + 1..];
+            if let Some(after) = rest.strip_prefix(brace) {
+                plain.push_str(brace);
+                rest = after;
+                continue;
+            }
+            if brace == "}" {
+                return Err(wrong("a \"}\" without \"{\"; write \"}}\" for a brace"));
+            }
+            let (name, after) =
+                rest.split_once('}').ok_or_else(|| wrong("a \"{\" without \"}\""))?;
+            let field = fields.iter().find(|(known, _)| *known == name).ok_or_else(|| {
+                let known: Vec<&str> = fields.iter().map(|(name, _)| *name).collect();
+                let known = known.join(", ");
+                wrong(&format!("field {name:?} is not known here, allowed are: {known}"))
+            })?;
+            if !plain.is_empty() {
+                segments.push(Segment::Text(std::mem::take(&mut plain)));
+            }
+            segments.push(Segment::Field(field.1));
+            rest = after;
+        }
+        plain.push_str(rest);
+        if !plain.is_empty() {
+            segments.push(Segment::Text(plain));
+        }
+        Ok(Self(segments))
+    }
+
+    fn render(&self, event: &Event, out: &mut String) {
+        for segment in &self.0 {
+            match segment {
+                Segment::Text(text) => out.push_str(text),
+                Segment::Field(field) => out.push_str(field.of(event)),
+            }
+        }
+    }
+}
+
+impl Field {
+    fn of(self, event: &Event) -> &str {
+        match (self, &event.content) {
+            (Field::Schema, _) => &event.table.schema,
+            (Field::Table, _) => &event.table.name,
+            (Field::Op, _) => Op::as_str(event.op()),
+            (Field::AggregateType, Content::Outbox(row)) => &row.aggregate_type,
+            (Field::AggregateId, Content::Outbox(row)) => &row.aggregate_id,
+            (Field::EventType, Content::Outbox(row)) => &row.event_type,
+            (Field::AggregateType | Field::AggregateId | Field::EventType, Content::Change(_)) => {
+                unreachable!("a table route is parsed with the table fields only")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule(name: &str, routing_key: &str) -> Rule {
+        let mut rule = default_rules().remove(0);
+        rule.name = name.into();
+        let Action::Publish { routing_key: key, .. } = &mut rule.action else { unreachable!() };
+        *key = routing_key.into();
+        rule
+    }
+
+    #[test]
+    fn refuses_templates_it_cannot_render() {
+        for (template, text) in [
+            ("a.{b}", "field \"b\" is not known here, allowed are: aggregate_type, aggregate_id, "),
+            ("a.{event_type", "a \"{\" without \"}\""),
+            ("a}", "a \"}\" without \"{\""),
+            ("{schema}", "field \"schema\" is not known here"),
+        ] {
+            let error = Router::new(&[rule("r", template)]).unwrap_err().to_string();
+            assert!(error.starts_with("route \"r\": routing_key"), "{error}");
+            assert!(error.contains(text), "{error}");
+        }
+    }
+
+    #[test]
+    fn doubled_braces_are_braces() {
+        let template = Template::parse("a{{b}}.{event_type}", OUTBOX_FIELDS).unwrap();
+        assert_eq!(template.0.len(), 2);
+        assert!(matches!(&template.0[0], Segment::Text(t) if t == "a{b}."));
+    }
+
+    #[test]
+    fn names_are_unique_and_exchanges_are_shared() {
+        let error = Router::new(&[rule("r", "x"), rule("r", "y")]).unwrap_err();
+        assert!(error.to_string().contains("used twice"));
+        let router = Router::new(&[rule("r", "x"), rule("s", "y")]).unwrap();
+        assert_eq!(router.exchanges(), ["watership"]);
+    }
+}

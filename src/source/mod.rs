@@ -1,0 +1,83 @@
+//! Where events come from. A source hands on committed changes in source order and is told what
+//! has been settled; it advances only as far as the receipts that come back.
+
+pub mod transaction;
+pub mod wal;
+
+use std::future::Future;
+
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::position::{Lsn, Position};
+
+/// One step of the source, in source order.
+#[derive(Debug)]
+pub enum Item {
+    /// A committed change.
+    Event(Event, Receipt),
+    /// A change that can never become an event; the error says why.
+    Poison(Error, Receipt),
+    /// The end of a transaction: everything before it has been handed on.
+    Commit(Receipt),
+    /// Nothing is open and everything up to here was handed on; the WAL has grown by something
+    /// that is not ours.
+    Idle(Receipt),
+}
+
+/// Proof that the source handed something on. Not `Clone`: it travels with the entry through the
+/// window and comes back once, when everything up to it is settled.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Receipt {
+    position: Position,
+    flush: Option<Lsn>,
+}
+
+impl Receipt {
+    /// Only sources make receipts.
+    pub(crate) fn new(position: Position, flush: Option<Lsn>) -> Self {
+        Self { position, flush }
+    }
+
+    /// Everything up to and including this position is covered.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// How far the source may be told to flush; `None` inside a transaction.
+    pub fn flush(&self) -> Option<Lsn> {
+        self.flush
+    }
+
+    /// Takes in the receipt of the next entry in source order.
+    pub fn absorb(&mut self, later: Receipt) {
+        assert!(later.position >= self.position, "receipts come back in source order");
+        self.position = later.position;
+        self.flush = later.flush.or(self.flush);
+    }
+}
+
+/// Hands on committed changes in order. Production: the WAL, and polling; and a simulator.
+pub trait Source {
+    /// Appends at least one item to `batch`, and about `room` at most.
+    ///
+    /// Cancel-safe: items are appended only when the future is about to finish.
+    ///
+    /// # Errors
+    /// When the connection is lost or the stream cannot be understood: the session is over.
+    fn next(&mut self, room: usize, batch: &mut Vec<Item>) -> impl Future<Output = Result<()>>;
+
+    /// Tells the source that everything up to `flush` is settled and stored. It may forget it.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    fn advance(&mut self, flush: Lsn) -> impl Future<Output = Result<()>>;
+
+    /// Keeps the connection alive while nobody calls `next`. Call it at least every second.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    fn keep_alive(&mut self) -> impl Future<Output = Result<()>>;
+
+    /// Ends the connection in order.
+    fn close(self) -> impl Future<Output = ()>;
+}

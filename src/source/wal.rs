@@ -1,0 +1,226 @@
+//! The WAL as a source: the replication stream, decoded into items.
+//!
+//! Reads whatever the socket has, decodes it in place, hands items on. Keepalives that ask are
+//! answered at once with the flush position that was authorised last, never with what the server
+//! says: a keepalive may lie past a transaction that is not settled (museum M5, M6).
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until, timeout};
+
+use crate::error::{Error, Result};
+use crate::pg::replication::{Frame, ReplicationStream};
+use crate::position::{Lsn, Position};
+use crate::source::transaction::Assembler;
+use crate::source::{Item, Receipt, Source};
+
+/// Frames taken at once when none of them becomes an item, so that other work gets its turn.
+const FRAMES_MAX: usize = 4096;
+/// The server answers a status update that asks for it at once; longer means that the path is
+/// dead.
+const REPLY_LIMIT: Duration = Duration::from_secs(10);
+/// A status update of 34 bytes that cannot be written for this long means a dead path.
+const WRITE_LIMIT: Duration = Duration::from_secs(5);
+
+/// When the stream speaks although there is nothing to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// Longest time between two status updates: a third of `wal_sender_timeout`, at most 10 s.
+    pub status_interval: Duration,
+    /// Silence of the server after which it is asked for a sign of life; its own keepalives may
+    /// be switched off.
+    pub silence: Duration,
+}
+
+impl Timing {
+    /// For a server whose `wal_sender_timeout` is this; `None` means that it has none.
+    pub fn new(wal_sender_timeout: Option<Duration>) -> Self {
+        const MOST: Duration = Duration::from_secs(10);
+        let third = wal_sender_timeout.map_or(MOST, |t| (t / 3).min(MOST));
+        Self { status_interval: third, silence: Duration::from_secs(15) }
+    }
+}
+
+/// A running replication stream.
+pub struct Wal {
+    stream: ReplicationStream,
+    assembler: Assembler,
+    timing: Timing,
+    flushed: Lsn,
+    received: Lsn,
+    last_status: Instant,
+    silence: Silence,
+    seen: Seen,
+}
+
+/// What is known about the other side while nothing arrives.
+#[derive(Debug, Clone, Copy)]
+enum Silence {
+    /// Bytes came at this time, or `next` was not called before it.
+    Since(Instant),
+    /// A reply was asked for at this time and has not come.
+    Probed(Instant),
+}
+
+/// Counts, for the metrics.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Seen {
+    /// Changes received.
+    pub changes: u64,
+    /// Events not handed on because an earlier session settled them.
+    pub skipped: u64,
+}
+
+impl Wal {
+    /// Takes over a stream that has just started. `flushed` is the stored flush position.
+    pub fn new(
+        stream: ReplicationStream,
+        assembler: Assembler,
+        timing: Timing,
+        flushed: Lsn,
+    ) -> Self {
+        let now = Instant::now();
+        let (silence, seen) = (Silence::Since(now), Seen::default());
+        let received = flushed;
+        Self { stream, assembler, timing, flushed, received, last_status: now, silence, seen }
+    }
+
+    /// Takes what has arrived, without waiting.
+    fn take(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<Taken> {
+        for _ in 0..FRAMES_MAX {
+            if batch.len() >= room {
+                return Ok(Taken::Some);
+            }
+            match self.stream.try_next()? {
+                None if batch.is_empty() => return Ok(Taken::Nothing),
+                None => return Ok(Taken::Some),
+                Some(Frame::XLogData { wal_end, data, .. }) => {
+                    self.received = self.received.max(wal_end);
+                    self.assembler.apply(&data, batch)?;
+                }
+                Some(Frame::Keepalive { wal_end, reply_requested, .. }) => {
+                    self.received = self.received.max(wal_end);
+                    if reply_requested {
+                        self.status(false);
+                    }
+                    if self.assembler.is_idle() {
+                        batch.push(Item::Idle(self.idle_receipt(wal_end)));
+                    }
+                }
+            }
+        }
+        Ok(if batch.is_empty() { Taken::OnlyFiltered } else { Taken::Some })
+    }
+
+    fn idle_receipt(&self, wal_end: Lsn) -> Receipt {
+        // It covers no change: the lowest position is right, because receipts merge upwards.
+        Receipt::new(Position::default(), Some(wal_end))
+    }
+
+    fn status(&mut self, reply_requested: bool) {
+        self.stream.status_update(self.received, self.flushed, reply_requested);
+        self.last_status = Instant::now();
+    }
+
+    fn deadline(&self) -> Instant {
+        let silent = match self.silence {
+            Silence::Since(at) => at.max(self.stream.last_received()) + self.timing.silence,
+            Silence::Probed(at) => at + REPLY_LIMIT,
+        };
+        silent.min(self.last_status + self.timing.status_interval)
+    }
+
+    /// Acts on a passed deadline.
+    fn overdue(&mut self) -> Result<()> {
+        let now = Instant::now();
+        match self.silence {
+            Silence::Since(at) => {
+                let last = at.max(self.stream.last_received());
+                if now >= last + self.timing.silence {
+                    self.silence = Silence::Probed(now);
+                    self.status(true);
+                }
+            }
+            Silence::Probed(at) if self.stream.last_received() > at => {
+                self.silence = Silence::Since(self.stream.last_received());
+            }
+            Silence::Probed(at) if now >= at + REPLY_LIMIT => {
+                let seconds = (self.timing.silence + REPLY_LIMIT).as_secs();
+                let text = format!("Postgres was silent for {seconds} s and did not answer");
+                return Err(Error::unreachable(text));
+            }
+            Silence::Probed(_) => {}
+        }
+        if now >= self.last_status + self.timing.status_interval {
+            self.status(false);
+        }
+        Ok(())
+    }
+
+    async fn flush(&mut self) -> Result<()> {
+        timeout(WRITE_LIMIT, self.stream.flush()).await.unwrap_or_else(|_| {
+            let seconds = WRITE_LIMIT.as_secs();
+            Err(Error::unreachable(format!("Postgres took no status update for {seconds} s")))
+        })
+    }
+}
+
+enum Taken {
+    /// The batch has items.
+    Some,
+    /// Frames, but nothing that becomes an item; there may be more.
+    OnlyFiltered,
+    /// Nothing has arrived.
+    Nothing,
+}
+
+impl Source for Wal {
+    async fn next(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<()> {
+        assert!(batch.is_empty(), "a batch is taken out before the next one comes");
+        loop {
+            match self.take(room, batch)? {
+                Taken::Some => return Ok(()),
+                Taken::OnlyFiltered => tokio::task::yield_now().await,
+                Taken::Nothing => {
+                    let deadline = self.deadline();
+                    tokio::select! { biased;
+                        filled = self.stream.fill() => {
+                            filled?;
+                            self.silence = Silence::Since(self.stream.last_received());
+                        }
+                        () = sleep_until(deadline) => self.overdue()?,
+                    }
+                }
+            }
+        }
+    }
+
+    async fn advance(&mut self, flush: Lsn) -> Result<()> {
+        assert!(flush >= self.flushed, "the source never goes back");
+        self.flushed = flush;
+        self.status(false);
+        self.flush().await
+    }
+
+    async fn keep_alive(&mut self) -> Result<()> {
+        self.seen = Seen {
+            changes: self.assembler.changes_received,
+            skipped: self.assembler.events_skipped,
+        };
+        let now = Instant::now();
+        if now >= self.last_status + self.timing.status_interval {
+            // Called while nobody reads: the silence is ours, not the server's.
+            if let Silence::Since(at) = &mut self.silence {
+                *at = now;
+            }
+            self.status(false);
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    async fn close(mut self) {
+        self.status(false);
+        self.stream.close().await;
+    }
+}

@@ -1,0 +1,356 @@
+//! The simulated ends: a walsender with history and a broker with a queue.
+//!
+//! The source speaks real pgoutput bytes through the real assembler. The broker handles publishes
+//! in the order in which they were sent, answers in any order, and writes down every arrival.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::{BufMut, Bytes};
+use tokio::time::{Instant, sleep, sleep_until};
+use uuid::Uuid;
+use watership::error::{Error, Result};
+use watership::message::{Message, Outcome, Publisher, Ticket};
+use watership::position::{Lsn, Position};
+use watership::source::transaction::{Assembler, Options, Timelines};
+use watership::source::{Item, Source};
+
+const OUTBOX: u32 = 16_384;
+
+/// One committed event: its key and its number within the key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    pub id: Uuid,
+    pub key: u32,
+    pub n: u32,
+}
+
+/// A committed transaction.
+#[derive(Debug)]
+pub struct Transaction {
+    pub commit_lsn: Lsn,
+    pub end_lsn: Lsn,
+    pub events: Vec<Written>,
+}
+
+/// Which faults a run has; probabilities per message unless said.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Faults {
+    pub nack: f64,
+    /// Arrived, but the confirm never comes: ends the session at the deadline.
+    pub confirm_lost: f64,
+    /// The connection breaks with messages in flight.
+    pub cut: f64,
+    /// The queue is unbound for this long, once per message with this probability.
+    pub unbound: f64,
+    /// The process dies within this time of its start, at most this many times.
+    pub crash_within: Duration,
+    pub crashes: u32,
+}
+
+/// Everything outside of the relay.
+pub struct World {
+    pub rng: fastrand::Rng,
+    pub log: Vec<Transaction>,
+    /// Ids in order of arrival.
+    pub arrived: Vec<Uuid>,
+    seen: HashSet<Uuid>,
+    /// Transactions at the start of the log that arrived whole.
+    whole: usize,
+    pub slot: Lsn,
+    pub faults: Faults,
+    pub unbound_until: Option<Instant>,
+    pub faults_seen: u32,
+}
+
+pub type Shared = Rc<RefCell<World>>;
+
+impl World {
+    pub fn new(seed: u64, events: u32, keys: u32, faults: Faults) -> Shared {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut log = Vec::new();
+        let (mut written, mut lsn) = (0, 1000);
+        let mut next: HashMap<u32, u32> = HashMap::new();
+        while written < events {
+            let large = rng.f64() < 0.05;
+            let size = rng.u32(1..=if large { 200 } else { 5 });
+            let events = (0..size)
+                .map(|_| {
+                    let key = rng.u32(0..keys);
+                    let n = next.entry(key).and_modify(|n| *n += 1).or_insert(1);
+                    Written { id: Uuid::from_u128(rng.u128(..)), key, n: *n }
+                })
+                .collect();
+            written += size;
+            lsn += 100 + u64::from(size);
+            // Postgres 17: the end of one transaction may equal the next change's LSN (M3).
+            log.push(Transaction { commit_lsn: Lsn(lsn), end_lsn: Lsn(lsn + 10), events });
+            lsn += 10;
+        }
+        let world = Self {
+            rng,
+            log,
+            arrived: Vec::new(),
+            seen: HashSet::new(),
+            whole: 0,
+            slot: Lsn(1000),
+            faults,
+            unbound_until: None,
+            faults_seen: 0,
+        };
+        Rc::new(RefCell::new(world))
+    }
+
+    fn arrive(&mut self, id: Uuid) {
+        self.arrived.push(id);
+        self.seen.insert(id);
+    }
+
+    /// End of the last transaction up to which everything has arrived.
+    pub fn arrived_prefix(&mut self) -> Lsn {
+        let seen = &self.seen;
+        let whole = |t: &&Transaction| t.events.iter().all(|e| seen.contains(&e.id));
+        self.whole += self.log[self.whole..].iter().take_while(whole).count();
+        self.whole.checked_sub(1).map_or(Lsn(1000), |last| self.log[last].end_lsn)
+    }
+
+    /// Arrivals that a stored checkpoint at `position` does not cover: they may come again.
+    pub fn uncovered(&self, position: Position) -> usize {
+        let place = |t: &Transaction, ordinal: usize| Position {
+            commit_lsn: t.commit_lsn,
+            ordinal: ordinal as u64 + 1,
+            ..position
+        };
+        self.log
+            .iter()
+            .flat_map(|t| t.events.iter().enumerate().map(move |(i, e)| (place(t, i), e.id)))
+            .filter(|(at, id)| *at > position && self.seen.contains(id))
+            .count()
+    }
+}
+
+/// The replication stream of one session.
+pub struct SimSource {
+    world: Shared,
+    assembler: Assembler,
+    frames: VecDeque<Bytes>,
+    next: usize,
+    flushed: Lsn,
+}
+
+impl SimSource {
+    /// As a server does: from the requested position or the slot's, whichever is later.
+    pub fn new(world: &Shared, stored: Position, flush: Lsn) -> Self {
+        let from = flush.max(world.borrow().slot);
+        let next = world.borrow().log.partition_point(|t| t.end_lsn <= from);
+        let options = Options {
+            epoch: 1,
+            system_id: 7,
+            timelines: Timelines::new(1, Vec::new()),
+            resume_after: stored,
+            primary_keys: HashMap::new(),
+        };
+        let frames = VecDeque::from([relation()]);
+        Self {
+            world: world.clone(),
+            assembler: Assembler::new(options),
+            frames,
+            next,
+            flushed: from,
+        }
+    }
+
+    fn load(&mut self) -> bool {
+        let world = self.world.borrow();
+        let Some(transaction) = world.log.get(self.next) else { return false };
+        self.next += 1;
+        self.frames.push_back(begin(transaction.commit_lsn));
+        self.frames.extend(transaction.events.iter().map(insert));
+        self.frames.push_back(commit(transaction.commit_lsn, transaction.end_lsn));
+        true
+    }
+}
+
+impl Source for SimSource {
+    async fn next(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<()> {
+        if self.world.borrow_mut().rng.f64() < 0.2 {
+            let wait = self.world.borrow_mut().rng.u64(1..20);
+            sleep(Duration::from_millis(wait)).await;
+        }
+        while batch.len() < room {
+            if self.frames.is_empty() && !self.load() {
+                break;
+            }
+            let frame = self.frames.pop_front().expect("just loaded");
+            self.assembler.apply(&frame, batch)?;
+        }
+        if batch.is_empty() {
+            std::future::pending::<()>().await;
+        }
+        Ok(())
+    }
+
+    async fn advance(&mut self, flush: Lsn) -> Result<()> {
+        assert!(flush >= self.flushed, "feedback never goes back");
+        self.flushed = flush;
+        let wait = self.world.borrow_mut().rng.u64(0..5);
+        sleep(Duration::from_millis(wait)).await;
+        let mut world = self.world.borrow_mut();
+        // The LSN rule: at every instant the slot is behind what has arrived.
+        assert!(flush <= world.arrived_prefix(), "slot at {flush}, past what has arrived");
+        world.slot = world.slot.max(flush);
+        Ok(())
+    }
+
+    async fn keep_alive(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    async fn close(self) {}
+}
+
+/// The broker connection of one session.
+pub struct SimPublisher {
+    world: Shared,
+    sent: VecDeque<(Ticket, Uuid)>,
+    answers: Vec<(Instant, Ticket, Outcome)>,
+    broken_at: Option<Instant>,
+}
+
+impl SimPublisher {
+    pub fn new(world: &Shared) -> Self {
+        let (sent, answers) = Default::default();
+        Self { world: world.clone(), sent, answers, broken_at: None }
+    }
+
+    /// The broker handles what has been sent, in order.
+    fn handle(&mut self) {
+        let mut world = self.world.borrow_mut();
+        let now = Instant::now();
+        while let Some((ticket, id)) = self.sent.pop_front() {
+            if self.broken_at.is_some_and(|at| at <= now) {
+                return;
+            }
+            let faults = world.faults;
+            let answer_at = now + Duration::from_millis(world.rng.u64(1..40));
+            if world.rng.f64() < faults.cut {
+                world.faults_seen += 1;
+                self.broken_at = Some(now + Duration::from_millis(world.rng.u64(0..20)));
+            }
+            if world.rng.f64() < faults.unbound {
+                world.unbound_until = Some(now + Duration::from_secs(12));
+            }
+            if world.unbound_until.is_some_and(|until| now < until) {
+                self.answers.push((answer_at, ticket, Outcome::Returned("NO_ROUTE".into())));
+                continue;
+            }
+            if world.rng.f64() < faults.nack {
+                self.answers.push((answer_at, ticket, Outcome::Nacked));
+                continue;
+            }
+            world.arrive(id);
+            if world.rng.f64() < faults.confirm_lost {
+                world.faults_seen += 1;
+                self.broken_at.get_or_insert(now + Duration::from_secs(30));
+                continue;
+            }
+            self.answers.push((answer_at, ticket, Outcome::Confirmed));
+        }
+    }
+}
+
+impl Publisher for SimPublisher {
+    fn send(&mut self, ticket: Ticket, message: &Message) {
+        self.sent.push_back((ticket, message.id));
+    }
+
+    async fn next_outcomes(&mut self, outcomes: &mut Vec<(Ticket, Outcome)>) -> Result<()> {
+        loop {
+            self.handle();
+            let now = Instant::now();
+            if self.broken_at.is_some_and(|at| at <= now) {
+                return Err(Error::unreachable("simulated connection loss"));
+            }
+            let before = outcomes.len();
+            self.answers.retain(|(at, ticket, outcome)| {
+                let due = *at <= now;
+                if due {
+                    outcomes.push((*ticket, outcome.clone()));
+                }
+                !due
+            });
+            if outcomes.len() > before {
+                return Ok(());
+            }
+            let next = self.answers.iter().map(|(at, ..)| *at).chain(self.broken_at).min();
+            match next {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    fn is_blocked(&self) -> bool {
+        false
+    }
+
+    fn max_body(&self) -> usize {
+        16 << 20
+    }
+
+    async fn close(self) {}
+}
+
+fn relation() -> Bytes {
+    let columns = [("id", 2950), ("aggregate_type", 25), ("aggregate_id", 25), ("event_type", 25)];
+    let columns: Vec<(&str, u32)> = columns.into_iter().chain([("payload", 114)]).collect();
+    let mut out = Vec::new();
+    out.put_u8(b'R');
+    out.put_u32(OUTBOX);
+    out.extend_from_slice(b"watership\0outbox\0d");
+    out.put_i16(columns.len() as i16);
+    for (name, oid) in columns {
+        out.put_u8(u8::from(name == "id"));
+        out.extend_from_slice(name.as_bytes());
+        out.put_u8(0);
+        out.put_u32(oid);
+        out.put_i32(-1);
+    }
+    out.into()
+}
+
+fn begin(commit_lsn: Lsn) -> Bytes {
+    let mut out = Vec::new();
+    out.put_u8(b'B');
+    out.put_u64(commit_lsn.0);
+    out.put_i64(0);
+    out.put_u32(1);
+    out.into()
+}
+
+fn commit(commit_lsn: Lsn, end_lsn: Lsn) -> Bytes {
+    let mut out = Vec::new();
+    out.put_slice(b"C\0");
+    out.put_u64(commit_lsn.0);
+    out.put_u64(end_lsn.0);
+    out.put_i64(0);
+    out.into()
+}
+
+fn insert(event: &Written) -> Bytes {
+    let (id, key, n) = (event.id.to_string(), event.key.to_string(), event.n);
+    let payload = format!("{{\"n\":{n}}}");
+    let mut out = Vec::new();
+    out.put_u8(b'I');
+    out.put_u32(OUTBOX);
+    out.put_u8(b'N');
+    out.put_i16(5);
+    for value in [&*id, "order", &*key, "changed", &*payload] {
+        out.put_u8(b't');
+        out.put_u32(value.len() as u32);
+        out.extend_from_slice(value.as_bytes());
+    }
+    out.into()
+}

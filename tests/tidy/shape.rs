@@ -1,0 +1,164 @@
+//! Sizes, names, words and documents.
+
+use super::code::{Code, body, closing, is_word};
+
+/// Longest function, in lines from `fn` to its closing brace.
+const FUNCTION_LINES_MAX: usize = 70;
+/// Longest file of code, in lines, its unit tests included.
+const FILE_LINES_MAX: usize = 550;
+/// Longest line of code, in characters.
+const LINE_CHARS_MAX: usize = 100;
+/// Longest README and ARCHITECTURE, in lines.
+const DOCUMENT_LINES_MAX: usize = 250;
+
+/// Names that say nothing.
+const BANNED_NAMES: &[&str] =
+    &["utils", "util", "common", "types", "manager", "helpers", "helper", "core"];
+
+/// Left-overs.
+const BANNED_WORDS: &[&str] = &["todo!", "unimplemented!", "dbg!", "#[ignore"];
+
+/// A place where a rule does not hold.
+pub struct Exception {
+    /// Beginning of the path.
+    pub path: &'static str,
+    /// Beginning of the code at that place.
+    pub words: &'static str,
+    pub why: &'static str,
+}
+
+impl Exception {
+    pub fn covers(&self, file: &Code, at: usize) -> bool {
+        file.path.starts_with(self.path) && file.masked[at..].starts_with(self.words)
+    }
+}
+
+fn is_code(file: &Code) -> bool {
+    file.is_rust() || file.is_script() || file.path.ends_with(".sql")
+}
+
+pub fn long_functions(files: &[Code]) -> Vec<String> {
+    let mut found = Vec::new();
+    for file in files.iter().filter(|f| f.is_rust()) {
+        for at in file.words("fn ") {
+            let Some(open) = body(&file.masked, at) else { continue };
+            if file.masked.as_bytes()[open] != b'{' {
+                continue;
+            }
+            let Some(end) = closing(&file.masked, open) else { continue };
+            let lines = file.line(end - 1) - file.line(at) + 1;
+            if lines > FUNCTION_LINES_MAX {
+                let name: String =
+                    file.masked[at + 3..].chars().take_while(|c| is_word(*c)).collect();
+                found.push(format!(
+                    "{}: fn {name} has {lines} lines, {FUNCTION_LINES_MAX} is the wall",
+                    file.at(at)
+                ));
+            }
+        }
+    }
+    found
+}
+
+pub fn long_files(files: &[Code]) -> Vec<String> {
+    let count = |f: &Code| f.text.lines().count();
+    let long = files.iter().filter(|f| is_code(f) && count(f) > FILE_LINES_MAX);
+    long.map(|f| format!("{}: {} lines, at most {FILE_LINES_MAX}", f.path, count(f))).collect()
+}
+
+pub fn long_lines(files: &[Code]) -> Vec<String> {
+    let mut found = Vec::new();
+    for file in files.iter().filter(|f| is_code(f)) {
+        for (number, line) in file.text.lines().enumerate() {
+            let chars = line.chars().count();
+            if chars > LINE_CHARS_MAX {
+                let at = format!("{}:{}", file.path, number + 1);
+                found.push(format!("{at}: {chars} characters, at most {LINE_CHARS_MAX}"));
+            }
+        }
+    }
+    found
+}
+
+pub fn empty_names(files: &[Code]) -> Vec<String> {
+    let mut found = Vec::new();
+    for file in files.iter().filter(|f| f.is_rust()) {
+        let stem = file.path.strip_suffix(".rs").unwrap_or(&file.path);
+        for name in stem.split('/').filter(|name| BANNED_NAMES.contains(name)) {
+            found.push(format!("{}: a file named {name} says nothing, name the noun", file.path));
+        }
+        for at in file.words("mod ") {
+            let name: String = file.masked[at + 4..].chars().take_while(|c| is_word(*c)).collect();
+            if BANNED_NAMES.contains(&name.as_str()) {
+                found.push(format!("{}: mod {name} says nothing, name the noun", file.at(at)));
+            }
+        }
+    }
+    found
+}
+
+pub fn left_overs(files: &[Code], exceptions: &[Exception]) -> Vec<String> {
+    let mut found = Vec::new();
+    for file in files.iter().filter(|f| f.is_rust()) {
+        for word in BANNED_WORDS {
+            for at in file.words(word) {
+                if !exceptions.iter().any(|e| e.covers(file, at)) {
+                    found.push(format!("{}: {word}", file.at(at)));
+                }
+            }
+        }
+    }
+    found
+}
+
+pub fn headless(files: &[Code]) -> Vec<String> {
+    let headless = files.iter().filter(|f| f.is_src() && !f.text.starts_with("//!"));
+    headless
+        .map(|f| format!("{}: must start with //! (what, invariant, what not)", f.path))
+        .collect()
+}
+
+/// Migrations are `sql/NNNN_name.sql`, numbered from 0001 without holes or twins. What begins
+/// without a digit is another kind of script.
+pub fn migration_holes(files: &[Code]) -> Vec<String> {
+    let numbered = files.iter().filter_map(|f| {
+        let name = f.path.strip_prefix("sql/")?.strip_suffix(".sql")?;
+        let name = name.rsplit('/').next().unwrap_or(name);
+        name.starts_with(|c: char| c.is_ascii_digit()).then_some((f, name))
+    });
+    let mut found = Vec::new();
+    for (index, (file, name)) in numbered.enumerate() {
+        let number = name.split('_').next().unwrap_or_default();
+        let wanted = format!("{:04}", index + 1);
+        if number != wanted {
+            found.push(format!("{}: expected number {wanted} here", file.path));
+        }
+    }
+    found
+}
+
+pub fn long_documents(files: &[Code]) -> Vec<String> {
+    let documents = files.iter().filter(|f| ["README.md", "ARCHITECTURE.md"].contains(&&*f.path));
+    let long = documents.filter(|f| f.text.lines().count() > DOCUMENT_LINES_MAX);
+    let count = |f: &Code| f.text.lines().count();
+    long.map(|f| format!("{}: {} lines, at most {DOCUMENT_LINES_MAX}", f.path, count(f))).collect()
+}
+
+pub fn missing_documents(files: &[Code]) -> Vec<String> {
+    let there = |name: &str| files.iter().any(|f| f.path == name);
+    let wanted = ["CHANGELOG.md", "LICENSE-MIT", "LICENSE-APACHE"];
+    wanted.iter().filter(|name| !there(name)).map(|name| format!("{name} is missing")).collect()
+}
+
+/// Line numbers in documents are wrong after the next commit.
+pub fn line_references(files: &[Code]) -> Vec<String> {
+    let mut found = Vec::new();
+    for file in files.iter().filter(|f| f.path.ends_with(".md")) {
+        for (at, text) in file.text.match_indices(".rs:") {
+            if file.text[at + text.len()..].starts_with(|c: char| c.is_ascii_digit()) {
+                found.push(format!("{}: cites a line number, name the item", file.at(at)));
+            }
+        }
+    }
+    found
+}
