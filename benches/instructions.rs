@@ -10,12 +10,24 @@
 #![allow(missing_docs, reason = "the benchmark macros make public items")]
 #![allow(clippy::exit, clippy::disallowed_methods, reason = "gungraun's harness ends itself")]
 
+use std::collections::{HashMap, VecDeque};
 use std::hint::black_box;
+use std::time::Instant;
 
+use bytes::Bytes;
 use gungraun::prelude::*;
 use gungraun::{Callgrind, EventKind};
+use watership::amqp::wire::put_publish;
 use watership::column::{Shape, oid};
+use watership::envelope::Envelope;
+use watership::event::Event;
+use watership::message::Message as WireMessage;
 use watership::pg::pgoutput::{Message, Value, decode};
+use watership::position::Position;
+use watership::relay;
+use watership::route::{Decision, Lanes, Router, default_rules};
+use watership::source::transaction::{Assembler, Options, Timelines};
+use watership::source::{Item, Receipt};
 
 /// Events that one benchmark works through.
 const EVENTS: u64 = 1000;
@@ -24,6 +36,10 @@ const EVENTS: u64 = 1000;
 const DECODE_OUTBOX_MAX: u64 = 910; // 822
 const DECODE_WIDE_MAX: u64 = 1600; // 1452
 const JSON_WIDE_MAX: u64 = 8250; // 7471
+const ASSEMBLE_MAX: u64 = 100_000; // not measured yet
+const ENVELOPE_MAX: u64 = 100_000; // not measured yet
+const LANES_MAX: u64 = 100_000; // not measured yet
+const FRAMING_MAX: u64 = 100_000; // not measured yet
 
 /// Refuses more than `instructions` per event.
 fn at_most(instructions: u64) -> LibraryBenchmarkConfig {
@@ -140,7 +156,144 @@ fn json_wide((row, mut out): ([(Shape, Option<&'static str>); WIDE_COLUMNS], Vec
     out
 }
 
+/// An assembler inside of a transaction, and what it is fed.
+fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
+    let mut assembler = Assembler::new(Options {
+        epoch: 1,
+        system_id: 1,
+        timelines: Timelines::new(1, Vec::new()),
+        resume_after: Position::default(),
+        primary_keys: HashMap::new(),
+    });
+    let mut relation = b"R\0\0\x40\x07watership\0outbox\0d\0\x0a".to_vec();
+    let columns = [
+        "id",
+        "aggregate_type",
+        "aggregate_id",
+        "event_type",
+        "payload",
+        "data",
+        "content_type",
+        "headers",
+        "traceparent",
+        "created_at",
+    ];
+    for name in columns {
+        relation.push(0);
+        relation.extend_from_slice(name.as_bytes());
+        relation.extend_from_slice(b"\0\0\0\0\x19\xff\xff\xff\xff");
+    }
+    let begin = [b"B".as_slice(), &7_u64.to_be_bytes(), &[0; 8], &[0; 4]].concat();
+    let mut items = Vec::with_capacity(2048);
+    assembler.apply(&begin.into(), &mut items).expect("Begin");
+    assembler.apply(&relation.into(), &mut items).expect("Relation");
+    (assembler, outbox_frames().into_iter().map(Bytes::from).collect(), items)
+}
+
+#[library_benchmark(config = at_most(ASSEMBLE_MAX))]
+#[bench::outbox(args = (), setup = assembler)]
+fn assemble(
+    (mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>),
+) -> (Assembler, Vec<Bytes>, Vec<Item>) {
+    for frame in &frames {
+        assembler.apply(black_box(frame), &mut items).expect("an insert");
+    }
+    (assembler, frames, items)
+}
+
+/// Events with their router and envelope.
+fn events() -> (Router, Envelope, Vec<Event>, Vec<Made>) {
+    let (_, _, items) = assemble_all();
+    let event = |item| match item {
+        Item::Event(event, _) => Some(event),
+        Item::Commit(_) | Item::Idle(_) | Item::Poison(..) => None,
+    };
+    let router = Router::new(&default_rules()).expect("the default rules");
+    let events = items.into_iter().filter_map(event).collect();
+    (router, Envelope::new("bench"), events, Vec::with_capacity(2048))
+}
+
+fn assemble_all() -> (Assembler, Vec<Bytes>, Vec<Item>) {
+    let (mut assembler, frames, mut items) = assembler();
+    for frame in &frames {
+        assembler.apply(frame, &mut items).expect("an insert");
+    }
+    (assembler, frames, items)
+}
+
+type Made = (WireMessage, Lanes);
+
+fn wrap(
+    (router, mut envelope, events, mut made): (Router, Envelope, Vec<Event>, Vec<Made>),
+) -> (Router, Envelope, Vec<Event>, Vec<Made>) {
+    for event in &events {
+        for decision in router.route(black_box(event)) {
+            let Decision::Publish(route) = decision else { panic!("nothing is dropped") };
+            made.push((envelope.message(event, route).expect("it fits"), route.lanes(event)));
+        }
+    }
+    (router, envelope, events, made)
+}
+
+#[library_benchmark(config = at_most(ENVELOPE_MAX))]
+#[bench::outbox(args = (), setup = events)]
+fn route_and_envelope(
+    input: (Router, Envelope, Vec<Event>, Vec<Made>),
+) -> (Router, Envelope, Vec<Event>, Vec<Made>) {
+    wrap(input)
+}
+
+/// Messages and the receipts of their entries.
+fn messages() -> (Vec<Made>, Vec<Receipt>) {
+    let (_, _, items) = assemble_all();
+    let receipt = |item| match item {
+        Item::Event(_, receipt) => Some(receipt),
+        Item::Commit(_) | Item::Idle(_) | Item::Poison(..) => None,
+    };
+    (wrap(events()).3, items.into_iter().filter_map(receipt).collect())
+}
+
+// Through the window and the lanes, confirmed in the order of sending.
+#[library_benchmark(config = at_most(LANES_MAX))]
+#[bench::a_hundred_keys(args = (), setup = messages)]
+fn lanes_and_watermark((made, receipts): (Vec<Made>, Vec<Receipt>)) -> Option<Receipt> {
+    let now = Instant::now();
+    let (mut lanes, mut window) = (relay::lanes::Lanes::new(), relay::watermark::Watermark::new());
+    for ((message, keys), receipt) in made.into_iter().zip(receipts) {
+        let entry = window.push(receipt, 1, message.size());
+        lanes.admit(message, keys, entry, now, 0);
+    }
+    let mut flying = VecDeque::with_capacity(256);
+    let mut last = None;
+    loop {
+        while let Some((ticket, _)) = lanes.next(now) {
+            flying.push_back(ticket);
+        }
+        let Some(ticket) = flying.pop_front() else { return last };
+        let (slot, _) = lanes.confirmed(ticket);
+        window.settle(slot.entry);
+        last = window.take_settled().or(last);
+    }
+}
+
+fn publishes() -> (Vec<Made>, Vec<u8>) {
+    (messages().0, Vec::with_capacity(2 << 20))
+}
+
+#[library_benchmark(config = at_most(FRAMING_MAX))]
+#[bench::payload_of_330_bytes(args = (), setup = publishes)]
+fn amqp_framing((made, mut out): (Vec<Made>, Vec<u8>)) -> (Vec<Made>, Vec<u8>) {
+    for (message, _) in &made {
+        put_publish(&mut out, 2, "watership", black_box(message), 131_072);
+    }
+    (made, out)
+}
+
+library_benchmark_group!(name = source, benchmarks = [assemble]);
+library_benchmark_group!(name = envelope, benchmarks = [route_and_envelope]);
+library_benchmark_group!(name = engine, benchmarks = [lanes_and_watermark]);
+library_benchmark_group!(name = amqp, benchmarks = [amqp_framing]);
 library_benchmark_group!(name = decoder, benchmarks = [decode_outbox, decode_wide]);
 library_benchmark_group!(name = column, benchmarks = [json_wide]);
 
-main!(library_benchmark_groups = [decoder, column]);
+main!(library_benchmark_groups = [decoder, column, source, envelope, engine, amqp]);

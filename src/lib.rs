@@ -1,4 +1,30 @@
-//! Watership: WAL, shipped to rabbits.
+//! Watership: WAL, shipped to rabbits. A relay from Postgres to RabbitMQ: a transactional outbox
+//! and change data capture, at least once and in order.
+//!
+//! ```text
+//!  app tx ─ watership.emit() ─► outbox ─┐
+//!                                       ├─ WAL ─► pg ─► source ─┐
+//!  any table ───────────────────────────┘                      │
+//!        ┌──────────────────────────────────────────────────────┘
+//!        └► event ─► route ─► envelope ─► relay::lanes ─► amqp::publisher ─► exchange
+//!                                                              │ outcome
+//!  source.advance ◄── relay::checkpoint ◄── relay::watermark ◄─┘
+//! ```
+//!
+//! From left to right an event becomes less Postgres and more AMQP; from right to left only a
+//! receipt comes back. To follow one event, read in this order:
+//!
+//! 1. [`pg::replication`] takes WAL data off the wire, [`pg::pgoutput`] decodes it in place;
+//! 2. [`source::transaction`] gives each change its position and makes it an [`event::Event`];
+//! 3. [`route`] says where it goes, [`envelope`] makes it a [`message::Message`];
+//! 4. [`relay::lanes`] says when it may go, [`amqp::publisher`] sends it and says what became of
+//!    it;
+//! 5. [`relay::watermark`] finds the settled prefix, [`relay::checkpoint`] stores it, and the
+//!    source is told.
+//!
+//! [`relay::Relay::run`] is the loop that does all this; [`relay::supervisor`] opens everything
+//! and begins again after any error. Applications need [`outbox`]; everything else serves the
+//! `watership` program.
 
 pub mod admin;
 pub mod amqp;

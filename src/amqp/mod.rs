@@ -9,6 +9,7 @@
 //! | `channel` | the unconfirmed publishes of one channel, pure |
 //! | `publisher` | the connection that sends messages and says what became of each |
 //! | `topology` | declares or verifies exchanges and queues (lapin) |
+//! | `management` | what only the management API can tell: bindings, policies |
 
 mod channel;
 mod handshake;

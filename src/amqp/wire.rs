@@ -369,7 +369,8 @@ mod tests {
         #[test]
         fn ack_is_what_the_amqp_codec_reads(channel: u16, tag: u64, multiple: bool) {
             let ack = amq_protocol::protocol::basic::Ack { delivery_tag: tag, multiple };
-            let bytes = generated(&AMQPFrame::Method(channel, AMQPClass::Basic(AMQPMethod::Ack(ack))));
+            let class = AMQPClass::Basic(AMQPMethod::Ack(ack));
+            let bytes = generated(&AMQPFrame::Method(channel, class));
             let expected = (Incoming::Ack { channel, tag, multiple }, bytes.len());
             prop_assert_eq!(bytes.len(), 21);
             prop_assert_eq!(parse(&bytes, 4096).unwrap(), Some(expected));

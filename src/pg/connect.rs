@@ -367,7 +367,8 @@ mod tests {
     fn every_part_of_the_url_is_read() {
         let o = options(
             "postgresql://re%40lay:p%2Fw@db.example:6543/sh%20op?sslmode=verify-ca&sslrootcert=/ca\
-             &sslcert=/c&sslkey=/k&channel_binding=require&require_auth=scram-sha-256&allow_md5=true\
+             &sslcert=/c&sslkey=/k&channel_binding=require&require_auth=scram-sha-256\
+             &allow_md5=true\
              &connect_timeout=3&application_name=x&keepalives=0&tcp_user_timeout=4000",
         );
         assert_eq!(o.host, Host::Tcp("db.example".into()));

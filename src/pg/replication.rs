@@ -334,7 +334,7 @@ fn start_command(
     Ok(command)
 }
 
-/// <https://www.postgresql.org/docs/current/warm-standby.html#STREAMING-REPLICATION-SLOTS-MANIPULATION>
+/// <https://www.postgresql.org/docs/current/warm-standby.html>, section on replication slots.
 fn slot_name(name: &str) -> Result<&str> {
     let fits = (1..=NAME_MAX).contains(&name.len());
     if fits && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_') {

@@ -23,7 +23,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 use crate::envelope::Envelope;
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::message::{Outcome, Publisher, RouteId, Ticket};
+use crate::message::{Message, Outcome, Publisher, RouteId, Ticket};
 use crate::metrics::Metrics;
 use crate::position::Lsn;
 use crate::relay::checkpoint::Store;
@@ -33,7 +33,7 @@ use crate::relay::status::Status;
 use crate::relay::watermark::Watermark;
 use crate::route::{Decision, Router, Rule};
 use crate::source::{Item, Receipt, Source};
-use crate::{amqp, pg};
+use crate::{amqp, pg, route};
 
 /// Everything that a relay needs to know.
 #[derive(Debug, Clone)]
@@ -113,6 +113,8 @@ pub struct Relay<S, P> {
     progress: Progress,
     idle: Idle,
     batch: Vec<Item>,
+    /// Messages of the event that is being admitted; kept for its capacity.
+    made: Vec<(Message, route::Lanes)>,
     outcomes: Vec<(Ticket, Outcome)>,
     storing: Option<Pin<Box<dyn Future<Output = Result<Lsn>>>>>,
     ending: Ending,
@@ -165,6 +167,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             idle: Idle::new(tuning.idle_interval, Instant::now().into_std()),
             progress,
             batch: Vec::new(),
+            made: Vec::new(),
             outcomes: Vec::new(),
             storing: None,
             ending: Ending::No,
@@ -288,13 +291,15 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     /// Routes one event and gives its messages to the lanes.
     fn admit(&mut self, event: &Event, receipt: Receipt, now: std::time::Instant) -> Result<()> {
         let at = |e: Error| e.context(format!("event {} ({})", event.id, event.position));
-        let router = self.router.clone();
-        let mut messages = Vec::new();
+        // All messages are made before the first is admitted: an event is poison as a whole.
+        self.made.clear();
         let mut selected = false;
-        for decision in router.route(event) {
+        for decision in self.router.route(event) {
             selected = true;
             match decision {
-                Decision::Drop(rule) => self.route_metrics(rule).dropped.increment(1),
+                Decision::Drop(rule) => {
+                    self.metrics.routes[usize::from(rule.0)].dropped.increment(1);
+                }
                 Decision::Publish(route) => {
                     let message = self.envelope.message(event, route).map_err(at)?;
                     let (len, max) = (message.body().len(), self.publisher.max_body());
@@ -303,18 +308,18 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                         return Err(at(Error::event(text)
                             .hint("raise broker.max_message_size if the broker takes more")));
                     }
-                    messages.push((message, route.lanes(event)));
+                    self.made.push((message, route.lanes(event)));
                 }
             }
         }
         if !selected {
             return Err(at(no_route(event)));
         }
-        let bytes = messages.iter().map(|(m, _)| m.size()).sum();
-        let count = u16::try_from(messages.len()).expect("RULES_MAX fits");
+        let bytes = self.made.iter().map(|(m, _)| m.size()).sum();
+        let count = u16::try_from(self.made.len()).expect("RULES_MAX fits");
         let entry = self.push(receipt, count, bytes);
-        for (message, lanes) in messages {
-            self.route_metrics(message.route).received.increment(1);
+        for (message, lanes) in self.made.drain(..) {
+            self.metrics.routes[usize::from(message.route.0)].received.increment(1);
             self.lanes.admit(message, lanes, entry, now, event.committed_at_us);
         }
         Ok(())

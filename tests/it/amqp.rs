@@ -120,7 +120,7 @@ async fn returned_are_exactly_the_unroutable_ones_among_fifty_thousand() {
         let key = |n: u64| if n.is_multiple_of(every) { "nowhere" } else { "all" };
         let messages: Vec<_> = (0..50_000).map(|n| message(0, key(n), n, &[b'x'; 330])).collect();
         let outcomes = publish_all(&mut connection, &messages).await;
-        let truly: BTreeSet<u64> = (0..50_000).filter(|n| n.is_multiple_of(every)).collect();
+        let truly: BTreeSet<u64> = (0..50_000).filter(|n: &u64| n.is_multiple_of(every)).collect();
         let said = |wanted: fn(&Outcome) -> bool| -> BTreeSet<u64> {
             (0..).zip(&outcomes).filter(|(_, o)| wanted(o)).map(|(n, _)| n).collect()
         };

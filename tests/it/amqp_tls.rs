@@ -35,13 +35,15 @@ fn certificate(directory: &Path, authority: &Authority, name: &str) -> (PathBuf,
     paths
 }
 
+fn options(port: u16, host: &str, tls: tls::Options) -> Options {
+    let url = Url::parse(&format!("amqps://guest:guest@{host}:{port}/%2f")).expect("a good URL");
+    let connect_timeout = std::time::Duration::from_secs(60);
+    Options { tls, connect_timeout, ..Options::new(vec![url]) }
+}
+
 /// Opens and closes both kinds of connection; both must come to the same result.
 async fn connect(port: u16, host: &str, tls: tls::Options) -> Result<()> {
-    let url =
-        Url::parse(&format!("amqps://guest:guest@{host}:{port}/%2f")).expect("test certificates");
-    let mut options = Options::new(vec![url]);
-    options.tls = tls;
-    options.connect_timeout = std::time::Duration::from_secs(60);
+    let options = options(port, host, tls);
     let lapin = topology::apply(&options, &Topology::default()).await;
     let own = Connection::open(&options).await;
     let kinds = (lapin.as_ref().err().map(|e| e.kind()), own.as_ref().err().map(|e| e.kind()));
@@ -88,6 +90,10 @@ async fn certificates_of_both_sides_are_checked_as_the_level_says() {
     let require = tls::Options { mode: Mode::Require, ..other_ca };
     connect(port, "127.0.0.1", require).await.unwrap();
     let no_client = tls::Options { client_cert: None, client_key: None, ..good };
-    let refused = connect(port, "localhost", no_client).await.unwrap_err();
+    // The alert comes after the client's side of the handshake, and a reset right behind it: lapin
+    // may see only the reset, ours reads what was said.
+    let options = options(port, "localhost", no_client);
+    assert!(topology::apply(&options, &Topology::default()).await.is_err());
+    let refused = Connection::open(&options).await.err().unwrap();
     assert_eq!(refused.kind(), Kind::Refused, "{refused:?}");
 }

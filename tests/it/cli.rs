@@ -377,3 +377,49 @@ async fn no_output_of_any_command_shows_a_password() {
         assert!(!shown.contains(CANARY), "{shown}");
     }
 }
+
+#[tokio::test]
+async fn a_plain_role_relays_after_init_by_an_admin() {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let role = format!("relay_{}", database.name);
+    let admin = dev::free_port().expect("a free port");
+    let file = write(&format!(
+        "source.url = \"{}\"\nsource.slot = \"slot_{}\"\nbroker.url = \"{}\"\n\
+         admin.listen = \"127.0.0.1:{admin}\"\n[[queue]]\nname = \"all\"\n\
+         [[binding]]\nqueue = \"all\"\nexchange = \"watership\"\nrouting_key = \"#\"\n",
+        postgres().await.url(&role, &database.name),
+        database.name,
+        vhost.url
+    ));
+    let init = ["init", "--admin-url", &database.url];
+    let missing = watership(&file, &init).await;
+    assert_eq!(missing.code, 1, "{missing:?}");
+    assert!(missing.err.contains(&format!("CREATE ROLE \"{role}\" LOGIN REPLICATION")));
+
+    let client = database.connect().await;
+    let sql = format!("CREATE ROLE {role} LOGIN REPLICATION");
+    client.batch_execute(&sql).await.expect("a role");
+    let made = watership(&file, &init).await;
+    assert_eq!(made.code, 0, "{made:?}");
+    assert!(made.out.contains(&format!("watership_relay granted to {role}")), "{}", made.out);
+    let check = watership(&file, &["check"]).await;
+    assert_eq!(check.code, 0, "{check:?}");
+
+    let relay = Running::start(&file, admin).await;
+    let sql = "SELECT watership.emit('order', '1', 'made', '{}')";
+    client.batch_execute(sql).await.expect("an event");
+    let confirmed = "watership_messages_confirmed_total{route=\"outbox\",owner=\"\"} 1";
+    let mut again = tokio::time::interval(POLL);
+    let arrived = async {
+        while !relay.get("/metrics").await.contains(confirmed) {
+            again.tick().await;
+        }
+    };
+    tokio::time::timeout(LIMIT, arrived).await.expect("the event is confirmed");
+    let ended = relay.stop().await;
+    assert_eq!(ended.code, 0, "{ended:?}");
+    client.batch_execute(&format!("REVOKE watership_relay FROM {role}")).await.expect("revoked");
+    let check = watership(&file, &["check"]).await;
+    assert_eq!(check.code, 1, "{check:?}");
+    assert!(check.out.contains(&format!("{role} is no member of watership_relay")), "{check:?}");
+}

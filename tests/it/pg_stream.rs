@@ -80,9 +80,8 @@ async fn a_slot_streams_an_insert_and_takes_the_flush_position() {
 
     stream.status_update(end, end, true);
     stream.flush().await.unwrap();
-    while !matches!(next(&mut stream).await.unwrap(), Frame::Keepalive { wal_end, .. } if wal_end >= end)
-    {
-    }
+    let reached = |frame| matches!(frame, Frame::Keepalive { wal_end, .. } if wal_end >= end);
+    while !reached(next(&mut stream).await.unwrap()) {}
     stream.close().await;
     let sql =
         "SELECT confirmed_flush_lsn::text, active FROM pg_replication_slots WHERE slot_name = $1";

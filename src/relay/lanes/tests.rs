@@ -4,14 +4,14 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use proptest::prelude::*;
-use uuid::Uuid;
 use super::{Lanes, PROBE_EVERY, RETRY_LIMIT};
 use crate::message::{Builder, ExchangeId, Message, Properties, RouteId, Ticket};
 use crate::position::{Lsn, Position};
 use crate::relay::watermark::{EntryId, Watermark};
 use crate::route::Lanes as Keys;
 use crate::source::Receipt;
+use proptest::prelude::*;
+use uuid::Uuid;
 
 fn message(id: u128, route: u16) -> Message {
     let properties = Properties {
@@ -177,6 +177,11 @@ fn keys() -> impl Strategy<Value = Keys> {
     ]
 }
 
+fn outcome() -> impl Strategy<Value = Outcome> {
+    use Outcome::{Confirm, Hold, Nack};
+    prop_oneof![6 => Just(Confirm), 2 => Just(Nack), 1 => Just(Hold)]
+}
+
 fn touches(keys: Keys) -> Vec<u64> {
     match keys {
         Keys::One { lane, .. } => vec![lane],
@@ -191,7 +196,7 @@ proptest! {
     fn every_key_is_accepted_in_order_under_any_outcomes(
         admitted in prop::collection::vec(keys(), 1..60),
         outcomes in prop::collection::vec(
-            prop_oneof![6 => Just(Outcome::Confirm), 2 => Just(Outcome::Nack), 1 => Just(Outcome::Hold)],
+            outcome(),
             0..200,
         ),
         picks in prop::collection::vec(any::<prop::sample::Index>(), 300),
