@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod lanes;
+pub mod observed;
 pub mod progress;
 pub mod session;
 pub mod status;
@@ -28,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::position::Lsn;
 use crate::relay::checkpoint::Store;
 use crate::relay::lanes::Lanes;
+use crate::relay::observed::Observed;
 use crate::relay::progress::{Idle, Progress};
 use crate::relay::status::Status;
 use crate::relay::watermark::Watermark;
@@ -99,6 +101,8 @@ pub struct Window {
 
 /// Items taken from the source at once; keeps the loop responsive.
 const BATCH_MAX: usize = 512;
+/// Longest time between two ticks: connections are kept alive by them, and probes look at them.
+const TICK_MAX: Duration = Duration::from_secs(1);
 
 /// One session's engine between a source and a publisher.
 pub struct Relay<S, P> {
@@ -118,6 +122,8 @@ pub struct Relay<S, P> {
     outcomes: Vec<(Ticket, Outcome)>,
     storing: Option<Pin<Box<dyn Future<Output = Result<Lsn>>>>>,
     ending: Ending,
+    checkpoint_at: Instant,
+    observed: Observed,
     metrics: Arc<Metrics>,
     status: Arc<Status>,
 }
@@ -171,6 +177,8 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             outcomes: Vec::new(),
             storing: None,
             ending: Ending::No,
+            checkpoint_at: Instant::now(),
+            observed: Observed::new(Instant::now().into_std()),
             metrics,
             status,
         }
@@ -187,7 +195,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     /// # Errors
     /// Whatever ends the session: a lost connection, a lost checkpoint row, a poison event.
     pub async fn run(&mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
-        let mut tick = interval(self.tuning.checkpoint_interval);
+        let mut tick = interval(self.tuning.checkpoint_interval.min(TICK_MAX));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.send_ready();
@@ -426,7 +434,10 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         {
             self.progress.settled(&receipt);
         }
-        self.progress.tick();
+        if self.tuning.checkpoint_interval <= TICK_MAX || now >= self.checkpoint_at.into_std() {
+            self.checkpoint_at = Instant::now() + self.tuning.checkpoint_interval;
+            self.progress.tick();
+        }
         self.source.keep_alive().await?;
         self.publish_progress(now);
         Ok(())
@@ -478,9 +489,8 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         metrics.window.events.set(self.window.len() as f64);
         metrics.window.bytes.set(self.window.bytes() as f64);
         metrics.window.paused.set(f64::from(u8::from(self.room() == 0)));
-        self.progress.publish(metrics);
         let blocked = self.publisher.is_blocked();
-        metrics.broker.blocked.set(f64::from(u8::from(blocked)));
+        self.observed.tick(metrics, &self.progress, self.source.seen(), blocked, now);
         self.status.update(&self.progress, &self.lanes, self.window.len(), blocked, now);
     }
 

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::pg::replication::{Frame, ReplicationStream};
 use crate::position::{Lsn, Position};
 use crate::source::transaction::Assembler;
-use crate::source::{Item, Receipt, Source};
+use crate::source::{Item, Receipt, Seen, Source};
 
 /// Frames taken at once when none of them becomes an item, so that other work gets its turn.
 const FRAMES_MAX: usize = 4096;
@@ -50,7 +50,6 @@ pub struct Wal {
     received: Lsn,
     last_status: Instant,
     silence: Silence,
-    seen: Seen,
 }
 
 /// What is known about the other side while nothing arrives.
@@ -62,15 +61,6 @@ enum Silence {
     Probed(Instant),
 }
 
-/// Counts, for the metrics.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Seen {
-    /// Changes received.
-    pub changes: u64,
-    /// Events not handed on because an earlier session settled them.
-    pub skipped: u64,
-}
-
 impl Wal {
     /// Takes over a stream that has just started. `flushed` is the stored flush position.
     pub fn new(
@@ -80,9 +70,8 @@ impl Wal {
         flushed: Lsn,
     ) -> Self {
         let now = Instant::now();
-        let (silence, seen) = (Silence::Since(now), Seen::default());
-        let received = flushed;
-        Self { stream, assembler, timing, flushed, received, last_status: now, silence, seen }
+        let (silence, received) = (Silence::Since(now), flushed);
+        Self { stream, assembler, timing, flushed, received, last_status: now, silence }
     }
 
     /// Takes what has arrived, without waiting.
@@ -203,10 +192,6 @@ impl Source for Wal {
     }
 
     async fn keep_alive(&mut self) -> Result<()> {
-        self.seen = Seen {
-            changes: self.assembler.changes_received,
-            skipped: self.assembler.events_skipped,
-        };
         let now = Instant::now();
         if now >= self.last_status + self.timing.status_interval {
             // Called while nobody reads: the silence is ours, not the server's.
@@ -217,6 +202,11 @@ impl Source for Wal {
             self.flush().await?;
         }
         Ok(())
+    }
+
+    fn seen(&self) -> Seen {
+        let Assembler { changes_received, events_skipped, .. } = &self.assembler;
+        Seen { changes: *changes_received, skipped: *events_skipped }
     }
 
     async fn close(mut self) {
