@@ -6,6 +6,8 @@
 mod amqp;
 mod amqp_tls;
 mod cli;
+mod crash;
+mod crash_support;
 mod dev;
 mod maintain;
 mod pg_stream;

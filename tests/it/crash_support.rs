@@ -1,0 +1,581 @@
+//! One run under faults: writers, the real binary as the relay, a consumer, and the judge.
+//!
+//! The truth is what the outbox table holds at the end, so a COMMIT whose answer was lost needs
+//! no guess. Each writer owns its keys and numbers their events; a number is never used twice, so
+//! "first arrivals of a key rise strictly, and every row arrived" is the whole promise. The
+//! judgement itself is the demo's ledger.
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions};
+use lapin::{BasicProperties, Connection, ConnectionProperties};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{Instant, timeout};
+use uuid::Uuid;
+use watership::dev::{self, Process, Signal};
+
+use ledger::{Counts, Ledger, Mark, Verdict};
+
+#[path = "../../src/cli/demo/ledger.rs"]
+#[allow(dead_code, reason = "the demo shows more than a test judges")]
+mod ledger;
+
+/// The one queue of a run; it gets everything.
+pub const QUEUE: &str = "all";
+/// The exchange of a relay without routes.
+pub const EXCHANGE: &str = "watership";
+
+/// How long one step (a start, a stop, a connection) may take on a loaded machine.
+const LIMIT: Duration = Duration::from_secs(60);
+/// A run has failed when nothing arrives for so long although everything should be up.
+const SILENCE: Duration = Duration::from_secs(60);
+/// Grain of looking.
+const POLL: Duration = Duration::from_millis(10);
+/// Messages that the broker may have on the way to the consumer.
+const PREFETCH: u16 = 1000;
+/// Writers, each on its own connection.
+const WRITERS: u32 = 4;
+/// Keys of one writer.
+const KEYS: u32 = 50;
+/// One transaction in so many is rolled back.
+const ROLLBACK_EVERY: u32 = 16;
+
+/// What the writers do.
+#[derive(Debug, Clone, Copy)]
+pub struct Load {
+    /// Events of all writers together, rolled back ones included.
+    pub events: u32,
+    /// Events a second of all writers together; 0 means as fast as they can.
+    pub rate: u32,
+    /// Most rows in one transaction; the least is 1.
+    pub rows: u32,
+}
+
+/// Limits of the relay's window in this run.
+#[derive(Debug, Clone, Copy)]
+pub struct Window {
+    pub events: u32,
+    pub unconfirmed: u32,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { events: 8192, unconfirmed: 2048 }
+    }
+}
+
+/// What the consumer and the judge share.
+struct Shared {
+    start: Instant,
+    ledger: Mutex<Ledger>,
+}
+
+impl Shared {
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().expect("nobody panics while holding the ledger")
+    }
+}
+
+/// One run.
+pub struct Scene {
+    title: String,
+    database: String,
+    broker: String,
+    window: Window,
+    relay: Relay,
+    shared: Arc<Shared>,
+    writers: JoinSet<()>,
+    consumer: watch::Sender<Consumer>,
+    consuming: JoinHandle<()>,
+    faults: Vec<Fault>,
+    seed: u64,
+}
+
+/// What one fault did.
+struct Fault {
+    name: String,
+    duplicates_before: u64,
+    recovery: Option<Duration>,
+}
+
+/// A relay process and how to reach it; killed and started again with the same configuration.
+pub struct Relay {
+    config: PathBuf,
+    admin: u16,
+    process: Option<Process>,
+}
+
+impl Relay {
+    pub fn new(database: &str, broker: &str, window: Window) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let name = format!("crash-{}.toml", NEXT.fetch_add(1, Ordering::Relaxed));
+        let config = dev::home().expect("a temporary directory").join(name);
+        let admin = dev::free_port().expect("a free port");
+        let slot = database.rsplit('/').next().expect("a database name");
+        let text = format!(
+            "source.url = \"{database}\"\nsource.slot = \"slot_{slot}\"\nbroker.url = \"{broker}\"\n\
+             admin.listen = \"127.0.0.1:{admin}\"\nlog.format = \"text\"\n\
+             [relay]\nmax_window_events = {}\nmax_unconfirmed = {}\n\
+             [[queue]]\nname = \"{QUEUE}\"\n\
+             [[binding]]\nqueue = \"{QUEUE}\"\nexchange = \"{EXCHANGE}\"\nrouting_key = \"#\"\n",
+            window.events, window.unconfirmed
+        );
+        std::fs::write(&config, text).expect("the configuration is written");
+        Self { config, admin, process: None }
+    }
+
+    fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
+        command.arg("--config").arg(&self.config).arg(name);
+        command
+    }
+
+    pub fn start(&mut self) {
+        assert!(self.process.is_none(), "a relay runs already");
+        let log = self.config.with_extension("log");
+        let process = Process::spawn("the relay", self.command("run"), &log);
+        self.process = Some(process.expect("the relay starts"));
+    }
+
+    pub fn kill(&mut self) {
+        self.process.take().expect("a relay runs").kill();
+    }
+
+    pub fn signal(&mut self, signal: Signal) {
+        self.process.as_mut().expect("a relay runs").signal(signal);
+    }
+
+    /// Ends it with TERM; it must end well.
+    pub async fn stop(&mut self) {
+        let mut process = self.process.take().expect("a relay runs");
+        process.signal(Signal::Term);
+        let status = process.wait(LIMIT).await.expect("the relay ends");
+        assert!(status.success(), "{status}\n{}", self.log());
+    }
+
+    pub fn log(&self) -> String {
+        format!("the relay's log:\n{}", dev::tail(&self.config.with_extension("log")))
+    }
+
+    fn check(&mut self) {
+        if let Some(status) = self.process.as_mut().and_then(Process::ended) {
+            panic!("the relay ended by itself with {status}; {}", self.log());
+        }
+    }
+
+    /// The body of an admin page; empty when nobody answers.
+    async fn page(&self, path: &str) -> String {
+        let ask = async {
+            let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).await?;
+            stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await?;
+            std::io::Result::Ok(answer)
+        };
+        let answer = timeout(Duration::from_secs(2), ask).await;
+        let answer = answer.map_or_else(|_| String::new(), Result::unwrap_or_default);
+        answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned())
+    }
+
+    /// `/status`; null when nobody answers.
+    pub async fn status(&self) -> serde_json::Value {
+        serde_json::from_str(&self.page("/status").await).unwrap_or_default()
+    }
+
+    /// Messages that the broker confirmed to this process.
+    pub async fn confirmed(&self) -> u64 {
+        let page = self.page("/metrics").await;
+        let lines = page.lines().filter(|l| l.starts_with("watership_messages_confirmed_total"));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+}
+
+impl Scene {
+    /// Prepares the database and the broker; the relay does not run yet.
+    pub async fn new(title: &str, database: &str, broker: &str, window: Window) -> Self {
+        let relay = Relay::new(database, broker, window);
+        let init = tokio::process::Command::from(relay.command("init")).output();
+        let init = timeout(LIMIT, init).await.expect("init ends").expect("init starts");
+        assert!(init.status.success(), "{}", String::from_utf8_lossy(&init.stderr));
+        let seed = std::env::var("WATERSHIP_SEED").ok().and_then(|text| text.parse().ok());
+        let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+        println!("{title}: WATERSHIP_SEED={seed}");
+        let shared = Arc::new(Shared { start: Instant::now(), ledger: Mutex::default() });
+        let consumer = watch::Sender::new(Consumer::Consumes);
+        let consuming = consume(shared.clone(), broker.to_owned(), consumer.clone());
+        Self {
+            title: title.into(),
+            database: database.into(),
+            broker: broker.into(),
+            window,
+            relay,
+            shared,
+            writers: JoinSet::new(),
+            consumer,
+            consuming: tokio::spawn(consuming),
+            faults: Vec::new(),
+            seed,
+        }
+    }
+
+    pub fn relay(&mut self) -> &mut Relay {
+        &mut self.relay
+    }
+
+    /// Seeded anew for each run, and printed.
+    pub fn dice(&self) -> fastrand::Rng {
+        fastrand::Rng::with_seed(self.seed)
+    }
+
+    /// Starts the writers.
+    pub fn write(&mut self, load: Load) {
+        for writer in 0..WRITERS {
+            let (url, seed) = (self.database.clone(), self.seed ^ u64::from(writer));
+            let load =
+                Load { events: load.events / WRITERS, rate: load.rate.div_ceil(WRITERS), ..load };
+            self.writers.spawn(write(url, writer, load, fastrand::Rng::with_seed(seed)));
+        }
+    }
+
+    /// Waits until all writers are done.
+    pub async fn written(&mut self) {
+        while let Some(done) = self.writers.join_next().await {
+            done.expect("a writer does not fail");
+        }
+    }
+
+    fn counts(&self) -> Counts {
+        self.shared.ledger().counts()
+    }
+
+    /// Waits until `count` different events have arrived.
+    pub async fn delivered(&mut self, count: u64) {
+        let mut seen = (self.counts(), Instant::now());
+        loop {
+            let counts = self.counts();
+            if counts.delivered >= count {
+                return;
+            }
+            self.relay.check();
+            if counts != seen.0 {
+                seen = (counts, Instant::now());
+            }
+            let log = self.relay.log();
+            assert!(
+                seen.1.elapsed() < SILENCE,
+                "{}: {} of {count} delivered, then nothing for {SILENCE:?}; {log}",
+                self.title,
+                counts.delivered
+            );
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Waits for `more` events beyond those that have arrived.
+    pub async fn flowing(&mut self, more: u64) {
+        let count = self.counts().delivered + more;
+        self.delivered(count).await;
+    }
+
+    /// Waits until the broker has confirmed `count` messages to this relay process.
+    pub async fn confirmed(&mut self, count: u64) {
+        let reached = async {
+            while self.relay.confirmed().await < count {
+                self.relay.check();
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        within("confirms", reached).await;
+    }
+
+    /// Lets the consumer acknowledge what it has and go.
+    ///
+    /// A broker that dies returns what a consumer held unacknowledged, but delivers newer messages
+    /// to the next consumer first (seen with 3.10's quorum queues). That order is the broker's;
+    /// to judge the relay's, nobody consumes while the broker goes down.
+    pub async fn pause_consumer(&mut self) {
+        self.consumer.send_replace(Consumer::Pauses);
+        let mut state = self.consumer.subscribe();
+        let paused = state.wait_for(|state| *state == Consumer::Paused);
+        within("the consumer lets go", paused).await.expect("the sender is ours");
+    }
+
+    /// Lets the consumer go on.
+    pub fn resume_consumer(&mut self) {
+        self.consumer.send_replace(Consumer::Consumes);
+    }
+
+    /// A fault begins.
+    pub fn fault(&mut self, name: &str) {
+        let duplicates_before = self.counts().duplicates;
+        if self.faults.is_empty() {
+            assert_eq!(duplicates_before, 0, "{}: duplicates without a fault", self.title);
+        }
+        self.faults.push(Fault { name: name.into(), duplicates_before, recovery: None });
+    }
+
+    /// The last fault has ended: waits for the first message that the broker confirms from here
+    /// on, and returns how long that took. There must be something to send.
+    pub async fn recovered(&mut self, ended: Instant, confirmed_before: u64) -> Duration {
+        while self.relay.confirmed().await <= confirmed_before {
+            self.relay.check();
+            assert!(ended.elapsed() < SILENCE, "no confirm after the fault; {}", self.relay.log());
+            tokio::time::sleep(POLL).await;
+        }
+        let took = ended.elapsed();
+        self.faults.last_mut().expect("a fault was announced").recovery = Some(took);
+        took
+    }
+
+    /// Waits for the rest, ends the relay, and judges.
+    pub async fn finish(mut self) {
+        self.written().await;
+        let truth = truth(&self.database).await;
+        self.delivered(truth.len() as u64).await;
+        self.relay.stop().await;
+        // Nothing is published any more; what the queue still holds comes before this message.
+        within("the last message is sent", send_last(&self.broker)).await;
+        let consumed = within("the last message arrives", &mut self.consuming).await;
+        consumed.expect("the consumer does not fail");
+        let mut ledger = self.shared.ledger();
+        for (id, mark) in truth {
+            ledger.committed(id, mark, Duration::ZERO);
+        }
+        let verdict = ledger.verdict(Duration::ZERO);
+        drop(ledger);
+        self.report(&verdict);
+        assert!(verdict.holds(), "{}: {verdict:?} seed {}; {}", self.title, self.seed, {
+            self.relay.log()
+        });
+        // What the window held, and what was confirmed in the 100 ms since the last checkpoint.
+        let bound = u64::from(self.window.events) + verdict.best_second / 10;
+        let repeated = verdict.counts.duplicates - verdict.counts.redelivered;
+        let most = bound * self.faults.len() as u64;
+        assert!(repeated <= most, "{}: {repeated} duplicates, at most {most}", self.title);
+    }
+
+    fn report(&self, verdict: &Verdict) {
+        let Counts { committed, duplicates, redelivered, .. } = verdict.counts;
+        println!(
+            "{}: committed {committed}, keys {}, lost {}, violations {}, never committed {}, \
+             duplicates {} (and {redelivered} redelivered), best second {}",
+            self.title,
+            verdict.keys,
+            verdict.lost,
+            verdict.counts.violations,
+            verdict.unexpected,
+            duplicates - redelivered,
+            verdict.best_second
+        );
+        let after = self.faults.iter().skip(1).map(|fault| fault.duplicates_before);
+        for (fault, after) in self.faults.iter().zip(after.chain([duplicates])) {
+            let repeated = after - fault.duplicates_before;
+            let recovery = fault.recovery.map_or("-".into(), |took| format!("{took:.2?}"));
+            println!("    {:<34} duplicates {repeated:>5}, recovery {recovery}", fault.name);
+        }
+    }
+}
+
+/// Waits for `done`, [`LIMIT`] at most.
+pub async fn within<T>(what: &str, done: impl Future<Output = T>) -> T {
+    timeout(LIMIT, done).await.unwrap_or_else(|_| panic!("{what}: not within {LIMIT:?}"))
+}
+
+/// The committed events.
+async fn truth(database: &str) -> Vec<(Uuid, Mark)> {
+    let client = client(database).await.expect("Postgres is up at the end");
+    let sql = "SELECT id, aggregate_id, (payload->>'n')::bigint FROM watership.outbox";
+    let rows = client.query(sql, &[]).await.expect("the outbox can be read");
+    let mark = |row: &tokio_postgres::Row| Mark {
+        key: row.get(1),
+        n: row.get::<_, i64>(2).cast_unsigned(),
+    };
+    rows.iter().map(|row| (row.get(0), mark(row))).collect()
+}
+
+/// An ordinary SQL connection.
+pub async fn client(url: &str) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
+    tokio::spawn(connection);
+    Ok(client)
+}
+
+/// A writer: it goes on through every fault of the server, and gives up after [`LIMIT`] of them.
+async fn write(url: String, writer: u32, load: Load, mut dice: fastrand::Rng) {
+    let mut numbers = [0_u64; KEYS as usize];
+    let (begin, mut written) = (Instant::now(), 0);
+    let mut last_success = Instant::now();
+    while written < load.events {
+        assert!(last_success.elapsed() < LIMIT, "writer {writer}: Postgres stays away");
+        let Ok(client) = client(&url).await else {
+            tokio::time::sleep(POLL).await;
+            continue;
+        };
+        // The casts say which overload is meant.
+        let emit = "SELECT watership.emit('order'::text, k, 'changed'::text, p) \
+                    FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS u(k, p, i) ORDER BY i";
+        let Ok(emit) = client.prepare(emit).await else { continue };
+        while written < load.events {
+            if let Some(due) = written.checked_mul(1000).and_then(|w| w.checked_div(load.rate)) {
+                tokio::time::sleep_until(begin + Duration::from_millis(due.into())).await;
+            }
+            let rows = dice.u32(1..=load.rows);
+            let (keys, bodies) = batch(writer, rows, &mut numbers, &mut dice);
+            written += rows;
+            let roll_back = dice.u32(0..ROLLBACK_EVERY) == 0;
+            let done = async {
+                if roll_back {
+                    client.batch_execute("BEGIN").await?;
+                }
+                client.query(&emit, &[&keys, &bodies]).await?;
+                if roll_back {
+                    client.batch_execute("ROLLBACK").await?;
+                }
+                Ok::<_, tokio_postgres::Error>(())
+            };
+            // Whether it committed is what the table says at the end.
+            if done.await.is_err() {
+                break;
+            }
+            last_success = Instant::now();
+        }
+    }
+}
+
+/// Keys and bodies of one transaction.
+fn batch(
+    writer: u32,
+    rows: u32,
+    numbers: &mut [u64],
+    dice: &mut fastrand::Rng,
+) -> (Vec<String>, Vec<String>) {
+    let event = |_| {
+        let key = dice.usize(0..numbers.len());
+        numbers[key] += 1;
+        let (name, n) = (format!("{writer}-{key}"), numbers[key]);
+        let note = "Please leave it with the neighbours if nobody opens. ".repeat(5);
+        let body = format!("{{\"key\":\"{name}\",\"n\":{n},\"note\":\"{note}\"}}");
+        (name, body)
+    };
+    (0..rows).map(event).unzip()
+}
+
+/// What the consumer does, and what it has done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Consumer {
+    Consumes,
+    /// Asked to let go.
+    Pauses,
+    /// Holds nothing unacknowledged.
+    Paused,
+    /// Has seen the message behind which nothing comes.
+    Done,
+}
+
+/// Consumes through every fault of the broker until the last message.
+async fn consume(shared: Arc<Shared>, url: String, state: watch::Sender<Consumer>) {
+    let mut asked = state.subscribe();
+    loop {
+        let wanted = *asked.borrow_and_update();
+        match wanted {
+            Consumer::Consumes => {
+                let _ = session(&shared, &url, &state).await;
+                tokio::time::sleep(POLL).await;
+            }
+            Consumer::Pauses => _ = state.send_replace(Consumer::Paused),
+            Consumer::Paused => asked.changed().await.expect("the sender is ours"),
+            Consumer::Done => return,
+        }
+    }
+}
+
+async fn session(
+    shared: &Shared,
+    url: &str,
+    state: &watch::Sender<Consumer>,
+) -> Result<(), lapin::Error> {
+    let connect = Connection::connect(url, ConnectionProperties::default());
+    let Ok(connection) = timeout(Duration::from_secs(5), connect).await else { return Ok(()) };
+    let connection = connection?;
+    let channel = connection.create_channel().await?;
+    channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
+    let options = BasicConsumeOptions::default();
+    let consume = channel.basic_consume(QUEUE.into(), "".into(), options, Default::default());
+    let consumer = consume.await?;
+    let tag = consumer.tag();
+    let mut deliveries = consumer.ready_chunks(PREFETCH.into());
+    let mut asked = state.subscribe();
+    let mut pausing = false;
+    loop {
+        let chunk = tokio::select! { biased;
+            () = pause_asked(&mut asked), if !pausing => {
+                pausing = true;
+                channel.basic_cancel(tag.clone(), Default::default()).await?;
+                continue;
+            }
+            chunk = deliveries.next() => chunk,
+        };
+        // After a cancel the stream ends once its buffer is empty.
+        let Some(chunk) = chunk else { break };
+        let chunk = chunk.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let mut done = false;
+        chunk.iter().for_each(|delivery| done |= record(shared, delivery));
+        if let Some(delivery) = chunk.last() {
+            delivery.ack(BasicAckOptions { multiple: true }).await?;
+        }
+        if done {
+            state.send_replace(Consumer::Done);
+            break;
+        }
+    }
+    connection.close(200, "done".into()).await
+}
+
+async fn pause_asked(state: &mut watch::Receiver<Consumer>) {
+    // The guard that the wait returns must not be held across another await.
+    let asked = state.wait_for(|state| *state == Consumer::Pauses).await;
+    assert!(asked.is_ok(), "the sender is ours");
+}
+
+/// Tells whether this was the last message.
+fn record(shared: &Shared, delivery: &Delivery) -> bool {
+    let properties = &delivery.properties;
+    if properties.kind().as_ref().is_some_and(|kind| kind.as_str() == LAST) {
+        return true;
+    }
+    let at = shared.start.elapsed();
+    let id = properties.message_id().as_ref().and_then(|id| id.as_str().parse().ok());
+    let mut ledger = shared.ledger();
+    match id.zip(mark_of(&delivery.data)) {
+        Some((id, mark)) => ledger.arrived(id, mark, at, delivery.redelivered),
+        None => ledger.unreadable(),
+    }
+    false
+}
+
+fn mark_of(body: &[u8]) -> Option<Mark> {
+    let value: serde_json::Value = serde_json::from_slice(body).ok()?;
+    Some(Mark { key: value.get("key")?.as_str()?.into(), n: value.get("n")?.as_u64()? })
+}
+
+/// The type of the message behind which nothing comes any more.
+const LAST: &str = "last";
+
+async fn send_last(broker: &str) {
+    let connection = Connection::connect(broker, Default::default()).await.expect("a connection");
+    let channel = connection.create_channel().await.expect("a channel");
+    let properties = BasicProperties::default().with_type(LAST.into());
+    let options = BasicPublishOptions::default();
+    let sent = channel.basic_publish("".into(), QUEUE.into(), options, b"", properties).await;
+    sent.expect("sent").await.expect("not confirmed, but written");
+}
