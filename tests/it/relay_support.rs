@@ -120,6 +120,11 @@ impl Stage {
         Running::spawn(&config, port)
     }
 
+    /// Runs a command of the program to its end.
+    pub async fn run(&self, arguments: &[&str]) -> Ended {
+        run(&self.config, arguments).await
+    }
+
     /// Adds to the configuration file; the next relay reads it.
     pub fn append_to_configuration(&self, text: &str) {
         let all = std::fs::read_to_string(&self.config).expect("the configuration") + text;

@@ -70,10 +70,30 @@ async fn a_dropped_publication_is_a_verdict_before_and_while_it_runs() {
     stage.settled().await;
     stage.execute("DROP PUBLICATION watership").await;
     stage.execute(TEXT).await;
+    relay.ended().await.expect_code(3).expect_text(&["\"watership\"", "hint: "]);
     let texts = ["publication \"watership\" does not exist", "decide about the gap"];
-    relay.ended().await.expect_code(3).expect_text(&texts[..1]);
     stage.spawn().ended().await.expect_code(3).expect_text(&texts);
     assert_eq!(stage.inbox.flush(&stage.channel, "all").await.len(), 1);
+}
+
+#[tokio::test]
+async fn events_of_a_time_without_publication_are_a_verdict_even_when_it_is_back() {
+    let stage = Stage::new(Setup::default()).await;
+    let emit = |kind: &str| format!("SELECT watership.emit('t', '1', '{kind}', '1')");
+    stage.execute(&emit("before")).await;
+    // The database's own preference must not silence the server's warning (Postgres 18).
+    let quiet = format!("ALTER DATABASE {} SET client_min_messages = error", stage.database.name);
+    stage.execute(&quiet).await;
+    stage.execute("DROP PUBLICATION watership").await;
+    stage.execute(&emit("lost")).await;
+    stage.run(&["init"]).await.expect_code(0);
+    stage.execute(&emit("after")).await;
+    for _ in 0..2 {
+        stage.spawn().ended().await.expect_code(3).expect_text(&["\"watership\"", "hint: "]);
+    }
+    // What stands before the gap may come once for each start; nothing behind it comes.
+    let got = stage.inbox.flush(&stage.channel, "all").await;
+    assert!(!got.is_empty() && kinds(&got).iter().all(|kind| *kind == "before"), "{got:?}");
 }
 
 #[tokio::test]
