@@ -234,7 +234,7 @@ mod tests {
         let at =
             |epoch, ordinal, sub| Position { epoch, commit_lsn: Lsn(0x16B_3748), ordinal, sub };
         let id = captured_id(origin, at(1, 3, 0));
-        assert_eq!(id.to_string(), "fixed");
+        assert_eq!(id.to_string(), "4d5c7839-7f9b-5959-8ca2-2ca638fe9ff4");
         assert_eq!(id, captured_id(origin, at(2, 3, 0)));
         assert_ne!(id, captured_id(origin, at(1, 4, 0)));
         assert_ne!(id, captured_id(origin, at(1, 3, 1)));

@@ -95,6 +95,23 @@ async fn confirms_out_of_order_and_in_ranges_settle_each_publish_once() {
 }
 
 #[tokio::test]
+async fn opening_ends_with_the_last_answer_and_waits_for_no_timer() {
+    let script = |mut peer: Peer| async move {
+        peer.publishes(1).await;
+        peer.ack(2, 1, false).await;
+    };
+    // With this heartbeat the next timer is seconds away.
+    let options = Options { heartbeat: Duration::from_secs(60), ..options(&["a", "b"]) };
+    let began = Instant::now();
+    session(options, script, |mut connection| async move {
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+        publish(&mut connection, 0, 1..=1);
+        outcomes(&mut connection, 1).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn returned_publishes_are_exactly_those_that_came_back() {
     let script = |mut peer: Peer| async move {
         let publishes = peer.publishes(7).await;

@@ -140,14 +140,18 @@ impl Connection {
         }
         let mut outcomes = Vec::new();
         poll_fn(|cx| {
-            while self.channels.iter().any(|c| c.state != State::Open) {
-                match self.poll_step(cx, &mut outcomes) {
+            loop {
+                let step = self.poll_step(cx, &mut outcomes);
+                // A step that ends pending may have handled the last answer before it did.
+                if self.channels.iter().all(|c| c.state == State::Open) {
+                    return Poll::Ready(Ok(()));
+                }
+                match step {
                     Poll::Ready(Ok(())) => {}
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                     Poll::Pending => return Poll::Pending,
                 }
             }
-            Poll::Ready(Ok(()))
         })
         .await?;
         assert!(outcomes.is_empty(), "nothing was published yet");

@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod lanes;
+mod options;
 pub mod progress;
 pub mod session;
 pub mod status;
@@ -31,71 +32,10 @@ use crate::relay::lanes::Lanes;
 use crate::relay::progress::{Idle, Progress};
 use crate::relay::status::Status;
 use crate::relay::watermark::Watermark;
-use crate::route::{Decision, Router, Rule};
+use crate::route::{self, Decision, Router};
 use crate::source::{Item, Receipt, Source};
-use crate::{amqp, pg, route};
 
-/// Everything that a relay needs to know.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Name of the relay: its checkpoint row, its lock queue, the `app_id` of its messages.
-    pub name: String,
-    /// Where Postgres is.
-    pub sql: pg::connect::Options,
-    /// Replication slot.
-    pub slot: String,
-    /// Publication.
-    pub publication: String,
-    /// Captured tables besides the outbox, `schema.table`.
-    pub tables: Vec<String>,
-    /// Where the broker is. `exchanges` and `lock_queue` are filled in by the relay.
-    pub broker: amqp::options::Options,
-    /// What is declared or verified at the start of a session.
-    pub topology: amqp::topology::Topology,
-    /// Routes.
-    pub rules: Vec<Rule>,
-    /// Limits and intervals of the loop.
-    pub tuning: Tuning,
-    /// Age at which outbox partitions are retired.
-    pub retain: Duration,
-    /// Whether the relay runs `watership.maintain`.
-    pub maintain: bool,
-}
-
-/// Limits and intervals of the loop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Tuning {
-    /// Limits of what is in memory.
-    pub window: Window,
-    /// Longest time between progress and its checkpoint.
-    pub checkpoint_interval: Duration,
-    /// Longest time that a shutdown waits for what is in the window.
-    pub drain_timeout: Duration,
-    /// How often an idle stream may advance the slot when little WAL was written.
-    pub idle_interval: Duration,
-}
-
-impl Default for Tuning {
-    fn default() -> Self {
-        Self {
-            window: Window { events: 8192, bytes: 16 << 20, unconfirmed: 2048 },
-            checkpoint_interval: Duration::from_millis(100),
-            drain_timeout: Duration::from_secs(10),
-            idle_interval: Duration::from_secs(30),
-        }
-    }
-}
-
-/// Limits of what is in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Window {
-    /// Entries between the oldest unsettled one and the newest, commits included.
-    pub events: usize,
-    /// Bytes of their messages.
-    pub bytes: usize,
-    /// Messages sent and not confirmed.
-    pub unconfirmed: usize,
-}
+pub use options::{Options, Tuning, Window};
 
 /// Items taken from the source at once; keeps the loop responsive.
 const BATCH_MAX: usize = 512;
@@ -118,6 +58,10 @@ pub struct Relay<S, P> {
     outcomes: Vec<(Ticket, Outcome)>,
     storing: Option<Pin<Box<dyn Future<Output = Result<Lsn>>>>>,
     ending: Ending,
+    last_stored: std::time::Instant,
+    last_tick: std::time::Instant,
+    /// Time blocked by the broker that is not counted as whole seconds yet.
+    blocked: Duration,
     metrics: Arc<Metrics>,
     status: Arc<Status>,
 }
@@ -155,6 +99,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     /// An engine that has not begun; `name` is the `app_id` of its messages.
     pub fn new(parts: Parts<S, P>, name: &str, tuning: &Tuning) -> Self {
         let Parts { source, publisher, store, progress, router, metrics, status } = parts;
+        let now = Instant::now().into_std();
         Self {
             source,
             publisher,
@@ -164,13 +109,16 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             tuning: *tuning,
             window: Watermark::new(),
             lanes: Lanes::new(),
-            idle: Idle::new(tuning.idle_interval, Instant::now().into_std()),
+            idle: Idle::new(tuning.idle_interval, now),
             progress,
             batch: Vec::new(),
             made: Vec::new(),
             outcomes: Vec::new(),
             storing: None,
             ending: Ending::No,
+            last_stored: now,
+            last_tick: now,
+            blocked: Duration::ZERO,
             metrics,
             status,
         }
@@ -410,6 +358,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
 
     async fn stored(&mut self, wal_end: Lsn) -> Result<()> {
         self.metrics.checkpoint.written.increment(1);
+        self.last_stored = Instant::now().into_std();
         self.idle.wrote(wal_end);
         self.progress.stored();
         if let Some(flush) = self.progress.to_advance() {
@@ -479,8 +428,16 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         metrics.window.bytes.set(self.window.bytes() as f64);
         metrics.window.paused.set(f64::from(u8::from(self.room() == 0)));
         self.progress.publish(metrics);
+        let age = now.saturating_duration_since(self.last_stored);
+        metrics.checkpoint.age_seconds.set(age.as_secs_f64());
         let blocked = self.publisher.is_blocked();
         metrics.broker.blocked.set(f64::from(u8::from(blocked)));
+        if blocked {
+            self.blocked += now.saturating_duration_since(self.last_tick);
+            metrics.broker.blocked_seconds.increment(self.blocked.as_secs());
+            self.blocked -= Duration::from_secs(self.blocked.as_secs());
+        }
+        self.last_tick = now;
         self.status.update(&self.progress, &self.lanes, self.window.len(), blocked, now);
     }
 

@@ -274,16 +274,18 @@ impl Assembler {
             .map(|c| Column { name: c.name.to_owned(), type_oid: c.type_oid })
             .collect();
         let full_name = format!("{schema}.{}", relation.name);
-        let key = match self.options.primary_keys.get(&full_name) {
-            Some(names) => {
-                names.iter().filter_map(|n| columns.iter().position(|c| c.name == *n)).collect()
+        let named = self.options.primary_keys.get(&full_name).and_then(|names| {
+            names.iter().map(|n| columns.iter().position(|c| c.name == *n)).collect()
+        });
+        let flagged: Vec<usize> =
+            relation.columns().enumerate().filter(|(_, c)| c.key).map(|(i, _)| i).collect();
+        let key = match relation.replica_identity {
+            // The primary key as it was when this was written: a column may have another name now.
+            ReplicaIdentity::Default if !flagged.is_empty() => flagged,
+            ReplicaIdentity::Index => named.unwrap_or(flagged),
+            ReplicaIdentity::Default | ReplicaIdentity::Nothing | ReplicaIdentity::Full => {
+                named.unwrap_or_default()
             }
-            None => match relation.replica_identity {
-                ReplicaIdentity::Default | ReplicaIdentity::Index => {
-                    relation.columns().enumerate().filter(|(_, c)| c.key).map(|(i, _)| i).collect()
-                }
-                ReplicaIdentity::Nothing | ReplicaIdentity::Full => Vec::new(),
-            },
         };
         let name = relation.name.to_owned();
         let table = Arc::new(Table { schema: schema.to_owned(), name, full_name, columns, key });

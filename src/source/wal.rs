@@ -4,11 +4,13 @@
 //! answered at once with the flush position that was authorised last, never with what the server
 //! says: a keepalive may lie past a transaction that is not settled (museum M5, M6).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::error::{Error, Result};
+use crate::metrics::Metrics;
 use crate::pg::replication::{Frame, ReplicationStream};
 use crate::position::{Lsn, Position};
 use crate::source::transaction::Assembler;
@@ -50,7 +52,7 @@ pub struct Wal {
     received: Lsn,
     last_status: Instant,
     silence: Silence,
-    seen: Seen,
+    metrics: Arc<Metrics>,
 }
 
 /// What is known about the other side while nothing arrives.
@@ -62,15 +64,6 @@ enum Silence {
     Probed(Instant),
 }
 
-/// Counts, for the metrics.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Seen {
-    /// Changes received.
-    pub changes: u64,
-    /// Events not handed on because an earlier session settled them.
-    pub skipped: u64,
-}
-
 impl Wal {
     /// Takes over a stream that has just started. `flushed` is the stored flush position.
     pub fn new(
@@ -78,15 +71,23 @@ impl Wal {
         assembler: Assembler,
         timing: Timing,
         flushed: Lsn,
+        metrics: Arc<Metrics>,
     ) -> Self {
         let now = Instant::now();
-        let (silence, seen) = (Silence::Since(now), Seen::default());
-        let received = flushed;
-        Self { stream, assembler, timing, flushed, received, last_status: now, silence, seen }
+        let (silence, received) = (Silence::Since(now), flushed);
+        Self { stream, assembler, timing, flushed, received, last_status: now, silence, metrics }
     }
 
-    /// Takes what has arrived, without waiting.
+    /// Takes what has arrived, without waiting, and counts it.
     fn take(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<Taken> {
+        let (changes, skipped) = (self.assembler.changes_received, self.assembler.events_skipped);
+        let taken = self.take_frames(room, batch);
+        self.metrics.wal.changes.increment(self.assembler.changes_received - changes);
+        self.metrics.wal.skipped.increment(self.assembler.events_skipped - skipped);
+        taken
+    }
+
+    fn take_frames(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<Taken> {
         for _ in 0..FRAMES_MAX {
             if batch.len() >= room {
                 return Ok(Taken::Some);
@@ -203,10 +204,6 @@ impl Source for Wal {
     }
 
     async fn keep_alive(&mut self) -> Result<()> {
-        self.seen = Seen {
-            changes: self.assembler.changes_received,
-            skipped: self.assembler.events_skipped,
-        };
         let now = Instant::now();
         if now >= self.last_status + self.timing.status_interval {
             // Called while nobody reads: the silence is ours, not the server's.

@@ -1,0 +1,68 @@
+//! What a relay is told: where both ends are, what goes where, and its limits.
+
+use std::time::Duration;
+
+use crate::route::Rule;
+use crate::{amqp, pg};
+
+/// Everything that a relay needs to know.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Name of the relay: its checkpoint row, its lock queue, the `app_id` of its messages.
+    pub name: String,
+    /// Where Postgres is.
+    pub sql: pg::connect::Options,
+    /// Replication slot.
+    pub slot: String,
+    /// Publication.
+    pub publication: String,
+    /// Captured tables besides the outbox, `schema.table`.
+    pub tables: Vec<String>,
+    /// Where the broker is. `exchanges` and `lock_queue` are filled in by the relay.
+    pub broker: amqp::options::Options,
+    /// What is declared or verified at the start of a session.
+    pub topology: amqp::topology::Topology,
+    /// Routes.
+    pub rules: Vec<Rule>,
+    /// Limits and intervals of the loop.
+    pub tuning: Tuning,
+    /// Age at which outbox partitions are retired.
+    pub retain: Duration,
+    /// Whether the relay runs `watership.maintain`.
+    pub maintain: bool,
+}
+
+/// Limits and intervals of the loop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tuning {
+    /// Limits of what is in memory.
+    pub window: Window,
+    /// Longest time between progress and its checkpoint.
+    pub checkpoint_interval: Duration,
+    /// Longest time that a shutdown waits for what is in the window.
+    pub drain_timeout: Duration,
+    /// How often an idle stream may advance the slot when little WAL was written.
+    pub idle_interval: Duration,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            window: Window { events: 8192, bytes: 16 << 20, unconfirmed: 2048 },
+            checkpoint_interval: Duration::from_millis(100),
+            drain_timeout: Duration::from_secs(10),
+            idle_interval: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Limits of what is in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// Entries between the oldest unsettled one and the newest, commits included.
+    pub events: usize,
+    /// Bytes of their messages.
+    pub bytes: usize,
+    /// Messages sent and not confirmed.
+    pub unconfirmed: usize,
+}

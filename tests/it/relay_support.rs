@@ -1,0 +1,414 @@
+//! The real program between a database and a vhost of its own, and a consumer of what arrives.
+//!
+//! Every wait ends on what is seen and has a deadline. That something does *not* arrive is shown
+//! by [`Stage::settled`]: the relay has passed everything that was committed, and a marker that
+//! was put into the queue afterwards has come out of it.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use lapin::options::{BasicConsumeOptions, BasicPublishOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Connection};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio_postgres::Client;
+use watership::dev::{self, Process, Signal};
+
+use crate::support::{Database, Vhost, own_database, own_vhost};
+
+/// How long anything may take on a loaded machine.
+const LIMIT: Duration = Duration::from_secs(120);
+/// Grain of waiting.
+const POLL: Duration = Duration::from_millis(50);
+/// Events of this aggregate type only show that the relay has passed a point.
+const FENCE: &str = "fence";
+
+/// Waits until `check` is true.
+pub async fn until(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let mut again = tokio::time::interval(POLL);
+    let all = async {
+        while !check().await {
+            again.tick().await;
+        }
+    };
+    let in_time = tokio::time::timeout(LIMIT, all).await;
+    in_time.unwrap_or_else(|_| panic!("not within {LIMIT:?}: {what}"));
+}
+
+/// A file of this process's own.
+fn own_file(ending: &str) -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    dev::home().expect("a temporary directory").join(format!("relay-{number}.{ending}"))
+}
+
+/// What differs between tests.
+#[derive(Debug, Default, Clone)]
+pub struct Setup<'a> {
+    /// Run before `init`.
+    pub sql: &'a str,
+    /// Captured tables.
+    pub tables: &'a [&'a str],
+    /// Further lines of the configuration's top, such as `relay.idle_interval = "1s"`.
+    pub settings: &'a str,
+    /// Routes; without any, everything goes to the exchange `watership`.
+    pub routes: &'a str,
+}
+
+/// A prepared database and vhost, and a consumer on the queue `all`, which gets everything that
+/// comes to the exchange `watership`.
+pub struct Stage {
+    pub database: Database,
+    pub vhost: Vhost,
+    /// A session of the superuser.
+    pub sql: Client,
+    pub slot: String,
+    /// What came out of the queue.
+    pub inbox: Inbox,
+    /// An open channel of the consumer's connection.
+    pub channel: Channel,
+    config: PathBuf,
+    port: u16,
+    _connection: Connection,
+}
+
+impl Stage {
+    /// On the shared servers.
+    pub async fn new(setup: Setup<'_>) -> Self {
+        Self::on(own_database().await, own_vhost().await, setup).await
+    }
+
+    /// With this database and vhost.
+    pub async fn on(database: Database, vhost: Vhost, setup: Setup<'_>) -> Self {
+        let sql = database.connect().await;
+        sql.batch_execute(setup.sql).await.expect("the test's own SQL");
+        let slot = format!("slot_{}", database.name);
+        let (config, port) = configuration(&database.url, &slot, &vhost, &setup);
+        run(&config, &["init"]).await.expect_code(0);
+        let (connection, channel) = vhost.connect().await;
+        let inbox = Inbox::open(&channel, "all").await;
+        Self { database, vhost, sql, slot, inbox, channel, config, port, _connection: connection }
+    }
+
+    /// Starts a relay and waits until it streams.
+    pub async fn start(&self) -> Running {
+        let mut running = self.spawn();
+        running.ready().await;
+        running
+    }
+
+    /// Starts a relay.
+    pub fn spawn(&self) -> Running {
+        Running::spawn(&self.config, self.port)
+    }
+
+    /// Starts another relay of the same name, with an HTTP port of its own.
+    pub fn spawn_second(&self) -> Running {
+        let text = std::fs::read_to_string(&self.config).expect("the configuration");
+        let port = dev::free_port().expect("a free port");
+        let text = text.replace(&format!("127.0.0.1:{}", self.port), &format!("127.0.0.1:{port}"));
+        let config = own_file("toml");
+        std::fs::write(&config, text).expect("the configuration is written");
+        Running::spawn(&config, port)
+    }
+
+    /// Runs a command of the program to its end.
+    pub async fn command(&self, arguments: &[&str]) -> Ended {
+        run(&self.config, arguments).await
+    }
+
+    /// Runs SQL.
+    pub async fn execute(&self, sql: &str) {
+        self.sql.batch_execute(sql).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
+    }
+
+    /// One value.
+    pub async fn text(&self, sql: &str) -> String {
+        let row = self.sql.query_one(&format!("SELECT ({sql})::text"), &[]).await;
+        row.unwrap_or_else(|e| panic!("{sql}: {e:?}")).get(0)
+    }
+
+    /// True when the condition holds in the database.
+    pub async fn holds(&self, condition: &str) -> bool {
+        self.text(condition).await == "true"
+    }
+
+    /// Waits until the relay has settled all that is committed now, and the consumer has got it.
+    /// Returns everything that arrived since the beginning, fences and markers left out.
+    pub async fn settled(&self) -> Vec<Message> {
+        let now = self.text("pg_current_wal_insert_lsn()").await;
+        self.execute(&format!("SELECT watership.emit('{FENCE}', '1', 'passed', '{{}}')")).await;
+        let passed = format!("(SELECT flush_lsn FROM watership.checkpoint) > '{now}'::pg_lsn");
+        until("the relay passes what is committed", async || self.holds(&passed).await).await;
+        self.inbox.flush(&self.channel, "all").await
+    }
+}
+
+/// Writes the configuration file; returns it with the port of the relay's HTTP server.
+pub fn configuration(url: &str, slot: &str, vhost: &Vhost, setup: &Setup<'_>) -> (PathBuf, u16) {
+    let port = dev::free_port().expect("a free port");
+    let routes = match setup.routes {
+        "" => String::new(),
+        routes => format!(
+            "{routes}\n[[route]]\nname = \"fence\"\n\
+             outbox = {{ aggregate_type = \"{FENCE}\" }}\ndrop = true\n"
+        ),
+    };
+    let text = format!(
+        "name = \"shop\"\nsource.url = \"{url}\"\nsource.slot = \"{slot}\"\n\
+         source.tables = {tables:?}\nbroker.url = \"{broker}\"\n\
+         admin.listen = \"127.0.0.1:{port}\"\nlog.format = \"text\"\n{settings}\n{routes}\n\
+         [[exchange]]\nname = \"watership\"\nkind = \"topic\"\n\
+         [[queue]]\nname = \"all\"\n\
+         [[binding]]\nqueue = \"all\"\nexchange = \"watership\"\nrouting_key = \"#\"\n",
+        tables = setup.tables,
+        broker = vhost.url,
+        settings = setup.settings,
+    );
+    let path = own_file("toml");
+    std::fs::write(&path, text).expect("the configuration is written");
+    (path, port)
+}
+
+/// Runs a command of the program to its end.
+pub async fn run(config: &PathBuf, arguments: &[&str]) -> Ended {
+    let mut process = spawn(config, arguments);
+    let status = process.wait(LIMIT).await.expect("the command ends");
+    Ended { code: status.code().unwrap_or(-1), log: read(&process) }
+}
+
+fn spawn(config: &PathBuf, arguments: &[&str]) -> Process {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
+    command.arg("--config").arg(config).args(arguments);
+    Process::spawn("watership", command, &own_file("log")).expect("the program starts")
+}
+
+fn read(process: &Process) -> String {
+    std::fs::read_to_string(process.log()).expect("its log is UTF-8")
+}
+
+/// How a command ended, and all that it wrote.
+#[derive(Debug)]
+pub struct Ended {
+    pub code: i32,
+    pub log: String,
+}
+
+impl Ended {
+    /// Fails, showing the log, when the exit code is another.
+    pub fn expect_code(&self, code: i32) -> &Self {
+        assert_eq!(self.code, code, "{}", self.log);
+        self
+    }
+
+    /// Fails, showing the log, when one of the texts is missing in it.
+    pub fn expect_text(&self, texts: &[&str]) -> &Self {
+        for text in texts {
+            assert!(self.log.contains(text), "{text:?} is missing in\n{}", self.log);
+        }
+        self
+    }
+}
+
+/// A relay process.
+pub struct Running {
+    process: Process,
+    port: u16,
+}
+
+impl Running {
+    fn spawn(config: &PathBuf, port: u16) -> Self {
+        Self { process: spawn(config, &["run"]), port }
+    }
+
+    /// Waits until `/readyz` says so.
+    pub async fn ready(&mut self) {
+        let mut again = tokio::time::interval(POLL);
+        let ready = async {
+            while self.get("/readyz").await.0 != 200 {
+                assert!(self.process.ended().is_none(), "it ended:\n{}", read(&self.process));
+                again.tick().await;
+            }
+        };
+        let in_time = tokio::time::timeout(LIMIT, ready).await;
+        in_time.unwrap_or_else(|_| panic!("it is not ready:\n{}", dev::tail(self.process.log())));
+    }
+
+    /// Status code and body; 0 when nobody listens.
+    pub async fn get(&self, path: &str) -> (u16, String) {
+        let mut answer = String::new();
+        if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)).await {
+            let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+            if stream.write_all(request.as_bytes()).await.is_ok() {
+                let _ = stream.read_to_string(&mut answer).await;
+            }
+        }
+        let code = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+        let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        (code, body.to_owned())
+    }
+
+    /// `/status`; null when nobody listens.
+    pub async fn status(&self) -> Value {
+        serde_json::from_str(&self.get("/status").await.1).unwrap_or(Value::Null)
+    }
+
+    /// A series of `/metrics`; absent when there is none.
+    pub async fn metric(&self, series: &str) -> Option<f64> {
+        let (_, text) = self.get("/metrics").await;
+        let line = text.lines().find_map(|l| l.strip_prefix(series)?.strip_prefix(' '));
+        line.and_then(|value| value.parse().ok())
+    }
+
+    /// Peak resident memory, in KiB.
+    pub fn peak_memory_kib(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.process.pid());
+        let text = std::fs::read_to_string(path).expect("the relay runs");
+        let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("Linux tells it");
+        line.trim().trim_end_matches("kB").trim().parse().expect("a number")
+    }
+
+    /// Ends it with -9.
+    pub fn kill(mut self) {
+        self.process.kill();
+    }
+
+    /// Waits for its end.
+    pub async fn ended(mut self) -> Ended {
+        let status = self.process.wait(LIMIT).await;
+        let status = status.unwrap_or_else(|e| panic!("{e}\n{}", read(&self.process)));
+        Ended { code: status.code().unwrap_or(-1), log: read(&self.process) }
+    }
+
+    /// Asks it to end.
+    pub async fn stop(mut self) -> Ended {
+        self.process.signal(Signal::Term);
+        self.ended().await
+    }
+}
+
+/// One message as it came out of a queue.
+#[derive(Debug, Clone)]
+pub struct Message {
+    pub exchange: String,
+    pub routing_key: String,
+    pub body: String,
+    pub bytes: Vec<u8>,
+    pub properties: BasicProperties,
+}
+
+impl Message {
+    /// The message id.
+    pub fn id(&self) -> String {
+        self.properties.message_id().as_ref().map(ToString::to_string).unwrap_or_default()
+    }
+
+    /// The property `type`.
+    pub fn kind(&self) -> &str {
+        self.properties.kind().as_ref().map(|kind| kind.as_str()).unwrap_or_default()
+    }
+
+    /// A header.
+    pub fn header(&self, name: &str) -> Option<&AMQPValue> {
+        self.properties.headers().as_ref()?.inner().get(name)
+    }
+
+    /// A header that is text.
+    pub fn text(&self, name: &str) -> String {
+        match self.header(name) {
+            Some(AMQPValue::LongString(text)) => text.to_string(),
+            other => panic!("header {name} is {other:?}"),
+        }
+    }
+
+    /// The body, parsed.
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
+    }
+}
+
+/// What a consumer got.
+#[derive(Debug, Clone, Default)]
+pub struct Inbox(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    messages: Mutex<Vec<Message>>,
+    arrived: Notify,
+}
+
+impl Inbox {
+    /// Consumes `queue` until the connection ends.
+    pub async fn open(channel: &Channel, queue: &str) -> Self {
+        let inbox = Self::default();
+        let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
+        let consume =
+            channel.basic_consume(queue.into(), "".into(), options, FieldTable::default());
+        let mut consumer = consume.await.expect("a consumer");
+        let shared = Arc::clone(&inbox.0);
+        tokio::spawn(async move {
+            while let Some(Ok(delivery)) = consumer.next().await {
+                let message = Message {
+                    exchange: delivery.exchange.to_string(),
+                    routing_key: delivery.routing_key.to_string(),
+                    body: String::from_utf8_lossy(&delivery.data).into_owned(),
+                    bytes: delivery.data,
+                    properties: delivery.properties,
+                };
+                shared.messages.lock().expect("nobody panics with it").push(message);
+                shared.arrived.notify_waiters();
+            }
+        });
+        inbox
+    }
+
+    /// Waits until `enough`, then returns everything.
+    pub async fn wait(&self, what: &str, enough: impl Fn(&[Message]) -> bool) -> Vec<Message> {
+        let all = async {
+            loop {
+                let arrived = self.0.arrived.notified();
+                tokio::pin!(arrived);
+                arrived.as_mut().enable();
+                if enough(&self.0.messages.lock().expect("nobody panics with it")) {
+                    break;
+                }
+                arrived.await;
+            }
+        };
+        let in_time = tokio::time::timeout(LIMIT, all).await;
+        let messages = self.0.messages.lock().expect("nobody panics with it").clone();
+        in_time.unwrap_or_else(|_| panic!("{what}; only {} messages came", messages.len()));
+        messages
+    }
+
+    /// Waits until `count` messages have arrived, then returns everything.
+    pub async fn count(&self, count: usize) -> Vec<Message> {
+        self.wait(&format!("{count} messages"), |messages| messages.len() >= count).await
+    }
+
+    /// Waits for all that is in the queue now; leaves fences and markers out.
+    pub async fn flush(&self, channel: &Channel, queue: &str) -> Vec<Message> {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let marker = format!("marker-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let options = BasicPublishOptions::default();
+        let properties = BasicProperties::default().with_type(marker.as_str().into());
+        let publish = channel.basic_publish("".into(), queue.into(), options, b"", properties);
+        publish.await.expect("the marker is published");
+        let has_marker = |all: &[Message]| all.iter().any(|message| message.kind() == marker);
+        let mut messages = self.wait("the marker", has_marker).await;
+        messages.retain(|m| !m.exchange.is_empty() && !m.routing_key.starts_with(FENCE));
+        messages
+    }
+}
+
+/// The property `type` of each message.
+pub fn kinds(messages: &[Message]) -> Vec<&str> {
+    messages.iter().map(Message::kind).collect()
+}
