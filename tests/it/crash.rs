@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal, StopMode};
 
-use crate::crash_support::{Load, Scene, Window};
+use crate::crash_support::{Load, Scene, Window, full};
 use crate::support::{own_database, own_vhost};
 
 /// A relay must not hold a fast shutdown of Postgres for longer.
@@ -133,7 +133,8 @@ async fn postgres_shuts_down_within_5_seconds_with_a_frozen_and_with_a_dead_brok
 
     scene.fault("fast shutdown with the broker frozen");
     node.signal(Signal::Stop);
-    in_flight(&mut scene, 200).await;
+    let piled_up = |status: &serde_json::Value| status["in_flight"].as_u64() >= Some(200);
+    scene.relay().reaches("messages in flight", piled_up).await;
     fast_shutdown(&mut server, "with the broker frozen").await;
     server.start_again().await.expect("starts again");
     node.signal(Signal::Cont);
@@ -158,19 +159,4 @@ async fn fast_shutdown(server: &mut Postgres, how: &str) {
     let took = begin.elapsed();
     println!("fast shutdown of Postgres {how}: {took:.2?}");
     assert!(took < SHUTDOWN_LIMIT, "{how}: {took:?}");
-}
-
-/// Waits until the relay waits for so many confirms.
-async fn in_flight(scene: &mut Scene, messages: u64) {
-    let reached = async {
-        while scene.relay().status().await["in_flight"].as_u64().unwrap_or(0) < messages {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    crate::crash_support::within("messages in flight", reached).await;
-}
-
-/// Whether the long tests were asked for.
-fn full() -> bool {
-    std::env::var_os("WATERSHIP_FULL").is_some()
 }

@@ -103,7 +103,8 @@ pub struct Scene {
 /// What one fault did.
 struct Fault {
     name: String,
-    duplicates_before: u64,
+    /// Unknown while nobody consumes.
+    duplicates_before: Option<u64>,
     recovery: Option<Duration>,
 }
 
@@ -189,6 +190,17 @@ impl Relay {
     /// `/status`; null when nobody answers.
     pub async fn status(&self) -> serde_json::Value {
         serde_json::from_str(&self.page("/status").await).unwrap_or_default()
+    }
+
+    /// Waits until `/status` is as wanted.
+    pub async fn reaches(&mut self, what: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
+        let reached = async {
+            while !wanted(&self.status().await) {
+                self.check();
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        within(what, reached).await;
     }
 
     /// Messages that the broker confirmed to this process.
@@ -313,9 +325,10 @@ impl Scene {
 
     /// A fault begins.
     pub fn fault(&mut self, name: &str) {
-        let duplicates_before = self.counts().duplicates;
+        let duplicates_before = self.consumer.is_some().then(|| self.counts().duplicates);
         if self.faults.is_empty() {
-            assert_eq!(duplicates_before, 0, "{}: duplicates without a fault", self.title);
+            let none = duplicates_before.unwrap_or_default();
+            assert_eq!(none, 0, "{}: duplicates without a fault", self.title);
         }
         self.faults.push(Fault { name: name.into(), duplicates_before, recovery: None });
     }
@@ -333,8 +346,8 @@ impl Scene {
         took
     }
 
-    /// Waits for the rest, ends the relay, and judges.
-    pub async fn finish(mut self) {
+    /// Waits for the rest, ends the relay, and judges. Returns the number of duplicates.
+    pub async fn finish(mut self) -> u64 {
         self.written().await;
         let truth = truth(&self.database).await;
         self.delivered(truth.len() as u64).await;
@@ -360,6 +373,7 @@ impl Scene {
         let repeated = verdict.counts.duplicates - verdict.counts.redelivered;
         let most = bound * self.faults.len() as u64;
         assert!(repeated <= most, "{}: {repeated} duplicates, at most {most}", self.title);
+        repeated
     }
 
     fn report(&self, verdict: &Verdict) {
@@ -376,12 +390,18 @@ impl Scene {
             verdict.best_second
         );
         let after = self.faults.iter().skip(1).map(|fault| fault.duplicates_before);
-        for (fault, after) in self.faults.iter().zip(after.chain([duplicates])) {
-            let repeated = after - fault.duplicates_before;
+        for (fault, after) in self.faults.iter().zip(after.chain([Some(duplicates)])) {
+            let repeated = fault.duplicates_before.zip(after).map(|(before, after)| after - before);
+            let repeated = repeated.map_or("-".into(), |count| count.to_string());
             let recovery = fault.recovery.map_or("-".into(), |took| format!("{took:.2?}"));
-            println!("    {:<34} duplicates {repeated:>5}, recovery {recovery}", fault.name);
+            println!("    {:<36} duplicates {repeated:>5}, recovery {recovery}", fault.name);
         }
     }
+}
+
+/// Whether the long tests were asked for.
+pub fn full() -> bool {
+    std::env::var_os("WATERSHIP_FULL").is_some()
 }
 
 /// Waits for `done`, [`LIMIT`] at most.
