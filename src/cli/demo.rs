@@ -4,14 +4,17 @@
 //! the configuration it gets is an ordinary file, printed with `--keep`. The judgement is the
 //! ledger's: what committed arrived, nothing else did, and each key in commit order.
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use lapin::message::Delivery;
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::dev::{Postgres, PostgresOptions, Process, Rabbit, RabbitOptions, StopMode};
 use crate::error::{Error, Result};
@@ -72,6 +75,19 @@ impl Run {
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().expect("nobody panics while holding the ledger")
     }
+
+    /// A message arrived.
+    fn record(&self, message: &Delivery) -> ControlFlow<()> {
+        let at = self.elapsed();
+        let id = message.properties.message_id().as_ref();
+        let id = id.and_then(|id| Uuid::parse_str(id.as_str()).ok());
+        let mut ledger = self.ledger();
+        match id.zip(shop::mark_of(&message.data)) {
+            Some((id, mark)) => ledger.arrived(id, mark, at, message.redelivered),
+            None => ledger.unreadable(),
+        }
+        ControlFlow::Continue(())
+    }
 }
 
 /// The servers, and the relay between them.
@@ -109,7 +125,8 @@ pub async fn run(args: Args) -> Result<bool> {
     let (consuming, mut ready) = watch::channel(false);
     let consumer = {
         let (run, url) = (run.clone(), stack.rabbit.url("/"));
-        tokio::spawn(async move { consumer::consume(&run, &url, &consuming).await })
+        let record = move |message: &Delivery| run.record(message);
+        tokio::spawn(async move { consumer::consume(&url, QUEUE, &consuming, record).await })
     };
     stack.wait_for_queue(&mut ready).await?;
     let shop = open_shop(&run, &stack, args.events);

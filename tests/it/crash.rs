@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal, StopMode};
 
-use crate::crash_support::{Load, Scene, Window};
+use crate::crash_support::{Load, Scene, Window, full};
 use crate::support::{own_database, own_vhost};
 
 /// A relay must not hold a fast shutdown of Postgres for longer.
@@ -21,6 +21,7 @@ async fn a_relay_killed_again_and_again_loses_nothing_and_keeps_the_order() {
     let window = Window { events: 1024, unconfirmed: 512 };
     let mut scene = Scene::new("relay kill -9", &database.url, &vhost.url, window).await;
     let mut dice = scene.dice();
+    scene.consume();
     scene.relay().start();
     scene.write(Load { events: 20_000, rate: 2_000, rows: 5 });
     scene.flowing(500).await;
@@ -46,6 +47,7 @@ async fn a_relay_killed_while_it_drains_large_transactions_loses_nothing() {
     scene.write(Load { events, rate: 0, rows: 200 });
     scene.written().await;
     let mut dice = scene.dice();
+    scene.consume();
     scene.relay().start();
     for kill in 1..=5 {
         // By confirms, not by arrivals: the consumer may lag behind.
@@ -66,24 +68,21 @@ async fn a_broker_killed_and_restarted_under_load_gets_everything_in_order() {
     let mut scene = Scene::new("broker", &database.url, &node.url("/"), window).await;
     scene.relay().start();
     scene.write(Load { events: 40_000, rate: 1_000, rows: 5 });
-    scene.flowing(1_000).await;
+    scene.confirmed_more(1_000).await;
 
-    scene.pause_consumer().await;
     scene.fault("kill -9 of the broker");
     node.kill().await;
     node.start_again().await.expect("the node starts again");
     let before = scene.relay().confirmed().await;
     scene.recovered(Instant::now(), before).await;
-    scene.resume_consumer();
-    scene.flowing(1_000).await;
+    scene.confirmed_more(1_000).await;
 
-    scene.pause_consumer().await;
     scene.fault("orderly restart of the broker");
     node.stop().await.expect("the node stops");
     node.start_again().await.expect("the node starts again");
     let before = scene.relay().confirmed().await;
     scene.recovered(Instant::now(), before).await;
-    scene.resume_consumer();
+    scene.consume();
     scene.finish().await;
 }
 
@@ -94,6 +93,7 @@ async fn a_postgres_that_crashes_and_restarts_under_load_loses_nothing() {
     server.create_database("shop").await.expect("a database");
     let url = server.url("postgres", "shop");
     let mut scene = Scene::new("postgres", &url, &vhost.url, Window::default()).await;
+    scene.consume();
     scene.relay().start();
     scene.write(Load { events: 20_000, rate: 1_500, rows: 5 });
     scene.flowing(1_000).await;
@@ -129,21 +129,19 @@ async fn postgres_shuts_down_within_5_seconds_with_a_frozen_and_with_a_dead_brok
     let mut scene = Scene::new("shutdown", &url, &node.url("/"), Window::default()).await;
     scene.relay().start();
     scene.write(Load { events: 30_000, rate: 1_000, rows: 5 });
-    scene.flowing(500).await;
+    scene.confirmed_more(500).await;
 
-    scene.pause_consumer().await;
     scene.fault("fast shutdown with the broker frozen");
     node.signal(Signal::Stop);
-    in_flight(&mut scene, 200).await;
+    let piled_up = |status: &serde_json::Value| status["in_flight"].as_u64() >= Some(200);
+    scene.relay().reaches("messages in flight", piled_up).await;
     fast_shutdown(&mut server, "with the broker frozen").await;
     server.start_again().await.expect("starts again");
     node.signal(Signal::Cont);
     let before = scene.relay().confirmed().await;
     scene.recovered(Instant::now(), before).await;
-    scene.resume_consumer();
-    scene.flowing(500).await;
+    scene.confirmed_more(500).await;
 
-    scene.pause_consumer().await;
     scene.fault("fast shutdown with the broker dead");
     node.kill().await;
     fast_shutdown(&mut server, "with the broker dead").await;
@@ -151,7 +149,7 @@ async fn postgres_shuts_down_within_5_seconds_with_a_frozen_and_with_a_dead_brok
     node.start_again().await.expect("starts again");
     let before = scene.relay().confirmed().await;
     scene.recovered(Instant::now(), before).await;
-    scene.resume_consumer();
+    scene.consume();
     scene.finish().await;
 }
 
@@ -161,19 +159,4 @@ async fn fast_shutdown(server: &mut Postgres, how: &str) {
     let took = begin.elapsed();
     println!("fast shutdown of Postgres {how}: {took:.2?}");
     assert!(took < SHUTDOWN_LIMIT, "{how}: {took:?}");
-}
-
-/// Waits until the relay waits for so many confirms.
-async fn in_flight(scene: &mut Scene, messages: u64) {
-    let reached = async {
-        while scene.relay().status().await["in_flight"].as_u64().unwrap_or(0) < messages {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    crate::crash_support::within("messages in flight", reached).await;
-}
-
-/// Whether the long tests were asked for.
-fn full() -> bool {
-    std::env::var_os("WATERSHIP_FULL").is_some()
 }

@@ -6,16 +6,16 @@
 //! judgement itself is the demo's ledger.
 
 use std::future::Future;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions};
-use lapin::{BasicProperties, Connection, ConnectionProperties};
+use lapin::options::BasicPublishOptions;
+use lapin::{BasicProperties, Connection};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -26,6 +26,8 @@ use watership::dev::{self, Process, Signal};
 
 use ledger::{Counts, Ledger, Mark, Verdict};
 
+#[path = "../../src/cli/demo/consumer.rs"]
+mod consumer;
 #[path = "../../src/cli/demo/ledger.rs"]
 #[allow(dead_code, reason = "the demo shows more than a test judges")]
 mod ledger;
@@ -41,8 +43,6 @@ const LIMIT: Duration = Duration::from_secs(60);
 const SILENCE: Duration = Duration::from_secs(60);
 /// Grain of looking.
 const POLL: Duration = Duration::from_millis(10);
-/// Messages that the broker may have on the way to the consumer.
-const PREFETCH: u16 = 1000;
 /// Writers, each on its own connection.
 const WRITERS: u32 = 4;
 /// Keys of one writer.
@@ -95,8 +95,7 @@ pub struct Scene {
     relay: Relay,
     shared: Arc<Shared>,
     writers: JoinSet<()>,
-    consumer: watch::Sender<Consumer>,
-    consuming: JoinHandle<()>,
+    consumer: Option<JoinHandle<()>>,
     faults: Vec<Fault>,
     seed: u64,
 }
@@ -104,7 +103,8 @@ pub struct Scene {
 /// What one fault did.
 struct Fault {
     name: String,
-    duplicates_before: u64,
+    /// Unknown while nobody consumes.
+    duplicates_before: Option<u64>,
     recovery: Option<Duration>,
 }
 
@@ -192,6 +192,17 @@ impl Relay {
         serde_json::from_str(&self.page("/status").await).unwrap_or_default()
     }
 
+    /// Waits until `/status` is as wanted.
+    pub async fn reaches(&mut self, what: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
+        let reached = async {
+            while !wanted(&self.status().await) {
+                self.check();
+                tokio::time::sleep(POLL).await;
+            }
+        };
+        within(what, reached).await;
+    }
+
     /// Messages that the broker confirmed to this process.
     pub async fn confirmed(&self) -> u64 {
         let page = self.page("/metrics").await;
@@ -211,8 +222,6 @@ impl Scene {
         let seed = seed.unwrap_or_else(|| fastrand::u64(..));
         println!("{title}: WATERSHIP_SEED={seed}");
         let shared = Arc::new(Shared { start: Instant::now(), ledger: Mutex::default() });
-        let consumer = watch::Sender::new(Consumer::Consumes);
-        let consuming = consume(shared.clone(), broker.to_owned(), consumer.clone());
         Self {
             title: title.into(),
             database: database.into(),
@@ -221,8 +230,7 @@ impl Scene {
             relay,
             shared,
             writers: JoinSet::new(),
-            consumer,
-            consuming: tokio::spawn(consuming),
+            consumer: None,
             faults: Vec::new(),
             seed,
         }
@@ -298,28 +306,29 @@ impl Scene {
         within("confirms", reached).await;
     }
 
-    /// Lets the consumer acknowledge what it has and go.
-    ///
-    /// A broker that dies returns what a consumer held unacknowledged, but delivers newer messages
-    /// to the next consumer first (seen with 3.10's quorum queues). That order is the broker's;
-    /// to judge the relay's, nobody consumes while the broker goes down.
-    pub async fn pause_consumer(&mut self) {
-        self.consumer.send_replace(Consumer::Pauses);
-        let mut state = self.consumer.subscribe();
-        let paused = state.wait_for(|state| *state == Consumer::Paused);
-        within("the consumer lets go", paused).await.expect("the sender is ours");
+    /// Starts the consumer. Where a broker goes down, this comes after it: what a consumer held
+    /// unacknowledged comes back from a dead broker behind newer messages, and that order is the
+    /// broker's. Whoever starts later sees the queue as it was published.
+    pub fn consume(&mut self) {
+        let (shared, url) = (self.shared.clone(), self.broker.clone());
+        let record = move |message: &Delivery| record(&shared, message);
+        let consuming = watch::Sender::new(false);
+        let consume = async move { consumer::consume(&url, QUEUE, &consuming, record).await };
+        self.consumer = Some(tokio::spawn(consume));
     }
 
-    /// Lets the consumer go on.
-    pub fn resume_consumer(&mut self) {
-        self.consumer.send_replace(Consumer::Consumes);
+    /// Waits until this relay process has `more` confirms than now.
+    pub async fn confirmed_more(&mut self, more: u64) {
+        let count = self.relay.confirmed().await + more;
+        self.confirmed(count).await;
     }
 
     /// A fault begins.
     pub fn fault(&mut self, name: &str) {
-        let duplicates_before = self.counts().duplicates;
+        let duplicates_before = self.consumer.is_some().then(|| self.counts().duplicates);
         if self.faults.is_empty() {
-            assert_eq!(duplicates_before, 0, "{}: duplicates without a fault", self.title);
+            let none = duplicates_before.unwrap_or_default();
+            assert_eq!(none, 0, "{}: duplicates without a fault", self.title);
         }
         self.faults.push(Fault { name: name.into(), duplicates_before, recovery: None });
     }
@@ -337,15 +346,17 @@ impl Scene {
         took
     }
 
-    /// Waits for the rest, ends the relay, and judges.
-    pub async fn finish(mut self) {
+    /// Waits for the rest, ends the relay, and judges. Returns the number of duplicates.
+    pub async fn finish(mut self) -> u64 {
         self.written().await;
         let truth = truth(&self.database).await;
         self.delivered(truth.len() as u64).await;
         self.relay.stop().await;
         // Nothing is published any more; what the queue still holds comes before this message.
         within("the last message is sent", send_last(&self.broker)).await;
-        let consumed = within("the last message arrives", &mut self.consuming).await;
+        let consumed =
+            within("the last message arrives", self.consumer.take().expect("somebody consumes"))
+                .await;
         consumed.expect("the consumer does not fail");
         let mut ledger = self.shared.ledger();
         for (id, mark) in truth {
@@ -362,6 +373,7 @@ impl Scene {
         let repeated = verdict.counts.duplicates - verdict.counts.redelivered;
         let most = bound * self.faults.len() as u64;
         assert!(repeated <= most, "{}: {repeated} duplicates, at most {most}", self.title);
+        repeated
     }
 
     fn report(&self, verdict: &Verdict) {
@@ -378,12 +390,18 @@ impl Scene {
             verdict.best_second
         );
         let after = self.faults.iter().skip(1).map(|fault| fault.duplicates_before);
-        for (fault, after) in self.faults.iter().zip(after.chain([duplicates])) {
-            let repeated = after - fault.duplicates_before;
+        for (fault, after) in self.faults.iter().zip(after.chain([Some(duplicates)])) {
+            let repeated = fault.duplicates_before.zip(after).map(|(before, after)| after - before);
+            let repeated = repeated.map_or("-".into(), |count| count.to_string());
             let recovery = fault.recovery.map_or("-".into(), |took| format!("{took:.2?}"));
-            println!("    {:<34} duplicates {repeated:>5}, recovery {recovery}", fault.name);
+            println!("    {:<36} duplicates {repeated:>5}, recovery {recovery}", fault.name);
         }
     }
+}
+
+/// Whether the long tests were asked for.
+pub fn full() -> bool {
+    std::env::var_os("WATERSHIP_FULL").is_some()
 }
 
 /// Waits for `done`, [`LIMIT`] at most.
@@ -470,97 +488,20 @@ fn batch(
     (0..rows).map(event).unzip()
 }
 
-/// What the consumer does, and what it has done.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Consumer {
-    Consumes,
-    /// Asked to let go.
-    Pauses,
-    /// Holds nothing unacknowledged.
-    Paused,
-    /// Has seen the message behind which nothing comes.
-    Done,
-}
-
-/// Consumes through every fault of the broker until the last message.
-async fn consume(shared: Arc<Shared>, url: String, state: watch::Sender<Consumer>) {
-    let mut asked = state.subscribe();
-    loop {
-        let wanted = *asked.borrow_and_update();
-        match wanted {
-            Consumer::Consumes => {
-                let _ = session(&shared, &url, &state).await;
-                tokio::time::sleep(POLL).await;
-            }
-            Consumer::Pauses => _ = state.send_replace(Consumer::Paused),
-            Consumer::Paused => asked.changed().await.expect("the sender is ours"),
-            Consumer::Done => return,
-        }
-    }
-}
-
-async fn session(
-    shared: &Shared,
-    url: &str,
-    state: &watch::Sender<Consumer>,
-) -> Result<(), lapin::Error> {
-    let connect = Connection::connect(url, ConnectionProperties::default());
-    let Ok(connection) = timeout(Duration::from_secs(5), connect).await else { return Ok(()) };
-    let connection = connection?;
-    let channel = connection.create_channel().await?;
-    channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
-    let options = BasicConsumeOptions::default();
-    let consume = channel.basic_consume(QUEUE.into(), "".into(), options, Default::default());
-    let consumer = consume.await?;
-    let tag = consumer.tag();
-    let mut deliveries = consumer.ready_chunks(PREFETCH.into());
-    let mut asked = state.subscribe();
-    let mut pausing = false;
-    loop {
-        let chunk = tokio::select! { biased;
-            () = pause_asked(&mut asked), if !pausing => {
-                pausing = true;
-                channel.basic_cancel(tag.clone(), Default::default()).await?;
-                continue;
-            }
-            chunk = deliveries.next() => chunk,
-        };
-        // After a cancel the stream ends once its buffer is empty.
-        let Some(chunk) = chunk else { break };
-        let chunk = chunk.into_iter().collect::<Result<Vec<_>, _>>()?;
-        let mut done = false;
-        chunk.iter().for_each(|delivery| done |= record(shared, delivery));
-        if let Some(delivery) = chunk.last() {
-            delivery.ack(BasicAckOptions { multiple: true }).await?;
-        }
-        if done {
-            state.send_replace(Consumer::Done);
-            break;
-        }
-    }
-    connection.close(200, "done".into()).await
-}
-
-async fn pause_asked(state: &mut watch::Receiver<Consumer>) {
-    // The guard that the wait returns must not be held across another await.
-    let asked = state.wait_for(|state| *state == Consumer::Pauses).await;
-    assert!(asked.is_ok(), "the sender is ours");
-}
-
-/// Tells whether this was the last message.
-fn record(shared: &Shared, delivery: &Delivery) -> bool {
-    let properties = &delivery.properties;
+/// A message arrived; the last one ends the consumer.
+fn record(shared: &Shared, message: &Delivery) -> ControlFlow<()> {
+    let properties = &message.properties;
     if properties.kind().as_ref().is_some_and(|kind| kind.as_str() == LAST) {
-        return true;
+        return ControlFlow::Break(());
     }
     let at = shared.start.elapsed();
     let id = properties.message_id().as_ref().and_then(|id| id.as_str().parse().ok());
     let mut ledger = shared.ledger();
-    match id.zip(mark_of(&delivery.data)) {
-        Some((id, mark)) => ledger.arrived(id, mark, at, delivery.redelivered),
+    match id.zip(mark_of(&message.data)) {
+        Some((id, mark)) => ledger.arrived(id, mark, at, message.redelivered),
         None => ledger.unreadable(),
     }
-    false
+    ControlFlow::Continue(())
 }
 
 fn mark_of(body: &[u8]) -> Option<Mark> {

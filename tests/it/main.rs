@@ -7,6 +7,7 @@ mod amqp;
 mod amqp_tls;
 mod cli;
 mod crash;
+mod crash_hold;
 mod crash_support;
 mod dev;
 mod maintain;

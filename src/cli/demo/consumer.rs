@@ -1,67 +1,81 @@
 //! The demo's consumer: an ordinary lapin consumer that reconnects when the broker went away.
 //!
-//! It acknowledges each message and records its arrival. What it sees twice is a duplicate; a
+//! It hands each message to `record` and acknowledges it. What it sees twice is a duplicate; a
 //! real consumer would drop that by the message id.
+//!
+//! A quorum queue that comes back from a broker's stop or crash still counts the consumer that it
+//! had, and returns what that one held unacknowledged a moment later. Who subscribes before that
+//! gets newer messages first (seen with RabbitMQ 3.10). So this consumer waits for the old one to
+//! be gone: the order that it sees is the order that was published.
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::{Connection, ConnectionProperties};
 use tokio::sync::watch;
-use uuid::Uuid;
-
-use super::{QUEUE, Run, shop};
 
 /// Messages that the broker may have on the way to us.
 const PREFETCH: u16 = 500;
 /// How long connecting may take; lapin itself may wait for ever.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// Between two attempts to connect. The demo as a whole ends when nothing arrives for long.
-const RETRY: Duration = Duration::from_millis(100);
+/// Between two attempts to consume. Whoever waits for messages gives up when none come for long.
+const RETRY: Duration = Duration::from_millis(50);
 
-/// Consumes for ever; `consuming` says whether a consumer is set up at this moment.
-pub(super) async fn consume(run: &Run, url: &str, consuming: &watch::Sender<bool>) {
+/// Consumes until `record` breaks off; `consuming` says whether a consumer is set up at this
+/// moment.
+pub(super) async fn consume(
+    url: &str,
+    queue: &str,
+    consuming: &watch::Sender<bool>,
+    mut record: impl FnMut(&Delivery) -> ControlFlow<()>,
+) {
     loop {
         // The queue appears once the relay has declared it; a broker that restarts comes back.
         // Which of the two it is does not matter: try again.
-        let _ = session(run, url, consuming).await;
+        let ended = session(url, queue, consuming, &mut record).await;
         consuming.send_replace(false);
+        if matches!(ended, Ok(ControlFlow::Break(()))) {
+            return;
+        }
         tokio::time::sleep(RETRY).await;
     }
 }
 
 async fn session(
-    run: &Run,
     url: &str,
+    queue: &str,
     consuming: &watch::Sender<bool>,
-) -> Result<(), lapin::Error> {
+    record: &mut impl FnMut(&Delivery) -> ControlFlow<()>,
+) -> Result<ControlFlow<()>, lapin::Error> {
     let connect = Connection::connect(url, ConnectionProperties::default());
     let Ok(connection) = tokio::time::timeout(CONNECT_LIMIT, connect).await else {
-        return Ok(());
+        return Ok(ControlFlow::Continue(()));
     };
     let connection = connection?;
     let channel = connection.create_channel().await?;
+    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
+    while channel.queue_declare(queue.into(), passive, Default::default()).await?.consumer_count()
+        > 0
+    {
+        tokio::time::sleep(RETRY).await;
+    }
     channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
     let options = BasicConsumeOptions::default();
-    let consume = channel.basic_consume(QUEUE.into(), "".into(), options, Default::default());
-    let mut deliveries = consume.await?;
+    let consume = channel.basic_consume(queue.into(), "".into(), options, Default::default());
+    let mut deliveries = consume.await?.ready_chunks(PREFETCH.into());
     consuming.send_replace(true);
-    while let Some(delivery) = deliveries.next().await {
-        let delivery = delivery?;
-        record(run, &delivery);
-        delivery.ack(BasicAckOptions::default()).await?;
+    while let Some(chunk) = deliveries.next().await {
+        let chunk = chunk.into_iter().collect::<Result<Vec<_>, _>>()?;
+        let flow = chunk.iter().try_for_each(&mut *record);
+        if let Some(last) = chunk.last() {
+            last.ack(BasicAckOptions { multiple: true }).await?;
+        }
+        if flow.is_break() {
+            return Ok(flow);
+        }
     }
-    Ok(())
-}
-
-fn record(run: &Run, delivery: &Delivery) {
-    let at = run.elapsed();
-    let id = delivery.properties.message_id().as_ref().map(|id| Uuid::parse_str(id.as_str()));
-    let mut ledger = run.ledger();
-    match (id, shop::mark_of(&delivery.data)) {
-        (Some(Ok(id)), Some(mark)) => ledger.arrived(id, mark, at, delivery.redelivered),
-        (None | Some(Err(_)), _) | (_, None) => ledger.unreadable(),
-    }
+    Ok(ControlFlow::Continue(()))
 }
