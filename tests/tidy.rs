@@ -268,7 +268,7 @@ fn tests_wait_on_progress_and_never_sleep() {
                 "fn f() { while now < deadline { sleep(Duration::from_millis(500)); } }",
                 1,
             ),
-            ("tests/it/crash.rs", "use tokio::time::sleep;\nasync fn f() { sleep(D).await; }", 2),
+            ("tests/it/slot.rs", "use tokio::time::sleep;\nasync fn f() { sleep(D).await; }", 2),
         ],
     );
     accepts(
