@@ -1,14 +1,16 @@
 //! How fast and how cheap the publisher is by itself, with no Postgres in front of it.
 //!
 //! `raw_publisher URL --queue Q --messages N --window W --body BYTES` declares the quorum queue Q,
-//! publishes N messages to it with at most W unconfirmed, and prints one line of JSON.
+//! publishes N messages to it with at most W unconfirmed, and prints one line of JSON. With
+//! `--exchange X` they go through the topic exchange X and carry the headers of the relay's
+//! messages: what the broker then needs more per message is not the relay's doing.
 
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 use watership::amqp::options::{Options, Url};
 use watership::amqp::publisher::Connection;
-use watership::amqp::topology::{self, Queue, QueueKind, Topology};
+use watership::amqp::topology::{self, Binding, Exchange, Queue, QueueKind, Topology};
 use watership::error::{Error, Result};
 use watership::message::{
     Builder, ExchangeId, Message, Outcome, Properties, Publisher, RouteId, Ticket,
@@ -20,6 +22,8 @@ struct Arguments {
     messages: u64,
     window: u64,
     body: usize,
+    /// Empty: the default exchange.
+    exchange: String,
 }
 
 fn arguments() -> Result<Arguments> {
@@ -29,6 +33,7 @@ fn arguments() -> Result<Arguments> {
         messages: 200_000,
         window: 2000,
         body: 330,
+        exchange: String::new(),
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -43,6 +48,7 @@ fn arguments() -> Result<Arguments> {
         };
         match word.as_str() {
             "--queue" => all.queue = value,
+            "--exchange" => all.exchange = value,
             "--messages" => all.messages = number()?,
             "--window" => all.window = number()?,
             "--body" => all.body = number()? as usize,
@@ -52,7 +58,9 @@ fn arguments() -> Result<Arguments> {
     Ok(all)
 }
 
-fn message(queue: &str, n: u64, body: &[u8]) -> Result<Message> {
+fn message(arguments: &Arguments, n: u64, body: &[u8]) -> Result<Message> {
+    let like_relay = !arguments.exchange.is_empty();
+    let routing_key = if like_relay { "order.created" } else { &arguments.queue };
     let properties = Properties {
         content_type: "application/json",
         message_id: Uuid::from_u128(n.into()),
@@ -60,9 +68,14 @@ fn message(queue: &str, n: u64, body: &[u8]) -> Result<Message> {
         kind: "order.created",
         app_id: "raw",
     };
-    let mut builder = Builder::new(queue, properties, body.len())?;
-    builder.header_text("ws-key", b"order/4711")?;
+    let mut builder = Builder::new(routing_key, properties, body.len())?;
     builder.header_text("ws-route", b"orders")?;
+    builder.header_text("ws-key", b"order/4711")?;
+    if like_relay {
+        builder.header_text("ws-position", b"00000001-0000000001af2690-0000000001-0000")?;
+        builder.header_text("ws-source", b"watership.outbox")?;
+        builder.header_text("ws-op", b"insert")?;
+    }
     builder.finish(ExchangeId(0), RouteId(0), |out| out.extend_from_slice(body))
 }
 
@@ -77,7 +90,7 @@ fn cpu() -> Option<(f64, f64)> {
 
 async fn run(arguments: &Arguments) -> Result<()> {
     let mut options = Options::new(vec![Url::parse(&arguments.url)?]);
-    options.exchanges = vec![String::new()];
+    options.exchanges = vec![arguments.exchange.clone()];
     options.connect_timeout = Duration::from_secs(10);
     let queue = Queue {
         name: arguments.queue.clone(),
@@ -85,11 +98,18 @@ async fn run(arguments: &Arguments) -> Result<()> {
         max_length: None,
         arguments: Vec::new(),
     };
-    topology::apply(&options, &Topology { queues: vec![queue], ..Topology::default() }).await?;
+    let mut topology = Topology { queues: vec![queue], ..Topology::default() };
+    if !arguments.exchange.is_empty() {
+        let (name, kind) = (arguments.exchange.clone(), "topic".to_owned());
+        topology.exchanges.push(Exchange { name: name.clone(), kind, durable: true });
+        let (queue, routing_key) = (arguments.queue.clone(), "#".to_owned());
+        topology.bindings.push(Binding { queue, exchange: name, routing_key });
+    }
+    topology::apply(&options, &topology).await?;
     let mut connection = Connection::open(&options).await?;
     let body = vec![b'x'; arguments.body];
     // Built once: what is measured is the publisher.
-    let message = message(&arguments.queue, 1, &body)?;
+    let message = message(arguments, 1, &body)?;
     let (user, system) = cpu().unwrap_or_default();
     let start = Instant::now();
     let (mut sent, mut settled) = (0, 0);
