@@ -166,7 +166,7 @@ pub struct BrokerMetrics {
     pub last_confirmed_seconds: Gauge,
     /// 1 while the broker blocks the connection (memory or disk alarm).
     pub blocked: Gauge,
-    /// Whole seconds spent blocked since the process started; set with `absolute`.
+    /// Whole seconds spent blocked since the process started.
     pub blocked_seconds: Counter,
 }
 

@@ -22,6 +22,11 @@ const EXCEPTIONS: &[Exception] = &[
         why: "its clock is paused: a sleep there is simulated time",
     },
     Exception {
+        path: "tests/it/crash",
+        words: "sleep",
+        why: "a fault lasts for a time: freezing a process for eight seconds is the test",
+    },
+    Exception {
         path: "tests/it/dev.rs",
         words: "#[ignore",
         why: "the process that another test starts and kills",
@@ -254,7 +259,7 @@ fn tests_wait_on_progress_and_never_sleep() {
     finds(
         rule,
         &[
-            ("tests/it/crash.rs", "async fn f() { tokio::time::sleep(D).await; }", 1),
+            ("tests/it/slot.rs", "async fn f() { tokio::time::sleep(D).await; }", 1),
             ("src/a.rs", "#[cfg(test)]\nmod tests {\n fn f() { thread::sleep(D); }\n}", 3),
             ("tests/it/a.rs", "fn f() { loop { sleep(Duration::from_millis(20)); } }", 1),
             ("tests/it/a.rs", "fn deadline() {}\nfn f() { loop { sleep(POLL); } }", 2),
@@ -263,7 +268,7 @@ fn tests_wait_on_progress_and_never_sleep() {
                 "fn f() { while now < deadline { sleep(Duration::from_millis(500)); } }",
                 1,
             ),
-            ("tests/it/crash.rs", "use tokio::time::sleep;\nasync fn f() { sleep(D).await; }", 2),
+            ("tests/it/slot.rs", "use tokio::time::sleep;\nasync fn f() { sleep(D).await; }", 2),
         ],
     );
     accepts(

@@ -1,6 +1,7 @@
 //! Log lines on stderr: text where it is a terminal, JSON elsewhere, or as the configuration says.
 //!
-//! Other crates log errors only. Control characters are escaped by tracing-subscriber, so a name
+//! Other crates log errors only, and lapin nothing: what it meets it returns, and closing a
+//! connection it calls an error. Control characters are escaped by tracing-subscriber, so a name
 //! from outside cannot forge a line.
 
 use std::io::IsTerminal as _;
@@ -24,7 +25,7 @@ pub(super) fn start(log: &Log) {
         LogFormat::Text => false,
         LogFormat::Auto => !std::io::stderr().is_terminal(),
     };
-    install(json, &format!("error,watership={}", log.level));
+    install(json, &format!("error,lapin=off,watership={}", log.level));
 }
 
 /// For commands that print and end: text, and only what goes wrong beside their output.

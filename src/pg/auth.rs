@@ -26,9 +26,10 @@ use crate::secret::Secret;
 pub(super) const SETTINGS: &str = "-c search_path=pg_catalog -c DateStyle=ISO,YMD \
      -c IntervalStyle=iso_8601 -c TimeZone=UTC -c extra_float_digits=3 -c bytea_output=hex";
 
-/// A walsender waits as long as it takes; its statements never time out.
+/// A walsender waits as long as it takes; its statements never time out. Its warnings must come:
+/// one of them tells of changes that it leaves out.
 const REPLICATION_SETTINGS: &str = " -c statement_timeout=0 -c lock_timeout=0 \
-     -c idle_in_transaction_session_timeout=0";
+     -c idle_in_transaction_session_timeout=0 -c client_min_messages=warning";
 
 /// What the server asked for as proof.
 enum Proof {

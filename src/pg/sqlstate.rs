@@ -8,7 +8,7 @@
 
 use std::io;
 
-use postgres_protocol::message::backend::ErrorResponseBody;
+use postgres_protocol::message::backend::ErrorFields;
 use tokio_postgres::error::DbError;
 use tokio_postgres::fallible_iterator::FallibleIterator;
 
@@ -37,9 +37,8 @@ impl ServerError {
     ///
     /// # Errors
     /// When the body is cut short.
-    pub fn read(body: &ErrorResponseBody) -> io::Result<Self> {
+    pub fn read(mut fields: ErrorFields<'_>) -> io::Result<Self> {
         let mut error = Self::default();
-        let mut fields = body.fields();
         while let Some(field) = fields.next()? {
             let value = String::from_utf8_lossy(field.value_bytes()).into_owned();
             match field.type_() {

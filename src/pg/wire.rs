@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
-use postgres_protocol::message::backend::{DataRowBody, Message};
+use postgres_protocol::message::backend::{DataRowBody, Message, NoticeResponseBody};
 use postgres_protocol::message::frontend;
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio::time::{Instant, timeout};
@@ -281,7 +281,7 @@ impl Wire {
             Err(e) => return Err(self.fail(Error::protocol("message from server").caused_by(e))),
         };
         match parsed {
-            Message::NoticeResponse(_) => tracing::debug!("notice from Postgres"),
+            Message::NoticeResponse(body) => self.notice(&body)?,
             Message::NotificationResponse(_) => {}
             Message::ParameterStatus(body) => {
                 if matches!(body.name(), Ok("server_version")) {
@@ -291,6 +291,24 @@ impl Wire {
             other => return Ok(Some(Reply::Message(other))),
         }
         Ok(None)
+    }
+
+    /// From Postgres 18 a walsender leaves out the changes of a publication that did not exist when
+    /// they were made, and warns with this code, before whatever comes next; older ones fail.
+    fn notice(&mut self, body: &NoticeResponseBody) -> Result<()> {
+        const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
+        let notice = ServerError::read(body.fields());
+        let notice = notice.map_err(|e| self.fail(Error::protocol("notice").caused_by(e)))?;
+        tracing::debug!(message = notice.message, code = notice.code, "notice from Postgres");
+        if matches!(self.state, State::Copy) && notice.code == OBJECT_NOT_IN_PREREQUISITE_STATE {
+            let detail = notice.detail.as_deref().unwrap_or_default();
+            let text = format!("changes are missing in the stream: {}: {detail}", notice.message);
+            return Err(self.fail(Error::verdict(text).hint(
+                "the publication was dropped or re-created: events of that time were not \
+                 published; create it with `watership init`, then decide about the gap",
+            )));
+        }
+        Ok(())
     }
 
     async fn ready(&mut self) -> Result<()> {
@@ -306,10 +324,12 @@ impl Wire {
     /// The failure that an unexpected reply is: the server's error, or a breach of the protocol.
     pub(super) fn unexpected(&mut self, reply: Reply, doing: &str) -> Error {
         let error = match reply {
-            Reply::Message(Message::ErrorResponse(body)) => match ServerError::read(&body) {
-                Ok(error) => error.to_error(),
-                Err(e) => Error::protocol("error response").caused_by(e),
-            },
+            Reply::Message(Message::ErrorResponse(body)) => {
+                match ServerError::read(body.fields()) {
+                    Ok(error) => error.to_error(),
+                    Err(e) => Error::protocol("error response").caused_by(e),
+                }
+            }
             Reply::Message(_) | Reply::CopyBoth => {
                 Error::protocol(format!("unexpected message while {doing}"))
             }
@@ -345,7 +365,7 @@ impl Wire {
                     return refused.map_or(Ok(rows), Err);
                 }
                 Reply::Message(Message::ErrorResponse(body)) => {
-                    let error = ServerError::read(&body);
+                    let error = ServerError::read(body.fields());
                     let error = error
                         .map_err(|e| self.fail(Error::protocol("error response").caused_by(e)))?;
                     if error.fatal {

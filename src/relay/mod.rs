@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod lanes;
+pub mod observed;
 mod options;
 pub mod progress;
 pub mod session;
@@ -29,6 +30,7 @@ use crate::metrics::Metrics;
 use crate::position::Lsn;
 use crate::relay::checkpoint::Store;
 use crate::relay::lanes::Lanes;
+use crate::relay::observed::Observed;
 use crate::relay::progress::{Idle, Progress};
 use crate::relay::status::Status;
 use crate::relay::watermark::Watermark;
@@ -39,6 +41,8 @@ pub use options::{Options, Tuning, Window};
 
 /// Items taken from the source at once; keeps the loop responsive.
 const BATCH_MAX: usize = 512;
+/// Longest time between two ticks: connections are kept alive by them, and probes look at them.
+const TICK_MAX: Duration = Duration::from_secs(1);
 
 /// One session's engine between a source and a publisher.
 pub struct Relay<S, P> {
@@ -58,10 +62,8 @@ pub struct Relay<S, P> {
     outcomes: Vec<(Ticket, Outcome)>,
     storing: Option<Pin<Box<dyn Future<Output = Result<Lsn>>>>>,
     ending: Ending,
-    last_stored: std::time::Instant,
-    last_tick: std::time::Instant,
-    /// Time blocked by the broker that is not counted as whole seconds yet.
-    blocked: Duration,
+    checkpoint_at: Instant,
+    observed: Observed,
     metrics: Arc<Metrics>,
     status: Arc<Status>,
 }
@@ -99,7 +101,6 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     /// An engine that has not begun; `name` is the `app_id` of its messages.
     pub fn new(parts: Parts<S, P>, name: &str, tuning: &Tuning) -> Self {
         let Parts { source, publisher, store, progress, router, metrics, status } = parts;
-        let now = Instant::now().into_std();
         Self {
             source,
             publisher,
@@ -109,16 +110,15 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             tuning: *tuning,
             window: Watermark::new(),
             lanes: Lanes::new(),
-            idle: Idle::new(tuning.idle_interval, now),
+            idle: Idle::new(tuning.idle_interval, Instant::now().into_std()),
             progress,
             batch: Vec::new(),
             made: Vec::new(),
             outcomes: Vec::new(),
             storing: None,
             ending: Ending::No,
-            last_stored: now,
-            last_tick: now,
-            blocked: Duration::ZERO,
+            checkpoint_at: Instant::now(),
+            observed: Observed::new(Instant::now().into_std()),
             metrics,
             status,
         }
@@ -135,7 +135,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     /// # Errors
     /// Whatever ends the session: a lost connection, a lost checkpoint row, a poison event.
     pub async fn run(&mut self, mut shutdown: watch::Receiver<bool>) -> Result<()> {
-        let mut tick = interval(self.tuning.checkpoint_interval);
+        let mut tick = interval(self.tuning.checkpoint_interval.min(TICK_MAX));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.send_ready();
@@ -358,7 +358,6 @@ impl<S: Source, P: Publisher> Relay<S, P> {
 
     async fn stored(&mut self, wal_end: Lsn) -> Result<()> {
         self.metrics.checkpoint.written.increment(1);
-        self.last_stored = Instant::now().into_std();
         self.idle.wrote(wal_end);
         self.progress.stored();
         if let Some(flush) = self.progress.to_advance() {
@@ -375,7 +374,10 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         {
             self.progress.settled(&receipt);
         }
-        self.progress.tick();
+        if self.tuning.checkpoint_interval <= TICK_MAX || now >= self.checkpoint_at.into_std() {
+            self.checkpoint_at = Instant::now() + self.tuning.checkpoint_interval;
+            self.progress.tick();
+        }
         self.source.keep_alive().await?;
         self.publish_progress(now);
         Ok(())
@@ -427,17 +429,8 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         metrics.window.events.set(self.window.len() as f64);
         metrics.window.bytes.set(self.window.bytes() as f64);
         metrics.window.paused.set(f64::from(u8::from(self.room() == 0)));
-        self.progress.publish(metrics);
-        let age = now.saturating_duration_since(self.last_stored);
-        metrics.checkpoint.age_seconds.set(age.as_secs_f64());
         let blocked = self.publisher.is_blocked();
-        metrics.broker.blocked.set(f64::from(u8::from(blocked)));
-        if blocked {
-            self.blocked += now.saturating_duration_since(self.last_tick);
-            metrics.broker.blocked_seconds.increment(self.blocked.as_secs());
-            self.blocked -= Duration::from_secs(self.blocked.as_secs());
-        }
-        self.last_tick = now;
+        self.observed.tick(metrics, &self.progress, self.source.seen(), blocked, now);
         self.status.update(&self.progress, &self.lanes, self.window.len(), blocked, now);
     }
 

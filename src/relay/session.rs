@@ -53,7 +53,7 @@ pub async fn open(
     let (row, server) = take_over(&client, options).await?;
     let (stream, assembler) = stream(&client, replication, options, &row).await?;
     let timing = Timing::new(server.wal_sender_timeout);
-    let source = Wal::new(stream, assembler, timing, row.flush_lsn, metrics.clone());
+    let source = Wal::new(stream, assembler, timing, row.flush_lsn);
     let store = PostgresStore::new(client, &options.name, row.session_no).await?;
     tracing::info!(
         session = row.session_no,

@@ -56,6 +56,15 @@ impl Receipt {
     }
 }
 
+/// Counts, for the metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Changes received, before any filter or route.
+    pub changes: u64,
+    /// Events not handed on because an earlier session settled them.
+    pub skipped: u64,
+}
+
 /// Hands on committed changes in order. Production: the WAL, and polling; and a simulator.
 pub trait Source {
     /// Appends at least one item to `batch`, and about `room` at most.
@@ -77,6 +86,9 @@ pub trait Source {
     /// # Errors
     /// When the connection is lost.
     fn keep_alive(&mut self) -> impl Future<Output = Result<()>>;
+
+    /// Counts since this source was made.
+    fn seen(&self) -> Seen;
 
     /// Ends the connection in order.
     fn close(self) -> impl Future<Output = ()>;

@@ -4,17 +4,15 @@
 //! answered at once with the flush position that was authorised last, never with what the server
 //! says: a keepalive may lie past a transaction that is not settled (museum M5, M6).
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::error::{Error, Result};
-use crate::metrics::Metrics;
 use crate::pg::replication::{Frame, ReplicationStream};
 use crate::position::{Lsn, Position};
 use crate::source::transaction::Assembler;
-use crate::source::{Item, Receipt, Source};
+use crate::source::{Item, Receipt, Seen, Source};
 
 /// Frames taken at once when none of them becomes an item, so that other work gets its turn.
 const FRAMES_MAX: usize = 4096;
@@ -52,7 +50,6 @@ pub struct Wal {
     received: Lsn,
     last_status: Instant,
     silence: Silence,
-    metrics: Arc<Metrics>,
 }
 
 /// What is known about the other side while nothing arrives.
@@ -71,23 +68,14 @@ impl Wal {
         assembler: Assembler,
         timing: Timing,
         flushed: Lsn,
-        metrics: Arc<Metrics>,
     ) -> Self {
         let now = Instant::now();
         let (silence, received) = (Silence::Since(now), flushed);
-        Self { stream, assembler, timing, flushed, received, last_status: now, silence, metrics }
+        Self { stream, assembler, timing, flushed, received, last_status: now, silence }
     }
 
-    /// Takes what has arrived, without waiting, and counts it.
+    /// Takes what has arrived, without waiting.
     fn take(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<Taken> {
-        let (changes, skipped) = (self.assembler.changes_received, self.assembler.events_skipped);
-        let taken = self.take_frames(room, batch);
-        self.metrics.wal.changes.increment(self.assembler.changes_received - changes);
-        self.metrics.wal.skipped.increment(self.assembler.events_skipped - skipped);
-        taken
-    }
-
-    fn take_frames(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<Taken> {
         for _ in 0..FRAMES_MAX {
             if batch.len() >= room {
                 return Ok(Taken::Some);
@@ -214,6 +202,11 @@ impl Source for Wal {
             self.flush().await?;
         }
         Ok(())
+    }
+
+    fn seen(&self) -> Seen {
+        let Assembler { changes_received, events_skipped, .. } = &self.assembler;
+        Seen { changes: *changes_received, skipped: *events_skipped }
     }
 
     async fn close(mut self) {

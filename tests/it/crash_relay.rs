@@ -49,7 +49,8 @@ impl Relay {
         let admin = dev::free_port().expect("a free port");
         let slot = database.rsplit('/').next().expect("a database name");
         let text = format!(
-            "source.url = \"{database}\"\nsource.slot = \"slot_{slot}\"\nbroker.url = \"{broker}\"\n\
+            "source.url = \"{database}\"\nsource.slot = \"slot_{slot}\"\n\
+             broker.url = \"{broker}\"\n\
              admin.listen = \"127.0.0.1:{admin}\"\nlog.format = \"text\"\n\
              [relay]\nmax_window_events = {}\nmax_unconfirmed = {}\n\
              [[queue]]\nname = \"{QUEUE}\"\n\

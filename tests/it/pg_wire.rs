@@ -107,7 +107,7 @@ async fn make_guarded() -> Guarded {
 
 /// Gives the server a certificate for `localhost`, its CA signing by `algorithm`. Returns the
 /// files of its CA, of a CA that knows nothing, and certificate and key of the client `certified`.
-fn certify(server: &Postgres, algorithm: &'static SignatureAlgorithm) -> [PathBuf; 4] {
+pub(crate) fn certify(server: &Postgres, algorithm: &'static SignatureAlgorithm) -> [PathBuf; 4] {
     let authority = |name: &str| {
         let key = KeyPair::generate_for(algorithm).expect("a key");
         let mut params = CertificateParams::new(vec![]).expect("params");

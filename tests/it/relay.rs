@@ -7,8 +7,8 @@ use uuid::Uuid;
 use crate::relay_support::{Message, Setup, Stage, kinds, until};
 
 /// Odd white space, key order, digits that no float holds, and characters of every length.
-const ODD: &str = "{ \"z\" : 1,\t\"a\":[1,2 ], \"n\": 12345678901234567890.50, \"\u{e9}\":\"\u{1f407}\\u00e9\",\n\
-     \"z\":2 }";
+const ODD: &str = "{ \"z\" : 1,\t\"a\":[1,2 ], \"n\": 12345678901234567890.50,\n \
+                   \"\u{e9}\":\"\u{1f407}\\u00e9\", \"z\":2 }";
 
 async fn emit(client: &Client, call: &str) -> String {
     let row = client.query_one(&format!("SELECT watership.{call}"), &[]).await;

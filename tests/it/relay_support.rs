@@ -58,15 +58,16 @@ pub struct Setup<'a> {
     pub tables: &'a [&'a str],
     /// Further lines of the configuration's top, such as `relay.idle_interval = "1s"`.
     pub settings: &'a str,
-    /// Routes; without any, everything goes to the exchange `watership`.
+    /// Routes and more topology; without any, everything goes to the exchange `watership`.
     pub routes: &'a str,
+    /// What the relay connects to, when that is not the superuser's URL.
+    pub source_url: &'a str,
 }
 
 /// A prepared database and vhost, and a consumer on the queue `all`, which gets everything that
 /// comes to the exchange `watership`.
 pub struct Stage {
     pub database: Database,
-    pub vhost: Vhost,
     /// A session of the superuser.
     pub sql: Client,
     pub slot: String,
@@ -91,10 +92,10 @@ impl Stage {
         sql.batch_execute(setup.sql).await.expect("the test's own SQL");
         let slot = format!("slot_{}", database.name);
         let (config, port) = configuration(&database.url, &slot, &vhost, &setup);
-        run(&config, &["init"]).await.expect_code(0);
+        run(&config, &["init", "--admin-url", &database.url]).await.expect_code(0);
         let (connection, channel) = vhost.connect().await;
         let inbox = Inbox::open(&channel, "all").await;
-        Self { database, vhost, sql, slot, inbox, channel, config, port, _connection: connection }
+        Self { database, sql, slot, inbox, channel, config, port, _connection: connection }
     }
 
     /// Starts a relay and waits until it streams.
@@ -120,8 +121,14 @@ impl Stage {
     }
 
     /// Runs a command of the program to its end.
-    pub async fn command(&self, arguments: &[&str]) -> Ended {
+    pub async fn run(&self, arguments: &[&str]) -> Ended {
         run(&self.config, arguments).await
+    }
+
+    /// Adds to the configuration file; the next relay reads it.
+    pub fn append_to_configuration(&self, text: &str) {
+        let all = std::fs::read_to_string(&self.config).expect("the configuration") + text;
+        std::fs::write(&self.config, all).expect("the configuration is written");
     }
 
     /// Runs SQL.
@@ -138,6 +145,13 @@ impl Stage {
     /// True when the condition holds in the database.
     pub async fn holds(&self, condition: &str) -> bool {
         self.text(condition).await == "true"
+    }
+
+    /// Where the slot is.
+    pub async fn confirmed_flush(&self) -> String {
+        let slot = &self.slot;
+        let from = format!("FROM pg_replication_slots WHERE slot_name = '{slot}'");
+        self.text(&format!("SELECT confirmed_flush_lsn {from}")).await
     }
 
     /// Waits until the relay has settled all that is committed now, and the consumer has got it.
@@ -161,6 +175,7 @@ pub fn configuration(url: &str, slot: &str, vhost: &Vhost, setup: &Setup<'_>) ->
              outbox = {{ aggregate_type = \"{FENCE}\" }}\ndrop = true\n"
         ),
     };
+    let url = if setup.source_url.is_empty() { url } else { setup.source_url };
     let text = format!(
         "name = \"shop\"\nsource.url = \"{url}\"\nsource.slot = \"{slot}\"\n\
          source.tables = {tables:?}\nbroker.url = \"{broker}\"\n\
@@ -305,6 +320,11 @@ pub struct Message {
 }
 
 impl Message {
+    /// Neither a fence nor a marker.
+    fn is_event(&self) -> bool {
+        !self.exchange.is_empty() && !self.routing_key.starts_with(FENCE)
+    }
+
     /// The message id.
     pub fn id(&self) -> String {
         self.properties.message_id().as_ref().map(ToString::to_string).unwrap_or_default()
@@ -388,9 +408,12 @@ impl Inbox {
         messages
     }
 
-    /// Waits until `count` messages have arrived, then returns everything.
+    /// Waits until `count` messages have arrived, fences and markers left out; returns all of them.
     pub async fn count(&self, count: usize) -> Vec<Message> {
-        self.wait(&format!("{count} messages"), |messages| messages.len() >= count).await
+        let enough = |all: &[Message]| all.iter().filter(|m| m.is_event()).count() >= count;
+        let mut messages = self.wait(&format!("{count} messages"), enough).await;
+        messages.retain(Message::is_event);
+        messages
     }
 
     /// Waits for all that is in the queue now; leaves fences and markers out.
@@ -403,7 +426,7 @@ impl Inbox {
         publish.await.expect("the marker is published");
         let has_marker = |all: &[Message]| all.iter().any(|message| message.kind() == marker);
         let mut messages = self.wait("the marker", has_marker).await;
-        messages.retain(|m| !m.exchange.is_empty() && !m.routing_key.starts_with(FENCE));
+        messages.retain(Message::is_event);
         messages
     }
 }

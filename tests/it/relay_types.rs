@@ -255,7 +255,8 @@ async fn every_column_type_arrives_in_its_documented_form() {
     let columns: Vec<String> =
         VALUES.iter().map(|(name, kind, ..)| format!("{name} {kind}")).collect();
     let sql = format!(
-        "CREATE TYPE mood AS ENUM ('fine', 'so so'); CREATE DOMAIN posint AS int CHECK (VALUE > 0); \
+        "CREATE TYPE mood AS ENUM ('fine', 'so so'); \
+         CREATE DOMAIN posint AS int CHECK (VALUE > 0); \
          CREATE TABLE public.everything (id int8 PRIMARY KEY, {})",
         columns.join(", ")
     );

@@ -4,6 +4,8 @@
 //!
 //! A failing seed reproduces: `WATERSHIP_SEED=17 cargo test --test simulation`.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod world;
 
 use std::collections::{HashMap, HashSet};

@@ -15,7 +15,7 @@ use watership::error::{Error, Result};
 use watership::message::{Message, Outcome, Publisher, Ticket};
 use watership::position::{Lsn, Position};
 use watership::source::transaction::{Assembler, Options, Timelines};
-use watership::source::{Item, Source};
+use watership::source::{Item, Seen, Source};
 
 const OUTBOX: u32 = 16_384;
 
@@ -206,6 +206,11 @@ impl Source for SimSource {
 
     async fn keep_alive(&mut self) -> Result<()> {
         Ok(())
+    }
+
+    fn seen(&self) -> Seen {
+        let Assembler { changes_received, events_skipped, .. } = &self.assembler;
+        Seen { changes: *changes_received, skipped: *events_skipped }
     }
 
     async fn close(self) {}

@@ -1,0 +1,142 @@
+//! The end of a relay in the middle of its work, and what the next one makes of it.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::relay_support::{Message, Setup, Stage, until};
+
+const KEYS: u64 = 100;
+/// Entries in the window, and with it most of what a kill may send twice.
+const WINDOW: usize = 1_000;
+const SMALL_WINDOW: &str = "relay.max_window_events = 1000\nrelay.max_unconfirmed = 200";
+
+fn rows(count: u64) -> String {
+    format!(
+        "INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         SELECT 't', (n % {KEYS})::text, 'e', n::text::json FROM generate_series(1, {count}) AS n"
+    )
+}
+
+/// Nothing lost and each key in order, by first arrival; returns the number of duplicates.
+fn duplicates(got: &[Message], count: u64) -> usize {
+    let mut seen = HashSet::new();
+    let mut last = HashMap::new();
+    for message in got.iter().filter(|message| seen.insert(message.id())) {
+        let n: u64 = message.body.parse().expect("a number");
+        let before = last.insert(n % KEYS, n).unwrap_or(0);
+        assert!(n > before, "{n} came after {before}");
+    }
+    assert_eq!(seen.len() as u64, count, "lost some");
+    got.len() - seen.len()
+}
+
+/// Waits until a checkpoint inside a transaction after `start` is stored.
+async fn inside(stage: &Stage, start: &str) {
+    let inside = format!(
+        "(SELECT commit_lsn > '{start}' AND ordinal > 0 AND flush_lsn < commit_lsn \
+         FROM watership.checkpoint)"
+    );
+    until("a checkpoint inside the transaction", async || stage.holds(&inside).await).await;
+}
+
+#[tokio::test]
+async fn a_kill_inside_a_large_transaction_loses_nothing_and_repeats_little() {
+    const ROWS: u64 = 40_000;
+    // What was confirmed since the last checkpoint: 100 ms of a debug build, with room for a
+    // loaded machine that is late with a checkpoint.
+    const SINCE_CHECKPOINT: usize = 4_000;
+    let stage = Stage::new(Setup { settings: SMALL_WINDOW, ..Setup::default() }).await;
+    let start = stage.text("pg_current_wal_insert_lsn()").await;
+    let relay = stage.start().await;
+    stage.execute(&rows(ROWS)).await;
+    inside(&stage, &start).await;
+    relay.kill();
+    let ordinal: usize =
+        stage.text("SELECT ordinal FROM watership.checkpoint").await.parse().unwrap();
+    let before = stage.inbox.flush(&stage.channel, "all").await.len();
+    assert!(ordinal <= before && before < ordinal + WINDOW + SINCE_CHECKPOINT);
+    let relay = stage.start().await;
+    let got = stage.settled().await;
+    let repeated = duplicates(&got, ROWS);
+    assert!(repeated <= WINDOW + SINCE_CHECKPOINT, "{repeated} came twice");
+    assert_eq!(repeated + usize::try_from(ROWS).unwrap(), got.len());
+    // The second session did not begin again: it skipped what the checkpoint covers.
+    assert!(got.len() - before <= usize::try_from(ROWS).unwrap() - ordinal, "{before} {ordinal}");
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_relay_that_is_asked_to_end_drains_and_repeats_nothing() {
+    const ROWS: u64 = 20_000;
+    let stage = Stage::new(Setup { settings: SMALL_WINDOW, ..Setup::default() }).await;
+    stage.execute(&rows(ROWS)).await;
+    let mut ends = 0;
+    for wanted in [1_000, 5_000, 9_000] {
+        let relay = stage.start().await;
+        stage.inbox.count(wanted).await;
+        relay.stop().await.expect_code(0);
+        ends += usize::from(stage.inbox.flush(&stage.channel, "all").await.len() < 20_000);
+    }
+    assert!(ends > 0, "it was asked to end too late to show anything");
+    let _relay = stage.start().await;
+    assert_eq!(duplicates(&stage.settled().await, ROWS), 0);
+}
+
+#[tokio::test]
+async fn what_is_sent_again_after_a_kill_is_the_same_message_with_the_same_id() {
+    // Nothing is stored between the events and the kill, so everything is sent again.
+    let settings = "relay.checkpoint_interval = \"1m\"";
+    let sql = "CREATE TABLE public.items (id int PRIMARY KEY, name text); \
+        CREATE TABLE public.more (id int PRIMARY KEY)";
+    let tables = ["public.items", "public.more"];
+    let stage = Stage::new(Setup { sql, tables: &tables, settings, ..Setup::default() }).await;
+    let relay = stage.start().await;
+    // The first progress of a session is stored at once, the next a minute later.
+    stage.settled().await;
+    stage
+        .execute(
+            "BEGIN; INSERT INTO items SELECT n, 'x' FROM generate_series(1, 50) AS n; \
+             UPDATE items SET name = 'y' WHERE id % 2 = 0; UPDATE items SET id = 100 WHERE id = 1; \
+             SELECT watership.emit('t', '1', 'e', '1'); DELETE FROM items WHERE id = 2; \
+             INSERT INTO more VALUES (1); TRUNCATE items, more; COMMIT",
+        )
+        .await;
+    stage.execute("INSERT INTO more VALUES (2)").await;
+    const MESSAGES: usize = 50 + 25 + 1 + 1 + 1 + 1 + 2 + 1;
+    let first = stage.inbox.count(MESSAGES).await;
+    relay.kill();
+    let relay = stage.start().await;
+    let all = stage.inbox.count(2 * MESSAGES).await;
+    relay.stop().await.expect_code(0);
+    let ids: HashSet<String> = first.iter().map(Message::id).collect();
+    assert_eq!(ids.len(), MESSAGES, "every event has an id of its own");
+    let by_id = |messages: &[Message]| {
+        let facts = |m: &Message| (m.id(), m.body.clone(), m.text("ws-position"));
+        let mut list: Vec<_> = messages.iter().map(facts).collect();
+        list.sort();
+        list
+    };
+    assert_eq!(by_id(&all[..MESSAGES]), by_id(&all[MESSAGES..]));
+}
+
+#[tokio::test]
+async fn a_second_relay_of_the_same_name_stands_by_and_takes_over() {
+    let stage = Stage::new(Setup::default()).await;
+    let first = stage.start().await;
+    stage.execute("SELECT watership.emit('t', '1', 'e', '1')").await;
+    stage.settled().await;
+    let mut second = stage.spawn_second();
+    until("it stands by", async || second.status().await["state"] == "standing_by").await;
+    assert_eq!((second.get("/livez").await.0, second.get("/readyz").await.0), (200, 503));
+    let status = second.status().await;
+    assert_eq!(status["last_error"]["kind"], "busy", "{status}");
+    assert_eq!(first.status().await["state"], "streaming");
+    stage.execute("SELECT watership.emit('t', '1', 'e', '2')").await;
+    stage.settled().await;
+    first.kill();
+    stage.execute("SELECT watership.emit('t', '1', 'e', '3')").await;
+    second.ready().await;
+    let got = stage.settled().await;
+    let bodies: Vec<&str> = got.iter().map(|message| &*message.body).collect();
+    assert_eq!(bodies, ["1", "2", "3"]);
+    second.stop().await.expect_code(0);
+}
