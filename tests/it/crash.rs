@@ -9,7 +9,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal, StopMode};
 
-use crate::crash_support::{Load, Scene, Window, full};
+use crate::crash_relay::Window;
+use crate::crash_support::{Load, Scene, full};
 use crate::support::{own_database, own_vhost};
 
 /// A relay must not hold a fast shutdown of Postgres for longer.
@@ -23,11 +24,11 @@ async fn a_relay_killed_again_and_again_loses_nothing_and_keeps_the_order() {
     let mut dice = scene.dice();
     scene.consume();
     scene.relay().start();
-    scene.write(Load { events: 20_000, rate: 2_000, rows: 5 });
+    scene.write(Load { events: 24_000, rate: 2_000, rows: 5 });
     scene.flowing(500).await;
     for kill in 1..=8 {
-        // A random moment, the start of the relay included.
-        tokio::time::sleep(Duration::from_millis(dice.u64(20..1_500))).await;
+        // A random moment, the start of the relay included: 2 events are committed in 1 ms.
+        scene.committed_more(dice.u64(40..3_000)).await;
         scene.fault(&format!("kill -9 of the relay, {kill}"));
         scene.relay().kill();
         scene.relay().start();
@@ -51,7 +52,7 @@ async fn a_relay_killed_while_it_drains_large_transactions_loses_nothing() {
     scene.relay().start();
     for kill in 1..=5 {
         // By confirms, not by arrivals: the consumer may lag behind.
-        scene.confirmed(dice.u64(1..u64::from(events) / 7)).await;
+        scene.relay().confirms(dice.u64(1..u64::from(events) / 7)).await;
         scene.fault(&format!("kill -9 of the relay, {kill}"));
         scene.relay().kill();
         scene.relay().start();

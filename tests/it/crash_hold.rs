@@ -1,15 +1,17 @@
 //! Faults that take nothing away but time: peers frozen, a broker that blocks, a queue unbound,
 //! a second relay waiting. The judgement is that of `crash.rs`.
 //!
-//! The sleeps here are the faults themselves. The long ones run when WATERSHIP_FULL is set.
+//! A fault lasts until something has happened (so much committed, the session given up) or as long
+//! as somebody watches that nothing happens. The long ones run when WATERSHIP_FULL is set.
 
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, timeout};
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal};
 
-use crate::crash_support::{EXCHANGE, Load, QUEUE, Relay, Scene, Window, client, full};
+use crate::crash_relay::{EXCHANGE, QUEUE, Relay, Window};
+use crate::crash_support::{Load, Scene, client, full};
 use crate::support::{own_database, own_vhost};
 
 /// Within this time a waiting relay has to take over from one that was killed.
@@ -34,7 +36,7 @@ async fn an_unbound_queue_holds_its_route_without_a_duplicate_until_it_is_bound_
     unbound.await.expect("the queue is unbound");
     let held = |status: &Value| !status["held"].as_array().is_none_or(Vec::is_empty);
     scene.relay().reaches("the route is held", held).await;
-    sleep(Duration::from_secs(2)).await;
+    scene.relay().stays(Duration::from_secs(2), held).await;
     let before = scene.relay().confirmed().await;
     let bound =
         channel.queue_bind(QUEUE.into(), EXCHANGE.into(), "#".into(), Default::default(), none);
@@ -81,10 +83,11 @@ async fn a_frozen_relay_goes_on_where_it_was() {
     scene.write(LOAD);
     scene.flowing(1_000).await;
 
-    scene.fault("relay frozen for 8 s");
+    scene.fault("relay frozen for 8000 events");
     let before = scene.relay().confirmed().await;
     scene.relay().signal(Signal::Stop);
-    sleep(Duration::from_secs(8)).await;
+    // 8 seconds at the rate of the load.
+    scene.committed_more(8_000).await;
     scene.relay().signal(Signal::Cont);
     scene.recovered(Instant::now(), before).await;
     scene.finish().await;
@@ -103,11 +106,12 @@ async fn a_frozen_broker_ends_the_session_and_gets_the_rest_afterwards() {
     scene.write(LOAD);
     scene.confirmed_more(1_000).await;
 
-    scene.fault("broker frozen for 12 s");
+    scene.fault("broker frozen until given up");
+    let begin = Instant::now();
     node.signal(Signal::Stop);
-    sleep(Duration::from_secs(12)).await;
     let over = |status: &Value| status["sessions"].as_u64() > Some(1);
     scene.relay().reaches("the session is given up", over).await;
+    println!("the session with a frozen broker was given up after {:.2?}", begin.elapsed());
     let before = scene.relay().confirmed().await;
     node.signal(Signal::Cont);
     scene.recovered(Instant::now(), before).await;
@@ -131,8 +135,10 @@ async fn a_frozen_postgres_loses_nothing() {
     scene.flowing(1_000).await;
 
     scene.fault("Postgres frozen for 5 s");
+    let other = client(&url).await.expect("a connection");
     server.signal(Signal::Stop);
-    sleep(Duration::from_secs(5)).await;
+    let silence = timeout(Duration::from_secs(5), other.simple_query("SELECT 1")).await;
+    assert!(silence.is_err(), "a frozen server must not answer");
     let before = scene.relay().confirmed().await;
     server.signal(Signal::Cont);
     scene.recovered(Instant::now(), before).await;
@@ -157,9 +163,8 @@ async fn a_memory_alarm_blocks_the_relay_without_ending_its_session() {
     node.ctl(&["set_vm_memory_high_watermark", "0"]).await.expect("the alarm is on");
     let blocked = |status: &Value| status["broker_blocked"] == true;
     scene.relay().reaches("the relay is blocked", blocked).await;
-    sleep(Duration::from_secs(8)).await;
-    let status = scene.relay().status().await;
-    assert!(blocked(&status) && status["state"] == "streaming", "{status}");
+    let streaming = |status: &Value| blocked(status) && status["state"] == "streaming";
+    scene.relay().stays(Duration::from_secs(8), streaming).await;
     let sql = "SELECT count(*) FROM pg_stat_replication JOIN pg_replication_slots \
                ON active_pid = pid WHERE database = current_database() AND state = 'streaming'";
     let client = client(&database.url).await.expect("a connection");

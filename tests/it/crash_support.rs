@@ -5,25 +5,20 @@
 //! "first arrivals of a key rise strictly, and every row arrived" is the whole promise. The
 //! judgement itself is the demo's ledger.
 
-use std::future::Future;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use lapin::message::Delivery;
 use lapin::options::BasicPublishOptions;
 use lapin::{BasicProperties, Connection};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
-use watership::dev::{self, Process, Signal};
 
+use crate::crash_relay::{LIMIT, POLL, QUEUE, Relay, Window, within};
 use ledger::{Counts, Ledger, Mark, Verdict};
 
 #[path = "../../src/cli/demo/consumer.rs"]
@@ -32,17 +27,6 @@ mod consumer;
 #[allow(dead_code, reason = "the demo shows more than a test judges")]
 mod ledger;
 
-/// The one queue of a run; it gets everything.
-pub const QUEUE: &str = "all";
-/// The exchange of a relay without routes.
-pub const EXCHANGE: &str = "watership";
-
-/// How long one step (a start, a stop, a connection) may take on a loaded machine.
-const LIMIT: Duration = Duration::from_secs(60);
-/// A run has failed when nothing arrives for so long although everything should be up.
-const SILENCE: Duration = Duration::from_secs(60);
-/// Grain of looking.
-const POLL: Duration = Duration::from_millis(10);
 /// Writers, each on its own connection.
 const WRITERS: u32 = 4;
 /// Keys of one writer.
@@ -61,23 +45,12 @@ pub struct Load {
     pub rows: u32,
 }
 
-/// Limits of the relay's window in this run.
-#[derive(Debug, Clone, Copy)]
-pub struct Window {
-    pub events: u32,
-    pub unconfirmed: u32,
-}
-
-impl Default for Window {
-    fn default() -> Self {
-        Self { events: 8192, unconfirmed: 2048 }
-    }
-}
-
 /// What the consumer and the judge share.
 struct Shared {
     start: Instant,
     ledger: Mutex<Ledger>,
+    /// Events of transactions whose COMMIT was answered.
+    committed: AtomicU64,
 }
 
 impl Shared {
@@ -108,110 +81,6 @@ struct Fault {
     recovery: Option<Duration>,
 }
 
-/// A relay process and how to reach it; killed and started again with the same configuration.
-pub struct Relay {
-    config: PathBuf,
-    admin: u16,
-    process: Option<Process>,
-}
-
-impl Relay {
-    pub fn new(database: &str, broker: &str, window: Window) -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(1);
-        let name = format!("crash-{}.toml", NEXT.fetch_add(1, Ordering::Relaxed));
-        let config = dev::home().expect("a temporary directory").join(name);
-        let admin = dev::free_port().expect("a free port");
-        let slot = database.rsplit('/').next().expect("a database name");
-        let text = format!(
-            "source.url = \"{database}\"\nsource.slot = \"slot_{slot}\"\n\
-             broker.url = \"{broker}\"\n\
-             admin.listen = \"127.0.0.1:{admin}\"\nlog.format = \"text\"\n\
-             [relay]\nmax_window_events = {}\nmax_unconfirmed = {}\n\
-             [[queue]]\nname = \"{QUEUE}\"\n\
-             [[binding]]\nqueue = \"{QUEUE}\"\nexchange = \"{EXCHANGE}\"\nrouting_key = \"#\"\n",
-            window.events, window.unconfirmed
-        );
-        std::fs::write(&config, text).expect("the configuration is written");
-        Self { config, admin, process: None }
-    }
-
-    fn command(&self, name: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
-        command.arg("--config").arg(&self.config).arg(name);
-        command
-    }
-
-    pub fn start(&mut self) {
-        assert!(self.process.is_none(), "a relay runs already");
-        let log = self.config.with_extension("log");
-        let process = Process::spawn("the relay", self.command("run"), &log);
-        self.process = Some(process.expect("the relay starts"));
-    }
-
-    pub fn kill(&mut self) {
-        self.process.take().expect("a relay runs").kill();
-    }
-
-    pub fn signal(&mut self, signal: Signal) {
-        self.process.as_mut().expect("a relay runs").signal(signal);
-    }
-
-    /// Ends it with TERM; it must end well.
-    pub async fn stop(&mut self) {
-        let mut process = self.process.take().expect("a relay runs");
-        process.signal(Signal::Term);
-        let status = process.wait(LIMIT).await.expect("the relay ends");
-        assert!(status.success(), "{status}\n{}", self.log());
-    }
-
-    pub fn log(&self) -> String {
-        format!("the relay's log:\n{}", dev::tail(&self.config.with_extension("log")))
-    }
-
-    fn check(&mut self) {
-        if let Some(status) = self.process.as_mut().and_then(Process::ended) {
-            panic!("the relay ended by itself with {status}; {}", self.log());
-        }
-    }
-
-    /// The body of an admin page; empty when nobody answers.
-    async fn page(&self, path: &str) -> String {
-        let ask = async {
-            let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).await?;
-            stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).await?;
-            std::io::Result::Ok(answer)
-        };
-        let answer = timeout(Duration::from_secs(2), ask).await;
-        let answer = answer.map_or_else(|_| String::new(), Result::unwrap_or_default);
-        answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned())
-    }
-
-    /// `/status`; null when nobody answers.
-    pub async fn status(&self) -> serde_json::Value {
-        serde_json::from_str(&self.page("/status").await).unwrap_or_default()
-    }
-
-    /// Waits until `/status` is as wanted.
-    pub async fn reaches(&mut self, what: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
-        let reached = async {
-            while !wanted(&self.status().await) {
-                self.check();
-                tokio::time::sleep(POLL).await;
-            }
-        };
-        within(what, reached).await;
-    }
-
-    /// Messages that the broker confirmed to this process.
-    pub async fn confirmed(&self) -> u64 {
-        let page = self.page("/metrics").await;
-        let lines = page.lines().filter(|l| l.starts_with("watership_messages_confirmed_total"));
-        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
-    }
-}
-
 impl Scene {
     /// Prepares the database and the broker; the relay does not run yet.
     pub async fn new(title: &str, database: &str, broker: &str, window: Window) -> Self {
@@ -222,7 +91,11 @@ impl Scene {
         let seed = std::env::var("WATERSHIP_SEED").ok().and_then(|text| text.parse().ok());
         let seed = seed.unwrap_or_else(|| fastrand::u64(..));
         println!("{title}: WATERSHIP_SEED={seed}");
-        let shared = Arc::new(Shared { start: Instant::now(), ledger: Mutex::default() });
+        let shared = Arc::new(Shared {
+            start: Instant::now(),
+            ledger: Mutex::default(),
+            committed: AtomicU64::new(0),
+        });
         Self {
             title: title.into(),
             database: database.into(),
@@ -252,7 +125,9 @@ impl Scene {
             let (url, seed) = (self.database.clone(), self.seed ^ u64::from(writer));
             let load =
                 Load { events: load.events / WRITERS, rate: load.rate.div_ceil(WRITERS), ..load };
-            self.writers.spawn(write(url, writer, load, fastrand::Rng::with_seed(seed)));
+            let shared = self.shared.clone();
+            let dice = fastrand::Rng::with_seed(seed);
+            self.writers.spawn(async move { write(&shared, &url, writer, load, dice).await });
         }
     }
 
@@ -269,23 +144,30 @@ impl Scene {
 
     /// Waits until `count` different events have arrived.
     pub async fn delivered(&mut self, count: u64) {
-        let mut seen = (self.counts(), Instant::now());
-        loop {
-            let counts = self.counts();
-            if counts.delivered >= count {
-                return;
-            }
+        let mut seen = self.counts();
+        let mut deadline = Instant::now() + LIMIT;
+        while seen.delivered < count {
             self.relay.check();
-            if counts != seen.0 {
-                seen = (counts, Instant::now());
+            tokio::time::sleep(POLL).await;
+            let counts = self.counts();
+            if counts != seen {
+                (seen, deadline) = (counts, Instant::now() + LIMIT);
             }
-            let log = self.relay.log();
+            let (title, log) = (&self.title, self.relay.log());
+            let delivered = seen.delivered;
             assert!(
-                seen.1.elapsed() < SILENCE,
-                "{}: {} of {count} delivered, then nothing for {SILENCE:?}; {log}",
-                self.title,
-                counts.delivered
+                Instant::now() < deadline,
+                "{title}: {delivered} of {count} delivered, then nothing for {LIMIT:?}; {log}"
             );
+        }
+    }
+
+    /// Waits until the writers have committed `more` events than now.
+    pub async fn committed_more(&mut self, more: u64) {
+        let count = self.shared.committed.load(Ordering::Relaxed) + more;
+        let deadline = Instant::now() + LIMIT;
+        while self.shared.committed.load(Ordering::Relaxed) < count {
+            assert!(Instant::now() < deadline, "{}: the writers do not get on", self.title);
             tokio::time::sleep(POLL).await;
         }
     }
@@ -294,17 +176,6 @@ impl Scene {
     pub async fn flowing(&mut self, more: u64) {
         let count = self.counts().delivered + more;
         self.delivered(count).await;
-    }
-
-    /// Waits until the broker has confirmed `count` messages to this relay process.
-    pub async fn confirmed(&mut self, count: u64) {
-        let reached = async {
-            while self.relay.confirmed().await < count {
-                self.relay.check();
-                tokio::time::sleep(POLL).await;
-            }
-        };
-        within("confirms", reached).await;
     }
 
     /// Starts the consumer. Where a broker goes down, this comes after it: what a consumer held
@@ -321,7 +192,7 @@ impl Scene {
     /// Waits until this relay process has `more` confirms than now.
     pub async fn confirmed_more(&mut self, more: u64) {
         let count = self.relay.confirmed().await + more;
-        self.confirmed(count).await;
+        self.relay.confirms(count).await;
     }
 
     /// A fault begins.
@@ -337,11 +208,7 @@ impl Scene {
     /// The last fault has ended: waits for the first message that the broker confirms from here
     /// on, and returns how long that took. There must be something to send.
     pub async fn recovered(&mut self, ended: Instant, confirmed_before: u64) -> Duration {
-        while self.relay.confirmed().await <= confirmed_before {
-            self.relay.check();
-            assert!(ended.elapsed() < SILENCE, "no confirm after the fault; {}", self.relay.log());
-            tokio::time::sleep(POLL).await;
-        }
+        self.relay.confirms(confirmed_before + 1).await;
         let took = ended.elapsed();
         self.faults.last_mut().expect("a fault was announced").recovery = Some(took);
         took
@@ -405,11 +272,6 @@ pub fn full() -> bool {
     std::env::var_os("WATERSHIP_FULL").is_some()
 }
 
-/// Waits for `done`, [`LIMIT`] at most.
-pub async fn within<T>(what: &str, done: impl Future<Output = T>) -> T {
-    timeout(LIMIT, done).await.unwrap_or_else(|_| panic!("{what}: not within {LIMIT:?}"))
-}
-
 /// The committed events.
 async fn truth(database: &str) -> Vec<(Uuid, Mark)> {
     let client = client(database).await.expect("Postgres is up at the end");
@@ -430,13 +292,13 @@ pub async fn client(url: &str) -> Result<tokio_postgres::Client, tokio_postgres:
 }
 
 /// A writer: it goes on through every fault of the server, and gives up after [`LIMIT`] of them.
-async fn write(url: String, writer: u32, load: Load, mut dice: fastrand::Rng) {
+async fn write(shared: &Shared, url: &str, writer: u32, load: Load, mut dice: fastrand::Rng) {
     let mut numbers = [0_u64; KEYS as usize];
     let (begin, mut written) = (Instant::now(), 0);
-    let mut last_success = Instant::now();
+    let mut deadline = begin + LIMIT;
     while written < load.events {
-        assert!(last_success.elapsed() < LIMIT, "writer {writer}: Postgres stays away");
-        let Ok(client) = client(&url).await else {
+        assert!(Instant::now() < deadline, "writer {writer}: Postgres stays away");
+        let Ok(client) = client(url).await else {
             tokio::time::sleep(POLL).await;
             continue;
         };
@@ -466,7 +328,10 @@ async fn write(url: String, writer: u32, load: Load, mut dice: fastrand::Rng) {
             if done.await.is_err() {
                 break;
             }
-            last_success = Instant::now();
+            deadline = Instant::now() + LIMIT;
+            if !roll_back {
+                shared.committed.fetch_add(rows.into(), Ordering::Relaxed);
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ mod amqp_tls;
 mod cli;
 mod crash;
 mod crash_hold;
+mod crash_relay;
 mod crash_support;
 mod dev;
 mod maintain;

@@ -1,0 +1,166 @@
+//! The real binary as a process: started, killed, asked how it is.
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+use watership::dev::{self, Process, Signal};
+
+/// The one queue of a run; it gets everything.
+pub const QUEUE: &str = "all";
+/// The exchange of a relay without routes.
+pub const EXCHANGE: &str = "watership";
+
+/// How long one step (a start, a stop, a recovery) may take on a loaded machine.
+pub const LIMIT: Duration = Duration::from_secs(60);
+/// Grain of looking.
+pub const POLL: Duration = Duration::from_millis(10);
+
+/// Limits of the relay's window in this run.
+#[derive(Debug, Clone, Copy)]
+pub struct Window {
+    pub events: u32,
+    pub unconfirmed: u32,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self { events: 8192, unconfirmed: 2048 }
+    }
+}
+
+/// A relay process and how to reach it; killed and started again with the same configuration.
+pub struct Relay {
+    config: PathBuf,
+    admin: u16,
+    process: Option<Process>,
+}
+
+impl Relay {
+    pub fn new(database: &str, broker: &str, window: Window) -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        let name = format!("crash-{}.toml", NEXT.fetch_add(1, Ordering::Relaxed));
+        let config = dev::home().expect("a temporary directory").join(name);
+        let admin = dev::free_port().expect("a free port");
+        let slot = database.rsplit('/').next().expect("a database name");
+        let text = format!(
+            "source.url = \"{database}\"\nsource.slot = \"slot_{slot}\"\n\
+             broker.url = \"{broker}\"\n\
+             admin.listen = \"127.0.0.1:{admin}\"\nlog.format = \"text\"\n\
+             [relay]\nmax_window_events = {}\nmax_unconfirmed = {}\n\
+             [[queue]]\nname = \"{QUEUE}\"\n\
+             [[binding]]\nqueue = \"{QUEUE}\"\nexchange = \"{EXCHANGE}\"\nrouting_key = \"#\"\n",
+            window.events, window.unconfirmed
+        );
+        std::fs::write(&config, text).expect("the configuration is written");
+        Self { config, admin, process: None }
+    }
+
+    /// One of its commands, with its configuration.
+    pub fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
+        command.arg("--config").arg(&self.config).arg(name);
+        command
+    }
+
+    pub fn start(&mut self) {
+        assert!(self.process.is_none(), "a relay runs already");
+        let log = self.config.with_extension("log");
+        let process = Process::spawn("the relay", self.command("run"), &log);
+        self.process = Some(process.expect("the relay starts"));
+    }
+
+    pub fn kill(&mut self) {
+        self.process.take().expect("a relay runs").kill();
+    }
+
+    pub fn signal(&mut self, signal: Signal) {
+        self.process.as_mut().expect("a relay runs").signal(signal);
+    }
+
+    /// Ends it with TERM; it must end well.
+    pub async fn stop(&mut self) {
+        let mut process = self.process.take().expect("a relay runs");
+        process.signal(Signal::Term);
+        let status = process.wait(LIMIT).await.expect("the relay ends");
+        assert!(status.success(), "{status}\n{}", self.log());
+    }
+
+    pub fn log(&self) -> String {
+        format!("the relay's log:\n{}", dev::tail(&self.config.with_extension("log")))
+    }
+
+    /// Fails when it ended by itself.
+    pub fn check(&mut self) {
+        if let Some(status) = self.process.as_mut().and_then(Process::ended) {
+            panic!("the relay ended by itself with {status}; {}", self.log());
+        }
+    }
+
+    /// The body of an admin page; empty when nobody answers.
+    async fn page(&self, path: &str) -> String {
+        let ask = async {
+            let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).await?;
+            stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await?;
+            std::io::Result::Ok(answer)
+        };
+        let answer = timeout(Duration::from_secs(2), ask).await;
+        let answer = answer.map_or_else(|_| String::new(), Result::unwrap_or_default);
+        answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned())
+    }
+
+    /// `/status`; null when nobody answers.
+    pub async fn status(&self) -> serde_json::Value {
+        serde_json::from_str(&self.page("/status").await).unwrap_or_default()
+    }
+
+    /// Waits until `/status` is as wanted.
+    pub async fn reaches(&mut self, what: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
+        let deadline = Instant::now() + LIMIT;
+        while !wanted(&self.status().await) {
+            self.check();
+            assert!(Instant::now() < deadline, "{what}: not within {LIMIT:?}; {}", self.log());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// For so long, `/status` is as wanted whenever one looks, and the broker confirms nothing.
+    pub async fn stays(&mut self, time: Duration, wanted: impl Fn(&serde_json::Value) -> bool) {
+        let (deadline, confirmed) = (Instant::now() + time, self.confirmed().await);
+        while Instant::now() < deadline {
+            let status = self.status().await;
+            assert!(wanted(&status), "{status}; {}", self.log());
+            assert_eq!(self.confirmed().await, confirmed, "{}", self.log());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Waits until the broker has confirmed `count` messages to this process.
+    pub async fn confirms(&mut self, count: u64) {
+        let deadline = Instant::now() + LIMIT;
+        while self.confirmed().await < count {
+            self.check();
+            assert!(Instant::now() < deadline, "{count} confirms do not come; {}", self.log());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Messages that the broker confirmed to this process.
+    pub async fn confirmed(&self) -> u64 {
+        let page = self.page("/metrics").await;
+        let lines = page.lines().filter(|l| l.starts_with("watership_messages_confirmed_total"));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+}
+
+/// Waits for `done`, [`LIMIT`] at most.
+pub async fn within<T>(what: &str, done: impl Future<Output = T>) -> T {
+    timeout(LIMIT, done).await.unwrap_or_else(|_| panic!("{what}: not within {LIMIT:?}"))
+}
