@@ -22,11 +22,6 @@ const EXCEPTIONS: &[Exception] = &[
         why: "its clock is paused: a sleep there is simulated time",
     },
     Exception {
-        path: "tests/it/crash",
-        words: "sleep",
-        why: "a fault lasts for a time: freezing a process for eight seconds is the test",
-    },
-    Exception {
         path: "tests/it/dev.rs",
         words: "#[ignore",
         why: "the process that another test starts and kills",
