@@ -68,7 +68,7 @@ async fn a_broker_killed_and_restarted_under_load_gets_everything_in_order() {
     let window = Window::default();
     let mut scene = Scene::new("broker", &database.url, &node.url("/"), window).await;
     scene.relay().start();
-    scene.write(Load { events: 40_000, rate: 1_000, rows: 5 });
+    scene.write(Load { events: 25_000, rate: 800, rows: 5 });
     scene.confirmed_more(1_000).await;
 
     scene.fault("kill -9 of the broker");
@@ -129,7 +129,7 @@ async fn postgres_shuts_down_within_5_seconds_with_a_frozen_and_with_a_dead_brok
     let url = server.url("postgres", "shop");
     let mut scene = Scene::new("shutdown", &url, &node.url("/"), Window::default()).await;
     scene.relay().start();
-    scene.write(Load { events: 30_000, rate: 1_000, rows: 5 });
+    scene.write(Load { events: 16_000, rate: 800, rows: 5 });
     scene.confirmed_more(500).await;
 
     scene.fault("fast shutdown with the broker frozen");
