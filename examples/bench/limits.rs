@@ -68,8 +68,18 @@ pub fn cores() -> f64 {
     std::thread::available_parallelism().map_or(1.0, |n| n.get() as f64)
 }
 
+/// What the raw publisher sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Two headers, through the default exchange: the least that a broker can be asked for.
+    Bare,
+    /// The headers of the relay's messages, through a topic exchange as the relay's: what the
+    /// relay asks the broker for, without the relay.
+    Relayed,
+}
+
 /// Measures the publisher; `None` when the program was not built.
-pub async fn publish(servers: &Servers, messages: u64) -> Result<Option<Publish>> {
+pub async fn publish(servers: &Servers, messages: u64, kind: Kind) -> Result<Option<Publish>> {
     let program = match Servers::built("examples/raw_publisher") {
         Ok(program) => program,
         Err(error) => {
@@ -85,6 +95,9 @@ pub async fn publish(servers: &Servers, messages: u64) -> Result<Option<Publish>
     command.arg(servers.rabbit.url("/")).args(["--queue", queue]);
     for (name, value) in [("--messages", messages), ("--window", WINDOW), ("--body", BODY_BYTES)] {
         command.arg(name).arg(value.to_string());
+    }
+    if kind == Kind::Relayed {
+        command.args(["--exchange", "bench_publish"]);
     }
     let output = tokio::time::timeout(LIMIT, command.stderr(Stdio::inherit()).output()).await;
     let output = output

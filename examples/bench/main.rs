@@ -106,8 +106,9 @@ async fn run(arguments: Arguments) -> Result<()> {
     report.print_head();
     if !arguments.no_drain || arguments.limits_only {
         let messages = arguments.events.min(limits::PUBLISH_MESSAGES_MAX);
-        let publish = limits::publish(&servers, messages).await?;
-        report.publish(publish);
+        let bare = limits::publish(&servers, messages, limits::Kind::Bare).await?;
+        let relayed = limits::publish(&servers, messages, limits::Kind::Relayed).await?;
+        report.publish(bare, relayed);
         for shape in arguments.shapes() {
             let case = drain::run(&servers, &shape, &report, arguments.limits_only).await?;
             report.case(case);

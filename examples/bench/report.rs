@@ -30,6 +30,8 @@ pub struct Report {
     cores: f64,
     postgres: u32,
     publish: Option<Publish>,
+    /// The same with the relay's headers and exchange.
+    publish_relayed: Option<Publish>,
     cases: Vec<Case>,
     large: Option<Large>,
     latency: Option<Latency>,
@@ -43,6 +45,7 @@ impl Report {
             cores: cores(),
             postgres: servers.postgres.major(),
             publish: None,
+            publish_relayed: None,
             cases: Vec::new(),
             large: None,
             latency: None,
@@ -57,14 +60,18 @@ impl Report {
         self.publish.as_ref()
     }
 
-    pub fn publish(&mut self, publish: Option<Publish>) {
-        if let Some(p) = &publish {
-            println!(
-                "limit, publisher alone: {:.0}/s (broker {:.1} µs, publisher {:.1} µs a message)",
-                p.rate, p.broker_us, p.publisher_us
-            );
-        }
-        self.publish = publish;
+    pub fn publish(&mut self, bare: Option<Publish>, relayed: Option<Publish>) {
+        let print = |what: &str, publish: &Option<Publish>| {
+            if let Some(p) = publish {
+                println!(
+                    "{what}: {:.0}/s (broker {:.1} µs, publisher {:.1} µs a message)",
+                    p.rate, p.broker_us, p.publisher_us
+                );
+            }
+        };
+        print("limit, publisher alone", &bare);
+        print("  with the relay's headers and a topic exchange", &relayed);
+        (self.publish, self.publish_relayed) = (bare, relayed);
     }
 
     pub fn case(&mut self, case: Case) {
@@ -86,6 +93,10 @@ impl Report {
             let share = drain.rate / case.limit;
             print_drain(drain);
             println!("  share of the limit: {share:.2} {}", at_least(share, SHARE_MIN));
+            if let Some(relayed) = &self.publish_relayed {
+                let share = drain.rate / relayed.rate;
+                println!("  share of a publisher of the same messages: {share:.2}");
+            }
             println!("  CPU bar: {}", at_most(drain.relay_us, RELAY_US_MAX));
             println!("  memory bar: {}", at_most(drain.peak_rss_mb, RSS_MB_MAX));
         }

@@ -305,14 +305,22 @@ fn send(signal: Signal, targets: &[String]) {
         .status();
 }
 
+/// Where free ports are looked for: below the range that the kernel takes outgoing connections'
+/// ports from (32768 and up), because one of those may take a port between the look and the use.
+const PORTS: std::ops::Range<u16> = 20_000..32_000;
+/// Draws before giving up.
+const PORT_DRAWS: u32 = 100;
+
 /// A loopback port that nobody listens on at this moment.
 ///
 /// # Errors
 /// When the loopback interface has none.
 pub fn free_port() -> Result<u16> {
-    let bound = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|l| l.local_addr());
-    let address = bound.map_err(|e| Error::unreachable("finding a free port").caused_by(e))?;
-    Ok(address.port())
+    let is_free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    let mut draws = (0..PORT_DRAWS).map(|_| fastrand::u16(PORTS));
+    draws.find(is_free).ok_or_else(|| {
+        Error::unreachable(format!("no free port among {PORT_DRAWS} tried in {PORTS:?}"))
+    })
 }
 
 /// The path of the running program, to start it once more as another process.

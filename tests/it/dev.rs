@@ -137,7 +137,6 @@ async fn a_killed_parent_leaves_no_process_and_no_file() {
     let mut parent = Command::new(std::env::current_exe().expect("this program"))
         .args(["--exact", "dev::parent_that_is_killed", "--ignored", "--nocapture"])
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
         .spawn()
         .expect("a parent");
     let mut lines = BufReader::new(parent.stdout.take().expect("its output")).lines();
