@@ -1,7 +1,8 @@
 //! Instructions per event on the hot path, counted by Callgrind: the same on a busy machine.
 //!
-//! Each benchmark works through [`EVENTS`] events and fails above its own limit per event, which
-//! is a good tenth above what was measured when it was last set. To move a limit is a decision,
+//! Each benchmark works through [`EVENTS`] events. Those of decoder and column fail above their own
+//! limit per event, which is a good tenth above what was measured when it was last set; the others
+//! are counted and have no limit yet. To move a limit is a decision,
 //! made in the commit that needs it.
 //!
 //! Needs valgrind and `cargo install gungraun-runner` in the version of the gungraun dependency.
@@ -36,10 +37,6 @@ const EVENTS: u64 = 1000;
 const DECODE_OUTBOX_MAX: u64 = 910; // 822
 const DECODE_WIDE_MAX: u64 = 1600; // 1452
 const JSON_WIDE_MAX: u64 = 8250; // 7471
-const ASSEMBLE_MAX: u64 = 100_000; // not measured yet
-const ENVELOPE_MAX: u64 = 100_000; // not measured yet
-const LANES_MAX: u64 = 100_000; // not measured yet
-const FRAMING_MAX: u64 = 100_000; // not measured yet
 
 /// Refuses more than `instructions` per event.
 fn at_most(instructions: u64) -> LibraryBenchmarkConfig {
@@ -47,6 +44,13 @@ fn at_most(instructions: u64) -> LibraryBenchmarkConfig {
     callgrind.hard_limits([(EventKind::Ir, instructions * EVENTS)]);
     let mut config = LibraryBenchmarkConfig::default();
     config.tool(callgrind);
+    config
+}
+
+/// Counts and prints, and refuses nothing: for benchmarks whose limit is not set yet.
+fn counted() -> LibraryBenchmarkConfig {
+    let mut config = LibraryBenchmarkConfig::default();
+    config.tool(Callgrind::with_args(["--cache-sim=no"]));
     config
 }
 
@@ -190,7 +194,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
     (assembler, outbox_frames().into_iter().map(Bytes::from).collect(), items)
 }
 
-#[library_benchmark(config = at_most(ASSEMBLE_MAX))]
+#[library_benchmark(config = counted())]
 #[bench::outbox(args = (), setup = assembler)]
 fn assemble(
     (mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>),
@@ -235,7 +239,7 @@ fn wrap(
     (router, envelope, events, made)
 }
 
-#[library_benchmark(config = at_most(ENVELOPE_MAX))]
+#[library_benchmark(config = counted())]
 #[bench::outbox(args = (), setup = events)]
 fn route_and_envelope(
     input: (Router, Envelope, Vec<Event>, Vec<Made>),
@@ -254,7 +258,7 @@ fn messages() -> (Vec<Made>, Vec<Receipt>) {
 }
 
 // Through the window and the lanes, confirmed in the order of sending.
-#[library_benchmark(config = at_most(LANES_MAX))]
+#[library_benchmark(config = counted())]
 #[bench::a_hundred_keys(args = (), setup = messages)]
 fn lanes_and_watermark((made, receipts): (Vec<Made>, Vec<Receipt>)) -> Option<Receipt> {
     let now = Instant::now();
@@ -280,7 +284,7 @@ fn publishes() -> (Vec<Made>, Vec<u8>) {
     (messages().0, Vec::with_capacity(2 << 20))
 }
 
-#[library_benchmark(config = at_most(FRAMING_MAX))]
+#[library_benchmark(config = counted())]
 #[bench::payload_of_330_bytes(args = (), setup = publishes)]
 fn amqp_framing((made, mut out): (Vec<Made>, Vec<u8>)) -> (Vec<Made>, Vec<u8>) {
     for (message, _) in &made {
