@@ -1,11 +1,13 @@
 //! The one error type.
 //!
 //! A kind says what the caller does about it; the text names the thing, its value and what is
-//! allowed; the hint says what to do. `retry` is the only place that decides whether another try
-//! can help.
+//! allowed; the hint says what to do. `Kind::retry` is the only place that decides whether another
+//! try can help; `fault`, `pg/sqlstate` and `amqp/reply` decide the kind.
 
 use std::error::Error as StdError;
 use std::fmt;
+
+use crate::verdict::Verdict;
 
 /// What the caller does about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +28,56 @@ pub enum Kind {
     Verdict,
 }
 
+impl Kind {
+    /// Every kind, in the order of the list above.
+    pub const ALL: [Kind; 7] = [
+        Kind::Config,
+        Kind::Unreachable,
+        Kind::Refused,
+        Kind::Busy,
+        Kind::Protocol,
+        Kind::Event,
+        Kind::Verdict,
+    ];
+
+    /// What a person should do about errors of this kind, when nothing better is known.
+    pub fn advice(self) -> &'static str {
+        match self {
+            Kind::Config => "correct the configuration or the command line, then start again",
+            Kind::Unreachable => "nothing, if the peer comes back: it is tried again for ever",
+            Kind::Refused => "mend what the text names; it is tried again, slowly, for ever",
+            Kind::Busy => "nothing: this one takes over when the other one ends",
+            Kind::Protocol => {
+                "look for a proxy in between and for the versions of both ends; it is tried again"
+            }
+            Kind::Event => "mend or discard the event; it can never be published as it is",
+            Kind::Verdict => "decide how to go on, then start again: `watership check` says more",
+        }
+    }
+
+    /// Whether another try can help: the one place that decides it.
+    pub fn retry(self) -> Retry {
+        match self {
+            Kind::Unreachable | Kind::Busy | Kind::Protocol => Retry::Soon,
+            Kind::Refused => Retry::Slowly,
+            Kind::Config | Kind::Event | Kind::Verdict => Retry::Never,
+        }
+    }
+
+    /// A short stable word for metric labels and logs.
+    pub fn label(self) -> &'static str {
+        match self {
+            Kind::Config => "config",
+            Kind::Unreachable => "unreachable",
+            Kind::Refused => "refused",
+            Kind::Busy => "busy",
+            Kind::Protocol => "protocol",
+            Kind::Event => "event",
+            Kind::Verdict => "verdict",
+        }
+    }
+}
+
 /// Whether another try can help, and how patiently to try.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retry {
@@ -41,7 +93,9 @@ pub enum Retry {
 pub struct Error {
     kind: Kind,
     what: String,
+    verdict: Option<Verdict>,
     hint: Option<String>,
+    code: Option<String>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -51,7 +105,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of `kind`; `what` names the thing, its value and what is allowed.
     pub fn new(kind: Kind, what: impl Into<String>) -> Self {
-        Self { kind, what: what.into(), hint: None, source: None }
+        Self { kind, what: what.into(), verdict: None, hint: None, code: None, source: None }
     }
 
     /// A [`Kind::Config`] error.
@@ -84,11 +138,29 @@ impl Error {
         Self::new(Kind::Verdict, what)
     }
 
+    /// A [`Kind::Verdict`] error with a stable name, which begins its text.
+    pub fn named(verdict: Verdict, what: impl fmt::Display) -> Self {
+        let what = format!("{}: {what}", verdict.name());
+        Self { verdict: Some(verdict), ..Self::new(Kind::Verdict, what) }
+    }
+
     /// Adds what a person should do.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    /// Adds the peer's own code, such as a SQLSTATE.
+    #[must_use]
+    pub fn coded(mut self, code: impl Into<String>) -> Self {
+        self.code = Some(code.into());
+        self
+    }
+
+    /// The peer's own code, where it gave one.
+    pub fn code(&self) -> Option<&str> {
+        self.code.as_deref()
     }
 
     /// Adds the error below this one.
@@ -122,26 +194,24 @@ impl Error {
         self.hint.as_deref()
     }
 
+    /// What a person should do: the advice of this error, else that of its kind.
+    pub fn what_to_do(&self) -> &str {
+        self.advice().unwrap_or_else(|| self.kind.advice())
+    }
+
+    /// Which verdict it is, where it has a name.
+    pub fn name(&self) -> Option<Verdict> {
+        self.verdict
+    }
+
     /// Whether another try can help.
     pub fn retry(&self) -> Retry {
-        match self.kind {
-            Kind::Unreachable | Kind::Busy | Kind::Protocol => Retry::Soon,
-            Kind::Refused => Retry::Slowly,
-            Kind::Config | Kind::Event | Kind::Verdict => Retry::Never,
-        }
+        self.kind.retry()
     }
 
     /// A short stable word for metric labels and logs.
     pub fn label(&self) -> &'static str {
-        match self.kind {
-            Kind::Config => "config",
-            Kind::Unreachable => "unreachable",
-            Kind::Refused => "refused",
-            Kind::Busy => "busy",
-            Kind::Protocol => "protocol",
-            Kind::Event => "event",
-            Kind::Verdict => "verdict",
-        }
+        self.kind.label()
     }
 }
 

@@ -13,6 +13,7 @@ use tokio_postgres::error::DbError;
 use tokio_postgres::fallible_iterator::FallibleIterator;
 
 use crate::error::{Error, Kind};
+use crate::fault::io_error;
 
 /// The fields of an error response that we use.
 ///
@@ -63,7 +64,7 @@ impl ServerError {
         {
             what = format!("{what}: {detail}");
         }
-        let error = Error::new(kind, what);
+        let error = Error::new(kind, what).coded(&*self.code);
         match (advice, &self.hint) {
             (Some(ours), Some(server)) => error.hint(format!("{ours}; the server says: {server}")),
             (Some(ours), None) => error.hint(ours),
@@ -105,79 +106,42 @@ fn server_error(db: &DbError) -> ServerError {
     }
 }
 
-/// An I/O error: unreachable, except where it carries one of our own errors or a certificate that
-/// no retry makes better.
-pub fn io_error(what: &str, error: io::Error) -> Error {
-    if error.get_ref().is_some_and(|inner| inner.is::<Error>()) {
-        let inner = error.into_inner().expect("get_ref was Some");
-        return *inner.downcast::<Error>().expect("is::<Error> was true");
-    }
-    let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
-        // Parsers of the protocol crate report malformed messages as InvalidInput.
-        return match error.kind() {
-            io::ErrorKind::InvalidInput => Error::protocol(what).caused_by(error),
-            _ => Error::unreachable(what).caused_by(error),
-        };
-    };
-    let (kind, hint) = classify_tls(tls);
-    let error = Error::new(kind, what).caused_by(error);
-    match hint {
-        Some(hint) => error.hint(hint),
-        None => error,
-    }
-}
-
-fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
-    use rustls::CertificateError as C;
-    match error {
-        rustls::Error::InvalidCertificate(C::UnknownIssuer | C::BadSignature) => (
-            Kind::Refused,
-            Some("name the CA that signed the server certificate: sslrootcert=FILE"),
-        ),
-        rustls::Error::InvalidCertificate(
-            C::NotValidForName | C::NotValidForNameContext { .. },
-        ) => (
-            Kind::Refused,
-            Some("connect by a name that the certificate carries, or ask for sslmode=verify-ca"),
-        ),
-        rustls::Error::InvalidCertificate(_) => (Kind::Refused, Some("check the certificate")),
-        rustls::Error::AlertReceived(_) => {
-            (Kind::Refused, Some("the server refused TLS: check sslcert, sslkey and its log"))
-        }
-        // Corrupted or truncated records and the like: a new connection may help.
-        _ => (Kind::Unreachable, None),
-    }
-}
-
 /// Classes 22 and 23 quote values of rows; those never go to a log.
 fn carries_row_data(code: &str) -> bool {
     code.starts_with("22") || code.starts_with("23")
 }
 
-/// The table: what the caller does about an SQLSTATE, and our advice.
-fn classify(code: &str) -> (Kind, Option<&'static str>) {
+/// The table: what the caller does about an SQLSTATE, and our advice. The last line of a class is
+/// for all of its codes that are not named.
+pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
     let class = code.get(..2).unwrap_or_default();
     match (class, code) {
-        (_, "08P01") => (
-            Kind::Refused,
-            Some("if this is a connection pooler, name the Postgres server itself in the URL"),
-        ),
-        ("08", _) => (Kind::Unreachable, None),
+        (_, "08P01") => {
+            (Kind::Refused, Some("if this is a connection pooler, name the Postgres server itself"))
+        }
+        ("08", _) => (Kind::Unreachable, Some("the connection broke; it is opened again")),
+        ("0A", _) => {
+            (Kind::Refused, Some("this server is too old, or lacks a feature that is set"))
+        }
         (_, "25006") => (
             Kind::Unreachable,
             Some("this server is a standby: name the primary in the URL, or wait for promotion"),
         ),
-        (_, "25P03") => (Kind::Unreachable, None),
+        (_, "25P03" | "25P04" | "57P05") => (
+            Kind::Unreachable,
+            Some("a time limit of the server ended the session; it is opened again"),
+        ),
         (_, "28P01") => (Kind::Refused, Some("check user and password in the URL")),
         ("28", _) => (
             Kind::Refused,
             Some("check user and password in the URL, and the server's pg_hba.conf"),
         ),
         (_, "3D000") => (Kind::Refused, Some("check the database name in the URL")),
-        (_, "3F000" | "42P01" | "42883" | "42703") => {
+        (_, "3F000") | ("42", "42P01" | "42883" | "42703") => {
             (Kind::Refused, Some("is the schema installed in this database? `watership init` does"))
         }
-        (_, "40001" | "40P01" | "55P03" | "55006") => (Kind::Busy, None),
+        ("40", _) | (_, "55P03") => (Kind::Busy, Some("somebody held a lock; it is tried again")),
+        (_, "55006") => (Kind::Busy, Some("another relay reads the slot; this one waits")),
         (_, "42501") => {
             (Kind::Refused, Some("the role lacks a privilege: replication needs LOGIN REPLICATION"))
         }
@@ -191,14 +155,29 @@ fn classify(code: &str) -> (Kind, Option<&'static str>) {
         (_, "53300") => {
             (Kind::Unreachable, Some("raise max_connections or max_wal_senders if this lasts"))
         }
+        (_, "53100") => (Kind::Unreachable, Some("the server's disk is full")),
         ("53", _) => (Kind::Unreachable, Some("the server is short of a resource")),
         (_, "55000") => (
             Kind::Verdict,
             Some("the slot is lost or wal_level is not logical: `watership check` says which"),
         ),
-        (_, "57014" | "57P01" | "57P02" | "57P03" | "57P05") => (Kind::Unreachable, None),
-        (_, "58000" | "58030") => (Kind::Unreachable, None),
-        (_, "XX000") => (Kind::Protocol, None),
+        (_, "57014") => {
+            (Kind::Unreachable, Some("a timeout or an operator cancelled it; it is tried again"))
+        }
+        (_, "57P01" | "57P02" | "57P03") => (
+            Kind::Unreachable,
+            Some("the server stops, starts or ended the session; it is tried again"),
+        ),
+        (_, "57P04") => (Kind::Refused, Some("the database was dropped: check the URL")),
+        (_, "58P01") => (
+            Kind::Refused,
+            Some("a file of the server is missing, WAL perhaps: see its log and `watership check`"),
+        ),
+        ("58", _) => (Kind::Unreachable, Some("the server's storage failed: see its log")),
+        ("XX", _) => (Kind::Protocol, Some("the server failed within: see its log")),
+        ("54", _) => (Kind::Refused, Some("a limit of the server was met")),
+        ("22" | "23", _) => (Kind::Refused, Some("the server did not take a value: see its log")),
+        ("42", _) => (Kind::Refused, Some("does the schema fit this version? `watership init`")),
         _ => (Kind::Refused, None),
     }
 }
@@ -247,22 +226,5 @@ mod tests {
         let error = error.to_error();
         let advice = error.advice().unwrap();
         assert!(advice.contains("password") && advice.ends_with("try"), "{advice}");
-    }
-
-    #[test]
-    fn our_own_error_survives_the_trip_through_io() {
-        let ours = Error::refused("md5").hint("do this");
-        let back = io_error("x", io::Error::other(ours));
-        assert_eq!((back.kind(), back.advice()), (Kind::Refused, Some("do this")));
-    }
-
-    #[test]
-    fn a_bad_certificate_is_refused_and_a_corrupt_record_is_not() {
-        let unknown = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
-        let error = io_error("TLS", io::Error::new(io::ErrorKind::InvalidData, unknown));
-        assert_eq!(error.kind(), Kind::Refused);
-        assert!(error.advice().unwrap().contains("sslrootcert"));
-        let corrupt = io::Error::new(io::ErrorKind::InvalidData, rustls::Error::DecryptError);
-        assert_eq!(io_error("TLS", corrupt).kind(), Kind::Unreachable);
     }
 }

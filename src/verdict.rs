@@ -1,0 +1,98 @@
+//! The named reasons for which a relay stops until a person decides.
+//!
+//! A name is stable: it begins the text of the error, and it is a metric label and a field of
+//! `/status`. What to do stands in the error's hint; a gap is accepted with `watership resync`.
+
+/// The command that accepts a gap.
+pub const RESYNC: &str = "watership resync --accept-gap --reason '…'";
+
+/// Why going on would be a guess.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// `wal_level` is not logical any more.
+    WalLevel,
+    /// The system identifier is another one.
+    OtherCluster,
+    /// The server is on another timeline, and no failover slot connects the two.
+    TimelineChanged,
+    /// The checkpoint lies beyond the end of the server's WAL: an older state was restored.
+    CheckpointAhead,
+    /// There is no slot of that name.
+    SlotMissing,
+    /// The slot cannot be this relay's: another plugin or database, temporary, or two-phase.
+    SlotUnfit,
+    /// WAL that the slot needs was removed.
+    SlotLost,
+    /// The slot was made anew: what was committed between is not in it.
+    SlotRecreated,
+    /// The slot is past what this relay ever authorised: somebody else moved it.
+    SlotAhead,
+    /// There is no publication of that name.
+    PublicationMissing,
+    /// The publication is another one than that of the checkpoint.
+    PublicationRecreated,
+    /// Operations, root names, a row filter or a column list of the publication changed.
+    PublicationAltered,
+    /// A table is not in the publication any more.
+    TableRemoved,
+    /// A table of the publication was dropped and made anew.
+    TableRecreated,
+    /// The stream moves on and leaves out what is published.
+    StreamDeaf,
+}
+
+impl Verdict {
+    /// All of them.
+    pub const ALL: [Verdict; 15] = [
+        Verdict::WalLevel,
+        Verdict::OtherCluster,
+        Verdict::TimelineChanged,
+        Verdict::CheckpointAhead,
+        Verdict::SlotMissing,
+        Verdict::SlotUnfit,
+        Verdict::SlotLost,
+        Verdict::SlotRecreated,
+        Verdict::SlotAhead,
+        Verdict::PublicationMissing,
+        Verdict::PublicationRecreated,
+        Verdict::PublicationAltered,
+        Verdict::TableRemoved,
+        Verdict::TableRecreated,
+        Verdict::StreamDeaf,
+    ];
+
+    /// The stable name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Verdict::WalLevel => "wal_level",
+            Verdict::OtherCluster => "other_cluster",
+            Verdict::TimelineChanged => "timeline_changed",
+            Verdict::CheckpointAhead => "checkpoint_ahead",
+            Verdict::SlotMissing => "slot_missing",
+            Verdict::SlotUnfit => "slot_unfit",
+            Verdict::SlotLost => "slot_lost",
+            Verdict::SlotRecreated => "slot_recreated",
+            Verdict::SlotAhead => "slot_ahead",
+            Verdict::PublicationMissing => "publication_missing",
+            Verdict::PublicationRecreated => "publication_recreated",
+            Verdict::PublicationAltered => "publication_altered",
+            Verdict::TableRemoved => "table_removed",
+            Verdict::TableRecreated => "table_recreated",
+            Verdict::StreamDeaf => "stream_deaf",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_labels_and_differ() {
+        let mut names = Verdict::ALL.map(Verdict::name).to_vec();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), Verdict::ALL.len());
+        assert!(names.concat().bytes().all(|b| b.is_ascii_lowercase() || b == b'_'));
+    }
+}
