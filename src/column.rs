@@ -20,6 +20,7 @@
 //! domain and an array of a user's type have OIDs of their own: their text form is sent as string.
 
 mod array;
+pub mod binary;
 mod bytes;
 pub mod oid;
 

@@ -24,12 +24,24 @@ use crate::secret::Secret;
 ///
 /// A space in a value has to be escaped with a backslash, as in the server's command line.
 pub(super) const SETTINGS: &str = "-c search_path=pg_catalog -c DateStyle=ISO,YMD \
-     -c IntervalStyle=iso_8601 -c TimeZone=UTC -c extra_float_digits=3 -c bytea_output=hex";
+     -c IntervalStyle=iso_8601 -c TimeZone=UTC -c extra_float_digits=3 -c bytea_output=hex \
+     -c idle_session_timeout=0";
+
+/// The same for a setting that came with Postgres 17, which earlier servers do not know: a role's
+/// own limit must not end the decoding of a long transaction.
+pub(super) const NO_TRANSACTION_TIMEOUT: &str = "SET transaction_timeout = 0";
+
+/// Whether a server of this `server_version` knows it.
+pub(super) fn has_transaction_timeout(server_version: &str) -> bool {
+    let major = server_version.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
+    major.parse::<u32>().is_ok_and(|major| major >= 17)
+}
 
 /// A walsender waits as long as it takes; its statements never time out. Its warnings must come:
 /// one of them tells of changes that it leaves out.
 const REPLICATION_SETTINGS: &str = " -c statement_timeout=0 -c lock_timeout=0 \
-     -c idle_in_transaction_session_timeout=0 -c client_min_messages=warning";
+     -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
+     -c client_min_messages=warning";
 
 /// What the server asked for as proof.
 enum Proof {

@@ -28,9 +28,10 @@ use super::sqlstate::postgres_error;
 use crate::error::{Error, Result};
 
 /// Limits of a session, so that no statement of ours holds anything for ever. Longer work sets
-/// its own with `SET LOCAL`.
+/// its own with `SET LOCAL`. Being idle is no fault: an end of the role's choosing would look
+/// like one.
 const LIMITS: &str = " -c statement_timeout=30s -c lock_timeout=5s \
-     -c idle_in_transaction_session_timeout=60s";
+     -c idle_in_transaction_session_timeout=60s -c idle_session_timeout=0";
 
 /// A connection for ordinary SQL.
 #[derive(Debug)]
@@ -66,7 +67,15 @@ pub async fn sql(options: &Options) -> Result<SqlConnection> {
     let (client, connection) =
         opened.map_err(|error| error.context(format!("Postgres {options}")))?;
     let (sender, receiver) = mpsc::channel(1);
+    let version = connection.parameter("server_version").unwrap_or_default();
+    let is_limited = auth::has_transaction_timeout(version);
     tokio::spawn(drive(connection, sender));
+    if is_limited {
+        timeout(limit, client.batch_execute(auth::NO_TRANSACTION_TIMEOUT))
+            .await
+            .map_err(|_| Error::unreachable(format!("no answer within {} s", limit.as_secs())))?
+            .map_err(postgres_error)?;
+    }
     Ok(SqlConnection { client, closed: Closed(receiver) })
 }
 

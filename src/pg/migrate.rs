@@ -43,6 +43,12 @@ pub const MIGRATIONS: &[Migration] = &[
         name: "0003_maintain",
         sql: include_str!("../../sql/0003_maintain.sql"),
     },
+    Migration { version: 4, name: "0004_parked", sql: include_str!("../../sql/0004_parked.sql") },
+    Migration {
+        version: 5,
+        name: "0005_position",
+        sql: include_str!("../../sql/0005_position.sql"),
+    },
 ];
 
 /// The last step of `watership init`: what applications may do.

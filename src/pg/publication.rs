@@ -8,13 +8,14 @@ use std::fmt;
 use std::str::FromStr;
 
 use postgres_protocol::escape::escape_identifier;
+use serde::{Deserialize, Serialize};
 use tokio_postgres::GenericClient;
 
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
 
 /// A table by schema and name, each as it stands in the catalog (not quoted, not folded).
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct TableName {
     /// The schema.
     pub schema: String,
@@ -31,6 +32,11 @@ impl TableName {
     /// The outbox.
     pub fn outbox() -> Self {
         Self::new("watership", "outbox")
+    }
+
+    /// The canary.
+    pub fn canary() -> Self {
+        Self::new("watership", "canary")
     }
 
     /// As SQL.
@@ -60,7 +66,7 @@ impl FromStr for TableName {
 }
 
 /// A publication.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Publication {
     /// Changes when the publication is dropped and created again.
     pub oid: u32,
@@ -77,7 +83,7 @@ pub struct Publication {
 }
 
 /// The operations that a publication publishes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Operations {
     /// INSERT.
     pub insert: bool,
@@ -90,8 +96,13 @@ pub struct Operations {
 }
 
 /// A table of a publication.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishedTable {
+    /// Its oid: changes when the table is dropped and created again.
+    pub oid: u32,
+    /// The oid of its entry in the publication: changes when it is taken out and put back. Absent
+    /// where a schema or all tables are published.
+    pub entry: Option<u32>,
     /// Its name.
     pub table: TableName,
     /// The WHERE clause, where there is one: other rows are silently left out.
@@ -130,8 +141,8 @@ pub async fn read_publication(
 
 async fn read_tables(client: &impl GenericClient, name: &str) -> Result<Vec<PublishedTable>> {
     // pg_publication_tables always lists columns; only prattrs tells a column list from all.
-    let sql = "SELECT t.schemaname::text, t.tablename::text, t.rowfilter, \
-            CASE WHEN r.prattrs IS NOT NULL THEN t.attnames::text[] END \
+    let sql = "SELECT c.oid, t.schemaname::text, t.tablename::text, t.rowfilter, \
+            CASE WHEN r.prattrs IS NOT NULL THEN t.attnames::text[] END, r.oid \
         FROM pg_catalog.pg_publication_tables AS t \
         JOIN pg_catalog.pg_publication AS p ON p.pubname = t.pubname \
         JOIN pg_catalog.pg_namespace AS n ON n.nspname = t.schemaname \
@@ -140,9 +151,11 @@ async fn read_tables(client: &impl GenericClient, name: &str) -> Result<Vec<Publ
         WHERE t.pubname = $1::text ORDER BY t.schemaname, t.tablename";
     let rows = client.query(sql, &[&name]).await.map_err(postgres_error)?;
     let table = |row: tokio_postgres::Row| PublishedTable {
-        table: TableName::new(row.get::<_, String>(0), row.get::<_, String>(1)),
-        row_filter: row.get(2),
-        columns: row.get(3),
+        oid: row.get(0),
+        table: TableName::new(row.get::<_, String>(1), row.get::<_, String>(2)),
+        row_filter: row.get(3),
+        columns: row.get(4),
+        entry: row.get(5),
     };
     Ok(rows.into_iter().map(table).collect())
 }

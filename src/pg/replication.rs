@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::{Buf, BufMut, Bytes};
 use tokio::time::Instant;
 
+use super::auth::{NO_TRANSACTION_TIMEOUT, has_transaction_timeout};
 use super::connect::Options;
 use super::wire::{Rows, Wire};
 use crate::error::{Error, Kind, Result};
@@ -85,7 +86,11 @@ impl ReplicationConnection {
     /// # Errors
     /// As [`Wire::connect`]; a role without REPLICATION is [`Kind::Refused`].
     pub async fn connect(options: &Options) -> Result<Self> {
-        Ok(Self { wire: Wire::connect(options, true).await? })
+        let mut wire = Wire::connect(options, true).await?;
+        if has_transaction_timeout(wire.server_version()) {
+            wire.query(NO_TRANSACTION_TIMEOUT).await?;
+        }
+        Ok(Self { wire })
     }
 
     /// The major version of the server, for example 15.

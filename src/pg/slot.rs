@@ -71,6 +71,8 @@ pub struct SlotState {
     pub two_phase: bool,
     /// Process id of the walsender that reads it now.
     pub active_pid: Option<i32>,
+    /// Address and port of the reader; absent for a unix socket, or when the role may not see it.
+    pub active_client: Option<String>,
     /// Where a reader starts.
     pub confirmed_flush_lsn: Option<Lsn>,
     /// Oldest WAL that the slot needs; absent when it is lost.
@@ -85,6 +87,9 @@ pub struct SlotState {
     pub failover: bool,
     /// Whether this is a standby's copy; from Postgres 17.
     pub synced: bool,
+    /// Transactions decoded since the slot was made or the server crashed; 0 where nothing is
+    /// known.
+    pub decoded: i64,
     /// Bytes between `confirmed_flush_lsn` and the end of WAL.
     pub lag_bytes: u64,
     /// Bytes between `restart_lsn` and the end of WAL.
@@ -106,9 +111,13 @@ pub async fn read_slot(client: &impl GenericClient, name: &str) -> Result<Option
          coalesce(j->>'invalidation_reason', \
              CASE WHEN (j->>'conflicting')::boolean THEN 'conflict' END), \
          coalesce((j->>'failover')::boolean, false), coalesce((j->>'synced')::boolean, false), \
-         {END_OF_WAL} \
-         FROM pg_catalog.pg_replication_slots AS s, \
-         LATERAL pg_catalog.to_jsonb(s) AS j WHERE slot_name = $1::text"
+         {END_OF_WAL}, host(r.client_addr) || ':' || r.client_port, \
+         coalesce((SELECT total_txns \
+             FROM pg_catalog.pg_stat_replication_slots AS t WHERE t.slot_name = s.slot_name), 0) \
+         FROM pg_catalog.pg_replication_slots AS s \
+         CROSS JOIN LATERAL pg_catalog.to_jsonb(s) AS j \
+         LEFT JOIN pg_catalog.pg_stat_replication AS r ON r.pid = s.active_pid \
+         WHERE s.slot_name = $1::text"
     );
     let row = client.query_opt(&sql, &[&name]).await.map_err(postgres_error)?;
     row.map(|row| slot_from(&row)).transpose()
@@ -126,6 +135,7 @@ fn slot_from(row: &Row) -> Result<SlotState> {
         temporary: row.get(3),
         two_phase: row.get(4),
         active_pid: row.get(5),
+        active_client: row.get(14),
         confirmed_flush_lsn,
         restart_lsn,
         wal_status,
@@ -133,6 +143,7 @@ fn slot_from(row: &Row) -> Result<SlotState> {
         invalidation_reason: row.get(10),
         failover: row.get(11),
         synced: row.get(12),
+        decoded: row.get(15),
         lag_bytes: confirmed_flush_lsn.map_or(0, |lsn| end.bytes_since(lsn)),
         retained_bytes: restart_lsn.map_or(0, |lsn| end.bytes_since(lsn)),
     })
@@ -145,18 +156,36 @@ fn lsn(row: &Row, column: usize) -> Option<Lsn> {
 /// Creates a permanent logical slot for pgoutput and returns its consistent point: what commits
 /// after it is streamed.
 ///
-/// The server waits for every transaction that is open now; give it a deadline. The user needs
-/// REPLICATION.
+/// The server waits for every transaction that is open now, for five minutes at most. The user
+/// needs REPLICATION. With `failover` (Postgres 17 and later) standbys may keep a copy of it.
 ///
 /// # Errors
 /// What the server says: the name is taken, no slot is free, `wal_level` is not logical.
-pub async fn create_slot(client: &impl GenericClient, name: &str) -> Result<Lsn> {
-    let sql = "SELECT lsn FROM pg_catalog.pg_create_logical_replication_slot($1::text, 'pgoutput')";
-    let row = client
-        .query_one(sql, &[&name])
-        .await
-        .map_err(|e| postgres_error(e).context(format!("creating the replication slot {name}")))?;
+pub async fn create_slot(client: &impl GenericClient, name: &str, failover: bool) -> Result<Lsn> {
+    let further = if failover { ", failover => true" } else { "" };
+    let sql = &*format!(
+        "SELECT lsn FROM pg_catalog.pg_create_logical_replication_slot($1::text, \
+         'pgoutput'{further})"
+    );
+    let failed = |e| postgres_error(e).context(format!("creating the replication slot {name}"));
+    // Waiting for a transaction counts as waiting for a lock.
+    let patient = "SET statement_timeout = '5min'; SET lock_timeout = '5min'";
+    client.batch_execute(patient).await.map_err(failed)?;
+    let made = client.query_one(sql, &[&name]).await;
+    client.batch_execute("RESET statement_timeout; RESET lock_timeout").await.map_err(failed)?;
+    let row = made.map_err(failed)?;
     lsn(&row, 0).ok_or_else(|| Error::protocol("a new slot has no consistent point"))
+}
+
+/// Drops a slot.
+///
+/// # Errors
+/// What the server says: somebody reads it, or there is none.
+pub async fn drop_slot(client: &impl GenericClient, name: &str) -> Result<()> {
+    let sql = "SELECT pg_catalog.pg_drop_replication_slot($1::text)";
+    let dropped = client.execute(sql, &[&name]).await;
+    let failed = |e| postgres_error(e).context(format!("dropping the replication slot {name}"));
+    dropped.map(drop).map_err(failed)
 }
 
 /// What the server is and how it is set, as far as the relay depends on it.
@@ -240,6 +269,24 @@ pub async fn server_facts(client: &impl GenericClient) -> Result<ServerFacts> {
         user: row.get(12),
         user_may_replicate: row.get(13),
     })
+}
+
+/// Bytes of WAL that a slot may keep; absent without a limit.
+///
+/// # Errors
+/// What the server says.
+pub async fn max_slot_wal_keep_size(client: &impl GenericClient) -> Result<Option<u64>> {
+    setting(client, "max_slot_wal_keep_size").await
+}
+
+/// The end of WAL as it is inserted now.
+///
+/// # Errors
+/// What the server says.
+pub async fn insert_lsn(client: &impl GenericClient) -> Result<Lsn> {
+    let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()";
+    let row = client.query_one(sql, &[]).await.map_err(postgres_error)?;
+    lsn(&row, 0).ok_or_else(|| Error::protocol("the server has no end of WAL"))
 }
 
 /// A numeric setting in bytes or milliseconds; absent when it is negative or this version has none.

@@ -24,8 +24,8 @@ use x509_cert::der::oid::ObjectIdentifier;
 use x509_cert::der::oid::db::rfc5912 as oid;
 
 use super::connect::{Host, Options};
-use super::sqlstate::io_error;
 use crate::error::{Error, Result};
+use crate::fault::io_error;
 use crate::tls::{self, Mode};
 
 /// The kernel probes an idle connection after this long, then as often, at most three times.
@@ -99,7 +99,7 @@ async fn open_tcp(name: &str, options: &Options) -> Result<TcpStream> {
                     .map_err(|e| Error::unreachable(format!("{address}")).caused_by(e))?;
                 return Ok(stream);
             }
-            Err(e) => last = Error::unreachable(format!("{address}")).caused_by(e),
+            Err(e) => last = io_error(&address.to_string(), e),
         }
     }
     Err(last)

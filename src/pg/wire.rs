@@ -23,8 +23,9 @@ use tokio_postgres::fallible_iterator::FallibleIterator;
 use super::auth;
 use super::connect::Options;
 use super::socket::Socket;
-use super::sqlstate::{ServerError, io_error};
+use super::sqlstate::ServerError;
 use crate::error::{Error, Kind, Result};
+use crate::fault::io_error;
 
 /// One read takes at most this much: starts low, doubles while reads come back full.
 const READ_MIN: usize = 64 * 1024;
