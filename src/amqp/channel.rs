@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::message::{Outcome, Ticket};
+use crate::planted;
 
 /// The life of a channel. Publishes made before `Open` wait in `waiting`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,10 +178,10 @@ impl Channel {
     }
 
     fn end_return(&mut self, text: String, target: u64, id: Option<Uuid>) -> Result<()> {
-        let found = self
-            .pending
-            .iter_mut()
-            .find(|p| matches!(p.fate, Fate::Waiting) && p.target == target && Some(p.id) == id);
+        let found = self.pending.iter_mut().find(|p| {
+            let mine = p.target == target && Some(p.id) == id;
+            matches!(p.fate, Fate::Waiting) && (mine || planted::is(15))
+        });
         match found {
             Some(pending) => {
                 pending.fate = Fate::Returned(text);
@@ -195,6 +196,9 @@ impl Channel {
 
     /// `channel.close` by the broker: everything unconfirmed is in doubt and has this outcome.
     pub fn close(&mut self, code: u16, text: &str, outcomes: &mut Outcomes) {
+        if planted::is(14) {
+            self.pending.clear();
+        }
         for pending in self.pending.drain(..) {
             match pending.fate {
                 // A return before the close does not make the publish any more settled.

@@ -8,10 +8,12 @@ use std::future::poll_fn;
 use amq_protocol::protocol::{AMQPClass, channel, connection, queue};
 use amq_protocol::types::{AMQPValue, FieldTable, LongString};
 
-use super::link::{Link, is_tls, tls_refusal};
+use super::link::Link;
 use super::options::{Auth, Options, Url};
+use super::reply;
 use super::wire::{self, FRAME_MAX, Incoming};
 use crate::error::{Error, Kind, Result};
+use crate::fault::{io_error, is_tls};
 use crate::message::PROPERTIES_MAX;
 
 /// The channel of the lock queue; publishing channels follow it.
@@ -111,20 +113,19 @@ pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
 }
 
 fn lock_error(name: &str, close: &channel::Close) -> Error {
-    const RESOURCE_LOCKED: u16 = 405;
-    const ACCESS_REFUSED: u16 = 403;
     let text = &close.reply_text;
     match close.reply_code {
-        RESOURCE_LOCKED => {
+        reply::RESOURCE_LOCKED => {
             let relay = name.strip_prefix("watership.").and_then(|n| n.strip_suffix(".lock"));
             let relay = relay.map_or(String::new(), |relay| format!(" named {relay:?}"));
             Error::new(Kind::Busy, format!("another relay{relay} holds the lock queue {name:?}"))
                 .hint("stop the other one, or leave this one waiting as its stand-by")
         }
-        ACCESS_REFUSED => Error::refused(format!("lock queue {name:?}: {text}"))
+        reply::ACCESS_REFUSED => Error::refused(format!("lock queue {name:?}: {text}"))
             .hint(format!("allow it: set_permissions with configure matching \"{name}\"")),
-        code => Error::refused(format!("lock queue {name:?}: {code} {text}"))
+        reply::PRECONDITION_FAILED => Error::refused(format!("lock queue {name:?}: {text}"))
             .hint("a queue of that name that is not ours must be deleted or renamed"),
+        code => reply::error(&format!("lock queue {name:?}"), code, text.as_str()),
     }
 }
 
@@ -205,16 +206,7 @@ fn silent_refusal(error: Error) -> Error {
 
 /// What a `connection.close` of the broker means for us.
 pub(super) fn close_error(close: &connection::Close) -> Error {
-    const ACCESS_REFUSED: u16 = 403;
-    const NOT_ALLOWED: u16 = 530;
-    let kind = match close.reply_code {
-        ACCESS_REFUSED | NOT_ALLOWED => Kind::Refused,
-        // 501 to 505: the broker did not understand our frames.
-        501..=505 => Kind::Protocol,
-        _ => Kind::Unreachable,
-    };
-    let what = format!("broker closed the connection: {} {}", close.reply_code, close.reply_text);
-    Error::new(kind, what)
+    reply::error("broker closed the connection", close.reply_code, close.reply_text.as_str())
 }
 
 /// What arrived although `wanted` was due.
@@ -256,12 +248,10 @@ async fn receive(link: &mut Link) -> Result<Incoming> {
             None => match (poll_fn(|cx| link.poll_read(cx)).await, write_error.as_ref()) {
                 // With TLS 1.3 a refused client certificate shows only here.
                 (Err(e), _) if is_tls(&e) => {
-                    return Err(tls_refusal("reading from the broker").caused_by(e));
+                    return Err(io_error("reading from the broker", e));
                 }
                 (Ok(0), None) => return Err(Error::unreachable("broker closed the connection")),
-                (Err(e), None) => {
-                    return Err(Error::unreachable("reading from the broker").caused_by(e));
-                }
+                (Err(e), None) => return Err(io_error("reading from the broker", e)),
                 (Ok(0) | Err(_), Some(e)) => {
                     return Err(Error::unreachable(format!("writing to the broker: {e}")));
                 }

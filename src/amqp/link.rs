@@ -19,6 +19,7 @@ use tokio_rustls::client::TlsStream;
 use super::options::{Options, Url};
 use super::wire::{self, Incoming};
 use crate::error::{Error, Result};
+use crate::fault::{io_error, is_tls};
 use crate::tls;
 
 /// Bytes read with one system call, at most.
@@ -235,8 +236,7 @@ async fn connect_tcp(url: &Url) -> Result<TcpStream> {
         match TcpStream::connect(address).await {
             Ok(stream) => return Ok(stream),
             Err(e) => {
-                let what = format!("no connection to {address}");
-                last = Some(Error::unreachable(what).caused_by(e));
+                last = Some(io_error(&format!("no connection to {address}"), e));
             }
         }
     }
@@ -261,25 +261,10 @@ fn set_user_timeout(_tcp: &TcpStream, _timeout: Option<Duration>) -> io::Result<
 }
 
 fn tls_error(error: io::Error) -> Error {
-    let what = "TLS handshake with the broker";
-    if is_tls(&error) {
-        tls_refusal(what).caused_by(error)
-    } else {
-        Error::unreachable(what).caused_by(error).hint("is TLS enabled on this port?")
-    }
-}
-
-/// Whether the TLS library failed, and not the socket below it.
-pub(super) fn is_tls(error: &io::Error) -> bool {
-    error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
-}
-
-/// A certificate problem needs a person; a broken socket does not.
-pub(super) fn tls_refusal(what: &str) -> Error {
-    Error::refused(what).hint(
-        "check the broker's certificate, the trusted roots, the host name in the URL and the \
-         client certificate",
-    )
+    let is_tls = is_tls(&error);
+    let error = io_error("TLS handshake with the broker", error);
+    // A port without TLS mostly hangs up on the first bytes.
+    if is_tls { error } else { error.hint("is TLS enabled on this port?") }
 }
 
 impl Stream {

@@ -1,12 +1,11 @@
-//! Reads bindings and queues from RabbitMQ's management plugin, because AMQP cannot list them; and
-//! grades a queue by what a confirm from it is worth.
+//! Reads exchanges, bindings and queues from RabbitMQ's management plugin, because AMQP cannot list
+//! them; `audit` grades what was read.
 //!
 //! A client for a handful of GET requests: HTTP/1.0, one request per connection, so a response
 //! ends where the connection does. Read-only.
 //!
 //! <https://www.rabbitmq.com/docs/http-api-reference>
 
-use std::fmt;
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -19,6 +18,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
+use super::audit::{Binding, Exchange, Survey};
 use super::options::Options;
 use crate::error::{Error, Result};
 use crate::secret::{Secret, redact_url};
@@ -28,8 +28,10 @@ use crate::tls;
 const RESPONSE_MAX: u64 = 16 << 20;
 /// Bounds one request as a whole.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most exchanges followed from one (bindings between exchanges).
-const EXCHANGES_MAX: usize = 100;
+/// Most exchanges that are looked at, over bindings between exchanges too.
+const EXCHANGES_MAX: usize = 1_000;
+/// Most queues that are looked at; more on one relay's exchanges are graded as missing.
+const QUEUES_MAX: usize = 5_000;
 
 /// Where the plugin listens, and which vhost is looked at.
 pub struct Management {
@@ -51,89 +53,8 @@ pub struct Bound {
 }
 
 #[derive(Deserialize)]
-struct RawBinding {
-    destination: String,
-    destination_type: String,
-    routing_key: String,
-}
-
-/// What a confirm from a queue depends on.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(default)]
-pub struct QueueFacts {
-    /// Its name.
-    pub name: String,
-    /// `quorum`, `classic` or `stream`.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// Survives a restart of the broker.
-    pub durable: bool,
-    /// Deleted with its last consumer.
-    pub auto_delete: bool,
-    /// Belongs to one connection.
-    pub exclusive: bool,
-    arguments: serde_json::Map<String, serde_json::Value>,
-    effective_policy_definition: serde_json::Value,
-}
-
-/// What a confirm is worth.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Grade {
-    /// Confirmed is stored on a majority, and stays until it is consumed.
-    Safe,
-    /// Confirmed is stored, but power loss or time may take it.
-    Weak,
-    /// Confirmed may be dropped.
-    Unsafe,
-}
-
-impl fmt::Display for Grade {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Grade::Safe => "SAFE",
-            Grade::Weak => "WEAK",
-            Grade::Unsafe => "UNSAFE",
-        })
-    }
-}
-
-impl QueueFacts {
-    /// The grade and its reason.
-    pub fn grade(&self) -> (Grade, String) {
-        if !self.durable {
-            return (Grade::Unsafe, "not durable, a restart of the broker empties it".into());
-        }
-        if self.exclusive || self.auto_delete {
-            return (Grade::Unsafe, "it vanishes with its consumer".into());
-        }
-        let overflow = self.text("overflow").unwrap_or("drop-head");
-        let limited = self.has("max-length") || self.has("max-length-bytes");
-        if self.kind != "stream" && limited && !overflow.starts_with("reject-publish") {
-            let reason = format!("has a length limit and overflow {overflow}: a full queue drops");
-            return (Grade::Unsafe, format!("{reason} its oldest messages"));
-        }
-        if self.has("message-ttl") || self.has("expires") {
-            return (Grade::Weak, "messages or the queue expire".into());
-        }
-        match self.kind.as_str() {
-            "quorum" => (Grade::Safe, "quorum queue".into()),
-            "stream" => (Grade::Weak, "a stream confirms before fsync, and retention drops".into()),
-            _ => (Grade::Weak, "a classic queue is on one node, and confirms before fsync".into()),
-        }
-    }
-
-    fn value(&self, name: &str) -> Option<&serde_json::Value> {
-        let argument = self.arguments.get(&format!("x-{name}"));
-        argument.or_else(|| self.effective_policy_definition.get(name))
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.value(name).is_some()
-    }
-
-    fn text(&self, name: &str) -> Option<&str> {
-        self.value(name).and_then(serde_json::Value::as_str)
-    }
+struct Overview {
+    rabbitmq_version: String,
 }
 
 impl Management {
@@ -195,41 +116,57 @@ impl Management {
         Ok(queues.map(|b| Bound { queue: b.destination, routing_key: b.routing_key }).collect())
     }
 
-    /// The queues that messages of `exchange` can reach, over bindings between exchanges too; each
-    /// once. Binding keys are not looked at.
+    /// Everything that can be reached from these exchanges.
     ///
     /// # Errors
     /// As every request.
-    pub async fn queues_behind(&self, exchange: &str) -> Result<Vec<String>> {
-        let mut exchanges = vec![exchange.to_owned()];
-        let mut queues = Vec::new();
+    pub async fn survey(&self, exchanges: &[String]) -> Result<Survey> {
+        let version: Option<Overview> = self.get("/api/overview").await?;
+        let version = version.map(|overview| overview.rabbitmq_version).unwrap_or_default();
+        let major = version.split('.').next().and_then(|major| major.parse().ok());
+        let mut survey = Survey { broker_major: major.unwrap_or(0), ..Survey::default() };
+        let mut names: Vec<String> = exchanges.to_vec();
         let mut next = 0;
-        while let Some(exchange) = exchanges.get(next).cloned().filter(|_| next < EXCHANGES_MAX) {
+        while let Some(name) = names.get(next).cloned().filter(|_| next < EXCHANGES_MAX) {
             next += 1;
-            for binding in self.raw_bindings(&exchange).await? {
-                let list =
-                    if binding.destination_type == "queue" { &mut queues } else { &mut exchanges };
-                if !list.contains(&binding.destination) {
-                    list.push(binding.destination);
+            let Some(exchange) = self.get::<Exchange>(&self.path("exchanges", &name)).await? else {
+                continue;
+            };
+            let bindings = self.raw_bindings(&name).await?;
+            let alternate = exchange.arguments.get("alternate-exchange");
+            let alternate = alternate.and_then(|name| name.as_str().map(str::to_owned));
+            let onward = bindings.iter().filter(|b| b.destination_type == "exchange");
+            for other in onward.map(|b| b.destination.clone()).chain(alternate) {
+                if !names.contains(&other) {
+                    names.push(other);
                 }
             }
+            for binding in bindings.iter().filter(|b| b.destination_type == "queue") {
+                self.add_queue(&mut survey, &binding.destination).await?;
+            }
+            survey.exchanges.insert(name.clone(), exchange);
+            survey.bindings.insert(name, bindings);
         }
-        Ok(queues)
+        Ok(survey)
     }
 
-    /// A queue.
-    ///
-    /// # Errors
-    /// As every request; refused when it does not exist.
-    pub async fn queue(&self, name: &str) -> Result<QueueFacts> {
-        let path = format!("/api/queues/{}/{}", segment(&self.vhost), segment(name));
-        let facts = self.get(&path).await?;
-        facts.ok_or_else(|| Error::refused(format!("{}: no queue {name:?}", self.shown)))
+    async fn add_queue(&self, survey: &mut Survey, name: &str) -> Result<()> {
+        if survey.queues.contains_key(name) || survey.queues.len() >= QUEUES_MAX {
+            return Ok(());
+        }
+        // It may have been deleted since its binding was listed.
+        if let Some(facts) = self.get(&self.path("queues", name)).await? {
+            survey.queues.insert(name.to_owned(), facts);
+        }
+        Ok(())
     }
 
-    async fn raw_bindings(&self, exchange: &str) -> Result<Vec<RawBinding>> {
-        let (vhost, exchange) = (segment(&self.vhost), segment(exchange));
-        let path = format!("/api/exchanges/{vhost}/{exchange}/bindings/source");
+    fn path(&self, what: &str, name: &str) -> String {
+        format!("/api/{what}/{}/{}", segment(&self.vhost), segment(name))
+    }
+
+    async fn raw_bindings(&self, exchange: &str) -> Result<Vec<Binding>> {
+        let path = format!("{}/bindings/source", self.path("exchanges", exchange));
         Ok(self.get(&path).await?.unwrap_or_default())
     }
 
@@ -303,28 +240,6 @@ fn parse<T: DeserializeOwned>(response: &[u8]) -> Result<Option<T>> {
 mod tests {
     use super::*;
     use crate::amqp::options::Url;
-
-    #[test]
-    fn a_queue_is_graded_by_what_its_confirm_is_worth() {
-        let limited = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish"}"#;
-        for (kind, more, grade) in [
-            ("quorum", "", Grade::Safe),
-            ("quorum", limited, Grade::Safe),
-            ("quorum", r#","arguments":{"x-max-length":5}"#, Grade::Unsafe),
-            ("quorum", r#","effective_policy_definition":{"max-length":5}"#, Grade::Unsafe),
-            ("quorum", r#","effective_policy_definition":[]"#, Grade::Safe),
-            ("quorum", r#","arguments":{"x-message-ttl":5}"#, Grade::Weak),
-            ("classic", "", Grade::Weak),
-            ("stream", r#","arguments":{"x-max-length-bytes":5}"#, Grade::Weak),
-            ("classic", r#","auto_delete":true"#, Grade::Unsafe),
-        ] {
-            let json = format!(r#"{{"type":"{kind}","durable":true{more}}}"#);
-            let facts: QueueFacts = serde_json::from_str(&json).unwrap();
-            assert_eq!(facts.grade().0, grade, "{json}");
-        }
-        let transient = QueueFacts { kind: "quorum".into(), ..QueueFacts::default() };
-        assert_eq!(transient.grade().0, Grade::Unsafe);
-    }
 
     #[test]
     fn credentials_and_vhost_come_from_the_broker_url_unless_given() {

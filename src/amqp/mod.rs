@@ -6,16 +6,20 @@
 //! | `wire` | frames to bytes and back, pure |
 //! | `link` | one socket, plain or TLS, with an output and an input buffer |
 //! | `handshake` | protocol header to `connection.open-ok`, and the lock queue |
+//! | `reply` | what a reply code of the broker means, pure |
 //! | `channel` | the unconfirmed publishes of one channel, pure |
 //! | `publisher` | the connection that sends messages and says what became of each |
 //! | `topology` | declares or verifies exchanges and queues (lapin) |
 //! | `management` | what only the management API can tell: bindings, policies |
+//! | `audit` | what a confirm is worth, by what `management` read, pure |
 
+pub mod audit;
 mod channel;
 mod handshake;
 mod link;
 pub mod management;
 pub mod options;
 pub mod publisher;
+pub mod reply;
 pub mod topology;
 pub mod wire;

@@ -27,7 +27,9 @@ use super::link::Link;
 use super::options::{CHANNELS_MAX, Options, Url};
 use super::wire::{self, Incoming};
 use crate::error::{Error, Kind, Result};
+use crate::fault::io_error;
 use crate::message::{Message, Outcome, Publisher, SHORT_STRING_MAX, Ticket};
+use crate::planted;
 
 /// Longest wait for `connection.close-ok`.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -227,21 +229,21 @@ impl Connection {
                 Poll::Ready(Err(self.lost("writing to the broker", error)))
             }
             Poll::Pending if self.ticks.poll_tick(cx).is_ready() => {
-                Poll::Ready(self.check_deadlines())
+                Poll::Ready(self.check_deadlines(outcomes))
             }
             Poll::Pending => Poll::Pending,
         }
     }
 
     fn lost(&self, what: &str, cause: Option<io::Error>) -> Error {
-        let error = Error::unreachable(format!("broker {}: {what}", self.url));
+        let what = format!("broker {}: {what}", self.url);
         match cause {
-            Some(cause) => error.caused_by(cause),
-            None => error,
+            Some(cause) => io_error(&what, cause),
+            None => Error::unreachable(what),
         }
     }
 
-    fn check_deadlines(&mut self) -> Result<()> {
+    fn check_deadlines(&mut self, outcomes: &mut Outcomes) -> Result<()> {
         let now = Instant::now();
         // Twice the negotiated timeout is what the broker itself allows us.
         let silence = now - self.link.last_read;
@@ -258,6 +260,11 @@ impl Connection {
         let waited =
             oldest.map(|sent| now.saturating_duration_since(sent.max(self.deadlines_from)));
         match waited {
+            Some(waited) if waited > self.confirm_timeout && planted::is(13) => {
+                let mut open = self.channels.iter_mut().filter(|c| c.unconfirmed() > 0);
+                open.try_for_each(|c| c.confirm(0, true, Verdict::Ack, outcomes))
+            }
+            Some(_) if planted::is(17) => Ok(()),
             Some(waited) if waited > self.confirm_timeout => Err(self
                 .lost(
                     &format!("no confirm for {waited:.1?} ({} waiting)", self.unconfirmed()),

@@ -11,7 +11,6 @@
 use std::time::Duration;
 
 use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::tcp::{AMQPUriTcpExt, RustlsConnector, TLSConfig};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::uri::{
@@ -20,10 +19,11 @@ use lapin::uri::{
 use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, ExchangeKind};
 use tokio::time::timeout;
 
-use super::link::{is_tls, tls_refusal};
 use super::options::{Auth, Options, Url};
 use super::publisher::join_errors;
+use super::reply;
 use crate::error::{Error, Kind, Result};
+use crate::fault::{classify, is_tls, with_advice};
 use crate::tls;
 
 /// Whether missing things are made.
@@ -288,27 +288,17 @@ async fn step<T>(
 fn translate(error: &lapin::Error) -> Error {
     match error.kind() {
         ErrorKind::ProtocolError(broker) => {
-            let text = format!("{} {}", broker.get_id(), broker.get_message());
-            let hint = match broker.kind() {
-                AMQPErrorKind::Soft(AMQPSoftError::ACCESSREFUSED) => {
-                    "check user, password and the permissions configure, write and read"
-                }
-                AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) => {
-                    "change the configuration to what is there, or delete it and declare it anew"
-                }
-                AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND) => "create it",
-                AMQPErrorKind::Hard(AMQPHardError::NOTALLOWED) => {
-                    "create the virtual host and give the user permissions in it"
-                }
-                AMQPErrorKind::Hard(AMQPHardError::CONNECTIONFORCED) => {
-                    return Error::unreachable(text);
-                }
-                AMQPErrorKind::Soft(_) | AMQPErrorKind::Hard(_) => "see the broker's log",
-            };
-            Error::refused(text).hint(hint)
+            let error = reply::error("", broker.get_id(), broker.get_message().as_str());
+            match error.kind() {
+                // Somebody's exclusive queue where ours should be; the lock is taken elsewhere.
+                Kind::Busy => error.with_kind(Kind::Refused).hint("delete it, or rename ours"),
+                _ => error,
+            }
         }
-        ErrorKind::IOError(io) if is_tls(io) => {
-            tls_refusal("TLS with the broker").caused_by(error.clone())
+        ErrorKind::IOError(io) => {
+            let (kind, advice) = classify(io);
+            let what = if is_tls(io) { "TLS with the broker" } else { "broker connection failed" };
+            with_advice(Error::new(kind, what).caused_by(error.clone()), advice)
         }
         _ => Error::unreachable("broker connection failed").caused_by(error.clone()),
     }

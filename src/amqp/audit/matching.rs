@@ -1,0 +1,235 @@
+//! Which of a route's routing keys a binding takes, by the type of its exchange. Pure.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value};
+
+use super::Key;
+
+/// How many of a route's messages a binding takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Takes {
+    None,
+    Some,
+    All,
+}
+
+/// Whole keys are compared.
+pub(super) fn direct(binding_key: &str, key: &Key) -> Takes {
+    takes(&[Element::Text(binding_key)], key)
+}
+
+/// `*` is one word, `#` any number of words.
+pub(super) fn topic(binding_key: &str, key: &Key) -> Takes {
+    takes(&topic_elements(binding_key), &dotted(key))
+}
+
+/// Of the headers that a binding asks for, only `ws-route` is known beforehand.
+pub(super) fn headers(arguments: &Map<String, Value>, route: &str) -> Takes {
+    let any =
+        arguments.get("x-match").and_then(Value::as_str).is_some_and(|m| m.starts_with("any"));
+    let mut asked = arguments.iter().filter(|(name, _)| !name.starts_with("x-")).peekable();
+    if asked.peek().is_none() {
+        return if any { Takes::None } else { Takes::All };
+    }
+    let each = asked.map(|(name, value)| match name.as_str() {
+        "ws-route" if value.as_str() == Some(route) => Takes::All,
+        "ws-route" => Takes::None,
+        _ => Takes::Some,
+    });
+    let each = if any { each.max() } else { each.min() };
+    each.unwrap_or(Takes::None)
+}
+
+/// A part of a binding key's pattern.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Element<'a> {
+    /// This text.
+    Text(&'a str),
+    /// Text without a dot.
+    Word,
+    /// Nothing, or a dot and any text.
+    Rest,
+}
+
+/// The pattern of a topic exchange, over keys with a dot before each word: `*` is one word, `#`
+/// any number of words. <https://www.rabbitmq.com/tutorials/tutorial-five-python>
+fn topic_elements(pattern: &str) -> Vec<Element<'_>> {
+    let mut elements = Vec::new();
+    for word in pattern.split('.') {
+        match word {
+            "#" => elements.push(Element::Rest),
+            "*" => elements.extend([Element::Text("."), Element::Word]),
+            word => elements.extend([Element::Text("."), Element::Text(word)]),
+        }
+    }
+    elements
+}
+
+fn dotted(key: &Key) -> Vec<Option<String>> {
+    let mut dotted = vec![Some(".".to_owned())];
+    dotted.extend(key.iter().cloned());
+    dotted
+}
+
+/// Which of the keys match the pattern: some do when both can spell the same text; all do when the
+/// pattern takes whatever stands in for what is not known, provided that it is one word.
+fn takes(pattern: &[Element<'_>], key: &Key) -> Takes {
+    let steps = steps(pattern);
+    let letters: Vec<Option<char>> = key
+        .iter()
+        .flat_map(|piece| match piece {
+            Some(text) => text.chars().map(Some).collect(),
+            None => vec![None],
+        })
+        .collect();
+    let meet = |all| Meeting { steps: &steps, letters: &letters, all }.run();
+    match (meet(true), meet(false)) {
+        (true, _) => Takes::All,
+        (false, true) => Takes::Some,
+        (false, false) => Takes::None,
+    }
+}
+
+/// A pattern, letter by letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Letter(char),
+    /// Any letters but dots.
+    Word,
+    /// Any letters.
+    Any,
+    /// The next two steps may be left out.
+    Optional,
+}
+
+fn steps(pattern: &[Element<'_>]) -> Vec<Step> {
+    let mut steps = Vec::new();
+    for element in pattern {
+        match element {
+            Element::Text(text) => steps.extend(text.chars().map(Step::Letter)),
+            Element::Word => steps.push(Step::Word),
+            Element::Rest => steps.extend([Step::Optional, Step::Letter('.'), Step::Any]),
+        }
+    }
+    steps
+}
+
+/// Walks pattern and key together, over all pairs of places, each once.
+struct Meeting<'a> {
+    steps: &'a [Step],
+    letters: &'a [Option<char>],
+    /// Whether what is not known is one word that only a wildcard takes, or any text that fits.
+    all: bool,
+}
+
+impl Meeting<'_> {
+    fn run(&self) -> bool {
+        let mut seen = BTreeSet::new();
+        let mut open = vec![(0, 0)];
+        while let Some((step, letter)) = open.pop() {
+            if !seen.insert((step, letter)) {
+                continue;
+            }
+            if step == self.steps.len() && letter == self.letters.len() {
+                return true;
+            }
+            self.next(step, letter, &mut open);
+        }
+        false
+    }
+
+    fn next(&self, step: usize, letter: usize, open: &mut Vec<(usize, usize)>) {
+        let known = self.letters.get(letter);
+        match self.steps.get(step) {
+            Some(Step::Optional) => open.extend([(step + 1, letter), (step + 3, letter)]),
+            Some(wild @ (Step::Word | Step::Any)) => {
+                open.push((step + 1, letter));
+                let takes = match known {
+                    Some(Some(c)) => *wild == Step::Any || *c != '.',
+                    Some(None) => true,
+                    None => false,
+                };
+                if takes {
+                    open.push((step, letter + 1));
+                }
+            }
+            Some(Step::Letter(wanted)) => {
+                if known == Some(&Some(*wanted)) {
+                    open.push((step + 1, letter + 1));
+                }
+                if known == Some(&None) && !self.all {
+                    open.push((step + 1, letter));
+                }
+            }
+            None => {}
+        }
+        // What is not known may also be the empty text, or be spelled to its end.
+        if known == Some(&None) && !self.all {
+            open.push((step, letter + 1));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::key;
+    use super::*;
+
+    #[test]
+    fn a_topic_binding_takes_none_some_or_all_of_a_routes_keys() {
+        for (pattern, text, expected) in [
+            ("#", "order.{}", Takes::All),
+            ("#", "", Takes::All),
+            ("order.#", "order.{}", Takes::All),
+            ("order.*", "order.{}", Takes::All),
+            ("*.*", "order.{}", Takes::All),
+            ("order.paid", "order.{}", Takes::Some),
+            ("order.*.x", "order.{}", Takes::Some),
+            ("*.paid", "{}.{}", Takes::Some),
+            ("order.#", "order", Takes::All),
+            ("order.*", "order", Takes::None),
+            ("orders.#", "order.{}", Takes::None),
+            ("order", "order.{}", Takes::None),
+            ("#.paid", "order.paid", Takes::All),
+            ("#.paid", "order.created", Takes::None),
+            ("#.paid.#", "a.b.paid.c.d", Takes::All),
+            ("a.#.b.*", "a.b.c", Takes::All),
+            ("a.#.b.*", "a.x.b", Takes::None),
+            ("public.*.insert", "public.items.{}", Takes::Some),
+            ("public.items.*", "public.items.{}", Takes::All),
+            ("*", "a.b", Takes::None),
+            ("", "", Takes::All),
+            ("", "a", Takes::None),
+        ] {
+            let got = topic(pattern, &key(text));
+            assert_eq!(got, expected, "{pattern} with {text}");
+        }
+    }
+
+    #[test]
+    fn a_direct_binding_compares_whole_keys() {
+        for (pattern, text, expected) in [
+            ("a.b", "a.b", Takes::All),
+            ("a.b", "a.{}", Takes::Some),
+            ("a.#", "a.b", Takes::None),
+            ("b", "a.{}", Takes::None),
+            ("{}", "x", Takes::None),
+        ] {
+            assert_eq!(direct(pattern, &key(text)), expected, "{pattern} {text}");
+        }
+    }
+
+    #[test]
+    fn a_headers_binding_can_ask_for_the_route() {
+        let takes = |json| {
+            headers(serde_json::from_str::<Value>(json).unwrap().as_object().unwrap(), "orders")
+        };
+        assert_eq!(takes("{}"), Takes::All);
+        assert_eq!(takes(r#"{"x-match":"any"}"#), Takes::None);
+        assert_eq!(takes(r#"{"ws-route":"orders"}"#), Takes::All);
+        assert_eq!(takes(r#"{"ws-route":"other"}"#), Takes::None);
+        assert_eq!(takes(r#"{"x-match":"all","ws-route":"orders","tenant":"a"}"#), Takes::Some);
+        assert_eq!(takes(r#"{"x-match":"any","ws-route":"other","tenant":"a"}"#), Takes::Some);
+    }
+}
