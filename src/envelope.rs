@@ -100,6 +100,7 @@ fn outbox_content(row: &OutboxRow) -> (&str, usize) {
     let (default, len) = match &row.payload {
         Payload::Json(json) => (JSON, json.len()),
         Payload::Hex(hex) => (BYTES, hex.len() / 2),
+        Payload::Broken(_) => (BYTES, 0),
     };
     (row.content_type.as_deref().unwrap_or(default), len)
 }
@@ -123,6 +124,8 @@ impl<'a> Body<'a> {
                         .hint("the replication session must run with bytea_output = hex")
                 })
             }
+            Payload::Broken(broken) => Err(Error::event(broken.why.clone())
+                .hint("no retry can mend the row: discard it, and restore the outbox's checks")),
         }
     }
 
@@ -215,6 +218,20 @@ fn write_key_text(out: &mut String, table: &Table, key: &[usize], change: &Chang
         }
     }
     Ok(())
+}
+
+/// The event's key on the route, or its own without one; for people and logs.
+pub fn key_text(event: &Event, route: Option<&Route>) -> String {
+    let change = match &event.content {
+        Content::Outbox(row) => return format!("{}/{}", row.aggregate_type, row.aggregate_id),
+        Content::Change(change) => change,
+    };
+    let table = &event.table;
+    let columns = route.map_or_else(|| table.key.clone(), |route| route.key_columns(table));
+    let mut text = table.full_name.clone();
+    // A key that is no text is shown as far as it is.
+    let _ = write_key_text(&mut text, table, &columns, change);
+    text.split_off(table.full_name.len())
 }
 
 fn write_change(out: &mut Vec<u8>, event: &Event, route: &Route, change: &Change) -> Result<()> {

@@ -9,6 +9,8 @@
 //! Texts and values are slices of the buffer that the row arrived in: cheap to make, and they keep
 //! that buffer alive, so an event must not outlive its batch.
 
+pub mod stored;
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -72,6 +74,17 @@ pub enum Payload {
     Json(Bytes),
     /// Column `data`: Postgres' hex text (`\x…`) of the bytes; decoded into the body.
     Hex(Bytes),
+    /// A row that breaks the outbox's contract, which only a table without its checks lets in.
+    Broken(Box<Broken>),
+}
+
+/// A row of the outbox of which no message can be made.
+#[derive(Debug, Clone)]
+pub struct Broken {
+    /// What is wrong with it.
+    pub why: String,
+    /// Its columns by name, as they came.
+    pub columns: Vec<(String, Option<Bytes>)>,
 }
 
 /// A row change of a captured table.

@@ -59,6 +59,55 @@ impl Message {
         &self.buf[self.properties_end as usize..]
     }
 
+    /// The header called `name`, when it is text and the message was made by a [`Builder`].
+    pub fn header(&self, name: &str) -> Option<&str> {
+        // Flags, the content type as a short string, then the table with its length.
+        let properties = self.properties();
+        let content_type = usize::from(*properties.get(2)?);
+        let (len, mut rest) = properties.get(3 + content_type..)?.split_first_chunk::<4>()?;
+        rest = rest.get(..u32::from_be_bytes(*len) as usize)?;
+        while let Some((&name_len, after)) = rest.split_first() {
+            let (found, after) = after.split_at_checked(usize::from(name_len))?;
+            let (&kind, after) = after.split_first()?;
+            let (value, after) = match kind {
+                b'S' => {
+                    let (len, after) = after.split_first_chunk::<4>()?;
+                    after.split_at_checked(u32::from_be_bytes(*len) as usize)?
+                }
+                b'l' | b'd' => after.split_at_checked(8)?,
+                b't' => after.split_at_checked(1)?,
+                b'V' => (&[][..], after),
+                _ => return None,
+            };
+            if kind == b'S' && found == name.as_bytes() {
+                return std::str::from_utf8(value).ok();
+            }
+            rest = after;
+        }
+        None
+    }
+
+    /// A message from the parts of an earlier one.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the routing key or the properties are too long.
+    pub fn from_parts(
+        routing_key: &str,
+        properties: &[u8],
+        body: &[u8],
+        exchange: ExchangeId,
+        route: RouteId,
+        id: Uuid,
+    ) -> Result<Self> {
+        let routing_key_len = check_short("routing key", routing_key)?;
+        if properties.len() > PROPERTIES_MAX {
+            return Err(too_long(properties.len()));
+        }
+        let properties_end = (routing_key.len() + properties.len()) as u32;
+        let buf = [routing_key.as_bytes(), properties, body].concat().into_boxed_slice();
+        Ok(Self { buf, routing_key_len, properties_end, exchange, route, id })
+    }
+
     /// Bytes held in memory for this message.
     pub fn size(&self) -> usize {
         self.buf.len() + size_of::<Self>()
@@ -214,10 +263,7 @@ impl<'a> Builder<'a> {
         }
         let properties_len = self.buf.len() - usize::from(self.routing_key_len);
         if properties_len > PROPERTIES_MAX {
-            return Err(Error::event(format!(
-                "message properties and headers have {properties_len} bytes, at most \
-                 {PROPERTIES_MAX} are allowed"
-            )));
+            return Err(too_long(properties_len));
         }
         let properties_end = self.buf.len() as u32;
         write_body(&mut self.buf);
@@ -245,6 +291,13 @@ impl<'a> Builder<'a> {
         self.buf[at..at + 4].copy_from_slice(&len.to_be_bytes());
         Ok(())
     }
+}
+
+fn too_long(properties_len: usize) -> Error {
+    Error::event(format!(
+        "message properties and headers have {properties_len} bytes, at most {PROPERTIES_MAX} are \
+         allowed"
+    ))
 }
 
 fn check_short(what: &str, text: &str) -> Result<u8> {
@@ -332,6 +385,15 @@ mod tests {
         let message = builder.finish(ExchangeId(0), RouteId(1), |b| b.extend(b"{}")).unwrap();
         assert_eq!(message.routing_key(), b"order.created");
         assert_eq!(message.body(), b"{}");
+
+        assert_eq!(message.header("ws-key"), Some("order/7"));
+        assert_eq!(message.header("ws-route"), Some("orders"));
+        assert_eq!((message.header("n"), message.header("none")), (None, None));
+        let again = (message.properties().to_vec(), message.body().to_vec());
+        let (exchange, id) = (message.exchange, message.id);
+        let again =
+            Message::from_parts("order.created", &again.0, &again.1, exchange, message.route, id);
+        assert_eq!(again.unwrap().buf, message.buf);
 
         let (rest, properties) = parse_properties(message.properties()).unwrap();
         assert!(rest.is_empty());

@@ -8,11 +8,15 @@
 //! Somebody must call [`Exporter::upkeep`] every few seconds even when nobody scrapes: histogram
 //! samples wait in memory until then.
 
+mod parked;
+
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::error::{Error, Result};
 use crate::position::Lsn;
+use crate::verdict::Verdict;
+pub use parked::{PARKED_KINDS, ParkedMetrics};
 
 /// Upper bounds of the buckets of every `_seconds` histogram, in seconds: 0.5 ms to 60 s.
 const BUCKETS: [f64; 16] =
@@ -82,10 +86,24 @@ pub struct Metrics {
     pub broker: BrokerMetrics,
     /// The outbox table's upkeep.
     pub outbox: OutboxMetrics,
+    /// What could not be published.
+    pub parked: ParkedMetrics,
+    /// Whether sessions work.
+    pub circuit: CircuitMetrics,
+    /// Probes of held routes.
+    pub probes: Counter,
+    /// Sessions that could not be opened because another relay holds the lock queue.
+    pub lock_busy: Counter,
+    /// Sessions that could not be opened because the slot is in use.
+    pub slot_busy: Counter,
+    /// Audits of the broker that failed.
+    pub audit_failures: Counter,
     /// Sessions started.
     pub sessions: Counter,
     /// Sessions ended, by cause; see [`Metrics::ended`].
     reconnects: Vec<(&'static str, Counter)>,
+    /// 1 for the verdict that ended the relay.
+    verdicts: Vec<(Verdict, Gauge)>,
 }
 
 /// Handles of one route (labels `route`, `owner`).
@@ -109,6 +127,9 @@ pub struct RouteMetrics {
     pub capture_to_publish: Histogram,
     /// 1 while the route is held because its destination is broken.
     pub held: Gauge,
+    grade: Vec<(&'static str, Gauge)>,
+    /// For how long it has been held, in seconds; 0 when it is not.
+    pub held_seconds: Gauge,
 }
 
 /// The ring of unsettled entries.
@@ -147,6 +168,12 @@ pub struct WalMetrics {
     pub checkpointed: Gauge,
     /// Position told to the slot.
     pub advanced: Gauge,
+    /// 1 while WAL that the slot needs may soon be removed.
+    pub slot_at_risk: Gauge,
+    /// Age of the last canary that came through the stream, in seconds; 0 without canary.
+    pub canary_age_seconds: Gauge,
+    /// Events published on a timeline beyond the point where a failover left it.
+    pub phantom_suspected: Counter,
     status: Vec<(&'static str, Gauge)>,
 }
 
@@ -169,6 +196,20 @@ pub struct BrokerMetrics {
     /// Whole seconds spent blocked since the process started.
     pub blocked_seconds: Counter,
 }
+
+/// The circuit view of the sessions.
+#[derive(Clone)]
+pub struct CircuitMetrics {
+    state: Vec<(&'static str, Gauge)>,
+    next_try_seconds: Gauge,
+    tries: Gauge,
+}
+
+/// What a confirm for a route's messages is worth, as labels.
+pub const ROUTE_GRADES: [&str; 4] = ["safe", "not_verified", "weak", "unsafe"];
+
+/// The states of the circuit, as labels.
+pub const CIRCUIT_STATES: [&str; 3] = ["closed", "open", "half-open"];
 
 /// The outbox table's partitions.
 #[derive(Clone)]
@@ -210,16 +251,30 @@ impl Metrics {
                 partitions_skipped: counter!("watership_outbox_partitions_skipped_total"),
                 maintain_failures: counter!("watership_outbox_maintain_failures_total"),
             },
+            parked: ParkedMetrics::new(routes),
+            circuit: CircuitMetrics::new(),
+            probes: counter!("watership_route_probes_total"),
+            lock_busy: counter!("watership_busy_total", "what" => "lock"),
+            slot_busy: counter!("watership_busy_total", "what" => "slot"),
+            audit_failures: counter!("watership_audit_failures_total"),
             sessions: counter!("watership_sessions_total"),
             reconnects: CAUSES
                 .iter()
                 .map(|cause| (*cause, counter!("watership_reconnects_total", "cause" => *cause)))
+                .collect(),
+            verdicts: Verdict::ALL
+                .iter()
+                .map(|v| (*v, gauge!("watership_verdict", "verdict" => v.name())))
                 .collect(),
         }
     }
 
     /// Counts the end of a session; `None` is an orderly shutdown.
     pub fn ended(&self, cause: Option<&Error>) {
+        let verdict = cause.and_then(Error::name);
+        for (_, gauge) in self.verdicts.iter().filter(|(v, _)| Some(*v) == verdict) {
+            gauge.set(1.0);
+        }
         let cause = cause.map_or(SHUTDOWN, Error::label);
         for (_, counter) in self.reconnects.iter().filter(|(name, _)| *name == cause) {
             counter.increment(1);
@@ -234,6 +289,13 @@ const CAUSES: [&str; 8] =
     ["config", "unreachable", "refused", "busy", "protocol", "event", "verdict", SHUTDOWN];
 
 impl RouteMetrics {
+    /// Sets the series of `grade` to 1 and the others to 0.
+    pub fn set_grade(&self, grade: &str) {
+        for (name, gauge) in &self.grade {
+            gauge.set(f64::from(u8::from(*name == grade)));
+        }
+    }
+
     fn new(route: &RouteLabel) -> Self {
         let labels = [("route", route.name.clone()), ("owner", route.owner.clone())];
         Self {
@@ -246,7 +308,35 @@ impl RouteMetrics {
             commit_to_confirm: histogram!("watership_commit_to_confirm_seconds", &labels),
             capture_to_publish: histogram!("watership_capture_to_publish_seconds", &labels),
             held: gauge!("watership_route_held", &labels),
+            held_seconds: gauge!("watership_route_held_seconds", &labels),
+            grade: ROUTE_GRADES.map(|grade| (grade, grade_gauge(&labels, grade))).to_vec(),
         }
+    }
+}
+
+fn grade_gauge(labels: &[(&'static str, String); 2], grade: &'static str) -> Gauge {
+    let [route, owner] = labels.clone();
+    gauge!("watership_route_grade", &[route, owner, ("grade", grade.to_owned())])
+}
+
+impl CircuitMetrics {
+    fn new() -> Self {
+        let gauge = |state| (state, gauge!("watership_circuit_state", "state" => state));
+        Self {
+            state: CIRCUIT_STATES.map(gauge).to_vec(),
+            next_try_seconds: gauge!("watership_next_try_seconds"),
+            tries: gauge!("watership_session_tries"),
+        }
+    }
+
+    /// Sets the series of `state` to 1 and the others to 0; the wait until the next try is 0
+    /// unless the circuit is open.
+    pub fn set(&self, state: &str, tries: u32, wait_seconds: f64) {
+        for (name, gauge) in &self.state {
+            gauge.set(f64::from(u8::from(*name == state)));
+        }
+        self.tries.set(f64::from(tries));
+        self.next_try_seconds.set(wait_seconds);
     }
 }
 
@@ -267,6 +357,9 @@ impl WalMetrics {
             settled: position("settled"),
             checkpointed: position("checkpointed"),
             advanced: position("advanced"),
+            slot_at_risk: gauge!("watership_slot_at_risk"),
+            canary_age_seconds: gauge!("watership_canary_age_seconds"),
+            phantom_suspected: counter!("watership_phantom_suspected_total"),
             status: WAL_STATUS
                 .iter()
                 .map(|status| (*status, gauge!("watership_wal_status", "status" => *status)))
@@ -319,6 +412,10 @@ mod tests {
             "watership_position_lsn{stage=\"advanced\"} 0",
             "watership_safe_wal_size_bytes inf",
             "watership_sessions_total 0",
+            "watership_verdict{verdict=\"slot_ahead\"} 0",
+            "watership_slot_at_risk 0",
+            "watership_canary_age_seconds 0",
+            "watership_phantom_suspected_total 0",
         ] {
             assert!(text.contains(series), "{series} is missing in\n{text}");
         }
@@ -361,6 +458,17 @@ mod tests {
             let series = format!("watership_reconnects_total{{cause=\"{cause}\"}} 1");
             assert!(text.contains(&series), "{series} is missing in\n{text}");
         }
+    }
+
+    #[test]
+    fn the_verdict_that_ended_the_relay_is_a_label() {
+        let recorder = builder().build_recorder();
+        let exporter = Exporter(recorder.handle());
+        let metrics = metrics::with_local_recorder(&recorder, || Metrics::new(&[]));
+        metrics.ended(Some(&Error::named(Verdict::SlotAhead, "slot")));
+        let text = exporter.render();
+        assert!(text.contains("watership_verdict{verdict=\"slot_ahead\"} 1"), "{text}");
+        assert!(text.contains("watership_verdict{verdict=\"slot_lost\"} 0"), "{text}");
     }
 
     #[test]

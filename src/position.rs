@@ -83,6 +83,23 @@ impl fmt::Display for Position {
     }
 }
 
+impl FromStr for Position {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let wrong = || Error::protocol(format!("{text:?} is no position"));
+        let mut parts = text.split('-').map(|part| u64::from_str_radix(part, 16));
+        let mut part = || parts.next().and_then(Result::ok).ok_or_else(wrong);
+        let position = Self {
+            epoch: u32::try_from(part()?).map_err(|_| wrong())?,
+            commit_lsn: Lsn(part()?),
+            ordinal: part()?,
+            sub: u16::try_from(part()?).map_err(|_| wrong())?,
+        };
+        if position.to_string() == text { Ok(position) } else { Err(wrong()) }
+    }
+}
+
 fn hex(out: &mut Vec<u8>, value: u64, digits: u32) {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     for digit in (0..digits).rev() {
@@ -123,5 +140,9 @@ mod tests {
         position.write_text(&mut out);
         assert_eq!(out, position.to_string().as_bytes());
         assert_eq!(out.len(), Position::TEXT_LEN);
+        assert_eq!(position.to_string().parse::<Position>().unwrap(), position);
+        for wrong in ["", "1-2-3-4", "00000007-00000016B374D848-00000f4241-0003"] {
+            assert!(wrong.parse::<Position>().is_err(), "{wrong}");
+        }
     }
 }

@@ -4,11 +4,14 @@
 //! An event goes to every rule that selects it; each makes a message of its own. An event that
 //! none selects is poison: dropping needs a rule that says so.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+
+use xxhash_rust::xxh64::{Xxh64, xxh64};
 
 use crate::error::{Error, Result};
-use crate::event::{Change, Content, Event, Op, OutboxRow, Row, Table, Value};
+use crate::event::{Change, Content, Event, OutboxRow, Row, Table, Value};
 use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX};
+use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
 /// Most rules that a configuration may have.
 pub const RULES_MAX: usize = 1000;
@@ -29,6 +32,29 @@ pub enum MessageIdRule {
     Event,
     /// UUIDv5(event id, route name): for routes that meet in one queue.
     Route,
+}
+
+/// What happens to a message that can never be published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnPoison {
+    /// It goes to `watership.parked`, and later messages of its lane follow it.
+    #[default]
+    Park,
+    /// Its lane waits until a person has mended the cause; other lanes go on.
+    Block,
+    /// The relay stops with a verdict.
+    Stop,
+}
+
+/// When a message that the broker does not take is parked instead of being tried for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Policy {
+    /// A message that can never be published.
+    pub on_poison: OnPoison,
+    /// Park what no queue is bound for, instead of holding the route.
+    pub park_unroutable: bool,
+    /// Nacks after which a message is parked, if others of the route were confirmed meanwhile.
+    pub nack_limit: Option<u32>,
 }
 
 /// Which events a rule selects.
@@ -61,6 +87,8 @@ pub enum Action {
         message_id: MessageIdRule,
         /// Columns that make the key of a captured table; empty means its primary key.
         key: Vec<String>,
+        /// What is parked.
+        policy: Policy,
     },
     /// Nothing is published; the event is counted.
     Drop,
@@ -79,6 +107,34 @@ pub struct Rule {
     pub action: Action,
 }
 
+impl Rule {
+    /// The routing key as far as it is known without an event: `None` stands for any text. Empty
+    /// for a rule that drops, or whose template is wrong.
+    pub fn known_key(&self) -> Vec<Option<String>> {
+        let Action::Publish { routing_key, .. } = &self.action else { return Vec::new() };
+        let (fields, known) = match &self.select {
+            Select::Outbox { aggregate_type } => {
+                (OUTBOX_FIELDS, vec![(Field::AggregateType, aggregate_type.as_str())])
+            }
+            Select::Table { name } => {
+                let (schema, table) = name.split_once('.').unwrap_or(("*", "*"));
+                (TABLE_FIELDS, vec![(Field::Schema, schema), (Field::Table, table)])
+            }
+        };
+        let Ok(Template(segments)) = Template::parse(routing_key, fields) else {
+            return Vec::new();
+        };
+        let piece = |segment| match segment {
+            Segment::Text(text) => Some(text),
+            Segment::Field(field) => {
+                let value = known.iter().find(|(name, _)| *name == field);
+                value.map(|(_, value)| (*value).to_owned()).filter(|value| value != "*")
+            }
+        };
+        segments.into_iter().map(piece).collect()
+    }
+}
+
 /// The rules that apply when the configuration has none: everything goes to the topic exchange
 /// `watership`.
 pub fn default_rules() -> Vec<Rule> {
@@ -92,6 +148,7 @@ pub fn default_rules() -> Vec<Rule> {
             ordering: Ordering::Keyed,
             message_id: MessageIdRule::Event,
             key: Vec::new(),
+            policy: Policy::default(),
         },
     };
     let all = || "*".to_owned();
@@ -108,14 +165,21 @@ pub struct Route {
     pub id: RouteId,
     /// Name, the `ws-route` header.
     pub name: String,
+    /// The name again, to be shared.
+    pub label: Arc<str>,
     /// Where its messages go.
     pub exchange: ExchangeId,
     /// Order within a key.
     pub ordering: Ordering,
     /// What the message id is.
     pub message_id: MessageIdRule,
+    /// What is parked.
+    pub policy: Policy,
     routing_key: Template,
     key: Vec<String>,
+    /// Lanes are hashes that begin here; from the name, because parked lanes outlive a restart in
+    /// which the routes' numbers change.
+    seed: u64,
 }
 
 /// The lanes that a message takes.
@@ -204,8 +268,25 @@ impl Router {
         })
     }
 
+    /// The publishing route of that name.
+    pub fn by_name(&self, name: &str) -> Option<&Route> {
+        self.rules.iter().find_map(|(_, parsed)| match parsed {
+            Parsed::Publish(route) if route.name == name => Some(route),
+            Parsed::Publish(_) | Parsed::Drop(_) => None,
+        })
+    }
+
+    /// The publishing route of that number.
+    pub fn by_id(&self, id: RouteId) -> &Route {
+        match &self.rules[usize::from(id.0)].1 {
+            Parsed::Publish(route) => route,
+            Parsed::Drop(_) => unreachable!("messages have the numbers of publishing routes"),
+        }
+    }
+
     fn parse(&mut self, id: RouteId, rule: &Rule) -> Result<Parsed> {
-        let Action::Publish { exchange, routing_key, ordering, message_id, key } = &rule.action
+        let Action::Publish { exchange, routing_key, ordering, message_id, key, policy } =
+            &rule.action
         else {
             return Ok(Parsed::Drop(id));
         };
@@ -227,13 +308,33 @@ impl Router {
         Ok(Parsed::Publish(Route {
             id,
             name: rule.name.clone(),
+            label: rule.name.as_str().into(),
             exchange: ExchangeId(u16::try_from(exchange).expect("RULES_MAX fits")),
             ordering: *ordering,
             message_id: *message_id,
+            policy: *policy,
+            seed: seed(&rule.name),
             routing_key: Template::parse(routing_key, fields).map_err(in_route)?,
             key: key.clone(),
         }))
     }
+}
+
+/// The lanes of an event that no route selects, among others of its kind: its own key's.
+pub fn unrouted_lanes(event: &Event) -> Lanes {
+    let route = Route {
+        id: RouteId(0),
+        name: String::new(),
+        label: "".into(),
+        exchange: ExchangeId(0),
+        ordering: Ordering::Keyed,
+        message_id: MessageIdRule::Event,
+        policy: Policy::default(),
+        routing_key: Template::default(),
+        key: Vec::new(),
+        seed: seed(""),
+    };
+    route.lanes(event)
 }
 
 impl Select {
@@ -290,15 +391,11 @@ impl Route {
 
     // Two keys with one hash share a lane and wait for each other: slower, never wrong.
     fn outbox_lane(&self, row: &OutboxRow) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        self.id.hash(&mut hasher);
-        row.aggregate_type.hash(&mut hasher);
-        row.aggregate_id.hash(&mut hasher);
-        hasher.finish()
+        outbox_lane(self.seed, row)
     }
 
     fn change_lanes(&self, table: &Table, change: &Change) -> Lanes {
-        let group = self.table_hash(table).finish();
+        let group = self.table_hash(table).digest();
         let columns = self.key_columns(table);
         let lane = |row: &Row| self.row_lane(table, &columns, row);
         match change {
@@ -313,10 +410,9 @@ impl Route {
         }
     }
 
-    fn table_hash(&self, table: &Table) -> DefaultHasher {
-        let mut hasher = DefaultHasher::new();
-        self.id.hash(&mut hasher);
-        table.full_name.hash(&mut hasher);
+    fn table_hash(&self, table: &Table) -> Xxh64 {
+        let mut hasher = Xxh64::new(self.seed);
+        add(&mut hasher, table.full_name.as_bytes());
         hasher
     }
 
@@ -325,105 +421,32 @@ impl Route {
         let mut hasher = self.table_hash(table);
         for &column in columns {
             match &row[column] {
-                Value::Text(text) => text.hash(&mut hasher),
-                Value::Null | Value::Unchanged => 0xFF_u8.hash(&mut hasher),
+                Value::Text(text) => add(&mut hasher, text),
+                Value::Null | Value::Unchanged => hasher.update(&[0xFF]),
             }
         }
-        hasher.finish()
+        hasher.digest()
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Field {
-    AggregateType,
-    AggregateId,
-    EventType,
-    Schema,
-    Table,
-    Op,
+// The hashes are stored with parked rows: they must be the same on every machine, for ever.
+fn seed(route: &str) -> u64 {
+    xxh64(route.as_bytes(), 0)
 }
 
-const OUTBOX_FIELDS: &[(&str, Field)] = &[
-    ("aggregate_type", Field::AggregateType),
-    ("aggregate_id", Field::AggregateId),
-    ("event_type", Field::EventType),
-];
-const TABLE_FIELDS: &[(&str, Field)] =
-    &[("schema", Field::Schema), ("table", Field::Table), ("op", Field::Op)];
-
-#[derive(Debug)]
-enum Segment {
-    Text(String),
-    Field(Field),
+fn outbox_lane(seed: u64, row: &OutboxRow) -> u64 {
+    let mut hasher = Xxh64::new(seed);
+    add(&mut hasher, row.aggregate_type.as_bytes());
+    add(&mut hasher, row.aggregate_id.as_bytes());
+    hasher.digest()
 }
 
-/// Text with fields, parsed.
-#[derive(Debug)]
-struct Template(Vec<Segment>);
-
-impl Template {
-    fn parse(text: &str, fields: &[(&str, Field)]) -> Result<Self> {
-        let wrong = |what: &str| Error::config(format!("routing_key {text:?}: {what}"));
-        let mut segments = Vec::new();
-        let mut plain = String::new();
-        let mut rest = text;
-        while let Some(at) = rest.find(['{', '}']) {
-            plain.push_str(&rest[..at]);
-            let brace = &rest[at..=at];
-            rest = &rest[at + 1..];
-            if let Some(after) = rest.strip_prefix(brace) {
-                plain.push_str(brace);
-                rest = after;
-                continue;
-            }
-            if brace == "}" {
-                return Err(wrong("a \"}\" without \"{\"; write \"}}\" for a brace"));
-            }
-            let (name, after) =
-                rest.split_once('}').ok_or_else(|| wrong("a \"{\" without \"}\""))?;
-            let field = fields.iter().find(|(known, _)| *known == name).ok_or_else(|| {
-                let known: Vec<&str> = fields.iter().map(|(name, _)| *name).collect();
-                let known = known.join(", ");
-                wrong(&format!("field {name:?} is not known here, allowed are: {known}"))
-            })?;
-            if !plain.is_empty() {
-                segments.push(Segment::Text(std::mem::take(&mut plain)));
-            }
-            segments.push(Segment::Field(field.1));
-            rest = after;
-        }
-        plain.push_str(rest);
-        if !plain.is_empty() {
-            segments.push(Segment::Text(plain));
-        }
-        Ok(Self(segments))
-    }
-
-    fn render(&self, event: &Event, out: &mut String) {
-        for segment in &self.0 {
-            match segment {
-                Segment::Text(text) => out.push_str(text),
-                Segment::Field(field) => out.push_str(field.of(event)),
-            }
-        }
-    }
+fn add(hasher: &mut Xxh64, part: &[u8]) {
+    hasher.update(&(part.len() as u64).to_le_bytes());
+    hasher.update(part);
 }
 
-impl Field {
-    fn of(self, event: &Event) -> &str {
-        match (self, &event.content) {
-            (Field::Schema, _) => &event.table.schema,
-            (Field::Table, _) => &event.table.name,
-            (Field::Op, _) => Op::as_str(event.op()),
-            (Field::AggregateType, Content::Outbox(row)) => &row.aggregate_type,
-            (Field::AggregateId, Content::Outbox(row)) => &row.aggregate_id,
-            (Field::EventType, Content::Outbox(row)) => &row.event_type,
-            (Field::AggregateType | Field::AggregateId | Field::EventType, Content::Change(_)) => {
-                unreachable!("a table route is parsed with the table fields only")
-            }
-        }
-    }
-}
+mod template;
 
 #[cfg(test)]
 mod tests {
@@ -452,10 +475,16 @@ mod tests {
     }
 
     #[test]
-    fn doubled_braces_are_braces() {
-        let template = Template::parse("a{{b}}.{event_type}", OUTBOX_FIELDS).unwrap();
-        assert_eq!(template.0.len(), 2);
-        assert!(matches!(&template.0[0], Segment::Text(t) if t == "a{b}."));
+    fn what_a_rule_selects_is_known_of_its_routing_key() {
+        let text = |text: &str| Some(text.to_owned());
+        let mut rule = rule("a", "x.{aggregate_type}.{event_type}");
+        assert_eq!(rule.known_key(), [text("x."), None, text("."), None]);
+        rule.select = Select::Outbox { aggregate_type: "order".into() };
+        assert_eq!(rule.known_key(), [text("x."), text("order"), text("."), None]);
+        let mut tables = default_rules().remove(1);
+        tables.select = Select::Table { name: "public.items".into() };
+        let known = [text("public"), text("."), text("items"), text("."), None];
+        assert_eq!(tables.known_key(), known);
     }
 
     #[test]

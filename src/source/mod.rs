@@ -38,6 +38,12 @@ impl Receipt {
         Self { position, flush }
     }
 
+    /// Of a source that is idle: it covers no change, so its position is the lowest; receipts merge
+    /// upwards.
+    pub fn idle(wal_end: Lsn) -> Self {
+        Self::new(Position::default(), Some(wal_end))
+    }
+
     /// Everything up to and including this position is covered.
     pub fn position(&self) -> Position {
         self.position
@@ -56,13 +62,26 @@ impl Receipt {
     }
 }
 
-/// Counts, for the metrics.
+/// What a source has seen: counts for the metrics, and signs of life.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Seen {
     /// Changes received, before any filter or route.
     pub changes: u64,
     /// Events not handed on because an earlier session settled them.
     pub skipped: u64,
+    /// The last canary of this relay that came.
+    pub canary: Option<Canary>,
+    /// The server has sent everything before this.
+    pub received: Lsn,
+}
+
+/// A canary that came through the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Canary {
+    /// Its number.
+    pub number: u64,
+    /// End LSN of its transaction.
+    pub end: Lsn,
 }
 
 /// Hands on committed changes in order. Production: the WAL, and polling; and a simulator.
@@ -87,7 +106,7 @@ pub trait Source {
     /// When the connection is lost.
     fn keep_alive(&mut self) -> impl Future<Output = Result<()>>;
 
-    /// Counts since this source was made.
+    /// What it has seen since it was made.
     fn seen(&self) -> Seen;
 
     /// Ends the connection in order.

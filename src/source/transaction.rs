@@ -11,22 +11,27 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use bytestring::ByteString;
 use uuid::Uuid;
 
+use crate::column::binary::Types;
 use crate::error::{Error, Result};
-use crate::event::{
-    self, Change, Column, Content, Event, OldRow, Origin, OutboxRow, Payload, Row, Table,
-};
-use crate::pg::pgoutput::{self, Message, OldKind, OldTuple, Relation, ReplicaIdentity, Tuple};
+use crate::event::{self, Change, Column, Content, Event, Origin, Row, Table};
+use crate::pg::pgoutput::{self, Message, Relation, ReplicaIdentity, Tuple};
+use crate::planted;
 use crate::position::{Lsn, Position};
-use crate::source::{Item, Receipt};
+use crate::source::{Canary, Item, Receipt, Seen};
+use canary::CanaryColumns;
+use rows::{OutboxColumns, Values, old_row, outbox_row};
+
+mod canary;
+mod rows;
+#[cfg(test)]
+mod tests;
 
 /// Schema of the relay's own tables. None of them is an event, but the outbox is read.
 const OWN_SCHEMA: &str = "watership";
 const OUTBOX: &str = "outbox";
-/// Columns of an outbox row that are looked at; more are allowed and ignored.
-const OUTBOX_COLUMNS_MAX: usize = 32;
+const CANARY: &str = "canary";
 /// Relations described by one stream; more would be a leak on somebody's side.
 const RELATIONS_MAX: usize = 100_000;
 /// Microseconds from 1970-01-01 to 2000-01-01, Postgres' epoch.
@@ -45,6 +50,11 @@ impl Timelines {
     pub fn new(current: u32, history: Vec<(u32, Lsn)>) -> Self {
         assert!(history.is_sorted_by_key(|(_, end)| *end), "timelines end in order");
         Self { current, history }
+    }
+
+    /// The earlier timelines with their switch points, oldest first.
+    pub fn history(&self) -> &[(u32, Lsn)] {
+        &self.history
     }
 
     fn at(&self, lsn: Lsn) -> u32 {
@@ -66,6 +76,10 @@ pub struct Options {
     /// Primary key columns by `schema.table`, from the catalog. With replica identity full the
     /// stream marks every column as key, so it cannot tell.
     pub primary_keys: HashMap<String, Vec<String>>,
+    /// How values of users' types are sent in binary; of no use in text mode.
+    pub types: Types,
+    /// Name of the relay whose canary is looked for.
+    pub canary: String,
 }
 
 /// Turns pgoutput messages into items.
@@ -74,10 +88,11 @@ pub struct Assembler {
     options: Options,
     state: State,
     tables: HashMap<u32, Published>,
-    /// Changes received, for the metric.
-    pub changes_received: u64,
-    /// Events not handed on because they were settled before.
-    pub events_skipped: u64,
+    seen: Seen,
+    /// Number of the canary of the open transaction.
+    canary: Option<u64>,
+    /// Only looked at by a planted bug.
+    met_resume_point: bool,
 }
 
 #[derive(Debug)]
@@ -93,34 +108,31 @@ struct Transaction {
     xid: u32,
     ordinal: u64,
     timeline: u32,
+    /// Changes of the relay's own tables.
+    own: u64,
 }
 
 #[derive(Debug)]
 enum Published {
     Outbox(Arc<Table>, OutboxColumns),
     Captured(Arc<Table>),
-    /// One of our own tables besides the outbox.
+    /// The canary; where its columns are, if they can be found.
+    Canary(Option<CanaryColumns>),
+    /// One of our own tables besides these.
     Own,
-}
-
-#[derive(Debug)]
-struct OutboxColumns {
-    id: usize,
-    aggregate_type: usize,
-    aggregate_id: usize,
-    event_type: usize,
-    payload: Option<usize>,
-    data: Option<usize>,
-    content_type: Option<usize>,
-    headers: Option<usize>,
-    traceparent: Option<usize>,
 }
 
 impl Assembler {
     /// An assembler at the start of a stream.
     pub fn new(options: Options) -> Self {
-        let tables = HashMap::new();
-        Self { options, state: State::Idle, tables, changes_received: 0, events_skipped: 0 }
+        let (tables, seen) = Default::default();
+        let state = State::Idle;
+        Self { options, state, tables, seen, canary: None, met_resume_point: false }
+    }
+
+    /// What came so far; how far the server is, is not known here.
+    pub fn seen(&self) -> Seen {
+        self.seen
     }
 
     /// True when no transaction is open in the decoder.
@@ -148,13 +160,13 @@ impl Assembler {
                     let old = old.as_ref().map(|old| old_row(old, row)).transpose()?;
                     Ok(Change::Update { old, new: row(&new)? })
                 };
-                self.change(data, relation, change, out)
+                self.change(data, relation, Some(&new), change, out)
             }
             Message::Delete { relation, old } => {
                 let change = |row: &dyn Fn(&Tuple<'_>) -> Result<Row>| {
                     Ok(Change::Delete { old: old_row(&old, row)? })
                 };
-                self.change(data, relation, change, out)
+                self.change(data, relation, None, change, out)
             }
             Message::Truncate(truncate) => self.truncate(truncate.relations(), out),
             // Messages have ids of their own and never count; they come with a later source.
@@ -173,7 +185,9 @@ impl Assembler {
             xid,
             ordinal: 0,
             timeline: self.options.timelines.at(commit_lsn),
+            own: 0,
         });
+        self.canary = None;
         Ok(())
     }
 
@@ -184,8 +198,16 @@ impl Assembler {
             return Err(Error::protocol(format!("Commit of {commit_lsn} ends Begin of {begun}")));
         }
         let position = self.position(&transaction, transaction.ordinal, 0);
-        out.push(Item::Commit(self.receipt(position, Some(end_lsn))));
+        if let Some(number) = self.canary.take() {
+            self.seen.canary = Some(Canary { number, end: end_lsn });
+        }
         self.state = State::Idle;
+        // What we wrote ourselves is no progress: its checkpoint would be the next such write.
+        if transaction.own > 0 && transaction.own == transaction.ordinal {
+            out.push(Item::Idle(Receipt::new(Position::default(), Some(end_lsn))));
+        } else {
+            out.push(Item::Commit(self.receipt(position, Some(end_lsn))));
+        }
         Ok(())
     }
 
@@ -198,17 +220,24 @@ impl Assembler {
     ) -> Result<()> {
         let (transaction, position) = self.count_change()?;
         if self.is_settled(position) {
+            self.own_change(relation, Some(new));
             return Ok(());
         }
         let receipt = self.receipt(position, None);
         let (table, row) = match self.published(relation)? {
-            Published::Own => return Ok(()),
+            Published::Own | Published::Canary(_) => {
+                self.own_change(relation, Some(new));
+                return Ok(());
+            }
             Published::Outbox(table, columns) => {
-                (table, outbox_row(data, columns, new).map(|(id, row)| (id, Content::Outbox(row))))
+                let id = || event::captured_id(self.origin(&transaction), position);
+                let values = Values { data, table, types: &self.options.types };
+                let (id, row) = outbox_row(&values, columns, new, id);
+                (table, Ok((id, Content::Outbox(row))))
             }
             Published::Captured(table) => {
                 let id = event::captured_id(self.origin(&transaction), position);
-                let row = row_of(data, table, new);
+                let row = Values { data, table, types: &self.options.types }.row(new);
                 (table, row.map(|new| (id, Content::Change(Change::Insert { new }))))
             }
         };
@@ -220,21 +249,25 @@ impl Assembler {
         &mut self,
         data: &Bytes,
         relation: u32,
+        new: Option<&Tuple<'_>>,
         change: impl FnOnce(&dyn Fn(&Tuple<'_>) -> Result<Row>) -> Result<Change>,
         out: &mut Vec<Item>,
     ) -> Result<()> {
         let (transaction, position) = self.count_change()?;
         if self.is_settled(position) {
+            self.own_change(relation, new);
             return Ok(());
         }
         let receipt = self.receipt(position, None);
         match self.published(relation)? {
+            Published::Own | Published::Canary(_) => self.own_change(relation, new),
             // The outbox is INSERT-only; deletes there are our own retention.
-            Published::Own | Published::Outbox(..) => {}
+            Published::Outbox(..) => {}
             Published::Captured(table) => {
                 let id = event::captured_id(self.origin(&transaction), position);
-                let made = change(&|tuple| row_of(data, table, tuple))
-                    .map(|change| (id, Content::Change(change)));
+                let values = Values { data, table, types: &self.options.types };
+                let made =
+                    change(&|tuple| values.row(tuple)).map(|change| (id, Content::Change(change)));
                 push_event(transaction, position, table, made, receipt, out);
             }
         }
@@ -294,6 +327,7 @@ impl Assembler {
                 let columns = OutboxColumns::find(&table)?;
                 Published::Outbox(table, columns)
             }
+            (OWN_SCHEMA, CANARY) => Published::Canary(CanaryColumns::find(&table)),
             (OWN_SCHEMA, _) => Published::Own,
             _ => Published::Captured(table),
         };
@@ -319,9 +353,26 @@ impl Assembler {
             return Err(Error::protocol("a change outside of a transaction"));
         };
         transaction.ordinal += 1;
-        self.changes_received += 1;
+        self.seen.changes += 1;
         let transaction = *transaction;
         Ok((transaction, self.position(&transaction, transaction.ordinal, 0)))
+    }
+
+    /// A change that was counted; if it is of a table of our own, it is no news to anybody.
+    fn own_change(&mut self, relation: u32, new: Option<&Tuple<'_>>) {
+        let columns = match self.tables.get(&relation) {
+            Some(Published::Own) => None,
+            Some(Published::Canary(columns)) => *columns,
+            Some(Published::Outbox(..) | Published::Captured(_)) | None => return,
+        };
+        if let State::Open(transaction) = &mut self.state {
+            transaction.own += 1;
+        }
+        self.seen.changes -= 1;
+        let (Some(columns), Some(new)) = (columns, new) else { return };
+        if let Some(number) = columns.number(new, &self.options.canary) {
+            self.canary = Some(number);
+        }
     }
 
     fn position(&self, transaction: &Transaction, ordinal: u64, sub: u16) -> Position {
@@ -330,13 +381,25 @@ impl Assembler {
     }
 
     fn is_settled(&mut self, position: Position) -> bool {
-        let settled = position <= self.options.resume_after;
-        self.events_skipped += u64::from(settled);
+        let mut settled = position <= self.options.resume_after;
+        if planted::is(1) {
+            settled = position.commit_lsn <= self.options.resume_after.commit_lsn;
+        }
+        if planted::is(2) && self.options.resume_after.ordinal > 0 {
+            settled |= !self.met_resume_point;
+            self.met_resume_point |= position == self.options.resume_after;
+        }
+        if planted::is(3) && position.commit_lsn == self.options.resume_after.commit_lsn {
+            settled |= position.ordinal == self.options.resume_after.ordinal + 1;
+        }
+        self.seen.skipped += u64::from(settled);
         settled
     }
 
     /// A receipt never goes behind what was settled before this stream began.
     fn receipt(&self, position: Position, flush: Option<Lsn>) -> Receipt {
+        let early = || planted::is(8).then_some(Lsn(position.commit_lsn.0 + 10));
+        let flush = flush.or_else(early);
         Receipt::new(position.max(self.options.resume_after), flush)
     }
 
@@ -348,34 +411,6 @@ impl Assembler {
         self.tables.get(&relation).ok_or_else(|| {
             Error::protocol(format!("a change of relation {relation}, which was never described"))
         })
-    }
-}
-
-impl OutboxColumns {
-    fn find(table: &Table) -> Result<Self> {
-        let needed = |name: &str| {
-            table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX).ok_or_else(|| {
-                let text = format!("column {name:?} is missing in {}", table.full_name);
-                Error::verdict(text)
-                    .hint("restore the column, or put it into the publication's column list")
-            })
-        };
-        let optional = |name: &str| table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX);
-        let columns = Self {
-            id: needed("id")?,
-            aggregate_type: needed("aggregate_type")?,
-            aggregate_id: needed("aggregate_id")?,
-            event_type: needed("event_type")?,
-            payload: optional("payload"),
-            data: optional("data"),
-            content_type: optional("content_type"),
-            headers: optional("headers"),
-            traceparent: optional("traceparent"),
-        };
-        if columns.payload.is_none() && columns.data.is_none() {
-            return needed("payload").map(|_| columns);
-        }
-        Ok(columns)
     }
 }
 
@@ -404,73 +439,4 @@ fn push_event(
             out.push(Item::Poison(error.context(at), receipt));
         }
     }
-}
-
-fn outbox_row(
-    data: &Bytes,
-    columns: &OutboxColumns,
-    tuple: &Tuple<'_>,
-) -> Result<(Uuid, Box<OutboxRow>)> {
-    let mut values = [pgoutput::Value::Null; OUTBOX_COLUMNS_MAX];
-    tuple.read_into(&mut values);
-    let bytes = |index: Option<usize>| match index.map(|i| values[i]) {
-        Some(pgoutput::Value::Text(text)) => Some(data.slice_ref(text)),
-        // Inserts carry no unchanged TOAST, and the binary option is not used for the outbox.
-        Some(pgoutput::Value::Null | pgoutput::Value::Unchanged | pgoutput::Value::Binary(_))
-        | None => None,
-    };
-    let text = |index: Option<usize>, name: &str| match bytes(index) {
-        None => Ok(None),
-        Some(bytes) => ByteString::try_from(bytes)
-            .map(Some)
-            .map_err(|_| Error::event(format!("column {name:?} is not valid UTF-8"))),
-    };
-    let needed = |index: usize, name: &str| {
-        text(Some(index), name)?
-            .ok_or_else(|| Error::event(format!("column {name:?} of the outbox row is null")))
-    };
-    let id = needed(columns.id, "id")?;
-    let id = Uuid::try_parse(&id)
-        .map_err(|e| Error::event(format!("column \"id\" is no uuid: {id:?}")).caused_by(e))?;
-    let payload = match (bytes(columns.payload), bytes(columns.data)) {
-        (Some(json), None) => Payload::Json(json),
-        (None, Some(hex)) => Payload::Hex(hex),
-        (Some(_), Some(_)) | (None, None) => {
-            return Err(Error::event("exactly one of payload and data must be set"));
-        }
-    };
-    let row = OutboxRow {
-        aggregate_type: needed(columns.aggregate_type, "aggregate_type")?,
-        aggregate_id: needed(columns.aggregate_id, "aggregate_id")?,
-        event_type: needed(columns.event_type, "event_type")?,
-        payload,
-        content_type: text(columns.content_type, "content_type")?,
-        headers: bytes(columns.headers),
-        traceparent: text(columns.traceparent, "traceparent")?,
-    };
-    Ok((id, Box::new(row)))
-}
-
-fn row_of(data: &Bytes, table: &Table, tuple: &Tuple<'_>) -> Result<Row> {
-    if tuple.len() != table.columns.len() {
-        let (got, want) = (tuple.len(), table.columns.len());
-        return Err(Error::event(format!("the row has {got} columns, its relation {want}")));
-    }
-    tuple
-        .columns()
-        .map(|value| match value {
-            pgoutput::Value::Null => Ok(event::Value::Null),
-            pgoutput::Value::Unchanged => Ok(event::Value::Unchanged),
-            pgoutput::Value::Text(text) => Ok(event::Value::Text(data.slice_ref(text))),
-            pgoutput::Value::Binary(_) => Err(Error::event("a value came in binary form")),
-        })
-        .collect()
-}
-
-fn old_row(old: &OldTuple<'_>, row: &dyn Fn(&Tuple<'_>) -> Result<Row>) -> Result<OldRow> {
-    let values = row(&old.tuple)?;
-    Ok(match old.kind {
-        OldKind::Key => OldRow::Key(values),
-        OldKind::Full => OldRow::Full(values),
-    })
 }

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::pg::replication::{Frame, ReplicationStream};
-use crate::position::{Lsn, Position};
+use crate::position::Lsn;
 use crate::source::transaction::Assembler;
 use crate::source::{Item, Receipt, Seen, Source};
+use crate::verdict::{RESYNC, Verdict};
 
 /// Frames taken at once when none of them becomes an item, so that other work gets its turn.
 const FRAMES_MAX: usize = 4096;
@@ -80,7 +81,7 @@ impl Wal {
             if batch.len() >= room {
                 return Ok(Taken::Some);
             }
-            match self.stream.try_next()? {
+            match self.stream.try_next().map_err(named)? {
                 None if batch.is_empty() => return Ok(Taken::Nothing),
                 None => return Ok(Taken::Some),
                 Some(Frame::XLogData { wal_end, data, .. }) => {
@@ -93,17 +94,12 @@ impl Wal {
                         self.status(false);
                     }
                     if self.assembler.is_idle() {
-                        batch.push(Item::Idle(self.idle_receipt(wal_end)));
+                        batch.push(Item::Idle(Receipt::idle(wal_end)));
                     }
                 }
             }
         }
         Ok(if batch.is_empty() { Taken::OnlyFiltered } else { Taken::Some })
-    }
-
-    fn idle_receipt(&self, wal_end: Lsn) -> Receipt {
-        // It covers no change: the lowest position is right, because receipts merge upwards.
-        Receipt::new(Position::default(), Some(wal_end))
     }
 
     fn status(&mut self, reply_requested: bool) {
@@ -151,6 +147,27 @@ impl Wal {
             let seconds = WRITE_LIMIT.as_secs();
             Err(Error::unreachable(format!("Postgres took no status update for {seconds} s")))
         })
+    }
+}
+
+/// A stream that began and then has something missing has lost its publication: the slot cannot go
+/// while it is read. Up to Postgres 17 that is an error, later a warning.
+fn named(error: Error) -> Error {
+    match (error.kind(), error.name()) {
+        (Kind::Verdict, None) => Error::named(Verdict::PublicationMissing, &error).hint(format!(
+            "create it with `watership init` if it is gone; changes committed without it are not \
+             streamed; to accept the gap: {RESYNC}"
+        )),
+        (Kind::Verdict, Some(_))
+        | (
+            Kind::Config
+            | Kind::Unreachable
+            | Kind::Refused
+            | Kind::Busy
+            | Kind::Protocol
+            | Kind::Event,
+            _,
+        ) => error,
     }
 }
 
@@ -205,8 +222,7 @@ impl Source for Wal {
     }
 
     fn seen(&self) -> Seen {
-        let Assembler { changes_received, events_skipped, .. } = &self.assembler;
-        Seen { changes: *changes_received, skipped: *events_skipped }
+        Seen { received: self.received, ..self.assembler.seen() }
     }
 
     async fn close(mut self) {

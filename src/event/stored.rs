@@ -1,0 +1,308 @@
+//! An event as a JSON document and back: how the raw row of a parked event is kept. Pure.
+//!
+//! Invariant: what comes back is the event that was stored, byte for byte, so that a retry makes
+//! the message that would have been made then, or the right one under a mended configuration.
+
+use std::sync::Arc;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use bytestring::ByteString;
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{
+    Broken, Change, Column, Content, Event, OldRow, OutboxRow, Payload, Row, Table, Value,
+};
+use crate::error::{Error, Result};
+use crate::position::Position;
+
+/// The document. Id and position stand beside it.
+#[derive(Serialize, Deserialize)]
+struct Stored {
+    committed_at_us: i64,
+    xid: u32,
+    table: StoredTable,
+    content: StoredContent,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredTable {
+    schema: String,
+    name: String,
+    /// Name and type OID.
+    columns: Vec<(String, u32)>,
+    key: Vec<usize>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StoredContent {
+    Outbox(Box<StoredOutbox>),
+    Insert { new: Vec<Cell> },
+    Update { old: Option<StoredOld>, new: Vec<Cell> },
+    Delete { old: StoredOld },
+    Truncate,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredOutbox {
+    aggregate_type: String,
+    aggregate_id: String,
+    event_type: String,
+    payload: StoredPayload,
+    content_type: Option<String>,
+    headers: Option<Cell>,
+    traceparent: Option<String>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StoredPayload {
+    Json(Cell),
+    Data(Cell),
+    Broken { why: String, columns: Vec<(String, Cell)> },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StoredOld {
+    Key(Vec<Cell>),
+    Full(Vec<Cell>),
+}
+
+/// A value: text, null, or an object that says what else it is.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Cell {
+    Null,
+    Text(String),
+    /// Bytes that are not UTF-8 (a database with the encoding SQL_ASCII).
+    Base64 {
+        base64: String,
+    },
+    Unchanged {
+        unchanged: bool,
+    },
+}
+
+/// The document of an event.
+pub fn to_json(event: &Event) -> String {
+    let table = &event.table;
+    let columns = table.columns.iter().map(|c| (c.name.clone(), c.type_oid)).collect();
+    let (schema, name, key) = (table.schema.clone(), table.name.clone(), table.key.clone());
+    let stored = Stored {
+        committed_at_us: event.committed_at_us,
+        xid: event.xid,
+        table: StoredTable { schema, name, columns, key },
+        content: match &event.content {
+            Content::Outbox(row) => StoredContent::Outbox(Box::new(store_outbox(row))),
+            Content::Change(Change::Insert { new }) => StoredContent::Insert { new: cells(new) },
+            Content::Change(Change::Update { old, new }) => {
+                StoredContent::Update { old: old.as_ref().map(store_old), new: cells(new) }
+            }
+            Content::Change(Change::Delete { old }) => {
+                StoredContent::Delete { old: store_old(old) }
+            }
+            Content::Change(Change::Truncate) => StoredContent::Truncate,
+        },
+    };
+    serde_json::to_string(&stored).expect("strings and numbers are always JSON")
+}
+
+/// The event of a document.
+///
+/// # Errors
+/// [`crate::error::Kind::Event`] when the document is none of ours.
+pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<Event> {
+    let wrong = |e: serde_json::Error| Error::event("the stored row is damaged").caused_by(e);
+    let Stored { committed_at_us, xid, table, content } =
+        serde_json::from_str(json).map_err(wrong)?;
+    let StoredTable { schema, name, columns, key } = table;
+    if key.iter().any(|index| *index >= columns.len()) {
+        return Err(Error::event("the stored row is damaged: a key column is missing"));
+    }
+    let full_name = format!("{schema}.{name}");
+    let width = columns.len();
+    let columns = columns.into_iter().map(|(name, type_oid)| Column { name, type_oid }).collect();
+    let row = |cells: Vec<Cell>| {
+        if cells.len() != width {
+            let text = format!("the stored row is damaged: {} of {width} columns", cells.len());
+            return Err(Error::event(text));
+        }
+        cells.into_iter().map(load).collect::<Result<Row>>()
+    };
+    let old = |old: StoredOld| match old {
+        StoredOld::Key(cells) => row(cells).map(OldRow::Key),
+        StoredOld::Full(cells) => row(cells).map(OldRow::Full),
+    };
+    let content = match content {
+        StoredContent::Outbox(stored) => Content::Outbox(Box::new(load_outbox(*stored)?)),
+        StoredContent::Insert { new } => Content::Change(Change::Insert { new: row(new)? }),
+        StoredContent::Update { old: before, new } => {
+            let old = before.map(old).transpose()?;
+            Content::Change(Change::Update { old, new: row(new)? })
+        }
+        StoredContent::Delete { old: before } => {
+            Content::Change(Change::Delete { old: old(before)? })
+        }
+        StoredContent::Truncate => Content::Change(Change::Truncate),
+    };
+    let table = Arc::new(Table { schema, name, full_name, columns, key });
+    Ok(Event { id, position, committed_at_us, xid, table, content })
+}
+
+fn store_outbox(row: &OutboxRow) -> StoredOutbox {
+    let text = |text: &ByteString| text.to_string();
+    let named = |(name, value): &(String, Option<Bytes>)| {
+        (name.clone(), value.as_ref().map_or(Cell::Null, cell))
+    };
+    StoredOutbox {
+        aggregate_type: text(&row.aggregate_type),
+        aggregate_id: text(&row.aggregate_id),
+        event_type: text(&row.event_type),
+        payload: match &row.payload {
+            Payload::Json(bytes) => StoredPayload::Json(cell(bytes)),
+            Payload::Hex(bytes) => StoredPayload::Data(cell(bytes)),
+            Payload::Broken(broken) => StoredPayload::Broken {
+                why: broken.why.clone(),
+                columns: broken.columns.iter().map(named).collect(),
+            },
+        },
+        content_type: row.content_type.as_ref().map(text),
+        headers: row.headers.as_ref().map(cell),
+        traceparent: row.traceparent.as_ref().map(text),
+    }
+}
+
+fn load_outbox(stored: StoredOutbox) -> Result<OutboxRow> {
+    let present = |cell: Cell| -> Result<Option<Bytes>> {
+        Ok(match load(cell)? {
+            Value::Text(bytes) => Some(bytes),
+            Value::Null | Value::Unchanged => None,
+        })
+    };
+    let needed = |cell: Cell| {
+        present(cell)?.ok_or_else(|| Error::event("the stored row is damaged: it has no payload"))
+    };
+    Ok(OutboxRow {
+        aggregate_type: stored.aggregate_type.into(),
+        aggregate_id: stored.aggregate_id.into(),
+        event_type: stored.event_type.into(),
+        payload: match stored.payload {
+            StoredPayload::Json(cell) => Payload::Json(needed(cell)?),
+            StoredPayload::Data(cell) => Payload::Hex(needed(cell)?),
+            StoredPayload::Broken { why, columns } => {
+                let columns = columns.into_iter().map(|(name, cell)| Ok((name, present(cell)?)));
+                Payload::Broken(Box::new(Broken { why, columns: columns.collect::<Result<_>>()? }))
+            }
+        },
+        content_type: stored.content_type.map(Into::into),
+        headers: stored.headers.map(present).transpose()?.flatten(),
+        traceparent: stored.traceparent.map(Into::into),
+    })
+}
+
+fn store_old(old: &OldRow) -> StoredOld {
+    match old {
+        OldRow::Key(row) => StoredOld::Key(cells(row)),
+        OldRow::Full(row) => StoredOld::Full(cells(row)),
+    }
+}
+
+fn cells(row: &Row) -> Vec<Cell> {
+    let one = |value: &Value| match value {
+        Value::Null => Cell::Null,
+        Value::Unchanged => Cell::Unchanged { unchanged: true },
+        Value::Text(bytes) => cell(bytes),
+    };
+    row.iter().map(one).collect()
+}
+
+fn cell(bytes: &Bytes) -> Cell {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => Cell::Text(text.to_owned()),
+        Err(_) => Cell::Base64 { base64: STANDARD.encode(bytes) },
+    }
+}
+
+fn load(cell: Cell) -> Result<Value> {
+    Ok(match cell {
+        Cell::Null => Value::Null,
+        Cell::Unchanged { .. } => Value::Unchanged,
+        Cell::Text(text) => Value::Text(text.into()),
+        Cell::Base64 { base64 } => {
+            Value::Text(Bytes::from(STANDARD.decode(base64).map_err(|e| {
+                Error::event("the stored row is damaged: its base64 is wrong").caused_by(e)
+            })?))
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::Lsn;
+
+    fn event(content: Content) -> Event {
+        let columns = ["id", "note"].map(|name| Column { name: name.into(), type_oid: 25 });
+        let table = Table {
+            schema: "public".into(),
+            name: "t".into(),
+            full_name: "public.t".into(),
+            columns: columns.into(),
+            key: vec![0],
+        };
+        let position = Position { epoch: 1, commit_lsn: Lsn(7), ordinal: 2, sub: 0 };
+        let id = Uuid::from_u128(5);
+        Event { id, position, committed_at_us: -3, xid: 9, table: Arc::new(table), content }
+    }
+
+    fn round_trip(content: Content) {
+        let before = event(content);
+        let after = from_json(&to_json(&before), before.id, before.position).unwrap();
+        assert_eq!(format!("{before:?}"), format!("{after:?}"));
+    }
+
+    #[test]
+    fn every_kind_of_event_comes_back_byte_for_byte() {
+        let text = |t: &'static [u8]| Value::Text(Bytes::from_static(t));
+        let row = || -> Row { [text(b"1"), text("\u{1F430} \"\\ \n".as_bytes())].into() };
+        let odd = || -> Row { [Value::Null, text(b"\xFF\x00\xFE")].into() };
+        round_trip(Content::Change(Change::Insert { new: row() }));
+        let new: Row = [text(b"1"), Value::Unchanged].into();
+        round_trip(Content::Change(Change::Update { old: None, new: new.clone() }));
+        round_trip(Content::Change(Change::Update { old: Some(OldRow::Key(odd())), new }));
+        round_trip(Content::Change(Change::Delete { old: OldRow::Full(row()) }));
+        round_trip(Content::Change(Change::Truncate));
+    }
+
+    #[test]
+    fn an_outbox_payload_keeps_its_digits_spaces_and_key_order() {
+        let json = Bytes::from_static(b"{ \"b\":1.000000000000000000001 ,\"a\" : \"\\u0000\"}");
+        let row = |payload| OutboxRow {
+            aggregate_type: "order".into(),
+            aggregate_id: "4/2".into(),
+            event_type: "created".into(),
+            payload,
+            content_type: None,
+            headers: Some(Bytes::from_static(b"{\"n\": 1}")),
+            traceparent: Some("00-1".into()),
+        };
+        round_trip(Content::Outbox(Box::new(row(Payload::Json(json)))));
+        round_trip(Content::Outbox(Box::new(row(Payload::Hex(Bytes::from_static(b"\\x00ff"))))));
+        let columns = vec![("payload".into(), None), ("data".into(), Some(Bytes::from("x")))];
+        let broken = Broken { why: "both".into(), columns };
+        round_trip(Content::Outbox(Box::new(row(Payload::Broken(Box::new(broken))))));
+    }
+
+    #[test]
+    fn a_damaged_document_is_an_error_and_no_panic() {
+        let good = to_json(&event(Content::Change(Change::Truncate)));
+        for wrong in ["", "{}", "null", &good.replace("[0]", "[7]")] {
+            let error = from_json(wrong, Uuid::nil(), Position::default()).unwrap_err();
+            assert!(error.to_string().contains("damaged"), "{error}");
+        }
+    }
+}

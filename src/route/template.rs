@@ -1,0 +1,108 @@
+//! Routing keys with fields, such as `{aggregate_type}.{event_type}`. Pure.
+
+use crate::error::{Error, Result};
+use crate::event::{Content, Event, Op};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Field {
+    AggregateType,
+    AggregateId,
+    EventType,
+    Schema,
+    Table,
+    Op,
+}
+
+pub(super) const OUTBOX_FIELDS: &[(&str, Field)] = &[
+    ("aggregate_type", Field::AggregateType),
+    ("aggregate_id", Field::AggregateId),
+    ("event_type", Field::EventType),
+];
+pub(super) const TABLE_FIELDS: &[(&str, Field)] =
+    &[("schema", Field::Schema), ("table", Field::Table), ("op", Field::Op)];
+
+#[derive(Debug)]
+pub(super) enum Segment {
+    Text(String),
+    Field(Field),
+}
+
+/// Text with fields, parsed.
+#[derive(Debug, Default)]
+pub(super) struct Template(pub(super) Vec<Segment>);
+
+impl Template {
+    pub(super) fn parse(text: &str, fields: &[(&str, Field)]) -> Result<Self> {
+        let wrong = |what: &str| Error::config(format!("routing_key {text:?}: {what}"));
+        let mut segments = Vec::new();
+        let mut plain = String::new();
+        let mut rest = text;
+        while let Some(at) = rest.find(['{', '}']) {
+            plain.push_str(&rest[..at]);
+            let brace = &rest[at..=at];
+            rest = &rest[at + 1..];
+            if let Some(after) = rest.strip_prefix(brace) {
+                plain.push_str(brace);
+                rest = after;
+                continue;
+            }
+            if brace == "}" {
+                return Err(wrong("a \"}\" without \"{\"; write \"}}\" for a brace"));
+            }
+            let (name, after) =
+                rest.split_once('}').ok_or_else(|| wrong("a \"{\" without \"}\""))?;
+            let field = fields.iter().find(|(known, _)| *known == name).ok_or_else(|| {
+                let known: Vec<&str> = fields.iter().map(|(name, _)| *name).collect();
+                let known = known.join(", ");
+                wrong(&format!("field {name:?} is not known here, allowed are: {known}"))
+            })?;
+            if !plain.is_empty() {
+                segments.push(Segment::Text(std::mem::take(&mut plain)));
+            }
+            segments.push(Segment::Field(field.1));
+            rest = after;
+        }
+        plain.push_str(rest);
+        if !plain.is_empty() {
+            segments.push(Segment::Text(plain));
+        }
+        Ok(Self(segments))
+    }
+
+    pub(super) fn render(&self, event: &Event, out: &mut String) {
+        for segment in &self.0 {
+            match segment {
+                Segment::Text(text) => out.push_str(text),
+                Segment::Field(field) => out.push_str(field.of(event)),
+            }
+        }
+    }
+}
+
+impl Field {
+    fn of(self, event: &Event) -> &str {
+        match (self, &event.content) {
+            (Field::Schema, _) => &event.table.schema,
+            (Field::Table, _) => &event.table.name,
+            (Field::Op, _) => Op::as_str(event.op()),
+            (Field::AggregateType, Content::Outbox(row)) => &row.aggregate_type,
+            (Field::AggregateId, Content::Outbox(row)) => &row.aggregate_id,
+            (Field::EventType, Content::Outbox(row)) => &row.event_type,
+            (Field::AggregateType | Field::AggregateId | Field::EventType, Content::Change(_)) => {
+                unreachable!("a table route is parsed with the table fields only")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn doubled_braces_are_braces() {
+        let template = Template::parse("a{{b}}.{event_type}", OUTBOX_FIELDS).unwrap();
+        assert_eq!(template.0.len(), 2);
+        assert!(matches!(&template.0[0], Segment::Text(t) if t == "a{b}."));
+    }
+}

@@ -1,0 +1,175 @@
+//! From a tuple of the stream to the values of a row, and to a row of the outbox. Pure.
+
+use std::borrow::Cow;
+use std::cell::OnceCell;
+
+use bytes::Bytes;
+use bytestring::ByteString;
+use uuid::Uuid;
+
+use crate::column::binary::Types;
+use crate::error::{Error, Result};
+use crate::event::{self, Broken, Column, OldRow, OutboxRow, Payload, Row, Table};
+use crate::pg::pgoutput::{self, OldKind, OldTuple, Tuple};
+
+/// Columns of an outbox row that are looked at; more are allowed and ignored.
+const OUTBOX_COLUMNS_MAX: usize = 32;
+
+/// Where the columns of the outbox are.
+
+#[derive(Debug)]
+pub(super) struct OutboxColumns {
+    id: usize,
+    aggregate_type: usize,
+    aggregate_id: usize,
+    event_type: usize,
+    payload: Option<usize>,
+    data: Option<usize>,
+    content_type: Option<usize>,
+    headers: Option<usize>,
+    traceparent: Option<usize>,
+}
+
+impl OutboxColumns {
+    pub(super) fn find(table: &Table) -> Result<Self> {
+        let needed = |name: &str| {
+            table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX).ok_or_else(|| {
+                let text = format!("column {name:?} is missing in {}", table.full_name);
+                Error::verdict(text)
+                    .hint("restore the column, or put it into the publication's column list")
+            })
+        };
+        let optional = |name: &str| table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX);
+        let columns = Self {
+            id: needed("id")?,
+            aggregate_type: needed("aggregate_type")?,
+            aggregate_id: needed("aggregate_id")?,
+            event_type: needed("event_type")?,
+            payload: optional("payload"),
+            data: optional("data"),
+            content_type: optional("content_type"),
+            headers: optional("headers"),
+            traceparent: optional("traceparent"),
+        };
+        if columns.payload.is_none() && columns.data.is_none() {
+            return needed("payload").map(|_| columns);
+        }
+        Ok(columns)
+    }
+}
+
+/// Values of a row of `table` as text, slices of `data` where they can be.
+pub(super) struct Values<'a> {
+    pub(super) data: &'a Bytes,
+    pub(super) table: &'a Table,
+    pub(super) types: &'a Types,
+}
+
+impl Values<'_> {
+    fn value(&self, index: usize, value: &pgoutput::Value<'_>) -> Result<event::Value> {
+        Ok(match value {
+            pgoutput::Value::Null => event::Value::Null,
+            pgoutput::Value::Unchanged => event::Value::Unchanged,
+            pgoutput::Value::Text(text) => event::Value::Text(self.data.slice_ref(text)),
+            pgoutput::Value::Binary(bytes) => {
+                let column = &self.table.columns[index];
+                let text = self.types.text(column.type_oid, bytes);
+                let text = text.map_err(|e| e.context(format!("column {:?}", column.name)))?;
+                event::Value::Text(match text {
+                    Cow::Borrowed(text) => self.data.slice_ref(text),
+                    Cow::Owned(text) => Bytes::from(text),
+                })
+            }
+        })
+    }
+
+    pub(super) fn row(&self, tuple: &Tuple<'_>) -> Result<Row> {
+        if tuple.len() != self.table.columns.len() {
+            let (got, want) = (tuple.len(), self.table.columns.len());
+            return Err(Error::event(format!("the row has {got} columns, its relation {want}")));
+        }
+        tuple.columns().enumerate().map(|(index, value)| self.value(index, &value)).collect()
+    }
+}
+
+/// The row and its id. What breaks the outbox's contract still becomes an event, so that it is
+/// parked under its key; `id` is taken where the row has none that can be read.
+pub(super) fn outbox_row(
+    values_of: &Values<'_>,
+    columns: &OutboxColumns,
+    tuple: &Tuple<'_>,
+    id: impl FnOnce() -> Uuid,
+) -> (Uuid, Box<OutboxRow>) {
+    let mut values = [pgoutput::Value::Null; OUTBOX_COLUMNS_MAX];
+    tuple.read_into(&mut values);
+    let why = OnceCell::new();
+    let bytes = |index: Option<usize>| match index.map(|i| values_of.value(i, &values[i])) {
+        Some(Ok(event::Value::Text(text))) => Some(text),
+        // Inserts carry no unchanged TOAST.
+        Some(Ok(event::Value::Null | event::Value::Unchanged)) | None => None,
+        Some(Err(error)) => {
+            why.get_or_init(|| error.to_string());
+            None
+        }
+    };
+    let text = |index: Option<usize>, name: &str| {
+        let text = ByteString::try_from(bytes(index)?);
+        if text.is_err() {
+            why.get_or_init(|| format!("column {name:?} is not valid UTF-8"));
+        }
+        text.ok()
+    };
+    let traceparent = text(columns.traceparent, "traceparent");
+    let content_type = text(columns.content_type, "content_type");
+    let needed = |index: usize, name: &str| {
+        let text = text(Some(index), name);
+        if text.is_none() {
+            why.get_or_init(|| format!("column {name:?} of the outbox row is null"));
+        }
+        text.unwrap_or_default()
+    };
+    let id_text = needed(columns.id, "id");
+    let aggregate_type = needed(columns.aggregate_type, "aggregate_type");
+    let aggregate_id = needed(columns.aggregate_id, "aggregate_id");
+    let event_type = needed(columns.event_type, "event_type");
+    let id = Uuid::try_parse(&id_text).unwrap_or_else(|_| {
+        why.get_or_init(|| format!("column \"id\" is no uuid: {id_text:?}"));
+        id()
+    });
+    let payload = match (bytes(columns.payload), bytes(columns.data)) {
+        (Some(json), None) => Payload::Json(json),
+        (None, Some(hex)) => Payload::Hex(hex),
+        (Some(_), Some(_)) | (None, None) => {
+            why.get_or_init(|| "exactly one of payload and data must be set".to_owned());
+            Payload::Json(Bytes::new())
+        }
+    };
+    let headers = bytes(columns.headers);
+    let broken = why.get().cloned();
+    let payload = broken.map_or(payload, |why| {
+        let named = |(i, column): (usize, &Column)| (column.name.clone(), bytes(Some(i)));
+        let shown = values_of.table.columns.iter().take(OUTBOX_COLUMNS_MAX).enumerate();
+        Payload::Broken(Box::new(Broken { why, columns: shown.map(named).collect() }))
+    });
+    let row = OutboxRow {
+        aggregate_type,
+        aggregate_id,
+        event_type,
+        payload,
+        content_type,
+        headers,
+        traceparent,
+    };
+    (id, Box::new(row))
+}
+
+pub(super) fn old_row(
+    old: &OldTuple<'_>,
+    row: &dyn Fn(&Tuple<'_>) -> Result<Row>,
+) -> Result<OldRow> {
+    let values = row(&old.tuple)?;
+    Ok(match old.kind {
+        OldKind::Key => OldRow::Key(values),
+        OldKind::Full => OldRow::Full(values),
+    })
+}

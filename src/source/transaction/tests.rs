@@ -1,0 +1,143 @@
+//! The canary and our other tables in the stream, message by message.
+
+use bytes::BufMut;
+
+use super::*;
+
+const OUTBOX_ID: u32 = 1;
+const CANARY_ID: u32 = 2;
+const CHECKPOINT_ID: u32 = 3;
+
+fn assembler(resume_after: Position) -> Assembler {
+    let mut assembler = Assembler::new(Options {
+        epoch: 1,
+        system_id: 7,
+        timelines: Timelines::new(1, Vec::new()),
+        resume_after,
+        types: Default::default(),
+        primary_keys: HashMap::new(),
+        canary: "shop".into(),
+    });
+    let outbox = ["id", "aggregate_type", "aggregate_id", "event_type", "payload"];
+    let columns = ["name", "number", "written_at"];
+    for (id, table, columns) in [
+        (OUTBOX_ID, "outbox", &outbox[..]),
+        (CANARY_ID, "canary", &columns),
+        (CHECKPOINT_ID, "checkpoint", &columns[..1]),
+    ] {
+        assert!(apply(&mut assembler, &[relation(id, table, columns)]).is_empty());
+    }
+    assembler
+}
+
+fn apply(assembler: &mut Assembler, messages: &[Bytes]) -> Vec<Item> {
+    let mut out = Vec::new();
+    for message in messages {
+        assembler.apply(message, &mut out).expect("a message");
+    }
+    out
+}
+
+fn relation(id: u32, table: &str, columns: &[&str]) -> Bytes {
+    let mut out = vec![b'R'];
+    out.put_u32(id);
+    out.extend_from_slice(format!("watership\0{table}\0d").as_bytes());
+    out.put_u16(columns.len() as u16);
+    for name in columns {
+        out.put_u8(u8::from(*name == columns[0]));
+        out.extend_from_slice(name.as_bytes());
+        out.put_u8(0);
+        out.put_u32(25);
+        out.put_i32(-1);
+    }
+    out.into()
+}
+
+fn begin(lsn: u64) -> Bytes {
+    let mut out = vec![b'B'];
+    out.put_u64(lsn);
+    out.put_i64(0);
+    out.put_u32(1);
+    out.into()
+}
+
+fn commit(lsn: u64) -> Bytes {
+    let mut out = vec![b'C', 0];
+    out.put_u64(lsn);
+    out.put_u64(lsn + 8);
+    out.put_i64(0);
+    out.into()
+}
+
+/// An insert (`I`) or update (`U`).
+fn change(kind: u8, relation: u32, values: &[&str]) -> Bytes {
+    let mut out = vec![kind];
+    out.put_u32(relation);
+    out.put_u8(b'N');
+    out.put_u16(values.len() as u16);
+    for value in values {
+        out.put_u8(b't');
+        out.put_u32(value.len() as u32);
+        out.extend_from_slice(value.as_bytes());
+    }
+    out.into()
+}
+
+fn canary(kind: u8, name: &str, number: &str) -> Bytes {
+    change(kind, CANARY_ID, &[name, number, "2026-01-01"])
+}
+
+fn event() -> Bytes {
+    let id = "00000000-0000-0000-0000-000000000001";
+    change(b'I', OUTBOX_ID, &[id, "order", "1", "made", "{}"])
+}
+
+#[test]
+fn a_canary_is_seen_and_is_neither_event_nor_progress() {
+    let mut assembler = assembler(Position::default());
+    for (kind, number, lsn) in [(b'I', 1_u32, 100), (b'U', 2, 200)] {
+        let messages = [begin(lsn), canary(kind, "shop", &number.to_string()), commit(lsn)];
+        let items = apply(&mut assembler, &messages);
+        let [Item::Idle(receipt)] = &items[..] else { panic!("{items:?}") };
+        assert_eq!(receipt.flush(), Some(Lsn(lsn + 8)));
+        let seen = assembler.seen();
+        let expected = Canary { number: number.into(), end: Lsn(lsn + 8) };
+        assert_eq!((seen.canary, seen.changes), (Some(expected), 0));
+    }
+}
+
+#[test]
+fn a_canary_counts_when_it_is_committed_and_only_if_it_is_ours() {
+    let mut assembler = assembler(Position::default());
+    apply(&mut assembler, &[begin(100), canary(b'U', "shop", "5")]);
+    assert_eq!(assembler.seen().canary, None, "not yet");
+    apply(&mut assembler, &[commit(100)]);
+    assert_eq!(assembler.seen().canary.map(|c| c.number), Some(5));
+    let other = [begin(200), canary(b'U', "other", "9"), commit(200)];
+    assert!(matches!(apply(&mut assembler, &other)[..], [Item::Idle(_)]));
+    let wrong = [begin(300), canary(b'U', "shop", "many"), commit(300)];
+    apply(&mut assembler, &wrong);
+    assert_eq!(assembler.seen().canary.map(|c| c.number), Some(5));
+}
+
+#[test]
+fn a_canary_that_an_earlier_session_had_passed_is_seen_too() {
+    let passed = Position { epoch: 1, commit_lsn: Lsn(500), ordinal: 3, sub: 0 };
+    let mut assembler = assembler(passed);
+    apply(&mut assembler, &[begin(100), canary(b'U', "shop", "5"), commit(100)]);
+    assert_eq!(assembler.seen().canary.map(|c| c.number), Some(5));
+}
+
+#[test]
+fn our_own_writes_take_an_ordinal_and_are_progress_only_beside_others() {
+    let mut assembler = assembler(Position::default());
+    let checkpoint = change(b'U', CHECKPOINT_ID, &["shop"]);
+    let own = [begin(100), checkpoint.clone(), canary(b'U', "shop", "1"), commit(100)];
+    assert!(matches!(apply(&mut assembler, &own)[..], [Item::Idle(_)]));
+    let items = apply(&mut assembler, &[begin(200), checkpoint, event(), commit(200)]);
+    let [Item::Event(event, _), Item::Commit(receipt)] = &items[..] else { panic!("{items:?}") };
+    assert_eq!((event.position.ordinal, receipt.flush()), (2, Some(Lsn(208))));
+    assert_eq!(assembler.seen().changes, 1);
+    let empty = apply(&mut assembler, &[begin(300), commit(300)]);
+    assert!(matches!(empty[..], [Item::Commit(_)]), "nothing of ours");
+}
