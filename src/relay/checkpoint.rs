@@ -1,21 +1,23 @@
-//! The checkpoint row, and the question whether the relay may start from it.
-//!
-//! Invariant: never start behind a gap. The row lives in the source database, so that it rolls
-//! back together with the data; it is written before the source is advanced, so the slot can never
-//! rightly be ahead of it. A slot that is ahead was moved or re-created by somebody else.
+//! The checkpoint row. It lives in the source database, so that it rolls back together with the
+//! data; it is written before the source is advanced. Whether the relay may start from it is
+//! decided in `position_check.rs`.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio_postgres::types::PgLsn;
-use tokio_postgres::{Client, Row as SqlRow, Statement};
+use tokio_postgres::types::{PgLsn, ToSql};
+use tokio_postgres::{Client, GenericClient, Row as SqlRow, Statement};
 
 use crate::error::{Error, Kind, Result};
-use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
+use crate::pg::publication::Publication;
 use crate::pg::sqlstate::postgres_error;
 use crate::position::{Lsn, Position};
+use crate::relay::parked::{Indexed, Key, Row as Parked, RowState, Writes};
+use crate::relay::parking::store::{self as parked_store, Found};
+use crate::relay::position_check::Failover;
 
 /// The row that a relay starts from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -85,7 +87,7 @@ pub async fn create(client: &Client, row: &NewCheckpoint) -> Result<bool> {
 ///
 /// # Errors
 /// The server's; a missing table is a [`Kind::Verdict`].
-pub async fn read(client: &Client, name: &str) -> Result<Option<Row>> {
+pub async fn read(client: &impl GenericClient, name: &str) -> Result<Option<Row>> {
     const SQL: &str = include_str!("../../sql/query/checkpoint_read.sql");
     let row = client.query_opt(SQL, &[&name]).await.map_err(missing_schema)?;
     row.as_ref().map(from_sql).transpose()
@@ -107,6 +109,12 @@ pub fn no_row(name: &str) -> Error {
         .hint("run `watership init` first; it creates what is missing and changes nothing else")
 }
 
+/// What to say when another session has the row.
+pub fn taken_over(name: &str) -> Error {
+    Error::new(Kind::Busy, format!("another relay has taken over the checkpoint of {name:?}"))
+        .hint("two relays with one name: this one stands by")
+}
+
 fn missing_schema(error: tokio_postgres::Error) -> Error {
     // 42P01 undefined_table, 3F000 invalid_schema_name: init was never run.
     let code = error.code().map(|c| c.code().to_owned());
@@ -114,7 +122,7 @@ fn missing_schema(error: tokio_postgres::Error) -> Error {
     match code.as_deref() {
         Some("42P01" | "3F000") => error
             .with_kind(Kind::Verdict)
-            .hint("run `watership init` first: the schema watership is missing in this database"),
+            .hint("run `watership init` first: the schema watership is missing or older"),
         Some(_) | None => error,
     }
 }
@@ -143,80 +151,58 @@ fn from_sql(row: &SqlRow) -> Result<Row> {
     })
 }
 
-/// Compares the row with the server and the slot.
+/// The row goes on at a promoted server. Returns the new epoch; absent when another session took
+/// over meanwhile.
 ///
 /// # Errors
-/// A [`Kind::Verdict`] that names what does not fit and what to do. The order is that of
-/// certainty: another cluster explains everything that would come after it.
-pub fn verify(row: &Row, server: &ServerFacts, slot: Option<&SlotState>) -> Result<()> {
-    let name = &row.slot;
-    if server.wal_level != "logical" {
-        let text =
-            format!("wal_level is {:?}, logical replication needs \"logical\"", server.wal_level);
-        return Err(Error::verdict(text)
-            .hint("ALTER SYSTEM SET wal_level = 'logical', then restart Postgres"));
-    }
-    if server.system_identifier != row.system_id {
-        let (now, then) = (server.system_identifier, row.system_id);
-        let text = format!("this is another cluster: its system identifier is {now}, not {then}");
-        return Err(Error::verdict(text).hint("check source.url; a restored copy needs a new init"));
-    }
-    if server.timeline != row.timeline {
-        let (now, then) = (server.timeline, row.timeline);
-        let text = format!("the server is on timeline {now}, the checkpoint on {then}: a failover");
-        return Err(Error::verdict(text)
-            .hint("positions of two timelines cannot be compared; a person has to decide"));
-    }
-    if row.flush_lsn > server.wal_lsn {
-        let (stored, now) = (row.flush_lsn, server.wal_lsn);
-        let text = format!("the checkpoint ({stored}) is ahead of the server's WAL ({now})");
-        return Err(Error::verdict(text).hint("the server was restored to an earlier time"));
-    }
-    let Some(slot) = slot else {
-        return Err(Error::verdict(format!("replication slot {name:?} does not exist")).hint(
-            "nobody may create it silently: events since the last checkpoint would be missing. \
-             On a new database run `watership init`",
-        ));
-    };
-    verify_slot(row, server, slot)
+/// The server's.
+pub async fn follow(client: &Client, name: &str, row: &Row, to: &Failover) -> Result<Option<u32>> {
+    const SQL: &str = include_str!("../../sql/query/checkpoint_follow.sql");
+    let ordinal = i64::try_from(to.ordinal).expect("fewer than 2^40 changes");
+    let row = client
+        .query_opt(
+            SQL,
+            &[
+                &name,
+                &row.session_no,
+                &i64::from(to.timeline),
+                &PgLsn::from(to.commit_lsn.0),
+                &ordinal,
+                &PgLsn::from(to.flush_lsn.0),
+            ],
+        )
+        .await
+        .map_err(postgres_error)?;
+    row.map(|row| epoch(&row)).transpose()
 }
 
-fn verify_slot(row: &Row, server: &ServerFacts, slot: &SlotState) -> Result<()> {
-    let name = &row.slot;
-    if slot.plugin.as_deref() != Some("pgoutput")
-        || slot.database.as_deref() != Some(&*server.database)
-        || slot.temporary
-        || slot.two_phase
-    {
-        let text = format!(
-            "slot {name:?} is of the wrong kind: plugin {:?}, database {:?}, temporary {}, \
-             two-phase {}; needed is a persistent pgoutput slot of database {:?}",
-            slot.plugin, slot.database, slot.temporary, slot.two_phase, server.database
-        );
-        return Err(Error::verdict(text).hint("name another slot in source.slot"));
-    }
-    if slot.wal_status == Some(WalStatus::Lost) {
-        let reason = slot.invalidation_reason.as_deref().unwrap_or("max_slot_wal_keep_size");
-        let text = format!("slot {name:?} is lost ({reason}): WAL that it needs was removed");
-        return Err(Error::verdict(text).hint(format!(
-            "events after {} are missing in the WAL; a person has to decide",
-            row.flush_lsn
-        )));
-    }
-    match slot.confirmed_flush_lsn {
-        Some(confirmed) if confirmed > row.flush_lsn => {
-            let stored = row.flush_lsn;
-            let text = format!(
-                "slot {name:?} is at {confirmed}, ahead of the checkpoint at {stored}: it was \
-                 re-created or advanced by somebody else"
-            );
-            Err(Error::verdict(text).hint(format!(
-                "events committed between {stored} and {confirmed} were not published by this \
-                 relay; a person has to decide"
-            )))
-        }
-        Some(_) | None => Ok(()),
-    }
+fn epoch(row: &SqlRow) -> Result<u32> {
+    let epoch: i64 = row.try_get(0).map_err(postgres_error)?;
+    u32::try_from(epoch).map_err(|_| Error::protocol("watership.checkpoint.epoch is out of range"))
+}
+
+/// What the relay last agreed to of its publication; absent before the first time.
+///
+/// # Errors
+/// The server's; a missing table is a [`Kind::Verdict`].
+pub async fn read_agreed(client: &impl GenericClient, name: &str) -> Result<Option<Publication>> {
+    const SQL: &str = include_str!("../../sql/query/publication_seen_read.sql");
+    let Some(row) = client.query_opt(SQL, &[&name]).await.map_err(missing_schema)? else {
+        return Ok(None);
+    };
+    let facts: serde_json::Value = row.try_get(0).map_err(postgres_error)?;
+    let wrong = |e| Error::protocol("watership.publication_seen.facts").caused_by(e);
+    serde_json::from_value(facts).map(Some).map_err(wrong)
+}
+
+/// From now on the publication is expected to be like this.
+///
+/// # Errors
+/// The server's.
+pub async fn agree(client: &impl GenericClient, name: &str, facts: &Publication) -> Result<()> {
+    const SQL: &str = include_str!("../../sql/query/publication_seen_store.sql");
+    let facts = serde_json::to_value(facts).expect("plain data is JSON");
+    client.execute(SQL, &[&name, &facts]).await.map(drop).map_err(postgres_error)
 }
 
 /// Where progress is kept.
@@ -235,15 +221,21 @@ pub struct MemoryStore {
     pub rows: Mutex<Vec<(Position, Lsn)>>,
     /// Half of it passes before the row is there, half after: a crash can fall on either side.
     pub latency: Duration,
+    /// The parked rows, of any state.
+    pub parked: Mutex<BTreeMap<Key, Parked>>,
 }
 
 /// Writes the row of one session.
 pub struct PostgresStore {
     client: Arc<Client>,
     statement: Statement,
+    with_parked: Statement,
     name: String,
     session_no: i64,
 }
+
+/// A look at the parked rows under way.
+pub type Looking = Pin<Box<dyn Future<Output = Result<Found>>>>;
 
 /// A write under way; resolves with about where in the WAL it ended.
 pub type Storing = Pin<Box<dyn Future<Output = Result<Lsn>>>>;
@@ -258,58 +250,130 @@ impl PostgresStore {
         // The row must survive a crash of this server; whether a standby has it does not matter.
         client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
         let statement = client.prepare(SQL).await.map_err(postgres_error)?;
-        Ok(Self { client, statement, name: name.to_owned(), session_no })
+        const PARKED: &str = include_str!("../../sql/query/checkpoint_store_parked.sql");
+        let with_parked = client.prepare(PARKED).await.map_err(missing_schema)?;
+        Ok(Self { client, statement, with_parked, name: name.to_owned(), session_no })
     }
 }
 
 impl Store {
-    /// Writes a checkpoint; durable when the future resolves.
-    pub fn store(&self, position: Position, flush: Lsn) -> Storing {
+    /// Writes a checkpoint and what goes with it, in one transaction; durable when the future
+    /// resolves.
+    pub fn store(&self, position: Position, flush: Lsn, writes: Writes) -> Storing {
         match self {
             Store::Memory(store) => {
                 let store = store.clone();
                 Box::pin(async move {
                     tokio::time::sleep(store.latency / 2).await;
-                    store.rows.lock().expect("no holder panics").push((position, flush));
+                    store.write(position, flush, writes);
                     tokio::time::sleep(store.latency / 2).await;
                     Ok(flush)
                 })
             }
             Store::Postgres(store) => {
                 let store = store.clone();
-                Box::pin(async move { store.store(position, flush).await })
+                Box::pin(async move { store.store(position, flush, writes).await })
+            }
+        }
+    }
+
+    /// Looks whether people changed parked rows; `expected` are the counts without such a change.
+    pub fn look(&self, expected: (usize, usize)) -> Looking {
+        match self {
+            Store::Memory(store) => {
+                let store = store.clone();
+                Box::pin(async move {
+                    tokio::time::sleep(store.latency).await;
+                    Ok(Found::Index(store.index()))
+                })
+            }
+            Store::Postgres(store) => {
+                let store = store.clone();
+                Box::pin(
+                    async move { parked_store::look(&store.client, &store.name, expected).await },
+                )
+            }
+        }
+    }
+
+    /// Reads the contents of parked rows.
+    pub fn read(&self, keys: Vec<Key>) -> Looking {
+        match self {
+            Store::Memory(store) => {
+                let store = store.clone();
+                Box::pin(async move {
+                    tokio::time::sleep(store.latency).await;
+                    Ok(Found::Rows(store.read(&keys)))
+                })
+            }
+            Store::Postgres(store) => {
+                let store = store.clone();
+                Box::pin(async move { parked_store::rows(&store.client, &store.name, &keys).await })
             }
         }
     }
 }
 
+impl MemoryStore {
+    fn write(&self, position: Position, flush: Lsn, writes: Writes) {
+        self.rows.lock().expect("no holder panics").push((position, flush));
+        let mut parked = self.parked.lock().expect("no holder panics");
+        for row in writes.rows {
+            parked.entry(row.key.clone()).or_insert(row);
+        }
+        for change in writes.changes {
+            let unreleased =
+                |row: &&mut Parked| matches!(row.state, RowState::Parked | RowState::Retrying);
+            if let Some(row) = parked.get_mut(&change.key).filter(unreleased) {
+                row.state = change.state;
+            }
+        }
+    }
+
+    /// The unreleased rows.
+    pub fn index(&self) -> Vec<Indexed> {
+        let parked = self.parked.lock().expect("no holder panics");
+        let unreleased = |row: &&Parked| matches!(row.state, RowState::Parked | RowState::Retrying);
+        let indexed = |row: &Parked| Indexed {
+            key: row.key.clone(),
+            state: row.state,
+            why: row.why,
+            lanes: row.lanes,
+            bytes: row.size(),
+            parked_at: 0.0,
+        };
+        parked.values().filter(unreleased).map(indexed).collect()
+    }
+
+    fn read(&self, keys: &[Key]) -> Vec<Parked> {
+        let parked = self.parked.lock().expect("no holder panics");
+        let row = |key| parked.get(key).filter(|row| row.state == RowState::Retrying).cloned();
+        keys.iter().filter_map(row).collect()
+    }
+}
+
 impl PostgresStore {
-    async fn store(&self, position: Position, flush: Lsn) -> Result<Lsn> {
-        let row = self
-            .client
-            .query_opt(
-                &self.statement,
-                &[
-                    &self.name,
-                    &self.session_no,
-                    &i64::from(position.epoch),
-                    &PgLsn::from(position.commit_lsn.0),
-                    &i64::try_from(position.ordinal).expect("fewer than 2^40 changes"),
-                    &PgLsn::from(flush.0),
-                ],
-            )
-            .await
-            .map_err(postgres_error)?;
+    async fn store(&self, position: Position, flush: Lsn, writes: Writes) -> Result<Lsn> {
+        let epoch = i64::from(position.epoch);
+        let commit_lsn = PgLsn::from(position.commit_lsn.0);
+        let ordinal = i64::try_from(position.ordinal).expect("fewer than 2^40 changes");
+        let flush = PgLsn::from(flush.0);
+        let (rows, changes);
+        let mut statement = &self.statement;
+        let mut values: Vec<&(dyn ToSql + Sync)> =
+            vec![&self.name, &self.session_no, &epoch, &commit_lsn, &ordinal, &flush];
+        if !writes.is_empty() {
+            (rows, changes) = writes.to_json();
+            statement = &self.with_parked;
+            values.extend([&rows as &(dyn ToSql + Sync), &changes]);
+        }
+        let row = self.client.query_opt(statement, &values).await.map_err(postgres_error)?;
         match row {
             Some(row) => {
                 let end: PgLsn = row.try_get(0).map_err(postgres_error)?;
                 Ok(Lsn(end.into()))
             }
-            None => Err(Error::new(
-                Kind::Busy,
-                format!("another relay has taken over the checkpoint of {:?}", self.name),
-            )
-            .hint("two relays with one name: this one stands by")),
+            None => Err(taken_over(&self.name)),
         }
     }
 }

@@ -7,12 +7,16 @@
 //!
 //! A held route's messages wait aside, in order; its first one probes whether the destination
 //! works again. Other routes go on.
+//!
+//! A message that can never be published is evicted, with all that wait behind it in its lanes.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::time::{Duration, Instant};
 
 use crate::message::{Message, RouteId, Ticket};
+use crate::planted;
 use crate::relay::watermark::EntryId;
 use crate::route::Lanes as Keys;
 
@@ -23,13 +27,31 @@ pub const RETRY_LIMIT: Duration = Duration::from_millis(500);
 /// How often a held route is probed with its first message.
 pub const PROBE_EVERY: Duration = Duration::from_secs(5);
 
+/// Whom the end of a message is told to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// The window's entry that it settles.
+    Window(EntryId),
+    /// The number of a parked row that is tried again.
+    Parked(u64),
+}
+
+/// What a nack says besides "not now".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Nacked {
+    /// How often this message has been refused.
+    pub times: u32,
+    /// Other messages of its route were confirmed since it was refused first.
+    pub others_pass: bool,
+}
+
 /// A message between admission and settlement.
 #[derive(Debug)]
 pub struct Slot {
     /// The message.
     pub message: Message,
-    /// The window's entry that it settles.
-    pub entry: EntryId,
+    /// Whom its end is told to.
+    pub owner: Owner,
     /// When it was captured, for the metric.
     pub captured: Instant,
     /// Commit time, in microseconds since 1970-01-01 UTC, for the metric.
@@ -37,7 +59,10 @@ pub struct Slot {
     /// Order of admission: what is put aside comes back in this order.
     order: u64,
     nacks: u32,
-    keys: Keys,
+    /// Confirms of its route when it was refused first.
+    confirms_then: u64,
+    /// The lanes that it stands in.
+    pub keys: Keys,
     /// Next slot in each of its lanes.
     next: [Option<u32>; 2],
 }
@@ -102,10 +127,19 @@ pub struct Lanes {
     ready: VecDeque<u32>,
     /// Nacked messages by due time, then by admission.
     retries: BTreeMap<(Instant, u64), u32>,
+    /// When each of them is due, by route and admission.
+    retries_of: BTreeMap<(RouteId, u64), Instant>,
     holds: BTreeMap<RouteId, Hold>,
+    probes: u64,
     /// Messages of held routes that could otherwise go, by admission.
     aside: BTreeMap<(RouteId, u64), u32>,
     in_flight: usize,
+    /// Confirms by route.
+    confirms: Vec<u64>,
+    /// One of these made the broker close a channel (406); the largest is tried first, alone.
+    suspects: BTreeSet<(Reverse<usize>, u64, u32)>,
+    /// The suspect that is out, alone.
+    accused: Option<u32>,
 }
 
 impl Lanes {
@@ -134,14 +168,25 @@ impl Lanes {
         &mut self,
         message: Message,
         keys: Keys,
-        entry: EntryId,
+        owner: Owner,
         captured: Instant,
         committed_at_us: i64,
     ) {
         let order = self.admitted;
         self.admitted += 1;
         let next = [None; 2];
-        let slot = Slot { message, entry, captured, committed_at_us, order, nacks: 0, keys, next };
+        let (nacks, confirms_then) = (0, 0);
+        let slot = Slot {
+            message,
+            owner,
+            captured,
+            committed_at_us,
+            order,
+            nacks,
+            confirms_then,
+            keys,
+            next,
+        };
         let id = match self.free.pop() {
             Some(id) => {
                 self.slots[id as usize] = Some(slot);
@@ -176,8 +221,17 @@ impl Lanes {
         Some((Ticket(u64::from(id)), self.at(id)))
     }
 
+    /// Probes that went out since the last call.
+    pub fn take_probes(&mut self) -> u64 {
+        std::mem::take(&mut self.probes)
+    }
+
     /// When `next` may have something again without any outcome in between.
     pub fn wake_at(&self) -> Option<Instant> {
+        if self.accused.is_some() || !self.suspects.is_empty() {
+            // Everything else waits for the outcome of the one that is out.
+            return None;
+        }
         let retry = self.retries.keys().next().map(|(due, _)| *due);
         let probe = self
             .holds
@@ -195,20 +249,32 @@ impl Lanes {
         let slot = self.slots[id as usize].take().expect("an outcome belongs to a live slot");
         self.free.push(id);
         let released = self.end_probe(id, slot.message.route);
+        *self.route_confirms(slot.message.route) += 1;
         self.leave(id, &slot);
+        self.hasten(slot.message.route);
         (slot, released)
     }
 
     /// The broker refused it for now: it stays at the head of its lane and is tried again, for
     /// ever. A nack says that the destination exists, so a hold that it probed ends.
-    pub fn nacked(&mut self, ticket: Ticket, now: Instant) {
+    pub fn nacked(&mut self, ticket: Ticket, now: Instant) -> Nacked {
         let id = self.landed(ticket);
+        let route = self.at(id).message.route;
+        let confirms = *self.route_confirms(route);
         let slot = self.slots[id as usize].as_mut().expect("an outcome belongs to a live slot");
         let wait = RETRY_FIRST.saturating_mul(1 << slot.nacks.min(16)).min(RETRY_LIMIT);
+        if slot.nacks == 0 {
+            slot.confirms_then = confirms;
+        }
         slot.nacks = slot.nacks.saturating_add(1);
-        let (route, order) = (slot.message.route, slot.order);
-        self.retries.insert((now + wait, order), id);
+        let nacked = Nacked { times: slot.nacks, others_pass: confirms > slot.confirms_then };
+        let order = slot.order;
+        if !planted::is(16) {
+            self.retries.insert((now + wait, order), id);
+            self.retries_of.insert((route, order), now + wait);
+        }
         self.end_probe(id, route);
+        nacked
     }
 
     /// The destination is broken: the message's route is held, and the message waits at the head
@@ -235,6 +301,9 @@ impl Lanes {
     }
 
     fn next_id(&mut self, now: Instant) -> Option<u32> {
+        if self.accused.is_some() || !self.suspects.is_empty() {
+            return self.next_suspect();
+        }
         if let Some(id) = self.next_probe(now) {
             return Some(id);
         }
@@ -243,6 +312,8 @@ impl Lanes {
                 break;
             }
             let id = entry.remove();
+            let (route, order) = (self.at(id).message.route, self.at(id).order);
+            self.retries_of.remove(&(route, order));
             if let Some(id) = self.unless_held(id) {
                 return Some(id);
             }
@@ -253,6 +324,16 @@ impl Lanes {
             }
         }
         None
+    }
+
+    /// The broker takes messages of this route: its oldest nacked one need not wait any longer. So
+    /// a full queue is tried about as often as it has room, whatever the waits have grown to.
+    fn hasten(&mut self, route: RouteId) {
+        let oldest = self.retries_of.range((route, 0)..=(route, u64::MAX)).next();
+        let Some((&key, &due)) = oldest else { return };
+        self.retries_of.remove(&key);
+        let id = self.retries.remove(&(due, key.1)).expect("both maps hold the same messages");
+        self.ready.push_back(id);
     }
 
     fn next_probe(&mut self, now: Instant) -> Option<u32> {
@@ -266,6 +347,7 @@ impl Lanes {
             if let Some(key) = self.first_aside(route) {
                 let id = self.aside.remove(&key).expect("the key was just read");
                 self.holds.get_mut(&route).expect("the route is held").probing = Some(id);
+                self.probes += 1;
                 return Some(id);
             }
         }
@@ -395,7 +477,17 @@ impl Lanes {
     fn landed(&mut self, ticket: Ticket) -> u32 {
         assert!(self.in_flight > 0, "an outcome belongs to a message in flight");
         self.in_flight -= 1;
-        index(ticket)
+        let id = index(ticket);
+        self.accused.take_if(|accused| *accused == id);
+        id
+    }
+
+    fn route_confirms(&mut self, route: RouteId) -> &mut u64 {
+        let index = usize::from(route.0);
+        if self.confirms.len() <= index {
+            self.confirms.resize(index + 1, 0);
+        }
+        &mut self.confirms[index]
     }
 
     fn at(&self, id: u32) -> &Slot {
@@ -424,5 +516,6 @@ fn group_of(keys: Keys) -> Option<(u64, bool)> {
     }
 }
 
+mod evict;
 #[cfg(test)]
 mod tests;

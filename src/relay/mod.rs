@@ -3,41 +3,56 @@
 //! Invariant: received ≥ settled ≥ stored ≥ advanced, each monotonic. `Progress` asserts it at
 //! every move: what is told to the source was stored before, what is stored was settled before.
 
+mod admission;
+pub mod audit;
+pub mod canary;
 pub mod checkpoint;
+pub mod circuit;
 pub mod lanes;
 pub mod observed;
 mod options;
+mod outcomes;
+pub mod parked;
+pub mod parking;
+pub mod phantoms;
+pub mod position_check;
 pub mod progress;
+mod retries;
 pub mod session;
 pub mod status;
 pub mod supervisor;
+pub mod unsendable;
 pub mod upkeep;
 pub mod watermark;
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::envelope::Envelope;
 use crate::error::{Error, Result};
-use crate::event::Event;
-use crate::message::{Message, Outcome, Publisher, RouteId, Ticket};
+use crate::message::{Outcome, Publisher, Ticket};
 use crate::metrics::Metrics;
+use crate::planted;
 use crate::position::Lsn;
-use crate::relay::checkpoint::Store;
+use crate::relay::admission::Made;
+use crate::relay::canary::Canary;
+use crate::relay::checkpoint::{Looking, Store, Storing};
 use crate::relay::lanes::Lanes;
 use crate::relay::observed::Observed;
+use crate::relay::parking::Parking;
+use crate::relay::phantoms::Published;
 use crate::relay::progress::{Idle, Progress};
 use crate::relay::status::Status;
 use crate::relay::watermark::Watermark;
-use crate::route::{self, Decision, Router};
-use crate::source::{Item, Receipt, Source};
+use crate::route::Router;
+use crate::source::{Item, Source};
 
-pub use options::{Options, Tuning, Window};
+pub use options::{Options, Tuning, Window, wanted};
 
 /// Items taken from the source at once; keeps the loop responsive.
 const BATCH_MAX: usize = 512;
@@ -58,12 +73,23 @@ pub struct Relay<S, P> {
     idle: Idle,
     batch: Vec<Item>,
     /// Messages of the event that is being admitted; kept for its capacity.
-    made: Vec<(Message, route::Lanes)>,
+    made: Vec<Made>,
     outcomes: Vec<(Ticket, Outcome)>,
-    storing: Option<Pin<Box<dyn Future<Output = Result<Lsn>>>>>,
+    parking: Parking,
+    /// Messages parked by this session.
+    parked: u64,
+    /// What the broker was seen to refuse by size; more than it takes is not sent again.
+    broker_max_body: usize,
+    storing: Option<Storing>,
+    looking: Option<Looking>,
+    look_at: Instant,
+    /// Parked rows may be ready to be tried again.
+    retry_due: bool,
     ending: Ending,
     checkpoint_at: Instant,
     observed: Observed,
+    canary: Arc<Canary>,
+    published: Published,
     metrics: Arc<Metrics>,
     status: Arc<Status>,
 }
@@ -78,12 +104,18 @@ pub struct Parts<S, P> {
     pub store: Store,
     /// What the store says now.
     pub progress: Progress,
+    /// What is parked.
+    pub parking: Parking,
     /// Routes.
     pub router: Arc<Router>,
     /// Metrics handles.
     pub metrics: Arc<Metrics>,
     /// What `/status` shows.
     pub status: Arc<Status>,
+    /// What was written to be seen in the stream.
+    pub canary: Arc<Canary>,
+    /// What earlier sessions published.
+    pub published: Published,
 }
 
 /// Whether the relay is asked to end.
@@ -100,7 +132,18 @@ enum Ending {
 impl<S: Source, P: Publisher> Relay<S, P> {
     /// An engine that has not begun; `name` is the `app_id` of its messages.
     pub fn new(parts: Parts<S, P>, name: &str, tuning: &Tuning) -> Self {
-        let Parts { source, publisher, store, progress, router, metrics, status } = parts;
+        let Parts {
+            source,
+            publisher,
+            store,
+            progress,
+            parking,
+            router,
+            metrics,
+            status,
+            canary,
+            published,
+        } = parts;
         Self {
             source,
             publisher,
@@ -115,10 +158,18 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             batch: Vec::new(),
             made: Vec::new(),
             outcomes: Vec::new(),
+            parking,
+            parked: 0,
+            broker_max_body: usize::MAX,
             storing: None,
+            looking: None,
+            look_at: Instant::now(),
+            retry_due: true,
             ending: Ending::No,
             checkpoint_at: Instant::now(),
             observed: Observed::new(Instant::now().into_std()),
+            canary,
+            published,
             metrics,
             status,
         }
@@ -127,7 +178,8 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     /// Moves events from the source to the broker until `shutdown`, then settles what is in the
     /// window.
     ///
-    /// Priorities, in order: shutdown, outcomes, a stored checkpoint, the tick, new items.
+    /// Priorities, in order: shutdown, outcomes, a stored checkpoint, parked rows, the tick, new
+    /// items.
     /// Outcomes come before intake, so what is in flight is bounded even when the source never
     /// runs dry. Without room nobody polls the source: the tick keeps its connection alive.
     /// Every branch is cancel-safe.
@@ -138,6 +190,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         let mut tick = interval(self.tuning.checkpoint_interval.min(TICK_MAX));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            self.start_looking();
             self.send_ready();
             self.start_storing();
             if self.is_over() {
@@ -153,9 +206,13 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                     done?;
                     self.settle_outcomes()?;
                 }
-                stored = pending_store(&mut self.storing), if self.storing.is_some() => {
+                stored = pending(&mut self.storing), if self.storing.is_some() => {
                     self.storing = None;
                     self.stored(stored?).await?;
+                }
+                found = pending(&mut self.looking), if self.looking.is_some() => {
+                    self.looking = None;
+                    self.found(found?);
                 }
                 _ = tick.tick() => self.tick().await?,
                 taken = self.source.next(room, &mut self.batch), if room > 0 => {
@@ -167,9 +224,10 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         }
     }
 
-    /// Closes both ends in order; best effort.
-    pub async fn close(self) {
+    /// Closes both ends in order; best effort. Returns what was published lately.
+    pub async fn close(self) -> Published {
         tokio::join!(self.publisher.close(), self.source.close());
+        self.published
     }
 
     /// Progress so far.
@@ -179,7 +237,8 @@ impl<S: Source, P: Publisher> Relay<S, P> {
 
     /// How many more items may be taken.
     fn room(&self) -> usize {
-        let full = self.window.bytes() >= self.tuning.window.bytes;
+        let bytes = self.window.bytes() + self.parking.pending_bytes();
+        let full = bytes >= self.tuning.window.bytes;
         if full || matches!(self.ending, Ending::Draining { .. }) {
             return 0;
         }
@@ -187,7 +246,10 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     }
 
     fn wake_at(&self) -> Option<Instant> {
-        let lanes = self.lanes.wake_at().map(Instant::from_std);
+        // With everything in flight that may be, time alone changes nothing; waking would be a loop
+        // without a pause until an outcome comes.
+        let full = self.lanes.in_flight() >= self.tuning.window.unconfirmed;
+        let lanes = self.lanes.wake_at().filter(|_| !full).map(Instant::from_std);
         let drain = match &self.ending {
             Ending::No => None,
             Ending::Draining { deadline, .. } => Some(*deadline),
@@ -207,153 +269,21 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         }
     }
 
-    fn admit_batch(&mut self) {
-        let now = Instant::now().into_std();
-        let mut batch = std::mem::take(&mut self.batch);
-        for item in batch.drain(..) {
-            if matches!(self.ending, Ending::Draining { .. }) {
-                // A poison event came before: nothing after it may be settled.
-                break;
-            }
-            let admitted = match item {
-                Item::Event(event, receipt) => self.admit(&event, receipt, now),
-                Item::Poison(error, _) => Err(error),
-                Item::Commit(receipt) => {
-                    self.metrics.wal.transactions.increment(1);
-                    self.push(receipt, 0, 0);
-                    Ok(())
-                }
-                Item::Idle(receipt) => {
-                    self.idle.reached(receipt);
-                    Ok(())
-                }
-            };
-            if let Err(poison) = admitted {
-                self.drain(Some(poison_verdict(poison)));
-            }
-        }
-        self.batch = batch;
-        self.settle_prefix();
-    }
-
-    /// Routes one event and gives its messages to the lanes.
-    fn admit(&mut self, event: &Event, receipt: Receipt, now: std::time::Instant) -> Result<()> {
-        let at = |e: Error| e.context(format!("event {} ({})", event.id, event.position));
-        // All messages are made before the first is admitted: an event is poison as a whole.
-        self.made.clear();
-        let mut selected = false;
-        for decision in self.router.route(event) {
-            selected = true;
-            match decision {
-                Decision::Drop(rule) => {
-                    self.metrics.routes[usize::from(rule.0)].dropped.increment(1);
-                }
-                Decision::Publish(route) => {
-                    let message = self.envelope.message(event, route).map_err(at)?;
-                    let (len, max) = (message.body().len(), self.publisher.max_body());
-                    if len > max {
-                        let text = format!("its body has {len} bytes, the limit is {max}");
-                        return Err(at(Error::event(text)
-                            .hint("raise broker.max_message_size if the broker takes more")));
-                    }
-                    self.made.push((message, route.lanes(event)));
-                }
-            }
-        }
-        if !selected {
-            return Err(at(no_route(event)));
-        }
-        let bytes = self.made.iter().map(|(m, _)| m.size()).sum();
-        let count = u16::try_from(self.made.len()).expect("RULES_MAX fits");
-        let entry = self.push(receipt, count, bytes);
-        for (message, lanes) in self.made.drain(..) {
-            self.metrics.routes[usize::from(message.route.0)].received.increment(1);
-            self.lanes.admit(message, lanes, entry, now, event.committed_at_us);
-        }
-        Ok(())
-    }
-
-    fn push(&mut self, receipt: Receipt, messages: u16, bytes: usize) -> watermark::EntryId {
-        self.idle.busy();
-        self.progress.received(receipt.position());
-        self.window.push(receipt, messages, bytes)
-    }
-
-    /// Every outcome of the publisher, each exactly once.
-    fn settle_outcomes(&mut self) -> Result<()> {
-        let now = Instant::now().into_std();
-        let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut outcomes = std::mem::take(&mut self.outcomes);
-        for (ticket, outcome) in outcomes.drain(..) {
-            match outcome {
-                Outcome::Confirmed => self.confirmed(ticket, clock),
-                Outcome::Nacked => {
-                    let route = self.lanes.slot(ticket).message.route;
-                    self.route_metrics(route).nacked.increment(1);
-                    self.lanes.nacked(ticket, now);
-                }
-                Outcome::Returned(text) => {
-                    let route = self.lanes.slot(ticket).message.route;
-                    self.route_metrics(route).returned.increment(1);
-                    self.hold(ticket, format!("unroutable: {text}"), now);
-                }
-                Outcome::ChannelClosed { code: 403 | 404, text } => self.hold(ticket, text, now),
-                Outcome::ChannelClosed { code: 406, text } => {
-                    let text = format!("the broker refused a message: {text}");
-                    self.drain(Some(Error::verdict(text)));
-                }
-                Outcome::ChannelClosed { code, text } => {
-                    return Err(Error::unreachable(format!("channel closed: {code} {text}")));
-                }
-            }
-        }
-        self.outcomes = outcomes;
-        self.settle_prefix();
-        Ok(())
-    }
-
-    fn confirmed(&mut self, ticket: Ticket, clock: Duration) {
-        let (slot, released) = self.lanes.confirmed(ticket);
-        self.window.settle(slot.entry);
-        let route = slot.message.route;
-        let metrics = self.route_metrics(route);
-        metrics.confirmed.increment(1);
-        let committed = Duration::from_micros(u64::try_from(slot.committed_at_us).unwrap_or(0));
-        metrics.commit_to_confirm.record(clock.saturating_sub(committed).as_secs_f64());
-        self.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
-        if released {
-            self.route_metrics(route).held.set(0.0);
-            tracing::info!(route = route.0, "the destination works again, the route goes on");
-        }
-    }
-
-    fn hold(&mut self, ticket: Ticket, reason: String, now: std::time::Instant) {
-        let route = self.lanes.slot(ticket).message.route;
-        if self.lanes.hold(ticket, reason.clone(), now) {
-            self.route_metrics(route).held.set(1.0);
-            tracing::error!(
-                route = route.0,
-                reason,
-                "the destination is broken: the route is held and probed, nothing is lost"
-            );
-        }
-    }
-
-    fn settle_prefix(&mut self) {
-        if let Some(receipt) = self.window.take_settled() {
-            self.progress.settled(&receipt);
-        }
-    }
-
     /// Begins to write the checkpoint when there is something to write.
     ///
     /// At most one write is under way, and the tick (or the drain) decides when.
     fn start_storing(&mut self) {
         let due = self.progress.is_due() || self.drained();
-        if due && self.storing.is_none() && self.progress.has_unstored() {
+        let idle = self.storing.is_none() && self.looking.is_none();
+        if due && idle && self.has_unstored() {
             let (position, flush) = self.progress.begin_storing();
-            self.storing = Some(self.store.store(position, flush));
+            let writes = self.parking.take_writes(position);
+            self.storing = Some(self.store.store(position, flush, writes));
         }
+    }
+
+    fn has_unstored(&self) -> bool {
+        self.progress.has_unstored() || self.parking.has_writes(self.progress.settled_position())
     }
 
     async fn stored(&mut self, wal_end: Lsn) -> Result<()> {
@@ -369,9 +299,20 @@ impl<S: Source, P: Publisher> Relay<S, P> {
 
     async fn tick(&mut self) -> Result<()> {
         let now = Instant::now().into_std();
-        if self.window.is_empty()
-            && let Some(receipt) = self.idle.due(self.progress.flush(), now)
-        {
+        self.retry_due = true;
+        for entry in self.parking.unblock() {
+            self.window.settle(entry);
+        }
+        self.settle_prefix();
+        if planted::is(11) {
+            self.source.advance(self.progress.flush()).await?;
+        }
+        let caught_up = self.window.is_empty()
+            || planted::is(5)
+            || (planted::is(6) && self.lanes.in_flight() == 0);
+        self.look_at_canary(now);
+        let limit = self.canary.limit(now);
+        if caught_up && let Some(receipt) = self.idle.due(self.progress.flush(), limit, now) {
             self.progress.settled(&receipt);
         }
         if self.tuning.checkpoint_interval <= TICK_MAX || now >= self.checkpoint_at.into_std() {
@@ -381,6 +322,18 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         self.source.keep_alive().await?;
         self.publish_progress(now);
         Ok(())
+    }
+
+    fn look_at_canary(&mut self, now: std::time::Instant) {
+        let seen = self.source.seen();
+        self.canary.seen(seen.canary, now);
+        self.idle.wrote_canary(self.canary.take_own_bytes());
+        let age = self.canary.age(now);
+        self.status.canary(age);
+        self.metrics.wal.canary_age_seconds.set(age.unwrap_or_default().as_secs_f64());
+        if let Some(deaf) = self.canary.verdict(seen.received, now) {
+            self.drain(Some(deaf));
+        }
     }
 
     fn drain(&mut self, because: Option<Error>) {
@@ -399,7 +352,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         match &self.ending {
             Ending::No => false,
             Ending::Draining { deadline, .. } => {
-                let saved = self.storing.is_none() && !self.progress.has_unstored();
+                let saved = self.storing.is_none() && !self.has_unstored();
                 (self.drained() && saved) || Instant::now() >= *deadline
             }
         }
@@ -431,11 +384,10 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         metrics.window.paused.set(f64::from(u8::from(self.room() == 0)));
         let blocked = self.publisher.is_blocked();
         self.observed.tick(metrics, &self.progress, self.source.seen(), blocked, now);
+        self.observed.parked(metrics, &self.parking, &self.lanes, now);
+        metrics.probes.increment(self.lanes.take_probes());
         self.status.update(&self.progress, &self.lanes, self.window.len(), blocked, now);
-    }
-
-    fn route_metrics(&self, route: RouteId) -> &crate::metrics::RouteMetrics {
-        &self.metrics.routes[usize::from(route.0)]
+        self.status.parked(&self.parking);
     }
 }
 
@@ -446,35 +398,9 @@ async fn requested(shutdown: &mut watch::Receiver<bool>) {
     }
 }
 
-async fn pending_store(
-    storing: &mut Option<Pin<Box<dyn Future<Output = Result<Lsn>>>>>,
-) -> Result<Lsn> {
-    match storing {
-        Some(storing) => storing.await,
+async fn pending<T>(future: &mut Option<Pin<Box<dyn Future<Output = T>>>>) -> T {
+    match future {
+        Some(future) => future.await,
         None => std::future::pending().await,
-    }
-}
-
-fn no_route(event: &Event) -> Error {
-    use crate::event::Content;
-    let what = match &event.content {
-        Content::Outbox(row) => format!("aggregate type {:?}", &*row.aggregate_type),
-        Content::Change(_) => format!("table {:?}", event.table.full_name),
-    };
-    Error::event(format!("no route selects {what}"))
-        .hint("add a [[route]] for it, or one with drop = true to drop and count such events")
-}
-
-/// Until poison events can be parked, one stops the relay.
-fn poison_verdict(error: Error) -> Error {
-    use crate::error::Kind;
-    match error.kind() {
-        Kind::Event => error.with_kind(Kind::Verdict).context("this event cannot be published"),
-        Kind::Config
-        | Kind::Unreachable
-        | Kind::Refused
-        | Kind::Busy
-        | Kind::Protocol
-        | Kind::Verdict => error,
     }
 }

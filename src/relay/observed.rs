@@ -1,8 +1,10 @@
 //! What the loop tells the metrics at each tick: gauges, and counters of what others count.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::metrics::Metrics;
+use crate::relay::lanes::Lanes;
+use crate::relay::parking::Parking;
 use crate::relay::progress::Progress;
 use crate::source::Seen;
 
@@ -15,13 +17,16 @@ pub struct Observed {
     last: Instant,
     /// Time blocked by the broker that is not counted yet; less than a second.
     blocked: Duration,
+    /// Nothing was parked or held at the last tick. False at first: an earlier session may have
+    /// left gauges behind.
+    quiet: bool,
 }
 
 impl Observed {
     /// A session that begins at `now`.
     pub fn new(now: Instant) -> Self {
         let (counted, blocked) = (Seen::default(), Duration::ZERO);
-        Self { counted, current_at: now, last: now, blocked }
+        Self { counted, current_at: now, last: now, blocked, quiet: false }
     }
 
     /// Sets gauges and adds to counters what has come since the last call.
@@ -49,5 +54,33 @@ impl Observed {
             self.blocked = Duration::from_nanos(u64::from(self.blocked.subsec_nanos()));
         }
         self.last = now;
+    }
+
+    /// Sets the gauges of what is parked and held.
+    pub fn parked(&mut self, metrics: &Metrics, parking: &Parking, lanes: &Lanes, now: Instant) {
+        let (rows, keys, oldest) = parking.summary();
+        // Almost always there is nothing, and the gauges say so already.
+        let was_quiet = std::mem::replace(&mut self.quiet, rows == 0 && lanes.holds().count() == 0);
+        if was_quiet && self.quiet {
+            return;
+        }
+        metrics.parked.rows.set(rows as f64);
+        metrics.parked.keys.set(keys as f64);
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        let age = oldest.map_or(0.0, |oldest| (clock - oldest).max(0.0));
+        metrics.parked.oldest_seconds.set(age);
+        let counts = parking.by_route();
+        metrics.parked.set_rows(|route, kind| {
+            let count = counts.iter().find(|((r, why), _)| *r == route && why.as_str() == kind);
+            count.map_or(0, |(_, count)| *count)
+        });
+        for (index, route) in metrics.routes.iter().enumerate() {
+            let hold = lanes.holds().find(|(id, _)| usize::from(id.0) == index);
+            let held =
+                hold.map_or(Duration::ZERO, |(_, hold)| now.saturating_duration_since(hold.since));
+            // Set here, because a hold has several ends: its probe is confirmed, nacked or parked.
+            route.held.set(f64::from(u8::from(hold.is_some())));
+            route.held_seconds.set(held.as_secs_f64());
+        }
     }
 }

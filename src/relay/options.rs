@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use crate::pg::publication::TableName;
+use crate::relay::audit::AuditOptions;
+use crate::relay::parking::Limits;
 use crate::route::Rule;
 use crate::{amqp, pg};
 
@@ -18,10 +21,14 @@ pub struct Options {
     pub publication: String,
     /// Captured tables besides the outbox, `schema.table`.
     pub tables: Vec<String>,
+    /// Whether values come in binary form: lets rows pass whose text form is above 1 GB.
+    pub binary: bool,
     /// Where the broker is. `exchanges` and `lock_queue` are filled in by the relay.
     pub broker: amqp::options::Options,
     /// What is declared or verified at the start of a session.
     pub topology: amqp::topology::Topology,
+    /// How the broker is looked at from the side.
+    pub audit: AuditOptions,
     /// Routes.
     pub rules: Vec<Rule>,
     /// Limits and intervals of the loop.
@@ -30,6 +37,23 @@ pub struct Options {
     pub retain: Duration,
     /// Whether the relay runs `watership.maintain`.
     pub maintain: bool,
+    /// Age at which released and discarded rows of `watership.parked` are removed.
+    pub parked_retain: Duration,
+    /// How often the canary is written; zero means never.
+    pub canary_interval: Duration,
+}
+
+impl Options {
+    /// The tables whose changes the relay expects in its stream.
+    pub fn wanted(&self) -> Vec<String> {
+        wanted(&self.tables)
+    }
+}
+
+/// The outbox, the canary, and the captured tables.
+pub fn wanted(tables: &[String]) -> Vec<String> {
+    let own = [TableName::outbox(), TableName::canary()].map(|table| table.to_string());
+    own.into_iter().chain(tables.iter().cloned()).collect()
 }
 
 /// Limits and intervals of the loop.
@@ -43,6 +67,8 @@ pub struct Tuning {
     pub drain_timeout: Duration,
     /// How often an idle stream may advance the slot when little WAL was written.
     pub idle_interval: Duration,
+    /// Limits of what is parked; beyond them messages wait in the window.
+    pub parked: Limits,
 }
 
 impl Default for Tuning {
@@ -52,6 +78,7 @@ impl Default for Tuning {
             checkpoint_interval: Duration::from_millis(100),
             drain_timeout: Duration::from_secs(10),
             idle_interval: Duration::from_secs(30),
+            parked: Limits::default(),
         }
     }
 }

@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use crate::metrics::{Metrics, lsn_value};
+use crate::planted;
 use crate::position::{Lsn, Position};
 use crate::source::Receipt;
 
@@ -105,7 +106,10 @@ impl Progress {
 
     /// The write that was begun is durable.
     pub fn stored(&mut self) {
-        let (position, flush) = self.storing.take().expect("a write was under way");
+        let (mut position, mut flush) = self.storing.take().expect("a write was under way");
+        if planted::is(10) {
+            (position, flush) = (self.settled, self.settled_flush);
+        }
         assert!(position >= self.stored && flush >= self.stored_flush, "checkpoints are monotonic");
         assert!(position <= self.settled && flush <= self.settled_flush, "stored ≤ settled");
         (self.stored, self.stored_flush) = (position, flush);
@@ -146,12 +150,14 @@ pub struct Idle {
     last: Instant,
     reached: Option<Receipt>,
     own_wal_end: Lsn,
+    /// WAL that our canaries took since then, in bytes.
+    own_bytes: u64,
 }
 
 impl Idle {
     /// Nothing reached yet; the first interval begins at `now`.
     pub fn new(interval: Duration, now: Instant) -> Self {
-        Self { interval, last: now, reached: None, own_wal_end: Lsn::ZERO }
+        Self { interval, last: now, reached: None, own_wal_end: Lsn::ZERO, own_bytes: 0 }
     }
 
     /// The source is idle and handed on everything before this receipt.
@@ -167,17 +173,31 @@ impl Idle {
     /// Our own checkpoint ended about here in the WAL.
     pub fn wrote(&mut self, wal_end: Lsn) {
         self.own_wal_end = self.own_wal_end.max(wal_end);
+        self.own_bytes = 0;
     }
 
-    /// The receipt to settle now, if the rule allows it. Call only with an empty window.
-    pub fn due(&mut self, flush: Lsn, now: Instant) -> Option<Receipt> {
-        let end = self.reached.as_ref()?.flush()?;
+    /// Our own canaries took this much WAL.
+    pub fn wrote_canary(&mut self, bytes: u64) {
+        self.own_bytes += bytes;
+    }
+
+    /// The receipt to settle now, if the rule allows it; not beyond `limit`, the last canary that
+    /// came. Call only with an empty window.
+    pub fn due(&mut self, flush: Lsn, limit: Option<Lsn>, now: Instant) -> Option<Receipt> {
+        if planted::is(12) {
+            return None;
+        }
+        let reached = self.reached.as_ref()?;
+        let end = reached.flush()?;
+        let end = limit.map_or(end, |limit| limit.min(end));
         let pinned = end.bytes_since(flush);
-        let foreign = end.bytes_since(self.own_wal_end.max(flush));
+        let foreign = end.bytes_since(self.own_wal_end.max(flush)).saturating_sub(self.own_bytes);
         let waited = now.saturating_duration_since(self.last) >= self.interval;
         if pinned >= IDLE_BYTES || (waited && foreign > OWN_WAL) {
             self.last = now;
-            return self.reached.take();
+            let position = reached.position();
+            self.reached = None;
+            return Some(Receipt::new(position, Some(end)));
         }
         None
     }
@@ -229,19 +249,45 @@ mod tests {
         let mut idle = Idle::new(Duration::from_secs(30), start);
         let at = |lsn| receipt(1, Some(lsn));
         idle.reached(at(100_000));
-        assert_eq!(idle.due(Lsn(1000), start), None, "too early");
-        assert!(idle.due(Lsn(1000), later).is_some());
+        assert_eq!(idle.due(Lsn(1000), None, start), None, "too early");
+        assert!(idle.due(Lsn(1000), None, later).is_some());
         idle.wrote(Lsn(100_500));
         idle.reached(at(100_600));
         assert_eq!(
-            idle.due(Lsn(100_000), later + Duration::from_secs(31)),
+            idle.due(Lsn(100_000), None, later + Duration::from_secs(31)),
             None,
             "only our own write"
         );
         idle.reached(at(200_000));
         idle.busy();
-        assert_eq!(idle.due(Lsn(100_000), later), None, "an event came in between");
+        assert_eq!(idle.due(Lsn(100_000), None, later), None, "an event came in between");
         idle.reached(at(100_000 + IDLE_BYTES));
-        assert!(idle.due(Lsn(100_000), later).is_some(), "much WAL does not wait");
+        assert!(idle.due(Lsn(100_000), None, later).is_some(), "much WAL does not wait");
+    }
+    #[test]
+    fn an_idle_stream_advances_no_further_than_the_last_canary() {
+        let start = Instant::now();
+        let later = start + Duration::from_secs(31);
+        let mut idle = Idle::new(Duration::from_secs(30), start);
+        idle.reached(receipt(1, Some(100_000)));
+        assert_eq!(idle.due(Lsn(1000), Some(Lsn(1000)), later), None, "no canary came");
+        let due = idle.due(Lsn(1000), Some(Lsn(60_000)), later).expect("up to the canary");
+        assert_eq!(due.flush(), Some(Lsn(60_000)));
+    }
+
+    #[test]
+    fn canaries_alone_never_make_an_idle_stream_advance() {
+        let start = Instant::now();
+        let mut idle = Idle::new(Duration::from_secs(30), start);
+        for n in 1..=100_u32 {
+            let end = Lsn(100_000 + u64::from(n) * 300);
+            idle.wrote_canary(290);
+            idle.reached(receipt(1, Some(end.0)));
+            let now = start + Duration::from_secs(31) * n;
+            assert_eq!(idle.due(Lsn(100_000), Some(end), now), None, "canary {n}");
+        }
+        idle.reached(receipt(1, Some(140_000)));
+        let now = start + Duration::from_secs(31) * 101;
+        assert!(idle.due(Lsn(100_000), Some(Lsn(140_000)), now).is_some(), "somebody else wrote");
     }
 }

@@ -11,20 +11,29 @@ use tokio_postgres::Client;
 
 use crate::amqp::publisher::Connection;
 use crate::amqp::topology;
+use crate::column::binary::{Types, UserType};
 use crate::error::{Error, Kind, Result};
+use crate::message::Publisher as _;
 use crate::metrics::Metrics;
+use crate::pg;
 use crate::pg::client::{Closed, SqlConnection, sql};
-use crate::pg::publication::{TableName, read_publication, read_table};
+use crate::pg::publication::{Publication, TableName, read_publication, read_table};
 use crate::pg::replication::{ReplicationConnection, ReplicationStream, StreamOptions};
-use crate::pg::slot::{ServerFacts, read_slot, server_facts};
+use crate::pg::slot::{ServerFacts, SlotState, read_slot, server_facts};
+use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
+use crate::relay::canary::Canary;
 use crate::relay::checkpoint::{self, PostgresStore, Row, Store};
+use crate::relay::parking::{Parking, store as parked};
+use crate::relay::phantoms::Published;
+use crate::relay::position_check::{self, Failover, Start};
 use crate::relay::progress::Progress;
 use crate::relay::status::Status;
 use crate::relay::{Options, Parts, Relay};
 use crate::route::Router;
 use crate::source::transaction::{self, Assembler, Timelines};
 use crate::source::wal::{Timing, Wal};
+use crate::verdict::Verdict;
 
 /// An open session, ready to run.
 pub struct Session {
@@ -34,27 +43,56 @@ pub struct Session {
     pub closed: Closed,
 }
 
+/// What all sessions of a process share.
+#[derive(Clone)]
+pub struct Shared {
+    /// Metrics handles.
+    pub metrics: Arc<Metrics>,
+    /// What `/status` shows.
+    pub status: Arc<Status>,
+    /// What was written to be seen in the stream.
+    pub canary: Arc<Canary>,
+}
+
 /// Opens all three connections and starts the stream.
 ///
+/// The broker comes first, because its lock queue decides who may go on: a stand-by asks nothing
+/// of Postgres, and changes nothing in the broker.
+///
 /// # Errors
-/// Whatever stands in the way; verdicts of [`checkpoint::verify`] among them.
+/// Whatever stands in the way; verdicts of [`position_check`] among them.
 pub async fn open(
     options: &Options,
     router: &Arc<Router>,
-    metrics: &Arc<Metrics>,
-    status: &Arc<Status>,
+    shared: &Shared,
+    published: &mut Published,
 ) -> Result<Session> {
-    let (SqlConnection { client, closed }, replication, publisher) = tokio::try_join!(
-        sql(&options.sql),
-        ReplicationConnection::connect(&options.sql),
-        broker(options, router)
-    )?;
-    let client = Arc::new(client);
-    let (row, server) = take_over(&client, options).await?;
-    let (stream, assembler) = stream(&client, replication, options, &row).await?;
-    let timing = Timing::new(server.wal_sender_timeout);
-    let source = Wal::new(stream, assembler, timing, row.flush_lsn);
-    let store = PostgresStore::new(client, &options.name, row.session_no).await?;
+    let mut broker = options.broker.clone();
+    broker.exchanges = router.exchanges().to_vec();
+    broker.lock_queue = Some(format!("watership.{}.lock", options.name));
+    let mut publisher = counted(Connection::open(&broker).await, &shared.metrics.lock_busy)?;
+    let prepared = beside(&mut publisher, prepare(options, &broker, &shared.metrics)).await;
+    let Prepared { source, store, parking, taken, closed } = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            publisher.close().await;
+            return Err(error);
+        }
+    };
+    let row = taken.row;
+    if let Some(failover) = taken.failover {
+        let phantoms = published.take_beyond(failover.switch);
+        shared.metrics.wal.phantom_suspected.increment(phantoms);
+        tracing::warn!(
+            timeline = failover.timeline,
+            switch = %failover.switch,
+            from = %failover.flush_lsn,
+            phantoms,
+            epoch = row.position.epoch,
+            "a standby was promoted: the stream goes on from its slot in a new epoch; phantoms \
+             are events that were published and then rolled away"
+        );
+    }
     tracing::info!(
         session = row.session_no,
         position = %row.position,
@@ -67,24 +105,138 @@ pub async fn open(
         publisher,
         store: Store::Postgres(Arc::new(store)),
         progress: Progress::new(row.position, row.flush_lsn),
+        parking,
         router: router.clone(),
-        metrics: metrics.clone(),
-        status: status.clone(),
+        metrics: shared.metrics.clone(),
+        status: shared.status.clone(),
+        canary: shared.canary.clone(),
+        published: std::mem::take(published),
     };
+    shared.canary.begin(row.flush_lsn, taken.canary, std::time::Instant::now());
     Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed })
 }
 
-async fn broker(options: &Options, router: &Router) -> Result<Connection> {
-    let mut broker = options.broker.clone();
-    broker.exchanges = router.exchanges().to_vec();
-    broker.lock_queue = Some(format!("watership.{}.lock", options.name));
-    topology::apply(&broker, &options.topology).await?;
-    Connection::open(&broker).await
+/// Does `work` while the broker connection, which publishes nothing yet, is kept alive.
+async fn beside<T>(publisher: &mut Connection, work: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut outcomes = Vec::new();
+    tokio::select! { biased;
+        ended = publisher.next_outcomes(&mut outcomes) => match ended {
+            Err(error) => Err(error),
+            Ok(()) => Err(Error::protocol("the broker confirmed what was never published")),
+        },
+        done = work => done,
+    }
+}
+
+/// Counts what could not be had because another relay has it.
+fn counted<T>(result: Result<T>, busy: &metrics::Counter) -> Result<T> {
+    if result.as_ref().is_err_and(|error| error.kind() == Kind::Busy) {
+        busy.increment(1);
+    }
+    result
+}
+
+/// The Postgres half of a session.
+struct Prepared {
+    source: Wal,
+    store: PostgresStore,
+    parking: Parking,
+    taken: TakenOver,
+    closed: Closed,
+}
+
+async fn prepare(
+    options: &Options,
+    broker: &crate::amqp::options::Options,
+    metrics: &Metrics,
+) -> Result<Prepared> {
+    let (SqlConnection { client, closed }, mut replication, ()) = tokio::try_join!(
+        sql(&options.sql),
+        ReplicationConnection::connect(&options.sql),
+        topology::apply(broker, &options.topology)
+    )?;
+    let client = Arc::new(client);
+    let (timelines, system_id) = timelines(&mut replication).await?;
+    let taken = take_over(&client, options, &timelines).await?;
+    let row = &taken.row;
+    if system_id != row.system_id {
+        let text = "the replication connection reaches another cluster than the SQL connection";
+        return Err(Error::named(Verdict::OtherCluster, text)
+            .hint("source.url must name one server, not a balancer"));
+    }
+    let stream = stream(&client, replication, options, row, timelines).await;
+    let (stream, assembler) = counted(stream, &metrics.slot_busy)?;
+    let timing = Timing::new(taken.server.wal_sender_timeout);
+    let source = Wal::new(stream, assembler, timing, row.flush_lsn);
+    let found = parked::index(&client, &options.name).await?;
+    let known = parked::known(&client, &options.name, row.position).await?;
+    let parking = Parking::new(options.tuning.parked, found, known);
+    let store = PostgresStore::new(client, &options.name, row.session_no).await?;
+    Ok(Prepared { source, store, parking, taken, closed })
+}
+
+struct TakenOver {
+    row: Row,
+    server: ServerFacts,
+    failover: Option<Failover>,
+    /// Whether the canary is in the publication.
+    canary: bool,
 }
 
 /// Reads the checkpoint, makes sure that it may be started from, and takes it over.
-async fn take_over(client: &Client, options: &Options) -> Result<(Row, ServerFacts)> {
+async fn take_over(client: &Client, options: &Options, timelines: &Timelines) -> Result<TakenOver> {
     let name = &options.name;
+    let found = look(client, options).await?;
+    let failover = match found.verify(options, timelines.history())? {
+        Start::AsStored => None,
+        Start::Failover(failover) => Some(failover),
+    };
+    let publication = found
+        .publication
+        .as_ref()
+        .ok_or_else(|| Error::protocol("a publication that is missing was not noticed"))?;
+    if let Some(failover) = &failover {
+        let followed = checkpoint::follow(client, name, &found.row, failover).await?;
+        followed.ok_or_else(|| checkpoint::taken_over(name))?;
+    }
+    let row = checkpoint::take_session(client, name, publication.oid).await?;
+    let facts = position_check::facts(publication, &options.wanted());
+    if found.agreed.as_ref() != Some(&facts) {
+        tracing::info!(
+            publication = options.publication,
+            tables = ?facts.tables.iter().map(|t| t.table.to_string()).collect::<Vec<_>>(),
+            "the publication is noted as it is now"
+        );
+        checkpoint::agree(client, name, &facts).await?;
+    }
+    let canary = facts.tables.iter().any(|t| t.table == TableName::canary());
+    if !canary && !options.canary_interval.is_zero() {
+        tracing::warn!(
+            publication = options.publication,
+            "watership.canary is not in the publication, so a deaf stream is not noticed: run \
+             `watership init`"
+        );
+    }
+    Ok(TakenOver { row, server: found.server, failover, canary })
+}
+
+/// What is compared at every start, and every few seconds while a session runs.
+pub struct Found {
+    row: Row,
+    server: ServerFacts,
+    slot: Option<SlotState>,
+    agreed: Option<Publication>,
+    publication: Option<Publication>,
+}
+
+/// Reads all of it. The slot comes first and the server last: what is read later may have moved on,
+/// and slot ≤ checkpoint ≤ server must still hold.
+///
+/// # Errors
+/// The server's, or a verdict when there is no checkpoint.
+pub async fn look(client: &Client, options: &Options) -> Result<Found> {
+    let name = &options.name;
+    let slot = read_slot(client, &options.slot).await?;
     let row = checkpoint::read(client, name).await?.ok_or_else(|| checkpoint::no_row(name))?;
     if row.slot != options.slot {
         let (stored, asked) = (&row.slot, &options.slot);
@@ -92,56 +244,106 @@ async fn take_over(client: &Client, options: &Options) -> Result<(Row, ServerFac
         return Err(Error::verdict(text)
             .hint("set source.slot back, or give the relay another name and run init"));
     }
+    let agreed = checkpoint::read_agreed(client, name).await?;
+    let publication = read_publication(client, &options.publication).await?;
     let server = server_facts(client).await?;
-    let slot = read_slot(client, &options.slot).await?;
-    checkpoint::verify(&row, &server, slot.as_ref())?;
-    let publication = read_publication(client, &options.publication)
-        .await?
-        .ok_or_else(|| no_publication(options))?;
-    let taken = checkpoint::take_session(client, name, publication.oid).await?;
-    if taken.publication_oid != row.publication_oid {
-        tracing::warn!(
-            publication = options.publication,
-            position = %taken.position,
-            "the publication was re-created: its last transaction is sent again from its start"
-        );
+    Ok(Found { row, server, slot, agreed, publication })
+}
+
+impl Found {
+    /// Compares it; `history` as in [`position_check::verify`].
+    ///
+    /// # Errors
+    /// A named verdict.
+    pub fn verify(&self, options: &Options, history: &[(u32, Lsn)]) -> Result<Start> {
+        let start = self.verify_position(history)?;
+        self.verify_publication(options)?;
+        Ok(start)
     }
-    Ok((taken, server))
+
+    /// Everything that is in the way.
+    pub fn doubts(&self, options: &Options, history: &[(u32, Lsn)]) -> Vec<Error> {
+        let position = self.verify_position(history).err();
+        position.into_iter().chain(self.verify_publication(options).err()).collect()
+    }
+
+    fn verify_position(&self, history: &[(u32, Lsn)]) -> Result<Start> {
+        position_check::verify(&self.row, &self.server, self.slot.as_ref(), history)
+    }
+
+    /// Compares only the publication.
+    ///
+    /// # Errors
+    /// A named verdict.
+    pub fn verify_publication(&self, options: &Options) -> Result<()> {
+        let Self { row, server, agreed, publication, .. } = self;
+        let (end, name, wanted) = (server.wal_lsn, &options.publication, options.wanted());
+        let (agreed, found) = (agreed.as_ref(), publication.as_ref());
+        position_check::verify_publication(row, end, name, agreed, found, &wanted)
+    }
+
+    /// The checkpoint, the slot, and the server.
+    pub fn position(&self) -> (&Row, Option<&SlotState>, &ServerFacts) {
+        (&self.row, self.slot.as_ref(), &self.server)
+    }
+
+    /// The publication.
+    pub fn publication(&self) -> Option<&Publication> {
+        self.publication.as_ref()
+    }
+
+    /// The server is on another timeline than the checkpoint.
+    pub fn is_elsewhere(&self) -> bool {
+        self.server.timeline != self.row.timeline
+    }
 }
 
-fn no_publication(options: &Options) -> Error {
-    Error::verdict(format!("publication {:?} does not exist", options.publication)).hint(
-        "changes committed without it were not streamed; create it with `watership init`, then \
-         decide about the gap",
-    )
-}
-
-async fn stream(
-    client: &Client,
-    mut replication: ReplicationConnection,
-    options: &Options,
-    row: &Row,
-) -> Result<(ReplicationStream, Assembler)> {
+/// The timeline that the server is on with its ancestors, and the system identifier.
+async fn timelines(replication: &mut ReplicationConnection) -> Result<(Timelines, u64)> {
     let system = replication.identify_system().await?;
-    if system.system_id != row.system_id {
-        let text = "the replication connection reaches another cluster than the SQL connection";
-        return Err(Error::verdict(text).hint("source.url must name one server, not a balancer"));
-    }
     let history = match system.timeline {
         0 | 1 => Vec::new(),
         timeline => parse_history(&replication.timeline_history(timeline).await?)?,
     };
+    Ok((Timelines::new(system.timeline, history), system.system_id))
+}
+
+/// The ancestors of the server's timeline, for those who only look; empty where nobody needs them.
+///
+/// # Errors
+/// The server's.
+pub async fn ancestors_for(
+    options: &pg::connect::Options,
+    found: &Found,
+) -> Result<Vec<(u32, Lsn)>> {
+    if !found.is_elsewhere() || found.server.wal_level != "logical" {
+        return Ok(Vec::new());
+    }
+    let mut replication = ReplicationConnection::connect(options).await?;
+    let (timelines, _) = timelines(&mut replication).await?;
+    replication.close().await;
+    Ok(timelines.history().to_vec())
+}
+
+async fn stream(
+    client: &Client,
+    replication: ReplicationConnection,
+    options: &Options,
+    row: &Row,
+    timelines: Timelines,
+) -> Result<(ReplicationStream, Assembler)> {
     let assembler = Assembler::new(transaction::Options {
         epoch: row.position.epoch,
-        system_id: system.system_id,
-        timelines: Timelines::new(system.timeline, history),
+        system_id: row.system_id,
+        timelines,
         resume_after: row.position,
         primary_keys: primary_keys(client, &options.tables).await?,
+        types: if options.binary { user_types(client).await? } else { Types::default() },
+        canary: options.name.clone(),
     });
     let publications = [&*options.publication];
-    let stream = replication
-        .start(&options.slot, row.flush_lsn, &publications, StreamOptions::default())
-        .await?;
+    let asked = StreamOptions { binary: options.binary, ..StreamOptions::default() };
+    let stream = replication.start(&options.slot, row.flush_lsn, &publications, asked).await?;
     Ok((stream, assembler))
 }
 
@@ -156,6 +358,24 @@ async fn primary_keys(client: &Client, tables: &[String]) -> Result<HashMap<Stri
         keys.insert(table.clone(), facts.primary_key);
     }
     Ok(keys)
+}
+
+/// How each type of users and extensions is sent in binary.
+async fn user_types(client: &Client) -> Result<Types> {
+    const SQL: &str = include_str!("../../sql/query/user_types.sql");
+    let mut types = HashMap::new();
+    for row in client.query(SQL, &[]).await.map_err(postgres_error)? {
+        let type_oid: u32 = row.try_get(0).map_err(postgres_error)?;
+        let base: Option<u32> = row.try_get(1).map_err(postgres_error)?;
+        let send: &str = row.try_get(2).map_err(postgres_error)?;
+        let subtype: Option<u32> = row.try_get(3).map_err(postgres_error)?;
+        let how = match base {
+            Some(base) => Some(UserType::Domain(base)),
+            None => UserType::of(send, subtype.unwrap_or(0)),
+        };
+        types.extend(how.map(|how| (type_oid, how)));
+    }
+    Ok(Types(types))
 }
 
 /// Lines of `timeline <tab> switch LSN <tab> reason`, oldest first, with comments.

@@ -1,21 +1,34 @@
 //! What the relay is doing, for `/status`, `/readyz` and `/livez`. Written by the loop, read by
 //! the admin server's thread.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use tokio::sync::Notify;
 
-use crate::error::Error;
+use crate::amqp::audit::Grade;
+use crate::error::{Error, Kind};
+use crate::pg::slot::SlotState;
+use crate::relay::circuit::{self, Circuit};
 use crate::relay::lanes::Lanes;
+use crate::relay::parking::Parking;
 use crate::relay::progress::Progress;
 
 /// A streaming loop that has not ticked for this long is stuck.
 const STUCK: Duration = Duration::from_secs(30);
 
+/// SQLSTATE object_in_use: somebody reads the slot.
+const SLOT_IN_USE: &str = "55006";
+
 /// The shared cell.
 #[derive(Debug)]
-pub struct Status(Mutex<Inner>);
+pub struct Status {
+    inner: Mutex<Inner>,
+    /// Wakes who waits for the next session that streams.
+    started: Notify,
+}
 
 #[derive(Debug)]
 struct Inner {
@@ -26,11 +39,43 @@ struct Inner {
     last_tick: Instant,
     sessions: u64,
     last_error: Option<Trouble>,
+    circuit: Circuit,
+    holder: Option<Holder>,
+    grades: Vec<RouteGrade>,
     progress: Option<Progress>,
     in_flight: usize,
     window_events: usize,
     blocked: bool,
     held: Vec<(usize, String, Instant)>,
+    parked: Parked,
+    canary_age: Option<Duration>,
+    slot: Option<Slot>,
+}
+
+/// What is parked.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Parked {
+    /// Rows that are neither released nor discarded.
+    pub rows: usize,
+    /// Keys that are parked.
+    pub keys: usize,
+    /// Messages that may not be parked and wait in the window: route and reason.
+    pub blocked: Vec<(String, String)>,
+}
+
+/// The replication slot as the upkeep saw it last.
+#[derive(Debug, Clone, Serialize)]
+pub struct Slot {
+    /// How much of the WAL that it needs is still there.
+    pub wal_status: Option<&'static str>,
+    /// Bytes that may still be written before it may be lost; absent without a limit.
+    pub safe_wal_size: Option<i64>,
+    /// Bytes of WAL that it keeps.
+    pub retained_bytes: u64,
+    /// Bytes between its position and the end of WAL.
+    pub lag_bytes: u64,
+    /// Why WAL that it needs may soon be removed.
+    pub warning: Option<String>,
 }
 
 /// What the relay is doing.
@@ -54,12 +99,47 @@ pub enum State {
 pub struct Trouble {
     /// Kind of error.
     pub kind: &'static str,
+    /// The stable name of the verdict, where it is one.
+    pub verdict: Option<&'static str>,
     /// What happened.
     pub error: String,
-    /// What to do, where it is known.
-    pub hint: Option<String>,
+    /// What to do.
+    pub hint: String,
     /// Wait before the next session, in milliseconds.
     pub next_try_ms: Option<u64>,
+}
+
+/// Who reads the slot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Holder {
+    /// The slot.
+    pub slot: String,
+    /// Process id of the walsender in Postgres.
+    pub pid: i32,
+    /// Address and port of the reader; absent for a unix socket, or when the role may not see it.
+    pub client: Option<String>,
+}
+
+/// What a stand-by waits for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct StandingBy {
+    /// What is held: the error of the last try.
+    pub because: String,
+    /// Who reads the slot; absent when nobody does, then only the lock queue is held.
+    pub slot_holder: Option<Holder>,
+}
+
+/// What a confirm for a route's messages is worth, as the last audit found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RouteGrade {
+    /// Route name.
+    pub name: String,
+    /// Who is called when it is broken.
+    pub owner: String,
+    /// The grade.
+    pub grade: Grade,
+    /// Why.
+    pub reason: String,
 }
 
 /// A route whose destination is broken.
@@ -86,6 +166,10 @@ pub struct Snapshot {
     pub sessions: u64,
     /// The last error.
     pub last_error: Option<Trouble>,
+    /// Whether sessions work, and when the next one is tried.
+    pub circuit: circuit::View,
+    /// What a stand-by waits for; absent in every other state.
+    pub standing_by: Option<StandingBy>,
     /// Position up to which everything was received.
     pub received: Option<String>,
     /// Position up to which everything is settled.
@@ -104,13 +188,21 @@ pub struct Snapshot {
     pub broker_blocked: bool,
     /// Routes that are held.
     pub held: Vec<Held>,
+    /// What is parked.
+    pub parked: Parked,
+    /// What the last audit of the broker found, by route; empty before the first one.
+    pub routes: Vec<RouteGrade>,
+    /// Age of the last canary that came through the stream, in seconds.
+    pub canary_age_seconds: Option<f64>,
+    /// The replication slot.
+    pub slot: Option<Slot>,
 }
 
 impl Status {
     /// A relay that has not begun; `routes` are the names in order.
     pub fn new(name: &str, routes: Vec<String>) -> Arc<Self> {
         let now = Instant::now();
-        Arc::new(Self(Mutex::new(Inner {
+        let inner = Mutex::new(Inner {
             name: name.to_owned(),
             routes,
             state: State::Connecting,
@@ -118,45 +210,62 @@ impl Status {
             last_tick: now,
             sessions: 0,
             last_error: None,
+            circuit: Circuit::new(),
+            holder: None,
+            grades: Vec::new(),
             progress: None,
             in_flight: 0,
             window_events: 0,
             blocked: false,
             held: Vec::new(),
-        })))
+            parked: Parked::default(),
+            canary_age: None,
+            slot: None,
+        });
+        Arc::new(Self { inner, started: Notify::new() })
     }
 
     /// A session is being opened.
     pub fn connecting(&self) {
         let mut inner = self.lock();
         inner.sessions += 1;
+        inner.circuit.try_now();
         // A standby that tries again is still standing by.
         if inner.state != State::StandingBy {
             inner.enter(State::Connecting);
         }
     }
 
-    /// The session runs.
-    pub fn streaming(&self) {
+    /// The session runs. Returns how many tries had failed before it.
+    pub fn streaming(&self) -> u32 {
         let mut inner = self.lock();
+        let tries = inner.circuit.close();
+        self.started.notify_one();
         inner.last_tick = Instant::now();
         inner.last_error = None;
         inner.enter(State::Streaming);
+        tries
     }
 
     /// The session ended; the next one comes after `wait`.
     pub fn waiting(&self, error: &Error, wait: Duration) {
         let mut inner = self.lock();
         inner.last_error = Some(Trouble::new(error, Some(wait)));
-        let busy = error.kind() == crate::error::Kind::Busy;
+        inner.circuit.open(error.label(), Some(wait), Instant::now());
+        // A lock on a table is no other relay.
+        let busy = error.kind() == Kind::Busy && matches!(error.code(), None | Some(SLOT_IN_USE));
         inner.enter(if busy { State::StandingBy } else { State::Waiting });
     }
 
     /// No further session.
     pub fn stopped(&self, error: Option<&Error>) {
         let mut inner = self.lock();
-        if let Some(error) = error {
-            inner.last_error = Some(Trouble::new(error, None));
+        match error {
+            Some(error) => {
+                inner.last_error = Some(Trouble::new(error, None));
+                inner.circuit.open(error.label(), None, Instant::now());
+            }
+            None => inner.circuit.end(),
         }
         inner.enter(State::Stopped);
     }
@@ -180,6 +289,68 @@ impl Status {
         let held =
             lanes.holds().map(|(route, h)| (usize::from(route.0), h.reason.clone(), h.since));
         inner.held.extend(held);
+    }
+
+    /// The loop's tick, about what is parked.
+    pub fn parked(&self, parking: &Parking) {
+        let (rows, keys, _) = parking.summary();
+        let blocked = parking.blocked_routes();
+        let blocked = blocked.iter().map(|(route, row)| ((*route).to_owned(), row.error.clone()));
+        self.lock().parked = Parked { rows, keys, blocked: blocked.collect() };
+    }
+
+    /// Waits for a session that streams; one that began meanwhile counts. For one waiter.
+    pub async fn started(&self) {
+        self.started.notified().await;
+    }
+
+    /// What an audit of the broker found.
+    pub fn graded(&self, grades: Vec<RouteGrade>) {
+        self.lock().grades = grades;
+    }
+
+    /// Who reads the slot now, as Postgres says.
+    pub fn slot_seen(&self, slot: Option<&SlotState>) {
+        let holder = slot.and_then(|slot| {
+            let pid = slot.active_pid?;
+            Some(Holder { slot: slot.name.clone(), pid, client: slot.active_client.clone() })
+        });
+        self.lock().holder = holder;
+    }
+
+    /// Why it is not ready, for people; absent when it is.
+    pub fn not_ready(&self) -> Option<String> {
+        if self.is_ready() {
+            return None;
+        }
+        let snapshot = self.snapshot();
+        Some(match (&snapshot.standing_by, &snapshot.last_error) {
+            (Some(standing_by), _) => standing_by.to_string(),
+            (None, Some(error)) => format!("not streaming: {}; {}", error.error, error.hint),
+            (None, None) => "not streaming, or the broker connection is not open".into(),
+        })
+    }
+
+    /// Whether sessions work.
+    pub fn circuit(&self) -> circuit::View {
+        self.lock().circuit.view(Instant::now())
+    }
+
+    /// How old the last canary is.
+    pub fn canary(&self, age: Option<Duration>) {
+        self.lock().canary_age = age;
+    }
+
+    /// The slot, as it was seen now. True when it came into danger or out of it.
+    pub fn slot(&self, slot: Slot) -> bool {
+        let now = slot.warning.is_some();
+        let then = self.lock().slot.replace(slot).is_some_and(|slot| slot.warning.is_some());
+        now != then
+    }
+
+    /// A session runs.
+    pub fn is_streaming(&self) -> bool {
+        self.lock().state == State::Streaming
     }
 
     /// Streaming, with the broker open.
@@ -209,6 +380,8 @@ impl Status {
             state_seconds: inner.since.elapsed().as_secs_f64(),
             sessions: inner.sessions,
             last_error: inner.last_error.clone(),
+            circuit: inner.circuit.view(Instant::now()),
+            standing_by: inner.standing_by(),
             received: progress.map(|p| p.received_position().to_string()),
             settled: progress.map(|p| p.settled_position().to_string()),
             checkpointed: progress.map(|p| p.stored_checkpoint().0.to_string()),
@@ -218,15 +391,27 @@ impl Status {
             window_events: inner.window_events,
             broker_blocked: inner.blocked,
             held: held.collect(),
+            parked: inner.parked.clone(),
+            routes: inner.grades.clone(),
+            canary_age_seconds: inner.canary_age.map(|age| age.as_secs_f64()),
+            slot: inner.slot.clone(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().expect("nobody panics while holding the status")
+        self.inner.lock().expect("nobody panics while holding the status")
     }
 }
 
 impl Inner {
+    fn standing_by(&self) -> Option<StandingBy> {
+        let because = match (&self.state, &self.last_error) {
+            (State::StandingBy, Some(error)) => error.error.clone(),
+            _ => return None,
+        };
+        Some(StandingBy { because, slot_holder: self.holder.clone() })
+    }
+
     fn enter(&mut self, state: State) {
         if self.state != state {
             self.state = state;
@@ -235,12 +420,22 @@ impl Inner {
     }
 }
 
+impl fmt::Display for StandingBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "standing by: {}", self.because)?;
+        let Some(Holder { slot, pid, client }) = &self.slot_holder else { return Ok(()) };
+        write!(f, "; slot {slot:?} is read by pid {pid}")?;
+        client.as_ref().map_or(Ok(()), |client| write!(f, " from {client}"))
+    }
+}
+
 impl Trouble {
     fn new(error: &Error, wait: Option<Duration>) -> Self {
         Self {
             kind: error.label(),
+            verdict: error.name().map(crate::verdict::Verdict::name),
             error: error.to_string(),
-            hint: error.advice().map(str::to_owned),
+            hint: error.what_to_do().to_owned(),
             next_try_ms: wait.and_then(|w| u64::try_from(w.as_millis()).ok()),
         }
     }

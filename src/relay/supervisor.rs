@@ -4,15 +4,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 
 use crate::backoff::Backoff;
-use crate::error::{Error, Result, Retry};
+use crate::error::{Error, Kind, Result, Retry};
 use crate::metrics::Metrics;
-use crate::relay::session::{self, Session};
+use crate::position::Position;
+use crate::relay::canary::Canary;
+use crate::relay::phantoms::Published;
+use crate::relay::session::{self, Session, Shared};
 use crate::relay::status::Status;
-use crate::relay::{Options, upkeep};
+use crate::relay::unsendable::Unsendable;
+use crate::relay::{Options, audit, upkeep};
 use crate::route::Router;
 
 /// First upper bound of the wait between two sessions.
@@ -38,14 +42,26 @@ pub async fn run(
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
     let router = Arc::new(Router::new(&options.rules)?);
-    let upkeep = tokio::spawn(upkeep::run(options.clone(), metrics.clone()));
+    let canary = Canary::new(options.canary_interval);
+    let shared = Shared { metrics: metrics.clone(), status: status.clone(), canary };
+    let (doubt, mut doubts) = mpsc::channel(1);
+    let upkeep = tokio::spawn(upkeep::run(options.clone(), shared.clone(), doubt));
+    let mut published = Published::default();
+    let audit = tokio::spawn(audit::run(options.clone(), metrics.clone(), status.clone()));
     let mut backoff = Backoff::new(FIRST_WAIT, SOON_LIMIT);
+    let mut unsendable = Unsendable::default();
     let mut has_run = false;
     let result = loop {
         metrics.sessions.increment(1);
-        let life = one_session(&options, &router, &metrics, &status, shutdown.clone()).await;
+        let stop = shutdown.clone();
+        let life = one_session(&options, &router, &shared, &mut published, &mut doubts, stop).await;
         metrics.ended(life.result.as_ref().err());
         let Err(error) = life.result else { break Ok(()) };
+        // It was asked to end and could not settle what it had sent: whoever asked gets to know.
+        if *shutdown.borrow() && life.streamed.is_some() {
+            break Err(error);
+        }
+        let error = unsendable.judge(error, life.received, options.binary);
         has_run |= life.streamed.is_some();
         if life.streamed.is_some_and(|lived| lived >= HEALTHY) {
             backoff.reset();
@@ -58,13 +74,16 @@ pub async fn run(
         }
         let wait = backoff.next(fastrand::f64());
         report(&status, &error, wait, backoff.tries());
+        show(&status, &metrics);
         tokio::select! { biased;
             stop = shutdown.wait_for(|stop| *stop) => if stop.is_ok() { break Ok(()) },
             () = sleep(wait) => {}
         }
     };
     upkeep.abort();
+    audit.abort();
     status.stopped(result.as_ref().err());
+    show(&status, &metrics);
     result
 }
 
@@ -73,42 +92,83 @@ struct Life {
     result: Result<()>,
     /// How long it streamed, if it came so far.
     streamed: Option<Duration>,
+    /// How far it received.
+    received: Option<Position>,
+}
+
+impl Life {
+    /// It ended before it streamed.
+    fn unopened(result: Result<()>) -> Self {
+        Self { result, streamed: None, received: None }
+    }
 }
 
 async fn one_session(
     options: &Options,
     router: &Arc<Router>,
-    metrics: &Arc<Metrics>,
-    status: &Arc<Status>,
+    shared: &Shared,
+    published: &mut Published,
+    doubts: &mut mpsc::Receiver<Error>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Life {
+    let status = &shared.status;
     status.connecting();
+    show(status, &shared.metrics);
     let opened = tokio::select! { biased;
-        _ = shutdown.wait_for(|stop| *stop) => return Life { result: Ok(()), streamed: None },
-        opened = session::open(options, router, metrics, status) => opened,
+        _ = shutdown.wait_for(|stop| *stop) => return Life::unopened(Ok(())),
+        opened = session::open(options, router, shared, published) => opened,
     };
     let Session { mut relay, mut closed } = match opened {
         Ok(session) => session,
-        Err(error) => return Life { result: Err(error), streamed: None },
+        Err(error) => return Life::unopened(Err(error)),
     };
     let began = Instant::now();
-    status.streaming();
-    let result = tokio::select! { biased;
-        error = closed.wait() => Err(error),
-        result = relay.run(shutdown) => result,
+    // A doubt about the session before is no doubt about this one.
+    while doubts.try_recv().is_ok() {}
+    let tries = status.streaming();
+    show(status, &shared.metrics);
+    if tries > 0 {
+        tracing::info!(tries, circuit = "closed", "a session streams again");
+    }
+    let ended = tokio::select! { biased;
+        error = closed.wait() => Ok(Err(error)),
+        Some(doubt) = doubts.recv() => Err(doubt),
+        result = relay.run(shutdown.clone()) => Ok(result),
     };
-    relay.close().await;
-    Life { result, streamed: Some(began.elapsed()) }
+    let result = match ended {
+        Ok(result) => result,
+        Err(doubt) if doubt.kind() != Kind::Verdict => Err(doubt),
+        // What was received before is good: it is settled first.
+        Err(doubt) => {
+            relay.drain(Some(doubt));
+            tokio::select! { biased;
+                error = closed.wait() => Err(error),
+                result = relay.run(shutdown) => result,
+            }
+        }
+    };
+    shared.canary.end();
+    let received = Some(relay.progress().received_position());
+    *published = relay.close().await;
+    Life { result, streamed: Some(began.elapsed()), received }
+}
+
+/// The circuit as metrics.
+fn show(status: &Status, metrics: &Metrics) {
+    let view = status.circuit();
+    let wait = view.next_try_ms.map_or(0.0, |ms| ms as f64 / 1000.0);
+    metrics.circuit.set(view.state.label(), view.tries, wait);
 }
 
 fn report(status: &Status, error: &Error, wait: Duration, tries: u32) {
     let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
     status.waiting(error, wait);
     // The first try is news; while the same trouble goes on, every tenth line is enough.
+    let (kind, circuit) = (error.label(), "open");
     if tries == 1 || tries.is_multiple_of(10) {
-        let hint = error.advice().unwrap_or_default();
-        tracing::warn!(error = %error, hint, kind = error.label(), tries, wait_ms, "session ended");
+        let hint = error.what_to_do();
+        tracing::warn!(error = %error, hint, kind, tries, wait_ms, circuit, "session ended");
     } else {
-        tracing::debug!(error = %error, kind = error.label(), tries, wait_ms, "session ended");
+        tracing::debug!(error = %error, kind, tries, wait_ms, circuit, "session ended");
     }
 }

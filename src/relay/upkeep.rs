@@ -1,38 +1,61 @@
-//! Work beside the data path, on a connection of its own: slot gauges every few seconds, and
-//! `watership.maintain` every hour. Its failures are logged and counted; they never end a session.
+//! Work beside the data path, on a connection of its own: the canary, slot gauges every few
+//! seconds, a second look at everything that the session was started from, and
+//! `watership.maintain` every hour. Its failures are logged and counted; only a doubt about the
+//! position ends a session.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, interval};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_postgres::Client;
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::metrics::Metrics;
 use crate::pg::client::{SqlConnection, sql};
-use crate::pg::slot::read_slot;
+use crate::pg::slot::{WalStatus, insert_lsn, max_slot_wal_keep_size, read_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::Options;
+use crate::relay::canary::Written;
+use crate::relay::position_check::at_risk;
+use crate::relay::session::{self, Shared};
+use crate::relay::status::Slot;
 
+/// How often there may be something to do.
+const TICK: Duration = Duration::from_secs(1);
 /// How often the slot is looked at, and how soon a failed connection is tried again.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// How often position, slot and publication are compared while a session runs.
+const COMPARE_EVERY: Duration = Duration::from_secs(10);
 /// How often partitions are made and retired.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(3600);
 /// Calls of `maintain` in one go; each does a bounded piece of work.
 const MAINTAIN_CALLS_MAX: u32 = 100;
 
-/// Runs until it is aborted.
-pub async fn run(options: Options, metrics: Arc<Metrics>) {
+/// When each piece of work is due.
+struct Due {
+    look: Instant,
+    compare: Instant,
+    maintain: Instant,
+}
+
+/// Runs until it is aborted. What is doubtful while a session runs goes into `doubts`.
+pub async fn run(options: Options, shared: Shared, doubts: mpsc::Sender<Error>) {
     let mut connection = None;
-    let mut next_maintain = Instant::now();
-    let mut look = interval(LOOK_EVERY);
+    let now = Instant::now();
+    let mut due = Due { look: now, compare: now + COMPARE_EVERY, maintain: now };
+    let mut tick = interval(TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failing = false;
     loop {
-        look.tick().await;
-        let result = once(&options, &metrics, &mut connection, &mut next_maintain).await;
+        tick.tick().await;
+        if failing && Instant::now() < due.look {
+            continue;
+        }
+        let result = once(&options, &shared, &mut connection, &mut due, &doubts).await;
         if let Err(error) = &result {
             connection = None;
-            metrics.outbox.maintain_failures.increment(1);
+            due.look = Instant::now() + LOOK_EVERY;
+            shared.metrics.outbox.maintain_failures.increment(1);
             if !failing {
                 tracing::warn!(error = %error, "upkeep failed; it is tried again");
             }
@@ -43,28 +66,115 @@ pub async fn run(options: Options, metrics: Arc<Metrics>) {
 
 async fn once(
     options: &Options,
-    metrics: &Metrics,
+    shared: &Shared,
     connection: &mut Option<SqlConnection>,
-    next_maintain: &mut Instant,
+    due: &mut Due,
+    doubts: &mpsc::Sender<Error>,
 ) -> Result<()> {
     let client = match connection {
         Some(connection) => &connection.client,
-        None => &connection.insert(sql(&options.sql).await?).client,
+        None => {
+            let client = &connection.insert(sql(&options.sql).await?).client;
+            // A canary is to come through the stream; whether a standby has it does not matter.
+            client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
+            client
+        }
     };
-    look_at_slot(client, options, metrics).await?;
-    if options.maintain && Instant::now() >= *next_maintain {
-        *next_maintain = Instant::now() + MAINTAIN_EVERY;
-        maintain(client, options, metrics).await?;
+    if shared.canary.is_due(std::time::Instant::now()) {
+        write_canary(client, options, shared).await?;
+    }
+    if Instant::now() >= due.look {
+        due.look = Instant::now() + LOOK_EVERY;
+        look_at_slot(client, options, shared).await?;
+    }
+    if Instant::now() >= due.compare {
+        due.compare = Instant::now() + COMPARE_EVERY;
+        if shared.status.is_streaming()
+            && let Some(doubt) = compare(client, options).await?
+        {
+            // A full channel means that one is on its way.
+            let _ = doubts.try_send(doubt);
+        }
+    }
+    if Instant::now() >= due.maintain {
+        due.maintain = Instant::now() + MAINTAIN_EVERY;
+        purge_parked(client, options).await?;
+        if options.maintain {
+            maintain(client, options, &shared.metrics).await?;
+        }
     }
     Ok(())
 }
 
-async fn look_at_slot(client: &Client, options: &Options, metrics: &Metrics) -> Result<()> {
-    let Some(slot) = read_slot(client, &options.slot).await? else { return Ok(()) };
-    metrics.wal.slot_lag_bytes.set(slot.lag_bytes as f64);
-    metrics.wal.retained_bytes.set(slot.retained_bytes as f64);
-    metrics.wal.set_safe_wal_size(slot.safe_wal_size);
-    metrics.wal.set_status(slot.wal_status.map_or("", |s| s.as_str()));
+/// Removes rows that were released or discarded long ago.
+async fn purge_parked(client: &Client, options: &Options) -> Result<()> {
+    const SQL: &str = include_str!("../../sql/query/parked_purge.sql");
+    let retain = i64::try_from(options.parked_retain.as_secs()).unwrap_or(i64::MAX);
+    for _ in 0..MAINTAIN_CALLS_MAX {
+        let removed = client.execute(SQL, &[&options.name, &retain]).await;
+        if removed.map_err(postgres_error)? == 0 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Result<()> {
+    const SQL: &str = include_str!("../../sql/query/canary_write.sql");
+    let begin = insert_lsn(client).await?;
+    let row = client.query_one(SQL, &[&options.name]).await.map_err(postgres_error)?;
+    let number: i64 = row.try_get(0).map_err(postgres_error)?;
+    let number = u64::try_from(number)
+        .map_err(|_| Error::protocol(format!("watership.canary.number is {number}")))?;
+    let end = insert_lsn(client).await?;
+    let at = std::time::Instant::now();
+    shared.canary.wrote(Written { number, end, span: end.bytes_since(begin), at });
+    Ok(())
+}
+
+/// What a session was started from must still hold while it runs.
+async fn compare(client: &Client, options: &Options) -> Result<Option<Error>> {
+    let found = match session::look(client, options).await {
+        Ok(found) => found,
+        Err(error) if error.kind() == Kind::Verdict => return Ok(Some(error)),
+        Err(error) => return Err(error),
+    };
+    if found.is_elsewhere() {
+        let text = "the server behind source.url is on another timeline than the session";
+        return Ok(Some(Error::unreachable(text).hint("the next session decides about it")));
+    }
+    match found.verify(options, &[]) {
+        Ok(_) => Ok(None),
+        Err(error) => Ok(Some(error)),
+    }
+}
+
+async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Result<()> {
+    let slot = read_slot(client, &options.slot).await?;
+    shared.status.slot_seen(slot.as_ref());
+    let Some(slot) = slot else { return Ok(()) };
+    let warning = at_risk(&slot, max_slot_wal_keep_size(client).await?);
+    let metrics = &shared.metrics.wal;
+    metrics.slot_lag_bytes.set(slot.lag_bytes as f64);
+    metrics.retained_bytes.set(slot.retained_bytes as f64);
+    metrics.set_safe_wal_size(slot.safe_wal_size);
+    metrics.set_status(slot.wal_status.map_or("", |s| s.as_str()));
+    metrics.slot_at_risk.set(f64::from(u8::from(warning.is_some())));
+    let news = shared.status.slot(Slot {
+        wal_status: slot.wal_status.map(WalStatus::as_str),
+        safe_wal_size: slot.safe_wal_size,
+        retained_bytes: slot.retained_bytes,
+        lag_bytes: slot.lag_bytes,
+        warning: warning.clone(),
+    });
+    match warning {
+        Some(warning) if news => tracing::warn!(
+            hint = "let the relay catch up, or raise max_slot_wal_keep_size",
+            "{warning}"
+        ),
+        None if news => tracing::info!(slot = options.slot, "the slot is out of danger"),
+        Some(_) | None => {}
+    }
     Ok(())
 }
 

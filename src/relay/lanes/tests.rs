@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::{Lanes, PROBE_EVERY, RETRY_LIMIT};
+use super::{Lanes, Owner, PROBE_EVERY, RETRY_LIMIT};
 use crate::message::{Builder, ExchangeId, Message, Properties, RouteId, Ticket};
 use crate::position::{Lsn, Position};
 use crate::relay::watermark::{EntryId, Watermark};
@@ -45,7 +45,7 @@ impl Bench {
     }
 
     fn admit_on(&mut self, route: u16, id: u128, keys: Keys) {
-        self.lanes.admit(message(id, route), keys, entry(), self.now, 0);
+        self.lanes.admit(message(id, route), keys, Owner::Window(entry()), self.now, 0);
     }
 
     /// Everything that may be sent now.
@@ -71,6 +71,61 @@ fn row(lane: u64) -> Keys {
 }
 
 #[test]
+fn what_waits_behind_an_evicted_message_leaves_with_it_and_nothing_else_does() {
+    let one = |lane| Keys::One { lane, group: Some(9) };
+    let mut bench = Bench::new();
+    bench.admit(1, one(1));
+    bench.admit(2, one(2));
+    bench.admit(3, Keys::Two { lanes: [1, 2], group: 9 });
+    bench.admit(4, one(2));
+    bench.admit(5, one(3));
+    let sent = bench.send();
+    assert_eq!(sent.iter().map(|(_, id)| *id).collect::<Vec<_>>(), [1, 2, 5]);
+    let gone = bench.lanes.evict(sent[0].0);
+    let ids: Vec<u128> = gone.iter().map(|slot| slot.message.id.as_u128()).collect();
+    assert_eq!(ids, [1, 3, 4], "by admission");
+    bench.lanes.confirmed(sent[1].0);
+    bench.admit(6, one(1));
+    bench.admit(7, one(2));
+    assert_eq!(bench.ids(), [6, 7]);
+}
+
+#[test]
+fn a_barrier_behind_an_evicted_message_takes_all_behind_it_along() {
+    let one = |lane| Keys::One { lane, group: Some(9) };
+    let mut bench = Bench::new();
+    bench.admit(1, one(1));
+    bench.admit(2, one(2));
+    bench.admit(3, Keys::Barrier { group: 9 });
+    bench.admit(4, one(3));
+    let sent = bench.send();
+    let gone = bench.lanes.evict(sent[0].0);
+    assert_eq!(gone.iter().map(|slot| slot.message.id.as_u128()).collect::<Vec<_>>(), [1, 3, 4]);
+    bench.lanes.confirmed(sent[1].0);
+    bench.admit(5, Keys::Barrier { group: 9 });
+    assert_eq!(bench.ids(), [5]);
+}
+
+#[test]
+fn suspects_go_alone_and_the_largest_first() {
+    let mut bench = Bench::new();
+    for id in 1..=3 {
+        bench.admit(id, Keys::Free);
+    }
+    let sent = bench.send();
+    sent.iter().for_each(|(ticket, _)| bench.lanes.suspect(*ticket));
+    let alone = bench.send();
+    assert_eq!(alone.len(), 1);
+    assert!(bench.lanes.is_accused(alone[0].0));
+    bench.lanes.confirmed(alone[0].0);
+    let alone = bench.send();
+    assert_eq!(alone.len(), 1);
+    bench.lanes.acquit();
+    assert_eq!(bench.lanes.evict(alone[0].0).len(), 1);
+    assert_eq!(bench.send().len(), 1, "the rest goes on");
+}
+
+#[test]
 fn one_key_waits_for_its_confirm_and_others_do_not() {
     let mut bench = Bench::new();
     bench.admit(1, one(7));
@@ -89,14 +144,29 @@ fn nacked_message_holds_back_its_lane_only() {
     bench.admit(2, one(7));
     bench.admit(3, one(8));
     let sent = bench.send();
-    bench.lanes.nacked(sent[0].0, bench.now);
     bench.lanes.confirmed(sent[1].0);
+    bench.lanes.nacked(sent[0].0, bench.now);
     bench.admit(4, one(8));
     assert_eq!(bench.ids(), [4]);
     let wake = bench.lanes.wake_at().expect("a retry is due");
     assert!(wake > bench.now && wake <= bench.now + RETRY_LIMIT);
     bench.now = wake;
     assert_eq!(bench.ids(), [1], "the nacked message, not its successor");
+}
+
+#[test]
+fn a_confirm_hastens_the_oldest_nacked_message_of_its_route_and_no_other() {
+    let mut bench = Bench::new();
+    for (id, route) in [(1, 1), (2, 0), (3, 0), (4, 0)] {
+        bench.admit_on(route, id, one(id as u64));
+    }
+    let sent = bench.send();
+    for (ticket, _) in &sent[..3] {
+        bench.lanes.nacked(*ticket, bench.now);
+    }
+    assert!(bench.send().is_empty());
+    bench.lanes.confirmed(sent[3].0);
+    assert_eq!(bench.ids(), [2]);
 }
 
 #[test]
@@ -220,7 +290,7 @@ proptest! {
             }
             let (ticket, id) = flying.swap_remove(picks.next().unwrap().index(flying.len()));
             match outcomes.next().unwrap_or(Outcome::Confirm) {
-                Outcome::Nack => bench.lanes.nacked(ticket, bench.now),
+                Outcome::Nack => { bench.lanes.nacked(ticket, bench.now); }
                 Outcome::Hold => { bench.lanes.hold(ticket, "broken".into(), bench.now); }
                 Outcome::Confirm => {
                     bench.lanes.confirmed(ticket);

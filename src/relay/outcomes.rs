@@ -1,0 +1,195 @@
+//! What became of each publish: confirmed, to be tried again, held, or parked.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::error::{Error, Kind, Result};
+use crate::message::{Outcome, Publisher, RouteId, Ticket};
+use crate::metrics::RouteMetrics;
+use crate::relay::Relay;
+use crate::relay::lanes::{Owner, Slot};
+use crate::relay::parked::{Key, Row, RowState, Why, raw_message, shorten};
+use crate::route::OnPoison;
+use crate::source::Source;
+
+impl<S: Source, P: Publisher> Relay<S, P> {
+    /// Every outcome of the publisher, each exactly once.
+    pub(super) fn settle_outcomes(&mut self) -> Result<()> {
+        let now = tokio::time::Instant::now().into_std();
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut outcomes = std::mem::take(&mut self.outcomes);
+        for (ticket, outcome) in outcomes.drain(..) {
+            match outcome {
+                Outcome::Confirmed => self.confirmed(ticket, clock),
+                Outcome::Nacked => self.nacked(ticket, now),
+                Outcome::Returned(text) => self.returned(ticket, &text, now),
+                Outcome::ChannelClosed { code: 403 | 404, text } => self.hold(ticket, text, now),
+                Outcome::ChannelClosed { code: 406, text } => self.refused(ticket, &text, now),
+                Outcome::ChannelClosed { code, text } => {
+                    return Err(Error::unreachable(format!("channel closed: {code} {text}")));
+                }
+            }
+        }
+        self.outcomes = outcomes;
+        self.settle_prefix();
+        Ok(())
+    }
+
+    fn confirmed(&mut self, ticket: Ticket, clock: Duration) {
+        let (slot, released) = self.lanes.confirmed(ticket);
+        match slot.owner {
+            Owner::Window(entry) => self.window.settle(entry),
+            Owner::Parked(number) => {
+                self.parking.confirmed(number);
+                self.retry_due = true;
+            }
+        }
+        let route = slot.message.route;
+        let metrics = self.route_metrics(route);
+        metrics.confirmed.increment(1);
+        let committed = Duration::from_micros(u64::try_from(slot.committed_at_us).unwrap_or(0));
+        metrics.commit_to_confirm.record(clock.saturating_sub(committed).as_secs_f64());
+        self.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
+        if released {
+            tracing::info!(route = route.0, "the destination works again, the route goes on");
+        }
+    }
+
+    /// Tried again for ever at the head of its lane, unless the route has a limit and the queue
+    /// takes other messages of the route.
+    fn nacked(&mut self, ticket: Ticket, now: Instant) {
+        let route = self.lanes.slot(ticket).message.route;
+        self.route_metrics(route).nacked.increment(1);
+        let nacked = self.lanes.nacked(ticket, now);
+        let limit = self.router.by_id(route).policy.nack_limit;
+        if nacked.others_pass && limit.is_some_and(|limit| nacked.times >= limit) {
+            let text = format!("the broker refused it {} times and took others", nacked.times);
+            let slots = self.lanes.evict_nacked(ticket);
+            self.park_evicted(slots, Why::Nacked, &Error::event(text));
+        }
+    }
+
+    fn returned(&mut self, ticket: Ticket, text: &str, now: Instant) {
+        let route = self.lanes.slot(ticket).message.route;
+        self.route_metrics(route).returned.increment(1);
+        if self.router.by_id(route).policy.park_unroutable {
+            let slots = self.lanes.evict(ticket);
+            let error = Error::event(format!("no queue is bound for it: {text}"));
+            self.park_evicted(slots, Why::Unroutable, &error);
+        } else {
+            self.hold(ticket, format!("unroutable: {text}"), now);
+        }
+    }
+
+    /// The broker closed the channel because of one of its messages, and does not say which.
+    fn refused(&mut self, ticket: Ticket, text: &str, now: Instant) {
+        if let Some(limit) = size_limit(text) {
+            // What comes next is compared before it is sent: no second channel is lost.
+            self.broker_max_body = self.broker_max_body.min(limit);
+        }
+        if !self.lanes.is_accused(ticket) {
+            self.lanes.suspect(ticket);
+            return;
+        }
+        self.lanes.acquit();
+        let error = Error::event(format!("the broker refused it: {text}"));
+        let route = self.router.by_id(self.lanes.slot(ticket).message.route);
+        if route.policy.on_poison == OnPoison::Stop {
+            self.hold(ticket, error.to_string(), now);
+            self.drain(Some(error.with_kind(Kind::Verdict)));
+            return;
+        }
+        let slots = self.lanes.evict(ticket);
+        self.park_evicted(slots, Why::Refused, &error);
+    }
+
+    fn hold(&mut self, ticket: Ticket, reason: String, now: Instant) {
+        let route = self.lanes.slot(ticket).message.route;
+        if self.lanes.hold(ticket, reason.clone(), now) {
+            tracing::error!(
+                route = route.0,
+                reason,
+                "the destination is broken: the route is held and probed, nothing is lost"
+            );
+        }
+    }
+
+    /// Parks messages that were evicted together: the first for `why`, the others follow it.
+    fn park_evicted(&mut self, slots: Vec<Slot>, why: Why, error: &Error) {
+        let follows = Error::event("it follows an earlier message of its key");
+        for (index, slot) in slots.into_iter().enumerate() {
+            let (why, error) = if index == 0 { (why, error) } else { (Why::Follows, &follows) };
+            match slot.owner {
+                Owner::Window(entry) => {
+                    let policy = match why {
+                        Why::Refused => self.router.by_id(slot.message.route).policy.on_poison,
+                        // The route asks for these to be parked; and what follows, follows.
+                        Why::Unroutable | Why::Nacked | Why::Follows => OnPoison::Park,
+                        Why::TooLarge | Why::Invalid | Why::NoRoute => {
+                            unreachable!("these are seen before a message is sent")
+                        }
+                    };
+                    let row = self.evicted_row(&slot, why, error);
+                    self.park(row, entry, policy);
+                }
+                Owner::Parked(number) => {
+                    let failed = (index == 0).then(|| (why, shorten(error)));
+                    self.parking.failed(number, failed);
+                }
+            }
+        }
+    }
+
+    fn evicted_row(&self, slot: &Slot, why: Why, error: &Error) -> Row {
+        let route = self.router.by_id(slot.message.route);
+        let header = |name| slot.message.header(name).unwrap_or_default();
+        let position = header("ws-position").parse().expect("the envelope wrote it");
+        Row {
+            key: Key { position, route: route.label.clone() },
+            state: RowState::Parked,
+            why,
+            error: shorten(error),
+            attempts: 1,
+            id: slot.message.id,
+            source: header("ws-source").to_owned(),
+            key_text: header("ws-key").to_owned(),
+            committed_at_us: slot.committed_at_us,
+            lanes: slot.keys,
+            raw: raw_message(&slot.message),
+        }
+    }
+
+    pub(super) fn settle_prefix(&mut self) {
+        if let Some(receipt) = self.window.take_settled() {
+            self.progress.settled(&receipt);
+        }
+    }
+
+    pub(super) fn route_metrics(&self, route: RouteId) -> &RouteMetrics {
+        &self.metrics.routes[usize::from(route.0)]
+    }
+}
+
+/// The broker's own limit, in bytes, out of its text "message size 20 is larger than configured
+/// max size 10"; absent when the text says something else.
+fn size_limit(text: &str) -> Option<usize> {
+    let (_, limit) = text.split_once("max size ")?;
+    let digits: String = limit.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size_limit;
+
+    #[test]
+    fn the_brokers_size_limit_is_learnt_from_its_text() {
+        let text = "PRECONDITION_FAILED - message size 2000000 is larger than configured max size \
+                    1048576";
+        assert_eq!(size_limit(text), Some(1_048_576));
+        assert_eq!(
+            size_limit("PRECONDITION_FAILED - message size 9 larger than max size 8"),
+            Some(8)
+        );
+        assert_eq!(size_limit("PRECONDITION_FAILED - invalid expiration"), None);
+    }
+}

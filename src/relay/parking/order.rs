@@ -1,0 +1,67 @@
+//! Which rows wait for which: rows of a lane for each other, all rows of a table for a truncate,
+//! and it for them. Pure.
+
+use std::collections::HashSet;
+
+use crate::route::Lanes;
+
+/// A set in which a row stands.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Set {
+    Lane(u64),
+    Table(u64),
+    Barriers(u64),
+}
+
+impl Set {
+    pub(super) fn hash(self) -> u64 {
+        match self {
+            Set::Lane(hash) | Set::Table(hash) | Set::Barriers(hash) => hash,
+        }
+    }
+}
+
+pub(super) fn sets(lanes: Lanes) -> impl Iterator<Item = Set> {
+    let sets = match lanes {
+        Lanes::Free => [None; 3],
+        Lanes::One { lane, group } => [Some(Set::Lane(lane)), group.map(Set::Table), None],
+        Lanes::Two { lanes: [a, b], group } => {
+            [Some(Set::Lane(a)), Some(Set::Lane(b)), Some(Set::Table(group))]
+        }
+        Lanes::Barrier { group } => [Some(Set::Table(group)), Some(Set::Barriers(group)), None],
+    };
+    sets.into_iter().flatten()
+}
+
+/// Lanes in which something stands that the rest must wait for, in a walk by position.
+#[derive(Debug, Default)]
+pub(super) struct Blocking {
+    lanes: HashSet<u64>,
+    tables: HashSet<u64>,
+    barriers: HashSet<u64>,
+}
+
+impl Blocking {
+    pub(super) fn add(&mut self, lanes: Lanes) {
+        for set in sets(lanes) {
+            match set {
+                Set::Lane(lane) => self.lanes.insert(lane),
+                Set::Table(table) => self.tables.insert(table),
+                Set::Barriers(table) => self.barriers.insert(table),
+            };
+        }
+    }
+
+    pub(super) fn holds(&self, lanes: Lanes) -> bool {
+        match lanes {
+            Lanes::Free => false,
+            Lanes::One { lane, group } => {
+                self.lanes.contains(&lane) || group.is_some_and(|g| self.barriers.contains(&g))
+            }
+            Lanes::Two { lanes: [a, b], group } => {
+                self.lanes.contains(&a) || self.lanes.contains(&b) || self.barriers.contains(&group)
+            }
+            Lanes::Barrier { group } => self.tables.contains(&group),
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Parking against its rules: what follows what, what is written when, what may be tried again.
+
+use super::{Follows, Known, Limits, Next, Parked, Parking, Place};
+use crate::position::{Lsn, Position};
+use crate::relay::parked::{Key, Raw, Row, RowState, Why};
+use crate::relay::watermark::{EntryId, Watermark};
+use crate::route::{Lanes, OnPoison};
+use crate::source::Receipt;
+use uuid::Uuid;
+
+fn at(lsn: u64) -> Position {
+    Position { epoch: 1, commit_lsn: Lsn(lsn), ordinal: 1, sub: 0 }
+}
+
+fn key(lsn: u64) -> Key {
+    Key { position: at(lsn), route: "orders".into() }
+}
+
+fn row(lsn: u64, lanes: Lanes, why: Why) -> Row {
+    Row {
+        key: key(lsn),
+        state: RowState::Parked,
+        why,
+        error: "too large".into(),
+        attempts: 1,
+        id: Uuid::from_u128(lsn.into()),
+        source: "watership.outbox".into(),
+        key_text: "order/1".into(),
+        committed_at_us: 0,
+        lanes,
+        raw: Raw::Event("{}".into()),
+    }
+}
+
+fn lane(lane: u64) -> Lanes {
+    Lanes::One { lane, group: None }
+}
+
+fn of_table(lane: u64) -> Lanes {
+    Lanes::One { lane, group: Some(7) }
+}
+
+fn entry() -> EntryId {
+    Watermark::new().push(Receipt::new(Position::default(), None), 1, 0)
+}
+
+fn park(parking: &mut Parking, row: Row) -> Parked {
+    let follows = parking.follows(&row.key, row.lanes);
+    parking.park(row, entry(), OnPoison::Park, follows, 0.0)
+}
+
+/// Marks everything that is stored as a person would.
+fn retry_all(parking: &mut Parking) {
+    let indexed = |(key, waiting): (&Key, &super::Waiting)| crate::relay::parked::Indexed {
+        key: key.clone(),
+        state: RowState::Retrying,
+        why: waiting.why,
+        lanes: waiting.lanes,
+        bytes: 1,
+        parked_at: 0.0,
+    };
+    let stored = parking.rows.iter().filter(|(_, w)| w.place == Place::Stored);
+    let found = stored.map(indexed).collect();
+    parking.reload(found);
+}
+
+#[test]
+fn later_messages_of_a_parked_lane_follow_and_others_do_not() {
+    let mut parking = Parking::default();
+    park(&mut parking, row(10, lane(1), Why::TooLarge));
+    let follows = Some(Follows { state: RowState::Parked, place: Place::Pending });
+    assert_eq!(parking.follows(&key(11), lane(1)), follows);
+    assert_eq!(parking.follows(&key(11), lane(2)), None);
+    assert_eq!(parking.follows(&key(11), Lanes::Free), None);
+    assert_eq!(parking.follows(&key(9), lane(1)), None, "it stands before the first parked one");
+    assert_eq!(parking.follows(&key(11), Lanes::Two { lanes: [2, 1], group: 7 }), follows);
+}
+
+#[test]
+fn a_truncate_follows_its_table_and_its_table_follows_it() {
+    let mut parking = Parking::default();
+    park(&mut parking, row(10, of_table(1), Why::Invalid));
+    assert!(parking.follows(&key(11), of_table(2)).is_none());
+    assert!(parking.follows(&key(11), Lanes::Barrier { group: 7 }).is_some());
+    park(&mut parking, row(11, Lanes::Barrier { group: 7 }, Why::Follows));
+    assert!(parking.follows(&key(12), of_table(2)).is_some());
+    assert!(parking.follows(&key(12), Lanes::One { lane: 2, group: Some(8) }).is_none());
+}
+
+#[test]
+fn a_row_is_written_with_the_first_checkpoint_that_passes_it_and_not_before() {
+    let mut parking = Parking::default();
+    assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Parked::Settled);
+    assert!(!parking.has_writes(at(9)));
+    assert!(parking.take_writes(at(9)).is_empty());
+    assert!(parking.has_writes(at(10)) && parking.pending_bytes() > 0);
+    assert_eq!(parking.take_writes(at(10)).rows.len(), 1);
+    assert_eq!((parking.pending_bytes(), parking.counts()), (0, (1, 0)));
+    assert!(!parking.has_writes(at(99)));
+}
+
+#[test]
+fn at_the_limit_poison_waits_in_the_window_and_is_parked_when_there_is_room() {
+    let limits = Limits { rows: 1, keys: 10 };
+    let mut parking = Parking::new(limits, Vec::new(), Known::default());
+    assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Parked::Settled);
+    assert_eq!(park(&mut parking, row(11, lane(2), Why::TooLarge)), Parked::Blocked);
+    assert_eq!(park(&mut parking, row(12, lane(2), Why::Follows)), Parked::Blocked);
+    assert!(parking.unblock().is_empty());
+    assert_eq!(parking.blocked_routes().len(), 1);
+    parking.take_writes(at(10));
+    // A person discards the stored row.
+    parking.reload(Vec::new());
+    assert_eq!(parking.unblock().len(), 1, "there is room for one");
+    assert!(parking.follows(&key(13), lane(2)).is_some());
+    assert!(parking.follows(&key(13), lane(1)).is_none());
+}
+
+#[test]
+fn a_lane_is_live_again_when_its_last_row_is_on_its_way() {
+    let mut parking = Parking::default();
+    park(&mut parking, row(10, lane(1), Why::TooLarge));
+    park(&mut parking, row(11, lane(1), Why::Follows));
+    parking.take_writes(at(11));
+    retry_all(&mut parking);
+    park(&mut parking, row(12, lane(1), Why::Follows));
+    let Some(Next::Read(keys)) = parking.next_retry() else { panic!("rows are to be read") };
+    assert_eq!(keys, [key(10), key(11)]);
+    let first = parking.load(&key(10), 1);
+    let second = parking.load(&key(11), 1);
+    assert!(parking.follows(&key(13), lane(1)).is_some(), "one is still waiting");
+    let Some(Next::Pending(pending)) = parking.next_retry() else { panic!("one is in memory") };
+    assert_eq!(pending.key, key(12));
+    parking.load(&key(12), 1);
+    assert!(parking.follows(&key(13), lane(1)).is_none());
+    parking.confirmed(first);
+    parking.confirmed(second);
+    let released: Vec<Key> =
+        parking.take_writes(at(11)).changes.into_iter().map(|change| change.key).collect();
+    assert_eq!(released, [key(10), key(11)]);
+}
+
+#[test]
+fn a_row_that_fails_again_stops_the_rows_behind_it() {
+    let mut parking = Parking::default();
+    for (lsn, why) in [(10, Why::TooLarge), (11, Why::Follows), (12, Why::Follows)] {
+        park(&mut parking, row(lsn, lane(1), why));
+    }
+    parking.take_writes(at(12));
+    retry_all(&mut parking);
+    parking.refused(&key(10), Why::TooLarge, "still too large".into());
+    assert!(parking.next_retry().is_none());
+    let writes = parking.take_writes(at(12));
+    assert!(writes.changes.iter().all(|change| change.state == RowState::Parked));
+    assert_eq!(writes.changes.len(), 3);
+    assert_eq!(parking.counts(), (3, 0));
+}
+
+#[test]
+fn a_row_behind_a_parked_one_of_another_lane_waits_for_it() {
+    let mut parking = Parking::default();
+    park(&mut parking, row(10, of_table(1), Why::TooLarge));
+    park(&mut parking, row(11, Lanes::Two { lanes: [1, 2], group: 7 }, Why::Follows));
+    parking.take_writes(at(11));
+    // Only the second is marked: by hand, past the command line.
+    let mut found: Vec<_> = Vec::new();
+    for (key, waiting) in &parking.rows {
+        let second = key.position == at(11);
+        found.push(crate::relay::parked::Indexed {
+            key: key.clone(),
+            state: if second { RowState::Retrying } else { RowState::Parked },
+            why: waiting.why,
+            lanes: waiting.lanes,
+            bytes: 1,
+            parked_at: 0.0,
+        });
+    }
+    parking.reload(found);
+    assert!(parking.next_retry().is_none());
+}
+
+#[test]
+fn what_an_earlier_session_parked_is_known_until_the_checkpoint_has_passed_it() {
+    let id = Uuid::from_u128(1);
+    let known = Known { ids: [(id, "orders".into())].into(), until: Lsn(10) };
+    let mut parking = Parking::new(Limits::default(), Vec::new(), known);
+    assert!(parking.is_known(id, "orders") && !parking.is_known(id, "other"));
+    parking.take_writes(at(10));
+    assert!(parking.is_known(id, "orders"));
+    parking.take_writes(at(11));
+    assert!(!parking.is_known(id, "orders") && parking.is_idle());
+}

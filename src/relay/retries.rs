@@ -1,0 +1,153 @@
+//! Parked rows that people want tried again: read, made into messages, and put into their lanes
+//! in order. Nobody else publishes them.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::error::{Error, Result};
+use crate::message::{Message, Publisher};
+use crate::relay::Relay;
+use crate::relay::admission::fits;
+use crate::relay::lanes::Owner;
+use crate::relay::parked::{Raw, Row, Why, shorten};
+use crate::relay::parking::Next;
+use crate::relay::parking::store::Found;
+use crate::route::{Decision, Lanes};
+use crate::source::Source;
+
+/// How often the table is asked whether people changed something, while it has rows.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+impl<S: Source, P: Publisher> Relay<S, P> {
+    /// Begins to look at the table, or to read rows, when there is a reason. Not while a write is
+    /// under way: what is read must be what we know plus what people did.
+    pub(super) fn start_looking(&mut self) {
+        if !self.retry_due || self.looking.is_some() || self.storing.is_some() {
+            return;
+        }
+        self.retry_due = false;
+        if self.parking.is_idle() {
+            return;
+        }
+        loop {
+            match self.parking.next_retry() {
+                Some(Next::Read(keys)) => {
+                    self.looking = Some(self.store.read(keys));
+                    return;
+                }
+                Some(Next::Pending(row)) => self.retry(row),
+                Some(Next::Blocked(row, entry)) => {
+                    let messages = self.messages_of(&row);
+                    let Ok(messages) = messages else { break };
+                    self.parking.unload_blocked(&row.key);
+                    let now = Instant::now().into_std();
+                    for (message, lanes) in messages {
+                        let owner = Owner::Window(entry);
+                        self.lanes.admit(message, lanes, owner, now, row.committed_at_us);
+                    }
+                }
+                None => break,
+            }
+        }
+        if Instant::now() >= self.look_at {
+            self.look_at = Instant::now() + LOOK_EVERY;
+            self.looking = Some(self.store.look(self.parking.counts()));
+        }
+    }
+
+    /// What the look has found.
+    pub(super) fn found(&mut self, found: Found) {
+        self.retry_due = true;
+        match found {
+            Found::Same => {}
+            Found::Index(rows) => self.parking.reload(rows),
+            Found::Rows(rows) => {
+                if rows.is_empty() {
+                    // Somebody was faster: what we know is old. No count is as large as this.
+                    self.retry_due = false;
+                    self.looking = Some(self.store.look((usize::MAX, 0)));
+                }
+                rows.into_iter().for_each(|row| self.retry(row));
+            }
+        }
+    }
+
+    /// Puts a row into its lanes, if nothing has come between; else it is parked again.
+    fn retry(&mut self, row: Row) {
+        if !self.parking.is_retrying(&row.key) {
+            return;
+        }
+        match self.messages_of(&row) {
+            Ok(messages) => {
+                let number = self.parking.load(&row.key, messages.len().max(1));
+                if messages.is_empty() {
+                    // By now a route drops it.
+                    self.parking.confirmed(number);
+                }
+                let now = Instant::now().into_std();
+                for (message, lanes) in messages {
+                    self.metrics.parked.retried.increment(1);
+                    let owner = Owner::Parked(number);
+                    self.lanes.admit(message, lanes, owner, now, row.committed_at_us);
+                }
+            }
+            Err((why, error)) => {
+                tracing::warn!(
+                    route = &*row.key.route,
+                    key = row.key_text,
+                    position = %row.key.position,
+                    kind = %why,
+                    error = %error,
+                    "a parked message cannot be published yet; it is parked again"
+                );
+                self.parking.refused(&row.key, why, shorten(&error));
+            }
+        }
+    }
+
+    /// The messages of a parked row under the routes as they are now.
+    fn messages_of(&mut self, row: &Row) -> Result<Vec<(Message, Lanes)>, (Why, Error)> {
+        let max_body = self.max_body();
+        let route = self.router.by_name(&row.key.route);
+        if route.is_none() && !row.key.route.is_empty() {
+            let text = format!("there is no route {:?} any more", row.key.route);
+            let hint = "add the route again, or discard the row";
+            return Err((Why::NoRoute, Error::event(text).hint(hint)));
+        }
+        let event = match (&row.raw, route) {
+            (Raw::Event(json), _) => {
+                crate::event::stored::from_json(json, row.id, row.key.position)
+                    .map_err(|error| (Why::Invalid, error))?
+            }
+            (Raw::Message { routing_key, properties, body }, Some(route)) => {
+                let (exchange, id) = (route.exchange, row.id);
+                let message =
+                    Message::from_parts(routing_key, properties, body, exchange, route.id, id);
+                let message = message.map_err(|error| (Why::Invalid, error))?;
+                return Ok(vec![(fits(message, max_body)?, row.lanes)]);
+            }
+            (Raw::Message { .. }, None) => {
+                return Err((Why::Invalid, Error::event("the stored row names no route")));
+            }
+        };
+        let mut messages = Vec::new();
+        let mut selected = false;
+        for decision in self.router.route(&event) {
+            match decision {
+                Decision::Drop(_) => selected |= route.is_none(),
+                Decision::Publish(one) if route.is_none_or(|route| route.id == one.id) => {
+                    let made = self.envelope.message(&event, one);
+                    let made = made.map_err(|error| (Why::Invalid, error))?;
+                    messages.push((fits(made, max_body)?, one.lanes(&event)));
+                }
+                Decision::Publish(_) => {}
+            }
+        }
+        if messages.is_empty() && !selected {
+            let text = format!("route {:?} does not select it", row.key.route);
+            return Err((Why::NoRoute, Error::event(text).hint(Why::NoRoute.advice())));
+        }
+        Ok(messages)
+    }
+}

@@ -1,0 +1,64 @@
+//! A row that Postgres cannot send: the walsender fails with an internal error (XX000) at the same
+//! place again and again, and no further try will help. Pure.
+//!
+//! Above all this is a value whose text form is above 1 GB, such as a bytea of 600 MB, which is
+//! twice as long in hex.
+
+use crate::error::{Error, Kind};
+use crate::position::Position;
+
+const INTERNAL_ERROR: &str = "XX000";
+
+/// Remembers where the last session ended by an internal error of the server.
+#[derive(Debug, Default)]
+pub struct Unsendable {
+    last: Option<Position>,
+}
+
+impl Unsendable {
+    /// The error, or the verdict when this session ended like the one before, without having
+    /// received anything more. `received` is how far the session came.
+    pub fn judge(&mut self, error: Error, received: Option<Position>, binary: bool) -> Error {
+        if error.code() != Some(INTERNAL_ERROR) {
+            // Others in between, such as a broker that is away, say nothing about the row.
+            return error;
+        }
+        let again = received.is_some() && self.last == received;
+        self.last = received;
+        let Some(position) = received.filter(|_| again) else { return error };
+        let hint = if binary {
+            "see the log of Postgres: the row at this place cannot be read or sent even in binary"
+        } else {
+            "a value whose text form is above 1 GB cannot be sent as text: set source.binary = \
+             true and start again"
+        };
+        error
+            .with_kind(Kind::Verdict)
+            .context(format!("Postgres failed twice to send what follows {position}"))
+            .hint(hint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn internal() -> Error {
+        Error::protocol("invalid memory alloc request size 1258291203").coded("XX000")
+    }
+
+    #[test]
+    fn the_second_failure_at_the_same_place_is_a_verdict() {
+        let at = |ordinal| Some(Position { ordinal, ..Position::default() });
+        let mut unsendable = Unsendable::default();
+        assert_eq!(unsendable.judge(internal(), at(1), false).kind(), Kind::Protocol);
+        assert_eq!(unsendable.judge(internal(), at(2), false).kind(), Kind::Protocol, "it moved");
+        let away = unsendable.judge(Error::unreachable("away"), at(2), false);
+        assert_eq!(away.kind(), Kind::Unreachable);
+        let verdict = unsendable.judge(internal(), at(2), false);
+        assert_eq!(verdict.kind(), Kind::Verdict);
+        assert!(verdict.advice().unwrap().contains("source.binary = true"));
+        assert!(!unsendable.judge(internal(), at(2), true).advice().unwrap().contains("= true"));
+        assert_eq!(unsendable.judge(internal(), None, false).kind(), Kind::Protocol);
+    }
+}
