@@ -131,7 +131,10 @@ async fn livez(State(shared): State<Shared>) -> Response {
 }
 
 async fn readyz(State(shared): State<Shared>) -> Response {
-    answer(shared.status.is_ready(), "not streaming, or the broker connection is not open")
+    match shared.status.not_ready() {
+        None => answer(true, ""),
+        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
+    }
 }
 
 fn answer(good: bool, otherwise: &'static str) -> Response {

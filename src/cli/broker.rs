@@ -2,7 +2,8 @@
 //! management API is given.
 
 use super::findings::Findings;
-use crate::amqp::management::{Grade, Management, QueueFacts};
+use crate::amqp::audit::{Grade, Survey, Verdict};
+use crate::amqp::management::Management;
 use crate::amqp::options::Options;
 use crate::amqp::topology::{self, Binding, Mode, Topology};
 use crate::config::Config;
@@ -75,16 +76,14 @@ struct Reached<'a> {
 
 async fn check_routes(f: &mut Findings, config: &Config, management: &Management) -> Result<()> {
     check_bindings(f, &config.topology, management).await?;
+    let exchanges: Vec<String> = config.topology.exchanges.iter().map(|e| e.name.clone()).collect();
+    let survey = management.survey(&exchanges).await?;
     let mut reached = Vec::new();
     for rule in &config.rules {
         let Action::Publish { exchange, .. } = &rule.action else { continue };
-        let queues = management.queues_behind(exchange).await?;
-        let mut facts = Vec::new();
-        for queue in &queues {
-            facts.push(management.queue(queue).await?);
-        }
-        grade(f, rule, exchange, &facts);
-        reached.push(Reached { rule, queues });
+        let key = rule.known_key();
+        grade(f, config, rule, &survey, &survey.grade(&rule.name, exchange, &key));
+        reached.push(Reached { rule, queues: survey.queues_of(&rule.name, exchange, &key) });
     }
     warn_of_shared_ids(f, &reached);
     Ok(())
@@ -113,31 +112,26 @@ async fn check_bindings(f: &mut Findings, topology: &Topology, api: &Management)
     Ok(())
 }
 
-fn grade(f: &mut Findings, rule: &Rule, exchange: &str, queues: &[QueueFacts]) {
-    let name = &rule.name;
-    if queues.is_empty() {
-        return f.problem(
-            "route",
-            format!("{name:?} is UNSAFE: no queue is bound to exchange {exchange:?}"),
-            "bind a queue; until then messages come back and the route is held",
-        );
-    }
-    let graded: Vec<(Grade, String)> = queues
-        .iter()
-        .map(|queue| {
-            let (grade, reason) = queue.grade();
-            (grade, format!("queue {:?}: {reason}", queue.name))
-        })
-        .collect();
-    let worst = graded.iter().map(|(grade, _)| *grade).max().unwrap_or(Grade::Safe);
-    let reasons = |grade| {
-        let of_grade = graded.iter().filter(|(g, _)| *g == grade).map(|(_, r)| r.as_str());
-        of_grade.collect::<Vec<_>>().join("; ")
-    };
-    let what = format!("{name:?} is {worst} ({})", reasons(worst));
-    match worst {
+fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, verdict: &Verdict) {
+    let Verdict { grade, reason } = verdict;
+    let what = format!("{:?} is {grade} ({reason})", rule.name);
+    let Action::Publish { exchange, .. } = &rule.action else { return };
+    let unreached = survey.queues_of(&rule.name, exchange, &rule.known_key()).is_empty();
+    let declared = config.topology.bindings.iter().any(|b| b.exchange == *exchange);
+    match grade {
         Grade::Safe => f.ok("route", what),
-        Grade::Weak => f.warning("route", what, "a quorum queue without TTL is SAFE"),
+        // Before the first run there may be nothing yet; that is said elsewhere.
+        Grade::Unsafe if unreached && declared && config.topology.mode == Mode::Declare => {
+            f.warning("route", what, "`watership run` declares what is missing; check again then");
+        }
+        Grade::Unsafe if unreached => f.problem(
+            "route",
+            what,
+            "bind a queue by a key that matches; until then the route is held",
+        ),
+        Grade::Weak | Grade::NotVerified => {
+            f.warning("route", what, "a replicated quorum queue without TTL is SAFE");
+        }
         Grade::Unsafe => f.warning(
             "route",
             what,

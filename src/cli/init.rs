@@ -17,10 +17,12 @@ use crate::pg::connect::Options;
 use crate::pg::migrate;
 use crate::pg::publication::{Publication, TableName};
 use crate::pg::publication::{add_tables, create_publication, read_publication};
-use crate::pg::slot::{ServerFacts, SlotState, WalStatus, create_slot, read_slot, server_facts};
+use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
+use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
 use crate::relay::checkpoint::{self, NewCheckpoint};
+use crate::relay::{position_check, session};
 use crate::secret::Secret;
 
 /// Options of `init`.
@@ -79,10 +81,10 @@ impl Steps {
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
     let admin = admin_options(config, args)?;
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
-    // Making a slot waits for the end of every open transaction; the limit of 30 s is for queries.
+    // The limit of 30 s is for the queries of a running relay.
     client.batch_execute("SET statement_timeout = '5min'").await.map_err(postgres_error)?;
     let server = server_facts(&client).await?;
-    check_server(&server)?;
+    check_server(config, &server)?;
     check_relay_role(&client, config, &server).await?;
 
     let mut steps = Steps { list: Vec::new(), out };
@@ -121,7 +123,7 @@ fn admin_options(config: &Config, args: &Args) -> Result<Options> {
 }
 
 /// What would fail later, after half of the steps.
-fn check_server(server: &ServerFacts) -> Result<()> {
+fn check_server(config: &Config, server: &ServerFacts) -> Result<()> {
     if server.in_recovery {
         return Err(Error::refused(
             "this server is a standby (in recovery); init needs the primary",
@@ -133,6 +135,13 @@ fn check_server(server: &ServerFacts) -> Result<()> {
             "the server is Postgres {}, 15 or later is needed",
             server.version
         )));
+    }
+    if config.source.failover && server.version_num < 170_000 {
+        return Err(Error::config(format!(
+            "source.failover = true needs Postgres 17 or later, the server is {}",
+            server.version
+        ))
+        .hint("set source.failover = false"));
     }
     if server.wal_level != "logical" {
         return Err(Error::refused(format!(
@@ -201,7 +210,7 @@ async fn relay_role(
 
 async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Result<Publication> {
     let name = &config.source.publication;
-    let mut wanted = vec![TableName::outbox()];
+    let mut wanted = vec![TableName::outbox(), TableName::canary()];
     for table in &config.source.tables {
         wanted.push(table.parse()?);
     }
@@ -262,12 +271,12 @@ async fn slot_and_checkpoint(
     let slot = read_slot(client, name).await?;
     let consistent_point = match (slot, row) {
         (Some(slot), Some(row)) => {
-            checkpoint::verify(&row, server, Some(&slot))?;
+            position(client, config).await?;
             steps.add(Done::Exists, "slot", slot_detail(name, slot.confirmed_flush_lsn));
             steps.add(Done::Exists, "checkpoint", format!("{} at {}", config.name, row.flush_lsn));
-            return Ok(());
+            return agree(steps, client, config).await;
         }
-        (None, Some(row)) => return Err(gap(config, row.flush_lsn)),
+        (None, Some(_)) => return position(client, config).await,
         (Some(slot), None) => {
             let point = check_fresh_slot(&slot, server)?;
             refuse_older_rows(steps, client, args).await?;
@@ -276,7 +285,8 @@ async fn slot_and_checkpoint(
         }
         (None, None) => {
             refuse_older_rows(steps, client, args).await?;
-            let point = create_slot_without_gap(client, name, args).await?;
+            let failover = config.source.failover;
+            let point = create_slot_without_gap(client, name, failover, args).await?;
             steps.add(Done::Created, "slot", slot_detail(name, Some(point)));
             point
         }
@@ -293,23 +303,37 @@ async fn slot_and_checkpoint(
     let created = checkpoint::create(client, &new).await?;
     let done = if created { Done::Created } else { Done::Exists };
     steps.add(done, "checkpoint", format!("{} at {consistent_point}", config.name));
-    Ok(())
+    agree(steps, client, config).await
+}
+
+/// Whether the relay may go on from its checkpoint.
+async fn position(client: &Client, config: &Config) -> Result<()> {
+    let found = session::look(client, &config.relay_options()).await?;
+    let history = session::ancestors_for(&config.source.sql, &found).await?;
+    let (row, slot, server) = found.position();
+    position_check::verify(row, server, slot, &history).map(drop)
+}
+
+/// The relay expects the publication as it is now. Where something is doubtful nothing is noted:
+/// the relay says so, and a person decides.
+async fn agree(steps: &mut Steps, client: &Client, config: &Config) -> Result<()> {
+    let options = config.relay_options();
+    let found = session::look(client, &options).await?;
+    match (found.verify_publication(&options), found.publication()) {
+        (Ok(()), Some(publication)) => {
+            let facts = position_check::facts(publication, &options.wanted());
+            checkpoint::agree(client, &config.name, &facts).await
+        }
+        (Ok(()), None) => Err(Error::protocol("the publication vanished while init ran")),
+        (Err(doubt), _) => {
+            steps.add(Done::Skipped, "publication", format!("not agreed to: {doubt}"));
+            Ok(())
+        }
+    }
 }
 
 fn slot_detail(name: &str, at: Option<Lsn>) -> String {
     format!("{name} at {}", at.unwrap_or(Lsn::ZERO))
-}
-
-fn gap(config: &Config, flush_lsn: Lsn) -> Error {
-    let (name, slot) = (&config.name, &config.source.slot);
-    Error::verdict(format!(
-        "slot {slot:?} is gone, and relay {name:?} stood at {flush_lsn}: what was committed since \
-         then is not in the stream any more"
-    ))
-    .hint(format!(
-        "find out who dropped the slot. To start anew and accept the gap: DELETE FROM \
-         watership.checkpoint WHERE name = '{name}', then `watership init --skip-existing`"
-    ))
 }
 
 async fn refuse_shared_slot(client: &Client, config: &Config) -> Result<()> {
@@ -378,13 +402,17 @@ async fn refuse_older_rows(steps: &mut Steps, client: &Client, args: &Args) -> R
 
 /// Makes the slot. A row that commits between the count and the slot's consistent point would be
 /// missed without a word; so rows that appeared meanwhile undo it.
-async fn create_slot_without_gap(client: &Client, name: &str, args: &Args) -> Result<Lsn> {
-    let point = create_slot(client, name).await?;
+async fn create_slot_without_gap(
+    client: &Client,
+    name: &str,
+    failover: bool,
+    args: &Args,
+) -> Result<Lsn> {
+    let point = create_slot(client, name, failover).await?;
     if args.skip_existing || count_rows(client).await? == 0 {
         return Ok(point);
     }
-    let sql = "SELECT pg_catalog.pg_drop_replication_slot($1::text)";
-    client.execute(sql, &[&name]).await.map_err(postgres_error)?;
+    drop_slot(client, name).await?;
     Err(Error::refused("applications write to the outbox while the slot is being made")
         .hint("stop them and empty the outbox, or pass --skip-existing to leave its rows unsent"))
 }

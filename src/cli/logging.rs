@@ -8,7 +8,9 @@ use std::io::IsTerminal as _;
 use std::sync::OnceLock;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
+use super::log_writer::{self, ToThread};
 use crate::config::{Log, LogFormat};
 
 static JSON: OnceLock<bool> = OnceLock::new();
@@ -25,7 +27,21 @@ pub(super) fn start(log: &Log) {
         LogFormat::Text => false,
         LogFormat::Auto => !std::io::stderr().is_terminal(),
     };
-    install(json, &format!("error,lapin=off,watership={}", log.level));
+    let writer = match log_writer::start() {
+        true => BoxMakeWriter::new(ToThread),
+        false => BoxMakeWriter::new(std::io::stderr),
+    };
+    install(json, &format!("error,lapin=off,watership={}", log.level), writer);
+}
+
+/// The recorder is installed: the series of dropped lines is there before the first one.
+pub(super) fn counted() {
+    log_writer::counted();
+}
+
+/// Waits for the last lines of `run`.
+pub(super) fn flush() {
+    log_writer::flush();
 }
 
 /// For commands that print and end: text, and only what goes wrong beside their output.
@@ -34,13 +50,13 @@ pub(super) fn start_quiet(log: &Log) {
         "debug" | "trace" => log.level,
         _ => "warn",
     };
-    install(false, &format!("off,watership={level}"));
+    install(false, &format!("off,watership={level}"), BoxMakeWriter::new(std::io::stderr));
 }
 
-fn install(json: bool, filter: &str) {
+fn install(json: bool, filter: &str, writer: BoxMakeWriter) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(std::io::stderr().is_terminal());
     let installed = if json {
         builder.json().flatten_event(true).with_current_span(true).try_init()

@@ -18,8 +18,11 @@ mod check;
 mod demo;
 mod findings;
 mod init;
+mod log_writer;
 mod logging;
+mod parked;
 mod postgres;
+mod resync;
 mod run;
 mod status;
 
@@ -64,8 +67,12 @@ enum Command {
     Check(check::Args),
     /// Run the relay until SIGTERM.
     Run(run::Args),
+    /// List, retry or discard what could not be published.
+    Parked(parked::Args),
     /// Show where the relay stands.
     Status(status::Args),
+    /// Accept a gap that a verdict named, and set the checkpoint behind it.
+    Resync(resync::Args),
     /// Show Watership at work on private servers, through two faults.
     Demo(demo::Args),
 }
@@ -83,7 +90,9 @@ pub async fn execute(
         Command::Init(args) => init::execute(&warned(&cli.config)?, &args, out).await,
         Command::Check(args) => check::execute(&load(&cli.config)?, &args, out).await,
         Command::Run(args) => run::execute(Config::load(&cli.config)?, &args, watch_signals).await,
+        Command::Parked(args) => parked::execute(&warned(&cli.config)?, &args, out).await,
         Command::Status(args) => status::execute(&warned(&cli.config)?, &args, out).await,
+        Command::Resync(args) => resync::execute(&warned(&cli.config)?, &args, out).await,
         Command::Demo(args) => Ok(if demo::run(args).await? { End::Fine } else { End::Failed }),
     }
 }
@@ -107,8 +116,9 @@ pub fn print_error(error: &Error) {
     if logging::is_json() {
         let hint = error.advice().unwrap_or_default();
         tracing::error!(kind = error.label(), hint, "{error}");
-        return;
+        return logging::flush();
     }
+    logging::flush();
     let mut text = format!("error: {error}\n");
     if let Some(hint) = error.advice() {
         text.push_str(&format!("hint: {hint}\n"));

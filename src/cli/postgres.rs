@@ -11,7 +11,8 @@ use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
-use crate::relay::checkpoint;
+use crate::relay::position_check::at_risk;
+use crate::relay::{checkpoint, session, wanted};
 use crate::route::{Action, Select};
 
 const INIT: &str = "run `watership init`";
@@ -46,7 +47,7 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
     check_tables(f, config, client).await?;
     check_slot(f, config, &server, slot.as_ref());
     if check_schema(f, client).await {
-        check_checkpoint(f, config, client, &server, slot.as_ref(), publication.as_ref()).await?;
+        check_checkpoint(f, config, client, &server).await?;
     }
     Ok(())
 }
@@ -155,7 +156,7 @@ async fn check_role(f: &mut Findings, client: &Client, server: &ServerFacts) -> 
     Ok(())
 }
 
-/// True when the schema is there and may be read.
+/// True when the schema is complete and may be read.
 async fn check_schema(f: &mut Findings, client: &Client) -> bool {
     match migrate::pending(client).await {
         Ok(pending) if pending.is_empty() => {
@@ -166,7 +167,7 @@ async fn check_schema(f: &mut Findings, client: &Client) -> bool {
         Ok(pending) => {
             let names: Vec<&str> = pending.iter().map(|m| m.name).collect();
             f.problem("schema", format!("not applied: {}", names.join(", ")), INIT);
-            pending.len() < migrate::MIGRATIONS.len()
+            false
         }
         Err(error) => {
             f.error("schema", &error);
@@ -201,23 +202,34 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
             ));
             f.error("slot", &lost.hint("events are missing in the WAL; a person has to decide"));
         }
-        Some(WalStatus::Unreserved) => f.warning(
+        Some(status @ (WalStatus::Reserved | WalStatus::Extended | WalStatus::Unreserved)) => {
+            match at_risk(slot, server.max_slot_wal_keep_size) {
+                Some(warning) => f.warning(
+                    "slot",
+                    warning,
+                    "let the relay catch up now, or raise max_slot_wal_keep_size",
+                ),
+                None => f.ok(
+                    "slot",
+                    format!("{name:?} is {}, {reader}, it keeps {mib} MiB of WAL", status.as_str()),
+                ),
+            }
+        }
+    }
+    if config.source.failover && !slot.failover {
+        f.warning(
             "slot",
-            format!("{name:?} is unreserved: the next checkpoint may remove WAL that it needs"),
-            "let the relay catch up now, or raise max_slot_wal_keep_size",
-        ),
-        Some(status @ (WalStatus::Reserved | WalStatus::Extended)) => f.ok(
-            "slot",
-            format!("{name:?} is {}, {reader}, it keeps {mib} MiB of WAL", status.as_str()),
-        ),
+            format!("{name:?} is no failover slot, and source.failover is true"),
+            format!("over a replication connection: ALTER_REPLICATION_SLOT \"{name}\" (FAILOVER)"),
+        );
     }
 }
 
 fn check_publication(f: &mut Findings, config: &Config, publication: &Publication) {
     let name = &publication.name;
     let quoted = postgres_protocol::escape::escape_identifier(name);
-    let mut wanted = vec!["watership.outbox".to_owned()];
-    wanted.extend(config.source.tables.iter().cloned());
+    let wanted = wanted(&config.source.tables);
+    let canary = TableName::canary().to_string();
     let there: Vec<String> = publication.tables.iter().map(|t| t.table.to_string()).collect();
     let before = f.problems();
     if !publication.via_root {
@@ -227,7 +239,14 @@ fn check_publication(f: &mut Findings, config: &Config, publication: &Publicatio
             format!("ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true)"),
         );
     }
-    for table in wanted.iter().filter(|table| !there.contains(table)) {
+    if !there.contains(&canary) {
+        f.warning(
+            "publication",
+            format!("{name:?} does not have {canary}: a deaf stream is not noticed"),
+            format!("{INIT}, or as its owner: ALTER PUBLICATION {quoted} ADD TABLE {canary}"),
+        );
+    }
+    for table in wanted.iter().filter(|table| !there.contains(table) && **table != canary) {
         f.problem(
             "publication",
             format!("{name:?} does not have {table}"),
@@ -359,8 +378,6 @@ async fn check_checkpoint(
     config: &Config,
     client: &Client,
     server: &ServerFacts,
-    slot: Option<&SlotState>,
-    publication: Option<&Publication>,
 ) -> Result<()> {
     let Some(row) = checkpoint::read(client, &config.name).await? else {
         f.problem("checkpoint", format!("relay {:?} has no checkpoint row", config.name), INIT);
@@ -375,21 +392,16 @@ async fn check_checkpoint(
         return Ok(());
     }
     // A server that is not set up for logical replication was reported above.
-    if server.wal_level == "logical" {
-        match checkpoint::verify(&row, server, slot) {
-            Ok(()) => f.ok("checkpoint", format!("relay {:?} at {}", config.name, row.flush_lsn)),
-            Err(error) => f.error("checkpoint", &error),
-        }
+    if server.wal_level != "logical" {
+        return Ok(());
     }
-    if publication.is_some_and(|p| p.name != row.publication || p.oid != row.publication_oid) {
-        f.warning(
-            "checkpoint",
-            format!(
-                "it was stored under publication {:?}, which was changed or made anew",
-                row.publication
-            ),
-            "the open transaction is sent again from its first event; duplicates are possible",
-        );
+    let options = config.relay_options();
+    let found = session::look(client, &options).await?;
+    let history = session::ancestors_for(&options.sql, &found).await?;
+    let doubts = found.doubts(&options, &history);
+    if doubts.is_empty() {
+        f.ok("checkpoint", format!("relay {:?} at {}", config.name, row.flush_lsn));
     }
+    doubts.iter().for_each(|doubt| f.error("checkpoint", doubt));
     Ok(())
 }

@@ -29,6 +29,7 @@ pub(super) async fn execute(
     let shutdown = watch_signals()?;
 
     let exporter = metrics::install()?;
+    logging::counted();
     let labels = config.route_labels();
     let metrics = Arc::new(Metrics::new(&labels));
     let names = labels.into_iter().map(|label| label.name).collect();
@@ -47,5 +48,6 @@ pub(super) async fn execute(
     );
     supervisor::run(config.relay_options(), metrics, status, shutdown).await?;
     tracing::info!("watership ends");
+    logging::flush();
     Ok(End::Fine)
 }

@@ -164,8 +164,29 @@ fn table(config: &Config, report: &Report, out: Out) {
             if let Some(error) = relay["last_error"]["error"].as_str() {
                 line("last error", error.to_owned());
             }
+            if let Some(ms) = relay["circuit"]["next_try_ms"].as_u64() {
+                let tries = text(&relay["circuit"]["tries"]);
+                line("next try", format!("in {ms} ms, {tries} tries failed"));
+            }
+            if let Some(pid) = relay["standing_by"]["slot_holder"]["pid"].as_i64() {
+                let client = relay["standing_by"]["slot_holder"]["client"].as_str();
+                line("waits for", format!("pid {pid}, {}", client.unwrap_or("a local client")));
+            }
+            for route in relay["routes"].as_array().into_iter().flatten() {
+                let grade = text(&route["grade"]).to_uppercase().replace('_', " ");
+                let (name, reason) = (text(&route["name"]), text(&route["reason"]));
+                line("route", format!("{name} is {grade} ({reason})"));
+            }
             for held in relay["held"].as_array().into_iter().flatten() {
                 line("held", format!("route {}: {}", text(&held["route"]), text(&held["reason"])));
+            }
+            if relay["parked"]["rows"].as_u64().is_some_and(|rows| rows > 0) {
+                let parked = &relay["parked"];
+                let (rows, keys) = (text(&parked["rows"]), text(&parked["keys"]));
+                line("parked", format!("{rows} rows of {keys} keys; `watership parked list`"));
+            }
+            for blocked in relay["parked"]["blocked"].as_array().into_iter().flatten() {
+                line("blocked", format!("route {}: {}", text(&blocked[0]), text(&blocked[1])));
             }
         }
         None => match config.listen {

@@ -65,10 +65,14 @@ pub struct Source {
     pub sql: pg::connect::Options,
     /// Name of the replication slot.
     pub slot: String,
+    /// Whether `init` makes the slot so that standbys may keep a copy of it.
+    pub failover: bool,
     /// Name of the publication.
     pub publication: String,
     /// Captured tables, `schema.table`, besides the outbox.
     pub tables: Vec<String>,
+    /// Whether values come in binary form.
+    pub binary: bool,
 }
 
 /// `[broker]`
@@ -90,6 +94,8 @@ pub struct Broker {
     pub max_message_size: usize,
     /// `http://[user:password@]host:port` of the management plugin.
     pub management_url: Option<Secret>,
+    /// Time between two audits of the broker.
+    pub audit_interval: Duration,
 }
 
 /// `[relay]`
@@ -107,6 +113,14 @@ pub struct Relay {
     pub drain_timeout: Duration,
     /// How often an idle stream advances the slot.
     pub idle_interval: Duration,
+    /// Most rows in `watership.parked` that wait.
+    pub parked_max_rows: usize,
+    /// Most keys that are parked.
+    pub parked_max_keys: usize,
+    /// How long released and discarded rows stay.
+    pub parked_retain: Duration,
+    /// How often the canary is written; zero means never.
+    pub canary_interval: Duration,
 }
 
 /// `[log]`
@@ -206,8 +220,13 @@ impl Config {
             slot: self.source.slot.clone(),
             publication: self.source.publication.clone(),
             tables: self.source.tables.clone(),
+            binary: self.source.binary,
             broker: self.broker_options(),
             topology: self.topology.clone(),
+            audit: relay::audit::AuditOptions {
+                interval: self.broker.audit_interval,
+                management_url: self.broker.management_url.clone(),
+            },
             rules: self.rules.clone(),
             tuning: relay::Tuning {
                 window: relay::Window {
@@ -218,9 +237,15 @@ impl Config {
                 checkpoint_interval: self.relay.checkpoint_interval,
                 drain_timeout: self.relay.drain_timeout,
                 idle_interval: self.relay.idle_interval,
+                parked: relay::parking::Limits {
+                    rows: self.relay.parked_max_rows,
+                    keys: self.relay.parked_max_keys,
+                },
             },
+            parked_retain: self.relay.parked_retain,
             retain: self.retain,
             maintain: self.maintain,
+            canary_interval: self.relay.canary_interval,
         }
     }
 }
@@ -229,6 +254,8 @@ const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_secs(3600);
 const YEAR: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Parked rows are indexed in memory, about 300 bytes each.
+const PARKED_MAX: u64 = 100_000;
 /// RabbitMQ's own limit of `max_message_size`, in bytes.
 const MESSAGE_MAX: u64 = 512 << 20;
 
@@ -253,7 +280,7 @@ fn source(p: &mut Problems, raw: &raw::Source) -> Option<Source> {
         tables.push(table.clone());
     }
     let sql = postgres(p, raw)?;
-    Some(Source { sql, slot, publication, tables })
+    Some(Source { sql, slot, failover: raw.failover, publication, tables, binary: raw.binary })
 }
 
 fn postgres(p: &mut Problems, raw: &raw::Source) -> Option<pg::connect::Options> {
@@ -316,6 +343,7 @@ fn broker(p: &mut Problems, raw: &raw::Broker) -> Broker {
         confirm_timeout,
         max_message_size: p.size("broker.max_message_size", &raw.max_message_size, 1, MESSAGE_MAX),
         management_url: management_url(p, &raw.management_url),
+        audit_interval: p.duration("broker.audit_interval", &raw.audit_interval, SECOND, HOUR * 24),
     }
 }
 
@@ -365,7 +393,20 @@ fn relay(p: &mut Problems, raw: &raw::Relay) -> Relay {
         checkpoint_interval: p.duration(interval, &raw.checkpoint_interval, MILLISECOND, minute),
         drain_timeout: p.duration("relay.drain_timeout", &raw.drain_timeout, MILLISECOND, HOUR),
         idle_interval: p.duration("relay.idle_interval", &raw.idle_interval, SECOND, HOUR),
+        parked_max_rows: p.number("relay.parked_max_rows", raw.parked_max_rows, 1, PARKED_MAX),
+        parked_max_keys: p.number("relay.parked_max_keys", raw.parked_max_keys, 1, PARKED_MAX),
+        parked_retain: p.duration("relay.parked_retain", &raw.parked_retain, HOUR, YEAR),
+        canary_interval: canary_interval(p, &raw.canary_interval),
     }
+}
+
+fn canary_interval(p: &mut Problems, text: &str) -> Duration {
+    let key = "relay.canary_interval";
+    let interval = p.duration(key, text, Duration::ZERO, HOUR);
+    if !interval.is_zero() && interval < SECOND {
+        p.value(key, format!("{text:?}"), "\"0s\", or 1s to 1h");
+    }
+    interval
 }
 
 fn listen(p: &mut Problems, raw: &raw::Admin) -> Option<SocketAddr> {

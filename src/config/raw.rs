@@ -46,8 +46,10 @@ pub struct Source {
     pub password: String,
     pub mode: String,
     pub slot: String,
+    pub failover: bool,
     pub publication: String,
     pub tables: Vec<String>,
+    pub binary: bool,
 }
 
 /// `[broker]`
@@ -61,6 +63,7 @@ pub struct Broker {
     pub auth: String,
     pub topology: String,
     pub management_url: String,
+    pub audit_interval: String,
     pub tls_ca: String,
     pub tls_cert: String,
     pub tls_key: String,
@@ -81,6 +84,10 @@ pub struct Relay {
     pub checkpoint_interval: String,
     pub drain_timeout: String,
     pub idle_interval: String,
+    pub parked_max_rows: u64,
+    pub parked_max_keys: u64,
+    pub parked_retain: String,
+    pub canary_interval: String,
 }
 
 /// `[outbox]`
@@ -154,6 +161,9 @@ pub struct Route {
     pub key: Vec<String>,
     pub ordering: String,
     pub message_id: String,
+    pub on_poison: String,
+    pub on_unroutable: String,
+    pub nack_limit: u64,
     pub drop: bool,
 }
 
@@ -190,8 +200,10 @@ impl Default for Source {
             password: String::new(),
             mode: "wal".into(),
             slot: "watership".into(),
+            failover: false,
             publication: "watership".into(),
             tables: Vec::new(),
+            binary: false,
         }
     }
 }
@@ -204,6 +216,7 @@ impl Default for Broker {
             auth: "plain".into(),
             topology: "declare".into(),
             management_url: String::new(),
+            audit_interval: "60s".into(),
             tls_ca: String::new(),
             tls_cert: String::new(),
             tls_key: String::new(),
@@ -224,6 +237,10 @@ impl Default for Relay {
             checkpoint_interval: "100ms".into(),
             drain_timeout: "10s".into(),
             idle_interval: "30s".into(),
+            parked_max_rows: 10_000,
+            parked_max_keys: 1_000,
+            parked_retain: "7d".into(),
+            canary_interval: "10s".into(),
         }
     }
 }
@@ -270,6 +287,9 @@ impl Default for Route {
             key: Vec::new(),
             ordering: "keyed".into(),
             message_id: "event".into(),
+            on_poison: "park".into(),
+            on_unroutable: "hold".into(),
+            nack_limit: 0,
             drop: false,
         }
     }

@@ -7,7 +7,12 @@ use std::collections::BTreeSet;
 
 use super::raw;
 use super::value::Problems;
-use crate::route::{Action, MessageIdRule, Ordering, Router, Rule, Select, default_rules};
+use crate::route::{
+    Action, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
+};
+
+/// Largest `nack_limit`.
+const NACKS_MAX: u64 = 1_000_000;
 
 /// The rules of the file, or the default rules when it has none.
 pub(super) fn rules(p: &mut Problems, routes: &[raw::Route], tables: &[String]) -> Vec<Rule> {
@@ -91,12 +96,19 @@ fn publishing(p: &mut Problems, at: &str, raw: &raw::Route, select: &Select) -> 
         ("", Select::Table { .. }) => "{schema}.{table}.{op}",
         (given, _) => given,
     };
+    let policies = [("park", OnPoison::Park), ("block", OnPoison::Block), ("stop", OnPoison::Stop)];
+    let on_poison = p.word(&format!("{at}: on_poison"), &raw.on_poison, &policies);
+    let unroutable = [("hold", false), ("park", true)];
+    let park_unroutable = p.word(&format!("{at}: on_unroutable"), &raw.on_unroutable, &unroutable);
+    let nack_limit = p.number(&format!("{at}: nack_limit"), raw.nack_limit, 0, NACKS_MAX);
+    let nack_limit = u32::try_from(nack_limit).ok().filter(|limit| *limit > 0);
     Some(Action::Publish {
         exchange: raw.exchange.clone(),
         routing_key: routing_key.to_owned(),
         ordering,
         message_id,
         key: raw.key.clone(),
+        policy: Policy { on_poison, park_unroutable, nack_limit },
     })
 }
 

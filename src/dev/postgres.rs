@@ -169,6 +169,48 @@ impl Postgres {
         Ok(())
     }
 
+    /// Makes a standby that streams from this server, not started yet. This server is restarted,
+    /// because the standby begins as a copy of its files; it has no slot of this one.
+    ///
+    /// # Errors
+    /// When the files cannot be copied, or this server does not come back.
+    pub async fn standby(&mut self, conf: &str) -> Result<Self> {
+        self.execute("SELECT pg_create_physical_replication_slot('standby', true)").await?;
+        self.stop(StopMode::Fast).await?;
+        let directory = own_directory("pg")?;
+        self.owner.give(&directory)?;
+        let programs = self.programs.clone();
+        let port = free_port()?;
+        let standby = Self { programs, owner: self.owner, directory, port, process: None };
+        let mut copy = self.owner.command(Path::new("cp"));
+        copy.arg("-R").arg(self.data_dir()).arg(standby.data_dir());
+        run(copy, "copying the primary").await?;
+        let slot = standby.data_dir().join("pg_replslot/standby");
+        fs::remove_dir_all(&slot).map_err(|e| broken("removing", &slot, e))?;
+        let signal = standby.data_dir().join("standby.signal");
+        fs::write(&signal, "").map_err(|e| broken("writing", &signal, e))?;
+        self.owner.give(&signal)?;
+        let conf = format!(
+            "port = {port}\nunix_socket_directories = '{}'\nprimary_slot_name = 'standby'\n\
+             primary_conninfo = 'host=127.0.0.1 port={} user=postgres dbname=postgres'\n\
+             hot_standby_feedback = on\n{conf}\n",
+            standby.directory.display(),
+            self.port,
+        );
+        standby.append("postgresql.conf", &conf)?;
+        self.start_again().await?;
+        Ok(standby)
+    }
+
+    /// Moves the stopped server to the TCP port of another one that is gone.
+    ///
+    /// # Errors
+    /// When its configuration cannot be written.
+    pub fn move_to(&mut self, port: u16) -> Result<()> {
+        self.port = port;
+        self.append("postgresql.conf", &format!("port = {port}\n"))
+    }
+
     /// Runs SQL as the superuser `postgres`, over the unix socket, in the database `postgres`.
     ///
     /// # Errors
