@@ -168,6 +168,8 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         timelines: Timelines::new(1, Vec::new()),
         resume_after: Position::default(),
         primary_keys: HashMap::new(),
+        types: Default::default(),
+        canary: String::new(),
     });
     let mut relation = b"R\0\0\x40\x07watership\0outbox\0d\0\x0a".to_vec();
     let columns = [
@@ -265,7 +267,7 @@ fn lanes_and_watermark((made, receipts): (Vec<Made>, Vec<Receipt>)) -> Option<Re
     let (mut lanes, mut window) = (relay::lanes::Lanes::new(), relay::watermark::Watermark::new());
     for ((message, keys), receipt) in made.into_iter().zip(receipts) {
         let entry = window.push(receipt, 1, message.size());
-        lanes.admit(message, keys, entry, now, 0);
+        lanes.admit(message, keys, relay::lanes::Owner::Window(entry), now, 0);
     }
     let mut flying = VecDeque::with_capacity(256);
     let mut last = None;
@@ -275,7 +277,10 @@ fn lanes_and_watermark((made, receipts): (Vec<Made>, Vec<Receipt>)) -> Option<Re
         }
         let Some(ticket) = flying.pop_front() else { return last };
         let (slot, _) = lanes.confirmed(ticket);
-        window.settle(slot.entry);
+        let relay::lanes::Owner::Window(entry) = slot.owner else {
+            unreachable!("nothing is parked here")
+        };
+        window.settle(entry);
         last = window.take_settled().or(last);
     }
 }

@@ -111,8 +111,9 @@ async fn opening_ends_with_the_last_answer_and_waits_for_no_timer() {
     .await;
 }
 
+/// <https://github.com/amqp-rs/lapin/issues/254>
 #[tokio::test]
-async fn returned_publishes_are_exactly_those_that_came_back() {
+async fn museum_m15_returned_publishes_are_exactly_those_that_came_back() {
     let script = |mut peer: Peer| async move {
         let publishes = peer.publishes(7).await;
         for tag in [2, 4, 6] {
@@ -163,8 +164,9 @@ async fn return_that_fits_no_publish_ends_the_session() {
     .await;
 }
 
+/// <https://github.com/amqp-rs/lapin/issues/246>
 #[tokio::test]
-async fn closed_channel_fails_its_own_publishes_and_is_opened_again() {
+async fn museum_m14_closed_channel_fails_its_own_publishes_and_is_opened_again() {
     for (code, text) in [(404, "NOT_FOUND - no exchange 'a'"), (403, "ACCESS_REFUSED")] {
         let script = move |mut peer: Peer| async move {
             peer.publishes(6).await;

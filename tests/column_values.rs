@@ -1,7 +1,7 @@
 //! Column values as JSON: every rule with its edge values, spelled as Postgres 15 writes them.
 
 use proptest::prelude::*;
-use watership::column::{oid, write_json};
+use watership::column::{binary, oid, write_json};
 use watership::error::Kind;
 
 // Array types, whose OIDs only this table needs.
@@ -219,6 +219,60 @@ const CHECKED: &[u32] = &[
     TIMESTAMPTZS,
 ];
 
+/// Every type with a renderer of its own, and one that has none.
+const BINARY: &[u32] = &[
+    oid::BOOL,
+    oid::BYTEA,
+    oid::INT8,
+    oid::INT2,
+    oid::INT4,
+    oid::TEXT,
+    oid::OID,
+    oid::JSON,
+    oid::FLOAT4,
+    oid::FLOAT8,
+    oid::DATE,
+    oid::TIME,
+    oid::TIMESTAMP,
+    oid::TIMESTAMPTZ,
+    oid::INTERVAL,
+    oid::TIMETZ,
+    oid::NUMERIC,
+    oid::UUID,
+    oid::JSONB,
+    18,
+    28,
+    650,
+    774,
+    829,
+    869,
+    1560,
+    1562,
+    3220,
+    5069,
+    3904,
+    3906,
+    3908,
+    3910,
+    3912,
+    3926,
+    4451,
+    4532,
+    4536,
+    600,
+    BOOLS,
+    BYTEAS,
+    INTS,
+    TEXTS,
+    FLOATS,
+    DATES,
+    TIMESTAMPTZS,
+    INTERVALS,
+    NUMERICS,
+    JSONBS,
+    INT4RANGES,
+];
+
 /// Text made of what the parsers look for, so that they get far.
 fn tricky() -> impl Strategy<Value = Vec<u8>> {
     let token = prop::sample::select(vec![
@@ -297,6 +351,17 @@ proptest! {
             out.clear();
             write_json(&mut out, oid::TEXT, text.as_bytes()).unwrap();
             prop_assert_eq!(&serde_json::from_slice::<String>(&out).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn hostile_binary_values_are_text_or_an_error(
+        type_oid in prop::sample::select(BINARY),
+        value in prop::collection::vec(any::<u8>(), 0..80),
+    ) {
+        match binary::Types::default().text(type_oid, &value) {
+            Ok(_) => {}
+            Err(error) => prop_assert_eq!(error.kind(), Kind::Event),
         }
     }
 

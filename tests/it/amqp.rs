@@ -104,8 +104,9 @@ async fn ten_thousand_publishes_to_a_quorum_queue_are_confirmed_and_stored() {
     assert_eq!(depth(&vhost, "all").await, 10_000);
 }
 
+/// <https://github.com/amqp-rs/lapin/issues/254>
 #[tokio::test]
-async fn returned_are_exactly_the_unroutable_ones_among_fifty_thousand() {
+async fn museum_m15_returned_are_exactly_the_unroutable_ones_among_fifty_thousand() {
     let vhost = support::own_vhost().await;
     let options = options(&vhost, &["events"]);
     let topology = Topology {
@@ -167,8 +168,9 @@ async fn missing_exchange_concerns_its_own_messages_only_until_it_is_there() {
     connection.close().await;
 }
 
+/// <https://github.com/amqp-rs/lapin/issues/246>
 #[tokio::test]
-async fn forbidden_exchange_closes_its_channel_and_says_so() {
+async fn museum_m14_forbidden_exchange_closes_its_channel_and_says_so() {
     let vhost = support::own_vhost().await;
     let node = support::rabbit().await;
     let options_guest = options(&vhost, &["open", "secret"]);

@@ -36,23 +36,29 @@ impl Default for Window {
 
 /// A relay process and how to reach it; killed and started again with the same configuration.
 pub struct Relay {
-    config: PathBuf,
+    pub config: PathBuf,
     admin: u16,
     process: Option<Process>,
 }
 
 impl Relay {
     pub fn new(database: &str, broker: &str, window: Window) -> Self {
+        Self::with(database, broker, window, "")
+    }
+
+    /// With further lines at the configuration's top, such as `broker.heartbeat = "1s"`.
+    pub fn with(database: &str, broker: &str, window: Window, settings: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         let name = format!("crash-{}.toml", NEXT.fetch_add(1, Ordering::Relaxed));
         let config = dev::home().expect("a temporary directory").join(name);
         let admin = dev::free_port().expect("a free port");
         let slot = database.rsplit('/').next().expect("a database name");
+        let slot = slot.split('?').next().unwrap_or(slot);
         let text = format!(
             "source.url = \"{database}\"\nsource.slot = \"slot_{slot}\"\n\
              broker.url = \"{broker}\"\n\
-             admin.listen = \"127.0.0.1:{admin}\"\nlog.format = \"text\"\n\
-             [relay]\nmax_window_events = {}\nmax_unconfirmed = {}\n\
+             admin.listen = \"127.0.0.1:{admin}\"\nlog.format = \"text\"\n{settings}\n\
+             relay.max_window_events = {}\nrelay.max_unconfirmed = {}\n\
              [[queue]]\nname = \"{QUEUE}\"\n\
              [[binding]]\nqueue = \"{QUEUE}\"\nexchange = \"{EXCHANGE}\"\nrouting_key = \"#\"\n",
             window.events, window.unconfirmed
@@ -69,10 +75,31 @@ impl Relay {
     }
 
     pub fn start(&mut self) {
+        self.start_as(self.command("run"));
+    }
+
+    /// Starts it by a command of the test's own.
+    pub fn start_as(&mut self, command: Command) {
         assert!(self.process.is_none(), "a relay runs already");
         let log = self.config.with_extension("log");
-        let process = Process::spawn("the relay", self.command("run"), &log);
+        let process = Process::spawn("the relay", command, &log);
         self.process = Some(process.expect("the relay starts"));
+    }
+
+    /// The port of its HTTP server.
+    pub fn admin(&self) -> u16 {
+        self.admin
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.as_ref().expect("a relay runs").pid()
+    }
+
+    /// Waits for its end, with the exit code.
+    pub async fn ended(&mut self) -> i32 {
+        let mut process = self.process.take().expect("a relay runs");
+        let status = process.wait(LIMIT).await.expect("the relay ends");
+        status.code().unwrap_or(-1)
     }
 
     pub fn kill(&mut self) {
@@ -91,6 +118,20 @@ impl Relay {
         assert!(status.success(), "{status}\n{}", self.log());
     }
 
+    /// All that it has logged.
+    pub fn log_text(&self) -> String {
+        std::fs::read_to_string(self.config.with_extension("log")).unwrap_or_default()
+    }
+
+    /// Waits until its log holds all of `texts`.
+    pub async fn logs(&mut self, texts: &[&str]) {
+        let deadline = Instant::now() + LIMIT;
+        while let Some(missing) = texts.iter().find(|text| !self.log_text().contains(**text)) {
+            assert!(Instant::now() < deadline, "{missing:?} is not logged; {}", self.log());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
     pub fn log(&self) -> String {
         format!("the relay's log:\n{}", dev::tail(&self.config.with_extension("log")))
     }
@@ -103,7 +144,7 @@ impl Relay {
     }
 
     /// The body of an admin page; empty when nobody answers.
-    async fn page(&self, path: &str) -> String {
+    pub async fn page(&self, path: &str) -> String {
         let ask = async {
             let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).await?;
             stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
@@ -154,9 +195,35 @@ impl Relay {
 
     /// Messages that the broker confirmed to this process.
     pub async fn confirmed(&self) -> u64 {
+        self.counted("watership_messages_confirmed_total").await
+    }
+
+    /// The sum of all series of `/metrics` that begin so.
+    pub async fn counted(&self, series: &str) -> u64 {
         let page = self.page("/metrics").await;
-        let lines = page.lines().filter(|l| l.starts_with("watership_messages_confirmed_total"));
+        let lines = page.lines().filter(|line| line.starts_with(series));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
+    /// Waits until that sum is `count`.
+    pub async fn counts(&mut self, series: &str, count: u64) {
+        let deadline = Instant::now() + LIMIT;
+        while self.counted(series).await < count {
+            self.check();
+            assert!(Instant::now() < deadline, "{series} stays below {count}; {}", self.log());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Resident memory in KiB: now and at its peak.
+    pub fn memory_kib(&self) -> (u64, u64) {
+        let path = format!("/proc/{}/status", self.pid());
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let field = |name: &str| {
+            let line = text.lines().find_map(|l| l.strip_prefix(name))?;
+            line.trim().trim_end_matches("kB").trim().parse().ok()
+        };
+        (field("VmRSS:").unwrap_or(0), field("VmHWM:").unwrap_or(0))
     }
 }
 

@@ -5,8 +5,9 @@
 //! "first arrivals of a key rise strictly, and every row arrived" is the whole promise. The
 //! judgement itself is the demo's ledger.
 
+use std::hash::{Hash as _, Hasher as _};
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -51,6 +52,8 @@ struct Shared {
     ledger: Mutex<Ledger>,
     /// Events of transactions whose COMMIT was answered.
     committed: AtomicU64,
+    /// The writers have to end.
+    enough: AtomicBool,
 }
 
 impl Shared {
@@ -73,6 +76,32 @@ pub struct Scene {
     seed: u64,
 }
 
+/// Where a run takes place. The relay may be led to its servers by other URLs than writers and
+/// consumer, for example through a proxy or as another user.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    pub title: &'a str,
+    pub database: &'a str,
+    pub broker: &'a str,
+    pub relay_database: &'a str,
+    pub relay_broker: &'a str,
+    pub window: Window,
+    /// Further lines at the top of the relay's configuration.
+    pub settings: &'a str,
+}
+
+/// What the judge found; the rest of it would have failed the test.
+#[derive(Debug, Clone, Default)]
+pub struct Judged {
+    pub events: u64,
+    pub lost: u64,
+    pub violations: u64,
+    pub duplicates: u64,
+    pub bound: u64,
+    pub faults: u64,
+    pub recoveries: Vec<Duration>,
+}
+
 /// What one fault did.
 struct Fault {
     name: String,
@@ -84,8 +113,17 @@ struct Fault {
 impl Scene {
     /// Prepares the database and the broker; the relay does not run yet.
     pub async fn new(title: &str, database: &str, broker: &str, window: Window) -> Self {
-        let relay = Relay::new(database, broker, window);
-        let init = tokio::process::Command::from(relay.command("init")).output();
+        let (relay_database, relay_broker, settings) = (database, broker, "");
+        Self::at(Place { title, database, broker, relay_database, relay_broker, window, settings })
+            .await
+    }
+
+    /// As [`Scene::new`], with all that a test may choose.
+    pub async fn at(place: Place<'_>) -> Self {
+        let Place { title, database, broker, window, .. } = place;
+        let relay = Relay::with(place.relay_database, place.relay_broker, window, place.settings);
+        let mut init = tokio::process::Command::from(relay.command("init"));
+        let init = init.args(["--admin-url", database]).output();
         let init = timeout(LIMIT, init).await.expect("init ends").expect("init starts");
         assert!(init.status.success(), "{}", String::from_utf8_lossy(&init.stderr));
         let seed = std::env::var("WATERSHIP_SEED").ok().and_then(|text| text.parse().ok());
@@ -95,6 +133,7 @@ impl Scene {
             start: Instant::now(),
             ledger: Mutex::default(),
             committed: AtomicU64::new(0),
+            enough: AtomicBool::new(false),
         });
         Self {
             title: title.into(),
@@ -129,6 +168,48 @@ impl Scene {
             let dice = fastrand::Rng::with_seed(seed);
             self.writers.spawn(async move { write(&shared, &url, writer, load, dice).await });
         }
+    }
+
+    /// The writers end with the transaction that they are in.
+    pub fn enough(&self) {
+        self.shared.enough.store(true, Ordering::Relaxed);
+    }
+
+    /// Hands arrivals to the judge; for a consumer of the test's own.
+    pub fn recorder(&self) -> impl FnMut(&Delivery) -> ControlFlow<()> + Send + 'static {
+        let shared = self.shared.clone();
+        move |message: &Delivery| record(&shared, message)
+    }
+
+    /// A consumer of the test's own consumes; it has to end with the break of the recorder.
+    pub fn consumed_by(&mut self, consumer: JoinHandle<()>) {
+        self.consumer = Some(consumer);
+    }
+
+    /// Takes another seed; before writing.
+    pub fn seeded(&mut self, seed: u64) {
+        self.seed = seed;
+    }
+
+    /// Arrivals of what had arrived before, those left out that the broker marked as redelivered.
+    pub fn repeated(&self) -> u64 {
+        let counts = self.counts();
+        counts.duplicates - counts.redelivered
+    }
+
+    /// The consumer goes away at once; what it has not acknowledged goes back into the queue.
+    pub fn pause(&mut self) {
+        self.consumer.take().expect("somebody consumes").abort();
+    }
+
+    /// Events of transactions whose COMMIT was answered.
+    pub fn committed(&self) -> u64 {
+        self.shared.committed.load(Ordering::Relaxed)
+    }
+
+    /// Different events that have arrived.
+    pub fn arrived(&self) -> u64 {
+        self.counts().delivered
     }
 
     /// Waits until all writers are done.
@@ -210,12 +291,22 @@ impl Scene {
     pub async fn recovered(&mut self, ended: Instant, confirmed_before: u64) -> Duration {
         self.relay.confirms(confirmed_before + 1).await;
         let took = ended.elapsed();
-        self.faults.last_mut().expect("a fault was announced").recovery = Some(took);
+        self.recovered_in(took);
         took
     }
 
+    /// The last fault is over, and the relay took this time to get over it.
+    pub fn recovered_in(&mut self, took: Duration) {
+        self.faults.last_mut().expect("a fault was announced").recovery = Some(took);
+    }
+
     /// Waits for the rest, ends the relay, and judges. Returns the number of duplicates.
-    pub async fn finish(mut self) -> u64 {
+    pub async fn finish(self) -> u64 {
+        self.judge().await.duplicates
+    }
+
+    /// As [`Scene::finish`], with all that was counted.
+    pub async fn judge(mut self) -> Judged {
         self.written().await;
         let truth = truth(&self.database).await;
         self.delivered(truth.len() as u64).await;
@@ -241,7 +332,15 @@ impl Scene {
         let repeated = verdict.counts.duplicates - verdict.counts.redelivered;
         let most = bound * self.faults.len() as u64;
         assert!(repeated <= most, "{}: {repeated} duplicates, at most {most}", self.title);
-        repeated
+        Judged {
+            events: verdict.counts.committed,
+            lost: verdict.lost,
+            violations: verdict.counts.violations,
+            duplicates: repeated,
+            bound: most,
+            faults: self.faults.len() as u64,
+            recoveries: self.faults.iter().filter_map(|fault| fault.recovery).collect(),
+        }
     }
 
     fn report(&self, verdict: &Verdict) {
@@ -296,7 +395,8 @@ async fn write(shared: &Shared, url: &str, writer: u32, load: Load, mut dice: fa
     let mut numbers = [0_u64; KEYS as usize];
     let (begin, mut written) = (Instant::now(), 0);
     let mut deadline = begin + LIMIT;
-    while written < load.events {
+    let wanted = |written| written < load.events && !shared.enough.load(Ordering::Relaxed);
+    while wanted(written) {
         assert!(Instant::now() < deadline, "writer {writer}: Postgres stays away");
         let Ok(client) = client(url).await else {
             tokio::time::sleep(POLL).await;
@@ -306,7 +406,7 @@ async fn write(shared: &Shared, url: &str, writer: u32, load: Load, mut dice: fa
         let emit = "SELECT watership.emit('order'::text, k, 'changed'::text, p) \
                     FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS u(k, p, i) ORDER BY i";
         let Ok(emit) = client.prepare(emit).await else { continue };
-        while written < load.events {
+        while wanted(written) {
             if let Some(due) = written.checked_mul(1000).and_then(|w| w.checked_div(load.rate)) {
                 tokio::time::sleep_until(begin + Duration::from_millis(due.into())).await;
             }
@@ -348,7 +448,8 @@ fn batch(
         numbers[key] += 1;
         let (name, n) = (format!("{writer}-{key}"), numbers[key]);
         let note = "Please leave it with the neighbours if nobody opens. ".repeat(5);
-        let body = format!("{{\"key\":\"{name}\",\"n\":{n},\"note\":\"{note}\"}}");
+        let sum = checksum(&name, n, &note);
+        let body = format!("{{\"key\":\"{name}\",\"n\":{n},\"sum\":{sum},\"note\":\"{note}\"}}");
         (name, body)
     };
     (0..rows).map(event).unzip()
@@ -372,7 +473,23 @@ fn record(shared: &Shared, message: &Delivery) -> ControlFlow<()> {
 
 fn mark_of(body: &[u8]) -> Option<Mark> {
     let value: serde_json::Value = serde_json::from_slice(body).ok()?;
-    Some(Mark { key: value.get("key")?.as_str()?.into(), n: value.get("n")?.as_u64()? })
+    let mark = Mark { key: value.get("key")?.as_str()?.into(), n: value.get("n")?.as_u64()? };
+    match (value.get("sum"), value.get("note")) {
+        // A test's own event, in a few bytes.
+        (None, None) => Some(mark),
+        (sum, note) => {
+            let right = checksum(&mark.key, mark.n, note?.as_str()?);
+            (sum?.as_u64()? == right).then_some(mark)
+        }
+    }
+}
+
+/// Of all that a body says; a body that was changed on its way counts as altered.
+fn checksum(key: &str, n: u64, note: &str) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    (key, n, note).hash(&mut hasher);
+    // JSON numbers are exact up to here everywhere.
+    hasher.finish() >> 11
 }
 
 /// The type of the message behind which nothing comes any more.

@@ -5,15 +5,22 @@
 
 mod amqp;
 mod amqp_tls;
+mod audit;
+mod binary;
 mod cli;
 mod crash;
-mod crash_hold;
+#[allow(dead_code, reason = "shared with the other test binaries")]
 mod crash_relay;
+#[allow(dead_code, reason = "shared with the other test binaries")]
 mod crash_support;
 mod dev;
+mod failover;
+mod harmless;
 mod maintain;
+mod parking;
 mod pg_stream;
 mod pg_wire;
+mod position;
 mod relay;
 mod relay_faults;
 mod relay_operation;
@@ -24,3 +31,4 @@ mod relay_verdicts;
 mod slot;
 mod sql;
 mod support;
+mod two_relays;

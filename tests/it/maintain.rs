@@ -245,7 +245,7 @@ async fn a_partition_dropped_before_it_was_decoded_still_arrives_under_the_root(
     let (database, client) = installed().await;
     create_publication(&client, "watership", &[TableName::outbox()]).await.unwrap();
     let slot = database.name.as_str();
-    create_slot(&client, slot).await.unwrap();
+    create_slot(&client, slot, false).await.unwrap();
     old_partition(&client).await;
     client.batch_execute("SELECT watership.emit('t', '1', 'e', '{}')").await.unwrap();
     assert_eq!(list(&maintain(&client).await, "detached"), ["outbox_20200101"]);

@@ -126,8 +126,9 @@ async fn what_was_rolled_back_never_arrives_and_released_savepoints_do() {
     assert_eq!(kinds(&stage.settled().await), ["a", "b", "c", "d", "e", "f"]);
 }
 
+/// <https://event-driven.io/en/ordering_in_postgres_outbox/>
 #[tokio::test]
-async fn interleaved_transactions_arrive_whole_in_commit_order() {
+async fn museum_m18_interleaved_transactions_arrive_whole_in_commit_order() {
     let stage = Stage::new(Setup::default()).await;
     let _relay = stage.start().await;
     let (one, two) = (stage.database.connect().await, stage.database.connect().await);

@@ -7,8 +7,9 @@ use crate::support::own_vhost;
 /// Answers of the relay to the server within which a thing that must not happen would happen.
 const ANSWERS: u32 = 5;
 
+/// <https://github.com/confluentinc/bottledwater-pg/pull/73>
 #[tokio::test]
-async fn an_idle_slot_advances_under_foreign_wal_and_rests_when_only_we_write() {
+async fn museum_m12_an_idle_slot_advances_under_foreign_wal_and_rests_when_only_we_write() {
     // The relay answers every second, so that time is seen to pass.
     let server = private(&["wal_sender_timeout = '3s'", "autovacuum = off"], None).await;
     let settings = "relay.idle_interval = \"1s\"\noutbox.maintain = false";

@@ -86,33 +86,16 @@ async fn stops_at(stage: &Stage, poison: &str, texts: &[&str]) {
 }
 
 #[tokio::test]
-async fn an_event_that_no_route_selects_stops_the_relay_until_a_route_is_there() {
+async fn an_event_that_is_too_large_stops_the_relay_where_its_route_says_so() {
+    let settings = "broker.max_message_size = \"1KiB\"";
     let routes = r#"
         [[route]]
-        name = "orders"
+        name = "all"
         outbox = { aggregate_type = "order" }
         exchange = "watership"
+        on_poison = "stop"
         "#;
-    let stage = Stage::new(Setup { routes, ..Setup::default() }).await;
-    let texts = [
-        "no route selects aggregate type \"stranger\"",
-        "add a [[route]] for it, or one with drop = true",
-    ];
-    stops_at(&stage, "SELECT watership.emit('stranger', '1', 'lost', '1')", &texts).await;
-
-    let route = "[[route]]\nname = \"strangers\"\noutbox = { aggregate_type = \"stranger\" }\n\
-        exchange = \"watership\"\n";
-    stage.append_to_configuration(route);
-    let _relay = stage.start().await;
-    let mut got = stage.settled().await;
-    got.sort_by_key(|message| message.text("ws-position"));
-    assert_eq!(kinds(&got), ["before", "lost", "after"]);
-}
-
-#[tokio::test]
-async fn an_event_that_is_too_large_stops_the_relay() {
-    let settings = "broker.max_message_size = \"1KiB\"";
-    let stage = Stage::new(Setup { settings, ..Setup::default() }).await;
+    let stage = Stage::new(Setup { settings, routes, ..Setup::default() }).await;
     let id = Uuid::from_u128(0xB16);
     let big = format!(
         "SELECT watership.emit('order', '1', 'big', to_json(repeat('x', 1023)), NULL, '{id}')"

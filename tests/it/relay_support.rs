@@ -112,7 +112,13 @@ impl Stage {
 
     /// Starts another relay of the same name, with an HTTP port of its own.
     pub fn spawn_second(&self) -> Running {
+        self.spawn_other(|text| text)
+    }
+
+    /// The same, with a configuration that differs.
+    pub fn spawn_other(&self, change: impl FnOnce(String) -> String) -> Running {
         let text = std::fs::read_to_string(&self.config).expect("the configuration");
+        let text = change(text);
         let port = dev::free_port().expect("a free port");
         let text = text.replace(&format!("127.0.0.1:{}", self.port), &format!("127.0.0.1:{port}"));
         let config = own_file("toml");
@@ -129,6 +135,16 @@ impl Stage {
     pub fn append_to_configuration(&self, text: &str) {
         let all = std::fs::read_to_string(&self.config).expect("the configuration") + text;
         std::fs::write(&self.config, all).expect("the configuration is written");
+    }
+
+    /// The configuration file.
+    pub fn configuration(&self) -> String {
+        std::fs::read_to_string(&self.config).expect("the configuration")
+    }
+
+    /// Writes another configuration; the next relay reads it.
+    pub fn replace_configuration(&self, text: &str) {
+        std::fs::write(&self.config, text).expect("the configuration is written");
     }
 
     /// Runs SQL.
@@ -161,6 +177,11 @@ impl Stage {
         self.execute(&format!("SELECT watership.emit('{FENCE}', '1', 'passed', '{{}}')")).await;
         let passed = format!("(SELECT flush_lsn FROM watership.checkpoint) > '{now}'::pg_lsn");
         until("the relay passes what is committed", async || self.holds(&passed).await).await;
+        self.settled_now().await
+    }
+
+    /// Everything that has arrived since the beginning, fences and markers left out.
+    pub async fn settled_now(&self) -> Vec<Message> {
         self.inbox.flush(&self.channel, "all").await
     }
 }
@@ -288,6 +309,11 @@ impl Running {
         let text = std::fs::read_to_string(path).expect("the relay runs");
         let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:")).expect("Linux tells it");
         line.trim().trim_end_matches("kB").trim().parse().expect("a number")
+    }
+
+    /// Sends a signal.
+    pub fn signal(&mut self, signal: Signal) {
+        self.process.signal(signal);
     }
 
     /// Ends it with -9.

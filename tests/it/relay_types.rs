@@ -200,7 +200,7 @@ async fn a_table_that_changes_its_columns_is_followed() {
 }
 
 /// Column, type, SQL value, JSON as text.
-const VALUES: &[(&str, &str, &str, &str)] = &[
+pub const VALUES: &[(&str, &str, &str, &str)] = &[
     ("yes", "bool", "true", "true"),
     ("no", "bool", "false", "false"),
     ("small", "int2", "-32768", "-32768"),

@@ -35,8 +35,9 @@ async fn a_slot_that_somebody_else_advanced_is_a_verdict_that_names_the_gap() {
     assert!(stage.inbox.flush(&stage.channel, "all").await.is_empty());
 }
 
+/// <https://github.com/debezium/debezium/pull/3970>
 #[tokio::test]
-async fn a_slot_that_was_made_anew_is_a_verdict() {
+async fn museum_m04_a_slot_that_was_made_anew_is_a_verdict() {
     let stage = Stage::new(Setup::default()).await;
     stage.execute(TEXT).await;
     let slot = &stage.slot;

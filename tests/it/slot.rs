@@ -17,7 +17,7 @@ async fn a_new_slot_is_told_as_it_is() {
     let client = database.connect().await;
     let name = database.name.as_str();
     assert_eq!(read_slot(&client, name).await.unwrap(), None);
-    let start = create_slot(&client, name).await.unwrap();
+    let start = create_slot(&client, name, false).await.unwrap();
     let slot = read_slot(&client, name).await.unwrap().expect("it is there");
     assert_eq!(slot.confirmed_flush_lsn, Some(start));
     assert_eq!(slot.plugin.as_deref(), Some("pgoutput"));
@@ -30,7 +30,7 @@ async fn a_new_slot_is_told_as_it_is() {
     let later = read_slot(&client, name).await.unwrap().expect("it is there");
     assert!(later.lag_bytes > slot.lag_bytes && later.retained_bytes >= later.lag_bytes);
 
-    let error = create_slot(&client, name).await.unwrap_err();
+    let error = create_slot(&client, name, false).await.unwrap_err();
     assert!(error.to_string().contains(name), "{error}");
     client.execute("SELECT pg_drop_replication_slot($1)", &[&name]).await.unwrap();
 }
@@ -43,7 +43,7 @@ async fn a_lost_slot_says_so() {
     let url = server.url("postgres", "postgres");
     let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
     tokio::spawn(connection);
-    create_slot(&client, "watership").await.unwrap();
+    create_slot(&client, "watership", false).await.unwrap();
     let facts = server_facts(&client).await.unwrap();
     assert_eq!(facts.max_slot_wal_keep_size, Some(16 * 1024 * 1024));
     assert_eq!(facts.used_replication_slots, 1);

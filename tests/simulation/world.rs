@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes};
@@ -14,8 +15,9 @@ use uuid::Uuid;
 use watership::error::{Error, Result};
 use watership::message::{Message, Outcome, Publisher, Ticket};
 use watership::position::{Lsn, Position};
+use watership::relay::checkpoint::MemoryStore;
 use watership::source::transaction::{Assembler, Options, Timelines};
-use watership::source::{Item, Seen, Source};
+use watership::source::{Item, Receipt, Seen, Source};
 
 const OUTBOX: u32 = 16_384;
 
@@ -25,6 +27,8 @@ pub struct Written {
     pub id: Uuid,
     pub key: u32,
     pub n: u32,
+    /// Larger than the broker takes until it is healed.
+    pub large: bool,
 }
 
 /// A committed transaction.
@@ -48,6 +52,10 @@ pub struct Faults {
     /// The process dies within this time of its start, at most this many times.
     pub crash_within: Duration,
     pub crashes: u32,
+    /// The event is too large until somebody raises the limit; by event.
+    pub poison: f64,
+    /// No queue is bound for this message, this time.
+    pub unroutable: f64,
 }
 
 /// Everything outside of the relay.
@@ -63,7 +71,16 @@ pub struct World {
     pub faults: Faults,
     pub unbound_until: Option<Instant>,
     pub faults_seen: u32,
+    /// Largest body that the broker takes.
+    pub max_body: usize,
+    /// Ids that are in the table of parked rows, whatever became of them.
+    pub parked: HashSet<Uuid>,
 }
+
+/// WAL between two transactions: more than the relay's own writes, so that an idle stream advances.
+const GAP: u64 = 10_000;
+/// A small event's body is below it, a large one's above.
+const MAX_BODY: usize = 100;
 
 pub type Shared = Rc<RefCell<World>>;
 
@@ -80,12 +97,13 @@ impl World {
                 .map(|_| {
                     let key = rng.u32(0..keys);
                     let n = next.entry(key).and_modify(|n| *n += 1).or_insert(1);
-                    Written { id: Uuid::from_u128(rng.u128(..)), key, n: *n }
+                    let large = rng.f64() < faults.poison;
+                    Written { id: Uuid::from_u128(rng.u128(..)), key, n: *n, large }
                 })
                 .collect();
             written += size;
-            lsn += 100 + u64::from(size);
-            // Postgres 17: the end of one transaction may equal the next change's LSN (M3).
+            lsn += GAP + u64::from(size);
+            // The end of one transaction may equal the next change's LSN (M3).
             log.push(Transaction { commit_lsn: Lsn(lsn), end_lsn: Lsn(lsn + 10), events });
             lsn += 10;
         }
@@ -99,6 +117,8 @@ impl World {
             faults,
             unbound_until: None,
             faults_seen: 0,
+            max_body: MAX_BODY,
+            parked: HashSet::new(),
         };
         Rc::new(RefCell::new(world))
     }
@@ -108,12 +128,19 @@ impl World {
         self.seen.insert(id);
     }
 
-    /// End of the last transaction up to which everything has arrived.
-    pub fn arrived_prefix(&mut self) -> Lsn {
-        let seen = &self.seen;
-        let whole = |t: &&Transaction| t.events.iter().all(|e| seen.contains(&e.id));
+    /// How far a server may be told to forget: the first transaction of which something has
+    /// neither arrived nor been parked must be sent again.
+    pub fn may_forget(&mut self) -> Lsn {
+        let (seen, parked) = (&self.seen, &self.parked);
+        let there = |e: &Written| seen.contains(&e.id) || parked.contains(&e.id);
+        let whole = |t: &&Transaction| t.events.iter().all(there);
         self.whole += self.log[self.whole..].iter().take_while(whole).count();
-        self.whole.checked_sub(1).map_or(Lsn(1000), |last| self.log[last].end_lsn)
+        self.log.get(self.whole).map_or(Lsn(u64::MAX), |open| open.commit_lsn)
+    }
+
+    /// True when the message arrived at least once.
+    pub fn has_seen(&self, id: Uuid) -> bool {
+        self.seen.contains(&id)
     }
 
     /// Arrivals that a stored checkpoint at `position` does not cover: they may come again.
@@ -134,6 +161,7 @@ impl World {
 /// The replication stream of one session.
 pub struct SimSource {
     world: Shared,
+    store: Arc<MemoryStore>,
     assembler: Assembler,
     frames: VecDeque<Bytes>,
     next: usize,
@@ -142,7 +170,7 @@ pub struct SimSource {
 
 impl SimSource {
     /// As a server does: from the requested position or the slot's, whichever is later.
-    pub fn new(world: &Shared, stored: Position, flush: Lsn) -> Self {
+    pub fn new(world: &Shared, store: &Arc<MemoryStore>, stored: Position, flush: Lsn) -> Self {
         let from = flush.max(world.borrow().slot);
         let next = world.borrow().log.partition_point(|t| t.end_lsn <= from);
         let options = Options {
@@ -151,10 +179,13 @@ impl SimSource {
             timelines: Timelines::new(1, Vec::new()),
             resume_after: stored,
             primary_keys: HashMap::new(),
+            types: Default::default(),
+            canary: String::new(),
         };
         let frames = VecDeque::from([relation()]);
         Self {
             world: world.clone(),
+            store: store.clone(),
             assembler: Assembler::new(options),
             frames,
             next,
@@ -180,6 +211,12 @@ impl Source for SimSource {
             sleep(Duration::from_millis(wait)).await;
         }
         while batch.len() < room {
+            // A keepalive between two transactions: its WAL end is past what was sent.
+            if self.frames.is_empty() && self.world.borrow_mut().rng.f64() < 0.1 {
+                let sent =
+                    self.next.checked_sub(1).map(|last| self.world.borrow().log[last].end_lsn);
+                batch.extend(sent.map(|end| Item::Idle(Receipt::idle(Lsn(end.0 + GAP / 2)))));
+            }
             if self.frames.is_empty() && !self.load() {
                 break;
             }
@@ -198,8 +235,12 @@ impl Source for SimSource {
         let wait = self.world.borrow_mut().rng.u64(0..5);
         sleep(Duration::from_millis(wait)).await;
         let mut world = self.world.borrow_mut();
-        // The LSN rule: at every instant the slot is behind what has arrived.
-        assert!(flush <= world.arrived_prefix(), "slot at {flush}, past what has arrived");
+        // The LSN rule: at every instant the slot is behind what has arrived or is parked.
+        world.parked.extend(self.store.parked.lock().unwrap().values().map(|row| row.id));
+        let limit = world.may_forget();
+        assert!(flush <= limit, "slot at {flush}, past what has arrived: {limit}");
+        let stored = self.store.rows.lock().unwrap().last().map_or(Lsn(1000), |(_, flush)| *flush);
+        assert!(flush <= stored, "slot at {flush}, past what is stored: {stored}");
         world.slot = world.slot.max(flush);
         Ok(())
     }
@@ -209,8 +250,7 @@ impl Source for SimSource {
     }
 
     fn seen(&self) -> Seen {
-        let Assembler { changes_received, events_skipped, .. } = &self.assembler;
-        Seen { changes: *changes_received, skipped: *events_skipped }
+        self.assembler.seen()
     }
 
     async fn close(self) {}
@@ -248,6 +288,10 @@ impl SimPublisher {
                 world.unbound_until = Some(now + Duration::from_secs(12));
             }
             if world.unbound_until.is_some_and(|until| now < until) {
+                self.answers.push((answer_at, ticket, Outcome::Returned("NO_ROUTE".into())));
+                continue;
+            }
+            if world.rng.f64() < faults.unroutable {
                 self.answers.push((answer_at, ticket, Outcome::Returned("NO_ROUTE".into())));
                 continue;
             }
@@ -302,7 +346,7 @@ impl Publisher for SimPublisher {
     }
 
     fn max_body(&self) -> usize {
-        16 << 20
+        self.world.borrow().max_body
     }
 
     async fn close(self) {}
@@ -346,7 +390,8 @@ fn commit(commit_lsn: Lsn, end_lsn: Lsn) -> Bytes {
 
 fn insert(event: &Written) -> Bytes {
     let (id, key, n) = (event.id.to_string(), event.key.to_string(), event.n);
-    let payload = format!("{{\"n\":{n}}}");
+    let padding = "x".repeat(if event.large { MAX_BODY } else { 0 });
+    let payload = format!("{{\"n\":{n},\"padding\":\"{padding}\"}}");
     let mut out = Vec::new();
     out.put_u8(b'I');
     out.put_u32(OUTBOX);

@@ -4,8 +4,10 @@ use super::code::{Code, is_word};
 use super::shape::Exception;
 
 /// Nouns: known to all, they know only each other.
-const NOUNS: &[&str] =
-    &["error", "position", "message", "event", "backoff", "metrics", "secret", "tls", "column"];
+const NOUNS: &[&str] = &[
+    "error", "fault", "position", "message", "event", "backoff", "metrics", "secret", "tls",
+    "column", "planted", "verdict",
+];
 
 /// A module of the library and the modules it may import besides itself.
 const LAYERS: &[(&[&str], &[&[&str]])] = &[
@@ -24,8 +26,10 @@ const LAYERS: &[(&[&str], &[&[&str]])] = &[
 ];
 
 /// What the two ends may know: nothing about events or metrics of routes.
-const PROTOCOL_NOUNS: &[&str] =
-    &["error", "position", "message", "secret", "tls", "backoff", "metrics"];
+const PROTOCOL_NOUNS: &[&str] = &[
+    "error", "fault", "position", "message", "secret", "tls", "backoff", "metrics", "planted",
+    "verdict",
+];
 const PURE: &[&str] = &["route", "envelope"];
 const APPLICATIONS: &[&str] = &["outbox", "inbox"];
 const TOP: &[&str] = &["source", "relay", "admin", "config", "dev"];
@@ -43,6 +47,10 @@ const PURE_FILES: &[&str] = &[
     "source/transaction",
     "relay/lanes",
     "relay/watermark",
+    "relay/circuit",
+    "relay/unsendable",
+    "amqp/reply",
+    "amqp/audit",
 ];
 
 /// Longest pause of a waiting test between two looks, in milliseconds.
@@ -83,7 +91,7 @@ pub const PRINTING: Home = Home {
     tests_too: false,
 };
 pub const ENVIRONMENT: Home =
-    Home { words: &["env::"], modules: &["config/load", "dev"], tests_too: false };
+    Home { words: &["env::"], modules: &["config/load", "dev", "planted"], tests_too: false };
 pub const EXIT: Home = Home { words: &["process::exit"], modules: &["main"], tests_too: true };
 pub const TOKIO_POSTGRES: Home = Home {
     words: &["tokio_postgres"],

@@ -1,0 +1,136 @@
+//! What the running relay says a confirm is worth, on a real broker, and how it notices a change.
+
+use serde_json::Value;
+
+use crate::relay_support::{Running, Setup, Stage, until};
+use crate::support::{Vhost, own_database, own_vhost, rabbit};
+
+const ROUTES: &str = "[[route]]\nname = \"orders\"\nowner = \"team-orders\"\n\
+    outbox = { aggregate_type = \"order\" }\nexchange = \"watership\"\n\
+    routing_key = \"{aggregate_type}.{event_type}\"\n\
+    [[route]]\nname = \"bills\"\noutbox = { aggregate_type = \"bill\" }\nexchange = \"bills\"\n\
+    routing_key = \"{event_type}\"\n";
+
+async fn stage(vhost: Vhost, more: &str) -> Stage {
+    let settings = format!("broker.audit_interval = \"1s\"\n{more}");
+    let setup = Setup { routes: ROUTES, settings: &settings, ..Setup::default() };
+    Stage::on(own_database().await, vhost, setup).await
+}
+
+async fn management() -> String {
+    let url = rabbit().await.management_url().expect("management runs");
+    format!("broker.management_url = \"{url}\"")
+}
+
+/// The route of that name in `/status`.
+async fn route(relay: &Running, name: &str) -> Value {
+    let status = relay.status().await;
+    let routes = status["routes"].as_array().cloned().unwrap_or_default();
+    routes.into_iter().find(|route| route["name"] == name).unwrap_or_default()
+}
+
+/// Waits for a grade with a reason, and for the metric that says the same.
+async fn graded(relay: &Running, name: &str, owner: &str, grade: &str, reason: &str) {
+    let mut last = Value::Null;
+    until(&format!("{name} is {grade}: {reason}"), async || {
+        last = route(relay, name).await;
+        last["grade"] == grade && last["reason"].as_str().is_some_and(|r| r.contains(reason))
+    })
+    .await;
+    for other in ["safe", "not_verified", "weak", "unsafe"] {
+        let series = format!(
+            "watership_route_grade{{route=\"{name}\",owner=\"{owner}\",grade=\"{other}\"}}"
+        );
+        let wanted = f64::from(u8::from(other == grade));
+        assert_eq!(relay.metric(&series).await, Some(wanted), "{series}");
+    }
+    assert_eq!(last["owner"], owner);
+}
+
+#[tokio::test]
+async fn each_route_is_graded_by_the_queues_that_its_keys_reach_and_changes_are_noticed() {
+    let node = rabbit().await;
+    let vhost = own_vhost().await;
+    let name = vhost.name.clone();
+    let stage = stage(vhost, &management().await).await;
+    let relay = stage.start().await;
+    let put = async |path: &str, body: &str| {
+        node.management("PUT", path, body).await.expect("the broker takes it");
+    };
+    let bind = async |exchange: &str, queue: &str, key: &str| {
+        let path = format!("/api/bindings/{name}/e/{exchange}/q/{queue}");
+        let body = format!("{{\"routing_key\": \"{key}\"}}");
+        node.management("POST", &path, &body).await.expect("the broker binds it");
+    };
+    // One node: its disk is the only copy.
+    graded(&relay, "orders", "team-orders", "weak", "queue \"all\": quorum queue with a single")
+        .await;
+    graded(&relay, "bills", "", "unsafe", "no queue is bound to exchange \"bills\"").await;
+
+    put(&format!("/api/queues/{name}/bills"), "{\"durable\": true}").await;
+    bind("bills", "bills", "other.*.x").await;
+    // An event type may be anything, so this binding may take some of the messages.
+    graded(&relay, "bills", "", "weak", "not every routing key \"{}\" has a binding").await;
+    bind("bills", "bills", "#").await;
+    graded(&relay, "bills", "", "weak", "queue \"bills\": a classic queue").await;
+
+    // A policy that somebody adds at run time.
+    let policy = format!("/api/policies/{name}/limit");
+    let limit = |definition: &str| {
+        format!(
+            "{{\"pattern\": \"^bills$\", \"apply-to\": \"queues\", \"definition\": {definition}}}"
+        )
+    };
+    put(&policy, &limit("{\"max-length\": 10}")).await;
+    graded(&relay, "bills", "", "unsafe", "overflow drop-head: when full, it drops").await;
+    put(&policy, &limit("{\"max-length\": 10, \"overflow\": \"reject-publish\"}")).await;
+    graded(&relay, "bills", "", "weak", "a classic queue").await;
+    put(&policy, &limit("{\"message-ttl\": 60000}")).await;
+    graded(&relay, "bills", "", "weak", "messages or the queue expire").await;
+
+    // A queue that another route's keys never reach says nothing about this one.
+    put(&format!("/api/queues/{name}/short"), "{\"auto_delete\": true}").await;
+    bind("watership", "short", "customer.#").await;
+    bind("watership", "short", "bill.#").await;
+    bind("bills", "short", "#").await;
+    graded(&relay, "bills", "", "unsafe", "queue \"short\": not durable").await;
+    graded(&relay, "orders", "team-orders", "weak", "queue \"all\"").await;
+    bind("watership", "short", "order.paid").await;
+    graded(&relay, "orders", "team-orders", "unsafe", "queue \"short\": not durable").await;
+
+    let log = relay.stop().await;
+    log.expect_code(0).expect_text(&[
+        "route graded",
+        "grade=UNSAFE",
+        "before=\"weak\"",
+        "route=\"bills\"",
+    ]);
+}
+
+#[tokio::test]
+async fn without_the_management_api_nothing_is_verified_but_what_is_missing_is_seen() {
+    let stage = stage(own_vhost().await, "").await;
+    let relay = stage.start().await;
+    let reason = "not verified: set broker.management_url";
+    graded(&relay, "orders", "team-orders", "not_verified", reason).await;
+    graded(&relay, "bills", "", "not_verified", reason).await;
+    let delete = lapin::options::QueueDeleteOptions::default();
+    stage.channel.queue_delete("all".into(), delete).await.expect("it is deleted");
+    graded(&relay, "orders", "team-orders", "unsafe", "queue \"all\" does not exist").await;
+    graded(&relay, "bills", "", "not_verified", reason).await;
+    // The audit looks from the side: the session goes on.
+    assert_eq!(relay.status().await["sessions"], 1);
+}
+
+#[tokio::test]
+async fn an_audit_that_fails_is_counted_and_disturbs_nothing() {
+    // Nobody listens on the discard port of this machine.
+    let nobody = "broker.management_url = \"http://127.0.0.1:9\"";
+    let stage = stage(own_vhost().await, nobody).await;
+    let relay = stage.start().await;
+    graded(&relay, "orders", "team-orders", "not_verified", "could not be looked at").await;
+    assert!(relay.metric("watership_audit_failures_total").await.unwrap() >= 1.0);
+    stage.execute("SELECT watership.emit('order', '1', 'paid', '1')").await;
+    stage.inbox.count(1).await;
+    assert_eq!(relay.status().await["sessions"], 1);
+}

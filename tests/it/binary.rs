@@ -1,0 +1,255 @@
+//! `source.binary`: the same messages, byte for byte, and rows that text mode cannot carry.
+
+use std::fmt::Write as _;
+
+use watership::column::binary::Types;
+use watership::column::oid;
+
+use crate::crash_support::full;
+use crate::relay_support::{Message, Setup, Stage};
+use crate::relay_types::VALUES;
+use crate::support::own_database;
+
+/// Column, type, SQL value: what the documented types do not show.
+const MORE: &[(&str, &str, &str)] = &[
+    ("zero", "numeric", "0"),
+    ("zeros", "numeric", "0.000"),
+    ("minus", "numeric", "-0.0001"),
+    ("tiny_n", "numeric", "1e-20"),
+    ("round_n", "numeric", "1e30"),
+    ("ten_thousand", "numeric", "10000"),
+    ("nines", "numeric", "9999.9999"),
+    ("long_n", "numeric", "(repeat('1234567890', 100) || '.' || repeat('098', 100))::numeric"),
+    ("inf_n", "numeric", "'-Infinity'"),
+    ("scaled", "numeric(20,5)", "3.1"),
+    ("bc", "date", "'0044-03-15 BC'"),
+    ("far", "date", "'5874897-12-31'"),
+    ("never", "date", "'-infinity'"),
+    ("first_day", "date", "'0001-01-01'"),
+    ("midnight", "time", "'24:00:00'"),
+    ("west", "timetz", "'23:59:59.5-08:15:30'"),
+    ("bc_stamp", "timestamp", "'4714-11-24 00:00:00 BC'"),
+    ("last_stamp", "timestamptz", "'294276-12-31 23:59:59.999999+00'"),
+    ("no_span", "interval", "'0'"),
+    ("back", "interval", "'-1 year 2 days -03:04:05.000006'"),
+    ("exact", "float8", "'1e23'"),
+    ("least", "float8", "'5e-324'"),
+    ("edge", "float8", "'1e15'"),
+    ("edge_4", "float4", "'1e6'"),
+    ("minus_0", "float8", "'-0'"),
+    ("short_name", "name", "'x y'"),
+    ("letter", "\"char\"", "'q'"),
+    ("number", "oid", "4294967295"),
+    ("place", "pg_lsn", "'16/B374D848'"),
+    ("tx", "xid8", "'18446744073709551615'"),
+    ("net", "cidr", "'10.1.0.0/16'"),
+    ("net_6", "cidr", "'2001:db8::/32'"),
+    ("host_6", "inet", "'::1'"),
+    ("host_64", "inet", "'2001:db8:0:1::7/64'"),
+    ("mapped", "inet", "'::ffff:10.1.2.3'"),
+    ("compat", "inet", "'::10.1.2.3'"),
+    ("card", "macaddr", "'08:00:2b:01:02:03'"),
+    ("card_8", "macaddr8", "'08:00:2b:01:02:03:04:05'"),
+    ("flags5", "bit(5)", "B'10110'"),
+    ("flags_v", "varbit", "B'101100111000'"),
+    ("no_flags", "varbit", "B''"),
+    ("r_none", "int4range", "'empty'"),
+    ("r_open", "int8range", "'(,5]'"),
+    ("r_all", "numrange", "'(,)'"),
+    ("r_time", "tsrange", "'[2024-01-01 00:00,2024-01-02 12:30)'"),
+    ("r_zone", "tstzrange", "'[2024-01-01 00:00+02,)'"),
+    ("r_day", "daterange", "'[2024-01-01,2024-01-03]'"),
+    ("r_many", "int4multirange", "'{[1,3),[7,9)}'"),
+    ("r_none_m", "nummultirange", "'{}'"),
+    ("r_times", "tstzmultirange", "'{[2024-01-01,2024-01-02)}'"),
+    ("r_own", "span8", "'[1.5,2.5]'"),
+    ("moods", "mood[]", "'{fine,so so,NULL}'"),
+    ("positives", "posint[]", "'{1,2}'"),
+    ("label", "label", "'a \"label\"'"),
+    ("cube", "int4[]", "'[0:1][5:5][-1:0]={{{1,2}},{{3,4}}}'"),
+    ("odd", "text[]", "ARRAY['', 'null', 'NULL', E'a\\\\b', '\"', '{', ' ', E'\\t', ',', NULL]"),
+    ("bytes", "bytea[]", "ARRAY['\\x00ff'::bytea, '']"),
+    ("stamps", "timestamptz[]", "'{2024-01-01,infinity}'"),
+    ("amounts", "numeric[]", "'{1.50,NaN}'"),
+    ("ids", "uuid[]", "ARRAY['a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11'::uuid]"),
+    ("names", "name[]", "'{a,b}'"),
+    ("ranges", "int4range[]", "ARRAY['[1,2]'::int4range, 'empty']"),
+    ("hosts", "inet[]", "'{10.0.0.1,::1/64}'"),
+    ("jsons", "json[]", "ARRAY['{\"a\": [1, 2]}'::json]"),
+];
+
+const TYPES: &str = "CREATE TYPE mood AS ENUM ('fine', 'so so'); \
+    CREATE DOMAIN posint AS int CHECK (VALUE > 0); CREATE DOMAIN label AS text; \
+    CREATE TYPE span8 AS RANGE (SUBTYPE = float8); ";
+
+/// Rows of chance for the types in which a renderer can go wrong by a digit.
+fn random_rows(rows: u32) -> String {
+    let mut dice = fastrand::Rng::with_seed(20_260);
+    let mut sql = String::from("INSERT INTO chance VALUES ");
+    for id in 0..rows {
+        let eight = f64::from_bits(dice.u64(..));
+        let four = f32::from_bits(dice.u32(..));
+        let eight = if eight.is_finite() { eight } else { 0.1 };
+        let four = if four.is_finite() { four } else { 0.1 };
+        let numeric =
+            format!("{}.{:0width$}", dice.i64(..), dice.u32(..), width = dice.usize(1..20));
+        let seconds = dice.i64(-200_000_000_000..9_000_000_000_000);
+        let (us, days, months) = (dice.i64(-1 << 50..1 << 50), dice.i16(..), dice.i16(..));
+        let separator = if id == 0 { "" } else { ", " };
+        let _ = write!(
+            sql,
+            "{separator}({id}, '{eight:e}', '{four:e}', '{numeric}', \
+             'epoch'::timestamptz + '{seconds} seconds'::interval + '{} us'::interval, \
+             make_interval(months => {months}, days => {days}, secs => {us} / 1000000.0), \
+             ARRAY['{eight:e}'::float8, {id}])",
+            dice.u32(0..1_000_000),
+        );
+    }
+    sql
+}
+
+/// What a message says, but for who sent it.
+fn facts(message: &Message) -> (String, Vec<u8>, String, String, String) {
+    (
+        message.id(),
+        message.bytes.clone(),
+        message.kind().to_owned(),
+        message.text("ws-key"),
+        message.text("ws-position"),
+    )
+}
+
+#[tokio::test]
+async fn binary_and_text_mode_make_the_same_messages_byte_for_byte() {
+    const ROWS: u32 = 4_000;
+    let documented = VALUES.iter().map(|(name, kind, value, _)| (*name, *kind, *value));
+    let all: Vec<_> = documented.chain(MORE.iter().copied()).collect();
+    let columns: Vec<String> = all.iter().map(|(name, kind, _)| format!("{name} {kind}")).collect();
+    let sql = format!(
+        "{TYPES} CREATE TABLE public.everything (id int8 PRIMARY KEY, {}); \
+         ALTER TABLE public.everything REPLICA IDENTITY FULL; \
+         CREATE TABLE public.chance (id int PRIMARY KEY, eight float8, four float4, n numeric, \
+         at timestamptz, span interval, list float8[])",
+        columns.join(", ")
+    );
+    let tables = ["public.everything", "public.chance"];
+    let stage = Stage::new(Setup { sql: &sql, tables: &tables, ..Setup::default() }).await;
+    // A second slot at the same place, to go the same way again.
+    let (slot, copy) = (&stage.slot, format!("{}_copy", stage.slot));
+    stage.execute(&format!("SELECT pg_copy_logical_replication_slot('{slot}', '{copy}')")).await;
+    stage.execute("CREATE TABLE public.kept AS SELECT * FROM watership.checkpoint").await;
+    let values: Vec<&str> = all.iter().map(|(_, _, value)| *value).collect();
+    for sql in [
+        &*format!("INSERT INTO everything VALUES (1, {})", values.join(", ")),
+        "INSERT INTO everything (id) VALUES (2)",
+        "UPDATE everything SET id = 3 WHERE id = 1",
+        "DELETE FROM everything",
+        &*random_rows(ROWS),
+        "SELECT watership.emit('t', '1', 'j', '{\"b\": 1.0,  \"a\": \"ü\"}', '{\"t\": \"x\"}')",
+        "SELECT watership.emit_bytes('t', '1', 'bytes', '\\x5c00ff'::bytea, 'x/y')",
+    ] {
+        stage.execute(sql).await;
+    }
+    let relay = stage.start().await;
+    let mut text = stage.settled().await;
+    relay.stop().await.expect_code(0);
+    stage
+        .execute(&format!(
+            "DELETE FROM watership.checkpoint; INSERT INTO watership.checkpoint \
+             SELECT * FROM public.kept; UPDATE watership.checkpoint SET slot = '{copy}'"
+        ))
+        .await;
+    let mut relay = stage.spawn_other(|config| {
+        let line = format!("source.slot = \"{slot}\"");
+        assert!(config.contains(&line));
+        config.replace(&line, &format!("source.slot = \"{copy}\"\nsource.binary = true"))
+    });
+    relay.ready().await;
+    let both = stage.settled().await;
+    relay.stop().await.expect_code(0);
+    let mut binary = both[text.len()..].to_vec();
+    // Lanes overtake each other.
+    text.sort_by_key(|message| message.text("ws-position"));
+    binary.sort_by_key(|message| message.text("ws-position"));
+    assert_eq!(text.len(), 5 + ROWS as usize + 2);
+    assert_eq!(binary.len(), text.len());
+    for (text, binary) in text.iter().zip(&binary) {
+        assert_eq!(text.body, binary.body, "text mode is on the left");
+        assert_eq!(facts(text), facts(binary));
+    }
+}
+
+#[tokio::test]
+async fn a_type_without_a_renderer_names_its_column_and_what_to_do() {
+    let sql = "CREATE TYPE pair AS (a int, b int); \
+               CREATE TABLE public.odd (id int PRIMARY KEY, two pair)";
+    let settings = "source.binary = true";
+    let tables = ["public.odd"];
+    let stage = Stage::new(Setup { sql, tables: &tables, settings, ..Setup::default() }).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO odd VALUES (1, NULL)").await;
+    stage.inbox.count(1).await;
+    stage.execute("INSERT INTO odd VALUES (2, '(1,2)')").await;
+    relay.ended().await.expect_code(3).expect_text(&[
+        "column \"two\": type",
+        "cannot be rendered from binary",
+        "set source.binary = false",
+    ]);
+}
+
+#[tokio::test]
+async fn a_row_that_is_too_large_for_text_is_a_verdict_and_binary_mode_gets_past_it() {
+    // 513 MiB, and several times that in the walsender and in the relay.
+    if !full() {
+        return;
+    }
+    let sql = "CREATE TABLE public.large (id int PRIMARY KEY, data bytea)";
+    let tables = ["public.large"];
+    let stage = Stage::new(Setup { sql, tables: &tables, ..Setup::default() }).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO large VALUES (1, '\\x00')").await;
+    stage.inbox.count(1).await;
+    let large = "convert_to(repeat('x', 513 * 1024 * 1024), 'UTF8')";
+    stage.execute(&format!("INSERT INTO large VALUES (2, {large})")).await;
+    relay.ended().await.expect_code(3).expect_text(&[
+        "Postgres failed twice to send what follows",
+        "SQLSTATE XX000",
+        "set source.binary = true",
+    ]);
+    let relay = stage.spawn_other(|config| {
+        config.replace("source.tables", "source.binary = true\nsource.tables")
+    });
+    // Now it is the broker that cannot take it, and the event that is wrong, by name.
+    relay
+        .ended()
+        .await
+        .expect_code(3)
+        .expect_text(&["column \"data\": a value of 537919488 bytes"]);
+}
+
+#[tokio::test]
+async fn floats_are_rendered_as_the_server_renders_them() {
+    const EACH: usize = 60_000;
+    let mut dice = fastrand::Rng::with_seed(4);
+    let mut fours: Vec<f32> = (0..EACH).map(|_| f32::from_bits(dice.u32(..))).collect();
+    // Ties and powers of two, where printers differ.
+    fours.extend((0..EACH).map(|_| dice.i32(-20_000_000..20_000_000) as f32 / 8.0));
+    fours.extend((-126..128).map(|power| 2_f32.powi(power)));
+    let mut eights: Vec<f64> = (0..EACH).map(|_| f64::from_bits(dice.u64(..))).collect();
+    eights.extend((0..EACH).map(|_| dice.i64(-(1 << 55)..1 << 55) as f64 / 8.0));
+    eights.extend((-1022..1024).map(|power| 2_f64.powi(power)));
+    eights.extend((-300..300).map(|power: i32| format!("1e{power}").parse::<f64>().unwrap()));
+    let client = own_database().await.connect().await;
+    let types = Types::default();
+    let text = |type_oid, bytes: &[u8]| {
+        String::from_utf8(types.text(type_oid, bytes).unwrap().into_owned()).unwrap()
+    };
+    let sql = "SELECT v::text FROM unnest($1::float4[]) WITH ORDINALITY AS t(v, n) ORDER BY n";
+    for (row, value) in client.query(sql, &[&fours]).await.unwrap().iter().zip(&fours) {
+        assert_eq!(text(oid::FLOAT4, &value.to_be_bytes()), row.get::<_, &str>(0), "{value:e}");
+    }
+    let sql = sql.replace("float4", "float8");
+    for (row, value) in client.query(&sql, &[&eights]).await.unwrap().iter().zip(&eights) {
+        assert_eq!(text(oid::FLOAT8, &value.to_be_bytes()), row.get::<_, &str>(0), "{value:e}");
+    }
+}

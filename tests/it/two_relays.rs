@@ -1,0 +1,306 @@
+//! Two relays of one name: who works, how soon the other takes over, and that the one which lost
+//! its place can neither publish nor write the checkpoint.
+//!
+//! The two differ only in the name of their route, which is in a header of every message: so it is
+//! seen which of them published it, while the ids stay the same.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use watership::dev::Signal;
+use watership::error::Kind;
+use watership::position::{Lsn, Position};
+use watership::relay::checkpoint::{PostgresStore, Store, take_session};
+use watership::relay::parked::Writes;
+
+use crate::relay_support::{Message, Running, Setup, Stage, until};
+use crate::relay_verdicts::{database_of, private};
+use crate::support::own_vhost;
+
+const KEYS: u64 = 50;
+/// Rows of one transaction, and the pause between two.
+const ROWS: u64 = 20;
+const PAUSE: Duration = Duration::from_millis(20);
+/// After a clean exit and after a kill.
+const TAKEOVER_LIMIT: Duration = Duration::from_secs(5);
+/// `wal_sender_timeout` of the server in which a relay is frozen.
+const WAL_SENDER_TIMEOUT: Duration = Duration::from_secs(5);
+/// The broker counts silent heartbeat intervals at its own pace: measured are up to 14 s with 5 s.
+const HEARTBEATS: Duration = Duration::from_secs(15);
+
+/// Writes numbered events until it is told to end.
+struct Writer {
+    stop: Arc<AtomicBool>,
+    written: Arc<AtomicU64>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Writer {
+    async fn start(stage: &Stage) -> Self {
+        let sql = stage.database.connect().await;
+        let (stop, written) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (ended, count) = (Arc::clone(&stop), Arc::clone(&written));
+        let task = tokio::spawn(async move {
+            let mut again = tokio::time::interval(PAUSE);
+            let mut next = 1;
+            while !ended.load(Ordering::Relaxed) {
+                again.tick().await;
+                let last = next + ROWS - 1;
+                let insert = format!(
+                    "INSERT INTO watership.outbox \
+                     (aggregate_type, aggregate_id, event_type, payload) \
+                     SELECT 't', (n % {KEYS})::text, 'e', n::text::json \
+                     FROM generate_series({next}, {last}) AS n"
+                );
+                sql.batch_execute(&insert).await.expect("events are written");
+                count.store(last, Ordering::Relaxed);
+                next = last + 1;
+            }
+        });
+        Self { stop, written, task }
+    }
+
+    async fn end(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await.expect("the writer does not fail");
+        self.written.load(Ordering::Relaxed)
+    }
+}
+
+fn routes(ordering: &str) -> String {
+    format!(
+        "[[route]]\nname = \"first\"\noutbox = {{ aggregate_type = \"t\" }}\n\
+         exchange = \"watership\"\nrouting_key = \"t\"\nordering = \"{ordering}\""
+    )
+}
+
+async fn stage(ordering: &str) -> Stage {
+    let routes = routes(ordering);
+    Stage::new(Setup { routes: &routes, ..Setup::default() }).await
+}
+
+/// The stand-by, which has seen that it is one.
+async fn stand_by(stage: &Stage) -> Running {
+    let second = stage.spawn_other(|text| text.replace("name = \"first\"", "name = \"second\""));
+    until("it stands by", async || second.status().await["state"] == "standing_by").await;
+    second
+}
+
+/// What went wrong, counted over everything that arrived.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Wrong {
+    lost: u64,
+    inversions: u64,
+    /// Messages of the first relay behind one of the second.
+    late: u64,
+}
+
+fn judge(got: &[Message], count: u64) -> (Wrong, usize) {
+    let mut wrong = Wrong::default();
+    let (mut seen, mut last) = (HashSet::new(), HashMap::new());
+    let mut second = false;
+    for message in got {
+        second |= message.text("ws-route") == "second";
+        wrong.late += u64::from(second && message.text("ws-route") == "first");
+        if !seen.insert(message.id()) {
+            continue;
+        }
+        let n: u64 = message.body.parse().expect("a number");
+        let before = last.insert(n % KEYS, n).unwrap_or(0);
+        wrong.inversions += u64::from(n < before);
+    }
+    wrong.lost = count.saturating_sub(seen.len() as u64);
+    (wrong, got.len() - seen.len())
+}
+
+fn from_second(messages: &[Message]) -> bool {
+    messages.iter().any(|m| m.header("ws-route").is_some() && m.text("ws-route") == "second")
+}
+
+#[tokio::test]
+async fn a_stand_by_says_what_it_waits_for_and_who_holds_it() {
+    let stage = stage("keyed").await;
+    let first = stage.start().await;
+    let second = stand_by(&stage).await;
+    until("the holder is seen", async || {
+        second.status().await["standing_by"]["slot_holder"]["pid"].is_i64()
+    })
+    .await;
+    let pid = stage
+        .text(
+            &"SELECT active_pid FROM pg_replication_slots WHERE slot_name = 'SLOT'"
+                .replace("SLOT", &stage.slot),
+        )
+        .await;
+    let status = second.status().await;
+    let holder = &status["standing_by"]["slot_holder"];
+    assert_eq!(holder["pid"].to_string(), pid, "{status}");
+    assert!(holder["client"].as_str().unwrap().starts_with("127.0.0.1:"), "{status}");
+    let because = status["standing_by"]["because"].as_str().unwrap();
+    assert!(because.contains("another relay named \"shop\" holds the lock queue"), "{because}");
+    // The circuit of a stand-by is open or, for a moment, half-open; that of the other is closed.
+    assert_eq!(status["circuit"]["cause"], "busy", "{status}");
+    assert!(status["circuit"]["tries"].as_u64().unwrap() > 0, "{status}");
+    assert_eq!(first.status().await["circuit"]["state"], "closed");
+    assert_eq!(first.status().await["standing_by"], serde_json::Value::Null);
+    let closed = first.metric("watership_circuit_state{state=\"closed\"}").await;
+    let open = first.metric("watership_circuit_state{state=\"open\"}").await;
+    assert_eq!((closed, open), (Some(1.0), Some(0.0)));
+    assert!(second.metric("watership_busy_total{what=\"lock\"}").await.unwrap() >= 1.0);
+    assert!(second.metric("watership_session_tries").await.unwrap() >= 1.0);
+    let (code, body) = second.get("/readyz").await;
+    assert_eq!(code, 503);
+    for text in ["standing by", "holds the lock queue", &format!("pid {pid} from 127.0.0.1:")] {
+        assert!(body.contains(text), "{text} is missing in {body}");
+    }
+    assert_eq!(second.get("/livez").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_stand_by_asks_nothing_of_postgres_but_its_upkeep() {
+    let stage = stage("keyed").await;
+    let _first = stage.start().await;
+    let second = stand_by(&stage).await;
+    until("it has tried some times", async || {
+        second.metric("watership_busy_total{what=\"lock\"}").await.unwrap_or(0.0) >= 3.0
+    })
+    .await;
+    let sessions = stage.text("SELECT session_no FROM watership.checkpoint").await;
+    assert_eq!(sessions, "1", "a stand-by takes no session");
+    let ended = second.stop().await;
+    ended.expect_code(0);
+}
+
+#[tokio::test]
+async fn the_stand_by_takes_over_from_one_that_ends_in_order_without_a_duplicate() {
+    for ordering in ["keyed", "pipelined"] {
+        let stage = stage(ordering).await;
+        let first = stage.start().await;
+        let mut second = stand_by(&stage).await;
+        let writer = Writer::start(&stage).await;
+        stage.inbox.count(1_000).await;
+        first.stop().await.expect_code(0);
+        let ended = Instant::now();
+        second.ready().await;
+        let took = ended.elapsed();
+        stage.inbox.wait("the second publishes", from_second).await;
+        let count = writer.end().await;
+        let (wrong, duplicates) = judge(&stage.settled().await, count);
+        println!("{ordering}: clean exit, took over after {took:?}, {duplicates} duplicates");
+        assert_eq!((wrong, duplicates), (Wrong::default(), 0));
+        assert!(took < TAKEOVER_LIMIT, "{took:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_stand_by_takes_over_from_one_that_was_killed() {
+    for ordering in ["keyed", "pipelined"] {
+        let stage = stage(ordering).await;
+        let first = stage.start().await;
+        let mut second = stand_by(&stage).await;
+        let writer = Writer::start(&stage).await;
+        stage.inbox.count(1_000).await;
+        first.kill();
+        let killed = Instant::now();
+        second.ready().await;
+        let took = killed.elapsed();
+        stage.inbox.wait("the second publishes", from_second).await;
+        let count = writer.end().await;
+        let (wrong, duplicates) = judge(&stage.settled().await, count);
+        println!("{ordering}: kill -9, took over after {took:?}, {duplicates} duplicates");
+        assert_eq!(wrong, Wrong::default());
+        assert!(took < TAKEOVER_LIMIT, "{took:?}");
+    }
+}
+
+/// Freezes the first under load, lets the second take over, and wakes the first.
+async fn zombie(ordering: &str) {
+    let timeout = format!("wal_sender_timeout = '{}s'", WAL_SENDER_TIMEOUT.as_secs());
+    let server = private(&[&timeout], None).await;
+    let routes = routes(ordering);
+    // At the freeze there is much that is confirmed and not stored, and much that is on its way.
+    let setup = Setup {
+        routes: &routes,
+        settings: "relay.checkpoint_interval = \"2s\"",
+        ..Setup::default()
+    };
+    let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;
+    let mut first = stage.start().await;
+    let mut second = stand_by(&stage).await;
+    let writer = Writer::start(&stage).await;
+    stage.inbox.count(1_000).await;
+    first.signal(Signal::Stop);
+    let frozen = Instant::now();
+    second.ready().await;
+    let took = frozen.elapsed();
+    stage.inbox.wait("the second publishes", from_second).await;
+    let session = stage.text("SELECT session_no FROM watership.checkpoint").await;
+    let flushed = stage.text("SELECT flush_lsn FROM watership.checkpoint").await;
+
+    first.signal(Signal::Cont);
+    until("the zombie sees what became of it", async || {
+        first.status().await["state"] == "standing_by"
+    })
+    .await;
+    // A few more of its sessions, while the second works on.
+    until("the zombie has tried again", async || {
+        first.metric("watership_busy_total{what=\"lock\"}").await.unwrap_or(0.0) >= 3.0
+    })
+    .await;
+    let count = writer.end().await;
+    let (wrong, duplicates) = judge(&stage.settled().await, count);
+    println!("{ordering}: SIGSTOP, took over after {took:?}, {duplicates} duplicates, {wrong:?}");
+    assert_eq!(wrong, Wrong::default());
+    assert_eq!(stage.text("SELECT session_no FROM watership.checkpoint").await, session);
+    assert!(
+        stage.holds(&format!("(SELECT flush_lsn FROM watership.checkpoint) >= '{flushed}'")).await
+    );
+    let limit = HEARTBEATS.max(WAL_SENDER_TIMEOUT) + TAKEOVER_LIMIT;
+    assert!(took < limit, "{took:?} is more than {limit:?}");
+    second.stop().await.expect_code(0);
+    // Now the zombie is the stand-by, and works when it is its turn.
+    first.ready().await;
+    first.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_zombie_of_a_keyed_route_publishes_nothing_and_stores_nothing() {
+    zombie("keyed").await;
+}
+
+#[tokio::test]
+async fn a_zombie_of_a_pipelined_route_publishes_nothing_and_stores_nothing() {
+    zombie("pipelined").await;
+}
+
+#[tokio::test]
+async fn a_session_that_was_taken_over_cannot_write_the_checkpoint() {
+    let stage = stage("keyed").await;
+    let oid = stage.text("SELECT oid FROM pg_publication").await.parse().expect("an oid");
+    let client = Arc::new(stage.database.connect().await);
+    let old = take_session(&client, "shop", oid).await.expect("a session");
+    let store = async |session_no| {
+        let store = PostgresStore::new(Arc::clone(&client), "shop", session_no).await;
+        Store::Postgres(Arc::new(store.expect("a store")))
+    };
+    let at = |lsn: u64| {
+        let position = Position { commit_lsn: Lsn(old.flush_lsn.0 + lsn), ..old.position };
+        (position, Lsn(old.flush_lsn.0 + lsn))
+    };
+    let first = store(old.session_no).await;
+    let write = async |store: &Store, lsn| {
+        let (position, flush) = at(lsn);
+        store.store(position, flush, Writes::default()).await
+    };
+    write(&first, 10).await.expect("the session is the latest");
+    let new = take_session(&client, "shop", oid).await.expect("a session");
+    assert_eq!(new.session_no, old.session_no + 1);
+    let error = write(&first, 20).await.expect_err("it was taken over");
+    assert_eq!(error.kind(), Kind::Busy, "{error}");
+    let row = stage.text("SELECT flush_lsn FROM watership.checkpoint").await;
+    assert_eq!(row, at(10).1.to_string());
+    write(&store(new.session_no).await, 20).await.expect("the new one may");
+}
