@@ -1,0 +1,196 @@
+//! Group D: what a broker's operator takes away from the relay, and confirms that never come.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::time::Instant;
+
+use crate::broker::close_relays;
+use crate::class::Class;
+use crate::crash_relay::within;
+use crate::crash_support::Scene;
+use crate::framing::{Protocol, is_ack};
+use crate::ground::{STEADY, led, throughout};
+use crate::proxy::{Action, Direction, Proxy, Trigger};
+use crate::support::{Database, Vhost, own_database, own_vhost, rabbit};
+
+/// A user of one test's own, who may do everything in the vhost.
+async fn user(vhost: &Vhost, name: &str) -> String {
+    manage("PUT", &format!("/api/users/{name}"), r#"{"password":"first","tags":""}"#).await;
+    permit(vhost, name, ".*").await;
+    vhost.url.replace("guest:guest", &format!("{name}:first"))
+}
+
+async fn permit(vhost: &Vhost, name: &str, write: &str) {
+    let body = format!(r#"{{"configure":".*","write":"{write}","read":".*"}}"#);
+    manage("PUT", &format!("/api/permissions/{}/{name}", vhost.name), &body).await;
+}
+
+async fn manage(method: &str, path: &str, body: &str) {
+    rabbit().await.management(method, path, body).await.unwrap_or_else(|e| panic!("{e:?}"));
+}
+
+/// A run whose relay has a user of its own, in which events flow.
+async fn flowing(title: &str, name: &str) -> (Database, Vhost, Scene) {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let own = user(&vhost, name).await;
+    let ways = (&*database.url, &*database.url);
+    let mut scene = led(title, ways, (&vhost.url, &own), "").await;
+    scene.consume();
+    scene.relay().start();
+    scene.write(STEADY);
+    scene.flowing(500).await;
+    (database, vhost, scene)
+}
+
+/// The relay is up, does not stream, and says `word`.
+async fn waits_and_says(scene: &mut Scene, word: &str) {
+    let says = |status: &Value| {
+        let error = status["last_error"]["error"].as_str().unwrap_or_default().to_owned();
+        let held = status["held"][0]["reason"].as_str().unwrap_or_default();
+        format!("{error} {held}").contains(word)
+    };
+    scene.relay().reaches(&format!("it says {word:?}"), says).await;
+    scene.relay().stays(Duration::from_secs(2), |status| status["sessions"].is_u64()).await;
+}
+
+async fn back(class: Class, mut scene: Scene, ended: Instant, before: u64) {
+    scene.recovered(ended, before).await;
+    scene.flowing(500).await;
+    scene.enough();
+    class.survived(&scene.judge().await);
+}
+
+#[tokio::test]
+async fn broker_d05_write_permission_revoked() {
+    let class = Class::new("D5", "broker_d05_write_permission_revoked");
+    let (_database, vhost, mut scene) = flowing("D5", "d05").await;
+    scene.fault("write permission revoked");
+    permit(&vhost, "d05", "^$").await;
+    // An open channel remembers what it was allowed.
+    close_relays(&vhost.name).await;
+    waits_and_says(&mut scene, "ACCESS_REFUSED").await;
+    let before = scene.relay().confirmed().await;
+    permit(&vhost, "d05", ".*").await;
+    back(class, scene, Instant::now(), before).await;
+}
+
+#[tokio::test]
+async fn broker_d20_vhost_deleted() {
+    let class = Class::new("D20", "broker_d20_vhost_deleted");
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let ways = (&*database.url, &*database.url);
+    let mut scene = led("D20 vhost", ways, (&vhost.url, &vhost.url), "").await;
+    // The queue goes with the vhost, and what it holds: so nothing was published yet.
+    scene.relay().start();
+    scene.relay().reaches("it streams", |status| status["state"] == "streaming").await;
+    scene.fault("vhost deleted");
+    manage("DELETE", &format!("/api/vhosts/{}", vhost.name), "").await;
+    scene.write(STEADY);
+    scene.committed_more(500).await;
+    waits_and_says(&mut scene, "vhost").await;
+    let before = scene.relay().confirmed().await;
+    rabbit().await.create_vhost(&vhost.name).await.expect("the vhost is back");
+    let ended = Instant::now();
+    scene.consume();
+    back(class, scene, ended, before).await;
+}
+
+#[tokio::test]
+async fn broker_d20_user_deleted() {
+    let Some(class) = Class::long("D20", "broker_d20_user_deleted") else { return };
+    let (_database, vhost, mut scene) = flowing("D20 user", "d20u").await;
+    scene.fault("user deleted");
+    manage("DELETE", "/api/users/d20u", "").await;
+    waits_and_says(&mut scene, "ACCESS_REFUSED").await;
+    let before = scene.relay().confirmed().await;
+    user(&vhost, "d20u").await;
+    back(class, scene, Instant::now(), before).await;
+}
+
+#[tokio::test]
+async fn broker_d20_password_changed() {
+    let class = Class::new("D20", "broker_d20_password_changed");
+    let (_database, vhost, mut scene) = flowing("D20 password", "d20p").await;
+    scene.fault("password changed");
+    manage("PUT", "/api/users/d20p", r#"{"password":"second","tags":""}"#).await;
+    close_relays(&vhost.name).await;
+    waits_and_says(&mut scene, "ACCESS_REFUSED").await;
+    assert!(!scene.relay().log_text().contains("first"), "the password is not logged");
+    let before = scene.relay().confirmed().await;
+    manage("PUT", "/api/users/d20p", r#"{"password":"first","tags":""}"#).await;
+    back(class, scene, Instant::now(), before).await;
+}
+
+#[tokio::test]
+async fn broker_d22_no_connection_allowed() {
+    let Some(class) = Class::long("D22", "broker_d22_no_connection_allowed") else { return };
+    let (_database, vhost, mut scene) = flowing("D22", "d22").await;
+    scene.fault("connection limit 0");
+    let path = format!("/api/vhost-limits/{}/max-connections", vhost.name);
+    manage("PUT", &path, r#"{"value":0}"#).await;
+    close_relays(&vhost.name).await;
+    waits_and_says(&mut scene, "limit").await;
+    let before = scene.relay().confirmed().await;
+    manage("DELETE", &path, "").await;
+    back(class, scene, Instant::now(), before).await;
+}
+
+#[tokio::test]
+async fn broker_d14_confirms_that_never_come() {
+    never_confirmed(Class::new("D14", "broker_d14_confirms_that_never_come"), "D14").await;
+}
+
+/// No confirm arrives any more: nothing is stored, the session ends by the deadline, and all that
+/// was not confirmed is sent again.
+pub async fn never_confirmed(class: Class, title: &str) {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let proxy = Proxy::before(rabbit().await.port(), Protocol::Amqp).await;
+    let settings = "broker.heartbeat = \"1s\"\nbroker.confirm_timeout = \"3s\"";
+    let broker = (&*vhost.url, &*proxy.url(&vhost.url));
+    let mut scene = led(title, (&database.url, &database.url), broker, settings).await;
+    scene.consume();
+    scene.relay().start();
+    scene.write(STEADY);
+    scene.flowing(500).await;
+    scene.fault("no confirm arrives");
+    let (direction, nth, for_ever) = (Direction::ToRelay, 1, true);
+    proxy.trigger(Trigger { direction, matches: is_ack, nth, action: Action::Drop, for_ever });
+    proxy.strikes().await;
+    // What was confirmed before is stored within the checkpoint interval.
+    let waiting = |status: &Value| status["in_flight"].as_u64() >= Some(150);
+    scene.relay().reaches("every key waits", waiting).await;
+    throughout(Duration::from_millis(500), "it lives", async || {
+        scene.relay().check();
+        true
+    })
+    .await;
+    let stored = scene.relay().status().await["checkpointed"].clone();
+    within("the session is given up", scene.relay().logs(&["session ended", "confirm"])).await;
+    assert_eq!(scene.relay().status().await["checkpointed"], stored, "nothing was confirmed");
+    let before = scene.relay().confirmed().await;
+    proxy.heal();
+    back(class, scene, Instant::now(), before).await;
+}
+
+#[tokio::test]
+async fn broker_d14_one_confirm_lost() {
+    let Some(class) = Class::long("D14", "broker_d14_one_confirm_lost") else { return };
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let proxy = Proxy::before(rabbit().await.port(), Protocol::Amqp).await;
+    let settings = "broker.heartbeat = \"1s\"\nbroker.confirm_timeout = \"3s\"";
+    let broker = (&*vhost.url, &*proxy.url(&vhost.url));
+    let mut scene = led("D14 one", (&database.url, &database.url), broker, settings).await;
+    scene.consume();
+    scene.relay().start();
+    scene.write(STEADY);
+    scene.flowing(500).await;
+    scene.fault("the 7th confirm is lost");
+    let (direction, nth, for_ever) = (Direction::ToRelay, 7, false);
+    proxy.trigger(Trigger { direction, matches: is_ack, nth, action: Action::Drop, for_ever });
+    proxy.strikes().await;
+    // A later confirm of several covers it, or the deadline ends the session: either is right.
+    let before = scene.relay().confirmed().await;
+    scene.flowing(3_200).await;
+    back(class, scene, Instant::now(), before).await;
+}

@@ -1,0 +1,92 @@
+//! One fault class under test, and the line that tells how it went.
+//!
+//! The line goes to the file that WATERSHIP_FAULT_RESULTS names; `scripts/reliability` reads it.
+//! A test that fails leaves its line too, from the drop.
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::crash_support::{Judged, full};
+
+/// A class while its test runs.
+pub struct Class {
+    id: &'static str,
+    test: &'static str,
+    told: bool,
+    begin: Instant,
+    extra: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Class {
+    /// `id` is the row of the fault model, such as "A1".
+    pub fn new(id: &'static str, test: &'static str) -> Self {
+        println!("{id}: {test}");
+        Self { id, test, told: false, begin: Instant::now(), extra: serde_json::Map::new() }
+    }
+
+    /// The same, for a test that runs only when the long tests were asked for.
+    pub fn long(id: &'static str, test: &'static str) -> Option<Self> {
+        full().then(|| Self::new(id, test))
+    }
+
+    /// A figure of its own.
+    pub fn note(&mut self, name: &str, value: impl Into<serde_json::Value>) {
+        let value = value.into();
+        println!("{}: {name} {value}", self.id);
+        self.extra.insert(name.into(), value);
+    }
+
+    /// It survived, and this was counted.
+    pub fn survived(mut self, judged: &Judged) {
+        self.tell(true, judged);
+    }
+
+    /// It survived; what matters was asserted in the test: `events` arrived, once each, after one
+    /// fault.
+    pub fn held(mut self, events: u64) {
+        self.tell(true, &Judged { events, faults: 1, ..Judged::default() });
+    }
+
+    /// This server cannot bring the fault about; nothing is told.
+    pub fn not_here(mut self, why: &str) {
+        println!("{}: not here: {why}", self.id);
+        self.told = true;
+    }
+
+    fn tell(&mut self, ok: bool, judged: &Judged) {
+        self.told = true;
+        let milliseconds = |time: &Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let line = json!({
+            "class": self.id,
+            "group": &self.id[..1],
+            "test": self.test,
+            "ok": ok,
+            "recovery_ms": judged.recoveries.iter().map(milliseconds).collect::<Vec<_>>(),
+            "events": judged.events,
+            "lost": judged.lost,
+            "order_violations": judged.violations,
+            "duplicates": judged.duplicates,
+            "duplicate_bound": judged.bound,
+            "faults_injected": judged.faults,
+            "seconds": self.begin.elapsed().as_secs(),
+            "postgres": std::env::var("WATERSHIP_PG_MAJOR").unwrap_or_default(),
+            "more": self.extra,
+        });
+        let Some(path) = std::env::var_os("WATERSHIP_FAULT_RESULTS") else { return };
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+        // One write for one line: tests that end at the same time do not mix.
+        let written = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
+        written.expect("the results can be written");
+    }
+}
+
+impl Drop for Class {
+    fn drop(&mut self) {
+        if !self.told {
+            self.tell(false, &Judged::default());
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! The soak's schedule and its checkers: each is shown a log that was tampered with.
+
+use std::time::Duration;
+
+use crate::schedule::{Duplicates, WEIGHTS, growth, schedule};
+
+#[test]
+fn a_seed_brings_the_same_schedule_and_another_seed_another() {
+    let interval = Duration::from_secs(20);
+    let make = |seed| schedule(seed, 600, interval);
+    assert_eq!(make(7), make(7));
+    assert_ne!(make(7), make(8));
+    assert_eq!(make(7).len(), 29);
+    assert_eq!(make(7)[0].at, interval);
+}
+
+#[test]
+fn every_kind_of_fault_is_drawn() {
+    let many = schedule(1, 100_000, Duration::from_secs(20));
+    let kinds: std::collections::HashSet<_> =
+        many.iter().map(|step| std::mem::discriminant(&step.fault)).collect();
+    assert_eq!(kinds.len(), WEIGHTS.len());
+}
+
+#[test]
+fn duplicates_are_allowed_within_a_fault_and_its_bound_only() {
+    let mut log = Duplicates::default();
+    log.begins("a", 0);
+    log.recovered("a", 10, 10);
+    log.begins("b", 10);
+    log.recovered("b", 10, 10);
+    assert_eq!((log.wrong.len(), log.most()), (0, 10));
+    log.begins("c", 11);
+    assert_eq!(log.wrong, ["1 duplicates without a fault, before c"]);
+    log.recovered("c", 22, 10);
+    assert_eq!(log.wrong[1..], ["11 duplicates after c, at most 10"]);
+}
+
+#[test]
+fn growth_is_seen_and_noise_is_not() {
+    assert_eq!(growth(&[]), 0);
+    assert_eq!(growth(&[10, 90, 10, 11, 10, 90, 11, 10]), 0);
+    let rising: Vec<u64> = (0..100).collect();
+    assert_eq!(growth(&rising), 50);
+}
