@@ -24,7 +24,8 @@ const UNREACHABLE: &str = "watership_reconnects_total{cause=\"unreachable\"}";
 /// A relay works again so soon after others are served; alone on a machine within a second.
 const BACK: Duration = Duration::from_secs(5);
 
-fn held(status: &Value) -> bool {
+/// A route is held.
+pub fn held(status: &Value) -> bool {
     !status["held"].as_array().is_none_or(Vec::is_empty)
 }
 
