@@ -26,6 +26,10 @@ use crate::error::{Error, Kind, Result};
 use crate::fault::{classify, is_tls, with_advice};
 use crate::tls;
 
+/// Largest frame of this connection, in bytes. lapin keeps 64 of them in memory, and nothing large
+/// is said here; RabbitMQ 4 refuses less.
+const FRAME_MAX: u32 = 8192;
+
 /// Whether missing things are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
@@ -177,7 +181,11 @@ fn uri(options: &Options, url: &Url) -> AMQPUri {
         scheme: AMQPScheme::AMQP,
         authority: AMQPAuthority { userinfo, host: url.host.clone(), port: url.port },
         vhost: url.vhost.clone(),
-        query: AMQPQueryString { auth_mechanism: Some(mechanism), ..Default::default() },
+        query: AMQPQueryString {
+            auth_mechanism: Some(mechanism),
+            frame_max: Some(FRAME_MAX),
+            ..Default::default()
+        },
     }
 }
 
