@@ -11,7 +11,7 @@ use crate::event::{
     Change, Content, Event, OldRow, OutboxRow, Payload, Row, Table, Value, route_id,
 };
 use crate::message::{Builder, Message, Properties};
-use crate::route::{MessageIdRule, Route};
+use crate::route::{MessageIdRule, Ordering, Route};
 
 const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
@@ -24,13 +24,14 @@ pub struct Envelope {
     routing_key: String,
     kind: String,
     key: String,
+    message: Vec<u8>,
 }
 
 impl Envelope {
     /// `app_id` is the relay's name.
     pub fn new(app_id: impl Into<String>) -> Self {
-        let (routing_key, kind, key) = Default::default();
-        Self { app_id: app_id.into(), routing_key, kind, key }
+        let (routing_key, kind, key, message) = Default::default();
+        Self { app_id: app_id.into(), routing_key, kind, key, message }
     }
 
     /// The event's message on this route.
@@ -38,6 +39,12 @@ impl Envelope {
     /// # Errors
     /// [`crate::error::Kind::Event`] when something in it cannot be carried by AMQP.
     pub fn message(&mut self, event: &Event, route: &Route) -> Result<Message> {
+        let mut message = self.make(event, route)?;
+        message.in_sequence = route.ordering == Ordering::Pipelined;
+        Ok(message)
+    }
+
+    fn make(&mut self, event: &Event, route: &Route) -> Result<Message> {
         route.routing_key(event, &mut self.routing_key)?;
         self.kind.clear();
         self.key.clear();
@@ -70,7 +77,7 @@ impl Envelope {
             kind: &self.kind,
             app_id: &self.app_id,
         };
-        let mut builder = Builder::new(&self.routing_key, properties, body_len)?;
+        let mut builder = Builder::new(&mut self.message, &self.routing_key, properties)?;
         builder.header_with("ws-position", |out| event.position.write_text(out))?;
         builder.header_text("ws-route", route.name.as_bytes())?;
         builder.header_text("ws-key", self.key.as_bytes())?;

@@ -41,6 +41,9 @@ pub struct Message {
     pub route: RouteId,
     /// The `message_id` property; a returned message is matched by it.
     pub id: Uuid,
+    /// It may neither overtake nor be overtaken by others of its exchange that are in sequence,
+    /// although those are unconfirmed. Without, whoever sends them waits for confirms.
+    pub in_sequence: bool,
 }
 
 impl Message {
@@ -105,7 +108,8 @@ impl Message {
         }
         let properties_end = (routing_key.len() + properties.len()) as u32;
         let buf = [routing_key.as_bytes(), properties, body].concat().into_boxed_slice();
-        Ok(Self { buf, routing_key_len, properties_end, exchange, route, id })
+        let in_sequence = false;
+        Ok(Self { buf, routing_key_len, properties_end, exchange, route, id, in_sequence })
     }
 
     /// Bytes held in memory for this message.
@@ -129,9 +133,13 @@ pub struct Properties<'a> {
     pub app_id: &'a str,
 }
 
+/// A message above this size, in bytes, takes the scratch space with it instead of being copied.
+const SCRATCH_KEPT: usize = 64 * 1024;
+
 /// Builds a [`Message`]: properties, then headers, then [`Builder::finish`] with the body.
 pub struct Builder<'a> {
-    buf: Vec<u8>,
+    /// Scratch space: a message's own memory is allocated once, when its size is known.
+    buf: &'a mut Vec<u8>,
     routing_key_len: u8,
     headers_len_at: usize,
     properties: Properties<'a>,
@@ -149,17 +157,21 @@ const APP_ID: u16 = 1 << 3;
 const PERSISTENT: u8 = 2;
 
 impl<'a> Builder<'a> {
-    /// Starts a message; `body_len` only sizes the allocation.
+    /// Starts a message in `scratch`, whose content is replaced.
     ///
     /// # Errors
     /// [`crate::error::Kind::Event`] when the routing key, the content type, the type or the
     /// application id is longer than 255 bytes.
-    pub fn new(routing_key: &str, properties: Properties<'a>, body_len: usize) -> Result<Self> {
-        const HEADERS_GUESS: usize = 320;
+    pub fn new(
+        scratch: &'a mut Vec<u8>,
+        routing_key: &str,
+        properties: Properties<'a>,
+    ) -> Result<Self> {
         let len = check_short("routing key", routing_key)?;
         check_short("type", properties.kind)?;
         check_short("app_id", properties.app_id)?;
-        let mut buf = Vec::with_capacity(routing_key.len() + HEADERS_GUESS + body_len);
+        let buf = scratch;
+        buf.clear();
         buf.extend_from_slice(routing_key.as_bytes());
         buf.extend_from_slice(&FLAGS.to_be_bytes());
         buf.push(check_short("content_type", properties.content_type)?);
@@ -192,7 +204,7 @@ impl<'a> Builder<'a> {
         self.buf.push(b'S');
         let at = self.buf.len();
         self.buf.extend_from_slice(&[0; 4]);
-        write(&mut self.buf);
+        write(self.buf);
         self.set_len(at)
     }
 
@@ -266,14 +278,19 @@ impl<'a> Builder<'a> {
             return Err(too_long(properties_len));
         }
         let properties_end = self.buf.len() as u32;
-        write_body(&mut self.buf);
+        write_body(self.buf);
+        let buf = match self.buf.len() {
+            ..=SCRATCH_KEPT => Box::from(self.buf.as_slice()),
+            _ => std::mem::take(self.buf).into_boxed_slice(),
+        };
         Ok(Message {
-            buf: self.buf.into_boxed_slice(),
+            buf,
             routing_key_len: self.routing_key_len,
             properties_end,
             exchange,
             route,
             id: properties.message_id,
+            in_sequence: false,
         })
     }
 
@@ -362,20 +379,22 @@ mod tests {
     use amq_protocol::protocol::basic::parse_properties;
     use amq_protocol::types::AMQPValue;
 
-    fn sample() -> Builder<'static> {
-        let properties = Properties {
-            content_type: "application/json",
-            message_id: Uuid::from_u128(7),
-            timestamp: 1_700_000_000,
-            kind: "order.created",
-            app_id: "shop",
-        };
-        Builder::new("order.created", properties, 2).unwrap()
+    const PROPERTIES: Properties<'static> = Properties {
+        content_type: "application/json",
+        message_id: Uuid::from_u128(7),
+        timestamp: 1_700_000_000,
+        kind: "order.created",
+        app_id: "shop",
+    };
+
+    fn sample(scratch: &mut Vec<u8>) -> Builder<'_> {
+        Builder::new(scratch, "order.created", PROPERTIES).unwrap()
     }
 
     #[test]
     fn properties_are_what_the_amqp_codec_reads() {
-        let mut builder = sample();
+        let mut scratch = Vec::new();
+        let mut builder = sample(&mut scratch);
         builder.header_text("ws-key", b"order/7").unwrap();
         builder.header_with("ws-route", |out| out.extend_from_slice(b"orders")).unwrap();
         builder.header_int("n", -3).unwrap();
@@ -412,16 +431,28 @@ mod tests {
     }
 
     #[test]
+    fn a_large_message_leaves_no_large_scratch_space_behind() {
+        let mut scratch = Vec::new();
+        for len in [10, SCRATCH_KEPT, 4 * SCRATCH_KEPT, 20] {
+            let body = vec![b'x'; len];
+            let builder = sample(&mut scratch);
+            let message = builder.finish(ExchangeId(0), RouteId(0), |b| b.extend(&body)).unwrap();
+            assert_eq!(message.body(), body);
+            assert!(scratch.capacity() <= 2 * SCRATCH_KEPT, "{len}: {}", scratch.capacity());
+        }
+    }
+
+    #[test]
     fn refuses_what_amqp_cannot_carry() {
         let long = "x".repeat(256);
-        let mut builder = sample();
+        let mut scratch = Vec::new();
+        let mut builder = sample(&mut scratch);
         assert!(builder.header_text(&long, b"").is_err());
-        let properties = builder.properties;
-        let mut builder = sample();
+        let mut builder = sample(&mut scratch);
         builder.header_text("big", &vec![b'x'; PROPERTIES_MAX]).unwrap();
         let error = builder.finish(ExchangeId(0), RouteId(0), |_| {}).unwrap_err();
         assert_eq!(error.kind(), crate::error::Kind::Event);
-        let error = Builder::new(&long, properties, 0).err().unwrap();
+        let error = Builder::new(&mut scratch, &long, PROPERTIES).err().unwrap();
         assert!(
             error.to_string().starts_with("routing key has 256 bytes, AMQP allows at most 255")
         );

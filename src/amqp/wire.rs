@@ -293,7 +293,8 @@ mod tests {
             kind: "order.created",
             app_id: "shop",
         };
-        let mut builder = Builder::new(key, properties, body.len()).unwrap();
+        let mut scratch = Vec::new();
+        let mut builder = Builder::new(&mut scratch, key, properties).unwrap();
         builder.header_text("ws-key", header.as_bytes()).unwrap();
         builder.finish(ExchangeId(0), RouteId(0), |out| out.extend_from_slice(body)).unwrap()
     }

@@ -34,7 +34,7 @@ fn message(exchange: u16, routing_key: &str, n: u64, body: &[u8]) -> Message {
         kind: "tested",
         app_id: "it",
     };
-    Builder::new(routing_key, properties, body.len())
+    Builder::new(&mut Vec::new(), routing_key, properties)
         .and_then(|b| b.finish(ExchangeId(exchange), RouteId(0), |out| out.extend(body)))
         .expect("a good message")
 }

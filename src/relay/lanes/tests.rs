@@ -21,7 +21,8 @@ fn message(id: u128, route: u16) -> Message {
         kind: "test",
         app_id: "test",
     };
-    let builder = Builder::new("key", properties, 0).unwrap();
+    let mut scratch = Vec::new();
+    let builder = Builder::new(&mut scratch, "key", properties).unwrap();
     builder.finish(ExchangeId(0), RouteId(route), |_| {}).unwrap()
 }
 
