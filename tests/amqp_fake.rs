@@ -29,7 +29,7 @@ async fn session<S, C>(
     C: Future<Output = ()>,
 {
     let (url, listener) = broker().await;
-    let channels = options.exchanges.len() as u16;
+    let channels = (options.exchanges.len() * options.channels_per_exchange) as u16;
     let script = tokio::spawn(async move {
         let mut peer = Peer::accept(&listener).await;
         peer.handshake().await;
@@ -160,6 +160,39 @@ async fn return_that_fits_no_publish_ends_the_session() {
         publish(&mut connection, 0, 1..=2);
         let error = failure(&mut connection).await;
         assert!(error.to_string().contains("none of the 2 unconfirmed"), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn messages_of_an_exchange_share_its_channels_and_a_sequence_keeps_to_one() {
+    let script = |mut peer: Peer| async move {
+        let publishes = peer.publishes(24).await;
+        let channels = |range: std::ops::Range<usize>| {
+            let list = publishes[range].iter().map(|p| p.channel);
+            list.collect::<std::collections::BTreeSet<u16>>()
+        };
+        assert_eq!(channels(0..12), [2, 3, 4].into());
+        assert_eq!(channels(12..18).len(), 1, "a sequence");
+        assert_eq!(channels(18..24), [5, 6, 7].into(), "the other exchange has its own");
+        let count = |number| publishes.iter().filter(|p| p.channel == number).count() as u64;
+        peer.close_channel(3, 404, "NOT_FOUND").await;
+        for number in [2, 4, 5, 6, 7] {
+            peer.ack(number, count(number), true).await;
+        }
+    };
+    let options = Options { channels_per_exchange: 3, ..options(&["a", "b"]) };
+    session(options, script, |mut connection| async move {
+        publish(&mut connection, 0, 1..=12);
+        for n in 13..=18 {
+            let mut message = message(0, n, b"hello");
+            message.in_sequence = true;
+            connection.send(Ticket(n), &message);
+        }
+        publish(&mut connection, 1, 19..=24);
+        let got = outcomes(&mut connection, 24).await;
+        let closed = got.iter().filter(|(_, o)| matches!(o, Outcome::ChannelClosed { .. })).count();
+        assert_eq!(closed, 4, "a third of the first exchange's: {got:?}");
     })
     .await;
 }

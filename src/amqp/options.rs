@@ -16,6 +16,9 @@ use crate::tls;
 
 /// Most channels that one connection opens for its exchanges; more exchanges share them.
 pub const CHANNELS_MAX: usize = 64;
+/// Channels of one exchange. The broker runs each in a process of its own: with one, that process
+/// bounds the rate while other cores are idle.
+pub const CHANNELS_PER_EXCHANGE: usize = 4;
 
 /// Everything that [`super::publisher::Connection::open`] needs.
 #[derive(Debug, Clone)]
@@ -34,6 +37,8 @@ pub struct Options {
     pub confirm_timeout: Duration,
     /// The exchanges; a message names one by its index.
     pub exchanges: Vec<String>,
+    /// Channels that the messages of one exchange are spread over.
+    pub channels_per_exchange: usize,
     /// Exclusive queue that fences this publisher against a second one of the same name.
     pub lock_queue: Option<String>,
     /// Shown in the broker's list of connections.
@@ -53,6 +58,7 @@ impl Options {
             connect_timeout: Duration::from_secs(10),
             confirm_timeout: Duration::from_secs(30),
             exchanges: Vec::new(),
+            channels_per_exchange: CHANNELS_PER_EXCHANGE,
             lock_queue: None,
             connection_name: "watership".into(),
             max_message_size: 16 * 1024 * 1024,

@@ -9,9 +9,10 @@
 //! time, also when nothing is outstanding. All state is in the struct, so a dropped future loses
 //! nothing.
 //!
-//! There is one channel per exchange, because the broker answers a publish to a missing or
+//! Each exchange has channels of its own, because the broker answers a publish to a missing or
 //! forbidden exchange by closing the channel, without a delivery tag. Such a channel is opened
-//! again by the next publish to it; the other channels go on.
+//! again by the next publish to it; the other channels go on. Messages of one exchange are spread
+//! over its channels and may overtake each other there, but for those that are `in_sequence`.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -41,6 +42,7 @@ pub struct Connection {
     link: Link,
     url: Url,
     channels: Vec<Channel>,
+    channels_per_exchange: usize,
     exchanges: Vec<Exchange>,
     /// Send a heartbeat after this much silence of ours.
     heartbeat: Duration,
@@ -114,7 +116,10 @@ impl Connection {
 
     fn new(options: &Options, url: &Url, link: Link, tuned: Tuned) -> Self {
         let available = usize::from(tuned.channel_max.saturating_sub(CONTROL_CHANNEL)).max(1);
-        let count = options.exchanges.len().min(CHANNELS_MAX).min(available);
+        let exchanges = options.exchanges.len();
+        let channels_most = available.min(CHANNELS_MAX);
+        let each = options.channels_per_exchange.min(channels_most / exchanges.max(1)).max(1);
+        let count = (exchanges * each).min(channels_most);
         let timeout = Duration::from_secs(u64::from(tuned.heartbeat));
         let mut ticks = interval((timeout / 2).min(options.confirm_timeout) / TICKS_PER_DEADLINE);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -124,6 +129,7 @@ impl Connection {
             link,
             url: url.clone(),
             channels: (0..count).map(|i| Channel::new(CONTROL_CHANNEL + 1 + i as u16)).collect(),
+            channels_per_exchange: each,
             exchanges: options.exchanges.iter().map(exchange).collect(),
             heartbeat: timeout / 2,
             confirm_timeout: options.confirm_timeout,
@@ -384,6 +390,14 @@ impl Connection {
         }
     }
 
+    /// The index of the channel that a message to this exchange takes.
+    fn channel_for(&self, exchange: usize, message: &Message) -> usize {
+        // Ids are random, or hashes.
+        let spread = if message.in_sequence { 0 } else { message.id.as_u128() as usize };
+        let each = self.channels_per_exchange;
+        (exchange * each + spread % each) % self.channels.len()
+    }
+
     fn channel(&mut self, number: u16) -> Result<&mut Channel> {
         let index = usize::from(number).checked_sub(usize::from(CONTROL_CHANNEL) + 1);
         index.and_then(|index| self.channels.get_mut(index)).ok_or_else(|| {
@@ -435,7 +449,7 @@ impl Publisher for Connection {
             exchange < self.exchanges.len(),
             "the message names an exchange of this connection"
         );
-        let index = exchange % self.channels.len();
+        let index = self.channel_for(exchange, message);
         if self.channels[index].state == State::Closed {
             self.open_channel(index);
         }

@@ -13,7 +13,7 @@ use crate::relay::lanes::Owner;
 use crate::relay::parked::{Raw, Row, Why, shorten};
 use crate::relay::parking::Next;
 use crate::relay::parking::store::Found;
-use crate::route::{Decision, Lanes};
+use crate::route::{Decision, Lanes, Ordering};
 use crate::source::Source;
 
 /// How often the table is asked whether people changed something, while it has rows.
@@ -124,7 +124,8 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                 let (exchange, id) = (route.exchange, row.id);
                 let message =
                     Message::from_parts(routing_key, properties, body, exchange, route.id, id);
-                let message = message.map_err(|error| (Why::Invalid, error))?;
+                let mut message = message.map_err(|error| (Why::Invalid, error))?;
+                message.in_sequence = route.ordering == Ordering::Pipelined;
                 return Ok(vec![(fits(message, max_body)?, row.lanes)]);
             }
             (Raw::Message { .. }, None) => {

@@ -30,7 +30,8 @@ pub async fn closed_port() -> Url {
 /// Options with these exchanges.
 pub fn options(exchanges: &[&str]) -> Options {
     let exchanges = exchanges.iter().map(|e| (*e).to_owned()).collect();
-    Options { exchanges, ..Options::new(Vec::new()) }
+    // The scripts count the frames of one channel.
+    Options { exchanges, channels_per_exchange: 1, ..Options::new(Vec::new()) }
 }
 
 /// A message whose id and routing key follow from `n`.
@@ -42,7 +43,7 @@ pub fn message(exchange: u16, n: u64, body: &[u8]) -> Message {
         kind: "tested",
         app_id: "fake",
     };
-    Builder::new(&format!("key.{n}"), properties, body.len())
+    Builder::new(&mut Vec::new(), &format!("key.{n}"), properties)
         .and_then(|b| b.finish(ExchangeId(exchange), RouteId(0), |out| out.extend(body)))
         .expect("the fake broker works")
 }
