@@ -2,8 +2,8 @@
 //!
 //! `raw_publisher URL --queue Q --messages N --window W --body BYTES` declares the quorum queue Q,
 //! publishes N messages to it with at most W unconfirmed, and prints one line of JSON. With
-//! `--exchange X` they go through the topic exchange X and carry the headers of the relay's
-//! messages: what the broker then needs more per message is not the relay's doing.
+//! `--exchange X` they go through the exchange X (`--kind direct` or `topic`) and carry the headers
+//! of the relay's messages: what the broker then needs more per message is not the relay's doing.
 
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,9 @@ use watership::message::{
     Builder, ExchangeId, Message, Outcome, Properties, Publisher, RouteId, Ticket,
 };
 
+/// Of every message that goes through an exchange.
+const ROUTING_KEY: &str = "order.created";
+
 struct Arguments {
     url: String,
     queue: String,
@@ -24,6 +27,7 @@ struct Arguments {
     body: usize,
     /// Empty: the default exchange.
     exchange: String,
+    kind: String,
 }
 
 fn arguments() -> Result<Arguments> {
@@ -34,6 +38,7 @@ fn arguments() -> Result<Arguments> {
         window: 2000,
         body: 330,
         exchange: String::new(),
+        kind: "topic".into(),
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -49,6 +54,7 @@ fn arguments() -> Result<Arguments> {
         match word.as_str() {
             "--queue" => all.queue = value,
             "--exchange" => all.exchange = value,
+            "--kind" => all.kind = value,
             "--messages" => all.messages = number()?,
             "--window" => all.window = number()?,
             "--body" => all.body = number()? as usize,
@@ -60,15 +66,16 @@ fn arguments() -> Result<Arguments> {
 
 fn message(arguments: &Arguments, n: u64, body: &[u8]) -> Result<Message> {
     let like_relay = !arguments.exchange.is_empty();
-    let routing_key = if like_relay { "order.created" } else { &arguments.queue };
+    let routing_key = if like_relay { ROUTING_KEY } else { &arguments.queue };
     let properties = Properties {
         content_type: "application/json",
         message_id: Uuid::from_u128(n.into()),
         timestamp: 1_700_000_000,
-        kind: "order.created",
+        kind: ROUTING_KEY,
         app_id: "raw",
     };
-    let mut builder = Builder::new(routing_key, properties, body.len())?;
+    let mut scratch = Vec::new();
+    let mut builder = Builder::new(&mut scratch, routing_key, properties)?;
     builder.header_text("ws-route", b"orders")?;
     builder.header_text("ws-key", b"order/4711")?;
     if like_relay {
@@ -91,6 +98,8 @@ fn cpu() -> Option<(f64, f64)> {
 async fn run(arguments: &Arguments) -> Result<()> {
     let mut options = Options::new(vec![Url::parse(&arguments.url)?]);
     options.exchanges = vec![arguments.exchange.clone()];
+    // One channel, as such publishers have.
+    options.channels_per_exchange = 1;
     options.connect_timeout = Duration::from_secs(10);
     let queue = Queue {
         name: arguments.queue.clone(),
@@ -100,9 +109,9 @@ async fn run(arguments: &Arguments) -> Result<()> {
     };
     let mut topology = Topology { queues: vec![queue], ..Topology::default() };
     if !arguments.exchange.is_empty() {
-        let (name, kind) = (arguments.exchange.clone(), "topic".to_owned());
+        let (name, kind) = (arguments.exchange.clone(), arguments.kind.clone());
         topology.exchanges.push(Exchange { name: name.clone(), kind, durable: true });
-        let (queue, routing_key) = (arguments.queue.clone(), "#".to_owned());
+        let (queue, routing_key) = (arguments.queue.clone(), ROUTING_KEY.to_owned());
         topology.bindings.push(Binding { queue, exchange: name, routing_key });
     }
     topology::apply(&options, &topology).await?;

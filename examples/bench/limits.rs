@@ -73,8 +73,8 @@ pub fn cores() -> f64 {
 pub enum Kind {
     /// Two headers, through the default exchange: the least that a broker can be asked for.
     Bare,
-    /// The headers of the relay's messages, through a topic exchange as the relay's: what the
-    /// relay asks the broker for, without the relay.
+    /// The headers of the relay's messages, through an exchange as the relay's: what the relay
+    /// asks the broker for, without the relay.
     Relayed,
 }
 
@@ -97,7 +97,7 @@ pub async fn publish(servers: &Servers, messages: u64, kind: Kind) -> Result<Opt
         command.arg(name).arg(value.to_string());
     }
     if kind == Kind::Relayed {
-        command.args(["--exchange", "bench_publish"]);
+        command.args(["--exchange", "bench_publish", "--kind", servers.routing.name()]);
     }
     let output = tokio::time::timeout(LIMIT, command.stderr(Stdio::inherit()).output()).await;
     let output = output

@@ -21,7 +21,7 @@ use watership::error::Result;
 
 use crate::load::{Keys, Shape};
 use crate::report::Report;
-use crate::servers::Servers;
+use crate::servers::{Routing, Servers};
 
 /// Measures the relay against the limits of this machine.
 ///
@@ -43,6 +43,9 @@ struct Arguments {
     /// Seconds of the latency measurement at 200 events a second; 0 leaves it out.
     #[arg(long, default_value_t = 20)]
     latency_seconds: u64,
+    /// Kind of the exchange that the relay publishes to.
+    #[arg(long, value_enum, default_value_t = Routing::Direct)]
+    exchange: Routing,
     /// Leave out the drains.
     #[arg(long)]
     no_drain: bool,
@@ -101,7 +104,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: Arguments) -> Result<()> {
-    let servers = Servers::start().await?;
+    let servers = Servers::start(arguments.exchange).await?;
     let mut report = Report::new(&servers);
     report.print_head();
     if !arguments.no_drain || arguments.limits_only {

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use watership::dev::{self, Process, Signal};
 use watership::error::{Error, Result};
 
-use crate::servers::Servers;
+use crate::servers::{EXCHANGE, Servers};
 
 /// How long the relay may take to be ready, or to end after SIGTERM.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -46,9 +46,13 @@ impl Installation {
             "name = \"{name}\"\n\
              [source]\nurl = \"{}\"\nslot = \"{name}\"\npublication = \"{name}\"\n\
              [broker]\nurl = \"{}\"\ntopology = \"verify\"\n\
-             [admin]\nlisten = \"127.0.0.1:{port}\"\n",
+             [admin]\nlisten = \"127.0.0.1:{port}\"\n\
+             [[exchange]]\nname = \"{EXCHANGE}\"\nkind = \"{}\"\n\
+             [[route]]\nname = \"bench\"\noutbox = {{ aggregate_type = \"*\" }}\n\
+             exchange = \"{EXCHANGE}\"\n",
             servers.postgres.url("postgres", name),
             servers.rabbit.url("/"),
+            servers.routing.name(),
         );
         fs::write(&config, text)
             // It holds the password of the private broker; the relay warns when others can read it.

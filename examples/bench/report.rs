@@ -10,7 +10,7 @@ use watership::error::{Error, Result};
 use crate::drain::{Case, Drain, Large};
 use crate::latency::Latency;
 use crate::limits::{Publish, cores, cpu_bound};
-use crate::servers::Servers;
+use crate::servers::{Routing, Servers};
 
 /// The bars: share of the limit, CPU, memory, latency, start.
 const SHARE_MIN: f64 = 0.8;
@@ -29,6 +29,7 @@ pub struct Report {
     at: u64,
     cores: f64,
     postgres: u32,
+    exchange: Routing,
     publish: Option<Publish>,
     /// The same with the relay's headers and exchange.
     publish_relayed: Option<Publish>,
@@ -44,6 +45,7 @@ impl Report {
             at: since.map_or(0, |d| d.as_secs()),
             cores: cores(),
             postgres: servers.postgres.major(),
+            exchange: servers.routing,
             publish: None,
             publish_relayed: None,
             cases: Vec::new(),
@@ -53,7 +55,13 @@ impl Report {
     }
 
     pub fn print_head(&self) {
-        println!("{} cores, Postgres {}, load {}", self.cores, self.postgres, load_average());
+        println!(
+            "{} cores, Postgres {}, {} exchange, load {}",
+            self.cores,
+            self.postgres,
+            self.exchange.name(),
+            load_average()
+        );
     }
 
     pub fn publish_limit(&self) -> Option<&Publish> {
@@ -70,7 +78,7 @@ impl Report {
             }
         };
         print("limit, publisher alone", &bare);
-        print("  with the relay's headers and a topic exchange", &relayed);
+        print("  with the relay's headers and exchange", &relayed);
         (self.publish, self.publish_relayed) = (bare, relayed);
     }
 

@@ -2,30 +2,55 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use lapin::options::{
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
+use serde::Serialize;
 use tokio_postgres::{Client, NoTls};
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions};
 use watership::error::{Error, Result};
 
-/// The exchange that the relay publishes to without a `[[route]]`.
-pub const EXCHANGE: &str = "watership";
+/// The exchange that the relay publishes to.
+pub const EXCHANGE: &str = "bench";
+/// The routing key of every event of the load.
+pub const ROUTING_KEY: &str = "order.placed";
+
+/// What kind of exchange that is: what the broker spends on routing is not the relay's doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Routing {
+    /// Compares whole keys: the cheapest that names an exchange.
+    Direct,
+    /// Compares words; about 20 µs more a message on RabbitMQ 3.10.
+    Topic,
+}
+
+impl Routing {
+    /// As AMQP and the relay's configuration call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Topic => "topic",
+        }
+    }
+}
 
 /// Postgres, RabbitMQ, and a channel for queues.
 pub struct Servers {
     pub postgres: Postgres,
     pub rabbit: Rabbit,
     pub channel: Channel,
+    pub routing: Routing,
     // Dropping it would close the channel.
     connection: Connection,
 }
 
 impl Servers {
     /// Starts both; fsync on, WAL large enough that no checkpoint falls into a measurement.
-    pub async fn start() -> Result<Self> {
+    pub async fn start(routing: Routing) -> Result<Self> {
         let conf = [
             "wal_level = logical",
             "max_replication_slots = 10",
@@ -44,7 +69,7 @@ impl Servers {
         let connection = Connection::connect(&url, ConnectionProperties::default());
         let connection = connection.await.map_err(broker("connecting"))?;
         let channel = connection.create_channel().await.map_err(broker("opening a channel"))?;
-        Ok(Self { postgres, rabbit, channel, connection })
+        Ok(Self { postgres, rabbit, channel, routing, connection })
     }
 
     /// A second channel, for consumers.
@@ -66,11 +91,15 @@ impl Servers {
         Ok(client)
     }
 
-    /// An empty durable quorum queue, bound to everything of the relay's exchange.
+    /// An empty durable quorum queue, bound to the relay's exchange.
     pub async fn fresh_queue(&self, name: &str) -> Result<()> {
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        let kind = match self.routing {
+            Routing::Direct => ExchangeKind::Direct,
+            Routing::Topic => ExchangeKind::Topic,
+        };
         self.channel
-            .exchange_declare(EXCHANGE.into(), ExchangeKind::Topic, durable, FieldTable::default())
+            .exchange_declare(EXCHANGE.into(), kind, durable, FieldTable::default())
             .await
             .map_err(broker("declaring the exchange"))?;
         self.delete_queue(name).await?;
@@ -81,7 +110,7 @@ impl Servers {
             .queue_declare(name.into(), durable, arguments)
             .await
             .map_err(broker("declaring the queue"))?;
-        let (queue, key) = (name.into(), "#".into());
+        let (queue, key) = (name.into(), ROUTING_KEY.into());
         let options = QueueBindOptions::default();
         self.channel
             .queue_bind(queue, EXCHANGE.into(), key, options, FieldTable::default())
