@@ -11,6 +11,8 @@ use watership::error::{Kind, Result};
 use watership::message::Publisher;
 use watership::tls::{self, Mode};
 
+use crate::relay_support::until;
+
 type Authority = Issuer<'static, KeyPair>;
 
 fn authority(directory: &Path, name: &str) -> (Authority, PathBuf) {
@@ -71,6 +73,11 @@ async fn certificates_of_both_sides_are_checked_as_the_level_says() {
     );
     let node = RabbitOptions { conf: vec![conf], ..Default::default() };
     let _node = Rabbit::start(node).await.unwrap();
+    // This listener may start after the plain one, which the start waits for.
+    until("the TLS port is open", async || {
+        tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
+    })
+    .await;
 
     let good = tls::Options {
         mode: Mode::Disable,
