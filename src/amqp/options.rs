@@ -19,6 +19,9 @@ pub const CHANNELS_MAX: usize = 64;
 /// Channels of one exchange. The broker runs each in a process of its own: with one, that process
 /// bounds the rate while other cores are idle.
 pub const CHANNELS_PER_EXCHANGE: usize = 4;
+/// Below so many unconfirmed publishes the first channel of an exchange is enough: then a quiet
+/// stream arrives in the order of `send`, across keys too. Nobody is promised that; people like it.
+pub const SPREAD_FROM: usize = 256;
 
 /// Everything that [`super::publisher::Connection::open`] needs.
 #[derive(Debug, Clone)]

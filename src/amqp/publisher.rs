@@ -11,8 +11,8 @@
 //!
 //! Each exchange has channels of its own, because the broker answers a publish to a missing or
 //! forbidden exchange by closing the channel, without a delivery tag. Such a channel is opened
-//! again by the next publish to it; the other channels go on. Messages of one exchange are spread
-//! over its channels and may overtake each other there, but for those that are `in_sequence`.
+//! again by the next publish to it; the other channels go on. Under load the messages of one exchange
+//! are spread over its channels and may overtake each other, but for those that are `in_sequence`.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -25,7 +25,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 use super::channel::{Channel, Outcomes, State, Verdict, target, target_exchange};
 use super::handshake::{self, CONTROL_CHANNEL, Tuned, close_error};
 use super::link::Link;
-use super::options::{CHANNELS_MAX, Options, Url};
+use super::options::{CHANNELS_MAX, Options, SPREAD_FROM, Url};
 use super::wire::{self, Incoming};
 use crate::error::{Error, Kind, Result};
 use crate::fault::io_error;
@@ -43,6 +43,8 @@ pub struct Connection {
     url: Url,
     channels: Vec<Channel>,
     channels_per_exchange: usize,
+    /// Publishes whose outcome has not been handed on.
+    outstanding: usize,
     exchanges: Vec<Exchange>,
     /// Send a heartbeat after this much silence of ours.
     heartbeat: Duration,
@@ -130,6 +132,7 @@ impl Connection {
             url: url.clone(),
             channels: (0..count).map(|i| Channel::new(CONTROL_CHANNEL + 1 + i as u16)).collect(),
             channels_per_exchange: each,
+            outstanding: 0,
             exchanges: options.exchanges.iter().map(exchange).collect(),
             heartbeat: timeout / 2,
             confirm_timeout: options.confirm_timeout,
@@ -200,6 +203,7 @@ impl Connection {
             match self.poll_step(cx, outcomes) {
                 Poll::Ready(Ok(())) if outcomes.len() == before => {}
                 Poll::Ready(result) => {
+                    self.outstanding -= outcomes.len() - before;
                     if result.is_err() {
                         // The close-ok that we may owe; nobody waits for it.
                         let _ = self.link.poll_write(cx);
@@ -393,7 +397,8 @@ impl Connection {
     /// The index of the channel that a message to this exchange takes.
     fn channel_for(&self, exchange: usize, message: &Message) -> usize {
         // Ids are random, or hashes.
-        let spread = if message.in_sequence { 0 } else { message.id.as_u128() as usize };
+        let one = message.in_sequence || self.outstanding < SPREAD_FROM;
+        let spread = if one { 0 } else { message.id.as_u128() as usize };
         let each = self.channels_per_exchange;
         (exchange * each + spread % each) % self.channels.len()
     }
@@ -457,6 +462,7 @@ impl Publisher for Connection {
         let target = target(exchange.target, message.routing_key());
         let channel = &mut self.channels[index];
         channel.publish(ticket, message.id, target, Instant::now());
+        self.outstanding += 1;
         let out = match channel.state {
             State::Open => self.link.out(),
             State::Opening | State::Selecting => &mut channel.waiting,

@@ -130,7 +130,12 @@ fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, verdic
             "bind a queue by a key that matches; until then the route is held",
         ),
         Grade::Weak | Grade::NotVerified => {
-            f.warning("route", what, "a replicated quorum queue without TTL is SAFE");
+            f.warning(
+                "route",
+                what,
+                "SAFE is a quorum queue on several nodes, without TTL, and with a dead-letter \
+                 exchange where deliveries are limited (RabbitMQ 4 does that by default)",
+            );
         }
         Grade::Unsafe => f.warning(
             "route",
