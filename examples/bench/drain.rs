@@ -100,7 +100,7 @@ pub async fn large(servers: &Servers, rows: u64, seed: u32) -> Result<Large> {
     servers.fresh_queue(name).await?;
     let installation = Installation::create(servers, name).await?;
     let client = servers.client(name).await?;
-    let shape = Shape { events: rows, rows_per_tx: rows, keys: Keys::Uniform, seed };
+    let shape = Shape { events: rows, rows_per_tx: rows, keys: Keys::Uniform, seed, round: 0 };
     load::fill(&client, &shape).await?;
     let mut relay = installation.start()?;
     let (first_change, first_message) = beginning(servers, name, &mut relay).await?;

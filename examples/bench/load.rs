@@ -43,12 +43,14 @@ pub struct Shape {
     pub rows_per_tx: u64,
     pub keys: Keys,
     pub seed: u32,
+    /// Counts the repetitions of the same.
+    pub round: u32,
 }
 
 impl Shape {
     /// A name for databases, slots and queues.
     pub fn name(&self) -> String {
-        format!("bench_{:?}_{}", self.keys, self.rows_per_tx).to_lowercase()
+        format!("bench_{:?}_{}_{}", self.keys, self.rows_per_tx, self.round).to_lowercase()
     }
 
     fn statement(&self, first: &str, count: &str) -> String {

@@ -37,6 +37,9 @@ struct Arguments {
     /// How keys are chosen; repeat for several runs. Without it: uniform.
     #[arg(long, value_enum)]
     keys: Vec<Keys>,
+    /// How often limits and drains are measured, in turn; the medians are printed at the end.
+    #[arg(long, default_value_t = 1)]
+    repeat: u32,
     /// Rows of the one large transaction; 0 leaves it out.
     #[arg(long, default_value_t = 1_000_000)]
     large: u64,
@@ -64,7 +67,7 @@ struct Arguments {
 }
 
 impl Arguments {
-    fn shapes(&self) -> Vec<Shape> {
+    fn shapes(&self, round: u32) -> Vec<Shape> {
         let rows =
             if self.rows_per_tx.is_empty() { vec![1, 100] } else { self.rows_per_tx.clone() };
         let keys = if self.keys.is_empty() { vec![Keys::Uniform] } else { self.keys.clone() };
@@ -72,7 +75,7 @@ impl Arguments {
         for keys in keys {
             for &rows_per_tx in &rows {
                 let events = self.events;
-                shapes.push(Shape { events, rows_per_tx, keys, seed: self.seed });
+                shapes.push(Shape { events, rows_per_tx, keys, seed: self.seed, round });
             }
         }
         shapes
@@ -107,16 +110,18 @@ async fn run(arguments: Arguments) -> Result<()> {
     let servers = Servers::start(arguments.exchange).await?;
     let mut report = Report::new(&servers);
     report.print_head();
-    if !arguments.no_drain || arguments.limits_only {
+    let rounds = if arguments.no_drain && !arguments.limits_only { 0 } else { arguments.repeat };
+    for round in 0..rounds {
         let messages = arguments.events.min(limits::PUBLISH_MESSAGES_MAX);
         let bare = limits::publish(&servers, messages, limits::Kind::Bare).await?;
         let relayed = limits::publish(&servers, messages, limits::Kind::Relayed).await?;
         report.publish(bare, relayed);
-        for shape in arguments.shapes() {
+        for shape in arguments.shapes(round) {
             let case = drain::run(&servers, &shape, &report, arguments.limits_only).await?;
             report.case(case);
         }
     }
+    report.medians();
     if !arguments.limits_only {
         if arguments.large > 0 {
             report.large(drain::large(&servers, arguments.large, arguments.seed).await?);

@@ -111,6 +111,37 @@ impl Report {
         self.cases.push(case);
     }
 
+    /// What several rounds have in common, by the shape of the backlog.
+    pub fn medians(&self) {
+        let shape = |case: &Case| (case.shape.rows_per_tx, format!("{:?}", case.shape.keys));
+        let mut seen = Vec::new();
+        for first in &self.cases {
+            let same: Vec<&Case> = self.cases.iter().filter(|c| shape(c) == shape(first)).collect();
+            if same.len() < 2 || seen.contains(&shape(first)) {
+                continue;
+            }
+            seen.push(shape(first));
+            let of = |figure: &dyn Fn(&Case, &Drain) -> f64| {
+                median(same.iter().filter_map(|c| Some(figure(c, c.drain.as_ref()?))).collect())
+            };
+            let share = of(&|c, d| d.rate / c.limit);
+            println!(
+                "\nmedians of {} rounds, {} rows a transaction, {} keys: {:.0} events/s, \
+                 limit {:.0}/s, share {share:.2} {}, relay {:.1} µs, broker {:.1} µs, \
+                 peak RSS {:.1} MB",
+                same.len(),
+                first.shape.rows_per_tx,
+                shape(first).1,
+                of(&|_, d| d.rate),
+                of(&|c, _| c.limit),
+                at_least(share, SHARE_MIN),
+                of(&|_, d| d.relay_us),
+                of(&|_, d| d.broker_us),
+                of(&|_, d| d.peak_rss_mb),
+            );
+        }
+    }
+
     pub fn large(&mut self, large: Large) {
         println!("\none transaction of {} rows", large.drain.events);
         print_drain(&large.drain);
@@ -171,6 +202,11 @@ fn print_drain(drain: &Drain) {
         "  peak RSS {:.1} MB, first message after {:.0} ms, duplicates {}",
         drain.peak_rss_mb, drain.first_message_ms, drain.duplicates
     );
+}
+
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_by(f64::total_cmp);
+    figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn at_least(value: f64, bar: f64) -> String {
