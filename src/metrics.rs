@@ -170,6 +170,8 @@ pub struct WalMetrics {
     pub advanced: Gauge,
     /// 1 while WAL that the slot needs may soon be removed.
     pub slot_at_risk: Gauge,
+    /// 1 while the server sends nothing because a standby lacks it.
+    pub slot_held_by_standby: Gauge,
     /// Age of the last canary that came through the stream, in seconds; 0 without canary.
     pub canary_age_seconds: Gauge,
     /// Events published on a timeline beyond the point where a failover left it.
@@ -358,6 +360,7 @@ impl WalMetrics {
             checkpointed: position("checkpointed"),
             advanced: position("advanced"),
             slot_at_risk: gauge!("watership_slot_at_risk"),
+            slot_held_by_standby: gauge!("watership_slot_held_by_standby"),
             canary_age_seconds: gauge!("watership_canary_age_seconds"),
             phantom_suspected: counter!("watership_phantom_suspected_total"),
             status: WAL_STATUS
@@ -414,6 +417,7 @@ mod tests {
             "watership_sessions_total 0",
             "watership_verdict{verdict=\"slot_ahead\"} 0",
             "watership_slot_at_risk 0",
+            "watership_slot_held_by_standby 0",
             "watership_canary_age_seconds 0",
             "watership_phantom_suspected_total 0",
         ] {

@@ -11,7 +11,7 @@ use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
-use crate::relay::position_check::at_risk;
+use crate::relay::position_check::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::{checkpoint, session, wanted};
 use crate::route::{Action, Select};
 
@@ -215,6 +215,9 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
                 ),
             }
         }
+    }
+    if let Some(held) = held_by_standby(slot) {
+        f.warning("slot", held, START_THE_STANDBY);
     }
     if config.source.failover && !slot.failover {
         f.warning(

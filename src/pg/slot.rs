@@ -87,6 +87,9 @@ pub struct SlotState {
     pub failover: bool,
     /// Whether this is a standby's copy; from Postgres 17.
     pub synced: bool,
+    /// Standbys' slots that `synchronized_standby_slots` names and nobody reads: the server sends
+    /// nothing of a failover slot that they do not have. From Postgres 17.
+    pub waits_for: Vec<String>,
     /// Transactions decoded since the slot was made or the server crashed; 0 where nothing is
     /// known.
     pub decoded: i64,
@@ -99,6 +102,14 @@ pub struct SlotState {
 /// The end of WAL on a primary and, in recovery, what was replayed.
 const END_OF_WAL: &str = "CASE WHEN pg_catalog.pg_is_in_recovery() \
     THEN pg_catalog.pg_last_wal_replay_lsn() ELSE pg_catalog.pg_current_wal_lsn() END";
+
+/// <https://www.postgresql.org/docs/current/runtime-config-replication.html>,
+/// `synchronized_standby_slots`: a list of names.
+const WAITS_FOR: &str = "ARRAY(SELECT btrim(name, ' \"') FROM pg_catalog.unnest( \
+        pg_catalog.string_to_array( \
+            pg_catalog.current_setting('synchronized_standby_slots', true), ',')) AS name \
+    WHERE btrim(name, ' \"') <> '' AND NOT EXISTS (SELECT FROM pg_catalog.pg_replication_slots \
+        AS standby WHERE standby.slot_name = btrim(name, ' \"') AND standby.active))";
 
 /// The slot of that name in this cluster, whichever database it is for.
 ///
@@ -113,7 +124,8 @@ pub async fn read_slot(client: &impl GenericClient, name: &str) -> Result<Option
          coalesce((j->>'failover')::boolean, false), coalesce((j->>'synced')::boolean, false), \
          {END_OF_WAL}, host(r.client_addr) || ':' || r.client_port, \
          coalesce((SELECT total_txns \
-             FROM pg_catalog.pg_stat_replication_slots AS t WHERE t.slot_name = s.slot_name), 0) \
+             FROM pg_catalog.pg_stat_replication_slots AS t WHERE t.slot_name = s.slot_name), 0), \
+         CASE WHEN (j->>'failover')::boolean THEN {WAITS_FOR} ELSE '{{}}' END \
          FROM pg_catalog.pg_replication_slots AS s \
          CROSS JOIN LATERAL pg_catalog.to_jsonb(s) AS j \
          LEFT JOIN pg_catalog.pg_stat_replication AS r ON r.pid = s.active_pid \
@@ -143,6 +155,7 @@ fn slot_from(row: &Row) -> Result<SlotState> {
         invalidation_reason: row.get(10),
         failover: row.get(11),
         synced: row.get(12),
+        waits_for: row.get(16),
         decoded: row.get(15),
         lag_bytes: confirmed_flush_lsn.map_or(0, |lsn| end.bytes_since(lsn)),
         retained_bytes: restart_lsn.map_or(0, |lsn| end.bytes_since(lsn)),

@@ -28,6 +28,8 @@ pub struct ServerError {
     pub detail: Option<String>,
     /// The server's own advice.
     pub hint: Option<String>,
+    /// The source file that reports it, such as `pgoutput.c`; never translated.
+    pub file: String,
     /// `ERROR` leaves the connection usable, `FATAL` and `PANIC` end it.
     pub fatal: bool,
 }
@@ -47,6 +49,7 @@ impl ServerError {
                 b'M' => error.message = value,
                 b'D' => error.detail = Some(value),
                 b'H' => error.hint = Some(value),
+                b'F' => error.file = value,
                 // 'V' is the severity that is never translated (9.6 and later).
                 b'V' => error.fatal = value == "FATAL" || value == "PANIC",
                 _ => {}
@@ -102,6 +105,7 @@ fn server_error(db: &DbError) -> ServerError {
         message: db.message().to_owned(),
         detail: db.detail().map(str::to_owned),
         hint: db.hint().map(str::to_owned),
+        file: db.file().unwrap_or_default().to_owned(),
         fatal: false,
     }
 }

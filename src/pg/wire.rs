@@ -295,13 +295,18 @@ impl Wire {
     }
 
     /// From Postgres 18 a walsender leaves out the changes of a publication that did not exist when
-    /// they were made, and warns with this code, before whatever comes next; older ones fail.
+    /// they were made, and warns with this code, before whatever comes next; older ones fail. The
+    /// same code comes from elsewhere too, for example while the server waits for a standby; the
+    /// text is translated, the name of the file is not.
     fn notice(&mut self, body: &NoticeResponseBody) -> Result<()> {
         const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
         let notice = ServerError::read(body.fields());
         let notice = notice.map_err(|e| self.fail(Error::protocol("notice").caused_by(e)))?;
         tracing::debug!(message = notice.message, code = notice.code, "notice from Postgres");
-        if matches!(self.state, State::Copy) && notice.code == OBJECT_NOT_IN_PREREQUISITE_STATE {
+        if matches!(self.state, State::Copy)
+            && notice.code == OBJECT_NOT_IN_PREREQUISITE_STATE
+            && notice.file == "pgoutput.c"
+        {
             let detail = notice.detail.as_deref().unwrap_or_default();
             let text = format!("changes are missing in the stream: {}: {detail}", notice.message);
             return Err(self.fail(Error::verdict(text).hint(

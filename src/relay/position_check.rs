@@ -412,6 +412,22 @@ pub fn plan(
     Ok(Plan { from, begin })
 }
 
+/// What to do about [`held_by_standby`].
+pub const START_THE_STANDBY: &str =
+    "start the standby, or take its slot out of synchronized_standby_slots";
+
+/// Why nothing comes although all is well here: the server waits for a standby.
+pub fn held_by_standby(slot: &SlotState) -> Option<String> {
+    let names = slot.waits_for.join(", ");
+    (!names.is_empty()).then(|| {
+        format!(
+            "slot {:?} waits for standby slots that nobody reads ({names}): Postgres sends no \
+             change before those standbys have it",
+            slot.name
+        )
+    })
+}
+
 /// Why WAL that the slot needs may soon be removed.
 pub fn at_risk(slot: &SlotState, max_slot_wal_keep_size: Option<u64>) -> Option<String> {
     let name = &slot.name;

@@ -16,7 +16,7 @@ use crate::pg::slot::{WalStatus, insert_lsn, max_slot_wal_keep_size, read_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::Options;
 use crate::relay::canary::Written;
-use crate::relay::position_check::at_risk;
+use crate::relay::position_check::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::session::{self, Shared};
 use crate::relay::status::Slot;
 
@@ -153,13 +153,20 @@ async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Re
     let slot = read_slot(client, &options.slot).await?;
     shared.status.slot_seen(slot.as_ref());
     let Some(slot) = slot else { return Ok(()) };
-    let warning = at_risk(&slot, max_slot_wal_keep_size(client).await?);
+    let at_risk = at_risk(&slot, max_slot_wal_keep_size(client).await?);
+    let held = held_by_standby(&slot);
     let metrics = &shared.metrics.wal;
     metrics.slot_lag_bytes.set(slot.lag_bytes as f64);
     metrics.retained_bytes.set(slot.retained_bytes as f64);
     metrics.set_safe_wal_size(slot.safe_wal_size);
     metrics.set_status(slot.wal_status.map_or("", |s| s.as_str()));
-    metrics.slot_at_risk.set(f64::from(u8::from(warning.is_some())));
+    metrics.slot_at_risk.set(f64::from(u8::from(at_risk.is_some())));
+    metrics.slot_held_by_standby.set(f64::from(u8::from(held.is_some())));
+    let hint = match at_risk {
+        Some(_) => "let the relay catch up, or raise max_slot_wal_keep_size",
+        None => START_THE_STANDBY,
+    };
+    let warning = at_risk.or(held);
     let news = shared.status.slot(Slot {
         wal_status: slot.wal_status.map(WalStatus::as_str),
         safe_wal_size: slot.safe_wal_size,
@@ -168,11 +175,8 @@ async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Re
         warning: warning.clone(),
     });
     match warning {
-        Some(warning) if news => tracing::warn!(
-            hint = "let the relay catch up, or raise max_slot_wal_keep_size",
-            "{warning}"
-        ),
-        None if news => tracing::info!(slot = options.slot, "the slot is out of danger"),
+        Some(warning) if news => tracing::warn!(hint, "{warning}"),
+        None if news => tracing::info!(slot = options.slot, "the slot is well again"),
         Some(_) | None => {}
     }
     Ok(())

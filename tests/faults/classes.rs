@@ -18,6 +18,7 @@ const PROVED: &[Proved] = &[
     ("A3", "backends terminated", &["pg::pg_a03"]),
     ("A4", "Postgres frozen", &["pg::pg_a04"]),
     ("A5", "server in recovery", &["pg::pg_a05"]),
+    ("A6", "failover to a standby that had everything (18)", &["standby::standby_a06"]),
     (
         "A7",
         "failover, relay ahead of the standby (18)",
@@ -29,6 +30,7 @@ const PROVED: &[Proved] = &[
     ("A10", "an old copy of the data", &["cluster::pg_a10"]),
     ("A13", "connections or walsenders exhausted", &["pg::pg_a13"]),
     ("A14", "walsender killed", &["pg::pg_a14"]),
+    ("A16", "held back by a standby that is down (18)", &["standby::standby_a16"]),
     ("A18", "timeouts of the role", &["pg::pg_a18"]),
     ("A19", "intake paused beyond wal_sender_timeout", &["pg::pg_a19"]),
     (
@@ -209,6 +211,7 @@ const PROVED: &[Proved] = &[
     ("E7", "killed around a feedback", &["process::process_e07"]),
     ("E8", "killed in its handshakes", &["process::process_e08"]),
     ("E10", "killed while it drains", &["process::process_e10"]),
+    ("E12", "killed during a failover (18)", &["standby::standby_e12"]),
     ("E13", "SIGTERM once and twice", &["process::process_e13"]),
     ("E14", "frozen, a successor, a zombie", &["process::process_e14"]),
     ("E15", "several relays at once", &["process::process_e15"]),
@@ -273,11 +276,9 @@ const PROVED: &[Proved] = &[
 
 /// Classes that have no test here, and the reason.
 const NOT_RUN: &[(&str, &str)] = &[
-    ("A6", "a standby that is ahead needs synchronized_standby_slots; A7 is the harder case"),
     ("A11", "pg_upgrade needs the programs of two majors from 17 on"),
     ("A12", "needs a small file system, and with it the right to mount"),
     ("A15", "needs libfaketime"),
-    ("A16", "needs a standby"),
     ("A17", "needs PgBouncer"),
     ("B28", "the polling source is not built yet"),
     ("C12", "dropped idle connections need a network namespace; C3 covers what follows"),
@@ -289,7 +290,6 @@ const NOT_RUN: &[(&str, &str)] = &[
     ("D25", "a queue purged or consumed by others: out of scope"),
     ("E9", "snapshots are not built yet"),
     ("E11", "there is no reload: configuration is read at the start"),
-    ("E12", "needs a standby"),
     ("E18", "nothing panics on demand; release builds abort on panic"),
     ("E19", "nothing stalls on demand; unit tests of the status cover the probes"),
     ("E22", "there is no reload"),
@@ -312,6 +312,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("process_limits", include_str!("process_limits.rs")),
     ("slot", include_str!("slot.rs")),
     ("slot_rights", include_str!("slot_rights.rs")),
+    ("standby", include_str!("standby.rs")),
 ];
 
 #[test]

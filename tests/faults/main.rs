@@ -35,6 +35,7 @@ mod schedule;
 mod schedule_itself;
 mod slot;
 mod slot_rights;
+mod standby;
 #[path = "../it/support.rs"]
 #[allow(dead_code, reason = "shared with the other test binaries")]
 mod support;

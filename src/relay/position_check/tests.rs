@@ -57,6 +57,7 @@ fn slot() -> SlotState {
         failover: false,
         synced: false,
         decoded: 5,
+        waits_for: Vec::new(),
         lag_bytes: 4000,
         retained_bytes: 4200,
     }
