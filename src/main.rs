@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return report(&Error::config("no async runtime").caused_by(error)),
     };
-    let result = runtime.block_on(cli::execute(cli, watch_signals));
+    let result = runtime.block_on(cli::execute(cli, watch_signals, give_up));
     // A name lookup may still hang in a thread; nobody needs its answer.
     runtime.shutdown_background();
     match result {
@@ -79,6 +79,12 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
     };
     std::thread::Builder::new().name("signals".into()).spawn(wait).map_err(failed)?;
     Ok(receiver)
+}
+
+/// Ends the process when its loop hangs: no destructor, which could hang too.
+fn give_up() {
+    cli::flush_log();
+    std::process::abort()
 }
 
 #[expect(clippy::exit, clippy::disallowed_methods, reason = "the second signal waits for nobody")]

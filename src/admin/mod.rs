@@ -2,7 +2,8 @@
 //!
 //! It runs on a thread of its own, so that a storm of scrapes does not slow the data path, and so
 //! that /livez answers when the relay's loop hangs. The same thread does the histograms' upkeep,
-//! which must not depend on somebody scraping. Read-only, without authentication: the
+//! which must not depend on somebody scraping, and it is the watchdog: a loop that stays stuck ends
+//! the process, which nobody may be there to probe. Read-only, without authentication: the
 //! configuration allows other than loopback addresses only on demand.
 
 mod listener;
@@ -17,6 +18,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use tokio::sync::oneshot;
+use tokio::time::MissedTickBehavior;
 
 use crate::error::{Error, Result};
 use crate::metrics::Exporter;
@@ -26,11 +28,17 @@ use listener::Listener;
 /// How often histogram samples are moved into their buckets.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
+/// Looks in a row that must find the loop stuck, before the process ends: half a minute more than
+/// `/livez` takes. A process that was frozen does not look meanwhile, and so does not end for it.
+const STUCK_LOOKS: u32 = 6;
+
 /// What [`start`] needs to know.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Where to listen; `None` serves nothing and only does the upkeep.
     pub listen: Option<SocketAddr>,
+    /// Ends the process at once, when the relay's loop stays stuck.
+    pub give_up: fn(),
 }
 
 /// The running server. It ends when this is dropped.
@@ -56,9 +64,10 @@ pub fn start(options: &Options, status: Arc<Status>, exporter: Exporter) -> Resu
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     let shared = Shared { status, exporter };
     let (stop, stopped) = oneshot::channel();
+    let give_up = options.give_up;
     std::thread::Builder::new()
         .name("admin".into())
-        .spawn(move || serve(listener, shared, stopped))
+        .spawn(move || serve(listener, shared, give_up, stopped))
         .map_err(|e| Error::config("the admin thread cannot be started").caused_by(e))?;
     Ok(Admin { address, _stop: stop })
 }
@@ -79,14 +88,19 @@ fn bind(address: SocketAddr) -> Result<TcpListener> {
     })
 }
 
-fn serve(listener: Option<TcpListener>, shared: Shared, stopped: oneshot::Receiver<()>) {
+fn serve(
+    listener: Option<TcpListener>,
+    shared: Shared,
+    give_up: fn(),
+    stopped: oneshot::Receiver<()>,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => return tracing::error!(%error, "the admin server has no runtime"),
     };
     runtime.block_on(async {
-        let upkeep = upkeep(shared.exporter.clone());
+        let upkeep = upkeep(shared.clone(), give_up);
         tokio::select! {
             _ = stopped => {}
             () = upkeep => {}
@@ -95,11 +109,21 @@ fn serve(listener: Option<TcpListener>, shared: Shared, stopped: oneshot::Receiv
     });
 }
 
-async fn upkeep(exporter: Exporter) {
+async fn upkeep(shared: Shared, give_up: fn()) {
     let mut timer = tokio::time::interval(UPKEEP_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut stuck_looks = 0;
     loop {
         timer.tick().await;
-        exporter.upkeep();
+        shared.exporter.upkeep();
+        stuck_looks = if shared.status.is_alive() { 0 } else { stuck_looks + 1 };
+        if stuck_looks >= STUCK_LOOKS {
+            tracing::error!(
+                hint = "nothing is lost; whoever starts the process again should be told",
+                "the relay's loop has not moved for a minute: the process ends"
+            );
+            give_up();
+        }
     }
 }
 

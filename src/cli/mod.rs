@@ -77,19 +77,23 @@ enum Command {
     Demo(demo::Args),
 }
 
-/// Runs the command. `watch_signals` is called by those that end in order.
+/// Runs the command. `watch_signals` is called by those that end in order, `give_up` when the
+/// relay's loop is stuck; it does not return.
 ///
 /// # Errors
 /// What the command says.
 pub async fn execute(
     cli: Cli,
     watch_signals: impl FnOnce() -> Result<watch::Receiver<bool>>,
+    give_up: fn(),
 ) -> Result<End> {
     let out = Out { json: cli.json };
     match cli.command {
         Command::Init(args) => init::execute(&warned(&cli.config)?, &args, out).await,
         Command::Check(args) => check::execute(&load(&cli.config)?, &args, out).await,
-        Command::Run(args) => run::execute(Config::load(&cli.config)?, &args, watch_signals).await,
+        Command::Run(args) => {
+            run::execute(Config::load(&cli.config)?, &args, watch_signals, give_up).await
+        }
         Command::Parked(args) => parked::execute(&warned(&cli.config)?, &args, out).await,
         Command::Status(args) => status::execute(&warned(&cli.config)?, &args, out).await,
         Command::Resync(args) => resync::execute(&warned(&cli.config)?, &args, out).await,
@@ -109,6 +113,11 @@ fn warned(path: &Path) -> Result<Config> {
     let config = load(path)?;
     config.warnings.iter().for_each(|warning| print_warning(warning));
     Ok(config)
+}
+
+/// Waits for the log's thread to write what it has.
+pub fn flush_log() {
+    logging::flush();
 }
 
 /// Prints an error and what to do: as a log line where logs are JSON, as text elsewhere.

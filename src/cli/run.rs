@@ -23,6 +23,7 @@ pub(super) async fn execute(
     config: Config,
     Args {}: &Args,
     watch_signals: impl FnOnce() -> Result<watch::Receiver<bool>>,
+    give_up: fn(),
 ) -> Result<End> {
     logging::start(&config.log);
     config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
@@ -34,7 +35,7 @@ pub(super) async fn execute(
     let metrics = Arc::new(Metrics::new(&labels));
     let names = labels.into_iter().map(|label| label.name).collect();
     let status = Status::new(&config.name, names);
-    let options = admin::Options { listen: config.listen };
+    let options = admin::Options { listen: config.listen, give_up };
     let admin = admin::start(&options, Arc::clone(&status), exporter)?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
