@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::time::Instant;
+use watership::dev::{Rabbit, RabbitOptions};
 
 use crate::broker::close_relays;
 use crate::class::Class;
@@ -12,6 +13,7 @@ use crate::crash_support::Scene;
 use crate::framing::{Protocol, is_ack};
 use crate::ground::{STEADY, led, throughout};
 use crate::proxy::{Action, Direction, Proxy, Trigger};
+use crate::relay_support::{Setup, Stage};
 use crate::support::{Database, Vhost, own_database, own_vhost, rabbit};
 
 /// A user of one test's own, who may do everything in the vhost.
@@ -41,6 +43,43 @@ async fn flowing(title: &str, name: &str) -> (Database, Vhost, Scene) {
     scene.write(STEADY);
     scene.flowing(500).await;
     (database, vhost, scene)
+}
+
+#[tokio::test]
+async fn broker_d07_headers_beyond_a_frame() {
+    let class = Class::new("D7", "broker_d07_headers_beyond_a_frame");
+    let conf = vec!["frame_max = 16384".to_owned()];
+    let node = Rabbit::start(RabbitOptions { conf, ..Default::default() }).await;
+    let node = node.expect("a private node");
+    let vhost = Vhost { name: "/".into(), url: node.url("/") };
+    // A broker of small frames is refused before anything is sent to it.
+    let stage = Stage::on(own_database().await, vhost, Setup::default()).await;
+    let texts = ["broker allows frames of 16384 bytes", "raise frame_max in rabbitmq.conf"];
+    stage.spawn().ended().await.expect_code(1).expect_text(&texts);
+    drop(node);
+
+    let stage = Stage::new(Setup::default()).await;
+    let relay = stage.start().await;
+    let emit = |id: u32, bytes: u32| {
+        format!(
+            "SELECT watership.emit('t', '{id}', 'x', '1', \
+             jsonb_build_object('note', repeat('n', {bytes})))"
+        )
+    };
+    // The application is told, where it can still do something.
+    let told = stage.sql.batch_execute(&emit(1, 70_000)).await.expect_err("it is refused");
+    let told = told.as_db_error().map(|e| e.message().to_owned()).unwrap_or_default();
+    assert!(told.contains("headers may have 65536 bytes"), "{told}");
+    // Just below that limit the relay's own headers do not fit beside them: it is parked.
+    stage.execute(&emit(2, 65_000)).await;
+    stage.execute(&emit(3, 50_000)).await;
+    let got = stage.settled().await;
+    assert_eq!(got.iter().map(|m| m.text("ws-key")).collect::<Vec<_>>(), ["t/3"]);
+    let parked = "SELECT string_agg(concat(kind, ' ', key), ',') FROM watership.parked";
+    assert_eq!(stage.text(parked).await, "invalid t/2");
+    assert_eq!(relay.status().await["sessions"], 1, "no connection was lost for it");
+    relay.stop().await.expect_code(0);
+    class.held(2);
 }
 
 /// The relay is up, does not stream, and says `word`.

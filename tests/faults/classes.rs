@@ -28,9 +28,12 @@ const PROVED: &[Proved] = &[
     ("A8", "failover, no slot on the new primary", &["cluster::pg_a08"]),
     ("A9", "another cluster", &["it relay_verdicts::another_cluster_behind_the_url_is_a_verdict"]),
     ("A10", "an old copy of the data", &["cluster::pg_a10"]),
+    ("A12", "disk of Postgres full", &["surroundings::surroundings_a12"]),
     ("A13", "connections or walsenders exhausted", &["pg::pg_a13"]),
     ("A14", "walsender killed", &["pg::pg_a14"]),
+    ("A15", "clocks an hour apart", &["surroundings::surroundings_a15"]),
     ("A16", "held back by a standby that is down (18)", &["standby::standby_a16"]),
+    ("A17", "pooler in the URL", &["surroundings::surroundings_a17"]),
     ("A18", "timeouts of the role", &["pg::pg_a18"]),
     ("A19", "intake paused beyond wal_sender_timeout", &["pg::pg_a19"]),
     (
@@ -168,6 +171,7 @@ const PROVED: &[Proved] = &[
              a_message_that_makes_the_broker_close_the_channel_is_found_among_all_and_parked"],
     ),
     ("D8", "queue unbound or deleted", &["broker::broker_d08"]),
+    ("D7", "headers beyond a frame", &["broker_limits::broker_d07"]),
     (
         "D9",
         "returns among confirms",
@@ -217,6 +221,8 @@ const PROVED: &[Proved] = &[
     ("E15", "several relays at once", &["process::process_e15"]),
     ("E16", "little memory", &["process_limits::process_e16"]),
     ("E17", "broker down at full input", &["process::process_e17"]),
+    ("E18", "process aborted", &["surroundings::surroundings_e18"]),
+    ("E19", "loop that hangs", &["surroundings::surroundings_e19"]),
     ("E20", "log blocked, closed, disk full", &["process_limits::process_e20"]),
     ("E21", "no home, no environment, another user", &["process_limits::process_e21"]),
     (
@@ -224,6 +230,7 @@ const PROVED: &[Proved] = &[
         "configuration with every kind of mistake",
         &["config each_mistake_is_named_with_what_is_allowed"],
     ),
+    ("E24", "clock that jumps", &["surroundings::surroundings_e24"]),
     ("E25", "few file descriptors", &["process_limits::process_e25"]),
     ("E27", "storm on the admin port", &["process_limits::process_e27"]),
     ("E28", "checkpoint missing, corrupt, locked", &["process_limits::process_e28"]),
@@ -277,23 +284,16 @@ const PROVED: &[Proved] = &[
 /// Classes that have no test here, and the reason.
 const NOT_RUN: &[(&str, &str)] = &[
     ("A11", "pg_upgrade needs the programs of two majors from 17 on"),
-    ("A12", "needs a small file system, and with it the right to mount"),
-    ("A15", "needs libfaketime"),
-    ("A17", "needs PgBouncer"),
     ("B28", "the polling source is not built yet"),
     ("C12", "dropped idle connections need a network namespace; C3 covers what follows"),
     ("C13", "random packet loss needs a network namespace with nftables"),
-    ("D7", "headers beyond a frame are refused by the table and by the encoder"),
     ("D15", "an election needs three nodes; a nack is a nack (D10)"),
     ("D19", "a partition needs three nodes, each in a network namespace"),
     ("D24", "power loss needs a file system that forgets (LazyFS, FUSE)"),
     ("D25", "a queue purged or consumed by others: out of scope"),
     ("E9", "snapshots are not built yet"),
     ("E11", "there is no reload: configuration is read at the start"),
-    ("E18", "nothing panics on demand; release builds abort on panic"),
-    ("E19", "nothing stalls on demand; unit tests of the status cover the probes"),
     ("E22", "there is no reload"),
-    ("E24", "needs libfaketime"),
     ("E26", "there is one version only"),
     ("M9", "snapshots are not built yet"),
 ];
@@ -313,6 +313,7 @@ const SOURCES: &[(&str, &str)] = &[
     ("slot", include_str!("slot.rs")),
     ("slot_rights", include_str!("slot_rights.rs")),
     ("standby", include_str!("standby.rs")),
+    ("surroundings", include_str!("surroundings.rs")),
 ];
 
 #[test]

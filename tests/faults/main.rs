@@ -39,3 +39,4 @@ mod standby;
 #[path = "../it/support.rs"]
 #[allow(dead_code, reason = "shared with the other test binaries")]
 mod support;
+mod surroundings;
