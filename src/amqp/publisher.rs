@@ -11,8 +11,9 @@
 //!
 //! Each exchange has channels of its own, because the broker answers a publish to a missing or
 //! forbidden exchange by closing the channel, without a delivery tag. Such a channel is opened
-//! again by the next publish to it; the other channels go on. Under load the messages of one exchange
-//! are spread over its channels and may overtake each other, but for those that are `in_sequence`.
+//! again by the next publish to it; the other channels go on. Under load the messages of one
+//! exchange are spread over its channels and may overtake each other, but for those that are
+//! `in_sequence`.
 
 use std::future::{Future, poll_fn};
 use std::io;
