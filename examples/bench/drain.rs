@@ -76,7 +76,7 @@ pub async fn run(
         None
     } else {
         servers.fresh_queue(&name).await?;
-        Some(Installation::create(servers, &name).await?)
+        Some(Installation::create(servers, &name, "").await?)
     };
     let client = servers.client(&name).await?;
     limits::prepare(&client, &limit_slot).await?;
@@ -98,7 +98,7 @@ pub async fn run(
 pub async fn large(servers: &Servers, rows: u64, seed: u32) -> Result<Large> {
     let name = "bench_large";
     servers.fresh_queue(name).await?;
-    let installation = Installation::create(servers, name).await?;
+    let installation = Installation::create(servers, name, "").await?;
     let client = servers.client(name).await?;
     let shape = Shape { events: rows, rows_per_tx: rows, keys: Keys::Uniform, seed, round: 0 };
     load::fill(&client, &shape).await?;
@@ -112,7 +112,7 @@ pub async fn large(servers: &Servers, rows: u64, seed: u32) -> Result<Large> {
     Ok(Large { drain, first_message_after_first_change_ms })
 }
 
-async fn drain(
+pub async fn drain(
     servers: &Servers,
     installation: &Installation,
     events: u64,
@@ -230,7 +230,7 @@ async fn confirmed(relay: &Relay, events: u64) -> Result<()> {
 }
 
 /// Ends the relay and frees what would slow the next case: slot, queue.
-async fn finish(servers: &Servers, name: &str, relay: Relay) -> Result<()> {
+pub async fn finish(servers: &Servers, name: &str, relay: Relay) -> Result<()> {
     relay.stop().await?;
     let client = servers.client("postgres").await?;
     let free = Instant::now() + CONFIRM_LIMIT;

@@ -46,7 +46,7 @@ struct Written {
 pub async fn run(servers: &Servers, seconds: u64) -> Result<Latency> {
     let name = "bench_latency";
     servers.fresh_queue(name).await?;
-    let installation = Installation::create(servers, name).await?;
+    let installation = Installation::create(servers, name, "").await?;
     // The first run catches the slot up; the second one is the start that is measured.
     let mut relay = installation.start()?;
     relay.ready().await?;

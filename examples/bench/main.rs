@@ -11,6 +11,7 @@ mod load;
 mod relay;
 mod report;
 mod servers;
+mod trouble;
 mod usage;
 
 use std::path::PathBuf;
@@ -22,6 +23,9 @@ use watership::error::Result;
 use crate::load::{Keys, Shape};
 use crate::report::Report;
 use crate::servers::{Routing, Servers};
+
+/// Events that go into the queue that nacks.
+const NACKED: u64 = 60_000;
 
 /// Measures the relay against the limits of this machine.
 ///
@@ -49,6 +53,9 @@ struct Arguments {
     /// Kind of the exchange that the relay publishes to.
     #[arg(long, value_enum, default_value_t = Routing::Direct)]
     exchange: Routing,
+    /// Measure what troubles cost, and nothing else: a queue that nacks, a key that is poison.
+    #[arg(long)]
+    troubles: bool,
     /// Leave out the drains.
     #[arg(long)]
     no_drain: bool,
@@ -110,6 +117,12 @@ async fn run(arguments: Arguments) -> Result<()> {
     let servers = Servers::start(arguments.exchange).await?;
     let mut report = Report::new(&servers);
     report.print_head();
+    if arguments.troubles {
+        let (events, seed) = (arguments.events, arguments.seed);
+        report.nacks(trouble::nacks(&servers, NACKED.min(events), seed).await?);
+        report.poison(trouble::poison(&servers, events, seed, arguments.repeat).await?);
+        return report.write(&arguments.out);
+    }
     let rounds = if arguments.no_drain && !arguments.limits_only { 0 } else { arguments.repeat };
     for round in 0..rounds {
         let messages = arguments.events.min(limits::PUBLISH_MESSAGES_MAX);

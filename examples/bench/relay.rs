@@ -35,8 +35,9 @@ pub struct Relay {
 }
 
 impl Installation {
-    /// Makes the database and runs `watership init`, which makes slot and publication.
-    pub async fn create(servers: &Servers, name: &str) -> Result<Self> {
+    /// Makes the database and runs `watership init`, which makes slot and publication. `broker`
+    /// are further keys of the configuration's table of that name.
+    pub async fn create(servers: &Servers, name: &str, broker: &str) -> Result<Self> {
         servers.postgres.create_database(name).await?;
         let folder = dev::home()?;
         let port = free_port()?;
@@ -45,7 +46,7 @@ impl Installation {
         let text = format!(
             "name = \"{name}\"\n\
              [source]\nurl = \"{}\"\nslot = \"{name}\"\npublication = \"{name}\"\n\
-             [broker]\nurl = \"{}\"\ntopology = \"verify\"\n\
+             [broker]\nurl = \"{}\"\ntopology = \"verify\"\n{broker}\n\
              [admin]\nlisten = \"127.0.0.1:{port}\"\n\
              [[exchange]]\nname = \"{EXCHANGE}\"\nkind = \"{}\"\n\
              [[route]]\nname = \"bench\"\noutbox = {{ aggregate_type = \"*\" }}\n\

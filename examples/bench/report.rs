@@ -11,6 +11,7 @@ use crate::drain::{Case, Drain, Large};
 use crate::latency::Latency;
 use crate::limits::{Publish, cores, cpu_bound};
 use crate::servers::{Routing, Servers};
+use crate::trouble::{Nacks, Poison};
 
 /// The bars: share of the limit, CPU, memory, latency, start.
 const SHARE_MIN: f64 = 0.8;
@@ -21,6 +22,8 @@ const LARGE_FIRST_MS_MAX: f64 = 200.0;
 const P50_MS_MAX: f64 = 2.0;
 const P99_MS_MAX: f64 = 10.0;
 const START_MS_MAX: f64 = 100.0;
+const NACKS_SHARE_MIN: f64 = 0.8;
+const POISON_SHARE_MIN: f64 = 0.95;
 
 /// Everything that a run has measured.
 #[derive(Debug, Serialize)]
@@ -36,6 +39,8 @@ pub struct Report {
     cases: Vec<Case>,
     large: Option<Large>,
     latency: Option<Latency>,
+    nacks: Option<Nacks>,
+    poison: Option<Poison>,
 }
 
 impl Report {
@@ -51,6 +56,8 @@ impl Report {
             cases: Vec::new(),
             large: None,
             latency: None,
+            nacks: None,
+            poison: None,
         }
     }
 
@@ -178,6 +185,34 @@ impl Report {
         self.latency = Some(latency);
     }
 
+    pub fn nacks(&mut self, nacks: Nacks) {
+        let n = &nacks;
+        println!("\n{} events into a queue of 200 that rejects, {} nacks", n.events, n.nacks);
+        println!(
+            "  {:.0} events/s, {:.2} of what the consumer takes {}",
+            n.rate,
+            n.share,
+            at_least(n.share, NACKS_SHARE_MIN)
+        );
+        println!("  lost {}, inversions {}, duplicates {}", n.lost, n.inversions, n.duplicates);
+        self.nacks = Some(nacks);
+    }
+
+    pub fn poison(&mut self, poison: Poison) {
+        let share = poison.rate / poison.rate_without;
+        println!(
+            "\n{} events, one key among 1,000 is poison: {} parked",
+            poison.events, poison.parked
+        );
+        println!(
+            "  the others {:.0} events/s, {:.0} without: {share:.2} {}",
+            poison.rate,
+            poison.rate_without,
+            at_least(share, POISON_SHARE_MIN)
+        );
+        self.poison = Some(poison);
+    }
+
     /// Writes `<folder>/<time>.json` and `<folder>/latest.json`.
     pub fn write(&self, folder: &Path) -> Result<()> {
         let failed = |e| Error::config(format!("writing to {}", folder.display())).caused_by(e);
@@ -204,7 +239,7 @@ fn print_drain(drain: &Drain) {
     );
 }
 
-fn median(mut figures: Vec<f64>) -> f64 {
+pub fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_by(f64::total_cmp);
     figures.get(figures.len() / 2).copied().unwrap_or(f64::NAN)
 }

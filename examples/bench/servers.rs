@@ -93,6 +93,11 @@ impl Servers {
 
     /// An empty durable quorum queue, bound to the relay's exchange.
     pub async fn fresh_queue(&self, name: &str) -> Result<()> {
+        self.fresh_queue_with(name, FieldTable::default()).await
+    }
+
+    /// The same, with further arguments.
+    pub async fn fresh_queue_with(&self, name: &str, mut arguments: FieldTable) -> Result<()> {
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
         let kind = match self.routing {
             Routing::Direct => ExchangeKind::Direct,
@@ -103,7 +108,6 @@ impl Servers {
             .await
             .map_err(broker("declaring the exchange"))?;
         self.delete_queue(name).await?;
-        let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
         let durable = QueueDeclareOptions { durable: true, ..Default::default() };
         self.channel

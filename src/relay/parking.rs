@@ -147,14 +147,19 @@ impl Parking {
         self.rows.is_empty() && self.known.ids.is_empty() && self.stored.is_empty()
     }
 
+    /// Earlier sessions parked messages beyond the checkpoint.
+    pub fn has_known(&self) -> bool {
+        !self.known.ids.is_empty()
+    }
+
     /// An earlier session parked this message beyond the checkpoint.
     pub fn is_known(&self, id: Uuid, route: &str) -> bool {
-        !self.known.ids.is_empty() && self.known.ids.contains(&(id, route.into()))
+        self.has_known() && self.known.ids.contains(&(id, route.into()))
     }
 
     /// An event that no route selected is parked, so its key is on all routes.
     pub fn has_unrouted(&self) -> bool {
-        self.unrouted > 0 || !self.known.ids.is_empty()
+        self.unrouted > 0 || self.has_known()
     }
 
     /// What the message must follow: the last row before it in its lanes, if there is one.
