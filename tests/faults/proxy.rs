@@ -43,7 +43,7 @@ pub enum How {
 pub struct Flow {
     /// Nothing is forwarded; the sender feels it when buffers are full.
     pub stalled: bool,
-    /// Bytes vanish.
+    /// Bytes vanish, and what comes behind them on the same connection.
     pub dead: bool,
     pub delay: Duration,
     /// Up to so much is added to the delay, by chance; the order stays.
@@ -351,9 +351,15 @@ async fn pump(
         std::future::pending().await
     };
     let writing = async {
+        let mut lost = false;
         while let Some((due, message)) = receiver.recv().await {
             sleep_until(due).await;
             going(shared, direction).await;
+            // Behind a gap nothing arrives any more: no network leaves out the middle of a stream.
+            lost |= shared.flow(direction).dead;
+            if lost {
+                continue;
+            }
             if let Some(how) = forward(&message, to, shared, direction).await {
                 return how;
             }
@@ -430,9 +436,6 @@ async fn write(
     direction: Direction,
 ) -> Option<How> {
     let flow = shared.flow(direction);
-    if flow.dead {
-        return None;
-    }
     let (bytes, how) = up_to_the_cut(bytes, shared, direction);
     let largest = flow.bandwidth.map_or(CHUNK, |bandwidth| bandwidth as usize / 20 + 1);
     for piece in bytes.chunks(flow.slice.unwrap_or(largest)) {

@@ -117,6 +117,9 @@ async fn a_stall_keeps_the_bytes_and_a_dead_direction_loses_them() {
     proxy.flow(Direction::ToServer, Flow { dead: true, ..Flow::default() });
     stream.write_all(b"gone").await.expect("it works");
     assert_eq!(answer(&mut stream).await, (Vec::new(), None));
+    proxy.flow(Direction::ToServer, Flow::default());
+    stream.write_all(b"behind the hole").await.expect("it works");
+    assert_eq!(answer(&mut stream).await, (Vec::new(), None));
     proxy.heal();
     assert_eq!(
         answer_of(&mut stream, 1).await,
