@@ -57,6 +57,12 @@ pub struct Position {
 }
 
 impl Position {
+    /// The place of the whole change: checkpoints and receipts know no sub-ordinal.
+    #[must_use]
+    pub fn change(self) -> Self {
+        Self { sub: 0, ..self }
+    }
+
     /// Length of the text form, in bytes.
     pub const TEXT_LEN: usize = 8 + 1 + 16 + 1 + 10 + 1 + 4;
 
