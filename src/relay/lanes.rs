@@ -153,6 +153,12 @@ impl Lanes {
         self.in_flight
     }
 
+    /// Nothing is out, and what is left waits for a held route.
+    pub fn is_stuck(&self) -> bool {
+        let may_go = !self.ready.is_empty() || !self.retries.is_empty();
+        self.in_flight == 0 && !may_go && !self.holds.is_empty() && self.suspects.is_empty()
+    }
+
     /// Routes that are held, with their reasons.
     pub fn holds(&self) -> impl Iterator<Item = (RouteId, &Hold)> {
         self.holds.iter().map(|(route, hold)| (*route, hold))

@@ -2,7 +2,7 @@
 //! behind them. And the search for the one message that made the broker close a channel.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 
 use super::{Lanes, Slot, group_of, index, lanes_of};
 use crate::message::Ticket;
@@ -28,16 +28,11 @@ impl Lanes {
     fn evict_id(&mut self, first: u32) -> Vec<Slot> {
         let doomed = self.behind(first);
         let ids: HashSet<u32> = doomed.values().copied().collect();
-        for &id in doomed.values() {
+        let outside = self.take_waiting(&ids);
+        for &id in doomed.values().filter(|id| !outside.contains(id)) {
             let keys = self.at(id).keys;
             if let Some((key, _)) = group_of(keys) {
                 let group = self.groups.get_mut(&key).expect("a live slot's group exists");
-                let before = group.waiting.len();
-                group.waiting.retain(|waiting| *waiting != id);
-                if group.waiting.len() < before {
-                    // It has not entered its lanes yet.
-                    continue;
-                }
                 group.live -= 1;
                 group.barrier &= group.live > 0;
             }
@@ -52,17 +47,38 @@ impl Lanes {
         doomed.into_values().map(take).collect()
     }
 
+    /// Takes the doomed out of what waits behind barriers; returns those, which have not entered
+    /// their lanes yet.
+    fn take_waiting(&mut self, doomed: &HashSet<u32>) -> HashSet<u32> {
+        let keys = doomed.iter().filter_map(|id| group_of(self.at(*id).keys));
+        let keys: HashSet<u64> = keys.map(|(key, _)| key).collect();
+        let mut taken = HashSet::new();
+        for key in keys {
+            let group = self.groups.get_mut(&key).expect("a live slot's group exists");
+            let (gone, kept) = group.waiting.iter().partition(|id| doomed.contains(id));
+            group.waiting = kept;
+            let gone: VecDeque<u32> = gone;
+            taken.extend(gone);
+        }
+        taken
+    }
+
     /// The message and everything that may only follow it, by admission.
     fn behind(&self, first: u32) -> BTreeMap<u64, u32> {
         let mut doomed = BTreeMap::new();
         let mut next = vec![first];
+        // All of a table's waiting messages are doomed with the first of its messages.
+        let mut groups = HashSet::new();
         while let Some(id) = next.pop() {
             let slot = self.at(id);
             if doomed.insert(slot.order, id).is_none() {
                 next.extend(slot.next.iter().flatten());
                 // A barrier waits for all before it, and all after it wait for the barrier.
-                let group = group_of(slot.keys).map(|(key, _)| &self.groups[&key].waiting);
-                next.extend(group.into_iter().flatten());
+                if let Some((group, _)) = group_of(slot.keys)
+                    && groups.insert(group)
+                {
+                    next.extend(&self.groups[&group].waiting);
+                }
             }
         }
         doomed
@@ -92,7 +108,12 @@ impl Lanes {
     /// tried again alone, the largest first, until one fails alone.
     pub fn suspect(&mut self, ticket: Ticket) {
         let id = self.landed(ticket);
-        let (size, order) = (self.at(id).message.size(), self.at(id).order);
+        let (size, order, route) =
+            (self.at(id).message.size(), self.at(id).order, self.at(id).message.route);
+        if let Some(hold) = self.holds.get_mut(&route) {
+            // As a probe it has said nothing; another one may go.
+            hold.probing.take_if(|probing| *probing == id);
+        }
         self.suspects.insert((Reverse(size), order, id));
     }
 
@@ -113,15 +134,14 @@ impl Lanes {
         }
     }
 
-    /// The next suspect, once nothing else is out.
+    /// The next suspect, once nothing else is out. Also one of a held route: put aside it could
+    /// come back as a probe and close a channel again and again.
     pub(super) fn next_suspect(&mut self) -> Option<u32> {
-        while self.in_flight == 0 {
-            let (.., id) = self.suspects.pop_first()?;
-            if let Some(id) = self.unless_held(id) {
-                self.accused = Some(id);
-                return Some(id);
-            }
+        if self.in_flight > 0 {
+            return None;
         }
-        None
+        let (.., id) = self.suspects.pop_first()?;
+        self.accused = Some(id);
+        Some(id)
     }
 }

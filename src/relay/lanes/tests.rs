@@ -307,3 +307,39 @@ proptest! {
         prop_assert_eq!(bench.lanes.wake_at(), None);
     }
 }
+
+#[test]
+fn a_probe_that_was_on_a_closed_channel_is_sent_again_and_the_route_probed_on() {
+    let mut bench = Bench::new();
+    bench.admit(1, Keys::Free);
+    let first = bench.send()[0].0;
+    bench.lanes.hold(first, "no queue".into(), bench.now);
+    bench.now += PROBE_EVERY;
+    let probe = bench.send()[0].0;
+    // Another message made the broker close the channel that the probe was on.
+    bench.lanes.suspect(probe);
+    let alone = bench.send();
+    assert_eq!(alone.len(), 1);
+    assert!(bench.lanes.is_accused(alone[0].0));
+    bench.lanes.hold(alone[0].0, "still no queue".into(), bench.now);
+    bench.now += PROBE_EVERY;
+    let probe = bench.send();
+    assert_eq!(probe.len(), 1, "the route is probed again");
+    bench.lanes.confirmed(probe[0].0);
+    assert_eq!(bench.lanes.holds().count(), 0);
+}
+
+#[test]
+fn a_reload_behind_a_truncate_is_evicted_in_no_time() {
+    let mut bench = Bench::new();
+    bench.admit(0, row(1));
+    bench.admit(1, Keys::Barrier { group: 1 });
+    let reload = 8_000;
+    (0..reload).for_each(|n| bench.admit(2 + n, row(2 + n as u64)));
+    let sent = bench.send();
+    let begin = Instant::now();
+    let gone = bench.lanes.evict(sent[0].0);
+    assert_eq!(gone.len() as u128, 2 + reload);
+    // Each of them once is some milliseconds, each of them for each is many seconds.
+    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+}
