@@ -343,9 +343,11 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         }
     }
 
-    /// Draining, and everything in the window is settled.
+    /// Draining, and everything in the window is settled, as is every parked row on its way that
+    /// is out or may still go: what a held route keeps would wait for ever.
     fn drained(&self) -> bool {
-        matches!(self.ending, Ending::Draining { .. }) && self.window.is_empty()
+        let retried = self.parking.on_their_way() == 0 || self.lanes.is_stuck();
+        matches!(self.ending, Ending::Draining { .. }) && self.window.is_empty() && retried
     }
 
     fn is_over(&self) -> bool {

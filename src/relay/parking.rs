@@ -19,8 +19,10 @@ use crate::relay::watermark::EntryId;
 use crate::route::{Lanes, OnPoison};
 use order::{Blocking, Set, sets};
 
-/// Most rows that are on their way again at once.
+/// Most rows of a route that are on their way again at once.
 pub const RETRYING_MAX: usize = 256;
+/// The same of all routes.
+const LOADED_MAX: usize = 2048;
 /// Most bytes of them.
 const RETRYING_BYTES: usize = 4 << 20;
 
@@ -116,13 +118,15 @@ pub struct Parking {
     blocked: BTreeMap<Key, Blocked>,
     loaded: HashMap<u64, Loaded>,
     next_number: u64,
-    changes: Vec<Changed>,
+    /// Changes that are not written yet; a later one of a row replaces the earlier.
+    changes: BTreeMap<Key, Changed>,
     /// Unreleased rows as the database has them.
     stored: BTreeMap<Key, RowState>,
     /// Rows beyond the checkpoint, of any state: a replay neither parks nor publishes them again.
     known: Known,
-    /// Waiting rows of events that no route selected.
+    /// Waiting rows of events that no route selected, and those of them on their way.
     unrouted: usize,
+    unrouted_loaded: usize,
 }
 
 /// Rows of any state that a replay may come upon: id and route, and where the last of them is.
@@ -144,7 +148,10 @@ impl Parking {
 
     /// Nothing is parked: the way of almost every event.
     pub fn is_idle(&self) -> bool {
-        self.rows.is_empty() && self.known.ids.is_empty() && self.stored.is_empty()
+        self.rows.is_empty()
+            && self.loaded.is_empty()
+            && self.known.ids.is_empty()
+            && self.stored.is_empty()
     }
 
     /// Earlier sessions parked messages beyond the checkpoint.
@@ -159,12 +166,12 @@ impl Parking {
 
     /// An event that no route selected is parked, so its key is on all routes.
     pub fn has_unrouted(&self) -> bool {
-        self.unrouted > 0 || self.has_known()
+        self.unrouted + self.unrouted_loaded > 0 || self.has_known()
     }
 
     /// What the message must follow: the last row before it in its lanes, if there is one.
     pub fn follows(&self, key: &Key, lanes: Lanes) -> Option<Follows> {
-        if self.rows.is_empty() {
+        if self.rows.is_empty() && self.loaded.is_empty() {
             return None;
         }
         let before = |set: Option<&BTreeSet<Key>>| set?.range(..key).next_back().cloned();
@@ -176,7 +183,14 @@ impl Parking {
             Lanes::Two { lanes: [a, b], group } => lane(&a).max(lane(&b)).max(barrier(&group)),
             Lanes::Barrier { group } => before(self.tables.get(&group)),
         };
-        let waiting = self.rows[&last?];
+        let Some(last) = last else {
+            // What the routes make of it now stands in other lanes than the row does, so what comes
+            // next of its key waits until it is confirmed.
+            let on_its_way = key.route.is_empty() && self.unrouted_loaded_in(lanes);
+            return on_its_way
+                .then_some(Follows { state: RowState::Retrying, place: Place::Pending });
+        };
+        let waiting = self.rows[&last];
         Some(Follows { state: waiting.state, place: waiting.place })
     }
 
@@ -245,7 +259,7 @@ impl Parking {
         }
         let mut rows = Vec::new();
         while let Some(entry) = self.pending.first_entry() {
-            if entry.key().position > settled {
+            if entry.key().position.change() > settled {
                 break;
             }
             let (key, row) = entry.remove_entry();
@@ -258,7 +272,7 @@ impl Parking {
             }
             rows.push(row);
         }
-        let changes = std::mem::take(&mut self.changes);
+        let changes: Vec<Changed> = std::mem::take(&mut self.changes).into_values().collect();
         for change in &changes {
             match change.state {
                 RowState::Parked | RowState::Retrying => {
@@ -274,7 +288,8 @@ impl Parking {
 
     /// There is something that a checkpoint at `settled` would write.
     pub fn has_writes(&self, settled: Position) -> bool {
-        let due = self.pending.first_key_value().is_some_and(|(k, _)| k.position <= settled);
+        let due =
+            self.pending.first_key_value().is_some_and(|(k, _)| k.position.change() <= settled);
         due || !self.changes.is_empty()
     }
 
@@ -292,7 +307,7 @@ impl Parking {
             self.stored.insert(row.key.clone(), row.state);
             let Indexed { key, state, why, lanes, bytes, parked_at } = row;
             // A change of ours that is not written yet is newer than what was read.
-            if self.changes.iter().any(|c| c.key == key) {
+            if self.changes.contains_key(&key) {
                 continue;
             }
             if let Some(waiting) = self.rows.get_mut(&key) {
@@ -311,33 +326,47 @@ impl Parking {
         self.follow_retries();
     }
 
-    /// Rows that are not written yet take over the state of the row before them in their lane.
+    /// Rows with which nothing is wrong take over the state of the row before them in their lane:
+    /// a retry is about whole keys, and some of these were written after a person asked for it.
     fn follow_retries(&mut self) {
-        let waiting = self.pending.keys().chain(self.blocked.keys()).cloned();
-        for key in waiting.collect::<BTreeSet<Key>>() {
-            let Some(waiting) = self.rows.get(&key).copied() else { continue };
-            if waiting.why != Why::Follows {
+        let follows = |(key, waiting): (&Key, &Waiting)| {
+            (waiting.why == Why::Follows && waiting.state == RowState::Parked).then(|| key.clone())
+        };
+        for key in self.rows.iter().filter_map(follows).collect::<Vec<Key>>() {
+            let waiting = self.rows[&key];
+            let before = self.follows(&key, waiting.lanes);
+            if before.is_some_and(|before| before.state != RowState::Retrying) {
                 continue;
             }
-            let state = self.follows(&key, waiting.lanes).map_or(RowState::Retrying, |f| f.state);
-            self.rows.get_mut(&key).expect("it was just read").state = state;
-            if let Some(row) = self.pending.get_mut(&key) {
-                row.state = state;
+            self.rows.get_mut(&key).expect("it was just read").state = RowState::Retrying;
+            match waiting.place {
+                Place::Blocked => {}
+                Place::Stored | Place::Pending => self.change(key, RowState::Retrying, None),
             }
         }
     }
 
     /// The next rows to try again: they head all of their lanes, or only such rows stand before
-    /// them.
-    pub fn next_retry(&mut self) -> Option<Next> {
-        if self.rows.is_empty() || self.loaded.len() >= RETRYING_MAX {
+    /// them. Those of a `held` route would only lie in memory.
+    pub fn next_retry(&mut self, held: impl Fn(&str) -> bool) -> Option<Next> {
+        if self.rows.is_empty() || self.loaded.len() >= LOADED_MAX {
             return None;
         }
         let mut blocking = Blocking::default();
         let (mut chosen, mut bytes) = (Vec::new(), 0);
+        let mut on_their_way: HashMap<Arc<str>, usize> = HashMap::new();
+        for loaded in self.loaded.values() {
+            *on_their_way.entry(loaded.key.route.clone()).or_default() += 1;
+        }
         for (key, waiting) in &self.rows {
-            let stands = waiting.state != RowState::Retrying || blocking.holds(waiting.lanes);
-            let full = self.loaded.len() + chosen.len() >= RETRYING_MAX || bytes > RETRYING_BYTES;
+            // Until it is written that it is to be tried again, it cannot be read.
+            let unwritten = waiting.place == Place::Stored && self.changes.contains_key(key);
+            let stands = waiting.state != RowState::Retrying
+                || unwritten
+                || held(&key.route)
+                || blocking.holds(waiting.lanes);
+            let of_route = on_their_way.get(&key.route).copied().unwrap_or(0);
+            let full = of_route >= RETRYING_MAX || bytes > RETRYING_BYTES;
             if stands || full {
                 blocking.add(waiting.lanes);
                 continue;
@@ -345,6 +374,7 @@ impl Parking {
             match waiting.place {
                 Place::Stored => {
                     bytes += waiting.bytes;
+                    *on_their_way.entry(key.route.clone()).or_default() += 1;
                     chosen.push(key.clone());
                 }
                 // Behind rows that are still to be read: their turn comes.
@@ -372,8 +402,25 @@ impl Parking {
         let waiting = self.remove(key).expect("only a waiting row is loaded");
         let number = self.next_number;
         self.next_number += 1;
+        self.unrouted_loaded += usize::from(key.route.is_empty());
         self.loaded.insert(number, Loaded { key: key.clone(), waiting, open });
         number
+    }
+
+    fn unload(&mut self, number: u64) -> Option<Loaded> {
+        let loaded = self.loaded.remove(&number)?;
+        self.unrouted_loaded -= usize::from(loaded.key.route.is_empty());
+        Some(loaded)
+    }
+
+    fn unrouted_loaded_in(&self, lanes: Lanes) -> bool {
+        if self.unrouted_loaded == 0 {
+            return false;
+        }
+        let mut before = Blocking::default();
+        let unrouted = self.loaded.values().filter(|l| l.key.route.is_empty());
+        unrouted.for_each(|l| before.add(l.waiting.lanes));
+        before.holds(lanes)
     }
 
     /// A blocked row is published after all; its entry settles with its message.
@@ -388,7 +435,7 @@ impl Parking {
         let Some(loaded) = self.loaded.get_mut(&number) else { return };
         loaded.open -= 1;
         if loaded.open == 0 {
-            let Loaded { key, .. } = self.loaded.remove(&number).expect("it was just read");
+            let Loaded { key, .. } = self.unload(number).expect("it was just read");
             self.change(key, RowState::Released, None);
         }
     }
@@ -397,7 +444,7 @@ impl Parking {
     pub fn failed(&mut self, number: u64, why: Option<(Why, String)>) {
         // With several messages the first failure speaks for the row; a row is published again as
         // a whole, and its messages keep their ids.
-        let Some(Loaded { key, mut waiting, .. }) = self.loaded.remove(&number) else { return };
+        let Some(Loaded { key, mut waiting, .. }) = self.unload(number) else { return };
         waiting.state = RowState::Parked;
         if let Some((why, _)) = &why {
             waiting.why = *why;
@@ -439,7 +486,7 @@ impl Parking {
     /// Notes a change of a row where it is: in memory, or to be written.
     fn change(&mut self, key: Key, state: RowState, why: Option<(Why, String)>) {
         let Some(row) = self.pending.get_mut(&key) else {
-            self.changes.push(Changed { key, state, why });
+            self.changes.insert(key.clone(), Changed { key, state, why });
             return;
         };
         row.state = state;
@@ -449,34 +496,14 @@ impl Parking {
         }
     }
 
+    /// Rows that are on their way again.
+    pub fn on_their_way(&self) -> usize {
+        self.loaded.len()
+    }
+
     /// Bytes that wait to be written and belong to no entry of the window.
     pub fn pending_bytes(&self) -> usize {
         self.pending_bytes
-    }
-
-    /// Names of the routes that have blocked rows.
-    pub fn blocked_routes(&self) -> BTreeMap<&str, &Row> {
-        let mut routes = BTreeMap::new();
-        for (key, Blocked { row, .. }) in &self.blocked {
-            routes.entry(&*key.route).or_insert(row);
-        }
-        routes
-    }
-
-    /// Rows that are not released, as (route, why): how many.
-    pub fn by_route(&self) -> BTreeMap<(&str, Why), usize> {
-        let mut counts = BTreeMap::new();
-        let loaded = self.loaded.values().map(|l| (&l.key, &l.waiting));
-        for (key, waiting) in self.rows.iter().chain(loaded) {
-            *counts.entry((&*key.route, waiting.why)).or_default() += 1;
-        }
-        counts
-    }
-
-    /// Rows that are not released, lanes that are parked, and since when the oldest row is there.
-    pub fn summary(&self) -> (usize, usize, Option<f64>) {
-        let oldest = self.rows.values().map(|w| w.parked_at).min_by(f64::total_cmp);
-        (self.rows.len() + self.loaded.len(), self.lanes.len(), oldest)
     }
 
     fn insert(&mut self, key: &Key, waiting: Waiting) {
@@ -511,6 +538,7 @@ impl Parking {
 }
 
 mod order;
+mod shown;
 pub mod store;
 #[cfg(test)]
 mod tests;

@@ -7,12 +7,12 @@ use tokio::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::message::{Message, Publisher};
-use crate::relay::Relay;
 use crate::relay::admission::fits;
 use crate::relay::lanes::Owner;
 use crate::relay::parked::{Raw, Row, Why, shorten};
 use crate::relay::parking::Next;
 use crate::relay::parking::store::Found;
+use crate::relay::{Ending, Relay};
 use crate::route::{Decision, Lanes, Ordering};
 use crate::source::Source;
 
@@ -23,15 +23,18 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     /// Begins to look at the table, or to read rows, when there is a reason. Not while a write is
     /// under way: what is read must be what we know plus what people did.
     pub(super) fn start_looking(&mut self) {
-        if !self.retry_due || self.looking.is_some() || self.storing.is_some() {
+        let ending = !matches!(self.ending, Ending::No);
+        if !self.retry_due || self.looking.is_some() || self.storing.is_some() || ending {
             return;
         }
         self.retry_due = false;
         if self.parking.is_idle() {
             return;
         }
+        let holds = self.lanes.holds();
+        let held: Vec<_> = holds.map(|(id, _)| self.router.by_id(id).label.clone()).collect();
         loop {
-            match self.parking.next_retry() {
+            match self.parking.next_retry(|route| held.iter().any(|name| **name == *route)) {
                 Some(Next::Read(keys)) => {
                     self.looking = Some(self.store.read(keys));
                     return;
@@ -41,6 +44,8 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                     let messages = self.messages_of(&row);
                     let Ok(messages) = messages else { break };
                     self.parking.unload_blocked(&row.key);
+                    // The entry waits for one: the row.
+                    self.window.becomes(entry, messages.len());
                     let now = Instant::now().into_std();
                     for (message, lanes) in messages {
                         let owner = Owner::Window(entry);

@@ -57,6 +57,18 @@ impl Watermark {
         entry.open -= 1;
     }
 
+    /// One unsettled message of the entry has become so many: as many as the routes of now make.
+    ///
+    /// # Panics
+    /// When the entry has no unsettled message.
+    pub fn becomes(&mut self, id: EntryId, messages: usize) {
+        let index = id.0.checked_sub(self.first).expect("a settled entry stays settled");
+        let entry = &mut self.entries[usize::try_from(index).expect("the ring fits in memory")];
+        assert!(entry.open > 0, "each message settles once");
+        entry.open += u16::try_from(messages).expect("RULES_MAX fits");
+        entry.open -= 1;
+    }
+
     /// Takes the settled prefix off and gives back what covers it.
     pub fn take_settled(&mut self) -> Option<Receipt> {
         let mut covered: Option<Receipt> = None;
@@ -117,6 +129,19 @@ mod tests {
         assert_eq!(window.take_settled(), Some(receipt(10, 2, Some(12))));
         assert!(window.is_empty());
         assert_eq!(window.bytes(), 0);
+    }
+
+    #[test]
+    fn a_message_that_has_become_two_or_none_is_counted_as_such() {
+        let mut window = Watermark::new();
+        let two = window.push(receipt(10, 1, None), 1, 0);
+        let none = window.push(receipt(10, 2, None), 1, 0);
+        window.becomes(two, 2);
+        window.becomes(none, 0);
+        window.settle(two);
+        assert_eq!(window.take_settled(), None);
+        window.settle(two);
+        assert_eq!(window.take_settled(), Some(receipt(10, 2, None)));
     }
 
     #[test]

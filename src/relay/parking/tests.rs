@@ -49,6 +49,14 @@ fn park(parking: &mut Parking, row: Row) -> Parked {
     parking.park(row, entry(), OnPoison::Park, follows, 0.0)
 }
 
+fn none_held(_: &str) -> bool {
+    false
+}
+
+fn sub(position: Position, sub: u16) -> Key {
+    Key { position: Position { sub, ..position }, route: "orders".into() }
+}
+
 /// Marks everything that is stored as a person would.
 fn retry_all(parking: &mut Parking) {
     let indexed = |(key, waiting): (&Key, &super::Waiting)| crate::relay::parked::Indexed {
@@ -124,12 +132,16 @@ fn a_lane_is_live_again_when_its_last_row_is_on_its_way() {
     parking.take_writes(at(11));
     retry_all(&mut parking);
     park(&mut parking, row(12, lane(1), Why::Follows));
-    let Some(Next::Read(keys)) = parking.next_retry() else { panic!("rows are to be read") };
+    let Some(Next::Read(keys)) = parking.next_retry(none_held) else {
+        panic!("rows are to be read")
+    };
     assert_eq!(keys, [key(10), key(11)]);
     let first = parking.load(&key(10), 1);
     let second = parking.load(&key(11), 1);
     assert!(parking.follows(&key(13), lane(1)).is_some(), "one is still waiting");
-    let Some(Next::Pending(pending)) = parking.next_retry() else { panic!("one is in memory") };
+    let Some(Next::Pending(pending)) = parking.next_retry(none_held) else {
+        panic!("one is in memory")
+    };
     assert_eq!(pending.key, key(12));
     parking.load(&key(12), 1);
     assert!(parking.follows(&key(13), lane(1)).is_none());
@@ -149,7 +161,7 @@ fn a_row_that_fails_again_stops_the_rows_behind_it() {
     parking.take_writes(at(12));
     retry_all(&mut parking);
     parking.refused(&key(10), Why::TooLarge, "still too large".into());
-    assert!(parking.next_retry().is_none());
+    assert!(parking.next_retry(none_held).is_none());
     let writes = parking.take_writes(at(12));
     assert!(writes.changes.iter().all(|change| change.state == RowState::Parked));
     assert_eq!(writes.changes.len(), 3);
@@ -176,7 +188,7 @@ fn a_row_behind_a_parked_one_of_another_lane_waits_for_it() {
         });
     }
     parking.reload(found);
-    assert!(parking.next_retry().is_none());
+    assert!(parking.next_retry(none_held).is_none());
 }
 
 #[test]
@@ -189,4 +201,78 @@ fn what_an_earlier_session_parked_is_known_until_the_checkpoint_has_passed_it() 
     assert!(parking.is_known(id, "orders"));
     parking.take_writes(at(11));
     assert!(!parking.is_known(id, "orders") && parking.is_idle());
+}
+
+#[test]
+fn a_parked_truncate_of_a_second_table_is_written_with_its_checkpoint() {
+    let mut parking = Parking::default();
+    let mut second = row(10, Lanes::Barrier { group: 7 }, Why::Unroutable);
+    second.key = sub(at(10), 1);
+    park(&mut parking, second);
+    assert!(!parking.has_writes(at(9)) && parking.has_writes(at(10)));
+    assert_eq!(parking.take_writes(at(10)).rows.len(), 1, "receipts know no sub-ordinal");
+}
+
+#[test]
+fn what_was_parked_behind_a_row_after_a_person_asked_for_it_goes_with_it() {
+    let mut parking = Parking::default();
+    park(&mut parking, row(10, lane(1), Why::TooLarge));
+    parking.take_writes(at(10));
+    // A person marks the row; before that is seen, another one is written behind it.
+    park(&mut parking, row(11, lane(1), Why::Follows));
+    parking.take_writes(at(11));
+    let found = |(lsn, state, why)| crate::relay::parked::Indexed {
+        key: key(lsn),
+        state,
+        why,
+        lanes: lane(1),
+        bytes: 1,
+        parked_at: 0.0,
+    };
+    let marked = (10, RowState::Retrying, Why::TooLarge);
+    let behind = (11, RowState::Parked, Why::Follows);
+    parking.reload([marked, behind].map(found).to_vec());
+    let Some(Next::Read(keys)) = parking.next_retry(none_held) else { panic!("one is to be read") };
+    assert_eq!(keys, [key(10)], "of the other it is not written yet that it is to be tried");
+    let writes = parking.take_writes(at(11));
+    let changed: Vec<_> = writes.changes.iter().map(|c| (c.key.clone(), c.state)).collect();
+    assert_eq!(changed, [(key(11), RowState::Retrying)]);
+    let Some(Next::Read(keys)) = parking.next_retry(none_held) else {
+        panic!("both are to be read")
+    };
+    assert_eq!(keys, [key(10), key(11)]);
+}
+
+#[test]
+fn rows_of_a_held_route_leave_the_others_room() {
+    let mut parking = Parking::default();
+    park(&mut parking, row(10, lane(1), Why::TooLarge));
+    let mut other = row(11, lane(2), Why::TooLarge);
+    other.key.route = "other".into();
+    park(&mut parking, other);
+    parking.take_writes(at(11));
+    retry_all(&mut parking);
+    let Some(Next::Read(keys)) = parking.next_retry(|route| route == "orders") else {
+        panic!("one is to be read")
+    };
+    assert_eq!(keys.iter().map(|key| &*key.route).collect::<Vec<_>>(), ["other"]);
+}
+
+#[test]
+fn what_comes_behind_an_unrouted_row_on_its_way_waits_for_its_confirm() {
+    let mut parking = Parking::default();
+    let unrouted = |lsn| Key { position: at(lsn), route: "".into() };
+    let mut first = row(10, lane(1), Why::NoRoute);
+    first.key = unrouted(10);
+    park(&mut parking, first);
+    parking.take_writes(at(10));
+    retry_all(&mut parking);
+    let number = parking.load(&unrouted(10), 1);
+    assert!(parking.has_unrouted() && !parking.is_idle());
+    let follows = parking.follows(&unrouted(11), lane(1));
+    assert_eq!(follows.map(|f| f.state), Some(RowState::Retrying));
+    assert_eq!(parking.follows(&unrouted(11), lane(2)), None);
+    parking.confirmed(number);
+    assert!(!parking.has_unrouted());
+    assert_eq!(parking.follows(&unrouted(11), lane(1)), None);
 }

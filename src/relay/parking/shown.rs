@@ -1,0 +1,33 @@
+//! What people see of it: counts by route, lane and age. Pure.
+
+use std::collections::BTreeMap;
+
+use super::{Blocked, Parking};
+use crate::relay::parked::{Row, Why};
+
+impl Parking {
+    /// Names of the routes that have blocked rows.
+    pub fn blocked_routes(&self) -> BTreeMap<&str, &Row> {
+        let mut routes = BTreeMap::new();
+        for (key, Blocked { row, .. }) in &self.blocked {
+            routes.entry(&*key.route).or_insert(row);
+        }
+        routes
+    }
+
+    /// Rows that are not released, as (route, why): how many.
+    pub fn by_route(&self) -> BTreeMap<(&str, Why), usize> {
+        let mut counts = BTreeMap::new();
+        let loaded = self.loaded.values().map(|l| (&l.key, &l.waiting));
+        for (key, waiting) in self.rows.iter().chain(loaded) {
+            *counts.entry((&*key.route, waiting.why)).or_default() += 1;
+        }
+        counts
+    }
+
+    /// Rows that are not released, lanes that are parked, and since when the oldest row is there.
+    pub fn summary(&self) -> (usize, usize, Option<f64>) {
+        let oldest = self.rows.values().map(|w| w.parked_at).min_by(f64::total_cmp);
+        (self.rows.len() + self.loaded.len(), self.lanes.len(), oldest)
+    }
+}
