@@ -6,7 +6,7 @@
 //! the command by which a person accepts it.
 
 use crate::error::{Error, Kind, Result};
-use crate::pg::publication::{Publication, PublishedTable};
+use crate::pg::publication::{Publication, PublishedTable, TableName};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::planted;
 use crate::position::Lsn;
@@ -287,6 +287,39 @@ pub fn verify_publication(
     Ok(())
 }
 
+/// Whether the publication can carry what the relay is told to read. What it leaves out would be
+/// passed in silence, so this is asked at every start, whatever was agreed to.
+///
+/// # Errors
+/// What is wrong and the command that mends it.
+pub fn carries(publication: &Publication, wanted: &[String]) -> Result<()> {
+    let name = &publication.name;
+    if !publication.via_root {
+        let text = format!(
+            "publication {name:?} publishes partitions under their own names, so events would not \
+             be seen as the outbox's"
+        );
+        return Err(Error::refused(text)
+            .hint(format!("ALTER PUBLICATION {name:?} SET (publish_via_partition_root = true)")));
+    }
+    if !publication.operations.insert {
+        let text = format!("publication {name:?} publishes no inserts, and every event is one");
+        return Err(Error::refused(text)
+            .hint(format!("ALTER PUBLICATION {name:?} SET (publish = 'insert, update, delete')")));
+    }
+    // Without the canary nothing is lost; that is warned about.
+    let canary = TableName::canary().to_string();
+    let there = |name: &String| publication.tables.iter().any(|t| t.table.to_string() == *name);
+    match wanted.iter().find(|name| **name != canary && !there(name)) {
+        None => Ok(()),
+        Some(table) => {
+            let text = format!("table {table} is not in publication {name:?}");
+            Err(Error::refused(text)
+                .hint("`watership init` adds it; or take it out of source.tables"))
+        }
+    }
+}
+
 fn altered(then: &Publication, now: &Publication) -> Option<String> {
     if then.operations != now.operations {
         let list = |p: &Publication| {
@@ -375,6 +408,15 @@ pub fn plan(
             Verdict::WalLevel => {
                 return Err(Error::refused("wal_level is not \"logical\"")
                     .hint("ALTER SYSTEM SET wal_level = 'logical', then restart Postgres"));
+            }
+            Verdict::CheckpointMissing
+            | Verdict::OtherSlot
+            | Verdict::SchemaUnknown
+            | Verdict::OutboxAltered
+            | Verdict::RowUnsendable
+            | Verdict::EventUnpublishable => {
+                return Err(Error::refused(format!("{} is no gap to accept", verdict.name()))
+                    .hint("`watership check` says what to do"));
             }
             Verdict::SlotUnfit => {
                 return Err(Error::refused(format!("slot {name:?} was made by somebody else"))

@@ -157,7 +157,7 @@ async fn prepare(
     )?;
     let client = Arc::new(client);
     let (timelines, system_id) = timelines(&mut replication).await?;
-    let taken = take_over(&client, options, &timelines).await?;
+    let taken = counted(take_over(&client, options, &timelines).await, &metrics.slot_busy)?;
     let row = &taken.row;
     if system_id != row.system_id {
         let text = "the replication connection reaches another cluster than the SQL connection";
@@ -174,6 +174,9 @@ async fn prepare(
     let store = PostgresStore::new(client, &options.name, row.session_no).await?;
     Ok(Prepared { source, store, parking, taken, closed })
 }
+
+/// SQLSTATE object_in_use.
+const SLOT_IN_USE: &str = "55006";
 
 struct TakenOver {
     row: Row,
@@ -195,6 +198,15 @@ async fn take_over(client: &Client, options: &Options, timelines: &Timelines) ->
         .publication
         .as_ref()
         .ok_or_else(|| Error::protocol("a publication that is missing was not noticed"))?;
+    position_check::carries(publication, &options.wanted())?;
+    if let Some(pid) = found.slot.as_ref().and_then(|slot| slot.active_pid) {
+        // Before the checkpoint is taken: a relay on another broker or vhost, which has another
+        // lock, goes on undisturbed.
+        let text = format!("slot {:?} is read by pid {pid}", options.slot);
+        return Err(Error::new(Kind::Busy, text)
+            .coded(SLOT_IN_USE)
+            .hint("another relay reads the slot; this one waits"));
+    }
     if let Some(failover) = &failover {
         let followed = checkpoint::follow(client, name, &found.row, failover).await?;
         followed.ok_or_else(|| checkpoint::taken_over(name))?;
@@ -241,7 +253,7 @@ pub async fn look(client: &Client, options: &Options) -> Result<Found> {
     if row.slot != options.slot {
         let (stored, asked) = (&row.slot, &options.slot);
         let text = format!("the checkpoint of {name:?} belongs to slot {stored:?}, not {asked:?}");
-        return Err(Error::verdict(text)
+        return Err(Error::named(Verdict::OtherSlot, text)
             .hint("set source.slot back, or give the relay another name and run init"));
     }
     let agreed = checkpoint::read_agreed(client, name).await?;
