@@ -144,6 +144,13 @@ impl Error {
         Self { verdict: Some(verdict), ..Self::new(Kind::Verdict, what) }
     }
 
+    /// The same story as a [`Kind::Verdict`] with a stable name, which begins its text.
+    #[must_use]
+    pub fn as_verdict(mut self, verdict: Verdict) -> Self {
+        (self.kind, self.verdict) = (Kind::Verdict, Some(verdict));
+        self.context(verdict.name())
+    }
+
     /// Adds what a person should do.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {

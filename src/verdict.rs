@@ -39,11 +39,23 @@ pub enum Verdict {
     TableRecreated,
     /// The stream moves on and leaves out what is published.
     StreamDeaf,
+    /// There is no checkpoint for this relay.
+    CheckpointMissing,
+    /// The checkpoint belongs to another slot.
+    OtherSlot,
+    /// The schema in the database is missing, newer, or not what this program knows.
+    SchemaUnknown,
+    /// The outbox lacks a column that is needed.
+    OutboxAltered,
+    /// Postgres fails to send the same row again and again.
+    RowUnsendable,
+    /// An event that cannot be published, on a route with `on_poison = "stop"`.
+    EventUnpublishable,
 }
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Verdict; 15] = [
+    pub const ALL: [Verdict; 21] = [
         Verdict::WalLevel,
         Verdict::OtherCluster,
         Verdict::TimelineChanged,
@@ -59,6 +71,12 @@ impl Verdict {
         Verdict::TableRemoved,
         Verdict::TableRecreated,
         Verdict::StreamDeaf,
+        Verdict::CheckpointMissing,
+        Verdict::OtherSlot,
+        Verdict::SchemaUnknown,
+        Verdict::OutboxAltered,
+        Verdict::RowUnsendable,
+        Verdict::EventUnpublishable,
     ];
 
     /// The stable name.
@@ -79,6 +97,12 @@ impl Verdict {
             Verdict::TableRemoved => "table_removed",
             Verdict::TableRecreated => "table_recreated",
             Verdict::StreamDeaf => "stream_deaf",
+            Verdict::CheckpointMissing => "checkpoint_missing",
+            Verdict::OtherSlot => "other_slot",
+            Verdict::SchemaUnknown => "schema_unknown",
+            Verdict::OutboxAltered => "outbox_altered",
+            Verdict::RowUnsendable => "row_unsendable",
+            Verdict::EventUnpublishable => "event_unpublishable",
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::position::Lsn;
 use crate::relay::checkpoint::{self, NewCheckpoint};
 use crate::relay::{position_check, session};
 use crate::secret::Secret;
+use crate::verdict::Verdict;
 
 /// Options of `init`.
 #[derive(Debug, clap::Args)]
@@ -261,11 +262,12 @@ async fn slot_and_checkpoint(
     if let Some(row) = &row
         && row.slot != *name
     {
-        return Err(Error::verdict(format!(
+        let text = format!(
             "the checkpoint of relay {:?} belongs to slot {:?}, and source.slot is {name:?}",
             config.name, row.slot
-        ))
-        .hint("set source.slot to that slot, or choose another name for a new relay"));
+        );
+        return Err(Error::named(Verdict::OtherSlot, text)
+            .hint("set source.slot to that slot, or choose another name for a new relay"));
     }
     refuse_shared_slot(client, config).await?;
     let slot = read_slot(client, name).await?;

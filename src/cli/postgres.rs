@@ -4,7 +4,7 @@ use tokio_postgres::Client;
 
 use super::findings::Findings;
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::migrate;
 use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName};
@@ -14,6 +14,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::relay::position_check::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::{checkpoint, session, wanted};
 use crate::route::{Action, Select};
+use crate::verdict::Verdict;
 
 const INIT: &str = "run `watership init`";
 
@@ -197,9 +198,8 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
     match slot.wal_status {
         Some(WalStatus::Lost) | None => {
             let reason = slot.invalidation_reason.as_deref().unwrap_or("max_slot_wal_keep_size");
-            let lost = crate::error::Error::verdict(format!(
-                "{name:?} is lost ({reason}): WAL that it needs was removed"
-            ));
+            let text = format!("{name:?} is lost ({reason}): WAL that it needs was removed");
+            let lost = Error::named(Verdict::SlotLost, text);
             f.error("slot", &lost.hint("events are missing in the WAL; a person has to decide"));
         }
         Some(status @ (WalStatus::Reserved | WalStatus::Extended | WalStatus::Unreserved)) => {

@@ -13,6 +13,7 @@ use tokio_postgres::{Client, GenericClient, Transaction};
 
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
+use crate::verdict::Verdict;
 
 /// One numbered file of `sql/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,23 +146,24 @@ fn verify(done: &[Record]) -> Result<()> {
         let file = format!("sql/{}.sql", record.name);
         let Some(known) = MIGRATIONS.iter().find(|m| m.version == record.version) else {
             let newest = MIGRATIONS.last().map_or(0, |m| m.version);
-            return Err(Error::verdict(format!(
+            let text = format!(
                 "the schema in the database is at version {} ({file}), and this program knows \
                  versions up to {newest}",
                 record.version
-            ))
-            .hint("use the newer watership that made this schema"));
+            );
+            return Err(Error::named(Verdict::SchemaUnknown, text)
+                .hint("use the newer watership that made this schema"));
         };
         let ours = checksum(known.sql);
         let differs = record.checksum.as_ref().is_some_and(|theirs| *theirs != ours);
         if differs || record.name != known.name {
-            return Err(Error::verdict(format!(
+            let text = format!(
                 "{file} was run in this database with checksum {}, and this program has {} with \
                  checksum {ours}",
                 record.checksum.as_deref().unwrap_or("unknown"),
                 known.name
-            ))
-            .hint(
+            );
+            return Err(Error::named(Verdict::SchemaUnknown, text).hint(
                 "a migration never changes after its release: use the watership that made this \
                  schema, or compare the file with the database by hand",
             ));

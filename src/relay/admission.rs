@@ -13,6 +13,7 @@ use crate::relay::watermark::EntryId;
 use crate::relay::{Ending, Relay};
 use crate::route::{Decision, Lanes, OnPoison, Route, unrouted_lanes};
 use crate::source::{Item, Receipt, Source};
+use crate::verdict::Verdict;
 
 /// What became of an event on one route.
 pub(super) enum Made {
@@ -221,7 +222,9 @@ fn no_route(event: &Event) -> Error {
 /// An event that its route does not want parked stops the relay.
 fn poison_verdict(error: Error) -> Error {
     match error.kind() {
-        Kind::Event => error.with_kind(Kind::Verdict).context("this event cannot be published"),
+        Kind::Event => {
+            error.context("this event cannot be published").as_verdict(Verdict::EventUnpublishable)
+        }
         Kind::Config
         | Kind::Unreachable
         | Kind::Refused

@@ -18,6 +18,7 @@ use crate::position::{Lsn, Position};
 use crate::relay::parked::{Indexed, Key, Row as Parked, RowState, Writes};
 use crate::relay::parking::store::{self as parked_store, Found};
 use crate::relay::position_check::Failover;
+use crate::verdict::Verdict;
 
 /// The row that a relay starts from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,7 +106,8 @@ pub async fn take_session(client: &Client, name: &str, publication_oid: u32) -> 
 
 /// What to say when a relay has no checkpoint row.
 pub fn no_row(name: &str) -> Error {
-    Error::verdict(format!("there is no checkpoint row for relay {name:?} in watership.checkpoint"))
+    let text = format!("there is no checkpoint row for relay {name:?} in watership.checkpoint");
+    Error::named(Verdict::CheckpointMissing, text)
         .hint("run `watership init` first; it creates what is missing and changes nothing else")
 }
 
@@ -121,7 +123,7 @@ fn missing_schema(error: tokio_postgres::Error) -> Error {
     let error = postgres_error(error);
     match code.as_deref() {
         Some("42P01" | "3F000") => error
-            .with_kind(Kind::Verdict)
+            .as_verdict(Verdict::SchemaUnknown)
             .hint("run `watership init` first: the schema watership is missing or older"),
         Some(_) | None => error,
     }

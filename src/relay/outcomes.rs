@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::message::{Outcome, Publisher, RouteId, Ticket};
 use crate::metrics::RouteMetrics;
 use crate::relay::Relay;
@@ -10,6 +10,7 @@ use crate::relay::lanes::{Owner, Slot};
 use crate::relay::parked::{Key, Row, RowState, Why, raw_message, shorten};
 use crate::route::OnPoison;
 use crate::source::Source;
+use crate::verdict::Verdict;
 
 impl<S: Source, P: Publisher> Relay<S, P> {
     /// Every outcome of the publisher, each exactly once.
@@ -95,7 +96,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         let route = self.router.by_id(self.lanes.slot(ticket).message.route);
         if route.policy.on_poison == OnPoison::Stop {
             self.hold(ticket, error.to_string(), now);
-            self.drain(Some(error.with_kind(Kind::Verdict)));
+            self.drain(Some(error.as_verdict(Verdict::EventUnpublishable)));
             return;
         }
         let slots = self.lanes.evict(ticket);

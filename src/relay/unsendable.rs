@@ -4,8 +4,9 @@
 //! Above all this is a value whose text form is above 1 GB, such as a bytea of 600 MB, which is
 //! twice as long in hex.
 
-use crate::error::{Error, Kind};
+use crate::error::Error;
 use crate::position::Position;
+use crate::verdict::Verdict;
 
 const INTERNAL_ERROR: &str = "XX000";
 
@@ -33,8 +34,8 @@ impl Unsendable {
              true and start again"
         };
         error
-            .with_kind(Kind::Verdict)
             .context(format!("Postgres failed twice to send what follows {position}"))
+            .as_verdict(Verdict::RowUnsendable)
             .hint(hint)
     }
 }
@@ -42,6 +43,7 @@ impl Unsendable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Kind;
 
     fn internal() -> Error {
         Error::protocol("invalid memory alloc request size 1258291203").coded("XX000")

@@ -11,6 +11,7 @@ use crate::column::binary::Types;
 use crate::error::{Error, Result};
 use crate::event::{self, Broken, Column, OldRow, OutboxRow, Payload, Row, Table};
 use crate::pg::pgoutput::{self, OldKind, OldTuple, Tuple};
+use crate::verdict::Verdict;
 
 /// Columns of an outbox row that are looked at; more are allowed and ignored.
 const OUTBOX_COLUMNS_MAX: usize = 32;
@@ -35,7 +36,7 @@ impl OutboxColumns {
         let needed = |name: &str| {
             table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX).ok_or_else(|| {
                 let text = format!("column {name:?} is missing in {}", table.full_name);
-                Error::verdict(text)
+                Error::named(Verdict::OutboxAltered, text)
                     .hint("restore the column, or put it into the publication's column list")
             })
         };
