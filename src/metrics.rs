@@ -222,7 +222,9 @@ pub struct OutboxMetrics {
     pub partitions_dropped: Counter,
     /// Days for which no partition could be made, because the default partition has their rows.
     pub partitions_skipped: Counter,
-    /// Runs of the upkeep that failed (lock timeouts and others).
+    /// Partition work put off, because its lock was not to be had within 100 ms.
+    pub maintain_postponed: Counter,
+    /// Runs of the upkeep that failed.
     pub maintain_failures: Counter,
 }
 
@@ -251,6 +253,7 @@ impl Metrics {
                 partitions_created: counter!("watership_outbox_partitions_created_total"),
                 partitions_dropped: counter!("watership_outbox_partitions_dropped_total"),
                 partitions_skipped: counter!("watership_outbox_partitions_skipped_total"),
+                maintain_postponed: counter!("watership_outbox_maintain_postponed_total"),
                 maintain_failures: counter!("watership_outbox_maintain_failures_total"),
             },
             parked: ParkedMetrics::new(routes),

@@ -28,6 +28,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const COMPARE_EVERY: Duration = Duration::from_secs(10);
 /// How often partitions are made and retired.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(3600);
+/// The same after partition work that could not get its lock.
+const MAINTAIN_AGAIN: Duration = Duration::from_secs(60);
 /// Calls of `maintain` in one go; each does a bounded piece of work.
 const MAINTAIN_CALLS_MAX: u32 = 100;
 
@@ -100,7 +102,7 @@ async fn once(
         due.maintain = Instant::now() + MAINTAIN_EVERY;
         purge_parked(client, options).await?;
         if options.maintain {
-            maintain(client, options, &shared.metrics).await?;
+            due.maintain = Instant::now() + maintain(client, options, &shared.metrics).await?;
         }
     }
     Ok(())
@@ -182,14 +184,17 @@ async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Re
     Ok(())
 }
 
-async fn maintain(client: &Client, options: &Options, metrics: &Metrics) -> Result<()> {
+/// Returns when to come again: soon, where a lock was not to be had.
+async fn maintain(client: &Client, options: &Options, metrics: &Metrics) -> Result<Duration> {
     const SQL: &str = include_str!("../../sql/query/maintain.sql");
     let retain = i64::try_from(options.retain.as_secs()).unwrap_or(i64::MAX);
+    let mut again = MAINTAIN_EVERY;
     for _ in 0..MAINTAIN_CALLS_MAX {
         let row = client.query_one(SQL, &[&retain]).await.map_err(postgres_error)?;
         let names = |column: &str| row.try_get::<_, Vec<String>>(column).map_err(postgres_error);
         let (created, skipped) = (names("created")?, names("skipped")?);
         let (detached, dropped) = (names("detached")?, names("dropped")?);
+        let postponed = names("postponed")?;
         metrics.outbox.partitions_created.increment(created.len() as u64);
         metrics.outbox.partitions_dropped.increment(dropped.len() as u64);
         metrics.outbox.partitions_skipped.increment(skipped.len() as u64);
@@ -199,6 +204,11 @@ async fn maintain(client: &Client, options: &Options, metrics: &Metrics) -> Resu
                 "no partition was made for these days: the default partition has rows of them"
             );
         }
+        metrics.outbox.maintain_postponed.increment(postponed.len() as u64);
+        if !postponed.is_empty() {
+            again = MAINTAIN_AGAIN;
+            tracing::warn!(?postponed, "partition work waits for a lock that somebody holds");
+        }
         if !(created.is_empty() && detached.is_empty() && dropped.is_empty()) {
             tracing::info!(?created, ?detached, ?dropped, "outbox partitions");
         }
@@ -206,5 +216,5 @@ async fn maintain(client: &Client, options: &Options, metrics: &Metrics) -> Resu
             break;
         }
     }
-    Ok(())
+    Ok(again)
 }
