@@ -8,6 +8,7 @@ use crate::amqp::options::Options;
 use crate::amqp::topology::{self, Binding, Mode, Topology};
 use crate::config::Config;
 use crate::error::{Kind, Result};
+use crate::relay::audit;
 use crate::route::{Action, MessageIdRule, Rule, Select};
 
 /// Adds what it finds; never fails, because a failure is a finding too.
@@ -20,11 +21,12 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
     f.ok("broker", format!("connected to {}", urls.join(" or ")));
     check_things(f, config, &options).await;
     let Some(url) = &config.broker.management_url else {
-        return f.warning(
+        f.warning(
             "bindings",
             "bindings are not verified: AMQP cannot list them",
             "set broker.management_url",
         );
+        return grade_by_declares(f, config).await;
     };
     let graded = match Management::new(url, &options) {
         Ok(management) => check_routes(f, config, &management).await,
@@ -87,6 +89,27 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
     }
     warn_of_shared_ids(f, &reached);
     Ok(())
+}
+
+/// What is missing was said, thing by thing; this is what it means for each route.
+async fn grade_by_declares(f: &mut Findings, config: &Config) {
+    let verdicts = match audit::by_declares(&config.relay_options()).await {
+        Ok(verdicts) => verdicts,
+        Err(error) => return f.error("route", &error),
+    };
+    let publishes = |rule: &&Rule| matches!(rule.action, Action::Publish { .. });
+    for (rule, Verdict { grade, reason }) in config.rules.iter().filter(publishes).zip(verdicts) {
+        let what = format!("{:?} is {grade} ({reason})", rule.name);
+        let declares = config.topology.mode == Mode::Declare;
+        let hint = match grade {
+            Grade::Unsafe if declares => "`watership run` declares what is missing",
+            Grade::Unsafe => "make what is missing; until then the route is held",
+            Grade::Safe | Grade::Weak | Grade::NotVerified => {
+                "what a confirm is worth depends on the queues behind the exchange"
+            }
+        };
+        f.warning("route", what, hint);
+    }
 }
 
 async fn check_bindings(f: &mut Findings, topology: &Topology, api: &Management) -> Result<()> {

@@ -97,7 +97,12 @@ async fn by_management(options: &Options, url: &Secret) -> Result<Vec<Verdict>> 
     Ok(rules.iter().map(grade).collect())
 }
 
-async fn by_declares(options: &Options) -> Result<Vec<Verdict>> {
+/// What can be said of each route that publishes without the management API: whether its exchange
+/// and the queues that configuration binds to it are there.
+///
+/// # Errors
+/// The broker's, unless something is missing: that is a verdict.
+pub async fn by_declares(options: &Options) -> Result<Vec<Verdict>> {
     let things = &options.topology;
     let is_there = async |exchanges, queues| {
         let one = Topology { mode: Mode::Verify, exchanges, queues, bindings: Vec::new() };
