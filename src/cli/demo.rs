@@ -95,6 +95,8 @@ struct Stack {
     postgres: Postgres,
     rabbit: Rabbit,
     config: PathBuf,
+    /// Port of `/status` and the others.
+    admin: u16,
     relay: Process,
 }
 
@@ -174,14 +176,14 @@ impl Stack {
         postgres.execute("CREATE ROLE shop LOGIN; CREATE ROLE relay LOGIN REPLICATION").await?;
         postgres.execute_in(DATABASE, shop::TABLE).await?;
         let config = crate::dev::home()?.join("watership.toml");
-        std::fs::write(&config, config_text(&postgres, &rabbit)?)
+        let admin = crate::dev::free_port()?;
+        std::fs::write(&config, config_text(&postgres, &rabbit, admin))
             .map_err(|e| Error::config(format!("writing {}", config.display())).caused_by(e))?;
-        let admin = postgres.url("postgres", DATABASE);
-        init(&config, &admin).await?;
+        init(&config, &postgres.url("postgres", DATABASE)).await?;
         let grants = "GRANT watership_app TO shop; GRANT watership_relay TO relay";
         postgres.execute_in(DATABASE, grants).await?;
         let relay = start_relay(&config)?;
-        Ok(Self { postgres, rabbit, config, relay })
+        Ok(Self { postgres, rabbit, config, admin, relay })
     }
 
     /// The consumer finds its queue once the relay has declared it.
@@ -322,6 +324,7 @@ impl Stack {
         println!("  Postgres    {}", self.postgres.url("postgres", DATABASE));
         println!("  RabbitMQ    {}", self.rabbit.url("/"));
         println!("  management  {}", self.rabbit.management_url().unwrap_or_default());
+        println!("  relay       http://127.0.0.1:{}/status", self.admin);
         println!("  config      {}", self.config.display());
         println!("  relay's log {}", self.relay.log().display());
         println!("  try         watership status --config {}", self.config.display());
@@ -370,12 +373,11 @@ async fn init(config: &Path, admin: &str) -> Result<()> {
     Err(failed(format!("ended with {}: {}", out.status, said.trim())))
 }
 
-fn config_text(postgres: &Postgres, rabbit: &Rabbit) -> Result<String> {
+fn config_text(postgres: &Postgres, rabbit: &Rabbit, admin: u16) -> String {
     let source = postgres.url("relay", DATABASE);
     let broker = rabbit.url("/");
     let management = rabbit.management_url().unwrap_or_default();
-    let admin = crate::dev::free_port()?;
-    Ok(format!(
+    format!(
         "name = \"demo\"\n\n[source]\nurl = \"{source}\"\n\n\
          [broker]\nurl = \"{broker}\"\ntopology = \"declare\"\n\
          management_url = \"{management}\"\n\n\
@@ -385,5 +387,5 @@ fn config_text(postgres: &Postgres, rabbit: &Rabbit) -> Result<String> {
          [[route]]\nname = \"orders\"\nowner = \"demo\"\n\
          outbox = {{ aggregate_type = \"order\" }}\nexchange = \"{EXCHANGE}\"\n\
          routing_key = \"{{aggregate_type}}.{{event_type}}\"\n"
-    ))
+    )
 }
