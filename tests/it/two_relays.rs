@@ -14,7 +14,8 @@ use watership::dev::Signal;
 use watership::error::Kind;
 use watership::position::{Lsn, Position};
 use watership::relay::checkpoint::{PostgresStore, Store, take_session};
-use watership::relay::parked::Writes;
+use watership::relay::parked::{Changed, Key, Raw, Row, RowState, Why, Writes};
+use watership::route::Lanes;
 
 use crate::relay_support::{Message, Running, Setup, Stage, until};
 use crate::relay_verdicts::{database_of, private};
@@ -277,7 +278,7 @@ async fn a_zombie_of_a_pipelined_route_publishes_nothing_and_stores_nothing() {
 }
 
 #[tokio::test]
-async fn a_session_that_was_taken_over_cannot_write_the_checkpoint() {
+async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_nor_retries() {
     let stage = stage("keyed").await;
     let oid = stage.text("SELECT oid FROM pg_publication").await.parse().expect("an oid");
     let client = Arc::new(stage.database.connect().await);
@@ -302,5 +303,34 @@ async fn a_session_that_was_taken_over_cannot_write_the_checkpoint() {
     assert_eq!(error.kind(), Kind::Busy, "{error}");
     let row = stage.text("SELECT flush_lsn FROM watership.checkpoint").await;
     assert_eq!(row, at(10).1.to_string());
-    write(&store(new.session_no).await, 20).await.expect("the new one may");
+    // Nor what goes with a checkpoint: a row is parked, and a retry ends.
+    let row = parked_row(at(15).0);
+    let parks = |row: &Row| Writes { rows: vec![row.clone()], changes: Vec::new() };
+    let (key, state) = (row.key.clone(), RowState::Released);
+    let released = Writes { rows: Vec::new(), changes: vec![Changed { key, state, why: None }] };
+    let states = "SELECT coalesce(string_agg(state, ','), 'none') FROM watership.parked";
+    let error = first.store(at(30).0, at(30).1, parks(&row)).await.expect_err("taken over");
+    assert_eq!((error.kind(), &*stage.text(states).await), (Kind::Busy, "none"));
+    let second = store(new.session_no).await;
+    second.store(at(30).0, at(30).1, parks(&row)).await.expect("the new one may");
+    let error = first.store(at(40).0, at(40).1, released.clone()).await.expect_err("taken over");
+    assert_eq!((error.kind(), &*stage.text(states).await), (Kind::Busy, "parked"));
+    second.store(at(40).0, at(40).1, released).await.expect("the new one may");
+    assert_eq!(stage.text(states).await, "released");
+}
+
+fn parked_row(position: Position) -> Row {
+    Row {
+        key: Key { position, route: "orders".into() },
+        state: RowState::Parked,
+        why: Why::Unroutable,
+        error: "no queue".into(),
+        attempts: 1,
+        id: uuid::Uuid::nil(),
+        source: "watership.outbox".into(),
+        key_text: "order/1".into(),
+        committed_at_us: 0,
+        lanes: Lanes::One { lane: 1, group: None },
+        raw: Raw::Message { routing_key: "k".into(), properties: vec![0, 0], body: vec![1] },
+    }
 }
