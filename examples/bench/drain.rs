@@ -1,13 +1,16 @@
 //! Drains a backlog through the real relay, and one large transaction.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
 use tokio::time::Instant;
+use tokio_postgres::Client;
 use watership::error::{Error, Result};
 
 use crate::limits::{self, Decode};
 use crate::load::{self, Keys, Shape};
+use crate::peer::{self, Peer};
 use crate::relay::{Installation, Relay};
 use crate::report::Report;
 use crate::servers::{Servers, sql};
@@ -33,6 +36,7 @@ pub struct Case {
     pub decode: Decode,
     pub limit: f64,
     pub drain: Option<Drain>,
+    pub peers: Vec<Peer>,
 }
 
 /// What the relay made of a backlog.
@@ -62,12 +66,13 @@ pub struct Large {
     pub first_message_after_first_change_ms: Option<f64>,
 }
 
-/// Loads the backlog, measures the decode limit on it, then drains it.
+/// Loads the backlog, measures the decode limit on it, then drains it; then the peers do.
 pub async fn run(
     servers: &Servers,
     shape: &Shape,
     report: &Report,
     limits_only: bool,
+    programs: &[PathBuf],
 ) -> Result<Case> {
     let name = shape.name();
     let limit_slot = format!("{name}_limit");
@@ -80,6 +85,10 @@ pub async fn run(
     };
     let client = servers.client(&name).await?;
     limits::prepare(&client, &limit_slot).await?;
+    let mut prepared = Vec::new();
+    for program in programs {
+        prepared.push(peer::prepare(&client, program, &name).await?);
+    }
     let body_bytes = load::fill(&client, shape).await?;
     let decode = limits::decode(servers, &name, &limit_slot, &name, shape.events).await?;
     let limit = limits::limit(report.publish_limit(), &decode);
@@ -91,7 +100,11 @@ pub async fn run(
         }
         None => None,
     };
-    Ok(Case { shape: *shape, body_bytes, decode, limit, drain })
+    let mut peers = Vec::new();
+    for peer in prepared {
+        peers.push(peer.run(servers, &name, shape.events).await?);
+    }
+    Ok(Case { shape: *shape, body_bytes, decode, limit, drain, peers })
 }
 
 /// Drains one transaction of `rows` rows.
@@ -107,7 +120,8 @@ pub async fn large(servers: &Servers, rows: u64, seed: u32) -> Result<Large> {
     let first_message_after_first_change_ms = first_change
         .and_then(|change| first_message.checked_duration_since(change))
         .map(|gap| gap.as_secs_f64() * 1e3);
-    let (drain, relay) = measure(servers, name, rows, relay, first_message).await?;
+    let drain = measure(servers, &client, name, rows, &mut relay, first_message).await?;
+    confirmed(&relay, rows).await?;
     finish(servers, name, relay).await?;
     Ok(Large { drain, first_message_after_first_change_ms })
 }
@@ -117,34 +131,42 @@ pub async fn drain(
     installation: &Installation,
     events: u64,
 ) -> Result<(Drain, Relay)> {
-    let mut relay = installation.start()?;
-    let first_message = filled(servers, &installation.name, 1, POLL_FIRST, &mut relay).await?;
-    measure(servers, &installation.name, events, relay, first_message).await
+    let (name, mut relay) = (&installation.name, installation.start()?);
+    let first_message = first_message(servers, name, &mut relay).await?;
+    let client = servers.client(name).await?;
+    let drain = measure(servers, &client, name, events, &mut relay, first_message).await?;
+    confirmed(&relay, events).await?;
+    Ok((drain, relay))
 }
 
-/// Follows a relay that has begun to publish until all `events` lie in the queue.
-async fn measure(
+/// Waits for the first message in the queue.
+pub async fn first_message(servers: &Servers, queue: &str, relay: &mut Relay) -> Result<Instant> {
+    filled(servers, queue, 1, POLL_FIRST, relay).await
+}
+
+/// Follows a relay that has begun to publish until all `events` lie in the queue. Slot and queue
+/// have one name; `client` is one of the slot's database.
+pub async fn measure(
     servers: &Servers,
+    client: &Client,
     name: &str,
     events: u64,
-    mut relay: Relay,
+    relay: &mut Relay,
     first_message: Instant,
-) -> Result<(Drain, Relay)> {
-    let client = servers.client(name).await?;
-    let walsender = limits::walsender(&client, name).await?;
+) -> Result<Drain> {
+    let walsender = limits::walsender(client, name).await?;
     let broker = servers.rabbit_pid()?;
     // The broker's figure lacks what it did before the first message; the others lack nothing.
     let broker_before = tree_cpu_seconds(broker);
-    let filled = filled(servers, name, events, POLL, &mut relay).await?;
+    let filled = filled(servers, name, events, POLL, relay).await?;
     let broker_seconds = tree_cpu_seconds(broker) - broker_before;
     let walsender_seconds = cpu_seconds(walsender).unwrap_or(0.0);
     let relay_pid = relay.process.pid();
     let relay_seconds = cpu_seconds(relay_pid).unwrap_or(0.0);
-    confirmed(&relay, events).await?;
     let depth = servers.depth(name).await?;
     let seconds = filled.duration_since(relay.spawned).as_secs_f64();
     let per_event = 1e6 / events as f64;
-    let drain = Drain {
+    Ok(Drain {
         events,
         seconds,
         rate: events as f64 / seconds,
@@ -154,8 +176,7 @@ async fn measure(
         walsender_us: walsender_seconds * per_event,
         peak_rss_mb: peak_rss_bytes(relay_pid)? as f64 / 1e6,
         duplicates: depth.saturating_sub(events),
-    };
-    Ok((drain, relay))
+    })
 }
 
 /// Waits until the queue holds `wanted` messages; looks every `interval`.
@@ -232,6 +253,11 @@ async fn confirmed(relay: &Relay, events: u64) -> Result<()> {
 /// Ends the relay and frees what would slow the next case: slot, queue.
 pub async fn finish(servers: &Servers, name: &str, relay: Relay) -> Result<()> {
     relay.stop().await?;
+    free(servers, name).await
+}
+
+/// Drops slot and queue of one name.
+pub async fn free(servers: &Servers, name: &str) -> Result<()> {
     let client = servers.client("postgres").await?;
     let free = Instant::now() + CONFIRM_LIMIT;
     let drop_slot = "SELECT pg_drop_replication_slot($1)";

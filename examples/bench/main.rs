@@ -4,10 +4,12 @@
 //! Private servers (Postgres with fsync, RabbitMQ with a quorum queue), the real `watership run`
 //! as its own process, nothing in between. See bench/README.md for what each figure means.
 
+mod deleted;
 mod drain;
 mod latency;
 mod limits;
 mod load;
+mod peer;
 mod relay;
 mod report;
 mod servers;
@@ -53,7 +55,11 @@ struct Arguments {
     /// Kind of the exchange that the relay publishes to.
     #[arg(long, value_enum, default_value_t = Routing::Direct)]
     exchange: Routing,
-    /// Measure what troubles cost, and nothing else: a queue that nacks, a key that is poison.
+    /// A program that relays too, to compare with; repeat for several. See bench/peers.
+    #[arg(long)]
+    peer: Vec<PathBuf>,
+    /// Measure what troubles cost, and nothing else: a queue that nacks, one that is deleted, a key
+    /// that is poison.
     #[arg(long)]
     troubles: bool,
     /// Leave out the drains.
@@ -75,6 +81,7 @@ struct Arguments {
 
 impl Arguments {
     fn shapes(&self, round: u32) -> Vec<Shape> {
+        let nothing_asked = self.rows_per_tx.is_empty() && self.keys.is_empty();
         let rows =
             if self.rows_per_tx.is_empty() { vec![1, 100] } else { self.rows_per_tx.clone() };
         let keys = if self.keys.is_empty() { vec![Keys::Uniform] } else { self.keys.clone() };
@@ -83,6 +90,12 @@ impl Arguments {
             for &rows_per_tx in &rows {
                 let events = self.events;
                 shapes.push(Shape { events, rows_per_tx, keys, seed: self.seed, round });
+            }
+        }
+        // Beside them, once, without a bar. One key means one message at a time: fewer events.
+        if nothing_asked && round == 0 {
+            for (keys, events) in [(Keys::Zipf, self.events), (Keys::Single, self.events / 20)] {
+                shapes.push(Shape { events, rows_per_tx: 1, keys, seed: self.seed, round });
             }
         }
         shapes
@@ -120,6 +133,7 @@ async fn run(arguments: Arguments) -> Result<()> {
     if arguments.troubles {
         let (events, seed) = (arguments.events, arguments.seed);
         report.nacks(trouble::nacks(&servers, NACKED.min(events), seed).await?);
+        report.deleted(deleted::run(&servers).await?);
         report.poison(trouble::poison(&servers, events, seed, arguments.repeat).await?);
         return report.write(&arguments.out);
     }
@@ -130,7 +144,8 @@ async fn run(arguments: Arguments) -> Result<()> {
         let relayed = limits::publish(&servers, messages, limits::Kind::Relayed).await?;
         report.publish(bare, relayed);
         for shape in arguments.shapes(round) {
-            let case = drain::run(&servers, &shape, &report, arguments.limits_only).await?;
+            let (limits_only, peers) = (arguments.limits_only, &arguments.peer);
+            let case = drain::run(&servers, &shape, &report, limits_only, peers).await?;
             report.case(case);
         }
     }

@@ -38,6 +38,20 @@ impl Installation {
     /// Makes the database and runs `watership init`, which makes slot and publication. `broker`
     /// are further keys of the configuration's table of that name.
     pub async fn create(servers: &Servers, name: &str, broker: &str) -> Result<Self> {
+        let all = format!(
+            "[[route]]\nname = \"bench\"\noutbox = {{ aggregate_type = \"*\" }}\n\
+             exchange = \"{EXCHANGE}\"\n"
+        );
+        Self::with_routes(servers, name, broker, &all).await
+    }
+
+    /// The same with routes of one's own.
+    pub async fn with_routes(
+        servers: &Servers,
+        name: &str,
+        broker: &str,
+        routes: &str,
+    ) -> Result<Self> {
         servers.postgres.create_database(name).await?;
         let folder = dev::home()?;
         let port = free_port()?;
@@ -48,9 +62,7 @@ impl Installation {
              [source]\nurl = \"{}\"\nslot = \"{name}\"\npublication = \"{name}\"\n\
              [broker]\nurl = \"{}\"\ntopology = \"verify\"\n{broker}\n\
              [admin]\nlisten = \"127.0.0.1:{port}\"\n\
-             [[exchange]]\nname = \"{EXCHANGE}\"\nkind = \"{}\"\n\
-             [[route]]\nname = \"bench\"\noutbox = {{ aggregate_type = \"*\" }}\n\
-             exchange = \"{EXCHANGE}\"\n",
+             [[exchange]]\nname = \"{EXCHANGE}\"\nkind = \"{}\"\n{routes}",
             servers.postgres.url("postgres", name),
             servers.rabbit.url("/"),
             servers.routing.name(),
@@ -93,6 +105,11 @@ impl Installation {
 }
 
 impl Relay {
+    /// Another program that relays; it has no metrics of ours.
+    pub fn other(process: Process, log: PathBuf) -> Self {
+        Self { process, spawned: Instant::now(), log, port: 0 }
+    }
+
     /// Waits until it says that it streams and has the broker; how long that took.
     pub async fn ready(&mut self) -> Result<Duration> {
         let deadline = Instant::now() + LIMIT;

@@ -7,14 +7,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use watership::error::{Error, Result};
 
+use crate::deleted::Deleted;
 use crate::drain::{Case, Drain, Large};
 use crate::latency::Latency;
 use crate::limits::{Publish, cores, cpu_bound};
+use crate::load::Keys;
 use crate::servers::{Routing, Servers};
 use crate::trouble::{Nacks, Poison};
 
 /// The bars: share of the limit, CPU, memory, latency, start.
 const SHARE_MIN: f64 = 0.8;
+const PEER_TIMES_MIN: f64 = 1.5;
 const RELAY_US_MAX: f64 = 8.0;
 const RSS_MB_MAX: f64 = 25.0;
 const LARGE_RSS_MB_MAX: f64 = 30.0;
@@ -40,6 +43,7 @@ pub struct Report {
     large: Option<Large>,
     latency: Option<Latency>,
     nacks: Option<Nacks>,
+    deleted: Option<Deleted>,
     poison: Option<Poison>,
 }
 
@@ -57,6 +61,7 @@ impl Report {
             large: None,
             latency: None,
             nacks: None,
+            deleted: None,
             poison: None,
         }
     }
@@ -106,14 +111,23 @@ impl Report {
         println!("  limit of this run: {:.0}/s", case.limit);
         if let Some(drain) = &case.drain {
             let share = drain.rate / case.limit;
-            print_drain(drain);
-            println!("  share of the limit: {share:.2} {}", at_least(share, SHARE_MIN));
+            print_drain("relay", drain);
+            let bar = match shape.keys {
+                Keys::Uniform => at_least(share, SHARE_MIN),
+                Keys::Zipf | Keys::Single => "[no bar]".into(),
+            };
+            println!("  share of the limit: {share:.2} {bar}");
             if let Some(relayed) = &self.publish_relayed {
                 let share = drain.rate / relayed.rate;
                 println!("  share of a publisher of the same messages: {share:.2}");
             }
             println!("  CPU bar: {}", at_most(drain.relay_us, RELAY_US_MAX));
             println!("  memory bar: {}", at_most(drain.peak_rss_mb, RSS_MB_MAX));
+            for peer in &case.peers {
+                print_drain(&peer.name, &peer.drain);
+                let times = drain.rate / peer.drain.rate;
+                println!("  times its rate: {times:.2} {}", at_least(times, PEER_TIMES_MIN));
+            }
         }
         self.cases.push(case);
     }
@@ -151,7 +165,7 @@ impl Report {
 
     pub fn large(&mut self, large: Large) {
         println!("\none transaction of {} rows", large.drain.events);
-        print_drain(&large.drain);
+        print_drain("relay", &large.drain);
         println!("  memory bar: {}", at_most(large.drain.peak_rss_mb, LARGE_RSS_MB_MAX));
         match large.first_message_after_first_change_ms {
             Some(ms) => println!(
@@ -198,6 +212,24 @@ impl Report {
         self.nacks = Some(nacks);
     }
 
+    pub fn deleted(&mut self, deleted: Deleted) {
+        let d = &deleted;
+        let share = d.rate_while / d.rate_before;
+        println!("\na queue deleted for 60 s, {} events on two routes", d.events);
+        println!(
+            "  the other route {:.0} events/s until the window is full, {:.0} before: \
+             {share:.2} {}",
+            d.rate_while,
+            d.rate_before,
+            at_least(share, POISON_SHARE_MIN)
+        );
+        println!(
+            "  resumed after {:.0} ms, lost {}, duplicates {}, parked {}",
+            d.resumed_ms, d.lost, d.duplicates, d.parked
+        );
+        self.deleted = Some(deleted);
+    }
+
     pub fn poison(&mut self, poison: Poison) {
         let share = poison.rate / poison.rate_without;
         println!(
@@ -227,10 +259,10 @@ impl Report {
     }
 }
 
-fn print_drain(drain: &Drain) {
-    println!("  relay: {:.0} events/s ({:.1} s)", drain.rate, drain.seconds);
+fn print_drain(who: &str, drain: &Drain) {
+    println!("  {who}: {:.0} events/s ({:.1} s)", drain.rate, drain.seconds);
     println!(
-        "  CPU an event: relay {:.1} µs, broker {:.1} µs, walsender {:.1} µs",
+        "  CPU an event: {who} {:.1} µs, broker {:.1} µs, walsender {:.1} µs",
         drain.relay_us, drain.broker_us, drain.walsender_us
     );
     println!(
