@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::schedule::{Duplicates, WEIGHTS, growth, schedule};
+use crate::schedule::{Duplicates, Fault, Step, WEIGHTS, growth, last_life, schedule};
 
 #[test]
 fn a_seed_brings_the_same_schedule_and_another_seed_another() {
@@ -38,8 +38,21 @@ fn duplicates_are_allowed_within_a_fault_and_its_bound_only() {
 
 #[test]
 fn growth_is_seen_and_noise_is_not() {
-    assert_eq!(growth(&[]), 0);
-    assert_eq!(growth(&[10, 90, 10, 11, 10, 90, 11, 10]), 0);
-    let rising: Vec<u64> = (0..100).collect();
-    assert_eq!(growth(&rising), 50);
+    let each_second = |sample: fn(u64) -> u64| {
+        (0..300).map(|n| (n as f64, sample(n))).collect::<Vec<(f64, u64)>>()
+    };
+    assert_eq!(growth(&[]), 0.0);
+    assert_eq!(growth(&[(1.0, 7)]), 0.0);
+    assert!((growth(&each_second(|n| 1000 + n)) - 600.0).abs() < 1e-6);
+    let noise = growth(&each_second(|n| 1000 + n * 7919 % 100));
+    assert!(noise.abs() < 20.0, "{noise}");
+}
+
+#[test]
+fn one_process_lives_through_the_later_part() {
+    for seed in 0..50 {
+        let steps = schedule(seed, 600, Duration::from_secs(20));
+        let killed = |step: &&Step| step.fault == Fault::KillRelay;
+        assert!(steps.iter().filter(killed).all(|step| step.at < last_life(600)));
+    }
 }

@@ -35,12 +35,16 @@ const KEYS: u32 = 50;
 /// One transaction in so many is rolled back.
 const ROLLBACK_EVERY: u32 = 16;
 
+/// What a writer may be behind and catch up: timers are a millisecond or two late.
+const LATE: Duration = Duration::from_millis(20);
+
 /// What the writers do.
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
     /// Events of all writers together, rolled back ones included.
     pub events: u32,
-    /// Events a second of all writers together; 0 means as fast as they can.
+    /// Events a second of all writers together, and never more: who was held up does not hurry
+    /// afterwards. 0 means as fast as they can.
     pub rate: u32,
     /// Most rows in one transaction; the least is 1.
     pub rows: u32,
@@ -71,6 +75,8 @@ pub struct Scene {
     relay: Relay,
     shared: Arc<Shared>,
     writers: JoinSet<()>,
+    /// Writers that were ever started: each has keys of its own.
+    begun: u32,
     consumer: Option<JoinHandle<()>>,
     faults: Vec<Fault>,
     seed: u64,
@@ -97,7 +103,10 @@ pub struct Judged {
     pub lost: u64,
     pub violations: u64,
     pub duplicates: u64,
+    /// Most duplicates of all faults together.
     pub bound: u64,
+    /// Duplicates of the fault that had most, as far as they came before the next fault.
+    pub most: u64,
     pub faults: u64,
     pub recoveries: Vec<Duration>,
 }
@@ -143,6 +152,7 @@ impl Scene {
             relay,
             shared,
             writers: JoinSet::new(),
+            begun: 0,
             consumer: None,
             faults: Vec::new(),
             seed,
@@ -160,7 +170,7 @@ impl Scene {
 
     /// Starts the writers.
     pub fn write(&mut self, load: Load) {
-        for writer in 0..WRITERS {
+        for writer in self.begun..self.begun + WRITERS {
             let (url, seed) = (self.database.clone(), self.seed ^ u64::from(writer));
             let load =
                 Load { events: load.events / WRITERS, rate: load.rate.div_ceil(WRITERS), ..load };
@@ -168,6 +178,7 @@ impl Scene {
             let dice = fastrand::Rng::with_seed(seed);
             self.writers.spawn(async move { write(&shared, &url, writer, load, dice).await });
         }
+        self.begun += WRITERS;
     }
 
     /// The writers end with the transaction that they are in.
@@ -210,6 +221,11 @@ impl Scene {
     /// Different events that have arrived.
     pub fn arrived(&self) -> u64 {
         self.counts().delivered
+    }
+
+    /// First arrivals behind a later event of their key.
+    pub fn violations(&self) -> u64 {
+        self.counts().violations
     }
 
     /// Waits until all writers are done.
@@ -278,7 +294,7 @@ impl Scene {
 
     /// A fault begins.
     pub fn fault(&mut self, name: &str) {
-        let duplicates_before = self.consumer.is_some().then(|| self.counts().duplicates);
+        let duplicates_before = self.consumer.is_some().then(|| self.repeated());
         if self.faults.is_empty() {
             let none = duplicates_before.unwrap_or_default();
             assert_eq!(none, 0, "{}: duplicates without a fault", self.title);
@@ -338,9 +354,20 @@ impl Scene {
             violations: verdict.counts.violations,
             duplicates: repeated,
             bound: most,
+            most: self.each(repeated).into_iter().flatten().max().unwrap_or(repeated),
             faults: self.faults.len() as u64,
             recoveries: self.faults.iter().filter_map(|fault| fault.recovery).collect(),
         }
+    }
+
+    /// The duplicates of each fault, where somebody counted; `total` is that of the run.
+    fn each(&self, total: u64) -> Vec<Option<u64>> {
+        let after = self.faults.iter().skip(1).map(|fault| fault.duplicates_before);
+        let faults = self.faults.iter().zip(after.chain([Some(total)]));
+        let between = |(fault, after): (&Fault, Option<u64>)| {
+            fault.duplicates_before.zip(after).map(|(before, after)| after.saturating_sub(before))
+        };
+        faults.map(between).collect()
     }
 
     fn report(&self, verdict: &Verdict) {
@@ -356,9 +383,7 @@ impl Scene {
             duplicates - redelivered,
             verdict.best_second
         );
-        let after = self.faults.iter().skip(1).map(|fault| fault.duplicates_before);
-        for (fault, after) in self.faults.iter().zip(after.chain([Some(duplicates)])) {
-            let repeated = fault.duplicates_before.zip(after).map(|(before, after)| after - before);
+        for (fault, repeated) in self.faults.iter().zip(self.each(duplicates - redelivered)) {
             let repeated = repeated.map_or("-".into(), |count| count.to_string());
             let recovery = fault.recovery.map_or("-".into(), |took| format!("{took:.2?}"));
             println!("    {:<36} duplicates {repeated:>5}, recovery {recovery}", fault.name);
@@ -393,8 +418,8 @@ pub async fn client(url: &str) -> Result<tokio_postgres::Client, tokio_postgres:
 /// A writer: it goes on through every fault of the server, and gives up after [`LIMIT`] of them.
 async fn write(shared: &Shared, url: &str, writer: u32, load: Load, mut dice: fastrand::Rng) {
     let mut numbers = [0_u64; KEYS as usize];
-    let (begin, mut written) = (Instant::now(), 0);
-    let mut deadline = begin + LIMIT;
+    let (mut due, mut written) = (Instant::now(), 0);
+    let mut deadline = due + LIMIT;
     let wanted = |written| written < load.events && !shared.enough.load(Ordering::Relaxed);
     while wanted(written) {
         assert!(Instant::now() < deadline, "writer {writer}: Postgres stays away");
@@ -407,10 +432,11 @@ async fn write(shared: &Shared, url: &str, writer: u32, load: Load, mut dice: fa
                     FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS u(k, p, i) ORDER BY i";
         let Ok(emit) = client.prepare(emit).await else { continue };
         while wanted(written) {
-            if let Some(due) = written.checked_mul(1000).and_then(|w| w.checked_div(load.rate)) {
-                tokio::time::sleep_until(begin + Duration::from_millis(due.into())).await;
-            }
             let rows = dice.u32(1..=load.rows);
+            if load.rate > 0 {
+                tokio::time::sleep_until(due).await;
+                due = due.max(Instant::now() - LATE) + Duration::from_secs(1) * rows / load.rate;
+            }
             let (keys, bodies) = batch(writer, rows, &mut numbers, &mut dice);
             written += rows;
             let roll_back = dice.u32(0..ROLLBACK_EVERY) == 0;
@@ -455,6 +481,9 @@ fn batch(
     (0..rows).map(event).unzip()
 }
 
+/// So many messages out of order are printed when they come; all are counted.
+const TOLD_MOST: u64 = 10;
+
 /// A message arrived; the last one ends the consumer.
 fn record(shared: &Shared, message: &Delivery) -> ControlFlow<()> {
     let properties = &message.properties;
@@ -465,7 +494,15 @@ fn record(shared: &Shared, message: &Delivery) -> ControlFlow<()> {
     let id = properties.message_id().as_ref().and_then(|id| id.as_str().parse().ok());
     let mut ledger = shared.ledger();
     match id.zip(mark_of(&message.data)) {
-        Some((id, mark)) => ledger.arrived(id, mark, at, message.redelivered),
+        Some((id, mark)) => {
+            let before = ledger.counts().violations;
+            let (key, n) = (mark.key.clone(), mark.n);
+            ledger.arrived(id, mark, at, message.redelivered);
+            if ledger.counts().violations > before && before < TOLD_MOST {
+                let headers = properties.headers();
+                println!("OUT OF ORDER after {at:.3?}: key {key}, n {n}: {headers:?}");
+            }
+        }
         None => ledger.unreadable(),
     }
     ControlFlow::Continue(())

@@ -30,6 +30,15 @@ pub struct Step {
 /// How often each kind is drawn, in the order of [`draw`].
 pub const WEIGHTS: [u32; 13] = [5, 3, 4, 4, 2, 3, 2, 1, 2, 1, 2, 1, 1];
 
+/// The part of a run in which the relay is killed. After it one process lives to the end, and its
+/// memory can be judged.
+const KILLS_UNTIL: f64 = 0.4;
+
+/// When the last process of a run of so many seconds has started.
+pub fn last_life(seconds: u64) -> Duration {
+    Duration::from_secs(seconds).mul_f64(KILLS_UNTIL)
+}
+
 /// The faults of a run of so many seconds, one in each interval.
 pub fn schedule(seed: u64, seconds: u64, interval: Duration) -> Vec<Step> {
     let mut dice = fastrand::Rng::with_seed(seed);
@@ -37,7 +46,11 @@ pub fn schedule(seed: u64, seconds: u64, interval: Duration) -> Vec<Step> {
     let mut steps = Vec::new();
     let mut at = interval;
     while at < end {
-        steps.push(Step { at, fault: draw(&mut dice) });
+        let mut fault = draw(&mut dice);
+        while at >= last_life(seconds) && fault == Fault::KillRelay {
+            fault = draw(&mut dice);
+        }
+        steps.push(Step { at, fault });
         at += interval;
     }
     steps
@@ -106,13 +119,14 @@ impl Duplicates {
     }
 }
 
-/// By how much the later half of the samples lies above the earlier half, by their medians.
-pub fn growth(samples: &[u64]) -> i64 {
-    let median = |part: &[u64]| {
-        let mut part = part.to_vec();
-        part.sort_unstable();
-        part.get(part.len() / 2).map_or(0, |value| value.cast_signed())
-    };
-    let (early, late) = samples.split_at(samples.len() / 2);
-    median(late) - median(early)
+/// By how much the samples rise in ten minutes: the slope of the straight line that is nearest to
+/// them all. Each has the second in which it was taken.
+pub fn growth(samples: &[(f64, u64)]) -> f64 {
+    let count = samples.len() as f64;
+    let mean = |of: fn(&(f64, u64)) -> f64| samples.iter().map(of).sum::<f64>() / count;
+    let (middle, level) = (mean(|s| s.0), mean(|s| s.1 as f64));
+    let of = |s: &(f64, u64)| (s.0 - middle, s.1 as f64 - level);
+    let rise: f64 = samples.iter().map(of).map(|(x, y)| x * y).sum();
+    let run: f64 = samples.iter().map(of).map(|(x, _)| x * x).sum();
+    if run > 0.0 { rise / run * 600.0 } else { 0.0 }
 }

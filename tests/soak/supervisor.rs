@@ -5,6 +5,7 @@ use std::time::Duration;
 use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection};
+use serde_json::json;
 use tokio::time::{Instant, interval, sleep};
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal, StopMode};
 
@@ -12,12 +13,16 @@ use crate::crash_relay::{EXCHANGE, POLL, QUEUE, Window};
 use crate::crash_support::{Judged, Load, Place, Scene, client};
 use crate::framing::{Protocol, is_ack, is_wal};
 use crate::proxy::{Action, Direction, Flow, How, Proxy, Trigger};
-use crate::schedule::{Duplicates, Fault, Step, growth};
+use crate::schedule::{Duplicates, Fault, Step, growth, last_life};
 
-/// Growth of resident memory that is no leak, in KiB: the first outages fill buffers that stay.
-const GROWTH: i64 = 4096;
+/// Growth of resident memory that is no leak, in KiB in ten minutes.
+const GROWTH: f64 = 1024.0;
 /// Runs of fewer seconds say nothing about memory.
 const MEMORY_AFTER: u64 = 300;
+/// How many events show what is possible here at most.
+const TRIAL: u32 = 60_000;
+/// How long a rate is tried, in seconds.
+const TRIED: u32 = 6;
 
 /// All that can be broken.
 struct Ground {
@@ -27,21 +32,38 @@ struct Ground {
     postgres: Proxy,
     rabbit: Proxy,
     broker: String,
+    begin: Instant,
+    /// Resident memory in KiB, and the second of each look.
+    memory: Vec<(f64, u64)>,
 }
 
 /// Runs the schedule; panics when something is not as promised.
-pub async fn soak(seed: u64, seconds: u64, rate: u32, steps: &[Step]) {
+pub async fn soak(seed: u64, seconds: u64, load: crate::Load, steps: &[Step]) {
+    let failed = Failed { seed, seconds };
     let mut ground = Ground::new(seed).await;
+    let (rate, fastest) = ground.rates(load).await;
+    println!("soak: {rate} events a second");
     let watch = tokio::spawn(watch_slot(ground.server.url("postgres", "shop")));
     ground.scene.consume();
     ground.scene.relay().start();
-    ground.scene.write(Load { events: 4_000_000, rate, rows: 5 });
+    ground.scene.write(Load { events: u32::MAX / 2, rate, rows: 5 });
     ground.scene.flowing(500).await;
-    let begin = Instant::now();
+    ground.begin = Instant::now();
+    let begin = ground.begin;
+    // What the window held, and the events of one checkpoint interval at the rate of catching up.
+    let bound = u64::from(Window::default().events) + u64::from(fastest) / 10;
     let mut duplicates = Duplicates::default();
-    let mut memory = Vec::new();
+    let mut killed = true;
     for step in steps {
-        ground.calm_until(begin + step.at, &mut memory).await;
+        if killed && step.at >= last_life(seconds) {
+            killed = false;
+            ground.calm_until(begin + last_life(seconds)).await;
+            duplicates.begins("a full window", ground.scene.repeated());
+            ground.fill_the_window().await;
+            duplicates.recovered("a full window", ground.scene.repeated(), bound);
+            ground.memory.clear();
+        }
+        ground.calm_until(begin + step.at).await;
         let name = format!("{:?}", step.fault);
         println!("{:>6.1?} {name}", begin.elapsed());
         duplicates.begins(&name, ground.scene.repeated());
@@ -49,26 +71,45 @@ pub async fn soak(seed: u64, seconds: u64, rate: u32, steps: &[Step]) {
         ground.strike(step.fault).await;
         let ended = Instant::now();
         ground.live(ended).await;
-        memory.push(ground.scene.relay().memory_kib().0);
-        let bound = u64::from(Window::default().events) + u64::from(rate);
         duplicates.recovered(&name, ground.scene.repeated(), bound);
+        let (violations, log) = (ground.scene.violations(), ground.scene.relay().log_text());
+        assert_eq!(violations, 0, "seed {seed}: out of order after {name}; {log}");
     }
-    ground.calm_until(begin + Duration::from_secs(seconds), &mut memory).await;
+    ground.calm_until(begin + Duration::from_secs(seconds)).await;
     duplicates.begins("the end", ground.scene.repeated());
-    let grown = growth(&memory);
+    let grown = growth(&ground.memory);
+    let (now, peak) = ground.scene.relay().memory_kib();
     println!(
-        "memory: {} samples, {} KiB at last, grown by {grown} KiB; most duplicates of a fault {}",
-        memory.len(),
-        memory.last().copied().unwrap_or_default(),
+        "memory: {} samples, {now} KiB at last, {peak} KiB at its peak, grows by {grown:.0} KiB in \
+         ten minutes; most duplicates of a fault {}",
+        ground.memory.len(),
         duplicates.most()
     );
     ground.scene.enough();
     let judged = ground.scene.judge().await;
-    record(seed, seconds, &judged, grown, &duplicates);
+    let line = line(&Run { seed, seconds, rate, grown, peak }, &judged, &duplicates);
     assert_eq!(duplicates.wrong, [""; 0], "seed {seed}");
-    assert!(seconds < MEMORY_AFTER || grown <= GROWTH, "seed {seed}: grown by {grown} KiB");
+    assert!(seconds < MEMORY_AFTER || grown <= GROWTH, "seed {seed}: grows by {grown} KiB");
     assert!(!watch.is_finished(), "seed {seed}: the slot was ahead of the checkpoint");
     watch.abort();
+    // Else its drop tells.
+    std::mem::forget(failed);
+    tell(&line);
+}
+
+/// A run until it has held. One that panics leaves a line too.
+struct Failed {
+    seed: u64,
+    seconds: u64,
+}
+
+impl Drop for Failed {
+    fn drop(&mut self) {
+        let Self { seed, seconds } = self;
+        let more = json!({"seed": seed, "seconds": seconds});
+        let line = json!({"class": "soak", "test": "soak", "ok": false, "more": more});
+        tell(&format!("{line}\n"));
+    }
 }
 
 impl Ground {
@@ -92,24 +133,102 @@ impl Ground {
         })
         .await;
         scene.seeded(seed);
-        Self { scene, server, node, postgres, rabbit, broker }
+        let (begin, memory) = (Instant::now(), Vec::new());
+        Self { scene, server, node, postgres, rabbit, broker, begin, memory }
+    }
+
+    /// Events a second that are written, and most that are possible here. Where that was not
+    /// measured it is ten times more: a generous bound for a short run.
+    async fn rates(&self, load: crate::Load) -> (u32, u32) {
+        match load {
+            crate::Load::Rate(rate) => (rate, rate * 10),
+            crate::Load::Percent(percent) => {
+                let possible = self.possible().await;
+                (possible * percent / 100, possible)
+            }
+        }
+    }
+
+    /// The rate that all of this sustains without a fault, in events a second: another database,
+    /// the same servers and proxies. First as fast as writers, relay, consumer and judge can; then
+    /// a tenth less until what is written arrives within half a second. (Small transactions that
+    /// come evenly cost more than a backlog.)
+    async fn possible(&self) -> u32 {
+        self.server.create_database("trial").await.expect("a database");
+        self.node.create_vhost("trial").await.expect("a vhost");
+        let (database, broker) = (self.server.url("postgres", "trial"), self.node.url("trial"));
+        let mut scene = Scene::at(Place {
+            title: "trial",
+            database: &database,
+            broker: &broker,
+            relay_database: &self.postgres.url(&database),
+            relay_broker: &self.rabbit.url(&broker),
+            window: Window::default(),
+            settings: "",
+        })
+        .await;
+        scene.consume();
+        scene.relay().start();
+        let begin = Instant::now();
+        scene.write(Load { events: TRIAL, rate: 0, rows: 5 });
+        scene.written().await;
+        scene.delivered(scene.committed()).await;
+        let mut possible = (scene.committed() as f64 / begin.elapsed().as_secs_f64()) as u32;
+        while !sustained(&mut scene, possible).await {
+            possible -= possible / 10;
+        }
+        scene.judge().await;
+        // Nothing of it may weigh on the run: neither its slot nor its queue.
+        self.node.ctl(&["delete_vhost", "trial"]).await.expect("the vhost goes");
+        let drop_slot = "SELECT pg_drop_replication_slot('slot_trial')";
+        self.server.execute(drop_slot).await.expect("the slot goes");
+        self.server.execute("DROP DATABASE trial WITH (FORCE)").await.expect("the database goes");
+        possible
+    }
+
+    /// What a relay needs at most, it needs now: nothing is confirmed until the window is full.
+    async fn fill_the_window(&mut self) {
+        self.scene.fault("a full window");
+        let (_connection, channel) = self.channel().await;
+        let none = FieldTable::default();
+        let unbound = channel.queue_unbind(QUEUE.into(), EXCHANGE.into(), "#".into(), none);
+        unbound.await.expect("unbound");
+        let full = |status: &serde_json::Value| {
+            status["window_events"].as_u64() >= Some(u64::from(Window::default().events))
+        };
+        self.scene.relay().reaches("the window is full", full).await;
+        bind(&channel).await;
+        self.live(Instant::now()).await;
     }
 
     /// Nothing is broken until then; looks at the memory once a second.
-    async fn calm_until(&mut self, time: Instant, memory: &mut Vec<u64>) {
+    async fn calm_until(&mut self, time: Instant) {
         let mut second = interval(Duration::from_secs(1));
         while Instant::now() < time {
             second.tick().await;
             self.scene.relay().check();
-            memory.push(self.scene.relay().memory_kib().0);
+            let at = self.begin.elapsed().as_secs_f64();
+            self.memory.push((at, self.scene.relay().memory_kib().0));
         }
     }
 
-    /// What was committed until now arrives, and then more.
+    /// What was committed until now arrives, and then more. What is sent again may come behind
+    /// first arrivals of other keys: it is over once the checkpoint has passed it, and what the
+    /// queue held then was consumed.
     async fn live(&mut self, ended: Instant) {
         let committed = self.scene.committed();
         let before = self.scene.relay().confirmed().await;
         self.scene.recovered(ended, before).await;
+        self.scene.delivered(committed).await;
+        let database = self.server.url("postgres", "shop");
+        let now = text(&database, "SELECT pg_current_wal_lsn()").await;
+        let passed = format!("SELECT bool_and(flush_lsn >= '{now}') FROM watership.checkpoint");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while text(&database, &passed).await != "true" {
+            assert!(Instant::now() < deadline, "no checkpoint at {now} within a minute");
+            sleep(POLL).await;
+        }
+        let committed = self.scene.committed();
         self.scene.delivered(committed).await;
         self.scene.flowing(300).await;
     }
@@ -216,12 +335,18 @@ impl Ground {
         bind(&channel).await;
     }
 
-    /// What a queue holds goes with it; so it is unbound and emptied first.
+    /// What a queue holds goes with it, and what is on its way to it, which the broker confirms all
+    /// the same. So it is unbound first, until nothing is in flight, and emptied.
     async fn delete_queue(&mut self, ms: u64) {
         let (_connection, channel) = self.channel().await;
         let none = FieldTable::default();
         let unbound = channel.queue_unbind(QUEUE.into(), EXCHANGE.into(), "#".into(), none.clone());
         unbound.await.expect("unbound");
+        let none_in_flight = |status: &serde_json::Value| {
+            let held = status["held"].as_array().is_some_and(|held| !held.is_empty());
+            held && status["in_flight"] == 0
+        };
+        self.scene.relay().reaches("nothing is in flight", none_in_flight).await;
         let deadline = Instant::now() + Duration::from_secs(60);
         let passive = QueueDeclareOptions { passive: true, ..Default::default() };
         loop {
@@ -241,6 +366,33 @@ impl Ground {
         let options = QueueDeclareOptions { durable: true, ..Default::default() };
         channel.queue_declare(QUEUE.into(), options, arguments).await.expect("declared");
         bind(&channel).await;
+    }
+}
+
+/// Whether what is written at this rate arrives within half a second.
+async fn sustained(scene: &mut Scene, rate: u32) -> bool {
+    let (begin, before) = (Instant::now(), scene.committed());
+    scene.write(Load { events: rate * TRIED, rate, rows: 5 });
+    scene.written().await;
+    let written = (scene.committed() - before) as f64 / begin.elapsed().as_secs_f64();
+    let behind = scene.committed() - scene.arrived();
+    scene.delivered(scene.committed()).await;
+    println!("soak: {rate} a second: {written:.0} committed, at last {behind} behind");
+    // One transaction in sixteen is rolled back.
+    written > f64::from(rate) * 0.9 && behind < u64::from(rate) / 2
+}
+
+/// What a query answers, as text.
+async fn text(url: &str, sql: &str) -> String {
+    let client = client(url).await.expect("a connection");
+    let rows = client.simple_query(sql).await.expect("it is answered");
+    let row = rows.into_iter().find_map(|message| match message {
+        tokio_postgres::SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    match row.expect("a row").get(0) {
+        Some("t") => "true".into(),
+        other => other.unwrap_or_default().into(),
     }
 }
 
@@ -274,21 +426,49 @@ async fn is_ahead(client: &tokio_postgres::Client) -> Result<bool, tokio_postgre
     Ok(client.query_one(&ahead, &[]).await?.get(0))
 }
 
-/// One line for `scripts/reliability`.
-fn record(seed: u64, seconds: u64, judged: &Judged, grown: i64, duplicates: &Duplicates) {
-    use std::io::Write as _;
+/// A run's own figures.
+struct Run {
+    seed: u64,
+    seconds: u64,
+    rate: u32,
+    /// KiB in ten minutes.
+    grown: f64,
+    /// KiB.
+    peak: u64,
+}
+
+/// The line for `scripts/reliability`.
+fn line(run: &Run, judged: &Judged, duplicates: &Duplicates) -> String {
     let recoveries: Vec<_> = judged.recoveries.iter().map(Duration::as_millis).collect();
-    let most = recoveries.iter().max().copied().unwrap_or_default();
+    let Run { seed, seconds, rate, grown, peak } = run;
     let Judged { events, lost, violations, duplicates: repeated, bound, faults, .. } = judged;
-    let line = format!(
-        "{{\"class\":\"soak\",\"group\":\"soak\",\"test\":\"soak\",\"ok\":{ok},\
-         \"recovery_ms\":{recoveries:?},\"events\":{events},\"lost\":{lost},\
-         \"order_violations\":{violations},\"duplicates\":{repeated},\"duplicate_bound\":{bound},\
-         \"faults_injected\":{faults},\"more\":{{\"seed\":{seed},\"seconds\":{seconds},\
-         \"memory_grown_kib\":{grown},\"slowest_ms\":{most},\"most_duplicates\":{}}}}}\n",
-        duplicates.most(),
-        ok = duplicates.wrong.is_empty(),
-    );
+    let line = json!({
+        "class": "soak",
+        "group": "soak",
+        "test": "soak",
+        "ok": true,
+        "recovery_ms": recoveries,
+        "events": events,
+        "lost": lost,
+        "order_violations": violations,
+        "duplicates": repeated,
+        "duplicate_bound": bound,
+        "faults_injected": faults,
+        "more": {
+            "seed": seed,
+            "seconds": seconds,
+            "rate": rate,
+            "memory_grown_kib": grown.round(),
+            "memory_peak_kib": peak,
+            "slowest_ms": recoveries.iter().max(),
+            "most_duplicates": duplicates.most(),
+        },
+    });
+    format!("{line}\n")
+}
+
+fn tell(line: &str) {
+    use std::io::Write as _;
     print!("{line}");
     let Some(path) = std::env::var_os("WATERSHIP_FAULT_RESULTS") else { return };
     let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
