@@ -22,7 +22,7 @@ struct Class {
     lost: u64,
     violations: u64,
     faults: u64,
-    /// Most duplicates of one run, by fault, and the bound of that run, by fault.
+    /// Most duplicates of one fault, and what one fault of that run may bring.
     duplicates: u64,
     bound: u64,
     crash_points: u64,
@@ -84,9 +84,9 @@ fn note(class: &mut Class, line: &Value) {
     class.violations += number(line, "order_violations");
     let faults = number(line, "faults_injected");
     class.faults += faults;
-    let each = number(line, "duplicates").div_ceil(faults.max(1));
-    if each >= class.duplicates {
-        class.duplicates = each;
+    let most = number(line, "most_duplicates");
+    if most >= class.duplicates {
+        class.duplicates = most;
         class.bound = number(line, "duplicate_bound").checked_div(faults).unwrap_or(0);
     }
     class.crash_points += number(&line["more"], "crash_points");
@@ -129,9 +129,13 @@ fn print(classes: &BTreeMap<(char, u32), Class>, lines: &[Value]) {
     println!("| … of which every run passed | {survived} |");
     println!("| faults injected | {} |", sum(|c| c.faults) + soaked("faults_injected"));
     println!("| events checked | {} |", sum(|c| c.events) + soaked("events"));
-    println!("| events lost | {} |", sum(|c| c.lost) + soaked("lost"));
+    let failed = lines.iter().filter(|line| line["ok"] == false).count();
+    println!(
+        "| runs that failed, listed below, whose losses and violations are not known | {failed} |"
+    );
+    println!("| events lost in the others | {} |", sum(|c| c.lost) + soaked("lost"));
     let violations = sum(|c| c.violations) + soaked("order_violations");
-    println!("| order violations | {violations} |");
+    println!("| order violations in the others | {violations} |");
     println!(
         "| crash points: messages at which the relay is killed | {} |",
         sum(|c| c.crash_points)
@@ -148,9 +152,11 @@ fn print(classes: &BTreeMap<(char, u32), Class>, lines: &[Value]) {
     for soak in &soaks {
         let more = &soak["more"];
         println!(
-            "- {} s, seed {}: {} events, {} faults, lost {}, order violations {}, most \
-             duplicates of a fault {}, slowest recovery {} ms, memory grown by {} KiB: {}",
+            "- {} s at {} events a second, seed {}: {} events, {} faults, lost {}, order \
+             violations {}, most duplicates of a fault {}, slowest recovery {} ms, memory at most \
+             {} KiB, growing by {} KiB in ten minutes: {}",
             more["seconds"],
+            more["rate"],
             more["seed"],
             soak["events"],
             soak["faults_injected"],
@@ -158,6 +164,7 @@ fn print(classes: &BTreeMap<(char, u32), Class>, lines: &[Value]) {
             soak["order_violations"],
             more["most_duplicates"],
             more["slowest_ms"],
+            more["memory_peak_kib"],
             more["memory_grown_kib"],
             if soak["ok"] == true { "held" } else { "FAILED" },
         );

@@ -41,13 +41,13 @@ impl Class {
 
     /// It survived, and this was counted.
     pub fn survived(mut self, judged: &Judged) {
-        self.tell(true, judged);
+        self.tell(Some(judged));
     }
 
     /// It survived; what matters was asserted in the test: `events` arrived, once each, after one
     /// fault.
     pub fn held(mut self, events: u64) {
-        self.tell(true, &Judged { events, faults: 1, ..Judged::default() });
+        self.tell(Some(&Judged { events, faults: 1, ..Judged::default() }));
     }
 
     /// This server cannot bring the fault about; nothing is told.
@@ -56,8 +56,11 @@ impl Class {
         self.told = true;
     }
 
-    fn tell(&mut self, ok: bool, judged: &Judged) {
+    /// A run that failed has no figures: what it would have counted is not known.
+    fn tell(&mut self, judged: Option<&Judged>) {
         self.told = true;
+        let ok = judged.is_some();
+        let judged = judged.cloned().unwrap_or_default();
         let milliseconds = |time: &Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let line = json!({
             "class": self.id,
@@ -70,6 +73,7 @@ impl Class {
             "order_violations": judged.violations,
             "duplicates": judged.duplicates,
             "duplicate_bound": judged.bound,
+            "most_duplicates": judged.most,
             "faults_injected": judged.faults,
             "seconds": self.begin.elapsed().as_secs(),
             "postgres": std::env::var("WATERSHIP_PG_MAJOR").unwrap_or_default(),
@@ -86,7 +90,7 @@ impl Class {
 impl Drop for Class {
     fn drop(&mut self) {
         if !self.told {
-            self.tell(false, &Judged::default());
+            self.tell(None);
         }
     }
 }
