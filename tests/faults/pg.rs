@@ -175,8 +175,8 @@ async fn pg_a04_frozen_for_5_seconds() {
 }
 
 #[tokio::test]
-async fn pg_a04_frozen_for_90_seconds() {
-    let Some(class) = Class::long("A4", "pg_a04_frozen_for_90_seconds") else { return };
+async fn pg_a04_frozen_for_50_seconds() {
+    let Some(class) = Class::long("A4", "pg_a04_frozen_for_50_seconds") else { return };
     frozen(class, 50).await;
 }
 
