@@ -177,6 +177,31 @@ fn each_mistake_in_routes_is_named() {
 }
 
 #[test]
+fn a_broken_file_is_told_with_its_place() {
+    let long = format!("name = 'a'\nnote = '{}", "x".repeat(1 << 20));
+    for (more, part) in [
+        ("source.slott = 'a'", "w.toml:3:8: unknown key \"slott\""),
+        ("name = 'a'\nname = 'b'", "w.toml:4:1: duplicate key"),
+        ("[source]\nslot = 'a'", "w.toml:3:2: duplicate key"),
+        ("name = 'a", "w.toml:3:"),
+        ("name = a", "w.toml:3:8: "),
+        ("name 'a'", "w.toml:3:"),
+        ("name = 7", "w.toml:3:8: "),
+        ("name = '\u{0}'", "w.toml:3:"),
+        ("\u{feff}name = 'a'", "w.toml:3:"),
+        (&long, "w.toml:4:"),
+    ] {
+        let text = problem(more);
+        assert!(text.starts_with("w.toml:") && text.contains(part), "{more:.40}\n{text:.400}");
+        assert!(text.len() < 1000, "{} bytes for {more:.40}", text.len());
+    }
+    // Neither is a mistake.
+    for text in [format!("\u{feff}{LEAST}"), LEAST.replace(" = ", "\t=\t")] {
+        config(&text).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
 fn missing_urls_are_named() {
     let text = config("").unwrap_err();
     assert!(text.contains("source.url is not set; allowed: \"postgres://user@host"), "{text}");

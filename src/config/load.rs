@@ -46,6 +46,9 @@ pub fn parse(file: &str, text: &str) -> Result<Raw> {
     toml::from_str(text).map_err(|e| syntax_error(file, text, &e))
 }
 
+/// Longest line, in bytes, that an error shows.
+const EXCERPT_MAX: usize = 200;
+
 fn syntax_error(file: &str, text: &str, e: &toml::de::Error) -> Error {
     let at = e.span().map_or(0, |span| span.start).min(text.len());
     let line_number = text[..at].matches('\n').count() + 1;
@@ -57,8 +60,11 @@ fn syntax_error(file: &str, text: &str, e: &toml::de::Error) -> Error {
     let gutter = line_number.to_string();
     let pad = " ".repeat(gutter.len());
     let mut what = format!("{file}:{line_number}:{column}: {message}");
-    let _ = write!(what, "\n{pad} |\n{gutter} | {}\n{pad} | ", without_secret(line));
-    if !line_may_hold_secret(line) {
+    let is_short = line.len() <= EXCERPT_MAX;
+    if is_short {
+        let _ = write!(what, "\n{pad} |\n{gutter} | {}\n{pad} | ", without_secret(line));
+    }
+    if is_short && !line_may_hold_secret(line) {
         let len = e.span().map_or(1, |s| s.len()).clamp(1, line.len().max(1));
         let _ = write!(what, "{}{}", " ".repeat(column - 1), "^".repeat(len));
     }

@@ -228,7 +228,10 @@ const PROVED: &[Proved] = &[
     (
         "E23",
         "configuration with every kind of mistake",
-        &["config each_mistake_is_named_with_what_is_allowed"],
+        &[
+            "config each_mistake_is_named_with_what_is_allowed",
+            "config a_broken_file_is_told_with_its_place",
+        ],
     ),
     ("E24", "clock that jumps", &["surroundings::surroundings_e24"]),
     ("E25", "few file descriptors", &["process_limits::process_e25"]),
