@@ -53,7 +53,8 @@ pub struct Connection {
     max_body: usize,
     ticks: Interval,
     blocked_since: Option<Instant>,
-    /// Confirm deadlines count from here at the earliest: when the last block ended.
+    /// Confirm deadlines count from here at the earliest: when the last block ended, or when the
+    /// link last had something left to write.
     deadlines_from: Instant,
     /// Kept until everything that was received is read: it may hold the broker's reason.
     write_error: Option<io::Error>,
@@ -266,6 +267,10 @@ impl Connection {
         }
         if self.blocked_since.is_some() {
             return Ok(());
+        }
+        if self.link.unsent() > 0 && now - self.link.last_write < self.heartbeat {
+            // A slow link is still taking what was sent: the broker cannot have confirmed it.
+            self.deadlines_from = now;
         }
         let oldest = self.channels.iter().filter_map(Channel::oldest).min();
         let waited =
