@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use tokio::time::timeout;
 use tokio_postgres::types::{PgLsn, ToSql};
 use tokio_postgres::{Client, GenericClient, Row as SqlRow, Statement};
 
@@ -19,6 +20,10 @@ use crate::relay::parked::{Indexed, Key, Row as Parked, RowState, Writes};
 use crate::relay::parking::store::{self as parked_store, Found};
 use crate::relay::position_check::Failover;
 use crate::verdict::Verdict;
+
+/// How long storing a checkpoint may take; longer than `statement_timeout`, for a backend that is
+/// frozen. Without a checkpoint the duplicates of the next fault have no bound.
+const STORE_LIMIT: Duration = Duration::from_secs(45);
 
 /// The row that a relay starts from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -369,8 +374,12 @@ impl PostgresStore {
             statement = &self.with_parked;
             values.extend([&rows as &(dyn ToSql + Sync), &changes]);
         }
-        let row = self.client.query_opt(statement, &values).await.map_err(postgres_error)?;
-        match row {
+        let stored = timeout(STORE_LIMIT, self.client.query_opt(statement, &values)).await;
+        let stored = stored.map_err(|_| {
+            let text = format!("Postgres did not store the checkpoint within {STORE_LIMIT:?}");
+            Error::unreachable(text)
+        })?;
+        match stored.map_err(postgres_error)? {
             Some(row) => {
                 let end: PgLsn = row.try_get(0).map_err(postgres_error)?;
                 Ok(Lsn(end.into()))

@@ -91,6 +91,8 @@ pub struct Assembler {
     seen: Seen,
     /// Number of the canary of the open transaction.
     canary: Option<u64>,
+    /// Commit LSN of the last transaction that began.
+    last_begun: Lsn,
     /// Only looked at by a planted bug.
     met_resume_point: bool,
 }
@@ -127,7 +129,15 @@ impl Assembler {
     pub fn new(options: Options) -> Self {
         let (tables, seen) = Default::default();
         let state = State::Idle;
-        Self { options, state, tables, seen, canary: None, met_resume_point: false }
+        Self {
+            options,
+            state,
+            tables,
+            seen,
+            canary: None,
+            last_begun: Lsn(0),
+            met_resume_point: false,
+        }
     }
 
     /// What came so far; how far the server is, is not known here.
@@ -179,6 +189,12 @@ impl Assembler {
             let text = format!("Begin of {commit_lsn} inside the transaction {}", open.commit_lsn);
             return Err(Error::protocol(text));
         }
+        // The invariant of this file rests on it, and a server that breaks it is none to follow.
+        if commit_lsn <= self.last_begun {
+            let text = format!("Begin of {commit_lsn} after that of {}", self.last_begun);
+            return Err(Error::protocol(text));
+        }
+        self.last_begun = commit_lsn;
         self.state = State::Open(Transaction {
             commit_lsn,
             committed_at_us: commit_time.saturating_add(POSTGRES_EPOCH_US),

@@ -141,3 +141,13 @@ fn our_own_writes_take_an_ordinal_and_are_progress_only_beside_others() {
     let empty = apply(&mut assembler, &[begin(300), commit(300)]);
     assert!(matches!(empty[..], [Item::Commit(_)]), "nothing of ours");
 }
+
+#[test]
+fn a_stream_that_goes_back_is_a_protocol_error() {
+    for back in [100, 200] {
+        let mut assembler = assembler(Position::default());
+        apply(&mut assembler, &[begin(200), event(), commit(200)]);
+        let error = assembler.apply(&begin(back), &mut Vec::new()).expect_err("it goes back");
+        assert!(error.to_string().contains("after that of 0/C8"), "{error}");
+    }
+}
