@@ -51,7 +51,8 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         metrics.commit_to_confirm.record(clock.saturating_sub(committed).as_secs_f64());
         self.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
         if released {
-            tracing::info!(route = route.0, "the destination works again, the route goes on");
+            let route = &*self.router.by_id(route).name;
+            tracing::info!(route, "the destination works again, the route goes on");
         }
     }
 
@@ -106,8 +107,9 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     fn hold(&mut self, ticket: Ticket, reason: String, now: Instant) {
         let route = self.lanes.slot(ticket).message.route;
         if self.lanes.hold(ticket, reason.clone(), now) {
+            let route = &*self.router.by_id(route).name;
             tracing::error!(
-                route = route.0,
+                route,
                 reason,
                 "the destination is broken: the route is held and probed, nothing is lost"
             );
