@@ -407,3 +407,41 @@ async fn a_message_that_makes_the_broker_close_the_channel_is_found_among_all_an
     assert_eq!(relay.status().await["sessions"], 1);
     relay.stop().await.expect_code(0);
 }
+
+#[tokio::test]
+async fn a_key_that_stays_busy_is_released_by_one_retry() {
+    let stage = Stage::new(Setup { settings: SMALL, ..Setup::default() }).await;
+    let relay = stage.start().await;
+    emit_large(&stage, "order", "1", "0000").await;
+    until_rows(&stage, &["parked too_large"]).await;
+    relay.stop().await.expect_code(0);
+    let text = stage.configuration().replace("1KiB", "1MiB");
+    stage.replace_configuration(&text);
+    let relay = stage.start().await;
+    let enough = std::sync::atomic::AtomicBool::new(false);
+    let writer = async {
+        // Slower than one key can be published, one message at a time.
+        let mut tick = tokio::time::interval(std::time::Duration::from_millis(25));
+        let mut number = 0;
+        while !enough.load(std::sync::atomic::Ordering::Relaxed) {
+            tick.tick().await;
+            number += 1;
+            emit(&stage, "order", "1", &format!("{number:04}")).await;
+        }
+        number
+    };
+    let person = async {
+        let some = "(SELECT count(*) > 50 FROM watership.parked)";
+        until("the key is busy", async || stage.holds(some).await).await;
+        parked(&stage, &["retry", "--key", "order/1"]).await;
+        let none = "(SELECT count(*) = 0 FROM watership.parked \
+            WHERE state IN ('parked', 'retrying'))";
+        until("nothing is left", async || stage.holds(none).await).await;
+        enough.store(true, std::sync::atomic::Ordering::Relaxed);
+    };
+    let (last, ()) = tokio::join!(writer, person);
+    let got = stage.settled().await;
+    let expected: Vec<String> = (0..=last).map(|number| format!("{number:04}")).collect();
+    assert_eq!(of_key(&got, "order/1"), expected);
+    relay.stop().await.expect_code(0);
+}

@@ -336,3 +336,31 @@ async fn making_a_slot_waits_for_transactions_that_are_open_for_long() {
     let (ended, ()) = tokio::join!(resync, release);
     ended.expect_code(0).expect_text(&["made anew"]);
 }
+
+/// A relay does not start, and says this.
+async fn refused(stage: &Stage, text: &str) {
+    stage.spawn().ended().await.expect_code(1).expect_text(&[text, "hint: "]);
+}
+
+#[tokio::test]
+async fn a_publication_that_leaves_out_what_is_wanted_is_refused_whatever_was_agreed_to() {
+    let stage = stage("").await;
+    let accept = ["resync", "--accept-gap", "--reason", "a test"];
+    let root = |on| format!("ALTER PUBLICATION watership SET (publish_via_partition_root = {on})");
+    stage.execute(&root(false)).await;
+    stage.run(&accept).await.expect_code(0);
+    refused(&stage, "publishes partitions under their own names").await;
+    stage.execute(&root(true)).await;
+    stage.run(&accept).await.expect_code(0);
+
+    stage.execute("CREATE TABLE public.more (id int PRIMARY KEY)").await;
+    let text =
+        stage.configuration().replace("\"public.items\"", "\"public.items\", \"public.more\"");
+    stage.replace_configuration(&text);
+    refused(&stage, "table public.more is not in publication \"watership\"").await;
+    stage.run(&["init"]).await.expect_code(0);
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO public.more VALUES (1)").await;
+    assert!(kinds(&stage.settled().await).contains(&"public.more.insert"));
+    relay.stop().await.expect_code(0);
+}
