@@ -101,7 +101,14 @@ impl Canary {
         let mut inner = self.lock();
         inner.last_written = Some(written.at);
         inner.own_bytes += written.span.min(SPAN_MAX);
-        if inner.pending.len() < PENDING_MAX {
+        // The stream can be faster than the answer to the write; and what lies before the session
+        // does not come in it.
+        let came = inner.last_seen.is_some_and(|seen| seen.number >= written.number);
+        if came {
+            inner.fresh_at = inner.fresh_at.max(Some(written.at));
+        }
+        let came = came || written.end <= inner.began.0;
+        if !came && inner.pending.len() < PENDING_MAX {
             inner.pending.push_back(written);
         }
     }
@@ -213,6 +220,21 @@ mod tests {
         }
         canary.seen(Some(Seen { number: 7, end: Lsn(90) }), after(61));
         assert!(canary.verdict(Lsn(1000), after(3600)).is_none(), "it came");
+    }
+
+    #[test]
+    fn a_canary_that_came_before_its_write_was_answered_is_not_waited_for() {
+        let start = Instant::now();
+        let late = start + Duration::from_secs(3600);
+        let canary = listening(start);
+        canary.seen(Some(Seen { number: 7, end: Lsn(90) }), start);
+        canary.wrote(written(7, 100, start));
+        assert!(canary.verdict(Lsn(1000), late).is_none(), "it came");
+        canary.begin(Lsn(200), true, start);
+        canary.wrote(written(8, 200, start));
+        assert!(canary.verdict(Lsn(1000), late).is_none(), "it lies before the session");
+        canary.wrote(written(9, 300, start));
+        assert!(canary.verdict(Lsn(1000), late).is_some());
     }
 
     #[test]
