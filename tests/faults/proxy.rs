@@ -90,6 +90,8 @@ pub struct Trigger {
 struct Control {
     to_server: Flow,
     to_relay: Flow,
+    /// A direction was dead since the last healing.
+    lossy: bool,
     trigger: Option<Trigger>,
     /// Cut when so many more bytes have passed in this direction.
     cut_after: Option<(Direction, u64, How)>,
@@ -177,9 +179,12 @@ impl Proxy {
 
     /// Changes what happens to all bytes of a direction.
     pub fn flow(&self, direction: Direction, flow: Flow) {
-        self.shared.change(|control| match direction {
-            Direction::ToServer => control.to_server = flow,
-            Direction::ToRelay => control.to_relay = flow,
+        self.shared.change(|control| {
+            control.lossy |= flow.dead;
+            match direction {
+                Direction::ToServer => control.to_server = flow,
+                Direction::ToRelay => control.to_relay = flow,
+            }
         });
     }
 
@@ -224,10 +229,8 @@ impl Proxy {
     /// Everything is as at the beginning. Connections that lost bytes are reset.
     pub fn heal(&self) {
         self.shared.change(|control| {
-            let lossy = control.to_server.dead
-                || control.to_relay.dead
-                || control.trigger.is_some_and(|trigger| trigger.action == Action::Drop);
-            if lossy {
+            let drops = control.trigger.is_some_and(|trigger| trigger.action == Action::Drop);
+            if std::mem::take(&mut control.lossy) || drops {
                 control.how = Some(How::Reset);
                 control.generation += 1;
             }
