@@ -22,7 +22,9 @@ const MEMORY_AFTER: u64 = 300;
 /// How many events show what is possible here at most.
 const TRIAL: u32 = 60_000;
 /// How long a rate is tried, in seconds.
-const TRIED: u32 = 6;
+const TRIED: u32 = 12;
+/// No fault begins later than this share of the run's time.
+const LATE: f64 = 1.25;
 
 /// All that can be broken.
 struct Ground {
@@ -54,7 +56,14 @@ pub async fn soak(seed: u64, seconds: u64, load: crate::Load, steps: &[Step]) {
     let bound = u64::from(Window::default().events) + u64::from(fastest) / 10;
     let mut duplicates = Duplicates::default();
     let mut killed = true;
+    let mut done = 0;
     for step in steps {
+        if begin.elapsed() > Duration::from_secs(seconds).mul_f64(LATE) {
+            // The machine has become slower than it was in the trial, and catches up slowly.
+            println!("soak: {done} of {} faults, the others would come too late", steps.len());
+            break;
+        }
+        done += 1;
         if killed && step.at >= last_life(seconds) {
             killed = false;
             ground.calm_until(begin + last_life(seconds)).await;
@@ -151,7 +160,7 @@ impl Ground {
 
     /// The rate that all of this sustains without a fault, in events a second: another database,
     /// the same servers and proxies. First as fast as writers, relay, consumer and judge can; then
-    /// a tenth less until what is written arrives within half a second. (Small transactions that
+    /// a tenth less until what is written arrives within a tenth of a second. (Small transactions that
     /// come evenly cost more than a backlog.)
     async fn possible(&self) -> u32 {
         self.server.create_database("trial").await.expect("a database");
@@ -369,7 +378,7 @@ impl Ground {
     }
 }
 
-/// Whether what is written at this rate arrives within half a second.
+/// Whether what is written at this rate arrives within a tenth of a second.
 async fn sustained(scene: &mut Scene, rate: u32) -> bool {
     let (begin, before) = (Instant::now(), scene.committed());
     scene.write(Load { events: rate * TRIED, rate, rows: 5 });
@@ -379,7 +388,7 @@ async fn sustained(scene: &mut Scene, rate: u32) -> bool {
     scene.delivered(scene.committed()).await;
     println!("soak: {rate} a second: {written:.0} committed, at last {behind} behind");
     // One transaction in sixteen is rolled back.
-    written > f64::from(rate) * 0.9 && behind < u64::from(rate) / 2
+    written > f64::from(rate) * 0.9 && behind < u64::from(rate) / 10
 }
 
 /// What a query answers, as text.
