@@ -160,8 +160,8 @@ impl Ground {
 
     /// The rate that all of this sustains without a fault, in events a second: another database,
     /// the same servers and proxies. First as fast as writers, relay, consumer and judge can; then
-    /// a tenth less until what is written arrives within a tenth of a second. (Small transactions that
-    /// come evenly cost more than a backlog.)
+    /// a tenth less until what is written arrives within a tenth of a second. (Small transactions
+    /// that come evenly cost more than a backlog.)
     async fn possible(&self) -> u32 {
         self.server.create_database("trial").await.expect("a database");
         self.node.create_vhost("trial").await.expect("a vhost");
