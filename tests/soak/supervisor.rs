@@ -56,14 +56,12 @@ pub async fn soak(seed: u64, seconds: u64, load: crate::Load, steps: &[Step]) {
     let bound = u64::from(Window::default().events) + u64::from(fastest) / 10;
     let mut duplicates = Duplicates::default();
     let mut killed = true;
-    let mut done = 0;
-    for step in steps {
+    for (done, step) in steps.iter().enumerate() {
         if begin.elapsed() > Duration::from_secs(seconds).mul_f64(LATE) {
             // The machine has become slower than it was in the trial, and catches up slowly.
             println!("soak: {done} of {} faults, the others would come too late", steps.len());
             break;
         }
-        done += 1;
         if killed && step.at >= last_life(seconds) {
             killed = false;
             ground.calm_until(begin + last_life(seconds)).await;
