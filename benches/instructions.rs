@@ -208,7 +208,7 @@ fn events() -> (Router, Envelope, Vec<Event>, Vec<Made>) {
     let (_, _, items) = assemble_all();
     let event = |item| match item {
         Item::Event(event, _) => Some(event),
-        Item::Commit(_) | Item::Idle(_) | Item::Poison(..) => None,
+        Item::Commit(_) | Item::Idle(_) => None,
     };
     let router = Router::new(&default_rules()).expect("the default rules");
     let events = items.into_iter().filter_map(event).collect();
@@ -250,7 +250,7 @@ fn messages() -> (Vec<Made>, Vec<Receipt>) {
     let (_, _, items) = assemble_all();
     let receipt = |item| match item {
         Item::Event(_, receipt) => Some(receipt),
-        Item::Commit(_) | Item::Idle(_) | Item::Poison(..) => None,
+        Item::Commit(_) | Item::Idle(_) => None,
     };
     (wrap(events()).3, items.into_iter().filter_map(receipt).collect())
 }

@@ -307,6 +307,10 @@ fn write_row(out: &mut Vec<u8>, table: &Table, row: &Row, only: Option<&[usize]>
             Value::Null | Value::Unchanged => out.extend_from_slice(b"null"),
             Value::Text(text) => column::write_json(out, column.type_oid, text)
                 .map_err(|e| e.context(format!("column {:?}", column.name)))?,
+            Value::Unreadable(value) => {
+                let text = format!("column {:?}: {}", column.name, value.why);
+                return Err(Error::event(text));
+            }
         }
         Ok::<(), Error>(())
     };

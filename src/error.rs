@@ -201,6 +201,14 @@ impl Error {
         self.hint.as_deref()
     }
 
+    /// The text, with the advice in brackets where we know one.
+    pub fn text_with_advice(&self) -> String {
+        match self.advice() {
+            Some(hint) => format!("{self} ({hint})"),
+            None => self.to_string(),
+        }
+    }
+
     /// What a person should do: the advice of this error, else that of its kind.
     pub fn what_to_do(&self) -> &str {
         self.advice().unwrap_or_else(|| self.kind.advice())

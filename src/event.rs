@@ -141,6 +141,17 @@ pub enum Value {
     Unchanged,
     /// The value's text form.
     Text(Bytes),
+    /// A value that has no text here: a message with it cannot be made.
+    Unreadable(Box<Unreadable>),
+}
+
+/// Why a value has no text, and what there is of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Says what is wrong and what to do.
+    pub why: String,
+    /// Its binary form (`*send`), unless that is too large to keep.
+    pub bytes: Option<Bytes>,
 }
 
 /// A published table as the stream last described it.

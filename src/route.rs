@@ -422,7 +422,8 @@ impl Route {
         for &column in columns {
             match &row[column] {
                 Value::Text(text) => add(&mut hasher, text),
-                Value::Null | Value::Unchanged => hasher.update(&[0xFF]),
+                // Rows whose key cannot be read wait for each other.
+                Value::Null | Value::Unchanged | Value::Unreadable(_) => hasher.update(&[0xFF]),
             }
         }
         hasher.digest()

@@ -13,10 +13,18 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    Broken, Change, Column, Content, Event, OldRow, OutboxRow, Payload, Row, Table, Value,
+    Broken, Change, Column, Content, Event, OldRow, OutboxRow, Payload, Row, Table, Unreadable,
+    Value,
 };
 use crate::error::{Error, Result};
 use crate::position::Position;
+
+/// Bytes of a document above which large values are left out of it: Postgres takes no parameter
+/// and no value of 1 GiB (`MaxAllocSize` in `src/include/utils/memutils.h`), and no broker takes a
+/// body of that size.
+const STORED_MAX: usize = 512 << 20;
+/// Bytes of a value that stays even then.
+const KEPT_MAX: usize = 1 << 20;
 
 /// The document. Id and position stand beside it.
 #[derive(Serialize, Deserialize)]
@@ -85,14 +93,24 @@ enum Cell {
     Unchanged {
         unchanged: bool,
     },
+    /// A value without a text form, or one that is too large to be kept here.
+    Unreadable {
+        unreadable: String,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        base64_binary: Option<String>,
+    },
 }
 
 /// The document of an event.
 pub fn to_json(event: &Event) -> String {
+    document(event, STORED_MAX)
+}
+
+fn document(event: &Event, max: usize) -> String {
     let table = &event.table;
     let columns = table.columns.iter().map(|c| (c.name.clone(), c.type_oid)).collect();
     let (schema, name, key) = (table.schema.clone(), table.name.clone(), table.key.clone());
-    let stored = Stored {
+    let mut stored = Stored {
         committed_at_us: event.committed_at_us,
         xid: event.xid,
         table: StoredTable { schema, name, columns, key },
@@ -108,7 +126,63 @@ pub fn to_json(event: &Event) -> String {
             Content::Change(Change::Truncate) => StoredContent::Truncate,
         },
     };
-    serde_json::to_string(&stored).expect("strings and numbers are always JSON")
+    let text = |stored: &Stored| {
+        serde_json::to_string(stored).expect("strings and numbers are always JSON")
+    };
+    let whole = text(&stored);
+    if whole.len() <= max {
+        return whole;
+    }
+    stored.content.cells_mut().into_iter().for_each(|cell| cell.leave_out());
+    text(&stored)
+}
+
+impl StoredContent {
+    fn cells_mut(&mut self) -> Vec<&mut Cell> {
+        match self {
+            StoredContent::Outbox(row) => {
+                let mut cells: Vec<&mut Cell> = row.headers.iter_mut().collect();
+                match &mut row.payload {
+                    StoredPayload::Json(cell) | StoredPayload::Data(cell) => cells.push(cell),
+                    StoredPayload::Broken { columns, .. } => {
+                        cells.extend(columns.iter_mut().map(|(_, cell)| cell));
+                    }
+                }
+                cells
+            }
+            StoredContent::Insert { new } => new.iter_mut().collect(),
+            StoredContent::Update { old, new } => {
+                let old = old.iter_mut().flat_map(StoredOld::cells_mut);
+                new.iter_mut().chain(old).collect()
+            }
+            StoredContent::Delete { old } => old.cells_mut().iter_mut().collect(),
+            StoredContent::Truncate => Vec::new(),
+        }
+    }
+}
+
+impl StoredOld {
+    fn cells_mut(&mut self) -> &mut Vec<Cell> {
+        match self {
+            StoredOld::Key(cells) | StoredOld::Full(cells) => cells,
+        }
+    }
+}
+
+impl Cell {
+    /// Takes a large value out, and says so.
+    fn leave_out(&mut self) {
+        if let Cell::Text(value) | Cell::Base64 { base64: value } = self
+            && value.len() > KEPT_MAX
+        {
+            let unreadable = format!(
+                "a value of {} bytes was too large to be kept with the parked row (discard the \
+                 row, and have its consumers read the table)",
+                value.len()
+            );
+            *self = Cell::Unreadable { unreadable, base64_binary: None };
+        }
+    }
 }
 
 /// The event of a document.
@@ -181,6 +255,7 @@ fn load_outbox(stored: StoredOutbox) -> Result<OutboxRow> {
         Ok(match load(cell)? {
             Value::Text(bytes) => Some(bytes),
             Value::Null | Value::Unchanged => None,
+            Value::Unreadable(value) => return Err(Error::event(value.why)),
         })
     };
     let needed = |cell: Cell| {
@@ -216,6 +291,10 @@ fn cells(row: &Row) -> Vec<Cell> {
         Value::Null => Cell::Null,
         Value::Unchanged => Cell::Unchanged { unchanged: true },
         Value::Text(bytes) => cell(bytes),
+        Value::Unreadable(value) => Cell::Unreadable {
+            unreadable: value.why.clone(),
+            base64_binary: value.bytes.as_ref().map(|bytes| STANDARD.encode(bytes)),
+        },
     };
     row.iter().map(one).collect()
 }
@@ -232,12 +311,17 @@ fn load(cell: Cell) -> Result<Value> {
         Cell::Null => Value::Null,
         Cell::Unchanged { .. } => Value::Unchanged,
         Cell::Text(text) => Value::Text(text.into()),
-        Cell::Base64 { base64 } => {
-            Value::Text(Bytes::from(STANDARD.decode(base64).map_err(|e| {
-                Error::event("the stored row is damaged: its base64 is wrong").caused_by(e)
-            })?))
+        Cell::Base64 { base64 } => Value::Text(decode(&base64)?),
+        Cell::Unreadable { unreadable: why, base64_binary } => {
+            let bytes = base64_binary.as_deref().map(decode).transpose()?;
+            Value::Unreadable(Box::new(Unreadable { why, bytes }))
         }
     })
+}
+
+fn decode(base64: &str) -> Result<Bytes> {
+    let wrong = |e| Error::event("the stored row is damaged: its base64 is wrong").caused_by(e);
+    STANDARD.decode(base64).map(Bytes::from).map_err(wrong)
 }
 
 #[cfg(test)]
@@ -266,15 +350,36 @@ mod tests {
     }
 
     #[test]
+    fn a_row_that_postgres_would_not_take_is_kept_without_its_large_value() {
+        let large = Value::Text(Bytes::from(vec![b'x'; KEPT_MAX + 1]));
+        let new: Row = [Value::Text(Bytes::from_static(b"7")), large].into();
+        let json = document(&event(Content::Change(Change::Insert { new })), KEPT_MAX);
+        assert!(json.len() < 1000, "{} bytes", json.len());
+        let Content::Change(Change::Insert { new }) =
+            from_json(&json, Uuid::nil(), Position::default()).unwrap().content
+        else {
+            panic!("an insert")
+        };
+        assert_eq!(new[0], Value::Text(Bytes::from_static(b"7")));
+        let Value::Unreadable(value) = &new[1] else { panic!("{:?}", new[1]) };
+        assert!(value.why.starts_with("a value of 1048577 bytes was too large"), "{}", value.why);
+    }
+
+    #[test]
     fn every_kind_of_event_comes_back_byte_for_byte() {
         let text = |t: &'static [u8]| Value::Text(Bytes::from_static(t));
         let row = || -> Row { [text(b"1"), text("\u{1F430} \"\\ \n".as_bytes())].into() };
         let odd = || -> Row { [Value::Null, text(b"\xFF\x00\xFE")].into() };
+        let why = "no text".to_owned();
+        let bytes = Some(Bytes::from_static(b"\xFF\x01"));
+        let unreadable = Value::Unreadable(Box::new(Unreadable { why, bytes }));
         round_trip(Content::Change(Change::Insert { new: row() }));
         let new: Row = [text(b"1"), Value::Unchanged].into();
         round_trip(Content::Change(Change::Update { old: None, new: new.clone() }));
         round_trip(Content::Change(Change::Update { old: Some(OldRow::Key(odd())), new }));
         round_trip(Content::Change(Change::Delete { old: OldRow::Full(row()) }));
+        let new = [text(b"1"), unreadable].into();
+        round_trip(Content::Change(Change::Insert { new }));
         round_trip(Content::Change(Change::Truncate));
     }
 

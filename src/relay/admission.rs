@@ -38,7 +38,6 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             }
             let admitted = match item {
                 Item::Event(event, receipt) => self.admit(&event, receipt, now),
-                Item::Poison(error, _) => Err(error),
                 Item::Commit(receipt) => {
                     self.metrics.wal.transactions.increment(1);
                     self.push(receipt, 0, 0);

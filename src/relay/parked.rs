@@ -267,11 +267,7 @@ pub fn raw_message(message: &Message) -> Raw {
 
 /// The text of an error, with its hint, at a length that a list can show.
 pub fn shorten(error: &Error) -> String {
-    let mut text = error.to_string();
-    if let Some(hint) = error.advice() {
-        text = format!("{text} ({hint})");
-    }
-    text.chars().filter(|c| *c != '\0').take(ERROR_CHARS).collect()
+    error.text_with_advice().chars().filter(|c| *c != '\0').take(ERROR_CHARS).collect()
 }
 
 /// A change of a row that is in the database.

@@ -6,7 +6,7 @@ pub mod wal;
 
 use std::future::Future;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::event::Event;
 use crate::position::{Lsn, Position};
 
@@ -15,8 +15,6 @@ use crate::position::{Lsn, Position};
 pub enum Item {
     /// A committed change.
     Event(Event, Receipt),
-    /// A change that can never become an event; the error says why.
-    Poison(Error, Receipt),
     /// The end of a transaction: everything before it has been handed on.
     Commit(Receipt),
     /// Nothing is open and everything up to here was handed on; the WAL has grown by something

@@ -249,12 +249,12 @@ impl Assembler {
                 let id = || event::captured_id(self.origin(&transaction), position);
                 let values = Values { data, table, types: &self.options.types };
                 let (id, row) = outbox_row(&values, columns, new, id);
-                (table, Ok((id, Content::Outbox(row))))
+                (table, (id, Content::Outbox(row)))
             }
             Published::Captured(table) => {
                 let id = event::captured_id(self.origin(&transaction), position);
-                let row = Values { data, table, types: &self.options.types }.row(new);
-                (table, row.map(|new| (id, Content::Change(Change::Insert { new }))))
+                let new = Values { data, table, types: &self.options.types }.row(new)?;
+                (table, (id, Content::Change(Change::Insert { new })))
             }
         };
         push_event(transaction, position, table, row, receipt, out);
@@ -282,8 +282,7 @@ impl Assembler {
             Published::Captured(table) => {
                 let id = event::captured_id(self.origin(&transaction), position);
                 let values = Values { data, table, types: &self.options.types };
-                let made =
-                    change(&|tuple| values.row(tuple)).map(|change| (id, Content::Change(change)));
+                let made = (id, Content::Change(change(&|tuple| values.row(tuple))?));
                 push_event(transaction, position, table, made, receipt, out);
             }
         }
@@ -309,7 +308,7 @@ impl Assembler {
             let last = usize::from(sub) + 1 == count;
             let covered = Position { ordinal: position.ordinal - u64::from(!last), ..position };
             let id = event::captured_id(self.origin(&transaction), at);
-            let made = Ok((id, Content::Change(Change::Truncate)));
+            let made = (id, Content::Change(Change::Truncate));
             push_event(transaction, at, table, made, self.receipt(covered, None), out);
         }
         Ok(())
@@ -434,25 +433,17 @@ fn push_event(
     transaction: Transaction,
     position: Position,
     table: &Arc<Table>,
-    made: Result<(Uuid, Content)>,
+    (id, content): (Uuid, Content),
     receipt: Receipt,
     out: &mut Vec<Item>,
 ) {
-    match made {
-        Ok((id, content)) => {
-            let event = Event {
-                id,
-                position,
-                committed_at_us: transaction.committed_at_us,
-                xid: transaction.xid,
-                table: table.clone(),
-                content,
-            };
-            out.push(Item::Event(event, receipt));
-        }
-        Err(error) => {
-            let at = format!("event {position} of {}", table.full_name);
-            out.push(Item::Poison(error.context(at), receipt));
-        }
-    }
+    let event = Event {
+        id,
+        position,
+        committed_at_us: transaction.committed_at_us,
+        xid: transaction.xid,
+        table: table.clone(),
+        content,
+    };
+    out.push(Item::Event(event, receipt));
 }

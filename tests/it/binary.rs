@@ -6,7 +6,7 @@ use watership::column::binary::Types;
 use watership::column::oid;
 
 use crate::crash_support::full;
-use crate::relay_support::{Message, Setup, Stage};
+use crate::relay_support::{Message, Setup, Stage, until};
 use crate::relay_types::VALUES;
 use crate::support::own_database;
 
@@ -180,7 +180,7 @@ async fn binary_and_text_mode_make_the_same_messages_byte_for_byte() {
 }
 
 #[tokio::test]
-async fn a_type_without_a_renderer_names_its_column_and_what_to_do() {
+async fn a_type_without_a_renderer_is_parked_with_its_column_and_what_to_do() {
     let sql = "CREATE TYPE pair AS (a int, b int); \
                CREATE TABLE public.odd (id int PRIMARY KEY, two pair)";
     let settings = "source.binary = true";
@@ -190,12 +190,22 @@ async fn a_type_without_a_renderer_names_its_column_and_what_to_do() {
     stage.execute("INSERT INTO odd VALUES (1, NULL)").await;
     stage.inbox.count(1).await;
     stage.execute("INSERT INTO odd VALUES (2, '(1,2)')").await;
-    relay.ended().await.expect_code(3).expect_text(&[
-        "column \"two\": type",
-        "cannot be rendered from binary",
-        "set source.binary = false",
-    ]);
+    stage.execute("INSERT INTO odd VALUES (3, NULL)").await;
+    stage.execute("UPDATE odd SET two = NULL WHERE id = 2").await;
+    until("both changes of the key are parked", async || stage.holds(PARKED_TWO).await).await;
+    stage.inbox.count(2).await;
+    let error = stage.text("SELECT error FROM watership.parked ORDER BY commit_lsn LIMIT 1").await;
+    assert!(error.contains("column \"two\": type"), "{error}");
+    assert!(error.contains("cannot be rendered from binary"), "{error}");
+    assert!(error.contains("set source.binary = false"), "{error}");
+    // The value itself is kept: an array of two int4.
+    let kept = "SELECT event #>> '{content,insert,new,1,base64_binary}' FROM watership.parked \
+                WHERE kind = 'invalid'";
+    assert_eq!(stage.text(kept).await, "AAAAAgAAABcAAAAEAAAAAQAAABcAAAAEAAAAAg==");
+    relay.stop().await.expect_code(0);
 }
+
+const PARKED_TWO: &str = "(SELECT count(*) FROM watership.parked) = 2";
 
 #[tokio::test]
 async fn a_row_that_is_too_large_for_text_is_a_verdict_and_binary_mode_gets_past_it() {
@@ -219,12 +229,14 @@ async fn a_row_that_is_too_large_for_text_is_a_verdict_and_binary_mode_gets_past
     let relay = stage.spawn_other(|config| {
         config.replace("source.tables", "source.binary = true\nsource.tables")
     });
-    // Now it is the broker that cannot take it, and the event that is wrong, by name.
-    relay
-        .ended()
-        .await
-        .expect_code(3)
-        .expect_text(&["column \"data\": a value of 537919488 bytes"]);
+    // Now it is the broker that cannot take it, and the event that is wrong, by name. It is parked.
+    stage.execute("INSERT INTO large VALUES (3, '\\x01')").await;
+    stage.inbox.count(2).await;
+    let parked = "(SELECT count(*) FROM watership.parked) = 1";
+    until("it is parked", async || stage.holds(parked).await).await;
+    let error = stage.text("SELECT error FROM watership.parked").await;
+    assert!(error.contains("column \"data\": a value of 537919488 bytes"), "{error}");
+    relay.stop().await.expect_code(0);
 }
 
 #[tokio::test]

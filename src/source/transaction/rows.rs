@@ -9,12 +9,14 @@ use uuid::Uuid;
 
 use crate::column::binary::Types;
 use crate::error::{Error, Result};
-use crate::event::{self, Broken, Column, OldRow, OutboxRow, Payload, Row, Table};
+use crate::event::{self, Broken, Column, OldRow, OutboxRow, Payload, Row, Table, Unreadable};
 use crate::pg::pgoutput::{self, OldKind, OldTuple, Tuple};
 use crate::verdict::Verdict;
 
 /// Columns of an outbox row that are looked at; more are allowed and ignored.
 const OUTBOX_COLUMNS_MAX: usize = 32;
+/// Bytes of a value without a text form that are kept, for people.
+const KEPT_MAX: usize = 1 << 20;
 
 /// Where the columns of the outbox are.
 
@@ -67,29 +69,31 @@ pub(super) struct Values<'a> {
 }
 
 impl Values<'_> {
-    fn value(&self, index: usize, value: &pgoutput::Value<'_>) -> Result<event::Value> {
-        Ok(match value {
+    fn value(&self, index: usize, value: &pgoutput::Value<'_>) -> event::Value {
+        match value {
             pgoutput::Value::Null => event::Value::Null,
             pgoutput::Value::Unchanged => event::Value::Unchanged,
             pgoutput::Value::Text(text) => event::Value::Text(self.data.slice_ref(text)),
             pgoutput::Value::Binary(bytes) => {
-                let column = &self.table.columns[index];
-                let text = self.types.text(column.type_oid, bytes);
-                let text = text.map_err(|e| e.context(format!("column {:?}", column.name)))?;
-                event::Value::Text(match text {
-                    Cow::Borrowed(text) => self.data.slice_ref(text),
-                    Cow::Owned(text) => Bytes::from(text),
-                })
+                match self.types.text(self.table.columns[index].type_oid, bytes) {
+                    Ok(Cow::Borrowed(text)) => event::Value::Text(self.data.slice_ref(text)),
+                    Ok(Cow::Owned(text)) => event::Value::Text(Bytes::from(text)),
+                    Err(error) => event::Value::Unreadable(Box::new(Unreadable {
+                        why: error.text_with_advice(),
+                        // A copy: a slice would keep the whole message of the stream.
+                        bytes: (bytes.len() <= KEPT_MAX).then(|| Bytes::copy_from_slice(bytes)),
+                    })),
+                }
             }
-        })
+        }
     }
 
     pub(super) fn row(&self, tuple: &Tuple<'_>) -> Result<Row> {
         if tuple.len() != self.table.columns.len() {
             let (got, want) = (tuple.len(), self.table.columns.len());
-            return Err(Error::event(format!("the row has {got} columns, its relation {want}")));
+            return Err(Error::protocol(format!("a row has {got} columns, its relation {want}")));
         }
-        tuple.columns().enumerate().map(|(index, value)| self.value(index, &value)).collect()
+        Ok(tuple.columns().enumerate().map(|(index, value)| self.value(index, &value)).collect())
     }
 }
 
@@ -105,11 +109,12 @@ pub(super) fn outbox_row(
     tuple.read_into(&mut values);
     let why = OnceCell::new();
     let bytes = |index: Option<usize>| match index.map(|i| values_of.value(i, &values[i])) {
-        Some(Ok(event::Value::Text(text))) => Some(text),
+        Some(event::Value::Text(text)) => Some(text),
         // Inserts carry no unchanged TOAST.
-        Some(Ok(event::Value::Null | event::Value::Unchanged)) | None => None,
-        Some(Err(error)) => {
-            why.get_or_init(|| error.to_string());
+        Some(event::Value::Null | event::Value::Unchanged) | None => None,
+        Some(event::Value::Unreadable(value)) => {
+            let column = index.map_or("", |i| &values_of.table.columns[i].name);
+            why.get_or_init(|| format!("column {column:?}: {}", value.why));
             None
         }
     };
