@@ -40,6 +40,9 @@ pub struct Deleted {
     /// From the queue's return until its first message.
     pub resumed_ms: f64,
     pub events: u64,
+    /// Confirmed before the queue went, though they were not in it when the broker counted: it
+    /// counts first and deletes then (RabbitMQ 3.10.8, `rabbit_quorum_queue:delete/4`).
+    pub confirmed_in_vain: u64,
     pub lost: u64,
     pub duplicates: u64,
     pub parked: u64,
@@ -75,6 +78,9 @@ pub async fn run(servers: &Servers) -> Result<Deleted> {
     let taken = u64::from(taken.map_err(broker("deleting the queue"))?);
     let back = Instant::now() + AWAY;
     is(&relay, "watership_route_held", 1.0).await?;
+    // A held route gets no confirm: this is what the broker took before the queue went.
+    let confirmed =
+        relay.metric_of("watership_messages_confirmed_total", &label(GONE)).await as u64;
     let rate_while = rate(servers, &relay, WHILE).await?;
     is(&relay, "watership_window_paused", 1.0).await?;
     tokio::time::sleep_until(back).await;
@@ -86,7 +92,7 @@ pub async fn run(servers: &Servers) -> Result<Deleted> {
     // The end of the watch is what it waits for.
     let _ = enough.send(true);
     let (gone, kept) = writer.await.map_err(|e| Error::unreachable("writing").caused_by(e))??;
-    let at_last = ends(servers, gone - taken, kept).await?;
+    let at_last = ends(servers, gone - confirmed, kept).await?;
     let parked = relay.metric("watership_parked").await as u64;
     drain::finish(servers, NAME, relay).await?;
     let missing = |wanted: u64, there: u64| wanted.saturating_sub(there);
@@ -95,10 +101,15 @@ pub async fn run(servers: &Servers) -> Result<Deleted> {
         rate_while,
         resumed_ms: first.duration_since(returned).as_secs_f64() * 1e3,
         events: gone + kept,
-        lost: missing(gone - taken, at_last.0) + missing(kept, at_last.1),
-        duplicates: missing(at_last.0, gone - taken) + missing(at_last.1, kept),
+        confirmed_in_vain: missing(confirmed, taken),
+        lost: missing(gone - confirmed, at_last.0) + missing(kept, at_last.1),
+        duplicates: missing(at_last.0, gone - confirmed) + missing(at_last.1, kept),
         parked,
     })
+}
+
+fn label(route: &str) -> String {
+    format!("route=\"{route}\"")
 }
 
 async fn make(servers: &Servers, queue: &str) -> Result<()> {

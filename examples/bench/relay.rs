@@ -137,9 +137,15 @@ impl Relay {
 
     /// The sum of a metric over all labels; 0 while the relay does not answer yet.
     pub async fn metric(&self, name: &str) -> f64 {
+        self.metric_of(name, "").await
+    }
+
+    /// The sum of a metric over the series that have this label, as `name="value"`.
+    pub async fn metric_of(&self, name: &str, label: &str) -> f64 {
         let text = self.get("/metrics").await.unwrap_or_default();
         let series = text.lines().filter(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+            let rest = line.strip_prefix(name).filter(|rest| rest.starts_with(['{', ' ']));
+            rest.is_some_and(|rest| rest.contains(label))
         });
         series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }

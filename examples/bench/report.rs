@@ -224,8 +224,9 @@ impl Report {
             at_least(share, POISON_SHARE_MIN)
         );
         println!(
-            "  resumed after {:.0} ms, lost {}, duplicates {}, parked {}",
-            d.resumed_ms, d.lost, d.duplicates, d.parked
+            "  resumed after {:.0} ms, lost {}, duplicates {}, parked {}; confirmed by the broker \
+             while it deleted: {}",
+            d.resumed_ms, d.lost, d.duplicates, d.parked, d.confirmed_in_vain
         );
         self.deleted = Some(deleted);
     }
