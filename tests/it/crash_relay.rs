@@ -39,6 +39,8 @@ pub struct Relay {
     pub config: PathBuf,
     admin: u16,
     process: Option<Process>,
+    /// Length of the log when this process began.
+    log_begins: usize,
 }
 
 impl Relay {
@@ -64,7 +66,7 @@ impl Relay {
             window.events, window.unconfirmed
         );
         std::fs::write(&config, text).expect("the configuration is written");
-        Self { config, admin, process: None }
+        Self { config, admin, process: None, log_begins: 0 }
     }
 
     /// One of its commands, with its configuration.
@@ -82,6 +84,7 @@ impl Relay {
     pub fn start_as(&mut self, command: Command) {
         assert!(self.process.is_none(), "a relay runs already");
         let log = self.config.with_extension("log");
+        self.log_begins = self.log_text().len();
         let process = Process::spawn("the relay", command, &log);
         self.process = Some(process.expect("the relay starts"));
     }
@@ -127,7 +130,11 @@ impl Relay {
     pub async fn logs(&mut self, texts: &[&str]) {
         let deadline = Instant::now() + LIMIT;
         while let Some(missing) = texts.iter().find(|text| !self.log_text().contains(**text)) {
-            assert!(Instant::now() < deadline, "{missing:?} is not logged; {}", self.log());
+            // What ended the first session says more than the hundredth try since.
+            let text = self.log_text();
+            let ends: Vec<_> =
+                text.lines().filter(|l| l.contains("session ended")).take(3).collect();
+            assert!(Instant::now() < deadline, "{missing:?} not logged: {ends:#?}; {}", self.log());
             tokio::time::sleep(POLL).await;
         }
     }
@@ -211,6 +218,43 @@ impl Relay {
         while self.counted(series).await < count {
             self.check();
             assert!(Instant::now() < deadline, "{series} stays below {count}; {}", self.log());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Its metrics, when everything has arrived: each ended session is counted by its cause, and
+    /// nothing that a fault raised stays raised.
+    pub async fn has_counted_its_faults(&mut self) {
+        for raised in [
+            "watership_in_flight_messages",
+            "watership_route_held{",
+            "watership_broker_blocked ",
+            "watership_window_paused",
+            "watership_verdict",
+            "watership_circuit_state{state=\"open\"}",
+        ] {
+            self.falls_to_zero(raised).await;
+        }
+        // Of the same trouble only the first and each tenth ending is logged at this level.
+        let ended = self.log_text()[self.log_begins..].matches("session ended").count() as u64;
+        self.counts("watership_reconnects_total", ended).await;
+        let reconnects = self.counted("watership_reconnects_total").await;
+        let sessions = self.counted("watership_sessions_total").await;
+        assert!((1..=reconnects + 1).contains(&sessions), "{sessions} sessions, {reconnects}");
+        assert_eq!(ended == 0, reconnects == 0, "{reconnects} reconnects; {}", self.log());
+    }
+
+    async fn falls_to_zero(&mut self, series: &str) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let page = self.page("/metrics").await;
+            let mut lines = page.lines().filter(|line| line.starts_with(series)).peekable();
+            let there = lines.peek().is_some();
+            if there && lines.all(|line| line.ends_with(" 0")) {
+                return;
+            }
+            self.check();
+            assert!(Instant::now() < deadline, "{series} is not 0: {page}; {}", self.log());
             tokio::time::sleep(POLL).await;
         }
     }

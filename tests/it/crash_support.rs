@@ -35,6 +35,9 @@ const KEYS: u32 = 50;
 /// One transaction in so many is rolled back.
 const ROLLBACK_EVERY: u32 = 16;
 
+/// Nothing takes longer to get over, once it is over: the longest wait is 15 s, where a person is
+/// needed.
+const RECOVERY_MAX: Duration = Duration::from_secs(25);
 /// What a writer may be behind and catch up: timers are a millisecond or two late.
 const LATE: Duration = Duration::from_millis(20);
 
@@ -313,6 +316,9 @@ impl Scene {
 
     /// The last fault is over, and the relay took this time to get over it.
     pub fn recovered_in(&mut self, took: Duration) {
+        assert!(took < RECOVERY_MAX, "{}: recovered after {took:?}; {}", self.title, {
+            self.relay.log()
+        });
         self.faults.last_mut().expect("a fault was announced").recovery = Some(took);
     }
 
@@ -326,6 +332,7 @@ impl Scene {
         self.written().await;
         let truth = truth(&self.database).await;
         self.delivered(truth.len() as u64).await;
+        self.relay.has_counted_its_faults().await;
         self.relay.stop().await;
         // Nothing is published any more; what the queue still holds comes before this message.
         within("the last message is sent", send_last(&self.broker)).await;
