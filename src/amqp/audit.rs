@@ -261,9 +261,12 @@ impl QueueFacts {
         if self.exclusive || self.auto_delete {
             add(Grade::Unsafe, "it vanishes with its consumer");
         }
-        let overflow = self.text("overflow").unwrap_or("drop-head");
+        let overflow = self.overflow();
         let limited = self.has("max-length") || self.has("max-length-bytes");
-        if self.kind != "stream" && limited && !overflow.starts_with("reject-publish") {
+        // A quorum queue does not know reject-publish-dlx, and drops its head instead.
+        let rejects = overflow == "reject-publish"
+            || (overflow == "reject-publish-dlx" && self.kind != "quorum");
+        if self.kind != "stream" && limited && !rejects {
             let text = format!("has a length limit and overflow {overflow}: when full, it drops");
             add(Grade::Unsafe, &format!("{text} its oldest messages"));
         }
@@ -298,6 +301,14 @@ impl QueueFacts {
     fn value(&self, name: &str) -> Option<&Value> {
         let argument = self.arguments.get(&format!("x-{name}"));
         argument.or_else(|| self.effective_policy_definition.get(name))
+    }
+
+    /// On a quorum queue the policy goes before the argument, on others after it
+    /// (`deps/rabbit/src/rabbit_quorum_queue.erl` and `rabbit_amqqueue_process.erl`).
+    fn overflow(&self) -> &str {
+        let policy =
+            self.effective_policy_definition.get("overflow").filter(|_| self.kind == "quorum");
+        policy.and_then(Value::as_str).or_else(|| self.text("overflow")).unwrap_or("drop-head")
     }
 
     fn has(&self, name: &str) -> bool {
@@ -336,11 +347,17 @@ mod tests {
     #[test]
     fn a_queue_is_graded_by_what_its_confirm_is_worth() {
         let limited = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish"}"#;
+        let over = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish"},
+            "effective_policy_definition":{"overflow":"drop-head"}"#;
+        let unknown = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish-dlx"}"#;
         let limit = r#","arguments":{"x-delivery-limit":3}"#;
         let dead = r#","arguments":{"x-delivery-limit":3,"x-dead-letter-exchange":"dlx"}"#;
         for (kind, more, grade) in [
             ("quorum", "", Grade::Safe),
             ("quorum", limited, Grade::Safe),
+            ("quorum", over, Grade::Unsafe),
+            ("quorum", unknown, Grade::Unsafe),
+            ("classic", unknown, Grade::Weak),
             ("quorum", dead, Grade::Safe),
             ("quorum", limit, Grade::Weak),
             ("quorum", r#","effective_policy_definition":{"delivery-limit":3}"#, Grade::Weak),
