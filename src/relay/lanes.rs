@@ -293,13 +293,13 @@ impl Lanes {
             Some(hold) => {
                 if hold.probing == Some(id) {
                     hold.probing = None;
-                    hold.probe_at = now + PROBE_EVERY;
+                    hold.probe_at = now + probe_after(route);
                     hold.reason = reason;
                 }
                 false
             }
             None => {
-                let probe_at = now + PROBE_EVERY;
+                let probe_at = now + probe_after(route);
                 self.holds.insert(route, Hold { reason, since: now, probe_at, probing: None });
                 true
             }
@@ -523,5 +523,11 @@ fn group_of(keys: Keys) -> Option<(u64, bool)> {
 }
 
 mod evict;
+/// Routes of one exchange were often held together; probed together, the one whose probe closes
+/// their channel would take the answers to the others along, again and again.
+fn probe_after(route: RouteId) -> Duration {
+    PROBE_EVERY + Duration::from_millis(25) * u32::from(route.0 % 40)
+}
+
 #[cfg(test)]
 mod tests;

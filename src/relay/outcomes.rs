@@ -18,11 +18,21 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         let now = tokio::time::Instant::now().into_std();
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut outcomes = std::mem::take(&mut self.outcomes);
+        // A probe was out on a channel that was closed: it is the one to blame.
+        let blamed = outcomes.iter().any(|(ticket, outcome)| {
+            matches!(outcome, Outcome::ChannelClosed { code: 403 | 404, .. })
+                && self.lanes.is_probe(*ticket)
+        });
         for (ticket, outcome) in outcomes.drain(..) {
             match outcome {
                 Outcome::Confirmed => self.confirmed(ticket, clock),
                 Outcome::Nacked => self.nacked(ticket, now),
                 Outcome::Returned(text) => self.returned(ticket, &text, now),
+                Outcome::ChannelClosed { code: 403 | 404, .. }
+                    if blamed && !self.lanes.is_held(ticket) =>
+                {
+                    self.lanes.again(ticket);
+                }
                 Outcome::ChannelClosed { code: 403 | 404, text } => self.hold(ticket, text, now),
                 Outcome::ChannelClosed { code: 406, text } => self.refused(ticket, &text, now),
                 Outcome::ChannelClosed { code, text } => {

@@ -13,7 +13,7 @@ use crate::crash_support::Scene;
 use crate::framing::{Protocol, is_ack};
 use crate::ground::{STEADY, led, throughout};
 use crate::proxy::{Action, Direction, Proxy, Trigger};
-use crate::relay_support::{Setup, Stage};
+use crate::relay_support::{Setup, Stage, until};
 use crate::support::{Database, Vhost, own_database, own_vhost, rabbit};
 
 /// A user of one test's own, who may do everything in the vhost.
@@ -112,6 +112,59 @@ async fn broker_d05_write_permission_revoked() {
     let before = scene.relay().confirmed().await;
     permit(&vhost, "d05", ".*").await;
     back(class, scene, Instant::now(), before).await;
+}
+
+#[tokio::test]
+async fn broker_d05_one_routing_key_forbidden() {
+    let class = Class::new("D5", "broker_d05_one_routing_key_forbidden");
+    let vhost = own_vhost().await;
+    let url = user(&vhost, "d05key").await;
+    let name = vhost.name;
+    let write = async |pattern: &str| {
+        let body = format!(r#"{{"exchange":"watership","write":"{pattern}","read":".*"}}"#);
+        manage("PUT", &format!("/api/topic-permissions/{name}/d05key"), &body).await;
+    };
+    write("^ok[.]").await;
+    let routes = ["no", "ok"].map(|name| {
+        format!(
+            "[[route]]\nname = \"{name}\"\noutbox = {{ aggregate_type = \"{name}\" }}\n\
+             exchange = \"watership\"\nrouting_key = \"{name}.x\"\n"
+        )
+    });
+    let setup = Setup { routes: &routes.concat(), ..Setup::default() };
+    let stage = Stage::on(own_database().await, Vhost { name: name.clone(), url }, setup).await;
+    let relay = stage.start().await;
+    // Both are on one channel, which the broker closes with all answers.
+    let both = "SELECT watership.emit(t, '0', 'x', '1') FROM (VALUES ('no'), ('ok')) AS rows (t)";
+    stage.execute(both).await;
+    let held = async || {
+        let status = relay.status().await;
+        let held = status["held"].as_array().cloned().unwrap_or_default();
+        held.iter().map(|h| h["route"].as_str().unwrap_or_default().to_owned()).collect::<Vec<_>>()
+    };
+    until("the forbidden one is held, and only that", async || {
+        held().await == ["no"] && !stage.inbox.count(1).await.is_empty()
+    })
+    .await;
+    // Its probes close the channel again, every 5 s; the other route goes on.
+    let (begin, mut written) = (Instant::now(), 1);
+    while begin.elapsed() < Duration::from_secs(12) {
+        stage.execute(&format!("SELECT watership.emit('ok', '{}', 'x', '1')", written % 7)).await;
+        written += 1;
+        stage.inbox.count(written).await;
+        assert_eq!(held().await, ["no"]);
+    }
+    write(".*").await;
+    until("the other comes too", async || held().await.is_empty()).await;
+    let got = stage.settled().await;
+    let mut ids: Vec<String> = got.iter().map(|message| message.id()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), written + 1);
+    // At most one was out whenever the channel was closed.
+    assert!(got.len() <= ids.len() + 4, "{} duplicates", got.len() - ids.len());
+    relay.stop().await.expect_code(0);
+    class.held(written as u64 + 1);
 }
 
 #[tokio::test]
