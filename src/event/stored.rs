@@ -19,10 +19,10 @@ use super::{
 use crate::error::{Error, Result};
 use crate::position::Position;
 
-/// Bytes of a document above which large values are left out of it: Postgres takes no parameter
-/// and no value of 1 GiB (`MaxAllocSize` in `src/include/utils/memutils.h`), and no broker takes a
-/// body of that size.
-const STORED_MAX: usize = 512 << 20;
+/// Bytes of a document above which large values are left out of it. Postgres takes no parameter and
+/// no value of 1 GiB (`MaxAllocSize` in `src/include/utils/memutils.h`), and has to read and write
+/// it within the time of one statement.
+pub const STORED_MAX: usize = 256 << 20;
 /// Bytes of a value that stays even then.
 const KEPT_MAX: usize = 1 << 20;
 

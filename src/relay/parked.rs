@@ -15,8 +15,10 @@ use crate::message::Message;
 use crate::position::{Lsn, Position};
 use crate::route::{Lanes, Route};
 
-/// Most bytes of one row: Postgres takes documents up to 1 GB, and base64 and escapes need room.
-pub const ROW_BYTES_MAX: usize = 200 << 20;
+/// Most bytes of one row. No document is larger than [`stored::STORED_MAX`]; a body of this size
+/// is below the 1 GiB that Postgres takes, also in base64.
+pub const ROW_BYTES_MAX: usize = 600 << 20;
+const _: () = assert!(stored::STORED_MAX + (64 << 20) < ROW_BYTES_MAX);
 /// Characters of an error that are kept.
 const ERROR_CHARS: usize = 1000;
 

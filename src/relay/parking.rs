@@ -243,13 +243,17 @@ impl Parking {
 
     fn is_full(&self, row: &Row) -> bool {
         let rows = self.rows.len() - self.blocked.len() + self.loaded.len();
+        // What is blocked is not parked: its key may still be one too many.
+        let parked = |keys: &BTreeSet<Key>| keys.iter().any(|key| !self.blocked.contains_key(key));
+        let is_new = |lane: &u64| !self.lanes.get(lane).is_some_and(parked);
         let new_lane = match row.lanes {
-            Lanes::One { lane, .. } => !self.lanes.contains_key(&lane),
-            Lanes::Free | Lanes::Two { .. } | Lanes::Barrier { .. } => true,
+            Lanes::One { lane, .. } => is_new(&lane),
+            Lanes::Two { lanes: [a, b], .. } => is_new(&a) || is_new(&b),
+            Lanes::Free | Lanes::Barrier { .. } => false,
         };
-        rows >= self.limits.rows
-            || (new_lane && self.lanes.len() >= self.limits.keys)
-            || row.size() > ROW_BYTES_MAX
+        let lanes = || self.lanes.values().filter(|keys| parked(keys)).take(self.limits.keys);
+        let lanes_full = || lanes().count() >= self.limits.keys;
+        rows >= self.limits.rows || row.size() > ROW_BYTES_MAX || (new_lane && lanes_full())
     }
 
     /// What to write with a checkpoint at `settled`.
@@ -353,7 +357,8 @@ impl Parking {
             return None;
         }
         let mut blocking = Blocking::default();
-        let (mut chosen, mut bytes) = (Vec::new(), 0);
+        let mut bytes: usize = self.loaded.values().map(|loaded| loaded.waiting.bytes).sum();
+        let mut chosen = Vec::new();
         let mut on_their_way: HashMap<Arc<str>, usize> = HashMap::new();
         for loaded in self.loaded.values() {
             *on_their_way.entry(loaded.key.route.clone()).or_default() += 1;

@@ -125,6 +125,22 @@ fn at_the_limit_poison_waits_in_the_window_and_is_parked_when_there_is_room() {
 }
 
 #[test]
+fn beyond_the_most_keys_poison_stays_blocked_and_parked_keys_go_on() {
+    let limits = Limits { rows: 10, keys: 1 };
+    let mut parking = Parking::new(limits, Vec::new(), Known::default());
+    assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Parked::Settled);
+    assert_eq!(park(&mut parking, row(11, lane(2), Why::TooLarge)), Parked::Blocked);
+    for _ in 0..3 {
+        assert!(parking.unblock().is_empty(), "a tick later it is still one key too many");
+    }
+    assert_eq!(park(&mut parking, row(12, lane(1), Why::Follows)), Parked::Settled);
+    parking.take_writes(at(12));
+    // A person discards the stored rows.
+    parking.reload(Vec::new());
+    assert_eq!(parking.unblock().len(), 1, "there is room for one key");
+}
+
+#[test]
 fn a_lane_is_live_again_when_its_last_row_is_on_its_way() {
     let mut parking = Parking::default();
     park(&mut parking, row(10, lane(1), Why::TooLarge));
