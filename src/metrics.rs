@@ -274,6 +274,28 @@ impl Metrics {
         }
     }
 
+    /// A session ended: what only a running one can say is not raised any more.
+    pub fn session_over(&self) {
+        let window = &self.window;
+        for gauge in [&window.in_flight, &window.events, &window.bytes, &window.paused] {
+            gauge.set(0.0);
+        }
+        self.broker.blocked.set(0.0);
+        for route in &self.routes {
+            route.held.set(0.0);
+            route.held_seconds.set(0.0);
+        }
+    }
+
+    /// Another relay does the work, and says what is parked and how old the checkpoint is.
+    pub fn another_works(&self) {
+        self.checkpoint.age_seconds.set(0.0);
+        for gauge in [&self.parked.rows, &self.parked.keys, &self.parked.oldest_seconds] {
+            gauge.set(0.0);
+        }
+        self.parked.set_rows(|_, _| 0);
+    }
+
     /// Counts the end of a session; `None` is an orderly shutdown.
     pub fn ended(&self, cause: Option<&Error>) {
         let verdict = cause.and_then(Error::name);

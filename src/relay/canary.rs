@@ -137,6 +137,11 @@ impl Canary {
         inner.listening.then(|| now.saturating_duration_since(since))
     }
 
+    /// Time since one came through a stream of this process, also while none runs.
+    pub fn silence(&self, now: Instant) -> Option<Duration> {
+        self.lock().fresh_at.map(|at| now.saturating_duration_since(at))
+    }
+
     /// WAL that canaries took since the last call, in bytes.
     pub fn take_own_bytes(&self) -> u64 {
         std::mem::take(&mut self.lock().own_bytes)

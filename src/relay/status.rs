@@ -257,6 +257,14 @@ impl Status {
         inner.enter(if busy { State::StandingBy } else { State::Waiting });
     }
 
+    /// What only a running session can say is not known any more.
+    pub fn session_over(&self) {
+        let mut inner = self.lock();
+        (inner.in_flight, inner.window_events, inner.blocked) = (0, 0, false);
+        inner.held.clear();
+        inner.parked.blocked.clear();
+    }
+
     /// No further session.
     pub fn stopped(&self, error: Option<&Error>) {
         let mut inner = self.lock();
@@ -351,6 +359,11 @@ impl Status {
     /// A session runs.
     pub fn is_streaming(&self) -> bool {
         self.lock().state == State::Streaming
+    }
+
+    /// Another relay does the work.
+    pub fn is_standing_by(&self) -> bool {
+        self.lock().state == State::StandingBy
     }
 
     /// Streaming, with the broker open.

@@ -56,14 +56,17 @@ pub async fn run(
         let stop = shutdown.clone();
         let life = one_session(&options, &router, &shared, &mut published, &mut doubts, stop).await;
         metrics.ended(life.result.as_ref().err());
+        metrics.session_over();
+        status.session_over();
         let Err(error) = life.result else { break Ok(()) };
         // It was asked to end and could not settle what it had sent: whoever asked gets to know.
         if *shutdown.borrow() && life.streamed.is_some() {
             break Err(error);
         }
-        let error = unsendable.judge(error, life.received, options.binary);
+        let healthy = life.streamed.is_some_and(|lived| lived >= HEALTHY);
+        let error = unsendable.judge(error, life.received, healthy, options.binary);
         has_run |= life.streamed.is_some();
-        if life.streamed.is_some_and(|lived| lived >= HEALTHY) {
+        if healthy {
             backoff.reset();
         }
         match error.retry() {
@@ -74,6 +77,9 @@ pub async fn run(
         }
         let wait = backoff.next(fastrand::f64());
         report(&status, &error, wait, backoff.tries());
+        if status.is_standing_by() {
+            metrics.another_works();
+        }
         show(&status, &metrics);
         tokio::select! { biased;
             stop = shutdown.wait_for(|stop| *stop) => if stop.is_ok() { break Ok(()) },

@@ -19,7 +19,17 @@ pub struct Unsendable {
 impl Unsendable {
     /// The error, or the verdict when this session ended like the one before, without having
     /// received anything more. `received` is how far the session came.
-    pub fn judge(&mut self, error: Error, received: Option<Position>, binary: bool) -> Error {
+    /// A healthy session in between is no failure to send the row: what failed before is forgotten.
+    pub fn judge(
+        &mut self,
+        error: Error,
+        received: Option<Position>,
+        healthy: bool,
+        binary: bool,
+    ) -> Error {
+        if healthy {
+            self.last = None;
+        }
         if error.code() != Some(INTERNAL_ERROR) {
             // Others in between, such as a broker that is away, say nothing about the row.
             return error;
@@ -53,14 +63,31 @@ mod tests {
     fn the_second_failure_at_the_same_place_is_a_verdict() {
         let at = |ordinal| Some(Position { ordinal, ..Position::default() });
         let mut unsendable = Unsendable::default();
-        assert_eq!(unsendable.judge(internal(), at(1), false).kind(), Kind::Protocol);
-        assert_eq!(unsendable.judge(internal(), at(2), false).kind(), Kind::Protocol, "it moved");
-        let away = unsendable.judge(Error::unreachable("away"), at(2), false);
+        assert_eq!(unsendable.judge(internal(), at(1), false, false).kind(), Kind::Protocol);
+        assert_eq!(
+            unsendable.judge(internal(), at(2), false, false).kind(),
+            Kind::Protocol,
+            "it moved"
+        );
+        let away = unsendable.judge(Error::unreachable("away"), at(2), false, false);
         assert_eq!(away.kind(), Kind::Unreachable);
-        let verdict = unsendable.judge(internal(), at(2), false);
+        let verdict = unsendable.judge(internal(), at(2), false, false);
         assert_eq!(verdict.kind(), Kind::Verdict);
         assert!(verdict.advice().unwrap().contains("source.binary = true"));
-        assert!(!unsendable.judge(internal(), at(2), true).advice().unwrap().contains("= true"));
-        assert_eq!(unsendable.judge(internal(), None, false).kind(), Kind::Protocol);
+        assert!(
+            !unsendable.judge(internal(), at(2), false, true).advice().unwrap().contains("= true")
+        );
+        assert_eq!(unsendable.judge(internal(), None, false, false).kind(), Kind::Protocol);
+    }
+
+    #[test]
+    fn two_failures_with_a_healthy_session_between_them_are_no_verdict() {
+        let at = Some(Position::default());
+        let mut unsendable = Unsendable::default();
+        for healthy in [false, true, true] {
+            let error = unsendable.judge(internal(), at, healthy, false);
+            assert_eq!(error.kind(), Kind::Protocol);
+        }
+        assert_eq!(unsendable.judge(internal(), at, false, false).kind(), Kind::Verdict);
     }
 }

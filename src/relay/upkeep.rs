@@ -50,6 +50,12 @@ pub async fn run(options: Options, shared: Shared, doubts: mpsc::Sender<Error>) 
     let mut failing = false;
     loop {
         tick.tick().await;
+        if !shared.status.is_streaming() {
+            // No loop says it: it grows while nothing comes, unless another relay does the work.
+            let silence = shared.canary.silence(std::time::Instant::now());
+            let age = silence.filter(|_| !shared.status.is_standing_by()).unwrap_or_default();
+            shared.metrics.wal.canary_age_seconds.set(age.as_secs_f64());
+        }
         if failing && Instant::now() < due.look {
             continue;
         }
@@ -82,28 +88,44 @@ async fn once(
             client
         }
     };
-    if shared.canary.is_due(std::time::Instant::now()) {
-        write_canary(client, options, shared).await?;
-    }
+    // One piece that fails, such as a canary whose row is locked, keeps no other from its turn.
+    let mut result = Ok(());
     if Instant::now() >= due.look {
         due.look = Instant::now() + LOOK_EVERY;
-        look_at_slot(client, options, shared).await?;
+        result = result.and(look_at_slot(client, options, shared).await);
     }
     if Instant::now() >= due.compare {
         due.compare = Instant::now() + COMPARE_EVERY;
-        if shared.status.is_streaming()
-            && let Some(doubt) = compare(client, options).await?
-        {
-            // A full channel means that one is on its way.
-            let _ = doubts.try_send(doubt);
-        }
+        result = result.and(compare_streaming(client, options, shared, doubts).await);
     }
     if Instant::now() >= due.maintain {
         due.maintain = Instant::now() + MAINTAIN_EVERY;
-        purge_parked(client, options).await?;
+        let purged = purge_parked(client, options).await;
+        result = result.and(purged);
         if options.maintain {
-            due.maintain = Instant::now() + maintain(client, options, &shared.metrics).await?;
+            match maintain(client, options, &shared.metrics).await {
+                Ok(again) => due.maintain = Instant::now() + again,
+                Err(error) => result = result.and(Err(error)),
+            }
         }
+    }
+    if shared.canary.is_due(std::time::Instant::now()) {
+        result = result.and(write_canary(client, options, shared).await);
+    }
+    result
+}
+
+async fn compare_streaming(
+    client: &Client,
+    options: &Options,
+    shared: &Shared,
+    doubts: &mpsc::Sender<Error>,
+) -> Result<()> {
+    if shared.status.is_streaming()
+        && let Some(doubt) = compare(client, options).await?
+    {
+        // A full channel means that one is on its way.
+        let _ = doubts.try_send(doubt);
     }
     Ok(())
 }
