@@ -165,6 +165,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         resume_after: Position::default(),
         primary_keys: HashMap::new(),
         types: Default::default(),
+        types_read_at: None,
         canary: String::new(),
     });
     let mut relation = b"R\0\0\x40\x07watership\0outbox\0d\0\x0a".to_vec();

@@ -37,18 +37,20 @@ pub enum UserType {
     Range(u32),
     /// A multirange of this type.
     Multirange(u32),
+    /// A type without a renderer, such as a row type.
+    Opaque,
 }
 
 impl UserType {
     /// By the name of the send function; `related` is the base type of a domain and the subtype of
-    /// a range. None for what cannot be rendered.
-    pub fn of(send_function: &str, related: u32) -> Option<Self> {
+    /// a range.
+    pub fn of(send_function: &str, related: u32) -> Self {
         match send_function {
-            "enum_send" | "textsend" | "citextsend" => Some(UserType::Text),
-            "array_send" => Some(UserType::Array),
-            "range_send" => Some(UserType::Range(related)),
-            "multirange_send" => Some(UserType::Multirange(related)),
-            _ => None,
+            "enum_send" | "textsend" | "citextsend" => UserType::Text,
+            "array_send" => UserType::Array,
+            "range_send" => UserType::Range(related),
+            "multirange_send" => UserType::Multirange(related),
+            _ => UserType::Opaque,
         }
     }
 }
@@ -57,7 +59,16 @@ impl UserType {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Types(pub HashMap<u32, UserType>);
 
+/// Types from here on are made by users and extensions (`FirstNormalObjectId`,
+/// `src/include/access/transam.h`).
+const FIRST_USER_OID: u32 = 16_384;
+
 impl Types {
+    /// It is built in, or was there when the types were read.
+    pub fn knows(&self, type_oid: u32) -> bool {
+        type_oid < FIRST_USER_OID || self.0.contains_key(&type_oid)
+    }
+
     /// The text form of `value`, borrowed where both forms are the same bytes.
     ///
     /// # Errors
@@ -112,7 +123,7 @@ impl Types {
             Some(UserType::Array) => self.array(out, value, depth),
             Some(UserType::Range(subtype)) => self.range(out, subtype, value, depth),
             Some(UserType::Multirange(subtype)) => self.multirange(out, subtype, value, depth),
-            None => scalar(out, type_oid, value),
+            Some(UserType::Opaque) | None => scalar(out, type_oid, value),
         }
     }
 
@@ -503,7 +514,7 @@ mod tests {
         moods.extend_from_slice(b"so so");
         moods.extend_from_slice(&(-1_i32).to_be_bytes());
         assert_eq!(text(20_002, &moods), "{\"so so\",NULL}");
-        assert_eq!(UserType::of("record_send", 0), None);
+        assert_eq!(UserType::of("record_send", 0), UserType::Opaque);
     }
 
     #[test]

@@ -255,7 +255,6 @@ impl PostgresStore {
     pub async fn new(client: Arc<Client>, name: &str, session_no: i64) -> Result<Self> {
         const SQL: &str = include_str!("../../sql/query/checkpoint_store.sql");
         // The row must survive a crash of this server; whether a standby has it does not matter.
-        client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
         let statement = client.prepare(SQL).await.map_err(postgres_error)?;
         const PARKED: &str = include_str!("../../sql/query/checkpoint_store_parked.sql");
         let with_parked = client.prepare(PARKED).await.map_err(missing_schema)?;

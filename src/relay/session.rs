@@ -19,7 +19,7 @@ use crate::pg;
 use crate::pg::client::{Closed, SqlConnection, sql};
 use crate::pg::publication::{Publication, TableName, read_publication, read_table};
 use crate::pg::replication::{ReplicationConnection, ReplicationStream, StreamOptions};
-use crate::pg::slot::{ServerFacts, SlotState, read_slot, server_facts};
+use crate::pg::slot::{ServerFacts, SlotState, insert_lsn, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
 use crate::relay::canary::Canary;
@@ -156,6 +156,8 @@ async fn prepare(
         topology::apply(broker, &options.topology)
     )?;
     let client = Arc::new(client);
+    // Whether a standby has the checkpoint does not matter, and it may be away for long.
+    client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
     let (timelines, system_id) = timelines(&mut replication).await?;
     let taken = counted(take_over(&client, options, &timelines).await, &metrics.slot_busy)?;
     let row = &taken.row;
@@ -190,6 +192,12 @@ struct TakenOver {
 async fn take_over(client: &Client, options: &Options, timelines: &Timelines) -> Result<TakenOver> {
     let name = &options.name;
     let found = look(client, options).await?;
+    if found.server.timeline != timelines.current() {
+        // Promoted between two looks: the history is that of before.
+        let (then, now) = (timelines.current(), found.server.timeline);
+        let text = format!("the server went from timeline {then} to {now} just now");
+        return Err(Error::unreachable(text).hint("nothing: the next session reads the new one"));
+    }
     let failover = match found.verify(options, timelines.history())? {
         Start::AsStored => None,
         Start::Failover(failover) => Some(failover),
@@ -221,12 +229,15 @@ async fn take_over(client: &Client, options: &Options, timelines: &Timelines) ->
         );
         checkpoint::agree(client, name, &facts).await?;
     }
-    let canary = facts.tables.iter().any(|t| t.table == TableName::canary());
+    // From the second on, a canary is an update of its row.
+    let updates = publication.operations.update;
+    let canary = updates && facts.tables.iter().any(|t| t.table == TableName::canary());
     if !canary && !options.canary_interval.is_zero() {
         tracing::warn!(
             publication = options.publication,
-            "watership.canary is not in the publication, so a deaf stream is not noticed: run \
-             `watership init`"
+            updates,
+            "watership.canary is not in the publication, or its updates are not, so a deaf stream is \
+             not noticed: run `watership init`, and let the publication publish updates"
         );
     }
     Ok(TakenOver { row, server: found.server, failover, canary })
@@ -344,13 +355,22 @@ async fn stream(
     row: &Row,
     timelines: Timelines,
 ) -> Result<(ReplicationStream, Assembler)> {
+    let (types, types_read_at) = match options.binary {
+        // The place comes first: a type that is made in between is then read, or newer.
+        true => {
+            let at = insert_lsn(client).await?;
+            (user_types(client).await?, Some(at))
+        }
+        false => (Types::default(), None),
+    };
     let assembler = Assembler::new(transaction::Options {
         epoch: row.position.epoch,
         system_id: row.system_id,
         timelines,
         resume_after: row.position,
         primary_keys: primary_keys(client, &options.tables).await?,
-        types: if options.binary { user_types(client).await? } else { Types::default() },
+        types,
+        types_read_at,
         canary: options.name.clone(),
     });
     let publications = [&*options.publication];
@@ -382,10 +402,10 @@ async fn user_types(client: &Client) -> Result<Types> {
         let send: &str = row.try_get(2).map_err(postgres_error)?;
         let subtype: Option<u32> = row.try_get(3).map_err(postgres_error)?;
         let how = match base {
-            Some(base) => Some(UserType::Domain(base)),
+            Some(base) => UserType::Domain(base),
             None => UserType::of(send, subtype.unwrap_or(0)),
         };
-        types.extend(how.map(|how| (type_oid, how)));
+        types.insert(type_oid, how);
     }
     Ok(Types(types))
 }

@@ -52,6 +52,11 @@ impl Timelines {
         Self { current, history }
     }
 
+    /// The timeline that the server is on.
+    pub fn current(&self) -> u32 {
+        self.current
+    }
+
     /// The earlier timelines with their switch points, oldest first.
     pub fn history(&self) -> &[(u32, Lsn)] {
         &self.history
@@ -78,6 +83,8 @@ pub struct Options {
     pub primary_keys: HashMap<String, Vec<String>>,
     /// How values of users' types are sent in binary; of no use in text mode.
     pub types: Types,
+    /// Where the WAL ended when `types` were read; none in text mode, which needs no types.
+    pub types_read_at: Option<Lsn>,
     /// Name of the relay whose canary is looked for.
     pub canary: String,
 }
@@ -252,6 +259,7 @@ impl Assembler {
                 (table, (id, Content::Outbox(row)))
             }
             Published::Captured(table) => {
+                self.knows_types(&transaction, table)?;
                 let id = event::captured_id(self.origin(&transaction), position);
                 let new = Values { data, table, types: &self.options.types }.row(new)?;
                 (table, (id, Content::Change(Change::Insert { new })))
@@ -280,6 +288,7 @@ impl Assembler {
             // The outbox is INSERT-only; deletes there are our own retention.
             Published::Outbox(..) => {}
             Published::Captured(table) => {
+                self.knows_types(&transaction, table)?;
                 let id = event::captured_id(self.origin(&transaction), position);
                 let values = Values { data, table, types: &self.options.types };
                 let made = (id, Content::Change(change(&|tuple| values.row(tuple))?));
@@ -360,6 +369,20 @@ impl Assembler {
             State::Open(transaction) => Ok(*transaction),
             State::Idle => Err(Error::protocol("a change or Commit outside of a transaction")),
         }
+    }
+
+    /// An error when a type of the table may be younger than what was read of the catalog. A type
+    /// that is not there although it is older was dropped since, and its values cannot be rendered.
+    fn knows_types(&self, transaction: &Transaction, table: &Table) -> Result<()> {
+        let Some(read_at) = self.options.types_read_at else { return Ok(()) };
+        if transaction.commit_lsn < read_at {
+            return Ok(());
+        }
+        let unknown = |column: &&Column| !self.options.types.knows(column.type_oid);
+        let Some(column) = table.columns.iter().find(unknown) else { return Ok(()) };
+        let (name, full_name) = (&column.name, &table.full_name);
+        let text = format!("the type of column {name:?} of {full_name} is newer than this session");
+        Err(Error::protocol(text).hint("nothing: the next session reads the types again"))
     }
 
     /// Counts one change of the open transaction and gives it its position.

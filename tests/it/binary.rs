@@ -183,7 +183,7 @@ async fn binary_and_text_mode_make_the_same_messages_byte_for_byte() {
 async fn a_type_without_a_renderer_is_parked_with_its_column_and_what_to_do() {
     let sql = "CREATE TYPE pair AS (a int, b int); \
                CREATE TABLE public.odd (id int PRIMARY KEY, two pair)";
-    let settings = "source.binary = true";
+    let settings = "source.binary = true\nrelay.canary_interval = \"1s\"";
     let tables = ["public.odd"];
     let stage = Stage::new(Setup { sql, tables: &tables, settings, ..Setup::default() }).await;
     let relay = stage.start().await;
@@ -202,6 +202,33 @@ async fn a_type_without_a_renderer_is_parked_with_its_column_and_what_to_do() {
     let kept = "SELECT event #>> '{content,insert,new,1,base64_binary}' FROM watership.parked \
                 WHERE kind = 'invalid'";
     assert_eq!(stage.text(kept).await, "AAAAAgAAABcAAAAEAAAAAQAAABcAAAAEAAAAAg==");
+    // A stream in binary is not deaf.
+    stage.execute("UPDATE watership.canary SET number = number + 1000").await;
+    let came = "(SELECT number FROM watership.canary) > 1003";
+    until("more canaries are written", async || stage.holds(came).await).await;
+    let fresh =
+        async || relay.metric("watership_canary_age_seconds").await.is_some_and(|a| a < 3.0);
+    until("the canary is fresh", fresh).await;
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_type_made_while_a_binary_session_runs_is_read_and_nothing_is_parked() {
+    let sql = "CREATE TABLE public.moods (id int PRIMARY KEY)";
+    let settings = "source.binary = true";
+    let tables = ["public.moods"];
+    let stage = Stage::new(Setup { sql, tables: &tables, settings, ..Setup::default() }).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO moods VALUES (1)").await;
+    stage.inbox.count(1).await;
+    stage
+        .execute("CREATE TYPE mood AS ENUM ('sad', 'ok'); ALTER TABLE moods ADD COLUMN m mood")
+        .await;
+    stage.execute("INSERT INTO moods VALUES (2, 'ok')").await;
+    let got = stage.inbox.count(2).await;
+    assert_eq!(got[1].json()["after"]["m"], "ok");
+    assert!(stage.holds("NOT EXISTS (SELECT FROM watership.parked)").await);
+    assert!(relay.status().await["sessions"].as_u64() >= Some(2), "a session read it");
     relay.stop().await.expect_code(0);
 }
 
@@ -236,6 +263,26 @@ async fn a_row_that_is_too_large_for_text_is_a_verdict_and_binary_mode_gets_past
     until("it is parked", async || stage.holds(parked).await).await;
     let error = stage.text("SELECT error FROM watership.parked").await;
     assert!(error.contains("column \"data\": a value of 537919488 bytes"), "{error}");
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_large_poison_row_is_parked_and_stops_nobody() {
+    // 100 MB of payload, above every limit, and 300 MB of which the parked row keeps no payload.
+    if !full() {
+        return;
+    }
+    let stage = Stage::new(Setup::default()).await;
+    let relay = stage.start().await;
+    for (key, megabytes) in [(1, 100), (2, 300)] {
+        let payload = format!("to_json(repeat('x', {megabytes} * 1024 * 1024))::text");
+        stage.execute(&format!("SELECT watership.emit('t', '{key}', 'x', {payload})")).await;
+        stage.execute("SELECT watership.emit('t', '9', 'x', '1')").await;
+    }
+    stage.inbox.count(2).await;
+    let parked = "(SELECT string_agg(key || ' ' || (length(event::text) > 9999), ',' ORDER BY key) \
+                  FROM watership.parked) = 't/1 true,t/2 false'";
+    until("both are parked", async || stage.holds(parked).await).await;
     relay.stop().await.expect_code(0);
 }
 

@@ -212,6 +212,14 @@ async fn an_altered_publication_is_a_verdict_and_a_further_table_is_none() {
     stage.execute("ALTER PUBLICATION watership SET (publish = 'insert')").await;
     ends_with(relay, "publication_altered").await;
     resolve(&stage, "publication_altered", "checkpoint").await;
+    // Without updates no second canary would come: none is waited for.
+    let relay = stage.start().await;
+    stage.execute(&emit("again")).await;
+    let written = async || relay.metric("watership_checkpoints_total").await > Some(0.0);
+    until("a checkpoint, and with it a tick", written).await;
+    let status = relay.status().await;
+    assert!(status["state"] == "streaming" && status["canary_age_seconds"].is_null(), "{status}");
+    relay.stop().await.expect_code(0);
 }
 
 #[tokio::test]

@@ -180,6 +180,7 @@ impl SimSource {
             resume_after: stored,
             primary_keys: HashMap::new(),
             types: Default::default(),
+            types_read_at: None,
             canary: String::new(),
         };
         let frames = VecDeque::from([relation()]);

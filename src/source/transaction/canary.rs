@@ -18,10 +18,17 @@ impl CanaryColumns {
 
     /// The number, if it is the canary of the relay `name`.
     pub(super) fn number(self, row: &Tuple<'_>, name: &str) -> Option<u64> {
-        let text = |index: usize| match row.columns().nth(index) {
-            Some(Value::Text(text)) => std::str::from_utf8(text).ok(),
-            Some(Value::Null | Value::Unchanged | Value::Binary(_)) | None => None,
+        // The binary form of a text is the same bytes.
+        let (Value::Text(found) | Value::Binary(found)) = row.columns().nth(self.name)? else {
+            return None;
         };
-        (text(self.name)? == name).then(|| text(self.number)?.parse().ok())?
+        if found != name.as_bytes() {
+            return None;
+        }
+        match row.columns().nth(self.number)? {
+            Value::Text(text) => std::str::from_utf8(text).ok()?.parse().ok(),
+            Value::Binary(bytes) => u64::try_from(i64::from_be_bytes(bytes.try_into().ok()?)).ok(),
+            Value::Null | Value::Unchanged => None,
+        }
     }
 }

@@ -15,6 +15,7 @@ fn assembler(resume_after: Position) -> Assembler {
         timelines: Timelines::new(1, Vec::new()),
         resume_after,
         types: Default::default(),
+        types_read_at: None,
         primary_keys: HashMap::new(),
         canary: "shop".into(),
     });
@@ -104,6 +105,42 @@ fn a_canary_is_seen_and_is_neither_event_nor_progress() {
         let expected = Canary { number: number.into(), end: Lsn(lsn + 8) };
         assert_eq!((seen.canary, seen.changes), (Some(expected), 0));
     }
+}
+
+#[test]
+fn a_canary_in_binary_form_is_the_same() {
+    let mut row = vec![b'I'];
+    row.put_u32(CANARY_ID);
+    row.extend_from_slice(b"N\0\x03b\0\0\0\x04shopb\0\0\0\x08");
+    row.put_i64(6);
+    row.push(b'n');
+    let mut assembler = assembler(Position::default());
+    apply(&mut assembler, &[begin(100), row.into(), commit(100)]);
+    assert_eq!(assembler.seen().canary.map(|canary| canary.number), Some(6));
+}
+
+#[test]
+fn a_type_that_may_be_younger_than_what_was_read_ends_the_session() {
+    const TABLE_ID: u32 = 9;
+    let mut assembler = assembler(Position::default());
+    assembler.options.types_read_at = Some(Lsn(200));
+    let mut table = relation(TABLE_ID, "t", &["id"]).to_vec();
+    // Another schema than ours, and a type of a user.
+    let at = table.windows(9).position(|w| w == b"watership").expect("its schema");
+    table.splice(at..at + 9, *b"public");
+    let at = table.len() - 8;
+    table[at..at + 4].copy_from_slice(&20_000_u32.to_be_bytes());
+    let mut row = vec![b'I'];
+    row.put_u32(TABLE_ID);
+    row.extend_from_slice(b"N\0\x01b\0\0\0\x01x");
+    // It was committed before the types were read, and dropped since: nobody can read it any more.
+    let out = apply(&mut assembler, &[begin(100), table.into(), row.clone().into()]);
+    assert!(matches!(out[..], [Item::Event(..)]), "{out:?}");
+    apply(&mut assembler, &[commit(100)]);
+    let mut out = Vec::new();
+    assembler.apply(&begin(300), &mut out).expect("a message");
+    let error = assembler.apply(&row.into(), &mut out).expect_err("the session ends");
+    assert!(error.to_string().contains("column \"id\" of public.t is newer"), "{error}");
 }
 
 #[test]
