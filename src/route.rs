@@ -430,6 +430,19 @@ impl Route {
     }
 }
 
+/// Routes that name key columns for the table `schema.name`, with these columns.
+pub fn keys_of<'a>(
+    rules: &'a [Rule],
+    table: &str,
+) -> impl Iterator<Item = (&'a str, &'a [String])> {
+    rules.iter().filter_map(move |rule| match (&rule.select, &rule.action) {
+        (Select::Table { name }, Action::Publish { key, .. }) if name == "*" || name == table => {
+            Some((rule.name.as_str(), key.as_slice()))
+        }
+        _ => None,
+    })
+}
+
 // The hashes are stored with parked rows: they must be the same on every machine, for ever.
 fn seed(route: &str) -> u64 {
     xxh64(route.as_bytes(), 0)

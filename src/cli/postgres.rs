@@ -13,7 +13,7 @@ use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::position_check::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::{checkpoint, session, wanted};
-use crate::route::{Action, Select};
+use crate::route::keys_of;
 use crate::verdict::Verdict;
 
 const INIT: &str = "run `watership init`";
@@ -336,9 +336,8 @@ fn check_table(f: &mut Findings, config: &Config, facts: &TableFacts) {
             );
         }
     };
-    for (route, key) in keys_of(config, &table.to_string()) {
-        let unknown = |column: &&String| identity.is_some_and(|there| !there.contains(column));
-        if let Some(column) = key.iter().find(unknown) {
+    for (route, key) in keys_of(&config.rules, &table.to_string()) {
+        if let Some(column) = facts.identity.lacks(key) {
             f.problem(
                 "table",
                 format!(
@@ -360,20 +359,6 @@ fn check_table(f: &mut Findings, config: &Config, facts: &TableFacts) {
             "add a primary key, or name key columns in its route",
         );
     }
-}
-
-/// Routes that name key columns for the table.
-fn keys_of<'a>(config: &'a Config, table: &str) -> Vec<(&'a str, &'a [String])> {
-    let mut list = Vec::new();
-    for rule in &config.rules {
-        let Select::Table { name } = &rule.select else { continue };
-        if let Action::Publish { key, .. } = &rule.action
-            && (name == "*" || name == table)
-        {
-            list.push((rule.name.as_str(), key.as_slice()));
-        }
-    }
-    list
 }
 
 async fn check_checkpoint(

@@ -215,6 +215,18 @@ pub enum ReplicaIdentity {
     Nothing,
 }
 
+impl ReplicaIdentity {
+    /// The first of these columns that a DELETE, or an UPDATE that changes it, does not carry.
+    pub fn lacks<'a>(&self, columns: &'a [String]) -> Option<&'a String> {
+        let there: &[String] = match self {
+            ReplicaIdentity::Key(columns) | ReplicaIdentity::Index(columns) => columns,
+            ReplicaIdentity::Full => return None,
+            ReplicaIdentity::Nothing => &[],
+        };
+        columns.iter().find(|column| !there.contains(column))
+    }
+}
+
 /// What `check` wants to know of a captured table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TableFacts {

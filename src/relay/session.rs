@@ -30,7 +30,7 @@ use crate::relay::position_check::{self, Failover, Start};
 use crate::relay::progress::Progress;
 use crate::relay::status::Status;
 use crate::relay::{Options, Parts, Relay};
-use crate::route::Router;
+use crate::route::{Router, keys_of};
 use crate::source::transaction::{self, Assembler, Timelines};
 use crate::source::wal::{Timing, Wal};
 use crate::verdict::Verdict;
@@ -368,7 +368,7 @@ async fn stream(
         system_id: row.system_id,
         timelines,
         resume_after: row.position,
-        primary_keys: primary_keys(client, &options.tables).await?,
+        primary_keys: primary_keys(client, options).await?,
         types,
         types_read_at,
         canary: options.name.clone(),
@@ -379,14 +379,26 @@ async fn stream(
     Ok((stream, assembler))
 }
 
-async fn primary_keys(client: &Client, tables: &[String]) -> Result<HashMap<String, Vec<String>>> {
+async fn primary_keys(client: &Client, options: &Options) -> Result<HashMap<String, Vec<String>>> {
     let mut keys = HashMap::new();
-    for table in tables {
+    for table in &options.tables {
         let name: TableName = table.parse()?;
         let facts = read_table(client, &name).await?.ok_or_else(|| {
             Error::new(Kind::Refused, format!("captured table {table} does not exist"))
                 .hint("create it, or remove it from source.tables")
         })?;
+        for (route, key) in keys_of(&options.rules, table) {
+            if let Some(column) = facts.identity.lacks(key) {
+                tracing::warn!(
+                    route,
+                    table,
+                    column,
+                    "the route's key is not in the table's replica identity: a DELETE, or an \
+                     UPDATE that changes it, can overtake earlier changes; ALTER TABLE ... REPLICA \
+                     IDENTITY FULL, or another key"
+                );
+            }
+        }
         keys.insert(table.clone(), facts.primary_key);
     }
     Ok(keys)

@@ -194,3 +194,21 @@ async fn a_broken_destination_holds_its_route_only_and_goes_on_by_itself_when_me
     assert_eq!((&status["sessions"], &status["held"]), (&json!(1), &json!([])), "{status}");
     relay.stop().await.expect_code(0);
 }
+
+#[tokio::test]
+async fn a_key_that_a_delete_does_not_carry_is_told_by_check_and_at_every_start() {
+    let sql = "CREATE TABLE public.items (id int PRIMARY KEY, customer int)";
+    let routes = "[[route]]\nname = \"items\"\ntable = \"public.items\"\nkey = [\"customer\"]\n\
+                  exchange = \"watership\"\n";
+    let setup = Setup { sql, tables: &["public.items"], routes, ..Setup::default() };
+    let stage = Stage::new(setup).await;
+    let text = "in the replica identity: a DELETE does not carry it";
+    stage.run(&["check"]).await.expect_text(&[text, "REPLICA IDENTITY FULL"]);
+    let told = "the route's key is not in the table's replica identity";
+    let relay = stage.start().await;
+    relay.stop().await.expect_code(0).expect_text(&[told, "column=\"customer\""]);
+    stage.execute("ALTER TABLE items REPLICA IDENTITY FULL").await;
+    let relay = stage.start().await;
+    let ended = relay.stop().await;
+    assert!(!ended.log.contains(told), "{}", ended.log);
+}
