@@ -148,12 +148,22 @@ impl Survey {
             return is_unsafe(self.unbound(exchange, key));
         }
         let graded: Vec<Verdict> = reach.queues.iter().map(|name| self.grade_queue(name)).collect();
-        let grade = graded.iter().map(|v| v.grade).max().unwrap_or(Grade::Unsafe);
+        let mut grade = graded.iter().map(|v| v.grade).max().unwrap_or(Grade::Unsafe);
         let worst = graded.into_iter().filter(|v| v.grade == grade).map(|v| v.reason);
         let mut reason = worst.collect::<Vec<_>>().join("; ");
         if !reach.covered {
             let key = shown(key);
             reason.push_str(&format!("; not every routing key {key:?} has a binding"));
+        }
+        // What one queue refuses is nacked and tried again, and the others have taken it already.
+        let refuses = |name: &&String| self.queues.get(*name).is_some_and(QueueFacts::refuses);
+        if reach.queues.len() > 1
+            && let Some(name) = reach.queues.iter().find(refuses)
+        {
+            grade = grade.max(Grade::Weak);
+            reason.push_str(&format!(
+                "; while queue {name:?} is full, the other queues get each retry again"
+            ));
         }
         Verdict { grade, reason }
     }
@@ -262,11 +272,7 @@ impl QueueFacts {
             add(Grade::Unsafe, "it vanishes with its consumer");
         }
         let overflow = self.overflow();
-        let limited = self.has("max-length") || self.has("max-length-bytes");
-        // A quorum queue does not know reject-publish-dlx, and drops its head instead.
-        let rejects = overflow == "reject-publish"
-            || (overflow == "reject-publish-dlx" && self.kind != "quorum");
-        if self.kind != "stream" && limited && !rejects {
+        if self.kind != "stream" && self.is_limited() && !self.refuses() {
             let text = format!("has a length limit and overflow {overflow}: when full, it drops");
             add(Grade::Unsafe, &format!("{text} its oldest messages"));
         }
@@ -301,6 +307,21 @@ impl QueueFacts {
     fn value(&self, name: &str) -> Option<&Value> {
         let argument = self.arguments.get(&format!("x-{name}"));
         argument.or_else(|| self.effective_policy_definition.get(name))
+    }
+
+    fn is_limited(&self) -> bool {
+        self.has("max-length") || self.has("max-length-bytes")
+    }
+
+    /// When it is full it takes nothing more, and drops nothing.
+    fn refuses(&self) -> bool {
+        let refuses = match self.overflow() {
+            "reject-publish" => true,
+            // A quorum queue does not know it, and drops its head instead.
+            "reject-publish-dlx" => self.kind != "quorum",
+            _ => false,
+        };
+        refuses && self.is_limited()
     }
 
     /// On a quorum queue the policy goes before the argument, on others after it
@@ -437,6 +458,15 @@ mod tests {
         let poor = ("events", bound("poor", "queue", "#"));
         let both = grade(&survey(&[good.clone(), poor]));
         assert!(both.grade == Grade::Weak && both.reason.starts_with("queue \"poor\": a classic"));
+        let full = ("events", bound("full", "queue", "#"));
+        let mut two = survey(&[good.clone(), full.clone()]);
+        let limited = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish"}"#;
+        two.queues.insert("full".into(), queue("quorum", limited));
+        let verdict = grade(&two);
+        assert!(verdict.grade == Grade::Weak && verdict.reason.contains("the other queues get"));
+        let mut one = survey(&[full]);
+        one.queues = two.queues;
+        assert_eq!(grade(&one).grade, Grade::Safe, "alone it may be full");
         let gone = grade(&survey(&[good, ("events", bound("gone", "queue", "#"))]));
         assert_eq!(
             (gone.grade, &*gone.reason),

@@ -236,8 +236,8 @@ async fn take_over(client: &Client, options: &Options, timelines: &Timelines) ->
         tracing::warn!(
             publication = options.publication,
             updates,
-            "watership.canary is not in the publication, or its updates are not, so a deaf stream is \
-             not noticed: run `watership init`, and let the publication publish updates"
+            "watership.canary is not in the publication, or its updates are not, so a deaf stream \
+             is not noticed: run `watership init`, and let the publication publish updates"
         );
     }
     Ok(TakenOver { row, server: found.server, failover, canary })
