@@ -67,27 +67,8 @@ impl Message {
         // Flags, the content type as a short string, then the table with its length.
         let properties = self.properties();
         let content_type = usize::from(*properties.get(2)?);
-        let (len, mut rest) = properties.get(3 + content_type..)?.split_first_chunk::<4>()?;
-        rest = rest.get(..u32::from_be_bytes(*len) as usize)?;
-        while let Some((&name_len, after)) = rest.split_first() {
-            let (found, after) = after.split_at_checked(usize::from(name_len))?;
-            let (&kind, after) = after.split_first()?;
-            let (value, after) = match kind {
-                b'S' => {
-                    let (len, after) = after.split_first_chunk::<4>()?;
-                    after.split_at_checked(u32::from_be_bytes(*len) as usize)?
-                }
-                b'l' | b'd' => after.split_at_checked(8)?,
-                b't' => after.split_at_checked(1)?,
-                b'V' => (&[][..], after),
-                _ => return None,
-            };
-            if kind == b'S' && found == name.as_bytes() {
-                return std::str::from_utf8(value).ok();
-            }
-            rest = after;
-        }
-        None
+        let (len, rest) = properties.get(3 + content_type..)?.split_first_chunk::<4>()?;
+        text_in_table(rest.get(..u32::from_be_bytes(*len) as usize)?, name)
     }
 
     /// A message from the parts of an earlier one.
@@ -116,6 +97,32 @@ impl Message {
     pub fn size(&self) -> usize {
         self.buf.len() + size_of::<Self>()
     }
+}
+
+/// The header that tells a message's route.
+pub const ROUTE_HEADER: &str = "ws-route";
+
+/// The text called `name` in a table of headers of the kinds that a [`Builder`] writes.
+pub(crate) fn text_in_table<'a>(mut rest: &'a [u8], name: &str) -> Option<&'a str> {
+    while let Some((&name_len, after)) = rest.split_first() {
+        let (found, after) = after.split_at_checked(usize::from(name_len))?;
+        let (&kind, after) = after.split_first()?;
+        let (value, after) = match kind {
+            b'S' => {
+                let (len, after) = after.split_first_chunk::<4>()?;
+                after.split_at_checked(u32::from_be_bytes(*len) as usize)?
+            }
+            b'l' | b'd' => after.split_at_checked(8)?,
+            b't' => after.split_at_checked(1)?,
+            b'V' => (&[][..], after),
+            _ => return None,
+        };
+        if kind == b'S' && found == name.as_bytes() {
+            return std::str::from_utf8(value).ok();
+        }
+        rest = after;
+    }
+    None
 }
 
 /// The fixed properties of every message; `delivery_mode` is always 2 (persistent).

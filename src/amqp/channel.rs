@@ -36,6 +36,7 @@ struct Pending {
     ticket: Ticket,
     id: Uuid,
     target: u64,
+    route: u64,
     sent: Instant,
     fate: Fate,
 }
@@ -58,7 +59,7 @@ pub(super) enum Verdict {
 enum Content {
     None,
     Header { text: String, target: u64 },
-    Body { text: String, target: u64, id: Option<Uuid>, remaining: u64 },
+    Body { text: String, target: u64, id: Option<Uuid>, route: u64, remaining: u64 },
 }
 
 pub(super) type Outcomes = Vec<(Ticket, Outcome)>;
@@ -89,8 +90,8 @@ impl Channel {
     }
 
     /// Notes a publish; its delivery tag follows from its place.
-    pub fn publish(&mut self, ticket: Ticket, id: Uuid, target: u64, sent: Instant) {
-        self.pending.push_back(Pending { ticket, id, target, sent, fate: Fate::Waiting });
+    pub fn publish(&mut self, ticket: Ticket, id: Uuid, target: u64, route: u64, sent: Instant) {
+        self.pending.push_back(Pending { ticket, id, target, route, sent, fate: Fate::Waiting });
     }
 
     /// When the oldest unconfirmed publish was made.
@@ -148,11 +149,13 @@ impl Channel {
     }
 
     /// The content header of a returned message.
-    pub fn content_header(&mut self, body_size: u64, id: Option<Uuid>) -> Result<()> {
+    pub fn content_header(&mut self, body_size: u64, id: Option<Uuid>, route: u64) -> Result<()> {
         match std::mem::replace(&mut self.content, Content::None) {
-            Content::Header { text, target } if body_size == 0 => self.end_return(text, target, id),
+            Content::Header { text, target } if body_size == 0 => {
+                self.end_return(text, target, id, route)
+            }
             Content::Header { text, target } => {
-                self.content = Content::Body { text, target, id, remaining: body_size };
+                self.content = Content::Body { text, target, id, route, remaining: body_size };
                 Ok(())
             }
             Content::None | Content::Body { .. } => {
@@ -164,11 +167,12 @@ impl Channel {
     /// A piece of a returned message's body.
     pub fn content_body(&mut self, len: u64) -> Result<()> {
         match std::mem::replace(&mut self.content, Content::None) {
-            Content::Body { text, target, id, remaining } if len == remaining => {
-                self.end_return(text, target, id)
+            Content::Body { text, target, id, route, remaining } if len == remaining => {
+                self.end_return(text, target, id, route)
             }
-            Content::Body { text, target, id, remaining } if len < remaining => {
-                self.content = Content::Body { text, target, id, remaining: remaining - len };
+            Content::Body { text, target, id, route, remaining } if len < remaining => {
+                let remaining = remaining - len;
+                self.content = Content::Body { text, target, id, route, remaining };
                 Ok(())
             }
             Content::None | Content::Header { .. } | Content::Body { .. } => {
@@ -177,14 +181,24 @@ impl Channel {
         }
     }
 
-    fn end_return(&mut self, text: String, target: u64, id: Option<Uuid>) -> Result<()> {
-        let found = self.pending.iter_mut().find(|p| {
+    fn end_return(
+        &mut self,
+        text: String,
+        target: u64,
+        id: Option<Uuid>,
+        route: u64,
+    ) -> Result<()> {
+        let waits = |p: &Pending| {
             let mine = p.target == target && Some(p.id) == id;
             matches!(p.fate, Fate::Waiting) && (mine || planted::is(15))
-        });
+        };
+        // One event can go to one destination by several routes, and an exchange that looks at
+        // headers returns one of them only. Where the broker changed the headers, any one will do.
+        let exact = self.pending.iter().position(|p| waits(p) && p.route == route);
+        let found = exact.or_else(|| self.pending.iter().position(waits));
         match found {
-            Some(pending) => {
-                pending.fate = Fate::Returned(text);
+            Some(at) => {
+                self.pending[at].fate = Fate::Returned(text);
                 Ok(())
             }
             None => Err(self.bad(format!(
@@ -265,14 +279,14 @@ mod tests {
         let mut channel = Channel::new(2);
         channel.state = State::Open;
         for n in 1..=publishes {
-            channel.publish(Ticket(n), Uuid::from_u128(n.into()), 7, Instant::now());
+            channel.publish(Ticket(n), Uuid::from_u128(n.into()), 7, 0, Instant::now());
         }
         channel
     }
 
     fn give_back(channel: &mut Channel, n: u64) -> Result<()> {
         channel.begin_return("NO_ROUTE".into(), 7)?;
-        channel.content_header(3, Some(Uuid::from_u128(n.into())))?;
+        channel.content_header(3, Some(Uuid::from_u128(n.into())), 0)?;
         channel.content_body(1)?;
         channel.content_body(2)
     }
@@ -293,6 +307,25 @@ mod tests {
             .collect();
         assert_eq!(outcomes, expected);
         assert_eq!(channel.unconfirmed(), 2);
+    }
+
+    #[test]
+    fn a_return_marks_the_message_of_its_own_route() {
+        let mut channel = open(0);
+        for route in [1, 2, 3] {
+            channel.publish(Ticket(route), Uuid::nil(), 7, route, Instant::now());
+        }
+        let mut give_back = |route| {
+            channel.begin_return("NO_ROUTE".into(), 7).unwrap();
+            channel.content_header(0, Some(Uuid::nil()), route).unwrap();
+        };
+        give_back(2);
+        // Headers that the broker changed: one of the others.
+        give_back(99);
+        let mut outcomes = Vec::new();
+        channel.confirm(3, true, Verdict::Ack, &mut outcomes).unwrap();
+        let returned = |n: usize| outcomes[n].1 == Outcome::Returned("NO_ROUTE".into());
+        assert_eq!([0, 1, 2].map(returned), [true, true, false]);
     }
 
     #[test]
@@ -318,12 +351,12 @@ mod tests {
         assert!(give_back(&mut twice, 1).is_err());
         let mut other_key = open(3);
         other_key.begin_return("NO_ROUTE".into(), 8).unwrap();
-        assert!(other_key.content_header(0, Some(Uuid::from_u128(1))).is_err());
+        assert!(other_key.content_header(0, Some(Uuid::from_u128(1)), 0).is_err());
         let mut interrupted = open(3);
         interrupted.begin_return("NO_ROUTE".into(), 7).unwrap();
         assert!(interrupted.confirm(1, false, Verdict::Ack, &mut Vec::new()).is_err());
         assert!(open(1).content_body(1).is_err());
-        assert!(open(1).content_header(1, None).is_err());
+        assert!(open(1).content_header(1, None, 0).is_err());
     }
 
     #[test]
@@ -337,7 +370,7 @@ mod tests {
         let closed: Vec<u64> = outcomes[1..].iter().map(|(ticket, _)| ticket.0).collect();
         assert_eq!(closed, [1, 3, 4]);
         channel.state = State::Open;
-        channel.publish(Ticket(9), Uuid::nil(), 7, Instant::now());
+        channel.publish(Ticket(9), Uuid::nil(), 7, 0, Instant::now());
         channel.confirm(1, false, Verdict::Ack, &mut outcomes).unwrap();
         assert_eq!(outcomes.last().unwrap(), &(Ticket(9), Outcome::Confirmed));
     }

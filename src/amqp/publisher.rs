@@ -30,7 +30,7 @@ use super::options::{CHANNELS_MAX, Options, SPREAD_FROM, Url};
 use super::wire::{self, Incoming};
 use crate::error::{Error, Kind, Result};
 use crate::fault::io_error;
-use crate::message::{Message, Outcome, Publisher, SHORT_STRING_MAX, Ticket};
+use crate::message::{Message, Outcome, Publisher, ROUTE_HEADER, SHORT_STRING_MAX, Ticket};
 use crate::planted;
 
 /// Longest wait for `connection.close-ok`.
@@ -297,8 +297,8 @@ impl Connection {
                 self.channel(channel)?.confirm(tag, multiple, Verdict::Ack, outcomes)
             }
             Incoming::Heartbeat => Ok(()),
-            Incoming::ContentHeader { channel, body_size, message_id } => {
-                self.channel(channel)?.content_header(body_size, message_id)
+            Incoming::ContentHeader { channel, body_size, message_id, route } => {
+                self.channel(channel)?.content_header(body_size, message_id, route)
             }
             Incoming::ContentBody { channel, len } => self.channel(channel)?.content_body(len),
             Incoming::Method(number, AMQPClass::Basic(method)) => {
@@ -467,7 +467,8 @@ impl Publisher for Connection {
         let (exchange, frame_max) = (&self.exchanges[exchange], self.link.frame_max);
         let target = target(exchange.target, message.routing_key());
         let channel = &mut self.channels[index];
-        channel.publish(ticket, message.id, target, Instant::now());
+        let route = wire::route_hash(message.header(ROUTE_HEADER));
+        channel.publish(ticket, message.id, target, route, Instant::now());
         self.outstanding += 1;
         let out = match channel.state {
             State::Open => self.link.out(),

@@ -13,7 +13,7 @@ use amq_protocol::protocol::AMQPClass;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::message::Message;
+use crate::message::{Message, ROUTE_HEADER, text_in_table};
 
 /// What a client sends first: protocol id, then version 0-9-1.
 pub const PROTOCOL_HEADER: &[u8; 8] = b"AMQP\x00\x00\x09\x01";
@@ -71,6 +71,8 @@ pub enum Incoming {
         body_size: u64,
         /// The `message_id` property, if it is there and a uuid.
         message_id: Option<Uuid>,
+        /// [`route_hash`] of the message.
+        route: u64,
     },
     /// Piece of a returned message's body; the bytes themselves do not matter.
     ContentBody {
@@ -172,12 +174,20 @@ fn parse_content_header(channel: u16, payload: &[u8]) -> Result<Incoming> {
     let (size, rest) = rest.get(2..).and_then(|r| r.split_first_chunk::<8>()).ok_or_else(bad)?;
     let (flags, list) = rest.split_first_chunk::<2>().ok_or_else(bad)?;
     let body_size = u64::from_be_bytes(*size);
-    let message_id = message_id(u16::from_be_bytes(*flags), list).ok_or_else(bad)?;
-    Ok(Incoming::ContentHeader { channel, body_size, message_id })
+    let (message_id, route) = message_id(u16::from_be_bytes(*flags), list).ok_or_else(bad)?;
+    Ok(Incoming::ContentHeader { channel, body_size, message_id, route })
 }
 
-/// The outer `None`: the list ends too early. The inner one: there is no id, or it is no uuid.
-fn message_id(flags: u16, mut list: &[u8]) -> Option<Option<Uuid>> {
+/// What tells messages of one event to one destination apart: the hash of the route's
+/// name, or of nothing.
+pub fn route_hash(route: Option<&str>) -> u64 {
+    xxhash_rust::xxh64::xxh64(route.unwrap_or_default().as_bytes(), 0)
+}
+
+/// Message id and [`route_hash`]. The outer `None`: the list ends too early. The inner one: there
+/// is no id, or it is no uuid.
+fn message_id(flags: u16, mut list: &[u8]) -> Option<(Option<Uuid>, u64)> {
+    let mut route = None;
     const MESSAGE_ID_BIT: u16 = 7;
     for bit in (MESSAGE_ID_BIT..16).rev().filter(|bit| flags & (1 << bit) != 0) {
         let len = match bit {
@@ -197,11 +207,14 @@ fn message_id(flags: u16, mut list: &[u8]) -> Option<Option<Uuid>> {
             }
         };
         if bit == MESSAGE_ID_BIT {
-            return Some(Uuid::try_parse_ascii(list.get(..len)?).ok());
+            return Some((Uuid::try_parse_ascii(list.get(..len)?).ok(), route_hash(route)));
+        }
+        if bit == 13 {
+            route = text_in_table(list.get(..len)?, ROUTE_HEADER);
         }
         list = list.get(len..)?;
     }
-    Some(None)
+    Some((None, route_hash(route)))
 }
 
 /// Appends method, header and body frames of one mandatory `basic.publish`.
@@ -346,6 +359,7 @@ mod tests {
             let frames = parse_all(&out[frame_len(&out)..], 4096).unwrap();
             prop_assert_eq!(&frames[0], &Incoming::ContentHeader {
                 channel, body_size: body.len() as u64, message_id: Some(message.id),
+                route: route_hash(None),
             });
             let len: u64 = frames[1..].iter().map(|f| match f {
                 Incoming::ContentBody { len, .. } => *len,
@@ -403,7 +417,12 @@ mod tests {
         frame.extend_from_slice(&payload);
         frame.push(END);
         let (frame, _) = parse(&frame, FRAME_MAX).unwrap().unwrap();
-        let expected = Incoming::ContentHeader { channel: 3, body_size: 0, message_id: None };
+        let expected = Incoming::ContentHeader {
+            channel: 3,
+            body_size: 0,
+            message_id: None,
+            route: route_hash(None),
+        };
         assert_eq!(frame, expected);
     }
 }
