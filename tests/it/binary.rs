@@ -203,8 +203,7 @@ async fn a_type_without_a_renderer_is_parked_with_its_column_and_what_to_do() {
                 WHERE kind = 'invalid'";
     assert_eq!(stage.text(kept).await, "AAAAAgAAABcAAAAEAAAAAQAAABcAAAAEAAAAAg==");
     // A stream in binary is not deaf.
-    stage.execute("UPDATE watership.canary SET number = number + 1000").await;
-    let came = "(SELECT number FROM watership.canary) > 1003";
+    let came = "(SELECT coalesce(max(number), 0) >= 5 FROM watership.canary)";
     until("more canaries are written", async || stage.holds(came).await).await;
     let fresh =
         async || relay.metric("watership_canary_age_seconds").await.is_some_and(|a| a < 3.0);
