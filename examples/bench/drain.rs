@@ -115,6 +115,7 @@ pub async fn large(servers: &Servers, rows: u64, seed: u32) -> Result<Large> {
     let client = servers.client(name).await?;
     let shape = Shape { events: rows, rows_per_tx: rows, keys: Keys::Uniform, seed, round: 0 };
     load::fill(&client, &shape).await?;
+    servers.settle_broker().await?;
     let mut relay = installation.start()?;
     let (first_change, first_message) = beginning(servers, name, &mut relay).await?;
     let first_message_after_first_change_ms = first_change
@@ -131,6 +132,7 @@ pub async fn drain(
     installation: &Installation,
     events: u64,
 ) -> Result<(Drain, Relay)> {
+    servers.settle_broker().await?;
     let (name, mut relay) = (&installation.name, installation.start()?);
     let first_message = first_message(servers, name, &mut relay).await?;
     let client = servers.client(name).await?;

@@ -89,6 +89,7 @@ pub async fn publish(servers: &Servers, messages: u64, kind: Kind) -> Result<Opt
     };
     let queue = "bench_publish";
     servers.fresh_queue(queue).await?;
+    servers.settle_broker().await?;
     let pid = servers.rabbit_pid()?;
     let before = tree_cpu_seconds(pid);
     let mut command = Command::new(program);

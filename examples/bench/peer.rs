@@ -49,6 +49,7 @@ impl Prepared {
     /// Starts the program and follows it until `events` messages lie in its queue.
     pub async fn run(&self, servers: &Servers, database: &str, events: u64) -> Result<Peer> {
         servers.fresh_queue(&self.place).await?;
+        servers.settle_broker().await?;
         let mut command = Command::new(&self.program);
         command
             .env("PEER_DATABASE", servers.postgres.url("postgres", database))
