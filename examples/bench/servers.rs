@@ -24,7 +24,7 @@ pub const ROUTING_KEY: &str = "order.placed";
 pub enum Routing {
     /// Compares whole keys: the cheapest that names an exchange.
     Direct,
-    /// Compares words; about 20 µs more a message on RabbitMQ 3.10.
+    /// Compares words; about 6 µs more a message on RabbitMQ 3.10.
     Topic,
 }
 
