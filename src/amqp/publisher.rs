@@ -355,13 +355,21 @@ impl Connection {
                 wire::put_method(self.link.urgent(), 0, AMQPClass::Connection(ok));
                 Err(close_error(&close).context(format!("broker {}", self.url)))
             }
-            connection::AMQPMethod::Blocked(_) => {
+            connection::AMQPMethod::Blocked(blocked) => {
+                if self.blocked_since.is_none() {
+                    let hint = "its log and management page name the alarm: memory or disk";
+                    let reason = blocked.reason.as_str();
+                    tracing::warn!(reason, hint, "the broker takes nothing until it has room");
+                }
                 self.blocked_since.get_or_insert_with(Instant::now);
                 self.link.hold(true);
                 Ok(())
             }
             connection::AMQPMethod::Unblocked(_) => {
-                self.blocked_since = None;
+                if let Some(since) = self.blocked_since.take() {
+                    let seconds = since.elapsed().as_secs();
+                    tracing::info!(seconds, "the broker takes messages again");
+                }
                 self.deadlines_from = Instant::now();
                 self.link.hold(false);
                 Ok(())

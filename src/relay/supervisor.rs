@@ -51,6 +51,7 @@ pub async fn run(
     let mut backoff = Backoff::new(FIRST_WAIT, SOON_LIMIT);
     let mut unsendable = Unsendable::default();
     let mut has_run = false;
+    let mut told = Told::default();
     let result = loop {
         metrics.sessions.increment(1);
         let stop = shutdown.clone();
@@ -76,7 +77,8 @@ pub async fn run(
             Retry::Soon => backoff.set_limit(SOON_LIMIT),
         }
         let wait = backoff.next(fastrand::f64());
-        report(&status, &error, wait, backoff.tries());
+        status.waiting(&error, wait);
+        told.say(&error, wait, backoff.tries());
         if status.is_standing_by() {
             metrics.another_works();
         }
@@ -166,15 +168,26 @@ fn show(status: &Status, metrics: &Metrics) {
     metrics.circuit.set(view.state.label(), view.tries, wait);
 }
 
-fn report(status: &Status, error: &Error, wait: Duration, tries: u32) {
-    let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-    status.waiting(error, wait);
-    // The first try is news; while the same trouble goes on, every tenth line is enough.
-    let (kind, circuit) = (error.label(), "open");
-    if tries == 1 || tries.is_multiple_of(10) {
-        let hint = error.what_to_do();
-        tracing::warn!(error = %error, hint, kind, tries, wait_ms, circuit, "session ended");
-    } else {
-        tracing::debug!(error = %error, kind, tries, wait_ms, circuit, "session ended");
+/// The trouble that was last told at a level that everybody sees.
+#[derive(Default)]
+struct Told {
+    trouble: Option<(&'static str, Option<String>)>,
+}
+
+impl Told {
+    /// Logs the end of a session. The first try is news, and so is another trouble than before:
+    /// a broker that was restarted may now refuse the password. While the same one goes on, every
+    /// tenth line is enough.
+    fn say(&mut self, error: &Error, wait: Duration, tries: u32) {
+        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        let (kind, circuit) = (error.label(), "open");
+        let trouble = Some((kind, error.code().map(str::to_owned)));
+        if tries == 1 || tries.is_multiple_of(10) || self.trouble != trouble {
+            let hint = error.what_to_do();
+            tracing::warn!(error = %error, hint, kind, tries, wait_ms, circuit, "session ended");
+            self.trouble = trouble;
+        } else {
+            tracing::debug!(error = %error, kind, tries, wait_ms, circuit, "session ended");
+        }
     }
 }
