@@ -181,6 +181,7 @@ async fn broker_d04_exchange_deleted_and_made_again() {
     scene.recovered(Instant::now(), before).await;
     scene.relay().reaches("the hold ends", |status| !held(status)).await;
     scene.flowing(500).await;
+    scene.relay().logs(&["the route is held and probed", "no exchange 'watership'"]).await;
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -201,6 +202,7 @@ async fn broker_d08_queue_unbound() {
     scene.relay().reaches("the hold ends", |status| !held(status)).await;
     assert_eq!(scene.relay().status().await["sessions"], 1, "a hold does not end the session");
     scene.flowing(500).await;
+    scene.relay().logs(&["the route is held and probed", "unroutable: NO_ROUTE"]).await;
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "an unbound queue got nothing, so nothing comes twice");
@@ -235,6 +237,7 @@ async fn broker_d08_queue_deleted_under_load_and_made_again() {
     scene.relay().reaches("the hold ends", |status| !held(status)).await;
     assert_eq!(scene.relay().status().await["sessions"], 1, "a hold does not end the session");
     scene.flowing(500).await;
+    scene.relay().logs(&["the route is held and probed", "unroutable: NO_ROUTE"]).await;
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0);
@@ -285,6 +288,7 @@ async fn broker_d10_nacks_of_a_full_queue_with_a_slow_consumer() {
     assert!(nacks > 0, "the queue was never full");
     // It follows the consumer; with room for a machine that does other things besides.
     assert!(rate >= 0.5 * f64::from(TAKEN), "{rate} events a second");
+    scene.relay().says_nothing();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "a nacked message is in no queue");
     class.survived(&judged);
@@ -361,6 +365,10 @@ async fn alarm(class: Class, on: &[&str], off: &[&str]) {
     scene.recovered(Instant::now(), before).await;
     assert_eq!(scene.relay().status().await["sessions"], 1, "an alarm does not end the session");
     scene.flowing(500).await;
+    scene
+        .relay()
+        .logs(&["the broker takes nothing until it has room", "takes messages again"])
+        .await;
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "an alarm loses no confirm, so nothing comes twice");

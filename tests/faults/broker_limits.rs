@@ -91,6 +91,7 @@ async fn waits_and_says(scene: &mut Scene, word: &str) {
     };
     scene.relay().reaches(&format!("it says {word:?}"), says).await;
     scene.relay().stays(Duration::from_secs(2), |status| status["sessions"].is_u64()).await;
+    scene.relay().logs(&[word]).await;
 }
 
 async fn back(class: Class, mut scene: Scene, ended: Instant, before: u64) {
@@ -180,7 +181,7 @@ async fn broker_d20_vhost_deleted() {
     manage("DELETE", &format!("/api/vhosts/{}", vhost.name), "").await;
     scene.write(STEADY);
     scene.committed_more(500).await;
-    waits_and_says(&mut scene, "vhost").await;
+    waits_and_says(&mut scene, "NOT_ALLOWED").await;
     let before = scene.relay().confirmed().await;
     rabbit().await.create_vhost(&vhost.name).await.expect("the vhost is back");
     let ended = Instant::now();
@@ -284,5 +285,10 @@ async fn broker_d14_one_confirm_lost() {
     // A later confirm of several covers it, or the deadline ends the session: either is right.
     let before = scene.relay().confirmed().await;
     scene.flowing(3_200).await;
+    if scene.relay().status().await["sessions"] == 1 {
+        scene.relay().says_nothing();
+    } else {
+        scene.relay().logs(&["no confirm for"]).await;
+    }
     back(class, scene, Instant::now(), before).await;
 }

@@ -40,7 +40,11 @@ impl Class {
     }
 
     /// It survived, and this was counted.
+    ///
+    /// # Panics
+    /// When the test never looked at what the relay said.
     pub fn survived(mut self, judged: &Judged) {
+        assert!(judged.heard, "{}: the test asserts no text of the relay", self.id);
         self.tell(Some(judged));
     }
 

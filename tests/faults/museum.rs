@@ -51,6 +51,7 @@ async fn killed_inside(class: Class, count: u32, window: Window) {
         scene.relay().start();
         scene.recovered(Instant::now(), 0).await;
     }
+    scene.relay().says_nothing();
     class.survived(&scene.judge().await);
 }
 
@@ -111,6 +112,7 @@ async fn museum_m03_begin_with_the_lsn_of_its_first_row() {
             net.scene.recovered(Instant::now(), 0).await;
         }
     }
+    net.scene.relay().says_nothing();
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -151,6 +153,7 @@ async fn unconfirmed(class: Class, title: &str, fresh: bool) {
     net.rabbit.heal();
     net.scene.relay().start();
     net.scene.recovered(Instant::now(), 0).await;
+    net.scene.relay().says_nothing();
     class.survived(&net.scene.judge().await);
 }
 
@@ -256,6 +259,7 @@ async fn museum_m10_checkpoint_that_is_stored_late() {
     net.scene.relay().kill();
     net.scene.relay().start();
     net.scene.recovered(Instant::now(), 0).await;
+    net.scene.relay().says_nothing();
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -273,6 +277,7 @@ async fn museum_m11_upstream_told_before_the_position_is_stored() {
     locker.batch_execute("ROLLBACK").await.expect("unlocked");
     net.scene.relay().start();
     net.scene.recovered(Instant::now(), 0).await;
+    net.scene.relay().says_nothing();
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -305,6 +310,7 @@ async fn museum_m16_one_connection_after_the_other_is_lost() {
     let count = "SELECT count(*) <= 3 FROM pg_stat_activity \
         WHERE datname = current_database() AND application_name LIKE 'watership%'";
     assert_eq!(text(&net.database, count).await, "true", "none leaks");
+    net.scene.relay().logs(&["session ended", "kind=\"unreachable\""]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }

@@ -103,6 +103,7 @@ async fn cuts(class: Class, how: How) {
         }
     }
     net.scene.relay().counts(UNREACHABLE, 4).await;
+    net.scene.relay().logs(&["session ended", "kind=\"unreachable\""]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -130,6 +131,7 @@ async fn network_c01_cut_in_the_middle_of_a_message() {
     net.strike("half a confirm", false, once(back, is_ack, 5, inside)).await;
     net.strike("half a piece of WAL", true, once(back, is_wal, 9, inside)).await;
     net.strike("half a feedback", true, once(out, is_feedback, 2, inside)).await;
+    net.scene.relay().logs(&["session ended", "kind=\"unreachable\""]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -143,6 +145,7 @@ async fn network_c01_cut_between_two_messages() {
     net.strike("before a body", false, once(out, is_body, 9, before)).await;
     net.strike("before a confirm", false, once(back, is_ack, 5, before)).await;
     net.strike("before a piece of WAL", true, once(back, is_wal, 9, before)).await;
+    net.scene.relay().logs(&["session ended", "kind=\"unreachable\""]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -158,6 +161,7 @@ async fn network_c07_corrupt_bytes() {
     net.strike("a publish's type", false, once(out, is_publish, 5, first)).await;
     net.strike("a publish's end", false, once(out, is_publish, 5, last)).await;
     net.strike("a Postgres message's type", true, once(back, is_wal, 9, first)).await;
+    net.scene.relay().logs(&["session ended", "kind=\"protocol\""]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -175,6 +179,7 @@ async fn network_c08_one_byte_at_a_time() {
     net.rabbit.heal();
     assert_eq!(sessions, 1, "slices end no session");
     net.back().await;
+    net.scene.relay().says_nothing();
     net.scene.enough();
     let judged = net.scene.judge().await;
     assert_eq!(judged.duplicates, 0);
@@ -204,6 +209,7 @@ async fn network_c10_accepted_and_never_answered() {
         proxy.cut(How::Reset);
         net.back().await;
     }
+    net.scene.relay().logs(&["session ended", "kind=\"unreachable\""]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -225,6 +231,7 @@ async fn network_c05_latency_and_jitter() {
     net.postgres.heal();
     net.rabbit.heal();
     net.back().await;
+    net.scene.relay().says_nothing();
     net.scene.enough();
     let judged = net.scene.judge().await;
     assert_eq!(judged.duplicates, 0);
@@ -256,6 +263,7 @@ async fn network_c09_a_name_that_cannot_be_resolved() {
     scene.relay().start();
     scene.write(STEADY);
     scene.recovered(Instant::now(), 0).await;
+    scene.relay().logs(&["\"no-such-host.invalid"]).await;
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -276,6 +284,7 @@ async fn network_c04_one_direction_dead() {
         net.rabbit.heal();
         net.back().await;
     }
+    net.scene.relay().logs(&["no sign of life for"]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }

@@ -94,6 +94,7 @@ async fn network_c03_stalled_for_less_than_anybodys_patience() {
     net.rabbit.heal();
     net.back().await;
     assert_eq!(net.scene.relay().status().await["sessions"], 1, "a short stall ends no session");
+    net.scene.relay().says_nothing();
     net.scene.enough();
     let judged = net.scene.judge().await;
     assert_eq!(judged.duplicates, 0);
@@ -124,6 +125,7 @@ async fn network_c06_little_bandwidth() {
     let before = scene.relay().confirmed().await;
     rabbit.heal();
     scene.recovered(Instant::now(), before).await;
+    scene.relay().says_nothing();
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0);
@@ -157,6 +159,7 @@ async fn network_c11_flapping() {
     let rate = sessions as f64 / begin.elapsed().as_secs_f64();
     class.note("sessions_per_second", (rate * 10.0).round() / 10.0);
     assert!(rate < 10.0, "{sessions} sessions in {:?}", begin.elapsed());
+    net.scene.relay().logs(&["session ended", "kind=\"unreachable\""]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -178,6 +181,7 @@ async fn network_c04_confirms_stalled_while_publishes_arrive() {
     net.scene.relay().stays(Duration::from_secs(3), full).await;
     net.rabbit.heal();
     net.back().await;
+    net.scene.relay().says_nothing();
     net.scene.enough();
     let judged = net.scene.judge().await;
     assert_eq!(judged.duplicates, 0, "a late confirm is a confirm");

@@ -121,6 +121,7 @@ async fn pg_a02_fast_shutdown_with_the_broker_frozen_and_dead() {
     let before = scene.relay().confirmed().await;
     scene.recovered(Instant::now(), before).await;
     scene.consume();
+    scene.relay().logs(&["terminating connection due to administrator command"]).await;
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -149,9 +150,13 @@ async fn pg_a03_terminated_backends() {
         scene.relay().counts(UNREACHABLE, sessions.max(1)).await;
         scene.flowing(500).await;
     }
+    scene.relay().logs(&["terminating connection due to administrator"]).await;
     scene.enough();
     class.survived(&scene.judge().await);
 }
+
+/// Seconds after which a silent server is given up: three quarters of its own patience.
+const GIVEN_UP: u64 = 45;
 
 /// Frozen for so long while somebody watches that nobody answers.
 async fn frozen(class: Class, seconds: u64) {
@@ -165,6 +170,11 @@ async fn frozen(class: Class, seconds: u64) {
     server.signal(Signal::Cont);
     recovered_after(&mut scene, first_row(url.clone()), before).await;
     scene.flowing(500).await;
+    if seconds < GIVEN_UP {
+        scene.relay().says_nothing();
+    } else {
+        scene.relay().logs(&["session ended", "Postgres was silent for"]).await;
+    }
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -200,6 +210,7 @@ async fn pg_a05_server_that_comes_back_as_a_standby_first() {
     server.start_again().await.expect("starts as itself");
     execute(&url, EMIT_ONE).await;
     recovered_after(&mut scene, first_row(url.clone()), before).await;
+    scene.relay().logs(&["the server is a standby (in recovery)"]).await;
     class.survived(&scene.judge().await);
 }
 
@@ -323,6 +334,7 @@ async fn pg_a18_timeouts_of_the_role() {
     let before = scene.relay().confirmed().await;
     scene.recovered(Instant::now(), before).await;
     scene.flowing(500).await;
+    scene.relay().says_nothing();
     scene.enough();
     scene.written().await;
     // Idle sessions of the relay outlive the role's timeout.
@@ -363,6 +375,7 @@ async fn pg_a19_intake_paused_longer_than_the_walsender_waits() {
     scene.recovered(Instant::now(), before).await;
     assert_eq!(scene.relay().status().await["sessions"], 1, "the session lives on");
     scene.flowing(300).await;
+    scene.relay().logs(&["unroutable: NO_ROUTE"]).await;
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0);

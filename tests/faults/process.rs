@@ -65,6 +65,7 @@ async fn kill_at(mut class: Class, points: &[Point], rounds: u64) {
         }
     }
     class.note("crash_points", points.len());
+    net.scene.relay().says_nothing();
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -133,6 +134,7 @@ async fn process_e04_killed_after_a_return() {
     scene.relay().start();
     scene.recovered(Instant::now(), 0).await;
     scene.flowing(300).await;
+    scene.relay().says_nothing();
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -198,6 +200,7 @@ async fn process_e08_killed_in_its_handshakes() {
     class.note("crash_points", kills + 1);
     net.scene.relay().start();
     net.scene.recovered(Instant::now(), 0).await;
+    net.scene.relay().says_nothing();
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }
@@ -244,6 +247,7 @@ async fn process_e01_killed_at_random_moments() {
     recoveries.sort_unstable();
     assert!(recoveries[recoveries.len() / 2] < BACK, "{recoveries:?}");
     class.note("kills", kills);
+    scene.relay().says_nothing();
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -264,6 +268,7 @@ async fn process_e13_term_drains_and_repeats_nothing() {
         scene.relay().start();
         scene.recovered(Instant::now(), 0).await;
     }
+    scene.relay().logs(&["asked to stop"]).await;
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "a drained relay leaves nothing to repeat");
@@ -336,6 +341,7 @@ async fn process_e14_zombie_wakes_up_behind_its_successor() {
     scene.flowing(1_000).await;
     assert_eq!(zombie.confirmed().await, confirmed, "two relays must not publish");
     zombie.stop().await;
+    scene.relay().logs(&["another relay named"]).await;
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -380,6 +386,7 @@ async fn process_e15_three_relays_at_once() {
             scene.flowing(300).await;
         }
     }
+    scene.relay().logs(&["another relay named"]).await;
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -433,6 +440,7 @@ async fn process_e14_frozen_and_alone() {
     scene.committed_more(10_000).await;
     scene.relay().signal(Signal::Cont);
     scene.recovered(Instant::now(), before).await;
+    scene.relay().logs(&["session ended", "kind=\"unreachable\""]).await;
     scene.enough();
     class.survived(&scene.judge().await);
 }

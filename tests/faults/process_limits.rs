@@ -32,13 +32,28 @@ fn script(scene: &mut Scene, script: &str) -> Command {
     command
 }
 
+/// What there is to read in the log of a relay that was started in some unfriendly way.
+enum Log {
+    /// These words.
+    Words(&'static str),
+    /// Nothing is wrong.
+    Quiet,
+    /// It goes nowhere.
+    Lost,
+}
+
 /// Everything arrives although the relay was started like this.
-async fn lives_with(class: Class, mut scene: Scene, command: Command, fault: &str) {
+async fn lives_with(class: Class, mut scene: Scene, command: Command, fault: &str, log: Log) {
     scene.fault(fault);
     scene.relay().start_as(command);
     scene.write(STEADY);
     scene.recovered(Instant::now(), 0).await;
     scene.flowing(2_000).await;
+    match log {
+        Log::Words(words) => scene.relay().logs(&[words]).await,
+        Log::Quiet => scene.relay().says_nothing(),
+        Log::Lost => scene.relay().cannot_be_heard(),
+    }
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0);
@@ -57,6 +72,7 @@ async fn process_e16_little_memory() {
     scene.relay().start_as(command);
     scene.recovered(Instant::now(), 0).await;
     scene.delivered(scene.committed()).await;
+    scene.relay().says_nothing();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "it was not killed");
     class.survived(&judged);
@@ -73,6 +89,7 @@ async fn process_e20_nobody_reads_its_log() {
     scene.write(STEADY);
     scene.recovered(Instant::now(), 0).await;
     scene.flowing(4_000).await;
+    scene.relay().cannot_be_heard();
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -82,7 +99,7 @@ async fn process_e20_log_closed() {
     let class = Class::new("E20", "process_e20_log_closed");
     let mut scene = ready("E20 closed", "log.level = \"trace\"").await;
     let command = script(&mut scene, "exec \"$@\" >&- 2>&-");
-    lives_with(class, scene, command, "log closed").await;
+    lives_with(class, scene, command, "log closed", Log::Lost).await;
 }
 
 #[tokio::test]
@@ -90,7 +107,7 @@ async fn process_e20_log_disk_full() {
     let class = Class::new("E20", "process_e20_log_disk_full");
     let mut scene = ready("E20 full", "log.level = \"trace\"").await;
     let command = script(&mut scene, "exec \"$@\" >/dev/full 2>&1");
-    lives_with(class, scene, command, "log disk full").await;
+    lives_with(class, scene, command, "log disk full", Log::Lost).await;
 }
 
 #[tokio::test]
@@ -108,7 +125,7 @@ async fn process_e21_no_home_no_environment_another_user() {
     let mut command = scene.relay().command("run");
     command.env_clear().current_dir("/");
     let command = if may { nobody(command) } else { command };
-    lives_with(class, scene, command, "no environment").await;
+    lives_with(class, scene, command, "no environment", Log::Quiet).await;
 }
 
 #[tokio::test]
@@ -124,7 +141,8 @@ async fn process_e25_few_file_descriptors() {
     }
     scene.relay().kill();
     let enough = script(&mut scene, "ulimit -n 32; exec \"$@\"");
-    lives_with(class, scene, enough, "32 file descriptors").await;
+    let log = Log::Words("Too many open files");
+    lives_with(class, scene, enough, "32 file descriptors", log).await;
 }
 
 #[tokio::test]
@@ -160,6 +178,7 @@ async fn process_e27_storm_on_the_admin_port() {
     while storm.join_next().await.is_some() {}
     scene.recovered_in(Duration::ZERO);
     assert_eq!(scene.relay().status().await["sessions"], 1);
+    scene.relay().says_nothing();
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0);
@@ -223,6 +242,7 @@ async fn process_e28_checkpoint_row_locked() {
     locker.batch_execute("COMMIT").await.expect("unlocked");
     let before = scene.relay().confirmed().await;
     scene.recovered(Instant::now(), before).await;
+    scene.relay().says_nothing();
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0);

@@ -166,6 +166,7 @@ async fn slot_b18_transaction_of_many_rows_and_a_kill_inside() {
     let peak = peak.max(scene.relay().memory_kib().1);
     class.note("peak_memory_kib", peak);
     assert!(peak < 96 * 1024, "{peak} KiB");
+    scene.relay().says_nothing();
     class.survived(&scene.judge().await);
 }
 

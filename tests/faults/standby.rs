@@ -13,7 +13,7 @@ use crate::crash_relay::{LIMIT, POLL};
 use crate::crash_support::Scene;
 use crate::framing::Protocol;
 use crate::ground::{STEADY, first_row, led, own_postgres, text};
-use crate::proxy::{How, Proxy};
+use crate::proxy::{Action, Direction, How, Proxy, Trigger};
 use crate::support::own_vhost;
 
 /// A standby that has a copy of the slot, and a relay that is led to its primary by a proxy.
@@ -74,6 +74,7 @@ impl Pair {
         self.scene.flowing(500).await;
         let phantoms = self.scene.relay().counted("watership_phantom_suspected_total").await;
         assert_eq!(phantoms, 0, "nothing was sent that the standby did not have");
+        self.scene.relay().logs(&["a standby was promoted"]).await;
         self.scene.enough();
         let judged = self.scene.judge().await;
         class.survived(&judged);
@@ -109,6 +110,40 @@ async fn standby_e12_relay_killed_during_a_failover() {
     // Killed again on its way through the first session on the new timeline.
     pair.scene.relay().kill();
     pair.scene.relay().start();
+    pair.goes_on(class, served, 0).await;
+}
+
+/// The first question of a session that a running one does not ask again on that connection.
+fn is_read_of_the_checkpoint(message: &[u8]) -> bool {
+    let text = b"The checkpoint of relay";
+    message.first() == Some(&b'P') && message.windows(text.len()).any(|part| part == text)
+}
+
+#[tokio::test]
+async fn standby_a06_promoted_while_a_session_looks_at_it() {
+    let class = Class::new("A6", "standby_a06_promoted_while_a_session_looks_at_it");
+    if !has_failover_slots().await {
+        return class.not_here("failover slots came with Postgres 17");
+    }
+    let mut pair = pair("A6 between").await;
+    pair.scene.fault("failover between two looks of a session's start");
+    pair.proxy.cut(How::Reset);
+    pair.scene.relay().kill();
+    pair.primary.stop(StopMode::Immediate).await.expect("the primary dies");
+    pair.standby.stop(StopMode::Fast).await.expect("it stops");
+    pair.standby.move_to(pair.primary.port()).expect("it moves");
+    pair.standby.append("postgresql.conf", "synchronized_standby_slots = ''\n").expect("conf");
+    pair.standby.start_again().await.expect("it is there, and still a standby");
+    // The session has read the timeline; what it compares it with comes from behind the promotion.
+    let (direction, matches) = (Direction::ToServer, is_read_of_the_checkpoint as fn(&[u8]) -> _);
+    let action = Action::StallBefore;
+    pair.proxy.trigger(Trigger { direction, matches, nth: 1, action, for_ever: false });
+    pair.scene.relay().start();
+    pair.proxy.strikes().await;
+    pair.standby.execute("SELECT pg_promote()").await.expect("it is promoted");
+    let served = first_row(pair.standby.url("postgres", "shop")).await;
+    pair.proxy.heal();
+    pair.scene.relay().logs(&["the server went from timeline 1 to 2 just now"]).await;
     pair.goes_on(class, served, 0).await;
 }
 

@@ -90,6 +90,7 @@ async fn surroundings_a12_disk_of_postgres_full() {
     fs::remove_file(ballast).expect("a file of ours");
     scene.recovered(Instant::now(), before).await;
     scene.flowing(500).await;
+    scene.relay().logs(&["No space left on device"]).await;
     scene.enough();
     let judged = scene.judge().await;
     class.survived(&judged);
@@ -139,6 +140,7 @@ async fn clocks(class: Class, title: &str, clocks: &[&str]) {
     let negative =
         page.lines().find(|l| !l.starts_with('#') && l.contains(" -") && !l.ends_with("-1"));
     assert_eq!(negative, None, "an age below zero");
+    scene.relay().says_nothing();
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0);
@@ -232,6 +234,7 @@ async fn surroundings_e18_process_aborted() {
     scene.relay().start();
     scene.recovered(Instant::now(), 0).await;
     scene.flowing(500).await;
+    scene.relay().says_nothing();
     scene.enough();
     class.survived(&scene.judge().await);
 }

@@ -41,6 +41,8 @@ pub struct Relay {
     process: Option<Process>,
     /// Length of the log when this process began.
     log_begins: usize,
+    /// Somebody looked at what it said.
+    heard: bool,
 }
 
 impl Relay {
@@ -66,7 +68,7 @@ impl Relay {
             window.events, window.unconfirmed
         );
         std::fs::write(&config, text).expect("the configuration is written");
-        Self { config, admin, process: None, log_begins: 0 }
+        Self { config, admin, process: None, log_begins: 0, heard: false }
     }
 
     /// One of its commands, with its configuration.
@@ -128,6 +130,7 @@ impl Relay {
 
     /// Waits until its log holds all of `texts`.
     pub async fn logs(&mut self, texts: &[&str]) {
+        self.heard = true;
         let deadline = Instant::now() + LIMIT;
         while let Some(missing) = texts.iter().find(|text| !self.log_text().contains(**text)) {
             // What ended the first session says more than the hundredth try since.
@@ -137,6 +140,31 @@ impl Relay {
             assert!(Instant::now() < deadline, "{missing:?} not logged: {ends:#?}; {}", self.log());
             tokio::time::sleep(POLL).await;
         }
+    }
+
+    /// Fails when it complained about anything, but for waiting for the place of a relay before it,
+    /// and for the password in the test's own file.
+    pub fn says_nothing(&mut self) {
+        self.heard = true;
+        let text = self.log_text();
+        let complaints = text.lines().filter(|line| {
+            let level = line.split_whitespace().nth(1);
+            matches!(level, Some("WARN" | "ERROR"))
+                && !line.contains("kind=\"busy\"")
+                && !line.contains("holds a password")
+        });
+        let complaints: Vec<_> = complaints.collect();
+        assert!(complaints.is_empty(), "nothing was wrong, and it said {complaints:#?}");
+    }
+
+    /// The test is about a log that goes nowhere.
+    pub fn cannot_be_heard(&mut self) {
+        self.heard = true;
+    }
+
+    /// Whether the test looked at what it said.
+    pub fn is_heard(&self) -> bool {
+        self.heard
     }
 
     pub fn log(&self) -> String {

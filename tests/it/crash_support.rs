@@ -35,8 +35,7 @@ const KEYS: u32 = 50;
 /// One transaction in so many is rolled back.
 const ROLLBACK_EVERY: u32 = 16;
 
-/// Nothing takes longer to get over, once it is over: the longest wait is 15 s, where a person is
-/// needed.
+/// Nothing takes longer to get over, once it is over: a refused session waits 15 s at most.
 const RECOVERY_MAX: Duration = Duration::from_secs(25);
 /// What a writer may be behind and catch up: timers are a millisecond or two late.
 const LATE: Duration = Duration::from_millis(20);
@@ -112,6 +111,8 @@ pub struct Judged {
     pub most: u64,
     pub faults: u64,
     pub recoveries: Vec<Duration>,
+    /// The test looked at what the relay said.
+    pub heard: bool,
 }
 
 /// What one fault did.
@@ -132,8 +133,8 @@ impl Scene {
 
     /// As [`Scene::new`], with all that a test may choose.
     pub async fn at(place: Place<'_>) -> Self {
-        let Place { title, database, broker, window, .. } = place;
-        let relay = Relay::with(place.relay_database, place.relay_broker, window, place.settings);
+        let Place { title, database, broker, window, settings, .. } = place;
+        let relay = Relay::with(place.relay_database, place.relay_broker, window, settings);
         let mut init = tokio::process::Command::from(relay.command("init"));
         let init = init.args(["--admin-url", database]).output();
         let init = timeout(LIMIT, init).await.expect("init ends").expect("init starts");
@@ -337,8 +338,7 @@ impl Scene {
         // Nothing is published any more; what the queue still holds comes before this message.
         within("the last message is sent", send_last(&self.broker)).await;
         let consumed =
-            within("the last message arrives", self.consumer.take().expect("somebody consumes"))
-                .await;
+            within("the last arrives", self.consumer.take().expect("somebody consumes")).await;
         consumed.expect("the consumer does not fail");
         let mut ledger = self.shared.ledger();
         for (id, mark) in truth {
@@ -364,6 +364,7 @@ impl Scene {
             most: self.each(repeated).into_iter().flatten().max().unwrap_or(repeated),
             faults: self.faults.len() as u64,
             recoveries: self.faults.iter().filter_map(|fault| fault.recovery).collect(),
+            heard: self.relay.is_heard(),
         }
     }
 

@@ -9,7 +9,7 @@ use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal, S
 
 use crate::crash_relay::Window;
 use crate::crash_support::{Load, Scene};
-use crate::relay_support::{Running, Setup, Stage, until};
+use crate::relay_support::{Running, Setup, Stage, kinds, until};
 use crate::relay_verdicts::{database_of, private};
 use crate::support::{Vhost, own_vhost};
 
@@ -178,5 +178,22 @@ async fn limits_that_are_set_on_the_role_do_not_disturb() {
     let status = relay.status().await;
     assert_eq!(status["sessions"], 1, "{status}");
     assert_eq!(relay.metric("watership_outbox_maintain_failures_total").await, Some(0.0));
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_synchronous_standby_that_is_away_keeps_no_session_from_its_start() {
+    let server = private(&[], None).await;
+    let stage = Stage::on(database_of(&server), own_vhost().await, Setup::default()).await;
+    // From now on each COMMIT waits for a standby that nobody ever saw, unless it is asked not to.
+    stage.execute("ALTER SYSTEM SET synchronous_standby_names = 'away'").await;
+    stage.execute("SELECT pg_reload_conf()").await;
+    let waits = "current_setting('synchronous_standby_names') = 'away'";
+    until("the setting counts", async || stage.holds(waits).await).await;
+    stage.execute("SET synchronous_commit = local").await;
+    let relay = stage.start().await;
+    stage.execute("SELECT watership.emit('t', '1', 'alone', '1')").await;
+    assert_eq!(kinds(&stage.settled().await), ["alone"]);
+    assert_eq!(relay.status().await["sessions"], 1);
     relay.stop().await.expect_code(0);
 }

@@ -155,3 +155,36 @@ async fn every_series_is_there_before_the_first_event_and_moves_with_it() {
     }
     assert_eq!(relay.get("/nothing").await.0, 404);
 }
+
+#[tokio::test]
+async fn one_piece_of_upkeep_that_fails_keeps_no_other_from_its_turn() {
+    let stage = Stage::new(Setup::default()).await;
+    // Rows of watership.parked cannot be removed, which comes before the partitions.
+    stage
+        .execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql \
+             AS $$ BEGIN RAISE EXCEPTION 'not today'; END $$; \
+             CREATE TRIGGER refuse BEFORE DELETE ON watership.parked \
+             FOR EACH STATEMENT EXECUTE FUNCTION refuse()",
+        )
+        .await;
+    let days = "(SELECT count(*) FROM pg_inherits WHERE inhparent = 'watership.outbox'::regclass)";
+    let all = stage.text(days).await;
+    let last = stage
+        .text(
+            "(SELECT max(inhrelid::regclass::text) FROM pg_inherits \
+               WHERE inhparent = 'watership.outbox'::regclass \
+               AND inhrelid::regclass::text ~ '[0-9]$')",
+        )
+        .await;
+    stage.execute(&format!("DROP TABLE {last}")).await;
+    let relay = stage.start().await;
+    until("the missing day is back", async || stage.text(days).await == all).await;
+    until("canaries are written", async || {
+        stage.holds("EXISTS (SELECT FROM watership.canary WHERE number > 0)").await
+    })
+    .await;
+    assert!(relay.metric("watership_outbox_maintain_failures_total").await >= Some(1.0));
+    let ended = relay.stop().await;
+    ended.expect_code(0).expect_text(&["upkeep failed; it is tried again", "not today"]);
+}

@@ -176,6 +176,49 @@ async fn a_stand_by_asks_nothing_of_postgres_but_its_upkeep() {
 }
 
 #[tokio::test]
+async fn a_relay_that_lost_its_place_reports_nothing_of_the_session_that_ended() {
+    let routes = routes("keyed");
+    let settings = "broker.heartbeat = \"1s\"";
+    let stage = Stage::new(Setup { routes: &routes, settings, ..Setup::default() }).await;
+    let mut first = stage.start().await;
+    // No route selects it: it is parked. The other's route has no queue: it is held.
+    stage.execute("SELECT watership.emit('unknown', '1', 'e', '1')").await;
+    stage
+        .channel
+        .queue_unbind("all".into(), "watership".into(), "#".into(), Default::default())
+        .await
+        .expect("unbound");
+    stage.execute("SELECT watership.emit('t', '1', 'e', '1')").await;
+    let held = "watership_route_held{route=\"first\",owner=\"\"}";
+    until("it reports both", async || {
+        let metrics = (first.metric("watership_parked").await, first.metric(held).await);
+        metrics == (Some(1.0), Some(1.0))
+    })
+    .await;
+    let second = stand_by(&stage).await;
+
+    first.signal(Signal::Stop);
+    let walsender = format!(
+        "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots \
+         WHERE slot_name = '{}' AND active_pid IS NOT NULL",
+        stage.slot
+    );
+    stage.execute(&walsender).await;
+    until("the second works", async || second.status().await["state"] == "streaming").await;
+    first.signal(Signal::Cont);
+    until("the first stands by", async || first.status().await["state"] == "standing_by").await;
+
+    let status = first.status().await;
+    assert_eq!(status["held"].as_array().map(Vec::len), Some(0), "{status}");
+    for series in [held, "watership_parked", "watership_in_flight_messages"] {
+        assert_eq!(first.metric(series).await, Some(0.0), "{series}");
+    }
+    // The other one knows what is parked; the queue was bound again by its start.
+    assert_eq!(second.metric("watership_parked").await, Some(1.0));
+    assert_eq!(stage.inbox.count(1).await[0].text("ws-route"), "second");
+}
+
+#[tokio::test]
 async fn the_stand_by_takes_over_from_one_that_ends_in_order_without_a_duplicate() {
     for ordering in ["keyed", "pipelined"] {
         let stage = stage(ordering).await;

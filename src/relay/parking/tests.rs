@@ -292,3 +292,24 @@ fn what_comes_behind_an_unrouted_row_on_its_way_waits_for_its_confirm() {
     assert!(!parking.has_unrouted());
     assert_eq!(parking.follows(&unrouted(11), lane(1)), None);
 }
+
+#[test]
+fn bytes_that_are_on_their_way_leave_less_for_the_next_read() {
+    let large = |lsn| crate::relay::parked::Indexed {
+        key: key(lsn),
+        state: RowState::Retrying,
+        why: Why::TooLarge,
+        lanes: lane(u64::from(lsn as u8)),
+        bytes: super::RETRYING_BYTES / 2 + 1,
+        parked_at: 0.0,
+    };
+    let mut parking = Parking::default();
+    parking.reload((10..16).map(large).collect());
+    let Some(Next::Read(keys)) = parking.next_retry(none_held) else { panic!("two fit") };
+    assert_eq!(keys, [key(10), key(11)]);
+    let numbers: Vec<_> = keys.iter().map(|key| parking.load(key, 1)).collect();
+    assert!(parking.next_retry(none_held).is_none(), "what was read before still counts");
+    parking.confirmed(numbers[0]);
+    let Some(Next::Read(keys)) = parking.next_retry(none_held) else { panic!("one fits again") };
+    assert_eq!(keys, [key(12)]);
+}
