@@ -151,10 +151,10 @@ impl<'a> Body<'a> {
 }
 
 /// True for names that RabbitMQ or the relay give a meaning to: an application must not set them.
-/// `CC` and `BCC` would add routing keys (sender-selected distribution).
+/// `CC` and `BCC` would add routing keys (sender-selected distribution). Header names are
+/// case-sensitive, so an application's `X-Request-Id` is its own; the outbox's check says the same.
 pub fn is_reserved_header(name: &str) -> bool {
-    let lower = name.to_ascii_lowercase();
-    name == "CC" || name == "BCC" || lower.starts_with("x-") || lower.starts_with("ws-")
+    name == "CC" || name == "BCC" || name.starts_with("x-") || name.starts_with("ws-")
 }
 
 fn write_headers(builder: &mut Builder<'_>, headers: &[u8], has_traceparent: bool) -> Result<()> {

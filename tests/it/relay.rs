@@ -103,6 +103,17 @@ async fn nobody_can_insert_a_reserved_header() {
 }
 
 #[tokio::test]
+async fn a_header_that_only_looks_reserved_arrives() {
+    let stage = Stage::new(Setup::default()).await;
+    let _relay = stage.start().await;
+    let headers = r#"{"X-Request-Id": "7", "Ws-Note": "n", "Cc": "c"}"#;
+    stage.execute(&format!("SELECT watership.emit('t', '1', 'e', '{{}}', '{headers}')")).await;
+    let got = stage.settled().await;
+    let text = |name| got[0].text(name);
+    assert_eq!([text("X-Request-Id"), text("Ws-Note"), text("Cc")], ["7", "n", "c"]);
+}
+
+#[tokio::test]
 async fn what_was_rolled_back_never_arrives_and_released_savepoints_do() {
     let stage = Stage::new(Setup::default()).await;
     let _relay = stage.start().await;
