@@ -61,7 +61,8 @@ Example:
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Prepare the database: schema, roles, publication, slot, checkpoint, grants.
+    /// Prepare the database (schema, roles, publication, slot, checkpoint, grants), then the broker
+    /// (exchanges, queues, bindings).
     Init(init::Args),
     /// Look at everything the relay needs, and change nothing.
     Check(check::Args),
@@ -95,7 +96,9 @@ pub async fn execute(
             run::execute(Config::load(&cli.config)?, &args, watch_signals, give_up).await
         }
         Command::Parked(args) => parked::execute(&warned(&cli.config)?, &args, out).await,
-        Command::Status(args) => status::execute(&warned(&cli.config)?, &args, out).await,
+        // A health check asks every few seconds; the relay itself has told the warnings.
+        Command::Status(args) if args.ready => status::ready(&load(&cli.config)?).await,
+        Command::Status(_) => status::execute(&warned(&cli.config)?, out).await,
         Command::Resync(args) => resync::execute(&warned(&cli.config)?, &args, out).await,
         Command::Demo(args) => Ok(if demo::run(args).await? { End::Fine } else { End::Failed }),
     }

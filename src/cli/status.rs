@@ -23,7 +23,7 @@ use crate::relay::checkpoint::{self, Row};
 pub(super) struct Args {
     /// Only ask /readyz; prints nothing but an error.
     #[arg(long)]
-    ready: bool,
+    pub(super) ready: bool,
 }
 
 /// Bounds a request to the relay's own HTTP port.
@@ -60,26 +60,29 @@ struct Slot {
     safe_wal_size: Option<i64>,
 }
 
-pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
-    if args.ready {
-        return ready(config).await;
-    }
+pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
     let SqlConnection { client, closed: _closed } = sql(&config.source.sql).await?;
     let row = checkpoint::read(&client, &config.name).await?;
     let slot = read_slot(&client, &config.source.slot).await?;
-    let relay = match config.listen {
-        Some(address) => get(address, "/status").await.ok(),
-        None => None,
+    let answer = match config.listen {
+        Some(address) => own_status(config, address).await.map(Some),
+        None => Ok(None),
     };
-    let relay = relay.and_then(|(_, body)| serde_json::from_str(&body).ok());
-    let end = end(row.as_ref(), slot.as_ref());
+    let mut end = end(row.as_ref(), slot.as_ref());
+    if answer.is_err() && matches!(end, End::Fine) {
+        end = End::Failed;
+    }
+    let (relay, silence) = match answer {
+        Ok(relay) => (relay, None),
+        Err(error) => (None, Some(error.to_string())),
+    };
     let report = Report {
         name: config.name.clone(),
         checkpoint: row.as_ref().map(Checkpoint::from),
         slot: slot.as_ref().map(Slot::from),
         relay,
     };
-    table(config, &report, out);
+    table(config, &report, silence, out);
     out.data(&report)?;
     Ok(end)
 }
@@ -92,10 +95,28 @@ fn end(row: Option<&Row>, slot: Option<&SlotState>) -> End {
     }
 }
 
-async fn ready(config: &Config) -> Result<End> {
+/// What this relay says on /status, and not another one that has the port.
+async fn own_status(config: &Config, address: SocketAddr) -> Result<serde_json::Value> {
+    let (_, body) = get(address, "/status").await?;
+    let status: serde_json::Value = serde_json::from_str(&body)
+        .map_err(|e| Error::protocol(format!("what answers at {address}")).caused_by(e))?;
+    let (name, own) = (text(&status["name"]), &config.name);
+    if name == *own {
+        return Ok(status);
+    }
+    let what = format!("at {address} answers the relay {name:?}, not {own:?}");
+    Err(Error::config(what).hint("give each relay on this machine an admin.listen of its own"))
+}
+
+/// Exit code 0 when this relay is ready.
+///
+/// # Errors
+/// When nobody answers, another relay does, or this one says why it is not ready.
+pub(super) async fn ready(config: &Config) -> Result<End> {
     let address = config.listen.ok_or_else(|| {
         Error::config("admin.listen is empty, so there is no /readyz").hint("set admin.listen")
     })?;
+    own_status(config, address).await?;
     let (code, body) = get(address, "/readyz").await?;
     if code == 200 {
         return Ok(End::Fine);
@@ -151,7 +172,7 @@ impl From<&SlotState> for Slot {
     }
 }
 
-fn table(config: &Config, report: &Report, out: Out) {
+fn table(config: &Config, report: &Report, silence: Option<String>, out: Out) {
     let line = |name: &str, value: String| out.line(&format!("{name:<14} {value}"));
     line("relay", report.name.clone());
     match &report.relay {
@@ -189,8 +210,8 @@ fn table(config: &Config, report: &Report, out: Out) {
                 line("blocked", format!("route {}: {}", text(&blocked[0]), text(&blocked[1])));
             }
         }
-        None => match config.listen {
-            Some(address) => line("state", format!("not running, or not at {address}")),
+        None => match silence {
+            Some(why) => line("state", format!("not running: {why}")),
             None => line("state", "not known, admin.listen is empty".into()),
         },
     }

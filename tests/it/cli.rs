@@ -104,7 +104,7 @@ async fn mistakes_in_the_file_are_told_with_place_value_and_remedy() {
         ),
         (
             "source.url = '${WATERSHIP_TEST_UNSET}'\n".to_owned(),
-            "error: source.url: environment variable WATERSHIP_TEST_UNSET is not set\n\
+            "error: FILE: source.url: environment variable WATERSHIP_TEST_UNSET is not set\n\
              hint: set it, or give a default with ${NAME:-default}; $${ is a literal ${\n",
         ),
     ] {
@@ -174,7 +174,7 @@ async fn init_makes_everything_once_and_check_finds_it() {
     assert!(told("route").into_iter().any(|f| graded(&f)), "{findings:?}");
 
     let status = watership(&file, &["status", "--json"]).await;
-    assert_eq!(status.code, 0, "{status:?}");
+    assert_eq!(status.code, 0, "without admin.listen nobody knows whether it runs: {status:?}");
     let status: Value = serde_json::from_str(&status.out).expect("JSON");
     assert_eq!(status["slot"]["wal_status"], "reserved");
     assert_eq!(status["checkpoint"]["flush_lsn"], status["slot"]["confirmed_flush_lsn"]);
@@ -359,6 +359,7 @@ async fn no_output_of_any_command_shows_a_password() {
     note(watership(&bad, &["check"]).await, 1);
     note(watership(&bad, &["run"]).await, 1);
     note(watership(&good, &["status", "--ready"]).await, 1);
+    note(watership(&good, &["status"]).await, 1);
 
     let relay = Running::start(&good, admin).await;
     note(watership(&good, &["status", "--ready"]).await, 0);
@@ -423,4 +424,28 @@ async fn a_plain_role_relays_after_init_by_an_admin() {
     let check = watership(&file, &["check"]).await;
     assert_eq!(check.code, 1, "{check:?}");
     assert!(check.out.contains(&format!("{role} is no member of watership_relay")), "{check:?}");
+}
+
+#[tokio::test]
+async fn a_health_check_does_not_take_another_relays_answer_for_its_own() {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let admin = dev::free_port().expect("a free port");
+    let text = |name: &str| {
+        write(&format!(
+            "name = \"{name}\"\nsource.url = \"{}\"\nsource.slot = \"slot_{}\"\n\
+             broker.url = \"{}\"\nadmin.listen = \"127.0.0.1:{admin}\"\n",
+            database.url, database.name, vhost.url
+        ))
+    };
+    let (own, other) = (text("own"), text("other"));
+    assert_eq!(watership(&own, &["init"]).await.code, 0);
+    let relay = Running::start(&own, admin).await;
+    assert_eq!(watership(&own, &["status", "--ready"]).await.code, 0);
+    let ran = watership(&other, &["status", "--ready"]).await;
+    assert!(ran.err.contains("answers the relay \"own\", not \"other\""), "{ran:?}");
+    assert_eq!(ran.code, 2, "{ran:?}");
+    let ran = watership(&other, &["status"]).await;
+    assert!(ran.out.contains("not running: ") && !ran.out.contains("streaming"), "{ran:?}");
+    assert_eq!(ran.code, 1, "{ran:?}");
+    assert_eq!(relay.stop().await.code, 0);
 }
