@@ -135,7 +135,11 @@ fn each_mistake_is_named_with_what_is_allowed() {
         ("broker.heartbeat = '1500ms'", "allowed: whole seconds"),
         ("broker.confirm_timeout = '10s'", "more than twice broker.heartbeat"),
         ("broker.max_message_size = '1TB'", "allowed: 1B to 512MiB"),
-        ("broker.management_url = 'h:15672'", "http://user@host:15672"),
+        ("broker.management_url = 'h:15672'", "management URL ***: no scheme"),
+        ("broker.management_url = 'ftp://h'", "scheme is neither http nor https"),
+        ("broker.management_url = 'http://'", "no host"),
+        ("broker.management_url = 'http://h:abc'", "the port is no number"),
+        ("broker.management_url = 'http://h/rabbit'", "nothing may follow the port"),
         ("relay.max_unconfirmed = 0", "relay.max_unconfirmed = 0 is not allowed; allowed: 1 to"),
         ("outbox.retain = '1 week'", "outbox.retain = \"1 week\" is not allowed; allowed: 0d to"),
         ("admin.listen = '9187'", "such as \"127.0.0.1:9187\""),
@@ -146,6 +150,8 @@ fn each_mistake_is_named_with_what_is_allowed() {
         ("[[queue]]\nname = 'q'\ntype = 'fast'", "queue[0].type = \"fast\""),
         ("[[queue]]\nname = 'q'\narguments = {x = [1]}", "queue[0].arguments.x: allowed are"),
         ("[[binding]]\nqueue = 'q'", "binding[0].exchange = \"\""),
+        ("[[queue]]\nname = 'q'\n[[queue]]\nname = 'q'", "queue[1]: queue \"q\" is listed twice"),
+        ("[[exchange]]\nname = 'e'\n[[exchange]]\nname = 'e'", "exchange \"e\" is listed twice"),
     ] {
         let text = problem(more);
         assert!(text.contains(part), "{more}\n{text}");
@@ -160,6 +166,14 @@ fn each_mistake_in_routes_is_named() {
         (route("table = 'a.b'\noutbox = {aggregate_type = 'o'}"), "make two routes of it"),
         (route("table = '*'"), "route \"r\": exchange = \"\" is not allowed"),
         (route("table = '*'\nexchange = 'x'\ndrop = true"), "keep one of them"),
+        (
+            route("table = '*'\ndrop = true\nordering = 'zzz'\nkey = ['a']"),
+            "has key, ordering, which",
+        ),
+        (
+            route("table = '*'\ndrop = true\nnack_limit = 3"),
+            "has nack_limit, which it would not use",
+        ),
         (route("table = 'a.b'\nexchange = 'x'"), "which is not captured; add it to source.tables"),
         (route("table = '*'\nexchange = 'x'\nordering = 'fifo'"), "\"keyed\", \"pipelined\""),
         (route("table = '*'\nexchange = 'x'\nrouting_key = '{nope}'"), "route \"r\""),
@@ -199,6 +213,44 @@ fn a_broken_file_is_told_with_its_place() {
     for text in [format!("\u{feff}{LEAST}"), LEAST.replace(" = ", "\t=\t")] {
         config(&text).unwrap_or_else(|error| panic!("{error}"));
     }
+}
+
+#[test]
+fn a_value_of_the_wrong_shape_is_told_with_what_to_write() {
+    for (more, text, hint) in [
+        (
+            "[route]\nname = 'r'",
+            "found, expected a list of tables",
+            "write [[route]], once for each",
+        ),
+        ("[[log]]\nlevel = 'info'", "found, expected a table", "write [log], once"),
+        ("[[route]]\noutbox = 'order'", "expected a table", "write outbox = { aggregate_type ="),
+        ("log = 'info'", "expected a table", "write its keys below [log]"),
+        ("source.tables = 'a.b'", "expected a list", "write source.tables = [\"…\"]"),
+        ("relay.max_unconfirmed = '7'", "expected a whole number", "without quotes"),
+        ("relay.max_unconfirmed = -1", "integer -1 is not allowed here", "0 or more"),
+    ] {
+        let error = parse("w.toml", &format!("{LEAST}{more}")).err().expect(more);
+        let (told, advice) = (error.to_string(), error.advice().unwrap_or_default());
+        assert!(told.contains(text) && advice.contains(hint), "{more}\n{told}\n{advice}");
+        assert!(!told.contains("struct") && !told.contains("u64"), "{told}");
+    }
+}
+
+#[test]
+fn parameters_of_a_broker_url_are_checked_as_the_keys_are() {
+    for (url, part) in [
+        ("'amqp://r@h/x?heartbeat=60'", "more than twice its heartbeat"),
+        ("'amqp://r@h/x?auth_mechanism=external'", "needs amqps://"),
+        ("'amqps://r@h/x?auth_mechanism=external'", "needs broker.tls_cert and broker.tls_key"),
+        ("['amqp://r@a/x', 'amqp://r@b/y']", "two vhosts: \"x\", \"y\""),
+    ] {
+        let text = LEAST.replace("'amqp://relay:x@127.0.0.1'", url);
+        let told = config(&text).err().unwrap_or_else(|| panic!("{url} is accepted"));
+        assert!(told.contains(part), "{url}\n{told}");
+    }
+    let cluster = LEAST.replace("'amqp://relay:x@127.0.0.1'", "['amqp://r@a/x', 'amqp://r@b/x']");
+    config(&cluster).unwrap_or_else(|error| panic!("{error}"));
 }
 
 #[test]

@@ -59,7 +59,7 @@ struct Overview {
 
 impl Management {
     /// Parses `http[s]://[user[:password]@]host[:port]`; user, password and vhost are those of the
-    /// first broker URL where the URL has none.
+    /// first broker URL where the URL has none. A path prefix is not supported, and refused.
     ///
     /// # Errors
     /// [`crate::error::Kind::Config`], without the password.
@@ -75,7 +75,10 @@ impl Management {
             "https" => Some(tls::Options { mode: tls::Mode::VerifyFull, ..broker.tls.clone() }),
             _ => return Err(wrong("scheme is neither http nor https")),
         };
-        let authority = rest.split(['/', '?']).next().unwrap_or_default();
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        if !path.is_empty() || authority.contains(['?', '#']) {
+            return Err(wrong("nothing may follow the port"));
+        }
         let (user_info, address) = authority.rsplit_once('@').unwrap_or(("", authority));
         let default_port = if tls.is_some() { 15671 } else { 15672 };
         let (host, port) = match address.rsplit_once(':') {
@@ -92,8 +95,11 @@ impl Management {
             "" => format!("{}:{}", first.username, first.password.expose()),
             _ => {
                 let decode = |text| percent_decode_str(text).decode_utf8_lossy().into_owned();
-                let (user, password) = user_info.split_once(':').unwrap_or((user_info, ""));
-                format!("{}:{}", decode(user), decode(password))
+                let (user, password) = match user_info.split_once(':') {
+                    Some((user, password)) => (user, decode(password)),
+                    None => (user_info, first.password.expose().to_owned()),
+                };
+                format!("{}:{password}", decode(user))
             }
         };
         Ok(Self {
@@ -252,6 +258,9 @@ mod tests {
         assert_eq!((borrowed.port, borrowed.vhost.as_str()), (15672, "shop"));
         let expected = format!("Basic {}", STANDARD.encode("relay:pw"));
         assert_eq!(borrowed.authorization.expose(), expected);
+        let half = management("http://admin@h");
+        let expected = format!("Basic {}", STANDARD.encode("admin:pw"));
+        assert_eq!(half.authorization.expose(), expected);
     }
 
     #[test]

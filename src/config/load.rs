@@ -23,7 +23,7 @@ pub fn load(path: &Path) -> Result<(Raw, Vec<String>)> {
     let shown = path.display().to_string();
     let raw = parse(&shown, &text)?;
     let warnings = open_file_warning(path, &raw).into_iter().collect();
-    let raw = fill_in(&raw, &|name| std::env::var(name).ok())?;
+    let raw = fill_in(&raw, &|name| std::env::var(name).ok()).map_err(|e| e.context(shown))?;
     Ok((raw, warnings))
 }
 
@@ -91,11 +91,46 @@ fn explain(message: &str, line: &str) -> (String, Option<String>) {
     if message.starts_with("invalid type") {
         let expected = message.rsplit("expected ").next().unwrap_or_default();
         let found = message.trim_start_matches("invalid type: ").split([' ', ',']).next();
+        if let Some((expected, hint)) = shape(expected, line) {
+            let found = found.unwrap_or("value");
+            return (format!("{found} found, expected {expected}"), Some(hint));
+        }
         let hint = (expected == "a string" && line.contains(|c: char| c.is_ascii_digit()))
             .then(|| "durations and sizes are strings, such as \"30s\" or \"16MiB\"".to_owned());
         return (format!("{} found, expected {expected}", found.unwrap_or("value")), hint);
     }
+    if message.starts_with("invalid value: integer") {
+        let what = message.trim_start_matches("invalid value: ").split(',').next();
+        let what = what.unwrap_or_default().replace('`', "");
+        return (format!("{what} is not allowed here"), Some("a whole number, 0 or more".into()));
+    }
     (message.lines().next().unwrap_or_default().to_owned(), None)
+}
+
+/// A wrong shape in the words of TOML, with what to write instead.
+fn shape(expected: &str, line: &str) -> Option<(&'static str, String)> {
+    let key = line.split('=').next().unwrap_or_default();
+    let key = key.trim().trim_matches(['[', ']']).trim();
+    if let Some(name) = expected.strip_prefix("struct ") {
+        let hint = match name {
+            "RouteOutbox" => format!("write {key} = {{ aggregate_type = \"order\" }}"),
+            _ => format!("write its keys below [{key}], or as {key}.name = …"),
+        };
+        return Some(("a table", hint));
+    }
+    match expected {
+        "a sequence" if line.trim_start().starts_with('[') => {
+            Some(("a list of tables", format!("write [[{key}]], once for each")))
+        }
+        "a sequence" => Some(("a list", format!("write {key} = [\"…\"]"))),
+        "u64" | "u32" | "u16" | "i64" => {
+            Some(("a whole number", "without quotes, 0 or more".to_owned()))
+        }
+        _ if line.trim_start().starts_with("[[") => {
+            Some(("a table", format!("write [{key}], once")))
+        }
+        _ => None,
+    }
 }
 
 fn line_may_hold_secret(line: &str) -> bool {
@@ -149,8 +184,11 @@ pub fn fill_in(raw: &Raw, lookup: Lookup<'_>) -> Result<Raw> {
     fill_tree(&mut tree, "", lookup, &mut problems);
     if let [first, rest @ ..] = problems.as_slice() {
         let what = rest.iter().fold(first.clone(), |all, problem| format!("{all}\n{problem}"));
-        return Err(Error::config(what)
-            .hint("set it, or give a default with ${NAME:-default}; $${ is a literal ${"));
+        let hint = match problems.iter().all(|problem| problem.contains("${file:")) {
+            true => "write the file, and let the user of this process read it",
+            false => "set it, or give a default with ${NAME:-default}; $${ is a literal ${",
+        };
+        return Err(Error::config(what).hint(hint));
     }
     tree.try_into().map_err(|e| Error::config("configuration cannot be filled in").caused_by(e))
 }
@@ -315,6 +353,16 @@ mod tests {
         let error = fill_in(&raw, &|_| None).err().unwrap().to_string();
         assert!(error.contains("source.url: environment variable A is not set"), "{error}");
         assert!(error.contains("broker.url[1]: environment variable B is not set"), "{error}");
+    }
+
+    #[test]
+    fn a_missing_file_is_told_with_what_to_do_about_files() {
+        let raw = parse("f", "source.password = '${file:/none}'").ok().unwrap();
+        let error = fill_in(&raw, &|_| None).err().unwrap();
+        assert_eq!(
+            error.advice(),
+            Some("write the file, and let the user of this process read it")
+        );
     }
 
     #[test]

@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::amqp;
-use crate::amqp::options::{Auth, Url};
+use crate::amqp::management::Management;
+use crate::amqp::options::{Auth, Scheme, Url};
 use crate::amqp::topology::Topology;
 use crate::error::Result;
 use crate::metrics::RouteLabel;
@@ -334,15 +335,18 @@ fn broker(p: &mut Problems, raw: &raw::Broker) -> Broker {
         let value = format!("{:?}", raw.confirm_timeout);
         p.value(key, value, "more than twice broker.heartbeat");
     }
+    let urls = broker_urls(p, raw);
+    check_urls(p, &urls, auth, &tls, confirm_timeout);
+    let management_url = management_url(p, &raw.management_url, &urls);
     Broker {
-        urls: broker_urls(p, raw),
+        urls,
         tls,
         auth,
         connect_timeout: p.duration("broker.connect_timeout", &raw.connect_timeout, SECOND, HOUR),
         heartbeat,
         confirm_timeout,
         max_message_size: p.size("broker.max_message_size", &raw.max_message_size, 1, MESSAGE_MAX),
-        management_url: management_url(p, &raw.management_url),
+        management_url,
         audit_interval: p.duration("broker.audit_interval", &raw.audit_interval, SECOND, HOUR * 24),
     }
 }
@@ -370,15 +374,44 @@ fn broker_urls(p: &mut Problems, raw: &raw::Broker) -> Vec<Url> {
     urls
 }
 
-fn management_url(p: &mut Problems, text: &str) -> Option<Secret> {
+/// Parameters of a URL go before the keys: what holds for the keys holds for them too.
+fn check_urls(p: &mut Problems, urls: &[Url], auth: Auth, tls: &tls::Options, confirm: Duration) {
+    for url in urls {
+        if url.heartbeat.is_some_and(|heartbeat| confirm <= heartbeat * 2) {
+            let what = "broker.confirm_timeout must be more than twice its heartbeat";
+            p.other(format!("broker.url {url}: {what}"));
+        }
+        if url.auth.unwrap_or(auth) == Auth::External {
+            if url.scheme == Scheme::Amqp {
+                p.other(format!("broker.url {url}: external authentication needs amqps://"));
+            }
+            if tls.client_cert.is_none() && url.auth.is_some() {
+                let what = "external authentication needs broker.tls_cert and broker.tls_key";
+                p.other(format!("broker.url {url}: {what}"));
+            }
+        }
+    }
+    // They are tried in turn, for one lock queue and one set of exchanges.
+    if let [first, others @ ..] = urls
+        && let Some(other) = others.iter().find(|other| other.vhost != first.vhost)
+    {
+        let (one, two) = (&first.vhost, &other.vhost);
+        p.other(format!("broker.url lists nodes of one cluster, and two vhosts: {one:?}, {two:?}"));
+    }
+}
+
+fn management_url(p: &mut Problems, text: &str, urls: &[Url]) -> Option<Secret> {
     if text.is_empty() {
         return None;
     }
-    if !text.starts_with("http://") && !text.starts_with("https://") {
-        let shown = format!("{:?}", crate::secret::redact_url(text));
-        p.value("broker.management_url", shown, "\"http://user@host:15672\" or https");
+    let url = Secret::new(text);
+    // Without a broker URL there is another problem to tell.
+    if !urls.is_empty()
+        && let Err(error) = Management::new(&url, &amqp::options::Options::new(urls.to_vec()))
+    {
+        p.error("broker.management_url", &error);
     }
-    Some(Secret::new(text))
+    Some(url)
 }
 
 fn relay(p: &mut Problems, raw: &raw::Relay) -> Relay {

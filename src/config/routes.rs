@@ -75,8 +75,21 @@ fn rule(p: &mut Problems, index: usize, raw: &raw::Route) -> Option<Rule> {
 }
 
 fn dropping(p: &mut Problems, at: &str, raw: &raw::Route) -> Option<Action> {
-    if !raw.exchange.is_empty() || !raw.routing_key.is_empty() {
-        p.other(format!("{at} drops, and has an exchange or a routing_key; keep one of them"));
+    let plain = raw::Route::default();
+    let set = [
+        ("exchange", raw.exchange != plain.exchange),
+        ("routing_key", raw.routing_key != plain.routing_key),
+        ("key", raw.key != plain.key),
+        ("ordering", raw.ordering != plain.ordering),
+        ("message_id", raw.message_id != plain.message_id),
+        ("on_poison", raw.on_poison != plain.on_poison),
+        ("on_unroutable", raw.on_unroutable != plain.on_unroutable),
+        ("nack_limit", raw.nack_limit != plain.nack_limit),
+    ];
+    let set: Vec<&str> = set.iter().filter(|(_, set)| *set).map(|(key, _)| *key).collect();
+    if !set.is_empty() {
+        let keys = set.join(", ");
+        p.other(format!("{at} drops, and has {keys}, which it would not use; keep one of them"));
         return None;
     }
     Some(Action::Drop)

@@ -1,5 +1,7 @@
 //! `[[exchange]]`, `[[queue]]`, `[[binding]]`: what is declared or verified in the broker.
 
+use std::collections::HashSet;
+
 use super::raw::{self, Raw};
 use super::routes;
 use super::value::Problems;
@@ -17,6 +19,8 @@ pub(super) fn topology(p: &mut Problems, raw: &Raw, rules: &[Rule]) -> Topology 
         durable: true,
     };
     let mut exchanges: Vec<Exchange> = Vec::new();
+    unique(p, "exchange", raw.exchange.iter().map(|exchange| &*exchange.name));
+    unique(p, "queue", raw.queue.iter().map(|queue| &*queue.name));
     for (index, exchange) in raw.exchange.iter().enumerate() {
         check_exchange(p, index, exchange);
         exchanges.push(durable(&exchange.name, &exchange.kind));
@@ -37,6 +41,16 @@ pub(super) fn topology(p: &mut Problems, raw: &Raw, rules: &[Rule]) -> Topology 
         routing_key: raw.routing_key.clone(),
     };
     Topology { mode, exchanges, queues, bindings: raw.binding.iter().map(binding).collect() }
+}
+
+/// The broker would refuse the second of two that differ, and say so in its own words.
+fn unique<'a>(p: &mut Problems, what: &str, names: impl Iterator<Item = &'a str>) {
+    let mut seen = HashSet::new();
+    for (index, name) in names.enumerate() {
+        if !seen.insert(name) {
+            p.other(format!("{what}[{index}]: {what} {name:?} is listed twice; keep one"));
+        }
+    }
 }
 
 fn check_exchange(p: &mut Problems, index: usize, exchange: &raw::Exchange) {

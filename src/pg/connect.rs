@@ -199,6 +199,9 @@ fn split(url: &str) -> Result<Parts> {
     let (front, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, database) = front.split_once('/').unwrap_or((front, ""));
     let (user_info, address) = authority.rsplit_once('@').unwrap_or(("", authority));
+    if address.contains(',') {
+        return Err(Error::config(SEVERAL_HOSTS));
+    }
     let (user, password) = match user_info.split_once(':') {
         Some((user, password)) => (user, Some(decode(password)?)),
         None => (user_info, None),
@@ -248,6 +251,9 @@ fn decode(text: &str) -> Result<String> {
     Ok(decoded.into_owned())
 }
 
+/// A slot belongs to one server; behind a failover the name follows the primary.
+const SEVERAL_HOSTS: &str = "the URL names several hosts; one is allowed";
+
 fn host(parts: &Parts) -> Result<Host> {
     let host = parts.either("host", &parts.host).ok_or_else(|| {
         Error::config("the URL names no host").hint(
@@ -255,7 +261,7 @@ fn host(parts: &Parts) -> Result<Host> {
         )
     })?;
     if host.contains(',') {
-        return Err(Error::config("the URL names several hosts; one is allowed"));
+        return Err(Error::config(SEVERAL_HOSTS));
     }
     match host.starts_with('/') {
         true => Ok(Host::Unix(PathBuf::from(host))),
@@ -432,6 +438,8 @@ mod tests {
             ("postgres://h/x", "no user"),
             ("postgres://r@/x", "no host"),
             ("postgres://r@a,b/x", "several hosts"),
+            ("postgres://r@a:1,b:2/x", "several hosts"),
+            ("postgres://r@/x?host=a,b", "several hosts"),
             ("postgres://r@h:0/x", "1 to 65535"),
             ("postgres://r@h:70000/x", "1 to 65535"),
             ("postgres://r@h/x?sslmod=require", "allowed: host, port"),
