@@ -364,13 +364,10 @@ fn check_fresh_slot(slot: &SlotState, server: &ServerFacts) -> Result<Lsn> {
     match slot.confirmed_flush_lsn {
         Some(point) if fits => Ok(point),
         Some(_) | None => Err(Error::refused(format!(
-            "slot {name:?} exists and does not fit: plugin {:?}, database {:?}, temporary {}, \
-             two-phase {}, wal_status {:?}; needed is a permanent pgoutput slot of database {:?}",
-            slot.plugin,
-            slot.database,
-            slot.temporary,
-            slot.two_phase,
-            slot.wal_status.map(WalStatus::as_str),
+            "slot {name:?} exists and does not fit: {}, wal_status {}; needed is a permanent \
+             pgoutput slot of database {:?}",
+            slot.kind(),
+            slot.wal_status.map_or("none", WalStatus::as_str),
             server.database
         ))
         .hint("choose another source.slot")),

@@ -185,10 +185,9 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
     if slot.database.as_deref() != Some(&*server.database)
         || slot.plugin.as_deref() != Some("pgoutput")
     {
-        let (plugin, database) = (&slot.plugin, &slot.database);
         return f.problem(
             "slot",
-            format!("{name:?} has plugin {plugin:?} and database {database:?}"),
+            format!("{name:?} does not fit: {}", slot.kind()),
             format!("needed: pgoutput, {:?}; choose another source.slot", server.database),
         );
     }

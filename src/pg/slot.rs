@@ -99,6 +99,18 @@ pub struct SlotState {
     pub retained_bytes: u64,
 }
 
+impl SlotState {
+    /// What it is, for people: plugin, database, and how long it lives.
+    pub fn kind(&self) -> String {
+        let plugin = self.plugin.as_deref().unwrap_or("none, it is physical");
+        let database = self.database.as_deref().unwrap_or("none");
+        let (temporary, two_phase) = (self.temporary, self.two_phase);
+        format!(
+            "plugin {plugin}, database {database}, temporary {temporary}, two-phase {two_phase}"
+        )
+    }
+}
+
 /// The end of WAL on a primary and, in recovery, what was replayed.
 const END_OF_WAL: &str = "CASE WHEN pg_catalog.pg_is_in_recovery() \
     THEN pg_catalog.pg_last_wal_replay_lsn() ELSE pg_catalog.pg_current_wal_lsn() END";

@@ -116,9 +116,10 @@ fn check_slot(row: &Row, server: &ServerFacts, slot: &SlotState) -> Result<()> {
         || slot.two_phase
     {
         let text = format!(
-            "slot {name:?} is of the wrong kind: plugin {:?}, database {:?}, temporary {}, \
-             two-phase {}; needed is a persistent pgoutput slot of database {:?}",
-            slot.plugin, slot.database, slot.temporary, slot.two_phase, server.database
+            "slot {name:?} is of the wrong kind: {}; needed is a persistent pgoutput slot of \
+             database {:?}",
+            slot.kind(),
+            server.database
         );
         return Err(Error::named(Verdict::SlotUnfit, text).hint(format!(
             "it was made by somebody else: drop it by hand if nobody needs it, then {RESYNC}"
