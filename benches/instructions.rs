@@ -163,7 +163,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         system_id: 1,
         timelines: Timelines::new(1, Vec::new()),
         resume_after: Position::default(),
-        primary_keys: HashMap::new(),
+        captured: HashMap::new(),
         types: Default::default(),
         types_read_at: None,
         canary: String::new(),

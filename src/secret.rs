@@ -37,7 +37,8 @@ impl fmt::Display for Secret {
 ///
 /// Works on text that need not be a valid URL, because an invalid one has to be shown too: with a
 /// `://`, everything between the first `:` after it and the last `@` of the authority is hidden;
-/// values of query parameters whose name contains "password" are hidden as well.
+/// values of query parameters whose name contains "password" are hidden as well. Where an `@` stands
+/// behind a `?`, nobody can tell what is a password, and nothing is shown.
 pub fn redact_url(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return "***".into() };
     // A raw '/', '?' or '#' in a password is invalid, but must not leak: look for '@' first.
@@ -45,6 +46,9 @@ pub fn redact_url(url: &str) -> String {
         Some(at) => (&rest[..at], &rest[at..]),
         None => ("", rest),
     };
+    if authority.contains('?') {
+        return format!("{scheme}://***");
+    }
     let user = authority.split(':').next().unwrap_or_default();
     let shown = if authority.contains(':') { format!("{user}:***") } else { user.to_owned() };
     let (path, query) = tail.split_once('?').map_or((tail, None), |(p, q)| (p, Some(q)));
@@ -85,7 +89,10 @@ mod tests {
             ("postgres://relay@db/shop", "postgres://relay@db/shop"),
             ("amqp://a:hunter2@h/%2f?heartbeat=5", "amqp://a:***@h/%2f?heartbeat=5"),
             ("postgres://h/shop?password=hunter2&x=1", "postgres://h/shop?password=***&x=1"),
-            ("amqp://a:hun/te?r2@h/v", "amqp://a:***@h/v"),
+            ("amqp://a:hun/ter2@h/v", "amqp://a:***@h/v"),
+            ("amqp://a:hun/te?r2@h/v", "amqp://***"),
+            ("postgres://r@h/x?password=hunter2&application_name=a@b", "postgres://***"),
+            ("postgres://h:5432/x?password=hun@ter2", "postgres://***"),
             ("host=db password=hunter2", "***"),
         ] {
             assert_eq!(redact_url(url), shown);

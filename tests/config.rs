@@ -276,4 +276,7 @@ fn weak_transport_is_warned_about() {
     let text = "source.url = 'postgres://r@db/shop?sslmode=require'\nbroker.url = 'amqp://r:x@mq'";
     let warnings = config(text).unwrap().warnings;
     assert_eq!(warnings.len(), 2, "{warnings:?}");
+    let text = text.replace("amqp:", "amqps:") + "\nbroker.management_url = 'http://mq:15672'";
+    let warnings = config(&text).unwrap().warnings;
+    assert!(warnings[1].contains("sends a password in plain text to mq"), "{warnings:?}");
 }

@@ -12,7 +12,7 @@ use std::time::Duration;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, lookup_host};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -61,7 +61,7 @@ impl Link {
     /// Connects by TCP, and TLS where the URL says so.
     pub async fn connect(url: &Url, options: &Options) -> Result<Self> {
         let tls = options.tls_for(url)?.map(|o| tls::client_config(&o)).transpose()?;
-        let tcp = connect_tcp(url).await?;
+        let tcp = connect_tcp(url, url.connect_timeout.unwrap_or(options.connect_timeout)).await?;
         let user_timeout = options.confirm_timeout;
         prepare(&tcp, user_timeout)
             .map_err(|e| Error::unreachable("setting socket options").caused_by(e))?;
@@ -227,13 +227,17 @@ fn written(result: io::Result<usize>) -> io::Result<usize> {
     }
 }
 
-async fn connect_tcp(url: &Url) -> Result<TcpStream> {
+async fn connect_tcp(url: &Url, limit: Duration) -> Result<TcpStream> {
     let addresses = lookup_host((url.host.as_str(), url.port)).await.map_err(|e| {
         Error::unreachable(format!("host {:?} cannot be resolved", url.host)).caused_by(e)
     })?;
+    let addresses: Vec<_> = addresses.collect();
+    // An address that swallows packets must leave time for the others.
+    let share = limit / u32::try_from(addresses.len()).unwrap_or(1).max(1);
     let mut last = None;
     for address in addresses {
-        match TcpStream::connect(address).await {
+        let connected = timeout(share, TcpStream::connect(address)).await;
+        match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(stream) => return Ok(stream),
             Err(e) => {
                 last = Some(io_error(&format!("no connection to {address}"), e));

@@ -112,6 +112,11 @@ impl Management {
         })
     }
 
+    /// The host, where everything goes to it in plain text, the password too.
+    pub fn plain_host(&self) -> Option<&str> {
+        self.tls.is_none().then_some(&self.host)
+    }
+
     /// The queues bound to `exchange` itself; none when it does not exist.
     ///
     /// # Errors

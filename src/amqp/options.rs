@@ -167,6 +167,10 @@ impl Url {
             }
         };
         let (rest, query) = rest.split_once('?').map_or((rest, ""), |(r, q)| (r, q));
+        // The raw rest of a password would be taken for a port, a vhost or a parameter, and shown.
+        if query.contains('@') || rest.split_once('/').is_some_and(|(_, path)| path.contains('@')) {
+            return Err("an '@' stands behind a '/' or a '?': percent-encode it".into());
+        }
         let (authority, vhost) = rest.split_once('/').map_or((rest, ""), |(a, v)| (a, v));
         let (userinfo, host) = authority.rsplit_once('@').map_or(("", authority), |(u, h)| (u, h));
         let (username, password) = match userinfo {
@@ -302,6 +306,9 @@ mod tests {
             ("relay:hunter2@h/", "has no scheme"),
             ("http://relay:hunter2@h/", "scheme \"http\" is unknown, amqp and amqps are allowed"),
             ("amqp://relay:hunter2@/", "has no host"),
+            ("amqp://relay:hunter2/x@h/", "an '@' stands behind a '/' or a '?': percent-encode it"),
+            ("amqp://relay:hunter2?x@h/", "an '@' stands behind a '/' or a '?': percent-encode it"),
+            ("amqp://relay:1234/hunter2@h/v", "an '@' stands behind"),
             ("amqp://relay:hunter2@h:0/", "port \"0\" is no number from 1 to 65535"),
             ("amqp://relay:hunter2@h?frame_max=1", "parameter \"frame_max\" is unknown, allowed:"),
             ("amqp://relay:hunter2@h?heartbeat=0", "heartbeat is \"0\", a number from 1 to 3600"),

@@ -11,12 +11,12 @@ use super::{End, Out, print_warning};
 use crate::amqp::topology::{self, Mode};
 use crate::config::Config;
 use crate::config::load;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Options;
 use crate::pg::migrate;
-use crate::pg::publication::{Publication, TableName};
-use crate::pg::publication::{add_tables, create_publication, read_publication};
+use crate::pg::publication::{Publication, ReplicaIdentity, TableName};
+use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
@@ -32,8 +32,8 @@ use crate::verdict::Verdict;
     watership --config shop.toml init --admin-url 'postgres://postgres:${PW}@127.0.0.1/shop'\n\n\
     May be run again: what is there is left as it is.")]
 pub(super) struct Args {
-    /// Who makes the objects: a superuser, or a role with CREATEROLE and CREATE that owns the
-    /// captured tables. ${NAME} and ${file:/path} are filled in. Default: source.url.
+    /// Who makes the objects: a superuser, or a role with CREATEROLE, REPLICATION and CREATE that
+    /// owns the captured tables. ${NAME} and ${file:/path} are filled in. Default: source.url.
     #[arg(long, value_name = "URL")]
     admin_url: Option<String>,
     /// Go on although the outbox has rows that are older than the slot; they are never sent.
@@ -87,6 +87,13 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     let server = server_facts(&client).await?;
     check_server(config, &server)?;
     check_relay_role(&client, config, &server).await?;
+    if !server.user_may_replicate && read_slot(&client, &config.source.slot).await?.is_none() {
+        let quoted = postgres_protocol::escape::escape_identifier(&server.user);
+        let text = format!("role {:?} may not make the replication slot", server.user);
+        return Err(Error::refused(text).hint(format!(
+            "name a superuser in --admin-url, or, as superuser: ALTER ROLE {quoted} REPLICATION"
+        )));
+    }
 
     let mut steps = Steps { list: Vec::new(), out };
     schema(&mut steps, &mut client).await?;
@@ -221,6 +228,7 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
     };
     match read_publication(client, name).await? {
         None => {
+            warn_of_missing_identity(client, &wanted).await?;
             create_publication(client, name, &wanted).await?;
             steps.add(Done::Created, "publication", detail(&wanted));
         }
@@ -240,6 +248,7 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
             if missing.is_empty() {
                 steps.add(Done::Exists, "publication", detail(&wanted));
             } else {
+                warn_of_missing_identity(client, &missing).await?;
                 add_tables(client, name, &missing).await?;
                 steps.add(Done::Changed, "publication", format!("added: {}", detail(&missing)));
             }
@@ -247,6 +256,22 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
     }
     let made = read_publication(client, name).await?;
     made.ok_or_else(|| Error::protocol(format!("publication {name:?} vanished while init ran")))
+}
+
+/// From the moment that such a table is published, its application cannot change rows any more.
+async fn warn_of_missing_identity(client: &Client, tables: &[TableName]) -> Result<()> {
+    for table in tables {
+        // The identity of a partitioned table is that of its partitions.
+        let facts = read_table(client, table).await?.filter(|facts| !facts.partitioned);
+        if facts.is_some_and(|facts| facts.identity == ReplicaIdentity::Nothing) {
+            print_warning(&format!(
+                "{table} has no replica identity: from now on UPDATE and DELETE fail in the \
+                 application; ALTER TABLE {} REPLICA IDENTITY FULL, or give it a primary key",
+                table.quoted()
+            ));
+        }
+    }
+    Ok(())
 }
 
 async fn slot_and_checkpoint(
@@ -363,6 +388,13 @@ fn check_fresh_slot(slot: &SlotState, server: &ServerFacts) -> Result<Lsn> {
         && slot.wal_status != Some(WalStatus::Lost);
     match slot.confirmed_flush_lsn {
         Some(point) if fits => Ok(point),
+        None if fits && let Some(pid) = slot.active_pid => {
+            let text = format!(
+                "slot {name:?} is being made by pid {pid}, perhaps for an `init` \
+                that was interrupted; it waits for open transactions to end"
+            );
+            Err(Error::new(Kind::Busy, text).hint("end them, then run init again"))
+        }
         Some(_) | None => Err(Error::refused(format!(
             "slot {name:?} exists and does not fit: {}, wal_status {}; needed is a permanent \
              pgoutput slot of database {:?}",

@@ -252,14 +252,20 @@ fn check_publication(f: &mut Findings, config: &Config, publication: &Publicatio
         f.problem(
             "publication",
             format!("{name:?} does not have {table}"),
-            format!("{INIT}, or as its owner: ALTER PUBLICATION {quoted} ADD TABLE {table}"),
+            format!(
+                "{INIT}, or as its owner: ALTER PUBLICATION {quoted} ADD TABLE {}",
+                quoted_table(table)
+            ),
         );
     }
     for table in there.iter().filter(|table| !wanted.contains(table)) {
         f.warning(
             "publication",
             format!("{name:?} has {table}, which is not in source.tables"),
-            format!("list it in source.tables, or ALTER PUBLICATION {quoted} DROP TABLE {table}"),
+            format!(
+                "list it in source.tables, or ALTER PUBLICATION {quoted} DROP TABLE {}",
+                quoted_table(table)
+            ),
         );
     }
     for published in &publication.tables {
@@ -314,6 +320,11 @@ async fn check_tables(f: &mut Findings, config: &Config, client: &Client) -> Res
         }
     }
     Ok(())
+}
+
+/// As it is written in SQL.
+fn quoted_table(table: &str) -> String {
+    table.parse().map_or_else(|_| table.to_owned(), |name: TableName| name.quoted())
 }
 
 fn check_table(f: &mut Findings, config: &Config, facts: &TableFacts) {

@@ -496,5 +496,14 @@ fn warnings(source: Option<&Source>, broker: &Broker) -> Vec<String> {
             list.push(format!("broker {url} is plain text over the network; use amqps://"));
         }
     }
+    let management = broker.management_url.as_ref().filter(|_| !broker.urls.is_empty());
+    let management = management.and_then(|url| {
+        Management::new(url, &amqp::options::Options::new(broker.urls.clone())).ok()
+    });
+    if let Some(host) = management.as_ref().and_then(Management::plain_host).filter(|h| !local(h)) {
+        list.push(format!(
+            "broker.management_url sends a password in plain text to {host}; use https://"
+        ));
+    }
     list
 }

@@ -319,6 +319,8 @@ fn tls_options(parts: &Parts, host: &Host) -> Result<tls::Options> {
             return Err(Error::config("ssl and sslmode are both given; sslmode is enough"));
         }
         Some("disable") => Mode::Disable,
+        // As libpq: who names a root wants it used.
+        Some("require") if root_cert.is_some() => Mode::VerifyCa,
         Some("require") => Mode::Require,
         Some("verify-ca") => Mode::VerifyCa,
         Some("verify-full") => Mode::VerifyFull,
@@ -338,6 +340,13 @@ fn tls_options(parts: &Parts, host: &Host) -> Result<tls::Options> {
             None => Mode::VerifyFull,
         },
     };
+    if parts.parameter("sslrootcert") == Some("system")
+        && matches!(mode, Mode::Require | Mode::VerifyCa)
+    {
+        let text = "sslrootcert=system says nothing without the host's name: anybody has a \
+                    certificate of a public authority";
+        return Err(Error::config(text).hint("set sslmode=verify-full"));
+    }
     if mode != Mode::Disable && matches!(host, Host::Unix(_)) {
         return Err(Error::config("TLS over a unix socket; Postgres has none there")
             .hint("set sslmode=disable, or name a host"));
@@ -419,6 +428,7 @@ mod tests {
             ("postgres://r@db/x?sslmode=disable", Mode::Disable),
             ("postgres://r@db/x?ssl=false", Mode::Disable),
             ("postgres://r@db/x?sslmode=require", Mode::Require),
+            ("postgres://r@db/x?sslmode=require&sslrootcert=/ca", Mode::VerifyCa),
             ("postgres://r@localhost/x", Mode::Disable),
             ("postgres://r@127.0.0.1/x", Mode::Disable),
             ("postgres://r@[::1]/x", Mode::Disable),
@@ -438,6 +448,7 @@ mod tests {
             ("postgres://h/x", "no user"),
             ("postgres://r@/x", "no host"),
             ("postgres://r@a,b/x", "several hosts"),
+            ("postgres://r@h/x?sslmode=require&sslrootcert=system", "says nothing without"),
             ("postgres://r@a:1,b:2/x", "several hosts"),
             ("postgres://r@/x?host=a,b", "several hosts"),
             ("postgres://r@h:0/x", "1 to 65535"),

@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256, Sha384, Sha512};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, lookup_host};
+use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use x509_cert::Certificate;
@@ -90,10 +91,14 @@ async fn open_tcp(name: &str, options: &Options) -> Result<TcpStream> {
     let resolved = lookup_host((name, options.port)).await;
     let resolved = resolved
         .map_err(|e| Error::unreachable(format!("host name {name:?}")).caused_by(e))?
-        .take(ADDRESSES_MAX);
+        .take(ADDRESSES_MAX)
+        .collect::<Vec<_>>();
+    // An address that swallows packets must leave time for the others.
+    let share = options.connect_timeout / u32::try_from(resolved.len()).unwrap_or(1).max(1);
     let mut last = Error::unreachable(format!("host name {name:?} has no address"));
     for address in resolved {
-        match TcpStream::connect(address).await {
+        let connected = timeout(share, TcpStream::connect(address)).await;
+        match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(stream) => {
                 configure(&stream, options)
                     .map_err(|e| Error::unreachable(format!("{address}")).caused_by(e))?;

@@ -305,8 +305,9 @@ pub fn carries(publication: &Publication, wanted: &[String]) -> Result<()> {
     }
     if !publication.operations.insert {
         let text = format!("publication {name:?} publishes no inserts, and every event is one");
-        return Err(Error::refused(text)
-            .hint(format!("ALTER PUBLICATION {name:?} SET (publish = 'insert, update, delete')")));
+        return Err(Error::refused(text).hint(format!(
+            "ALTER PUBLICATION {name:?} SET (publish = 'insert, update, delete, truncate')"
+        )));
     }
     // Without the canary nothing is lost; that is warned about.
     let canary = TableName::canary().to_string();

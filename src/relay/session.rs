@@ -220,7 +220,18 @@ async fn take_over(client: &Client, options: &Options, timelines: &Timelines) ->
         followed.ok_or_else(|| checkpoint::taken_over(name))?;
     }
     let row = checkpoint::take_session(client, name, publication.oid).await?;
-    let facts = position_check::facts(publication, &options.wanted());
+    let wanted = options.wanted();
+    let unwanted = publication.tables.iter().map(|published| published.table.to_string());
+    let unwanted: Vec<String> = unwanted.filter(|table| !wanted.contains(table)).collect();
+    if !unwanted.is_empty() {
+        let publication = &options.publication;
+        tracing::warn!(
+            publication,
+            tables = ?unwanted,
+            "these tables are published and not in source.tables: their changes are left out"
+        );
+    }
+    let facts = position_check::facts(publication, &wanted);
     if found.agreed.as_ref() != Some(&facts) {
         tracing::info!(
             publication = options.publication,
@@ -368,7 +379,7 @@ async fn stream(
         system_id: row.system_id,
         timelines,
         resume_after: row.position,
-        primary_keys: primary_keys(client, options).await?,
+        captured: captured(client, options).await?,
         types,
         types_read_at,
         canary: options.name.clone(),
@@ -379,7 +390,8 @@ async fn stream(
     Ok((stream, assembler))
 }
 
-async fn primary_keys(client: &Client, options: &Options) -> Result<HashMap<String, Vec<String>>> {
+/// The tables of `source.tables` with the columns of their primary keys.
+async fn captured(client: &Client, options: &Options) -> Result<HashMap<String, Vec<String>>> {
     let mut keys = HashMap::new();
     for table in &options.tables {
         let name: TableName = table.parse()?;

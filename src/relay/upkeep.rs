@@ -28,7 +28,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const COMPARE_EVERY: Duration = Duration::from_secs(10);
 /// How often partitions are made and retired.
 const MAINTAIN_EVERY: Duration = Duration::from_secs(3600);
-/// The same after partition work that could not get its lock.
+/// The same after partition work that failed, or could not get its lock.
 const MAINTAIN_AGAIN: Duration = Duration::from_secs(60);
 /// Calls of `maintain` in one go; each does a bounded piece of work.
 const MAINTAIN_CALLS_MAX: u32 = 100;
@@ -105,7 +105,10 @@ async fn once(
         if options.maintain {
             match maintain(client, options, &shared.metrics).await {
                 Ok(again) => due.maintain = Instant::now() + again,
-                Err(error) => result = result.and(Err(error)),
+                Err(error) => {
+                    due.maintain = Instant::now() + MAINTAIN_AGAIN;
+                    result = result.and(Err(error));
+                }
             }
         }
     }
@@ -229,7 +232,7 @@ async fn maintain(client: &Client, options: &Options, metrics: &Metrics) -> Resu
         metrics.outbox.maintain_postponed.increment(postponed.len() as u64);
         if !postponed.is_empty() {
             again = MAINTAIN_AGAIN;
-            tracing::warn!(?postponed, "partition work waits for a lock that somebody holds");
+            tracing::warn!(?postponed, "partition work is put off, most often for a lock");
         }
         if !(created.is_empty() && detached.is_empty() && dropped.is_empty()) {
             tracing::info!(?created, ?detached, ?dropped, "outbox partitions");

@@ -78,9 +78,10 @@ pub struct Options {
     pub timelines: Timelines,
     /// Events up to and including this position were settled before: they are not handed on.
     pub resume_after: Position,
-    /// Primary key columns by `schema.table`, from the catalog. With replica identity full the
-    /// stream marks every column as key, so it cannot tell.
-    pub primary_keys: HashMap<String, Vec<String>>,
+    /// The captured tables, as `schema.table`, with their primary key columns from the catalog: with
+    /// replica identity full the stream marks every column as key, so it cannot tell. Changes of
+    /// other tables that are published are counted and left out.
+    pub captured: HashMap<String, Vec<String>>,
     /// How values of users' types are sent in binary; of no use in text mode.
     pub types: Types,
     /// Where the WAL ended when `types` were read; none in text mode, which needs no types.
@@ -129,6 +130,8 @@ enum Published {
     Canary(Option<CanaryColumns>),
     /// One of our own tables besides these.
     Own,
+    /// In the publication, but nobody asked for it.
+    Unwanted,
 }
 
 impl Assembler {
@@ -252,6 +255,7 @@ impl Assembler {
                 self.own_change(relation, Some(new));
                 return Ok(());
             }
+            Published::Unwanted => return Ok(()),
             Published::Outbox(table, columns) => {
                 let id = || event::captured_id(self.origin(&transaction), position);
                 let values = Values { data, table, types: &self.options.types };
@@ -286,7 +290,7 @@ impl Assembler {
         match self.published(relation)? {
             Published::Own | Published::Canary(_) => self.own_change(relation, new),
             // The outbox is INSERT-only; deletes there are our own retention.
-            Published::Outbox(..) => {}
+            Published::Outbox(..) | Published::Unwanted => {}
             Published::Captured(table) => {
                 self.knows_types(&transaction, table)?;
                 let id = event::captured_id(self.origin(&transaction), position);
@@ -331,7 +335,7 @@ impl Assembler {
             .map(|c| Column { name: c.name.to_owned(), type_oid: c.type_oid })
             .collect();
         let full_name = format!("{schema}.{}", relation.name);
-        let named = self.options.primary_keys.get(&full_name).and_then(|names| {
+        let named = self.options.captured.get(&full_name).and_then(|names| {
             names.iter().map(|n| columns.iter().position(|c| c.name == *n)).collect()
         });
         let flagged: Vec<usize> =
@@ -353,7 +357,8 @@ impl Assembler {
             }
             (OWN_SCHEMA, CANARY) => Published::Canary(CanaryColumns::find(&table)),
             (OWN_SCHEMA, _) => Published::Own,
-            _ => Published::Captured(table),
+            _ if self.options.captured.contains_key(&table.full_name) => Published::Captured(table),
+            _ => Published::Unwanted,
         };
         if self.tables.len() >= RELATIONS_MAX {
             // The server describes a relation again before it uses it only after an invalidation,
@@ -401,7 +406,9 @@ impl Assembler {
         let columns = match self.tables.get(&relation) {
             Some(Published::Own) => None,
             Some(Published::Canary(columns)) => *columns,
-            Some(Published::Outbox(..) | Published::Captured(_)) | None => return,
+            Some(Published::Outbox(..) | Published::Captured(_) | Published::Unwanted) | None => {
+                return;
+            }
         };
         if let State::Open(transaction) = &mut self.state {
             transaction.own += 1;

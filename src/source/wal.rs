@@ -20,6 +20,8 @@ const FRAMES_MAX: usize = 4096;
 /// The server answers a status update that asks for it at once; longer means that the path is
 /// dead.
 const REPLY_LIMIT: Duration = Duration::from_secs(10);
+/// What a walsender may take, beyond half of `wal_sender_timeout`, to look at what it was sent.
+const REPLY_GRACE: Duration = Duration::from_secs(15);
 /// A status update of 34 bytes that cannot be written for this long means a dead path.
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -31,6 +33,11 @@ pub struct Timing {
     /// Silence of the server after which it is asked for a sign of life; its own keepalives may
     /// be switched off.
     pub silence: Duration,
+    /// How long it may take to answer. A walsender that replays a large transaction of which
+    /// nothing is published looks at replies only when the last one is older than half of
+    /// `wal_sender_timeout` (walsender.c, `WalSndUpdateProgress`). Who gives it up sooner makes the
+    /// next session replay the same, for ever. Dead paths are noticed by TCP_USER_TIMEOUT.
+    pub reply_limit: Duration,
 }
 
 impl Timing {
@@ -38,7 +45,9 @@ impl Timing {
     pub fn new(wal_sender_timeout: Option<Duration>) -> Self {
         const MOST: Duration = Duration::from_secs(10);
         let third = wal_sender_timeout.map_or(MOST, |t| (t / 3).min(MOST));
-        Self { status_interval: third, silence: Duration::from_secs(15) }
+        let silence = Duration::from_secs(15);
+        let patience = wal_sender_timeout.map_or(Duration::ZERO, |t| t / 2 + REPLY_GRACE);
+        Self { status_interval: third, silence, reply_limit: REPLY_LIMIT.max(patience) }
     }
 }
 
@@ -110,7 +119,7 @@ impl Wal {
     fn deadline(&self) -> Instant {
         let silent = match self.silence {
             Silence::Since(at) => at.max(self.stream.last_received()) + self.timing.silence,
-            Silence::Probed(at) => at + REPLY_LIMIT,
+            Silence::Probed(at) => at + self.timing.reply_limit,
         };
         silent.min(self.last_status + self.timing.status_interval)
     }
@@ -129,8 +138,8 @@ impl Wal {
             Silence::Probed(at) if self.stream.last_received() > at => {
                 self.silence = Silence::Since(self.stream.last_received());
             }
-            Silence::Probed(at) if now >= at + REPLY_LIMIT => {
-                let seconds = (self.timing.silence + REPLY_LIMIT).as_secs();
+            Silence::Probed(at) if now >= at + self.timing.reply_limit => {
+                let seconds = (self.timing.silence + self.timing.reply_limit).as_secs();
                 let text = format!("Postgres was silent for {seconds} s and did not answer");
                 return Err(Error::unreachable(text));
             }
@@ -228,5 +237,23 @@ impl Source for Wal {
     async fn close(mut self) {
         self.status(false);
         self.stream.close().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_walsender_that_is_busy_with_what_nobody_gets_is_given_the_time_to_answer() {
+        let limit = |timeout: Option<u64>| {
+            let timing = Timing::new(timeout.map(Duration::from_secs));
+            (timing.status_interval.as_secs(), timing.reply_limit.as_secs())
+        };
+        // It looks at replies every timeout / 2, and ends by itself after the timeout.
+        assert_eq!(limit(Some(60)), (10, 45));
+        assert_eq!(limit(Some(300)), (10, 165));
+        assert_eq!(limit(Some(3)), (1, 16));
+        assert_eq!(limit(None), (10, 10));
     }
 }

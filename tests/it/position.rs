@@ -208,6 +208,11 @@ async fn an_altered_publication_is_a_verdict_and_a_further_table_is_none() {
         now > number.parse::<i64>().expect("a number") + 1
     })
     .await;
+    // What is written to it is nobody's event: neither published nor parked, and in nobody's way.
+    stage.execute("INSERT INTO more SELECT generate_series(1, 1500)").await;
+    stage.execute(&emit("beside")).await;
+    assert_eq!(kinds(&stage.settled().await), ["before", "beside"]);
+    assert_eq!(relay.metric("watership_parked").await, Some(0.0));
     assert_eq!(relay.status().await["state"], "streaming");
     stage.execute("ALTER PUBLICATION watership SET (publish = 'insert')").await;
     ends_with(relay, "publication_altered").await;

@@ -178,7 +178,7 @@ impl SimSource {
             system_id: 7,
             timelines: Timelines::new(1, Vec::new()),
             resume_after: stored,
-            primary_keys: HashMap::new(),
+            captured: HashMap::new(),
             types: Default::default(),
             types_read_at: None,
             canary: String::new(),

@@ -113,10 +113,10 @@ fn each_doubt_has_its_name_its_range_and_its_command() {
         ("timeline_changed", &["an older primary came back"], |_, v, _| v.timeline = 1),
         ("checkpoint_ahead", &["between 0/3E7 and 0/3E8"], |_, v, _| v.wal_lsn = Lsn(999)),
         ("slot_missing", &["\"s\"", "0/3E8 and 0/1388"], |_, _, s| *s = None),
-        ("slot_unfit", &["\"test_decoding\""], |_, _, s| {
+        ("slot_unfit", &["plugin test_decoding"], |_, _, s| {
             on(s, |s| s.plugin = Some("test_decoding".into()));
         }),
-        ("slot_unfit", &["\"other\""], |_, _, s| on(s, |s| s.database = Some("other".into()))),
+        ("slot_unfit", &["database other"], |_, _, s| on(s, |s| s.database = Some("other".into()))),
         ("slot_unfit", &["two-phase true"], |_, _, s| on(s, |s| s.two_phase = true)),
         ("slot_unfit", &["temporary true"], |_, _, s| on(s, |s| s.temporary = true)),
         ("slot_lost", &["max_slot_wal_keep_size", "0/3E8 and 0/1388"], |_, _, s| {

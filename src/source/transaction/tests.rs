@@ -16,7 +16,7 @@ fn assembler(resume_after: Position) -> Assembler {
         resume_after,
         types: Default::default(),
         types_read_at: None,
-        primary_keys: HashMap::new(),
+        captured: HashMap::from([("public.t".into(), Vec::new())]),
         canary: "shop".into(),
     });
     let outbox = ["id", "aggregate_type", "aggregate_id", "event_type", "payload"];
