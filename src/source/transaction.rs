@@ -78,9 +78,9 @@ pub struct Options {
     pub timelines: Timelines,
     /// Events up to and including this position were settled before: they are not handed on.
     pub resume_after: Position,
-    /// The captured tables, as `schema.table`, with their primary key columns from the catalog: with
-    /// replica identity full the stream marks every column as key, so it cannot tell. Changes of
-    /// other tables that are published are counted and left out.
+    /// The captured tables, as `schema.table`, with their primary key columns from the catalog:
+    /// with replica identity full the stream marks every column as key, so it cannot tell. Changes
+    /// of other tables that are published are counted and left out.
     pub captured: HashMap<String, Vec<String>>,
     /// How values of users' types are sent in binary; of no use in text mode.
     pub types: Types,
