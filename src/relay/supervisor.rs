@@ -171,7 +171,7 @@ fn show(status: &Status, metrics: &Metrics) {
 /// The trouble that was last told at a level that everybody sees.
 #[derive(Default)]
 struct Told {
-    trouble: Option<(&'static str, Option<String>)>,
+    trouble: Option<(&'static str, Option<String>, String)>,
 }
 
 impl Told {
@@ -181,9 +181,10 @@ impl Told {
     fn say(&mut self, error: &Error, wait: Duration, tries: u32) {
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         let (kind, circuit) = (error.label(), "open");
-        let trouble = Some((kind, error.code().map(str::to_owned)));
+        let hint = error.what_to_do();
+        // What to do tells two troubles apart where the peer gave no code.
+        let trouble = Some((kind, error.code().map(str::to_owned), hint.to_owned()));
         if tries == 1 || tries.is_multiple_of(10) || self.trouble != trouble {
-            let hint = error.what_to_do();
             tracing::warn!(error = %error, hint, kind, tries, wait_ms, circuit, "session ended");
             self.trouble = trouble;
         } else {
