@@ -31,7 +31,7 @@ use crate::relay::progress::Progress;
 use crate::relay::status::Status;
 use crate::relay::{Options, Parts, Relay};
 use crate::route::{Router, keys_of};
-use crate::source::transaction::{self, Assembler, Timelines};
+use crate::source::transaction::{self, Assembler, CapturedTable, Timelines};
 use crate::source::wal::{Timing, Wal};
 use crate::verdict::Verdict;
 
@@ -390,9 +390,9 @@ async fn stream(
     Ok((stream, assembler))
 }
 
-/// The tables of `source.tables` with the columns of their primary keys.
-async fn captured(client: &Client, options: &Options) -> Result<HashMap<String, Vec<String>>> {
-    let mut keys = HashMap::new();
+/// The tables of `source.tables`.
+async fn captured(client: &Client, options: &Options) -> Result<HashMap<String, CapturedTable>> {
+    let mut captured = HashMap::new();
     for table in &options.tables {
         let name: TableName = table.parse()?;
         let facts = read_table(client, &name).await?.ok_or_else(|| {
@@ -411,9 +411,10 @@ async fn captured(client: &Client, options: &Options) -> Result<HashMap<String, 
                 );
             }
         }
-        keys.insert(table.clone(), facts.primary_key);
+        let (oid, primary_key) = (facts.oid, facts.primary_key);
+        captured.insert(table.clone(), CapturedTable { oid, primary_key });
     }
-    Ok(keys)
+    Ok(captured)
 }
 
 /// How each type of users and extensions is sent in binary.

@@ -78,16 +78,26 @@ pub struct Options {
     pub timelines: Timelines,
     /// Events up to and including this position were settled before: they are not handed on.
     pub resume_after: Position,
-    /// The captured tables, as `schema.table`, with their primary key columns from the catalog:
-    /// with replica identity full the stream marks every column as key, so it cannot tell. Changes
-    /// of other tables that are published are counted and left out.
-    pub captured: HashMap<String, Vec<String>>,
+    /// The captured tables, by `schema.table`. Changes of other tables that are published are
+    /// counted and left out.
+    pub captured: HashMap<String, CapturedTable>,
     /// How values of users' types are sent in binary; of no use in text mode.
     pub types: Types,
     /// Where the WAL ended when `types` were read; none in text mode, which needs no types.
     pub types_read_at: Option<Lsn>,
     /// Name of the relay whose canary is looked for.
     pub canary: String,
+}
+
+/// What the catalog says of a captured table.
+#[derive(Debug, Clone)]
+pub struct CapturedTable {
+    /// Under another name it is still this one: the stream has the name of its time, and the next
+    /// comparison with the catalog decides about it.
+    pub oid: u32,
+    /// The columns of its primary key: with replica identity full the stream marks every column as
+    /// key, so it cannot tell.
+    pub primary_key: Vec<String>,
 }
 
 /// Turns pgoutput messages into items.
@@ -335,8 +345,13 @@ impl Assembler {
             .map(|c| Column { name: c.name.to_owned(), type_oid: c.type_oid })
             .collect();
         let full_name = format!("{schema}.{}", relation.name);
-        let named = self.options.captured.get(&full_name).and_then(|names| {
-            names.iter().map(|n| columns.iter().position(|c| c.name == *n)).collect()
+        let captured = &self.options.captured;
+        let captured = captured
+            .get(&full_name)
+            .or_else(|| captured.values().find(|table| table.oid == relation.id));
+        let is_captured = captured.is_some();
+        let named = captured.and_then(|table| {
+            table.primary_key.iter().map(|n| columns.iter().position(|c| c.name == *n)).collect()
         });
         let flagged: Vec<usize> =
             relation.columns().enumerate().filter(|(_, c)| c.key).map(|(i, _)| i).collect();
@@ -357,7 +372,7 @@ impl Assembler {
             }
             (OWN_SCHEMA, CANARY) => Published::Canary(CanaryColumns::find(&table)),
             (OWN_SCHEMA, _) => Published::Own,
-            _ if self.options.captured.contains_key(&table.full_name) => Published::Captured(table),
+            _ if is_captured => Published::Captured(table),
             _ => Published::Unwanted,
         };
         if self.tables.len() >= RELATIONS_MAX {

@@ -7,6 +7,8 @@ use super::*;
 const OUTBOX_ID: u32 = 1;
 const CANARY_ID: u32 = 2;
 const CHECKPOINT_ID: u32 = 3;
+/// A table that had another name when the session began.
+const RENAMED_ID: u32 = 8;
 
 fn assembler(resume_after: Position) -> Assembler {
     let mut assembler = Assembler::new(Options {
@@ -16,7 +18,10 @@ fn assembler(resume_after: Position) -> Assembler {
         resume_after,
         types: Default::default(),
         types_read_at: None,
-        captured: HashMap::from([("public.t".into(), Vec::new())]),
+        captured: HashMap::from([(
+            "public.t".into(),
+            CapturedTable { oid: RENAMED_ID, primary_key: Vec::new() },
+        )]),
         canary: "shop".into(),
     });
     let outbox = ["id", "aggregate_type", "aggregate_id", "event_type", "payload"];
@@ -141,6 +146,24 @@ fn a_type_that_may_be_younger_than_what_was_read_ends_the_session() {
     assembler.apply(&begin(300), &mut out).expect("a message");
     let error = assembler.apply(&row.into(), &mut out).expect_err("the session ends");
     assert!(error.to_string().contains("column \"id\" of public.t is newer"), "{error}");
+}
+
+#[test]
+fn a_captured_table_that_was_renamed_is_still_captured_and_others_are_left_out() {
+    for (id, events) in [(RENAMED_ID, 1), (RENAMED_ID + 1, 0)] {
+        let mut assembler = assembler(Position::default());
+        let mut table = relation(id, "other", &["id"]).to_vec();
+        let at = table.windows(9).position(|w| w == b"watership").expect("its schema");
+        table.splice(at..at + 9, *b"public");
+        let mut row = vec![b'I'];
+        row.put_u32(id);
+        row.extend_from_slice(b"N\0\x01t\0\0\0\x01x");
+        let out = apply(&mut assembler, &[begin(100), table.into(), row.into()]);
+        let found = out.iter().filter(|item| matches!(item, Item::Event(..))).count();
+        assert_eq!(found, events, "{out:?}");
+        // Left out or not, it has a place: ordinals count every change.
+        assert_eq!(assembler.seen().changes, 1);
+    }
 }
 
 #[test]
