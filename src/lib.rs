@@ -41,7 +41,6 @@ pub mod message;
 pub mod metrics;
 pub mod outbox;
 pub mod pg;
-pub mod planted;
 pub mod position;
 pub mod relay;
 pub mod route;

@@ -16,7 +16,6 @@ use uuid::Uuid;
 
 use crate::error::{Error, Result};
 use crate::message::{Outcome, Ticket};
-use crate::planted;
 
 /// The life of a channel. Publishes made before `Open` wait in `waiting`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,10 +187,8 @@ impl Channel {
         id: Option<Uuid>,
         route: u64,
     ) -> Result<()> {
-        let waits = |p: &Pending| {
-            let mine = p.target == target && Some(p.id) == id;
-            matches!(p.fate, Fate::Waiting) && (mine || planted::is(15))
-        };
+        let waits =
+            |p: &Pending| matches!(p.fate, Fate::Waiting) && p.target == target && Some(p.id) == id;
         // One event can go to one destination by several routes, and an exchange that looks at
         // headers returns one of them only. Where the broker changed the headers, any one will do.
         let exact = self.pending.iter().position(|p| waits(p) && p.route == route);
@@ -210,9 +207,6 @@ impl Channel {
 
     /// `channel.close` by the broker: everything unconfirmed is in doubt and has this outcome.
     pub fn close(&mut self, code: u16, text: &str, outcomes: &mut Outcomes) {
-        if planted::is(14) {
-            self.pending.clear();
-        }
         for pending in self.pending.drain(..) {
             match pending.fate {
                 // A return before the close does not make the publish any more settled.

@@ -31,7 +31,6 @@ use super::wire::{self, Incoming};
 use crate::error::{Error, Kind, Result};
 use crate::fault::io_error;
 use crate::message::{Message, Outcome, Publisher, ROUTE_HEADER, SHORT_STRING_MAX, Ticket};
-use crate::planted;
 
 /// Longest wait for `connection.close-ok`.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -241,7 +240,7 @@ impl Connection {
                 Poll::Ready(Err(self.lost("writing to the broker", error)))
             }
             Poll::Pending if self.ticks.poll_tick(cx).is_ready() => {
-                Poll::Ready(self.check_deadlines(outcomes))
+                Poll::Ready(self.check_deadlines())
             }
             Poll::Pending => Poll::Pending,
         }
@@ -255,7 +254,7 @@ impl Connection {
         }
     }
 
-    fn check_deadlines(&mut self, outcomes: &mut Outcomes) -> Result<()> {
+    fn check_deadlines(&mut self) -> Result<()> {
         let now = Instant::now();
         // Twice the negotiated timeout is what the broker itself allows us.
         let silence = now - self.link.last_read;
@@ -276,11 +275,6 @@ impl Connection {
         let waited =
             oldest.map(|sent| now.saturating_duration_since(sent.max(self.deadlines_from)));
         match waited {
-            Some(waited) if waited > self.confirm_timeout && planted::is(13) => {
-                let mut open = self.channels.iter_mut().filter(|c| c.unconfirmed() > 0);
-                open.try_for_each(|c| c.confirm(0, true, Verdict::Ack, outcomes))
-            }
-            Some(_) if planted::is(17) => Ok(()),
             Some(waited) if waited > self.confirm_timeout => Err(self
                 .lost(
                     &format!("no confirm for {waited:.1?} ({} waiting)", self.unconfirmed()),

@@ -16,7 +16,6 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::time::{Duration, Instant};
 
 use crate::message::{Message, RouteId, Ticket};
-use crate::planted;
 use crate::relay::watermark::EntryId;
 use crate::route::Lanes as Keys;
 
@@ -275,10 +274,8 @@ impl Lanes {
         slot.nacks = slot.nacks.saturating_add(1);
         let nacked = Nacked { times: slot.nacks, others_pass: confirms > slot.confirms_then };
         let order = slot.order;
-        if !planted::is(16) {
-            self.retries.insert((now + wait, order), id);
-            self.retries_of.insert((route, order), now + wait);
-        }
+        self.retries.insert((now + wait, order), id);
+        self.retries_of.insert((route, order), now + wait);
         self.end_probe(id, route);
         nacked
     }

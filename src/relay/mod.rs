@@ -37,7 +37,6 @@ use crate::envelope::Envelope;
 use crate::error::{Error, Result};
 use crate::message::{Outcome, Publisher, Ticket};
 use crate::metrics::Metrics;
-use crate::planted;
 use crate::position::Lsn;
 use crate::relay::admission::Made;
 use crate::relay::canary::Canary;
@@ -304,15 +303,11 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             self.window.settle(entry);
         }
         self.settle_prefix();
-        if planted::is(11) {
-            self.source.advance(self.progress.flush()).await?;
-        }
-        let caught_up = self.window.is_empty()
-            || planted::is(5)
-            || (planted::is(6) && self.lanes.in_flight() == 0);
         self.look_at_canary(now);
         let limit = self.canary.limit(now);
-        if caught_up && let Some(receipt) = self.idle.due(self.progress.flush(), limit, now) {
+        if self.window.is_empty()
+            && let Some(receipt) = self.idle.due(self.progress.flush(), limit, now)
+        {
             self.progress.settled(&receipt);
         }
         if self.tuning.checkpoint_interval <= TICK_MAX || now >= self.checkpoint_at.into_std() {

@@ -8,7 +8,6 @@
 use crate::error::{Error, Kind, Result};
 use crate::pg::publication::{Publication, PublishedTable, TableName};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
-use crate::planted;
 use crate::position::Lsn;
 use crate::relay::checkpoint::Row;
 use crate::verdict::{RESYNC, Verdict};
@@ -81,9 +80,7 @@ pub fn verify(
     let slot = slot.ok_or_else(|| missing(row, server))?;
     check_slot(row, server, slot)?;
     match slot.confirmed_flush_lsn {
-        Some(confirmed) if confirmed > row.flush_lsn && !planted::is(4) => {
-            Err(ahead(row, slot, confirmed))
-        }
+        Some(confirmed) if confirmed > row.flush_lsn => Err(ahead(row, slot, confirmed)),
         Some(_) | None => Ok(Start::AsStored),
     }
 }

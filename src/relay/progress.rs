@@ -5,7 +5,6 @@
 use std::time::{Duration, Instant};
 
 use crate::metrics::{Metrics, lsn_value};
-use crate::planted;
 use crate::position::{Lsn, Position};
 use crate::source::Receipt;
 
@@ -106,10 +105,7 @@ impl Progress {
 
     /// The write that was begun is durable.
     pub fn stored(&mut self) {
-        let (mut position, mut flush) = self.storing.take().expect("a write was under way");
-        if planted::is(10) {
-            (position, flush) = (self.settled, self.settled_flush);
-        }
+        let (position, flush) = self.storing.take().expect("a write was under way");
         assert!(position >= self.stored && flush >= self.stored_flush, "checkpoints are monotonic");
         assert!(position <= self.settled && flush <= self.settled_flush, "stored ≤ settled");
         (self.stored, self.stored_flush) = (position, flush);
@@ -184,9 +180,6 @@ impl Idle {
     /// The receipt to settle now, if the rule allows it; not beyond `limit`, the last canary that
     /// came. Call only with an empty window.
     pub fn due(&mut self, flush: Lsn, limit: Option<Lsn>, now: Instant) -> Option<Receipt> {
-        if planted::is(12) {
-            return None;
-        }
         let reached = self.reached.as_ref()?;
         let end = reached.flush()?;
         let end = limit.map_or(end, |limit| limit.min(end));

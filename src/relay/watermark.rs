@@ -7,7 +7,6 @@
 
 use std::collections::VecDeque;
 
-use crate::planted;
 use crate::source::Receipt;
 
 /// Number of an entry; grows by one with each.
@@ -48,9 +47,6 @@ impl Watermark {
     /// # Panics
     /// When the entry has no unsettled message: an outcome was counted twice.
     pub fn settle(&mut self, id: EntryId) {
-        if planted::is(7) && id.0 < self.first {
-            return;
-        }
         let index = id.0.checked_sub(self.first).expect("a settled entry stays settled");
         let entry = &mut self.entries[usize::try_from(index).expect("the ring fits in memory")];
         assert!(entry.open > 0, "each message settles once");
@@ -72,13 +68,7 @@ impl Watermark {
     /// Takes the settled prefix off and gives back what covers it.
     pub fn take_settled(&mut self) -> Option<Receipt> {
         let mut covered: Option<Receipt> = None;
-        let mut passed = 0;
-        if planted::is(7) {
-            let last = self.entries.iter().rposition(|e| e.open == 0 && e.bytes > 0);
-            passed = last.map_or(0, |last| last + 1);
-        }
-        while passed > 0 || self.entries.front().is_some_and(|e| e.open == 0) {
-            passed = passed.saturating_sub(1);
+        while self.entries.front().is_some_and(|entry| entry.open == 0) {
             let entry = self.entries.pop_front().expect("there is a front");
             self.first += 1;
             self.bytes -= entry.bytes;

@@ -17,7 +17,6 @@ use crate::column::binary::Types;
 use crate::error::{Error, Result};
 use crate::event::{self, Change, Column, Content, Event, Origin, Row, Table};
 use crate::pg::pgoutput::{self, Message, Relation, ReplicaIdentity, Tuple};
-use crate::planted;
 use crate::position::{Lsn, Position};
 use crate::source::{Canary, Item, Receipt, Seen};
 use canary::CanaryColumns;
@@ -111,8 +110,6 @@ pub struct Assembler {
     canary: Option<u64>,
     /// Commit LSN of the last transaction that began.
     last_begun: Lsn,
-    /// Only looked at by a planted bug.
-    met_resume_point: bool,
 }
 
 #[derive(Debug)]
@@ -149,15 +146,7 @@ impl Assembler {
     pub fn new(options: Options) -> Self {
         let (tables, seen) = Default::default();
         let state = State::Idle;
-        Self {
-            options,
-            state,
-            tables,
-            seen,
-            canary: None,
-            last_begun: Lsn(0),
-            met_resume_point: false,
-        }
+        Self { options, state, tables, seen, canary: None, last_begun: Lsn(0) }
     }
 
     /// What came so far; how far the server is, is not known here.
@@ -441,25 +430,13 @@ impl Assembler {
     }
 
     fn is_settled(&mut self, position: Position) -> bool {
-        let mut settled = position <= self.options.resume_after;
-        if planted::is(1) {
-            settled = position.commit_lsn <= self.options.resume_after.commit_lsn;
-        }
-        if planted::is(2) && self.options.resume_after.ordinal > 0 {
-            settled |= !self.met_resume_point;
-            self.met_resume_point |= position == self.options.resume_after;
-        }
-        if planted::is(3) && position.commit_lsn == self.options.resume_after.commit_lsn {
-            settled |= position.ordinal == self.options.resume_after.ordinal + 1;
-        }
+        let settled = position <= self.options.resume_after;
         self.seen.skipped += u64::from(settled);
         settled
     }
 
     /// A receipt never goes behind what was settled before this stream began.
     fn receipt(&self, position: Position, flush: Option<Lsn>) -> Receipt {
-        let early = || planted::is(8).then_some(Lsn(position.commit_lsn.0 + 10));
-        let flush = flush.or_else(early);
         Receipt::new(position.max(self.options.resume_after), flush)
     }
 

@@ -6,7 +6,7 @@ use super::shape::Exception;
 /// Nouns: known to all, they know only each other.
 const NOUNS: &[&str] = &[
     "error", "fault", "position", "message", "event", "backoff", "metrics", "secret", "tls",
-    "column", "planted", "verdict",
+    "column", "verdict",
 ];
 
 /// A module of the library and the modules it may import besides itself.
@@ -26,10 +26,8 @@ const LAYERS: &[(&[&str], &[&[&str]])] = &[
 ];
 
 /// What the two ends may know: nothing about events or metrics of routes.
-const PROTOCOL_NOUNS: &[&str] = &[
-    "error", "fault", "position", "message", "secret", "tls", "backoff", "metrics", "planted",
-    "verdict",
-];
+const PROTOCOL_NOUNS: &[&str] =
+    &["error", "fault", "position", "message", "secret", "tls", "backoff", "metrics", "verdict"];
 const PURE: &[&str] = &["route", "envelope"];
 const APPLICATIONS: &[&str] = &["outbox", "inbox"];
 const TOP: &[&str] = &["source", "relay", "admin", "config", "dev"];
@@ -91,7 +89,7 @@ pub const PRINTING: Home = Home {
     tests_too: false,
 };
 pub const ENVIRONMENT: Home =
-    Home { words: &["env::"], modules: &["config/load", "dev", "planted"], tests_too: false };
+    Home { words: &["env::"], modules: &["config/load", "dev"], tests_too: false };
 pub const EXIT: Home = Home { words: &["process::exit"], modules: &["main"], tests_too: true };
 pub const TOKIO_POSTGRES: Home = Home {
     words: &["tokio_postgres"],
