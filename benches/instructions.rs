@@ -23,10 +23,10 @@ use watership::envelope::Envelope;
 use watership::event::Event;
 use watership::message::Message as WireMessage;
 use watership::pg::pgoutput::{Message, Value, decode};
-use watership::position::Position;
+use watership::position::{Lsn, Position};
 use watership::relay;
-use watership::route::{Decision, Lanes, Router, default_rules};
-use watership::source::transaction::{Assembler, Options, Timelines};
+use watership::route::{Decision, Lanes, Plans, Router, default_rules};
+use watership::source::transaction::{Assembler, CapturedTable, Options, OutboxTable, Timelines};
 use watership::source::{Item, Receipt};
 
 /// Events that one benchmark works through.
@@ -37,7 +37,9 @@ const DECODE_OUTBOX_MAX: u64 = 910; // 781
 const DECODE_WIDE_MAX: u64 = 1600; // 1399
 const JSON_WIDE_MAX: u64 = 8250; // 7950
 const ASSEMBLE_MAX: u64 = 3400; // 3070
+const ASSEMBLE_WIDE_MAX: u64 = 9000; //
 const ENVELOPE_MAX: u64 = 3450; // 3128
+const ENVELOPE_WIDE_MAX: u64 = 20000; //
 const LANES_MAX: u64 = 1450; // 1311
 const FRAMING_MAX: u64 = 425; // 384
 
@@ -156,6 +158,25 @@ fn json_wide((row, mut out): ([(Shape, Option<&'static str>); WIDE_COLUMNS], Vec
     out
 }
 
+/// An assembler inside of a transaction that captures the wide table, and what it is fed.
+fn wide_assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
+    let (mut assembler, _, mut items) = assembler();
+    let mut relation = b"R\0\0\x40\x08public\0wide\0d".to_vec();
+    relation.extend_from_slice(&(WIDE_COLUMNS as u16).to_be_bytes());
+    for column in 0..WIDE_COLUMNS {
+        relation.push(u8::from(column == 0));
+        relation.extend_from_slice(format!("column_{column}\0").as_bytes());
+        relation.extend_from_slice(&WIDE[column % WIDE.len()].0.to_be_bytes());
+        relation.extend_from_slice(&[0xff; 4]);
+    }
+    assembler.apply(Lsn(1), &relation.into(), &mut items).expect("Relation");
+    let frame = |mut frame: Vec<u8>| {
+        frame[4] = 8;
+        Bytes::from(frame)
+    };
+    (assembler, wide_frames().into_iter().map(frame).collect(), items)
+}
+
 /// An assembler inside of a transaction, and what it is fed.
 fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
     let mut assembler = Assembler::new(Options {
@@ -163,9 +184,14 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         system_id: 1,
         timelines: Timelines::new(1, Vec::new()),
         resume_after: Position::default(),
-        captured: HashMap::new(),
-        types: Default::default(),
-        types_read_at: None,
+        captured: HashMap::from([(
+            "public.wide".into(),
+            CapturedTable { oid: 0x4008, primary_key: vec!["column_0".into()] },
+        )]),
+        database: "shop".into(),
+        outbox: OutboxTable::default(),
+        catalog_at: Lsn::ZERO,
+        types: None,
         canary: String::new(),
     });
     let mut relation = b"R\0\0\x40\x07watership\0outbox\0d\0\x0a".to_vec();
@@ -188,9 +214,17 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
     }
     let begin = [b"B".as_slice(), &7_u64.to_be_bytes(), &[0; 8], &[0; 4]].concat();
     let mut items = Vec::with_capacity(2048);
-    assembler.apply(&begin.into(), &mut items).expect("Begin");
-    assembler.apply(&relation.into(), &mut items).expect("Relation");
+    assembler.apply(Lsn(1), &begin.into(), &mut items).expect("Begin");
+    assembler.apply(Lsn(1), &relation.into(), &mut items).expect("Relation");
     (assembler, outbox_frames().into_iter().map(Bytes::from).collect(), items)
+}
+
+/// Frames, each at an LSN of its own.
+fn take_all(assembler: &mut Assembler, frames: &[Bytes], items: &mut Vec<Item>) {
+    for (lsn, frame) in frames.iter().enumerate() {
+        let lsn = Lsn(1000 + lsn as u64);
+        assembler.apply(lsn, black_box(frame), items).expect("a change");
+    }
 }
 
 #[library_benchmark(config = at_most(ASSEMBLE_MAX))]
@@ -198,62 +232,87 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
 fn assemble(
     (mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>),
 ) -> (Assembler, Vec<Bytes>, Vec<Item>) {
-    for frame in &frames {
-        assembler.apply(black_box(frame), &mut items).expect("an insert");
-    }
+    take_all(&mut assembler, &frames, &mut items);
     (assembler, frames, items)
 }
 
-/// Events with their router and envelope.
-fn events() -> (Router, Envelope, Vec<Event>, Vec<Made>) {
-    let (_, _, items) = assemble_all();
+#[library_benchmark(config = at_most(ASSEMBLE_WIDE_MAX))]
+#[bench::captured_20_columns(args = (), setup = wide_assembler)]
+fn assemble_wide(
+    (mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>),
+) -> (Assembler, Vec<Bytes>, Vec<Item>) {
+    take_all(&mut assembler, &frames, &mut items);
+    (assembler, frames, items)
+}
+
+/// Events with their router, plans and envelope.
+struct Routing {
+    router: Router,
+    plans: Plans,
+    envelope: Envelope,
+    events: Vec<Event>,
+    made: Vec<Made>,
+}
+
+fn routing((mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>)) -> Routing {
+    take_all(&mut assembler, &frames, &mut items);
     let event = |item| match item {
         Item::Event(event, _) => Some(event),
         Item::Commit(_) | Item::Idle(_) => None,
     };
     let router = Router::new(&default_rules()).expect("the default rules");
-    let events = items.into_iter().filter_map(event).collect();
-    (router, Envelope::new("bench"), events, Vec::with_capacity(2048))
+    Routing {
+        plans: Plans::new(&router),
+        router,
+        envelope: Envelope::new("bench"),
+        events: items.into_iter().filter_map(event).collect(),
+        made: Vec::with_capacity(2048),
+    }
 }
 
-fn assemble_all() -> (Assembler, Vec<Bytes>, Vec<Item>) {
-    let (mut assembler, frames, mut items) = assembler();
-    for frame in &frames {
-        assembler.apply(frame, &mut items).expect("an insert");
-    }
-    (assembler, frames, items)
+fn outbox_routing() -> Routing {
+    routing(assembler())
+}
+
+fn wide_routing() -> Routing {
+    routing(wide_assembler())
 }
 
 type Made = (WireMessage, Lanes);
 
-fn wrap(
-    (router, mut envelope, events, mut made): (Router, Envelope, Vec<Event>, Vec<Made>),
-) -> (Router, Envelope, Vec<Event>, Vec<Made>) {
-    for event in &events {
-        for decision in router.route(black_box(event)) {
-            let Decision::Publish(route) = decision else { panic!("nothing is dropped") };
-            made.push((envelope.message(event, route).expect("it fits"), route.lanes(event)));
+fn wrap(mut routing: Routing) -> Routing {
+    let Routing { router, plans, envelope, events, made } = &mut routing;
+    for event in &*events {
+        for decision in plans.decide(router, black_box(event)) {
+            let Decision::Publish(plan, lanes) = decision else { panic!("nothing is dropped") };
+            made.push((envelope.message(event, plan, 0).expect("it fits"), lanes));
         }
     }
-    (router, envelope, events, made)
+    routing
 }
 
 #[library_benchmark(config = at_most(ENVELOPE_MAX))]
-#[bench::outbox(args = (), setup = events)]
-fn route_and_envelope(
-    input: (Router, Envelope, Vec<Event>, Vec<Made>),
-) -> (Router, Envelope, Vec<Event>, Vec<Made>) {
-    wrap(input)
+#[bench::outbox(args = (), setup = outbox_routing)]
+fn route_and_envelope(routing: Routing) -> Routing {
+    wrap(routing)
+}
+
+#[library_benchmark(config = at_most(ENVELOPE_WIDE_MAX))]
+#[bench::captured_20_columns(args = (), setup = wide_routing)]
+fn route_and_envelope_wide(routing: Routing) -> Routing {
+    wrap(routing)
 }
 
 /// Messages and the receipts of their entries.
 fn messages() -> (Vec<Made>, Vec<Receipt>) {
-    let (_, _, items) = assemble_all();
+    let (mut assembler, frames, mut items) = assembler();
+    take_all(&mut assembler, &frames, &mut items);
     let receipt = |item| match item {
         Item::Event(_, receipt) => Some(receipt),
         Item::Commit(_) | Item::Idle(_) => None,
     };
-    (wrap(events()).3, items.into_iter().filter_map(receipt).collect())
+    let made = wrap(outbox_routing()).made;
+    (made, items.into_iter().filter_map(receipt).collect())
 }
 
 // Through the window and the lanes, confirmed in the order of sending.
@@ -295,8 +354,11 @@ fn amqp_framing((made, mut out): (Vec<Made>, Vec<u8>)) -> (Vec<Made>, Vec<u8>) {
     (made, out)
 }
 
-library_benchmark_group!(name = source, benchmarks = [assemble]);
-library_benchmark_group!(name = envelope, benchmarks = [route_and_envelope]);
+library_benchmark_group!(name = source, benchmarks = [assemble, assemble_wide]);
+library_benchmark_group!(
+    name = envelope,
+    benchmarks = [route_and_envelope, route_and_envelope_wide]
+);
 library_benchmark_group!(name = engine, benchmarks = [lanes_and_watermark]);
 library_benchmark_group!(name = amqp, benchmarks = [amqp_framing]);
 library_benchmark_group!(name = decoder, benchmarks = [decode_outbox, decode_wide]);

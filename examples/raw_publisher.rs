@@ -79,9 +79,8 @@ fn message(arguments: &Arguments, n: u64, body: &[u8]) -> Result<Message> {
     builder.header_text("ws-route", b"orders")?;
     builder.header_text("ws-key", b"order/4711")?;
     if like_relay {
-        builder.header_text("ws-position", b"00000001-0000000001af2690-0000000001-0000")?;
-        builder.header_text("ws-source", b"watership.outbox")?;
-        builder.header_text("ws-op", b"insert")?;
+        builder.header_text("ws-position", b"00000001-0000000001af2690-0000000001-00000000")?;
+        builder.header_int("ws-committed-at", 1_700_000_000_123_456)?;
     }
     builder.finish(ExchangeId(0), RouteId(0), |out| out.extend_from_slice(body))
 }

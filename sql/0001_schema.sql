@@ -94,9 +94,17 @@ BEGIN
 END
 $$;
 
+-- The order of inserts, for polling. Not cached: a session with numbers in stock would insert later
+-- and count earlier.
+CREATE SEQUENCE watership.outbox_seq CACHE 1;
+
 -- The outbox: one row per event, INSERT only, never updated. The relay reads the rows from the WAL
 -- and finds the columns by name. Partitions are days in UTC; the default partition catches what
 -- has no day, so an INSERT never fails for want of a partition.
+--
+-- seq and xid are what a polling relay needs: the order of inserts, and the transaction, to tell
+-- what a snapshot shows. They are here from the start because columns with such defaults cannot be
+-- added later without rewriting every partition. Applications leave them alone.
 CREATE TABLE watership.outbox (
     id             uuid        NOT NULL DEFAULT gen_random_uuid(),
     aggregate_type text        NOT NULL,
@@ -108,6 +116,8 @@ CREATE TABLE watership.outbox (
     headers        jsonb,
     traceparent    text,
     created_at     timestamptz NOT NULL DEFAULT now(),
+    seq            bigint      NOT NULL DEFAULT nextval('watership.outbox_seq'),
+    xid            xid8        NOT NULL DEFAULT pg_current_xact_id(),
     PRIMARY KEY (id, created_at),
     CONSTRAINT outbox_either_payload_or_data CHECK (num_nonnulls(payload, data) = 1),
     CONSTRAINT outbox_fits_a_message CHECK (watership.fits_a_message(
@@ -124,22 +134,33 @@ CREATE INDEX outbox_default_created_at ON watership.outbox_default (created_at);
 -- is indexed.
 CREATE TABLE watership.checkpoint (
     name              text        PRIMARY KEY CHECK (octet_length(name) BETWEEN 1 AND 63),
+    -- What its marks are: LSNs of the WAL, or batches of a poll.
+    kind              text        NOT NULL DEFAULT 'wal' CHECK (kind IN ('wal', 'poll')),
     -- Raised by init, resync and an accepted failover; it only sorts.
     epoch             integer     NOT NULL CHECK (epoch >= 0),
-    -- The last settled event: commit LSN of its transaction and its number there. Skips on start.
-    commit_lsn        pg_lsn      NOT NULL,
+    -- The last settled event: the mark of its transaction (its commit LSN, or its batch), its
+    -- number there, and the number of the thing at it. Skips on start.
+    mark              bigint      NOT NULL CHECK (mark >= 0),
     ordinal           bigint      NOT NULL CHECK (ordinal >= 0),
-    -- The highest position ever authorised for feedback to the slot. Never goes back.
-    flush_lsn         pg_lsn      NOT NULL,
+    sub               bigint      NOT NULL DEFAULT 0 CHECK (sub >= 0),
+    -- The highest mark ever authorised for feedback to the source. Never goes back.
+    flush_mark        bigint      NOT NULL CHECK (flush_mark >= 0),
+    -- Both marks as Postgres writes them, for people and for maintenance.
+    commit_lsn        pg_lsn      GENERATED ALWAYS AS
+        (CASE WHEN kind = 'wal' THEN '0/0'::pg_lsn + mark::numeric END) STORED,
+    flush_lsn         pg_lsn      GENERATED ALWAYS AS
+        (CASE WHEN kind = 'wal' THEN '0/0'::pg_lsn + flush_mark::numeric END) STORED,
     -- Raised by each session; a relay whose number is no longer here has been replaced.
     session_no        bigint      NOT NULL DEFAULT 0,
-    slot              text        NOT NULL,
     -- An unsigned 64-bit number, which bigint cannot hold.
     system_identifier text        NOT NULL,
-    timeline          integer     NOT NULL,
-    publication       text        NOT NULL,
-    publication_oid   oid         NOT NULL,
-    updated_at        timestamptz NOT NULL DEFAULT now()
+    -- Of a relay that reads the WAL.
+    slot              text,
+    timeline          integer,
+    publication       text,
+    publication_oid   oid,
+    updated_at        timestamptz NOT NULL DEFAULT now(),
+    CHECK (kind <> 'wal' OR num_nulls(slot, timeline, publication, publication_oid) = 0)
 ) WITH (fillfactor = 10);
 
 -- Partitions that were detached and wait to be dropped: every row that was ever written to them
@@ -165,7 +186,7 @@ CREATE TABLE watership.default_retirement (
 GRANT USAGE ON SCHEMA watership TO watership_relay;
 GRANT SELECT ON watership.outbox, watership.checkpoint, watership.migration,
     watership.retired_partition, watership.default_retirement TO watership_relay;
-GRANT UPDATE (epoch, commit_lsn, ordinal, flush_lsn, session_no, slot, system_identifier,
+GRANT UPDATE (kind, epoch, mark, ordinal, sub, flush_mark, session_no, slot, system_identifier,
     timeline, publication, publication_oid, updated_at)
     ON watership.checkpoint TO watership_relay;
 

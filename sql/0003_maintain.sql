@@ -186,7 +186,8 @@ BEGIN
     END IF;
     dropped := '{}'; detached := '{}'; default_deleted := 0;
     IF pg_try_advisory_xact_lock(1465079888, 2) THEN
-        SELECT min(c.flush_lsn) INTO flush_lsn FROM watership.checkpoint AS c;
+        -- A relay that does not read the WAL passes no WAL position, and holds everything back.
+        SELECT min(coalesce(c.flush_lsn, '0/0')) INTO flush_lsn FROM watership.checkpoint AS c;
         SELECT * INTO created, skipped, postponed FROM watership.create_days_ahead(days_ahead);
         SELECT * INTO dropped, later FROM watership.drop_passed(flush_lsn, drop_most);
         postponed := postponed || later;

@@ -12,12 +12,15 @@ CREATE TABLE watership.parked (
     -- For people, to name a row. It says nothing about order.
     id           bigint      GENERATED ALWAYS AS IDENTITY UNIQUE,
     name         text        NOT NULL,
+    -- The event's position; see watership.checkpoint.
     epoch        integer     NOT NULL,
-    commit_lsn   pg_lsn      NOT NULL,
+    mark         bigint      NOT NULL,
     ordinal      bigint      NOT NULL,
-    sub          integer     NOT NULL,
+    sub          bigint      NOT NULL,
     -- The route, or '' when no route selected the event.
     route        text        NOT NULL,
+    -- Which of the messages that the event has on the route.
+    part         integer     NOT NULL DEFAULT 0,
     state        text        NOT NULL
         CHECK (state IN ('parked', 'retrying', 'released', 'discarded')),
     kind         text        NOT NULL,
@@ -42,13 +45,13 @@ CREATE TABLE watership.parked (
     changed_at   timestamptz NOT NULL DEFAULT now(),
     changed_by   text,
     note         text,
-    PRIMARY KEY (name, epoch, commit_lsn, ordinal, sub, route),
+    PRIMARY KEY (name, epoch, mark, ordinal, sub, route, part),
     CHECK ((event IS NULL) = (body IS NOT NULL)),
     CHECK (num_nulls(routing_key, properties, body) IN (0, 3))
 );
 
 -- What the relay looks at every second while there is something.
-CREATE INDEX parked_unreleased ON watership.parked (name, epoch, commit_lsn, ordinal, sub, route)
+CREATE INDEX parked_unreleased ON watership.parked (name, epoch, mark, ordinal, sub, route, part)
     INCLUDE (state) WHERE state IN ('parked', 'retrying');
 
 -- Released and discarded rows stay until the checkpoint has passed them and they are old: a replay

@@ -22,6 +22,7 @@
 mod array;
 pub mod binary;
 mod bytes;
+pub mod instant;
 pub mod oid;
 
 use crate::error::{Error, Result};

@@ -8,13 +8,15 @@ use std::fmt::Write as _;
 use crate::column;
 use crate::error::{Error, Result};
 use crate::event::{
-    Change, Content, Event, OldRow, OutboxRow, Payload, Row, Table, Value, route_id,
+    Change, Column, Content, Event, Identity, OldRow, OutboxRow, Payload, Row, Table, Value, id,
 };
 use crate::message::{Builder, Message, Properties};
-use crate::route::{MessageIdRule, Ordering, Route};
+use crate::route::{MessageIdRule, Ordering, Plan, TablePlan};
 
 const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
+/// A body above this size, in bytes, does not stay in memory as scratch space.
+const SCRATCH_KEPT: usize = 64 * 1024;
 
 /// Turns events into messages.
 #[derive(Debug)]
@@ -24,92 +26,138 @@ pub struct Envelope {
     routing_key: String,
     kind: String,
     key: String,
+    body: Vec<u8>,
     message: Vec<u8>,
+    /// The last commit time as text: the same for all changes of a transaction.
+    committed_at: (i64, String),
 }
 
 impl Envelope {
     /// `app_id` is the relay's name.
     pub fn new(app_id: impl Into<String>) -> Self {
-        let (routing_key, kind, key, message) = Default::default();
-        Self { app_id: app_id.into(), routing_key, kind, key, message }
+        let (routing_key, kind, key, body, message) = Default::default();
+        let committed_at = (0, iso_time(0));
+        Self { app_id: app_id.into(), routing_key, kind, key, body, message, committed_at }
     }
 
-    /// The event's message on this route.
+    /// The event's message number `part` on this route; almost every event has one, number 0.
     ///
     /// # Errors
     /// [`crate::error::Kind::Event`] when something in it cannot be carried by AMQP.
-    pub fn message(&mut self, event: &Event, route: &Route) -> Result<Message> {
-        let mut message = self.make(event, route)?;
-        message.in_sequence = route.ordering == Ordering::Pipelined;
+    pub fn message(&mut self, event: &Event, plan: &Plan, part: u16) -> Result<Message> {
+        let mut message = match &event.content {
+            Content::Outbox(row) => self.of_outbox(event, row, plan, part),
+            Content::Change(change) => {
+                let table = plan.table.as_ref().expect("a captured table has a plan of its own");
+                self.of_change(event, change, plan, table, part)
+            }
+        }?;
+        message.in_sequence = plan.route.ordering == Ordering::Pipelined;
+        message.part = part;
         Ok(message)
     }
 
-    fn make(&mut self, event: &Event, route: &Route) -> Result<Message> {
+    fn of_outbox(
+        &mut self,
+        event: &Event,
+        row: &OutboxRow,
+        plan: &Plan,
+        part: u16,
+    ) -> Result<Message> {
+        let route = &*plan.route;
         route.routing_key(event, &mut self.routing_key)?;
-        self.kind.clear();
         self.key.clear();
-        let (content_type, body_len) = match &event.content {
-            Content::Outbox(row) => {
-                self.kind.push_str(&row.event_type);
-                let _ = write!(self.key, "{}/{}", row.aggregate_type, row.aggregate_id);
-                outbox_content(row)
-            }
-            Content::Change(change) => {
-                let op = event.op().as_str();
-                let _ = write!(self.kind, "{}.{op}", event.table.full_name);
-                write_key_text(
-                    &mut self.key,
-                    &event.table,
-                    &route.key_columns(&event.table),
-                    change,
-                )?;
-                (JSON, change_len(change))
-            }
-        };
-        let message_id = match route.message_id {
-            MessageIdRule::Event => event.id,
-            MessageIdRule::Route => route_id(event.id, &route.name),
+        let _ = write!(self.key, "{}/{}", row.aggregate_type, row.aggregate_id);
+        let default = match &row.payload {
+            Payload::Json(_) => JSON,
+            Payload::Hex(_) | Payload::Broken(_) => BYTES,
         };
         let properties = Properties {
-            content_type,
-            message_id,
-            timestamp: u64::try_from(event.committed_at_us / 1_000_000).unwrap_or(0),
+            content_type: row.content_type.as_deref().unwrap_or(default),
+            message_id: message_id(event, plan, part),
+            timestamp: seconds(event.occurred_at_us),
+            kind: &row.event_type,
+            app_id: &self.app_id,
+        };
+        let mut builder = Builder::new(&mut self.message, &self.routing_key, properties)?;
+        write_own_headers(&mut builder, event, plan, &self.key)?;
+        if let Some(traceparent) = &row.traceparent {
+            builder.header_text("traceparent", traceparent.as_bytes())?;
+        }
+        if let Some(headers) = &row.headers {
+            write_headers(&mut builder, headers, row.traceparent.is_some())?;
+        }
+        let body = Body::of(&row.payload)?;
+        builder.finish(route.exchange, route.id, |out| body.write(out))
+    }
+
+    fn of_change(
+        &mut self,
+        event: &Event,
+        change: &Change,
+        plan: &Plan,
+        table: &TablePlan,
+        part: u16,
+    ) -> Result<Message> {
+        let route = &*plan.route;
+        route.routing_key(event, &mut self.routing_key)?;
+        let op = event.op().as_str();
+        self.kind.clear();
+        self.kind.push_str(&event.table.full_name);
+        self.kind.push('.');
+        self.kind.push_str(op);
+        self.key.clear();
+        self.key.push_str(&event.table.full_name);
+        write_key_text(&mut self.key, &event.table, table, change)?;
+        if self.committed_at.0 != event.committed_at_us {
+            self.committed_at = (event.committed_at_us, iso_time(event.committed_at_us));
+        }
+        self.body.clear();
+        write_change(&mut self.body, event, table, change, &self.committed_at.1)?;
+        let properties = Properties {
+            content_type: JSON,
+            message_id: message_id(event, plan, part),
+            timestamp: seconds(event.occurred_at_us),
             kind: &self.kind,
             app_id: &self.app_id,
         };
         let mut builder = Builder::new(&mut self.message, &self.routing_key, properties)?;
-        builder.header_with("ws-position", |out| event.position.write_text(out))?;
-        builder.header_text("ws-route", route.name.as_bytes())?;
-        builder.header_text("ws-key", self.key.as_bytes())?;
+        write_own_headers(&mut builder, event, plan, &self.key)?;
         builder.header_text("ws-source", event.table.full_name.as_bytes())?;
-        builder.header_text("ws-op", event.op().as_str().as_bytes())?;
-        match &event.content {
-            Content::Outbox(row) => {
-                if let Some(traceparent) = &row.traceparent {
-                    builder.header_text("traceparent", traceparent.as_bytes())?;
-                }
-                if let Some(headers) = &row.headers {
-                    write_headers(&mut builder, headers, row.traceparent.is_some())?;
-                }
-                let body = Body::of(&row.payload)?;
-                builder.finish(route.exchange, route.id, |out| body.write(out))
-            }
-            Content::Change(change) => {
-                let mut body = Vec::with_capacity(body_len);
-                write_change(&mut body, event, route, change)?;
-                builder.finish(route.exchange, route.id, |out| out.extend_from_slice(&body))
-            }
+        builder.header_text("ws-op", op.as_bytes())?;
+        let body = &self.body;
+        let message = builder.finish(route.exchange, route.id, |out| out.extend_from_slice(body));
+        if self.body.capacity() > SCRATCH_KEPT {
+            self.body = Vec::new();
         }
+        message
     }
 }
 
-fn outbox_content(row: &OutboxRow) -> (&str, usize) {
-    let (default, len) = match &row.payload {
-        Payload::Json(json) => (JSON, json.len()),
-        Payload::Hex(hex) => (BYTES, hex.len() / 2),
-        Payload::Broken(_) => (BYTES, 0),
-    };
-    (row.content_type.as_deref().unwrap_or(default), len)
+/// What every message carries. What is constant for a kind of message is not in a header: each
+/// costs the broker 1.3 µs a message.
+fn write_own_headers(
+    builder: &mut Builder<'_>,
+    event: &Event,
+    plan: &Plan,
+    key: &str,
+) -> Result<()> {
+    builder.header_with("ws-position", |out| event.position.write_text(out))?;
+    builder.header_text("ws-route", plan.route.name.as_bytes())?;
+    builder.header_text("ws-key", key.as_bytes())?;
+    builder.header_int("ws-committed-at", event.committed_at_us)
+}
+
+fn message_id(event: &Event, plan: &Plan, part: u16) -> uuid::Uuid {
+    match plan.route.message_id {
+        MessageIdRule::Event => id::part(event.id, part),
+        MessageIdRule::Route => id::part(id::of_route(event.id, &plan.route.name), part),
+    }
+}
+
+/// AMQP's timestamp: seconds since 1970-01-01 UTC, and nothing before.
+fn seconds(us: i64) -> u64 {
+    u64::try_from(us.div_euclid(1_000_000)).unwrap_or(0)
 }
 
 /// A body that is known to be writable.
@@ -188,20 +236,6 @@ fn write_headers(builder: &mut Builder<'_>, headers: &[u8], has_traceparent: boo
     Ok(())
 }
 
-fn change_len(change: &Change) -> usize {
-    const FRAME: usize = 400;
-    let row = |row: &Row| -> usize {
-        row.iter().map(|v| if let Value::Text(t) = v { t.len() + 32 } else { 16 }).sum()
-    };
-    let rows = match change {
-        Change::Insert { new } | Change::Update { old: None, new } => row(new),
-        Change::Update { old: Some(old), new } => row(old.row()) + row(new),
-        Change::Delete { old } => row(old.row()),
-        Change::Truncate => 0,
-    };
-    FRAME + rows
-}
-
 /// The row that tells the key after the change (before it, for a delete).
 fn key_row(change: &Change) -> Option<&Row> {
     match change {
@@ -211,11 +245,24 @@ fn key_row(change: &Change) -> Option<&Row> {
     }
 }
 
-/// `value/value` of the key columns; for people and logs, not for parsing.
-fn write_key_text(out: &mut String, table: &Table, key: &[usize], change: &Change) -> Result<()> {
-    out.push_str(&table.full_name);
+/// The columns that name the row, of those that were sent. A delete whose old row does not have the
+/// key is named by what it has.
+fn key_columns<'a>(table: &'a TablePlan, change: &Change) -> &'a [usize] {
+    match (change, &table.table.identity) {
+        (Change::Delete { .. }, Identity::Columns(sent)) if !table.identity_has_key => sent,
+        _ => &table.key,
+    }
+}
+
+/// `/value/value` of the key columns; for people and logs, not for parsing.
+fn write_key_text(
+    out: &mut String,
+    table: &Table,
+    plan: &TablePlan,
+    change: &Change,
+) -> Result<()> {
     let Some(row) = key_row(change) else { return Ok(()) };
-    for &column in key {
+    for &column in key_columns(plan, change) {
         out.push('/');
         if let Value::Text(text) = &row[column] {
             let text = std::str::from_utf8(text).map_err(|_| {
@@ -227,33 +274,40 @@ fn write_key_text(out: &mut String, table: &Table, key: &[usize], change: &Chang
     Ok(())
 }
 
-/// The event's key on the route, or its own without one; for people and logs.
-pub fn key_text(event: &Event, route: Option<&Route>) -> String {
+/// The event's key by this plan, for people and logs.
+pub fn key_text(event: &Event, plan: &Plan) -> String {
     let change = match &event.content {
         Content::Outbox(row) => return format!("{}/{}", row.aggregate_type, row.aggregate_id),
         Content::Change(change) => change,
     };
-    let table = &event.table;
-    let columns = route.map_or_else(|| table.key.clone(), |route| route.key_columns(table));
-    let mut text = table.full_name.clone();
-    // A key that is no text is shown as far as it is.
-    let _ = write_key_text(&mut text, table, &columns, change);
-    text.split_off(table.full_name.len())
+    let mut text = String::new();
+    if let Some(table) = &plan.table {
+        // A key that is no text is shown as far as it is.
+        let _ = write_key_text(&mut text, &event.table, table, change);
+    }
+    text
 }
 
-fn write_change(out: &mut Vec<u8>, event: &Event, route: &Route, change: &Change) -> Result<()> {
+fn write_change(
+    out: &mut Vec<u8>,
+    event: &Event,
+    plan: &TablePlan,
+    change: &Change,
+    committed_at: &str,
+) -> Result<()> {
     let table = &*event.table;
-    let text = |out: &mut Vec<u8>, name: &str, value: &str| {
-        out.extend_from_slice(name.as_bytes());
-        column::write_string(out, value);
-    };
-    text(out, "{\"op\":", event.op().as_str());
-    text(out, ",\"source\":{\"schema\":", &table.schema);
-    text(out, ",\"table\":", &table.name);
-    text(out, ",\"commit_lsn\":", &event.position.commit_lsn.to_string());
-    out.extend_from_slice(format!(",\"xid\":{}}},\"key\":", event.xid).as_bytes());
+    out.extend_from_slice(b"{\"op\":\"");
+    out.extend_from_slice(event.op().as_str().as_bytes());
+    out.extend_from_slice(b"\",");
+    out.extend_from_slice(&plan.source_json);
+    // A captured change comes from the WAL: its mark is the commit LSN.
+    let _ = write!(Text(out), "\"{}\",\"xid\":{}}}", event.position.mark.lsn(), event.xid);
+    out.extend_from_slice(b",\"key\":");
     match key_row(change) {
-        Some(row) => write_row(out, table, row, Some(&route.key_columns(table)))?,
+        Some(row) => {
+            let sent = |column: &usize| !is_unsent(table, change, row, *column);
+            write_row(out, table, row, key_columns(plan, change).iter().copied().filter(sent))?;
+        }
         None => out.extend_from_slice(b"null"),
     }
     let (before, after) = match change {
@@ -263,65 +317,90 @@ fn write_change(out: &mut Vec<u8>, event: &Event, route: &Route, change: &Change
         Change::Truncate => (None, None),
     };
     out.extend_from_slice(b",\"before\":");
-    match before {
-        None => out.extend_from_slice(b"null"),
-        Some(OldRow::Full(row)) => write_row(out, table, row, None)?,
-        Some(OldRow::Key(row)) => write_row(out, table, row, Some(&identity(table, row)))?,
+    match (before, &table.identity) {
+        (None, _) => out.extend_from_slice(b"null"),
+        (Some(OldRow::Full(row)), _) => write_row(out, table, row, 0..row.len())?,
+        (Some(OldRow::Key(row)), Identity::Columns(sent)) => {
+            let there = |column: &usize| row[*column] != Value::Null;
+            write_row(out, table, row, sent.iter().copied().filter(there))?;
+        }
+        (Some(OldRow::Key(row)), Identity::Full | Identity::Nothing) => {
+            let there = |column: &usize| row[*column] != Value::Null;
+            write_row(out, table, row, (0..row.len()).filter(there))?;
+        }
     }
     out.extend_from_slice(b",\"after\":");
     match after {
         None => out.extend_from_slice(b"null"),
         Some(row) => {
-            write_row(out, table, row, None)?;
+            write_row(out, table, row, 0..row.len())?;
             write_unchanged(out, table, row);
         }
     }
-    text(out, ",\"position\":", &event.position.to_string());
-    text(out, ",\"committed_at\":", &iso_time(event.committed_at_us));
-    out.push(b'}');
+    out.extend_from_slice(b",\"position\":\"");
+    event.position.write_text(out);
+    out.extend_from_slice(b"\",\"committed_at\":\"");
+    out.extend_from_slice(committed_at.as_bytes());
+    out.extend_from_slice(b"\"}");
     Ok(())
 }
 
-/// Of an old key Postgres sends the identity's columns; the rest are null and mean nothing.
-fn identity(table: &Table, row: &Row) -> Vec<usize> {
-    if !table.key.is_empty() {
-        return table.key.clone();
-    }
-    (0..row.len()).filter(|&i| row[i] != Value::Null).collect()
+/// A null that stands for a column that was not sent: no identity by columns can hold nulls.
+fn is_unsent(table: &Table, change: &Change, row: &Row, column: usize) -> bool {
+    let by_columns = matches!(change, Change::Delete { old: OldRow::Key(_) })
+        || (matches!(change, Change::Delete { .. }) && table.key.contains(&column));
+    by_columns && row[column] == Value::Null
 }
 
-/// The row as a JSON object; unchanged TOAST values are absent.
-fn write_row(out: &mut Vec<u8>, table: &Table, row: &Row, only: Option<&[usize]>) -> Result<()> {
+/// Lets `write!` append to bytes.
+struct Text<'a>(&'a mut Vec<u8>);
+
+impl std::fmt::Write for Text<'_> {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.0.extend_from_slice(text.as_bytes());
+        Ok(())
+    }
+}
+
+/// The row as a JSON object of these columns; unchanged TOAST values are absent.
+fn write_row(
+    out: &mut Vec<u8>,
+    table: &Table,
+    row: &Row,
+    columns: impl Iterator<Item = usize>,
+) -> Result<()> {
     let mut separator = b'{';
-    let mut write = |index: usize| {
+    for index in columns {
         let column = &table.columns[index];
-        let value = &row[index];
-        if *value == Value::Unchanged {
-            return Ok(());
-        }
-        out.push(separator);
-        separator = b',';
-        column::write_string(out, &column.name);
-        out.push(b':');
-        match value {
-            Value::Null | Value::Unchanged => out.extend_from_slice(b"null"),
-            Value::Text(text) => column::write_json(out, column.type_oid, text)
-                .map_err(|e| e.context(format!("column {:?}", column.name)))?,
-            Value::Unreadable(value) => {
-                let text = format!("column {:?}: {}", column.name, value.why);
-                return Err(Error::event(text));
+        match &row[index] {
+            Value::Unchanged => continue,
+            value => {
+                out.push(separator);
+                separator = b',';
+                out.extend_from_slice(&column.name_json);
+                write_value(out, column, value)?;
             }
         }
-        Ok::<(), Error>(())
-    };
-    match only {
-        Some(columns) => columns.iter().copied().try_for_each(&mut write)?,
-        None => (0..row.len()).try_for_each(&mut write)?,
     }
     if separator == b'{' {
         out.push(b'{');
     }
     out.push(b'}');
+    Ok(())
+}
+
+fn write_value(out: &mut Vec<u8>, column: &Column, value: &Value) -> Result<()> {
+    match value {
+        Value::Null | Value::Unchanged => out.extend_from_slice(b"null"),
+        Value::Text(text) => column
+            .shape
+            .write(out, text)
+            .map_err(|e| e.context(format!("column {:?}", column.name)))?,
+        Value::Unreadable(value) => {
+            let text = format!("column {:?}: {}", column.name, value.why);
+            return Err(Error::event(text));
+        }
+    }
     Ok(())
 }
 

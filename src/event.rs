@@ -1,14 +1,9 @@
 //! What happened: one committed row change, as the relay sees it between source and envelope.
 //!
-//! Invariant: the same change has the same id for ever, on every attempt and from every instance,
-//! and different events never share one. An outbox event's id is its row's uuid. A captured
-//! event's is UUIDv5 over (system identifier, timeline, commit LSN, ordinal, sub-ordinal): the
-//! timeline is part of it because after an asynchronous failover the same LSN can carry another
-//! change; the epoch is not, because it only sorts.
-//!
 //! Texts and values are slices of the buffer that the row arrived in: cheap to make, and they keep
 //! that buffer alive, so an event must not outlive its batch.
 
+pub mod id;
 pub mod stored;
 
 use std::sync::Arc;
@@ -17,10 +12,8 @@ use bytes::Bytes;
 use bytestring::ByteString;
 use uuid::Uuid;
 
-use crate::position::Position;
-
-/// UUIDv5 namespace of captured events. Changing it would change every id.
-const CAPTURED: Uuid = Uuid::from_u128(0x7d1c_9c5e_5b0a_4f6e_9a58_3f1e_7a77_5e01);
+use crate::column::{self, Shape};
+use crate::position::{Lsn, Position};
 
 /// One committed row change.
 #[derive(Debug, Clone)]
@@ -29,6 +22,11 @@ pub struct Event {
     pub id: Uuid,
     /// Place in the source order.
     pub position: Position,
+    /// LSN of the change itself; absent from a source that does not read the WAL.
+    pub lsn: Option<Lsn>,
+    /// The time that belongs to the event, in microseconds since 1970-01-01 UTC: `created_at` of an
+    /// outbox row, the commit time of a captured change. The same from every source and replay.
+    pub occurred_at_us: i64,
     /// Commit time, in microseconds since 1970-01-01 UTC.
     pub committed_at_us: i64,
     /// Transaction id (32 bits, wraps around).
@@ -111,10 +109,10 @@ pub enum Change {
     Truncate,
 }
 
-/// What Postgres tells of a row before the change.
+/// What Postgres sends of a row before the change.
 #[derive(Debug, Clone)]
 pub enum OldRow {
-    /// Only the columns of the replica identity; the others are null.
+    /// Only the columns of the replica identity; the others were not sent and are null here.
     Key(Row),
     /// All columns.
     Full(Row),
@@ -157,6 +155,13 @@ pub struct Unreadable {
 /// A published table as the stream last described it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
+    /// Name of its database.
+    pub database: Arc<str>,
+    /// OID by which the stream names it: the root's where partitions are published as their root.
+    pub oid: u32,
+    /// Hash of the description: the same text of names, types and identity has the same version in
+    /// every session.
+    pub version: u64,
     /// Schema.
     pub schema: String,
     /// Name.
@@ -165,8 +170,33 @@ pub struct Table {
     pub full_name: String,
     /// Columns in stream order.
     pub columns: Vec<Column>,
-    /// Indexes of the columns that identify a row: the primary key. Empty: the table has none.
+    /// Indexes of the columns that say which thing a row is about, in column order: the primary
+    /// key, or the identity where there is none. Empty: the table has neither, or it is unknown.
     pub key: Vec<usize>,
+    /// What the stream sends of a row before its change.
+    pub identity: Identity,
+}
+
+/// What Postgres sends of a row before its change, as the Relation message flags it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Identity {
+    /// Nothing: updates and deletes are not possible while the table is published.
+    Nothing,
+    /// These columns, by index, in column order: of the primary key or of another unique index.
+    Columns(Vec<usize>),
+    /// All columns.
+    Full,
+}
+
+impl Identity {
+    /// Whether the old row of a change has all of these columns.
+    pub fn covers(&self, columns: &[usize]) -> bool {
+        match self {
+            Identity::Nothing => false,
+            Identity::Columns(sent) => columns.iter().all(|column| sent.contains(column)),
+            Identity::Full => true,
+        }
+    }
 }
 
 /// A column of a published table.
@@ -176,6 +206,24 @@ pub struct Column {
     pub name: String,
     /// Type OID.
     pub type_oid: u32,
+    /// `atttypmod`: length, precision and scale, packed by the type; -1 for none.
+    pub type_modifier: i32,
+    /// How its values are written as JSON.
+    pub shape: Shape,
+    /// Its name as a member of a JSON object: `"name":`.
+    pub name_json: Box<[u8]>,
+}
+
+impl Column {
+    /// A column; decides how its values are written.
+    pub fn new(name: impl Into<String>, type_oid: u32, type_modifier: i32) -> Self {
+        let name = name.into();
+        let mut name_json = Vec::new();
+        column::write_string(&mut name_json, &name);
+        name_json.push(b':');
+        let (shape, name_json) = (Shape::of(type_oid), name_json.into());
+        Self { name, type_oid, type_modifier, shape, name_json }
+    }
 }
 
 impl Table {
@@ -219,49 +267,5 @@ impl Event {
             Content::Change(Change::Delete { .. }) => Op::Delete,
             Content::Change(Change::Truncate) => Op::Truncate,
         }
-    }
-}
-
-/// Where a captured event's id comes from, besides its position.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Origin {
-    /// System identifier of the cluster (`IDENTIFY_SYSTEM`).
-    pub system_id: u64,
-    /// Timeline on which the commit LSN lies.
-    pub timeline: u32,
-}
-
-/// The id of a captured event.
-pub fn captured_id(origin: Origin, position: Position) -> Uuid {
-    let mut name = [0_u8; 8 + 4 + 8 + 8 + 2];
-    name[..8].copy_from_slice(&origin.system_id.to_be_bytes());
-    name[8..12].copy_from_slice(&origin.timeline.to_be_bytes());
-    name[12..20].copy_from_slice(&position.commit_lsn.0.to_be_bytes());
-    name[20..28].copy_from_slice(&position.ordinal.to_be_bytes());
-    name[28..].copy_from_slice(&position.sub.to_be_bytes());
-    Uuid::new_v5(&CAPTURED, &name)
-}
-
-/// The id of a route's own message (`message_id = "route"`): UUIDv5(event id, route name).
-pub fn route_id(event: Uuid, route: &str) -> Uuid {
-    Uuid::new_v5(&event, route.as_bytes())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::position::Lsn;
-
-    #[test]
-    fn captured_ids_are_stable_and_ignore_the_epoch() {
-        let origin = Origin { system_id: 7_301_234_567_890_123_456, timeline: 1 };
-        let at =
-            |epoch, ordinal, sub| Position { epoch, commit_lsn: Lsn(0x16B_3748), ordinal, sub };
-        let id = captured_id(origin, at(1, 3, 0));
-        assert_eq!(id.to_string(), "4d5c7839-7f9b-5959-8ca2-2ca638fe9ff4");
-        assert_eq!(id, captured_id(origin, at(2, 3, 0)));
-        assert_ne!(id, captured_id(origin, at(1, 4, 0)));
-        assert_ne!(id, captured_id(origin, at(1, 3, 1)));
-        assert_ne!(id, captured_id(Origin { timeline: 2, ..origin }, at(1, 3, 0)));
     }
 }

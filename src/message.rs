@@ -41,6 +41,8 @@ pub struct Message {
     pub route: RouteId,
     /// The `message_id` property; a returned message is matched by it.
     pub id: Uuid,
+    /// Number among the messages that its event has on its route.
+    pub part: u16,
     /// It may neither overtake nor be overtaken by others of its exchange that are in sequence,
     /// although those are unconfirmed. Without, whoever sends them waits for confirms.
     pub in_sequence: bool,
@@ -89,8 +91,8 @@ impl Message {
         }
         let properties_end = (routing_key.len() + properties.len()) as u32;
         let buf = [routing_key.as_bytes(), properties, body].concat().into_boxed_slice();
-        let in_sequence = false;
-        Ok(Self { buf, routing_key_len, properties_end, exchange, route, id, in_sequence })
+        let (part, in_sequence) = (0, false);
+        Ok(Self { buf, routing_key_len, properties_end, exchange, route, id, part, in_sequence })
     }
 
     /// Bytes held in memory for this message.
@@ -297,6 +299,7 @@ impl<'a> Builder<'a> {
             exchange,
             route,
             id: properties.message_id,
+            part: 0,
             in_sequence: false,
         })
     }

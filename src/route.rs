@@ -1,17 +1,25 @@
-//! Event to exchange, routing key and lanes, by rules parsed at start. Pure. To change how
-//! routing works, this is the one file to open.
+//! Event to exchange and routing key, by rules parsed at start. Pure.
 //!
 //! An event goes to every rule that selects it; each makes a message of its own. An event that
 //! none selects is poison: dropping needs a rule that says so.
+//!
+//! To change how routing works, open: this file for the rules, `route/template.rs` for the fields
+//! of a routing key, `route/plan.rs` for what a route decides once for each table, and
+//! `route/lanes.rs` for which messages wait for each other.
+
+mod lanes;
+mod plan;
+mod template;
 
 use std::sync::Arc;
 
-use xxhash_rust::xxh64::{Xxh64, xxh64};
-
 use crate::error::{Error, Result};
-use crate::event::{Change, Content, Event, OutboxRow, Row, Table, Value};
+use crate::event::Event;
 use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
+
+pub use lanes::Lanes;
+pub use plan::{Decision, Plan, Plans, TablePlan, unrouted, unrouted_lanes};
 
 /// Most rules that a configuration may have.
 pub const RULES_MAX: usize = 1000;
@@ -182,32 +190,6 @@ pub struct Route {
     seed: u64,
 }
 
-/// The lanes that a message takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lanes {
-    /// None: the route is pipelined.
-    Free,
-    /// One key. `group` is its table's, which truncates wait for; outbox events have none.
-    One {
-        /// Hash of route and key.
-        lane: u64,
-        /// Hash of route and table.
-        group: Option<u64>,
-    },
-    /// A key change: the old key's lane and the new one's.
-    Two {
-        /// Hashes of route and keys, different.
-        lanes: [u64; 2],
-        /// Hash of route and table.
-        group: u64,
-    },
-    /// A truncate: after everything before it in its table, before everything after it.
-    Barrier {
-        /// Hash of route and table.
-        group: u64,
-    },
-}
-
 /// All rules, parsed.
 #[derive(Debug)]
 pub struct Router {
@@ -215,18 +197,9 @@ pub struct Router {
     exchanges: Vec<String>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Parsed {
-    Publish(Route),
-    Drop(RouteId),
-}
-
-/// What a rule decided for an event.
-#[derive(Debug)]
-pub enum Decision<'a> {
-    /// Publish by this route.
-    Publish(&'a Route),
-    /// Count it under this rule and publish nothing.
+    Publish(Arc<Route>),
     Drop(RouteId),
 }
 
@@ -258,18 +231,8 @@ impl Router {
         &self.exchanges
     }
 
-    /// Everything that is to be done with the event; empty means that no rule selects it.
-    pub fn route<'a>(&'a self, event: &'a Event) -> impl Iterator<Item = Decision<'a>> {
-        self.rules.iter().filter(move |(select, _)| select.matches(event)).map(|(_, parsed)| {
-            match parsed {
-                Parsed::Publish(route) => Decision::Publish(route),
-                Parsed::Drop(id) => Decision::Drop(*id),
-            }
-        })
-    }
-
     /// The publishing route of that name.
-    pub fn by_name(&self, name: &str) -> Option<&Route> {
+    pub fn by_name(&self, name: &str) -> Option<&Arc<Route>> {
         self.rules.iter().find_map(|(_, parsed)| match parsed {
             Parsed::Publish(route) if route.name == name => Some(route),
             Parsed::Publish(_) | Parsed::Drop(_) => None,
@@ -277,7 +240,7 @@ impl Router {
     }
 
     /// The publishing route of that number.
-    pub fn by_id(&self, id: RouteId) -> &Route {
+    pub fn by_id(&self, id: RouteId) -> &Arc<Route> {
         match &self.rules[usize::from(id.0)].1 {
             Parsed::Publish(route) => route,
             Parsed::Drop(_) => unreachable!("messages have the numbers of publishing routes"),
@@ -305,7 +268,7 @@ impl Router {
             self.exchanges.push(exchange.clone());
             self.exchanges.len() - 1
         });
-        Ok(Parsed::Publish(Route {
+        Ok(Parsed::Publish(Arc::new(Route {
             id,
             name: rule.name.clone(),
             label: rule.name.as_str().into(),
@@ -313,42 +276,10 @@ impl Router {
             ordering: *ordering,
             message_id: *message_id,
             policy: *policy,
-            seed: seed(&rule.name),
+            seed: lanes::seed(&rule.name),
             routing_key: Template::parse(routing_key, fields).map_err(in_route)?,
             key: key.clone(),
-        }))
-    }
-}
-
-/// The lanes of an event that no route selects, among others of its kind: its own key's.
-pub fn unrouted_lanes(event: &Event) -> Lanes {
-    let route = Route {
-        id: RouteId(0),
-        name: String::new(),
-        label: "".into(),
-        exchange: ExchangeId(0),
-        ordering: Ordering::Keyed,
-        message_id: MessageIdRule::Event,
-        policy: Policy::default(),
-        routing_key: Template::default(),
-        key: Vec::new(),
-        seed: seed(""),
-    };
-    route.lanes(event)
-}
-
-impl Select {
-    fn matches(&self, event: &Event) -> bool {
-        match (self, &event.content) {
-            (Select::Outbox { aggregate_type }, Content::Outbox(row)) => {
-                aggregate_type == "*" || *aggregate_type == *row.aggregate_type
-            }
-            (Select::Table { name }, Content::Change(_)) => {
-                name == "*" || *name == event.table.full_name
-            }
-            (Select::Outbox { .. }, Content::Change(_))
-            | (Select::Table { .. }, Content::Outbox(_)) => false,
-        }
+        })))
     }
 }
 
@@ -369,65 +300,6 @@ impl Route {
         }
         Ok(())
     }
-
-    /// The columns of `table` that make its key for this route; empty when it has none.
-    pub fn key_columns(&self, table: &Table) -> Vec<usize> {
-        if self.key.is_empty() {
-            return table.key.clone();
-        }
-        self.key.iter().filter_map(|name| table.column(name)).collect()
-    }
-
-    /// The lanes that the event's message takes on this route.
-    pub fn lanes(&self, event: &Event) -> Lanes {
-        match self.ordering {
-            Ordering::Pipelined => Lanes::Free,
-            Ordering::Keyed => match &event.content {
-                Content::Outbox(row) => Lanes::One { lane: self.outbox_lane(row), group: None },
-                Content::Change(change) => self.change_lanes(&event.table, change),
-            },
-        }
-    }
-
-    // Two keys with one hash share a lane and wait for each other: slower, never wrong.
-    fn outbox_lane(&self, row: &OutboxRow) -> u64 {
-        outbox_lane(self.seed, row)
-    }
-
-    fn change_lanes(&self, table: &Table, change: &Change) -> Lanes {
-        let group = self.table_hash(table).digest();
-        let columns = self.key_columns(table);
-        let lane = |row: &Row| self.row_lane(table, &columns, row);
-        match change {
-            Change::Truncate => Lanes::Barrier { group },
-            Change::Insert { new } => Lanes::One { lane: lane(new), group: Some(group) },
-            Change::Delete { old } => Lanes::One { lane: lane(old.row()), group: Some(group) },
-            Change::Update { old: None, new } => Lanes::One { lane: lane(new), group: Some(group) },
-            Change::Update { old: Some(old), new } => match [lane(old.row()), lane(new)] {
-                [a, b] if a == b => Lanes::One { lane: a, group: Some(group) },
-                lanes => Lanes::Two { lanes, group },
-            },
-        }
-    }
-
-    fn table_hash(&self, table: &Table) -> Xxh64 {
-        let mut hasher = Xxh64::new(self.seed);
-        add(&mut hasher, table.full_name.as_bytes());
-        hasher
-    }
-
-    /// Without key columns every row of the table shares one lane.
-    fn row_lane(&self, table: &Table, columns: &[usize], row: &Row) -> u64 {
-        let mut hasher = self.table_hash(table);
-        for &column in columns {
-            match &row[column] {
-                Value::Text(text) => add(&mut hasher, text),
-                // Rows whose key cannot be read wait for each other.
-                Value::Null | Value::Unchanged | Value::Unreadable(_) => hasher.update(&[0xFF]),
-            }
-        }
-        hasher.digest()
-    }
 }
 
 /// Routes that name key columns for the table `schema.name`, with these columns.
@@ -442,25 +314,6 @@ pub fn keys_of<'a>(
         _ => None,
     })
 }
-
-// The hashes are stored with parked rows: they must be the same on every machine, for ever.
-fn seed(route: &str) -> u64 {
-    xxh64(route.as_bytes(), 0)
-}
-
-fn outbox_lane(seed: u64, row: &OutboxRow) -> u64 {
-    let mut hasher = Xxh64::new(seed);
-    add(&mut hasher, row.aggregate_type.as_bytes());
-    add(&mut hasher, row.aggregate_id.as_bytes());
-    hasher.digest()
-}
-
-fn add(hasher: &mut Xxh64, part: &[u8]) {
-    hasher.update(&(part.len() as u64).to_le_bytes());
-    hasher.update(part);
-}
-
-mod template;
 
 #[cfg(test)]
 mod tests {

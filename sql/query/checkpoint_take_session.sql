@@ -4,8 +4,9 @@
 UPDATE watership.checkpoint
 SET session_no = session_no + 1,
     ordinal = CASE WHEN publication_oid = $2 THEN ordinal ELSE 0 END,
+    sub = CASE WHEN publication_oid = $2 THEN sub ELSE 0 END,
     publication_oid = $2,
     updated_at = now()
 WHERE name = $1
-RETURNING epoch::bigint, commit_lsn, ordinal, flush_lsn, session_no, slot, system_identifier,
+RETURNING epoch::bigint, mark, ordinal, sub, flush_mark, session_no, kind, slot, system_identifier,
           timeline::bigint, publication, publication_oid

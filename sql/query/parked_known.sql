@@ -1,2 +1,2 @@
--- Rows of relay $1 in the transaction at $2 or later, of any state: a replay finds them done.
-SELECT event_id, route, commit_lsn FROM watership.parked WHERE name = $1 AND commit_lsn >= $2
+-- Rows of relay $1 in the transaction at mark $2 or later, of any state: a replay finds them done.
+SELECT event_id, route, part::bigint, mark FROM watership.parked WHERE name = $1 AND mark >= $2

@@ -6,7 +6,7 @@ WITH old AS (
     JOIN watership.checkpoint AS c ON c.name = q.name
     WHERE q.name = $1 AND q.state IN ('released', 'discarded')
       AND q.changed_at < now() - make_interval(secs => $2::bigint::double precision)
-      AND (q.epoch, q.commit_lsn, q.ordinal) <= (c.epoch, c.commit_lsn, c.ordinal)
+      AND (q.epoch, q.mark, q.ordinal, q.sub) <= (c.epoch, c.mark, c.ordinal, c.sub)
     LIMIT 1000
 )
 DELETE FROM watership.parked WHERE id IN (SELECT id FROM old)

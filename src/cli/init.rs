@@ -15,14 +15,16 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Options;
 use crate::pg::migrate;
+use crate::pg::publication::{
+    Operations, add_tables, create_publication, read_publication, read_table,
+};
 use crate::pg::publication::{Publication, ReplicaIdentity, TableName};
-use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
 use crate::relay::checkpoint::{self, NewCheckpoint};
-use crate::relay::{position_check, session};
+use crate::relay::{position_check, session, table_check};
 use crate::secret::Secret;
 use crate::verdict::Verdict;
 
@@ -228,6 +230,7 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
     };
     match read_publication(client, name).await? {
         None => {
+            check_identities(client, &wanted, None).await?;
             warn_of_missing_identity(client, &wanted).await?;
             create_publication(client, name, &wanted).await?;
             steps.add(Done::Created, "publication", detail(&wanted));
@@ -243,6 +246,7 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
                      or name another one in source.publication"
                 )));
             }
+            check_identities(client, &wanted, Some(&there)).await?;
             let is_there = |table: &TableName| there.tables.iter().any(|t| t.table == *table);
             let missing: Vec<TableName> = wanted.iter().filter(|t| !is_there(t)).cloned().collect();
             if missing.is_empty() {
@@ -256,6 +260,21 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
     }
     let made = read_publication(client, name).await?;
     made.ok_or_else(|| Error::protocol(format!("publication {name:?} vanished while init ran")))
+}
+
+/// Refuses tables whose changes could not be told apart, before anything more is published.
+async fn check_identities(
+    client: &Client,
+    tables: &[TableName],
+    publication: Option<&Publication>,
+) -> Result<()> {
+    let operations = publication.map_or(Operations::ALL, |publication| publication.operations);
+    for table in tables {
+        let Some(facts) = read_table(client, table).await? else { continue };
+        let published = publication.and_then(|p| p.tables.iter().find(|t| t.table == *table));
+        table_check::keys_its_changes(&facts, operations, published)?;
+    }
+    Ok(())
 }
 
 /// From the moment that such a table is published, its application cannot change rows any more.

@@ -5,7 +5,6 @@
 
 use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
-use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, Row};
 
 use super::{End, Out};
@@ -13,7 +12,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::postgres_error;
-use crate::position::{Lsn, Position};
+use crate::position::{Mark, Position};
 use crate::relay::parked::Why;
 
 /// Options of `parked`.
@@ -186,10 +185,9 @@ fn listed(row: &Row) -> Result<Listed> {
     let text = |i: usize| row.try_get::<_, String>(i).map_err(postgres_error);
     let int = |i: usize| row.try_get::<_, i64>(i).map_err(postgres_error);
     let maybe = |i: usize| row.try_get::<_, Option<String>>(i).map_err(postgres_error);
-    let lsn: PgLsn = row.try_get(7).map_err(postgres_error)?;
     let position = Position {
         epoch: int(6)?.try_into().unwrap_or_default(),
-        commit_lsn: Lsn(lsn.into()),
+        mark: Mark(int(7)?.try_into().unwrap_or_default()),
         ordinal: int(8)?.try_into().unwrap_or_default(),
         sub: int(9)?.try_into().unwrap_or_default(),
     };

@@ -7,12 +7,12 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::migrate;
-use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName};
+use crate::pg::publication::{Operations, Publication, ReplicaIdentity, TableFacts, TableName};
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::position_check::{START_THE_STANDBY, at_risk, held_by_standby};
-use crate::relay::{checkpoint, session, wanted};
+use crate::relay::{checkpoint, session, table_check};
 use crate::route::keys_of;
 use crate::verdict::Verdict;
 
@@ -45,7 +45,7 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
             INIT,
         ),
     }
-    check_tables(f, config, client).await?;
+    check_tables(f, config, client, publication.as_ref()).await?;
     check_slot(f, config, &server, slot.as_ref());
     if check_schema(f, client).await {
         check_checkpoint(f, config, client, &server).await?;
@@ -230,7 +230,7 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
 fn check_publication(f: &mut Findings, config: &Config, publication: &Publication) {
     let name = &publication.name;
     let quoted = postgres_protocol::escape::escape_identifier(name);
-    let wanted = wanted(&config.source.tables);
+    let wanted = config.relay_options().wanted();
     let canary = TableName::canary().to_string();
     let there: Vec<String> = publication.tables.iter().map(|t| t.table.to_string()).collect();
     let before = f.problems();
@@ -307,11 +307,16 @@ fn check_operations(f: &mut Findings, publication: &Publication, quoted: &str) {
     }
 }
 
-async fn check_tables(f: &mut Findings, config: &Config, client: &Client) -> Result<()> {
+async fn check_tables(
+    f: &mut Findings,
+    config: &Config,
+    client: &Client,
+    publication: Option<&Publication>,
+) -> Result<()> {
     for name in &config.source.tables {
         let table: TableName = name.parse()?;
         match read_table(client, &table).await? {
-            Some(facts) => check_table(f, config, &facts),
+            Some(facts) => check_table(f, config, &facts, publication),
             None => f.problem(
                 "table",
                 format!("{name} does not exist"),
@@ -327,9 +332,22 @@ fn quoted_table(table: &str) -> String {
     table.parse().map_or_else(|_| table.to_owned(), |name: TableName| name.quoted())
 }
 
-fn check_table(f: &mut Findings, config: &Config, facts: &TableFacts) {
+fn check_table(
+    f: &mut Findings,
+    config: &Config,
+    facts: &TableFacts,
+    publication: Option<&Publication>,
+) {
     let table = &facts.table;
     let before = f.problems();
+    let published = publication.and_then(|p| p.tables.iter().find(|t| t.table == *table));
+    let operations = publication.map_or(Operations::ALL, |publication| publication.operations);
+    if let Err(error) = table_check::keys_its_changes(facts, operations, published) {
+        f.error("table", &error);
+    }
+    for (what, hint) in publication.map_or_else(Vec::new, |p| table_check::ids_differ(facts, p)) {
+        f.warning("table", what, hint);
+    }
     let identity: Option<&[String]> = match &facts.identity {
         ReplicaIdentity::Key(columns) | ReplicaIdentity::Index(columns) => Some(columns),
         ReplicaIdentity::Full => None,
@@ -351,8 +369,9 @@ fn check_table(f: &mut Findings, config: &Config, facts: &TableFacts) {
             f.problem(
                 "table",
                 format!(
-                    "route {route:?} uses column {column:?} of {table} as key, and it is not \
-                         in the replica identity: a DELETE does not carry it"
+                    "route {route:?} uses column {column:?} of {table} as key, and it is not in \
+                     the replica identity: each UPDATE and DELETE waits for the whole table, and a \
+                     DELETE does not show the key"
                 ),
                 format!("ALTER TABLE {} REPLICA IDENTITY FULL, or another key", table.quoted()),
             );

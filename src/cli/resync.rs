@@ -163,7 +163,7 @@ async fn accept(
         .publication()
         .ok_or_else(|| Error::protocol("a publication that is missing was not noticed"))?;
     let (commit_lsn, flush_lsn) = match (plan.from, plan.begin) {
-        (From::Checkpoint, _) => (row.position.commit_lsn, row.flush_lsn),
+        (From::Checkpoint, _) => (row.position.mark.lsn(), row.flush_lsn),
         (From::Slot, Some(begin)) => (begin, begin),
         (From::Slot | From::Now, _) => {
             if slot.is_some() {
@@ -206,8 +206,8 @@ async fn move_checkpoint(
             &[
                 &config.name,
                 &row.session_no,
-                &PgLsn::from(commit_lsn.0),
-                &PgLsn::from(flush_lsn.0),
+                &checkpoint::to_sql(commit_lsn.0),
+                &checkpoint::to_sql(flush_lsn.0),
                 &server.system_identifier.to_string(),
                 &i64::from(server.timeline),
                 &publication.name,

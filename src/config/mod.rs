@@ -21,6 +21,7 @@ use crate::pg;
 use crate::relay;
 use crate::route::Rule;
 use crate::secret::Secret;
+use crate::source::transaction::OutboxTable;
 use crate::tls;
 
 pub mod load;
@@ -220,6 +221,7 @@ impl Config {
             sql: self.source.sql.clone(),
             slot: self.source.slot.clone(),
             publication: self.source.publication.clone(),
+            outbox: OutboxTable::default(),
             tables: self.source.tables.clone(),
             binary: self.source.binary,
             broker: self.broker_options(),

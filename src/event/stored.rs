@@ -1,7 +1,8 @@
 //! An event as a JSON document and back: how the raw row of a parked event is kept. Pure.
 //!
 //! Invariant: what comes back is the event that was stored, byte for byte, so that a retry makes
-//! the message that would have been made then, or the right one under a mended configuration.
+//! the message that would have been made then, or the right one under a corrected configuration.
+//! A document names the version of its form; one of a later version is refused, not guessed.
 
 use std::sync::Arc;
 
@@ -13,11 +14,14 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    Broken, Change, Column, Content, Event, OldRow, OutboxRow, Payload, Row, Table, Unreadable,
-    Value,
+    Broken, Change, Column, Content, Event, Identity, OldRow, OutboxRow, Payload, Row, Table,
+    Unreadable, Value,
 };
 use crate::error::{Error, Result};
-use crate::position::Position;
+use crate::position::{Lsn, Position};
+
+/// Version of the form that this program writes. It reads this one and those before it.
+const FORM: u32 = 1;
 
 /// Bytes of a document above which large values are left out of it. Postgres takes no parameter and
 /// no value of 1 GiB (`MaxAllocSize` in `src/include/utils/memutils.h`), and has to read and write
@@ -29,6 +33,10 @@ const KEPT_MAX: usize = 1 << 20;
 /// The document. Id and position stand beside it.
 #[derive(Serialize, Deserialize)]
 struct Stored {
+    form: u32,
+    /// LSN of the change, as a number; absent from a source that does not read the WAL.
+    lsn: Option<u64>,
+    occurred_at_us: i64,
     committed_at_us: i64,
     xid: u32,
     table: StoredTable,
@@ -37,11 +45,23 @@ struct Stored {
 
 #[derive(Serialize, Deserialize)]
 struct StoredTable {
+    database: String,
+    oid: u32,
+    version: u64,
     schema: String,
     name: String,
-    /// Name and type OID.
-    columns: Vec<(String, u32)>,
+    /// Name, type OID and type modifier.
+    columns: Vec<(String, u32, i32)>,
     key: Vec<usize>,
+    identity: StoredIdentity,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum StoredIdentity {
+    Nothing,
+    Columns(Vec<usize>),
+    Full,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -107,13 +127,13 @@ pub fn to_json(event: &Event) -> String {
 }
 
 fn document(event: &Event, max: usize) -> String {
-    let table = &event.table;
-    let columns = table.columns.iter().map(|c| (c.name.clone(), c.type_oid)).collect();
-    let (schema, name, key) = (table.schema.clone(), table.name.clone(), table.key.clone());
     let mut stored = Stored {
+        form: FORM,
+        lsn: event.lsn.map(|lsn| lsn.0),
+        occurred_at_us: event.occurred_at_us,
         committed_at_us: event.committed_at_us,
         xid: event.xid,
-        table: StoredTable { schema, name, columns, key },
+        table: store_table(&event.table),
         content: match &event.content {
             Content::Outbox(row) => StoredContent::Outbox(Box::new(store_outbox(row))),
             Content::Change(Change::Insert { new }) => StoredContent::Insert { new: cells(new) },
@@ -185,21 +205,27 @@ impl Cell {
     }
 }
 
+/// Only the version of a document's form.
+#[derive(Deserialize)]
+struct Form {
+    form: u32,
+}
+
 /// The event of a document.
 ///
 /// # Errors
-/// [`crate::error::Kind::Event`] when the document is none of ours.
+/// [`crate::error::Kind::Event`] when the document is damaged, or of a later version.
 pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<Event> {
     let wrong = |e: serde_json::Error| Error::event("the stored row is damaged").caused_by(e);
-    let Stored { committed_at_us, xid, table, content } =
-        serde_json::from_str(json).map_err(wrong)?;
-    let StoredTable { schema, name, columns, key } = table;
-    if key.iter().any(|index| *index >= columns.len()) {
-        return Err(Error::event("the stored row is damaged: a key column is missing"));
+    let Form { form } = serde_json::from_str(json).map_err(wrong)?;
+    if form > FORM {
+        let text = format!("the stored row has form {form}, this version reads up to {FORM}");
+        return Err(Error::event(text).hint("retry it with the version that stored it, or later"));
     }
-    let full_name = format!("{schema}.{name}");
-    let width = columns.len();
-    let columns = columns.into_iter().map(|(name, type_oid)| Column { name, type_oid }).collect();
+    let stored: Stored = serde_json::from_str(json).map_err(wrong)?;
+    let Stored { lsn, occurred_at_us, committed_at_us, xid, table, content, .. } = stored;
+    let table = Arc::new(load_table(table)?);
+    let width = table.columns.len();
     let row = |cells: Vec<Cell>| {
         if cells.len() != width {
             let text = format!("the stored row is damaged: {} of {width} columns", cells.len());
@@ -223,8 +249,51 @@ pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<Event> {
         }
         StoredContent::Truncate => Content::Change(Change::Truncate),
     };
-    let table = Arc::new(Table { schema, name, full_name, columns, key });
-    Ok(Event { id, position, committed_at_us, xid, table, content })
+    let lsn = lsn.map(Lsn);
+    Ok(Event { id, position, lsn, occurred_at_us, committed_at_us, xid, table, content })
+}
+
+fn store_table(table: &Table) -> StoredTable {
+    let column = |c: &Column| (c.name.clone(), c.type_oid, c.type_modifier);
+    StoredTable {
+        database: table.database.to_string(),
+        oid: table.oid,
+        version: table.version,
+        schema: table.schema.clone(),
+        name: table.name.clone(),
+        columns: table.columns.iter().map(column).collect(),
+        key: table.key.clone(),
+        identity: match &table.identity {
+            Identity::Nothing => StoredIdentity::Nothing,
+            Identity::Columns(columns) => StoredIdentity::Columns(columns.clone()),
+            Identity::Full => StoredIdentity::Full,
+        },
+    }
+}
+
+fn load_table(stored: StoredTable) -> Result<Table> {
+    let StoredTable { database, oid, version, schema, name, columns, key, identity } = stored;
+    let identity = match identity {
+        StoredIdentity::Nothing => Identity::Nothing,
+        StoredIdentity::Columns(columns) => Identity::Columns(columns),
+        StoredIdentity::Full => Identity::Full,
+    };
+    let sent = if let Identity::Columns(sent) = &identity { &sent[..] } else { &[] };
+    if key.iter().chain(sent).any(|index| *index >= columns.len()) {
+        return Err(Error::event("the stored row is damaged: a key column is missing"));
+    }
+    let columns = columns.into_iter().map(|(name, oid, modifier)| Column::new(name, oid, modifier));
+    Ok(Table {
+        database: database.into(),
+        oid,
+        version,
+        full_name: format!("{schema}.{name}"),
+        schema,
+        name,
+        columns: columns.collect(),
+        key,
+        identity,
+    })
 }
 
 fn store_outbox(row: &OutboxRow) -> StoredOutbox {
@@ -327,20 +396,31 @@ fn decode(base64: &str) -> Result<Bytes> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::Lsn;
+    use crate::position::Mark;
 
     fn event(content: Content) -> Event {
-        let columns = ["id", "note"].map(|name| Column { name: name.into(), type_oid: 25 });
+        let columns = ["id", "note"].map(|name| Column::new(name, 25, 36));
         let table = Table {
+            database: "shop".into(),
+            oid: 16_384,
+            version: u64::MAX,
             schema: "public".into(),
             name: "t".into(),
             full_name: "public.t".into(),
             columns: columns.into(),
             key: vec![0],
+            identity: Identity::Columns(vec![1]),
         };
-        let position = Position { epoch: 1, commit_lsn: Lsn(7), ordinal: 2, sub: 0 };
-        let id = Uuid::from_u128(5);
-        Event { id, position, committed_at_us: -3, xid: 9, table: Arc::new(table), content }
+        Event {
+            id: Uuid::from_u128(5),
+            position: Position { epoch: 1, mark: Mark(7), ordinal: 2, sub: 0 },
+            lsn: Some(Lsn(6)),
+            occurred_at_us: -4,
+            committed_at_us: -3,
+            xid: 9,
+            table: Arc::new(table),
+            content,
+        }
     }
 
     fn round_trip(content: Content) {
@@ -405,9 +485,19 @@ mod tests {
     #[test]
     fn a_damaged_document_is_an_error_and_no_panic() {
         let good = to_json(&event(Content::Change(Change::Truncate)));
-        for wrong in ["", "{}", "null", &good.replace("[0]", "[7]")] {
+        let no_key = good.replace("\"key\":[0]", "\"key\":[7]");
+        let no_identity = good.replace("[1]", "[7]");
+        for wrong in ["", "{}", "null", &no_key, &no_identity] {
             let error = from_json(wrong, Uuid::nil(), Position::default()).unwrap_err();
             assert!(error.to_string().contains("damaged"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_document_of_a_later_version_is_refused_and_not_guessed() {
+        let good = to_json(&event(Content::Change(Change::Truncate)));
+        let later = good.replace("\"form\":1", "\"form\":2,\"more\":0");
+        let error = from_json(&later, Uuid::nil(), Position::default()).unwrap_err();
+        assert_eq!(error.to_string(), "the stored row has form 2, this version reads up to 1");
     }
 }

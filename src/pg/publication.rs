@@ -95,6 +95,11 @@ pub struct Operations {
     pub truncate: bool,
 }
 
+impl Operations {
+    /// What `init` asks for.
+    pub const ALL: Self = Self { insert: true, update: true, delete: true, truncate: true };
+}
+
 /// A table of a publication.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishedTable {
@@ -238,11 +243,25 @@ pub struct TableFacts {
     pub partitioned: bool,
     /// Its replica identity.
     pub identity: ReplicaIdentity,
+    /// The partitions that hold its rows, with the identities that theirs are logged with.
+    pub leaves: Vec<(TableName, ReplicaIdentity)>,
     /// The columns of its primary key, in key order; empty without one.
     pub primary_key: Vec<String>,
     /// Whether the current role may read it.
     pub may_select: bool,
 }
+
+/// Columns of a relation `c` for [`identity`]: its `relreplident`, and the columns of its primary key
+/// and of the index that REPLICA IDENTITY USING INDEX names.
+const IDENTITY: &str = "c.relreplident::text, k.key, k.chosen";
+/// Where they come from.
+const OF_INDEXES: &str = "CROSS JOIN LATERAL (SELECT \
+        array_agg(a.attname::text ORDER BY p.place) FILTER (WHERE i.indisprimary) AS key, \
+        array_agg(a.attname::text ORDER BY p.place) FILTER (WHERE i.indisreplident) AS chosen \
+    FROM pg_catalog.pg_index AS i \
+    CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY AS p (attnum, place) \
+    JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = p.attnum \
+    WHERE i.indrelid = c.oid AND p.place <= i.indnkeyatts) AS k";
 
 /// The facts about a table; absent when there is no ordinary or partitioned table of that name.
 ///
@@ -252,23 +271,60 @@ pub async fn read_table(
     client: &impl GenericClient,
     table: &TableName,
 ) -> Result<Option<TableFacts>> {
-    let sql = "SELECT c.oid, c.relkind = 'p', c.relreplident::text, \
-            has_table_privilege(c.oid, 'SELECT'), k.key, k.chosen \
+    // A table that is dropped at this instant has no privileges: null.
+    let sql = format!(
+        "SELECT {IDENTITY}, c.oid, c.relkind = 'p', \
+            coalesce(has_table_privilege(c.oid, 'SELECT'), false) \
         FROM pg_catalog.pg_class AS c \
-        JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace \
-        CROSS JOIN LATERAL (SELECT \
-            array_agg(a.attname::text ORDER BY p.place) FILTER (WHERE i.indisprimary) AS key, \
-            array_agg(a.attname::text ORDER BY p.place) FILTER (WHERE i.indisreplident) AS chosen \
-            FROM pg_catalog.pg_index AS i \
-            CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY AS p (attnum, place) \
-            JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = p.attnum \
-            WHERE i.indrelid = c.oid AND p.place <= i.indnkeyatts) AS k \
-        WHERE n.nspname = $1::text AND c.relname = $2::text AND c.relkind IN ('r', 'p')";
-    let row = client.query_opt(sql, &[&table.schema, &table.name]).await.map_err(postgres_error)?;
-    let Some(row) = row else { return Ok(None) };
-    let primary_key = row.get::<_, Option<Vec<String>>>(4).unwrap_or_default();
-    let chosen = row.get::<_, Option<Vec<String>>>(5).unwrap_or_default();
-    let identity = match row.get(2) {
+        JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace {OF_INDEXES} \
+        WHERE n.nspname = $1::text AND c.relname = $2::text AND c.relkind IN ('r', 'p')"
+    );
+    let row = client.query_opt(&sql, &[&table.schema, &table.name]).await;
+    let Some(row) = row.map_err(postgres_error)? else { return Ok(None) };
+    let (identity, primary_key) = identity(&row, table)?;
+    let oid = row.try_get(3).map_err(postgres_error)?;
+    let partitioned = row.try_get(4).map_err(postgres_error)?;
+    Ok(Some(TableFacts {
+        table: table.clone(),
+        oid,
+        partitioned,
+        identity,
+        leaves: if partitioned { read_leaves(client, oid).await? } else { Vec::new() },
+        primary_key,
+        may_select: row.try_get(5).map_err(postgres_error)?,
+    }))
+}
+
+async fn read_leaves(
+    client: &impl GenericClient,
+    root: u32,
+) -> Result<Vec<(TableName, ReplicaIdentity)>> {
+    let sql = format!(
+        "SELECT {IDENTITY}, n.nspname::text, c.relname::text \
+        FROM pg_catalog.pg_partition_tree($1::oid) AS t \
+        JOIN pg_catalog.pg_class AS c ON c.oid = t.relid \
+        JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace {OF_INDEXES} \
+        WHERE t.isleaf AND c.relkind = 'r' ORDER BY 4, 5"
+    );
+    let rows = client.query(&sql, &[&root]).await.map_err(postgres_error)?;
+    let leaf = |row: &tokio_postgres::Row| {
+        let name = |i| row.try_get::<_, String>(i).map_err(postgres_error);
+        let table = TableName::new(name(3)?, name(4)?);
+        let (identity, _) = identity(row, &table)?;
+        Ok((table, identity))
+    };
+    rows.iter().map(leaf).collect()
+}
+
+/// The identity and the primary key out of the columns of [`IDENTITY`].
+fn identity(
+    row: &tokio_postgres::Row,
+    table: &TableName,
+) -> Result<(ReplicaIdentity, Vec<String>)> {
+    let names = |i| row.try_get::<_, Option<Vec<String>>>(i).map_err(postgres_error);
+    let primary_key = names(1)?.unwrap_or_default();
+    let chosen = names(2)?.unwrap_or_default();
+    let identity = match row.try_get(0).map_err(postgres_error)? {
         "d" if primary_key.is_empty() => ReplicaIdentity::Nothing,
         "d" => ReplicaIdentity::Key(primary_key.clone()),
         // The chosen index may have been dropped since: then there is no identity.
@@ -278,14 +334,7 @@ pub async fn read_table(
         "n" => ReplicaIdentity::Nothing,
         other => return Err(Error::protocol(format!("replica identity {other:?} of {table}"))),
     };
-    Ok(Some(TableFacts {
-        table: table.clone(),
-        oid: row.get(0),
-        partitioned: row.get(1),
-        identity,
-        primary_key,
-        may_select: row.get(3),
-    }))
+    Ok((identity, primary_key))
 }
 
 #[cfg(test)]

@@ -4,14 +4,14 @@
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, Kind, Result};
-use crate::event::{Content, Event, route_id};
+use crate::event::{Content, Event, id};
 use crate::message::{Message, Publisher};
 use crate::relay::lanes::Owner;
 use crate::relay::parked::{Key, Row, Why};
 use crate::relay::parking::Parked;
 use crate::relay::watermark::EntryId;
 use crate::relay::{Ending, Relay};
-use crate::route::{Decision, Lanes, OnPoison, Route, unrouted_lanes};
+use crate::route::{Decision, Lanes, OnPoison, Plan, unrouted_lanes};
 use crate::source::{Item, Receipt, Source};
 use crate::verdict::Verdict;
 
@@ -62,19 +62,18 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         self.made.clear();
         let mut selected = false;
         let max_body = self.max_body();
-        for decision in self.router.route(event) {
+        for decision in self.plans.decide(&self.router, event) {
             selected = true;
             match decision {
                 Decision::Drop(rule) => {
                     self.metrics.routes[usize::from(rule.0)].dropped.increment(1);
                 }
-                Decision::Publish(route) => {
-                    let lanes = route.lanes(event);
-                    let made = self.envelope.message(event, route);
+                Decision::Publish(plan, lanes) => {
+                    let made = self.envelope.message(event, plan, 0);
                     let made = made.map_err(|error| (Why::Invalid, error));
                     self.made.push(match made.and_then(|m| fits(m, max_body)) {
                         Ok(message) => Made::Message(message, lanes),
-                        Err((why, error)) => poison(event, route, lanes, why, error)?,
+                        Err((why, error)) => poison(event, plan, lanes, why, error)?,
                     });
                 }
             }
@@ -94,7 +93,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         let bytes = self.made.iter().map(size).sum();
         let count = u16::try_from(self.made.len()).expect("RULES_MAX fits");
         let entry = self.push(receipt, count, bytes);
-        self.published.event(event.position.commit_lsn);
+        self.published.event(event.position.mark);
         let mut made = std::mem::take(&mut self.made);
         for made in made.drain(..) {
             match made {
@@ -115,9 +114,9 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     fn follow_parked(&mut self, event: &Event) {
         let follows = Error::event("it follows an earlier message of its key");
         if self.parking.has_unrouted() {
-            let unrouted = Key { position: event.position, route: "".into() };
+            let unrouted = Key { position: event.position, route: "".into(), part: 0 };
             let lanes = unrouted_lanes(event);
-            let known = self.parking.is_known(event.id, "");
+            let known = self.parking.is_known(event.id, "", 0);
             if known || self.parking.follows(&unrouted, lanes).is_some() {
                 self.made.clear();
                 if !known {
@@ -129,22 +128,27 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         }
         let mut made = std::mem::take(&mut self.made);
         made.retain_mut(|made| {
-            let (route, lanes) = match made {
-                Made::Message(message, lanes) => (self.router.by_id(message.route), *lanes),
+            let (message, lanes) = match made {
+                Made::Message(message, lanes) => (message, *lanes),
                 Made::Row(row, _) => {
-                    return !self.parking.is_known(event.id, &row.key.route);
+                    return !self.parking.is_known(event.id, &row.key.route, row.key.part);
                 }
             };
-            let key = Key { position: event.position, route: route.label.clone() };
+            let route = self.router.by_id(message.route);
+            let part = message.part;
+            let key = Key { position: event.position, route: route.label.clone(), part };
             // Hashing the route's id for each event would be seen in the rate.
-            if self.parking.has_known()
-                && (self.parking.is_known(event.id, &route.name)
-                    || self.parking.is_known(route_id(event.id, &route.name), &route.name))
-            {
-                return false;
+            if self.parking.has_known() {
+                let ids = [event.id, id::of_route(event.id, &route.name), message.id];
+                if ids.iter().any(|id| self.parking.is_known(*id, &route.name, part)) {
+                    return false;
+                }
             }
             if self.parking.follows(&key, lanes).is_some() {
-                let row = Row::of_event(event, Some(route), lanes, Why::Follows, &follows);
+                let table = matches!(event.content, Content::Change(_)).then_some(&event.table);
+                let plan = Plan::new(route.clone(), table);
+                let mut row = Row::of_event(event, Some(&plan), lanes, Why::Follows, &follows);
+                row.key.part = part;
                 *made = Made::Row(Box::new(row), OnPoison::Park);
             }
             true
@@ -199,11 +203,11 @@ pub(super) fn fits(message: Message, max: usize) -> Result<Message, (Why, Error)
     Err((Why::TooLarge, Error::event(text).hint(hint)))
 }
 
-fn poison(event: &Event, route: &Route, lanes: Lanes, why: Why, error: Error) -> Result<Made> {
-    match route.policy.on_poison {
+fn poison(event: &Event, plan: &Plan, lanes: Lanes, why: Why, error: Error) -> Result<Made> {
+    match plan.route.policy.on_poison {
         OnPoison::Stop => Err(error.context(format!("event {} ({})", event.id, event.position))),
         policy @ (OnPoison::Park | OnPoison::Block) => {
-            let row = Row::of_event(event, Some(route), lanes, why, &error);
+            let row = Row::of_event(event, Some(plan), lanes, why, &error);
             Ok(Made::Row(Box::new(row), policy))
         }
     }

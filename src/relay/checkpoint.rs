@@ -15,7 +15,7 @@ use tokio_postgres::{Client, GenericClient, Row as SqlRow, Statement};
 use crate::error::{Error, Kind, Result};
 use crate::pg::publication::Publication;
 use crate::pg::sqlstate::postgres_error;
-use crate::position::{Lsn, Position};
+use crate::position::{Lsn, Mark, Position};
 use crate::relay::parked::{Indexed, Key, Row as Parked, RowState, Writes};
 use crate::relay::parking::store::{self as parked_store, Found};
 use crate::relay::position_check::Failover;
@@ -76,7 +76,7 @@ pub async fn create(client: &Client, row: &NewCheckpoint) -> Result<bool> {
             SQL,
             &[
                 &row.name,
-                &PgLsn::from(row.consistent_point.0),
+                &to_sql(row.consistent_point.0),
                 &row.slot,
                 &row.system_id.to_string(),
                 &i64::from(row.timeline),
@@ -136,26 +136,39 @@ fn missing_schema(error: tokio_postgres::Error) -> Error {
 
 fn from_sql(row: &SqlRow) -> Result<Row> {
     let text = |i: usize| row.try_get::<_, String>(i).map_err(postgres_error);
-    let lsn = |i: usize| row.try_get::<_, PgLsn>(i).map(|l| Lsn(l.into())).map_err(postgres_error);
     let int = |i: usize| row.try_get::<_, i64>(i).map_err(postgres_error);
     let wrong =
         |what: &str| Error::protocol(format!("watership.checkpoint.{what} is out of range"));
-    let position = Position {
-        epoch: u32::try_from(int(0)?).map_err(|_| wrong("epoch"))?,
-        commit_lsn: lsn(1)?,
-        ordinal: u64::try_from(int(2)?).map_err(|_| wrong("ordinal"))?,
-        sub: 0,
-    };
+    let number = |i: usize, what: &str| u64::try_from(int(i)?).map_err(|_| wrong(what));
+    let kind = text(6)?;
+    if kind != "wal" {
+        let text =
+            format!("the checkpoint is of kind {kind:?}, this relay reads the WAL (\"wal\")");
+        return Err(
+            Error::refused(text).hint("give the relay another name and run `watership init`")
+        );
+    }
     Ok(Row {
-        position,
-        flush_lsn: lsn(3)?,
-        session_no: int(4)?,
-        slot: text(5)?,
-        system_id: text(6)?.parse().map_err(|_| wrong("system_identifier"))?,
-        timeline: u32::try_from(int(7)?).map_err(|_| wrong("timeline"))?,
-        publication: text(8)?,
-        publication_oid: row.try_get(9).map_err(postgres_error)?,
+        position: Position {
+            epoch: u32::try_from(int(0)?).map_err(|_| wrong("epoch"))?,
+            mark: Mark(number(1, "mark")?),
+            ordinal: number(2, "ordinal")?,
+            sub: u32::try_from(int(3)?).map_err(|_| wrong("sub"))?,
+        },
+        flush_lsn: Lsn(number(4, "flush_mark")?),
+        session_no: int(5)?,
+        slot: text(7)?,
+        system_id: text(8)?.parse().map_err(|_| wrong("system_identifier"))?,
+        timeline: u32::try_from(int(9)?).map_err(|_| wrong("timeline"))?,
+        publication: text(10)?,
+        publication_oid: row.try_get(11).map_err(postgres_error)?,
     })
+}
+
+/// A number as the type bigint, which has no unsigned form. No WAL is 2^63 bytes long, and no
+/// transaction has 2^63 changes.
+pub fn to_sql(number: u64) -> i64 {
+    i64::try_from(number).expect("positions are below 2^63")
 }
 
 /// The row goes on at a promoted server. Returns the new epoch; absent when another session took
@@ -165,7 +178,6 @@ fn from_sql(row: &SqlRow) -> Result<Row> {
 /// The server's.
 pub async fn follow(client: &Client, name: &str, row: &Row, to: &Failover) -> Result<Option<u32>> {
     const SQL: &str = include_str!("../../sql/query/checkpoint_follow.sql");
-    let ordinal = i64::try_from(to.ordinal).expect("fewer than 2^40 changes");
     let row = client
         .query_opt(
             SQL,
@@ -173,9 +185,10 @@ pub async fn follow(client: &Client, name: &str, row: &Row, to: &Failover) -> Re
                 &name,
                 &row.session_no,
                 &i64::from(to.timeline),
-                &PgLsn::from(to.commit_lsn.0),
-                &ordinal,
-                &PgLsn::from(to.flush_lsn.0),
+                &to_sql(to.mark.0),
+                &to_sql(to.ordinal),
+                &i64::from(to.sub),
+                &to_sql(to.flush_lsn.0),
             ],
         )
         .await
@@ -225,7 +238,7 @@ pub enum Store {
 #[derive(Debug, Default)]
 pub struct MemoryStore {
     /// The rows, oldest first.
-    pub rows: Mutex<Vec<(Position, Lsn)>>,
+    pub rows: Mutex<Vec<(Position, Mark)>>,
     /// Half of it passes before the row is there, half after: a crash can fall on either side.
     pub latency: Duration,
     /// The parked rows, of any state.
@@ -265,7 +278,7 @@ impl PostgresStore {
 impl Store {
     /// Writes a checkpoint and what goes with it, in one transaction; durable when the future
     /// resolves.
-    pub fn store(&self, position: Position, flush: Lsn, writes: Writes) -> Storing {
+    pub fn store(&self, position: Position, flush: Mark, writes: Writes) -> Storing {
         match self {
             Store::Memory(store) => {
                 let store = store.clone();
@@ -273,7 +286,7 @@ impl Store {
                     tokio::time::sleep(store.latency / 2).await;
                     store.write(position, flush, writes);
                     tokio::time::sleep(store.latency / 2).await;
-                    Ok(flush)
+                    Ok(flush.lsn())
                 })
             }
             Store::Postgres(store) => {
@@ -321,7 +334,7 @@ impl Store {
 }
 
 impl MemoryStore {
-    fn write(&self, position: Position, flush: Lsn, writes: Writes) {
+    fn write(&self, position: Position, flush: Mark, writes: Writes) {
         self.rows.lock().expect("no holder panics").push((position, flush));
         let mut parked = self.parked.lock().expect("no holder panics");
         for row in writes.rows {
@@ -359,15 +372,14 @@ impl MemoryStore {
 }
 
 impl PostgresStore {
-    async fn store(&self, position: Position, flush: Lsn, writes: Writes) -> Result<Lsn> {
+    async fn store(&self, position: Position, flush: Mark, writes: Writes) -> Result<Lsn> {
         let epoch = i64::from(position.epoch);
-        let commit_lsn = PgLsn::from(position.commit_lsn.0);
-        let ordinal = i64::try_from(position.ordinal).expect("fewer than 2^40 changes");
-        let flush = PgLsn::from(flush.0);
+        let (mark, ordinal) = (to_sql(position.mark.0), to_sql(position.ordinal));
+        let (sub, flush) = (i64::from(position.sub), to_sql(flush.0));
         let (rows, changes);
         let mut statement = &self.statement;
         let mut values: Vec<&(dyn ToSql + Sync)> =
-            vec![&self.name, &self.session_no, &epoch, &commit_lsn, &ordinal, &flush];
+            vec![&self.name, &self.session_no, &epoch, &mark, &ordinal, &sub, &flush];
         if !writes.is_empty() {
             (rows, changes) = writes.to_json();
             statement = &self.with_parked;

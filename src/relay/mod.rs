@@ -21,6 +21,7 @@ mod retries;
 pub mod session;
 pub mod status;
 pub mod supervisor;
+pub mod table_check;
 pub mod unsendable;
 pub mod upkeep;
 pub mod watermark;
@@ -48,10 +49,10 @@ use crate::relay::phantoms::Published;
 use crate::relay::progress::{Idle, Progress};
 use crate::relay::status::Status;
 use crate::relay::watermark::Watermark;
-use crate::route::Router;
+use crate::route::{Plans, Router};
 use crate::source::{Item, Source};
 
-pub use options::{Options, Tuning, Window, wanted};
+pub use options::{Options, Tuning, Window};
 
 /// Items taken from the source at once; keeps the loop responsive.
 const BATCH_MAX: usize = 512;
@@ -64,6 +65,7 @@ pub struct Relay<S, P> {
     publisher: P,
     store: Store,
     router: Arc<Router>,
+    plans: Plans,
     envelope: Envelope,
     tuning: Tuning,
     window: Watermark,
@@ -147,6 +149,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             source,
             publisher,
             store,
+            plans: Plans::new(&router),
             router,
             envelope: Envelope::new(name),
             tuning: *tuning,

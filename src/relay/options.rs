@@ -6,6 +6,7 @@ use crate::pg::publication::TableName;
 use crate::relay::audit::AuditOptions;
 use crate::relay::parking::Limits;
 use crate::route::Rule;
+use crate::source::transaction::OutboxTable;
 use crate::{amqp, pg};
 
 /// Everything that a relay needs to know.
@@ -19,6 +20,8 @@ pub struct Options {
     pub slot: String,
     /// Publication.
     pub publication: String,
+    /// The outbox.
+    pub outbox: OutboxTable,
     /// Captured tables besides the outbox, `schema.table`.
     pub tables: Vec<String>,
     /// Whether values come in binary form: lets rows pass whose text form is above 1 GB.
@@ -46,14 +49,9 @@ pub struct Options {
 impl Options {
     /// The tables whose changes the relay expects in its stream.
     pub fn wanted(&self) -> Vec<String> {
-        wanted(&self.tables)
+        let own = [&self.outbox.table, &TableName::canary()].map(ToString::to_string);
+        own.into_iter().chain(self.tables.iter().cloned()).collect()
     }
-}
-
-/// The outbox, the canary, and the captured tables.
-pub fn wanted(tables: &[String]) -> Vec<String> {
-    let own = [TableName::outbox(), TableName::canary()].map(|table| table.to_string());
-    own.into_iter().chain(tables.iter().cloned()).collect()
 }
 
 /// Limits and intervals of the loop.

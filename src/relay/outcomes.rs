@@ -157,7 +157,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         let header = |name| slot.message.header(name).unwrap_or_default();
         let position = header("ws-position").parse().expect("the envelope wrote it");
         Row {
-            key: Key { position, route: route.label.clone() },
+            key: Key { position, route: route.label.clone(), part: slot.message.part },
             state: RowState::Parked,
             why,
             error: shorten(error),

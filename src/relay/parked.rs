@@ -9,11 +9,12 @@ use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::envelope::key_text;
 use crate::error::{Error, Result};
 use crate::event::{Event, stored};
 use crate::message::Message;
-use crate::position::{Lsn, Position};
-use crate::route::{Lanes, Route};
+use crate::position::Position;
+use crate::route::{Lanes, Plan, unrouted};
 
 /// Most bytes of one row. No document is larger than [`stored::STORED_MAX`]; a body of this size
 /// is below the 1 GiB that Postgres takes, also in base64.
@@ -29,6 +30,8 @@ pub struct Key {
     pub position: Position,
     /// Name of the route; empty when no route selected the event.
     pub route: Arc<str>,
+    /// Number among the messages that the event has on the route.
+    pub part: u16,
 }
 
 /// What a row waits for.
@@ -193,21 +196,22 @@ impl Row {
     /// The row of an event of which no message can be made, or which follows one.
     pub fn of_event(
         event: &Event,
-        route: Option<&Route>,
+        plan: Option<&Plan>,
         lanes: Lanes,
         why: Why,
         error: &Error,
     ) -> Self {
-        let route_name = route.map_or("", |route| &route.name);
+        let route = plan.map_or_else(|| "".into(), |plan| plan.route.label.clone());
         Self {
-            key: Key { position: event.position, route: route_name.into() },
+            key: Key { position: event.position, route, part: 0 },
             state: RowState::Parked,
             why,
             error: shorten(error),
             attempts: 1,
             id: event.id,
             source: event.table.full_name.clone(),
-            key_text: crate::envelope::key_text(event, route),
+            key_text: plan
+                .map_or_else(|| key_text(event, &unrouted(event)), |plan| key_text(event, plan)),
             committed_at_us: event.committed_at_us,
             lanes,
             raw: Raw::Event(stored::to_json(event)),
@@ -370,17 +374,18 @@ pub fn lanes_from_columns(lanes: &[i64], group: Option<i64>, barrier: bool) -> R
 #[derive(Serialize)]
 struct JsonKey {
     epoch: u32,
-    commit_lsn: String,
+    mark: u64,
     ordinal: u64,
-    sub: u16,
+    sub: u32,
     route: String,
+    part: u16,
 }
 
 impl JsonKey {
     fn of(key: &Key) -> Self {
-        let Position { epoch, commit_lsn, ordinal, sub } = key.position;
-        let commit_lsn = Lsn::to_string(&commit_lsn);
-        Self { epoch, commit_lsn, ordinal, sub, route: key.route.to_string() }
+        let Position { epoch, mark, ordinal, sub } = key.position;
+        let route = key.route.to_string();
+        Self { epoch, mark: mark.0, ordinal, sub, route, part: key.part }
     }
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use crate::position::{Lsn, Position};
+use crate::position::{Mark, Position};
 use crate::relay::parked::{Changed, Indexed, Key, ROW_BYTES_MAX, Row, RowState, Why, Writes};
 use crate::relay::watermark::EntryId;
 use crate::route::{Lanes, OnPoison};
@@ -132,10 +132,10 @@ pub struct Parking {
 /// Rows of any state that a replay may come upon: id and route, and where the last of them is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Known {
-    /// Ids of events, or of messages, with the route.
-    pub ids: HashSet<(Uuid, Arc<str>)>,
-    /// Commit LSN of the last one.
-    pub until: Lsn,
+    /// Ids of events, or of messages, with the route and the part.
+    pub ids: HashSet<(Uuid, Arc<str>, u16)>,
+    /// Mark of the last one.
+    pub until: Mark,
 }
 
 impl Parking {
@@ -160,8 +160,8 @@ impl Parking {
     }
 
     /// An earlier session parked this message beyond the checkpoint.
-    pub fn is_known(&self, id: Uuid, route: &str) -> bool {
-        self.has_known() && self.known.ids.contains(&(id, route.into()))
+    pub fn is_known(&self, id: Uuid, route: &str, part: u16) -> bool {
+        self.has_known() && self.known.ids.contains(&(id, route.into(), part))
     }
 
     /// An event that no route selected is parked, so its key is on all routes.
@@ -258,12 +258,12 @@ impl Parking {
 
     /// What to write with a checkpoint at `settled`.
     pub fn take_writes(&mut self, settled: Position) -> Writes {
-        if settled.commit_lsn > self.known.until {
+        if settled.mark > self.known.until {
             self.known.ids.clear();
         }
         let mut rows = Vec::new();
         while let Some(entry) = self.pending.first_entry() {
-            if entry.key().position.change() > settled {
+            if entry.key().position > settled {
                 break;
             }
             let (key, row) = entry.remove_entry();
@@ -292,8 +292,7 @@ impl Parking {
 
     /// There is something that a checkpoint at `settled` would write.
     pub fn has_writes(&self, settled: Position) -> bool {
-        let due =
-            self.pending.first_key_value().is_some_and(|(k, _)| k.position.change() <= settled);
+        let due = self.pending.first_key_value().is_some_and(|(k, _)| k.position <= settled);
         due || !self.changes.is_empty()
     }
 

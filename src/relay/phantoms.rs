@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use crate::position::Lsn;
+use crate::position::{Lsn, Mark};
 
 /// Transactions that are remembered; with more, the count is a lower bound.
 const TRANSACTIONS_MAX: usize = 8_192;
@@ -13,23 +13,23 @@ const TRANSACTIONS_MAX: usize = 8_192;
 /// Events handed to the publisher by the sessions of this process, by transaction.
 #[derive(Debug, Default)]
 pub struct Published {
-    /// (commit LSN, events), in commit order.
-    transactions: VecDeque<(Lsn, u64)>,
+    /// (mark, events), in commit order.
+    transactions: VecDeque<(Mark, u64)>,
 }
 
 impl Published {
-    /// One event of the transaction that committed at `commit_lsn`.
-    pub fn event(&mut self, commit_lsn: Lsn) {
+    /// One event of the transaction with this mark.
+    pub fn event(&mut self, mark: Mark) {
         // After a new start the same transactions come again.
         match self.transactions.back_mut() {
-            Some((last, count)) if *last == commit_lsn => *count += 1,
-            Some((last, _)) if *last > commit_lsn => {
-                while self.transactions.back().is_some_and(|(last, _)| *last >= commit_lsn) {
+            Some((last, count)) if *last == mark => *count += 1,
+            Some((last, _)) if *last > mark => {
+                while self.transactions.back().is_some_and(|(last, _)| *last >= mark) {
                     self.transactions.pop_back();
                 }
-                self.transactions.push_back((commit_lsn, 1));
+                self.transactions.push_back((mark, 1));
             }
-            Some(_) | None => self.transactions.push_back((commit_lsn, 1)),
+            Some(_) | None => self.transactions.push_back((mark, 1)),
         }
         if self.transactions.len() > TRANSACTIONS_MAX {
             self.transactions.pop_front();
@@ -39,7 +39,7 @@ impl Published {
     /// Forgets everything and says how many events lay at or beyond `switch`.
     pub fn take_beyond(&mut self, switch: Lsn) -> u64 {
         let all = std::mem::take(&mut self.transactions);
-        all.iter().filter(|(commit_lsn, _)| *commit_lsn >= switch).map(|(_, count)| count).sum()
+        all.iter().filter(|(mark, _)| mark.lsn() >= switch).map(|(_, count)| count).sum()
     }
 }
 
@@ -51,7 +51,7 @@ mod tests {
     fn only_events_beyond_the_switch_are_counted_and_each_once() {
         let mut published = Published::default();
         for lsn in [10, 20, 20, 20, 30, 30] {
-            published.event(Lsn(lsn));
+            published.event(Mark(lsn));
         }
         assert_eq!(published.take_beyond(Lsn(20)), 5);
         assert_eq!(published.take_beyond(Lsn(0)), 0, "forgotten");
@@ -61,7 +61,7 @@ mod tests {
     fn memory_is_bounded() {
         let mut published = Published::default();
         for lsn in 0..TRANSACTIONS_MAX as u64 * 2 {
-            published.event(Lsn(lsn));
+            published.event(Mark(lsn));
         }
         assert_eq!(published.take_beyond(Lsn(0)), TRANSACTIONS_MAX as u64);
     }

@@ -8,7 +8,7 @@
 use crate::error::{Error, Kind, Result};
 use crate::pg::publication::{Publication, PublishedTable, TableName};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
-use crate::position::Lsn;
+use crate::position::{Lsn, Mark};
 use crate::relay::checkpoint::Row;
 use crate::verdict::{RESYNC, Verdict};
 
@@ -29,9 +29,11 @@ pub struct Failover {
     /// Where it left the timeline of the checkpoint.
     pub switch: Lsn,
     /// Commit LSN of the last settled event that both timelines have.
-    pub commit_lsn: Lsn,
-    /// Its ordinal.
+    pub mark: Mark,
+    /// Its number in its transaction.
     pub ordinal: u64,
+    /// Its number there.
+    pub sub: u32,
     /// Where the stream begins.
     pub flush_lsn: Lsn,
 }
@@ -190,13 +192,15 @@ fn failover(
     let Some(confirmed) = slot.confirmed_flush_lsn else {
         return Err(refused(format!("{changed}, and slot {:?} has no position", slot.name)));
     };
-    let common = row.flush_lsn <= *switch && row.position.commit_lsn <= *switch;
-    let keeps = common && row.position.commit_lsn >= confirmed;
+    let commit_lsn = row.position.mark.lsn();
+    let common = row.flush_lsn <= *switch && commit_lsn <= *switch;
+    let keeps = common && commit_lsn >= confirmed;
     Ok(Failover {
         timeline: now,
         switch: *switch,
-        commit_lsn: if keeps { row.position.commit_lsn } else { confirmed },
+        mark: if keeps { row.position.mark } else { confirmed.into() },
         ordinal: if keeps { row.position.ordinal } else { 0 },
+        sub: if keeps { row.position.sub } else { 0 },
         flush_lsn: if common { row.flush_lsn.max(confirmed) } else { confirmed },
     })
 }

@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use crate::metrics::{Metrics, lsn_value};
-use crate::position::{Lsn, Position};
+use crate::position::{Lsn, Mark, Position};
 use crate::source::Receipt;
 
 /// How far each stage is.
@@ -13,18 +13,18 @@ use crate::source::Receipt;
 pub struct Progress {
     received: Position,
     settled: Position,
-    settled_flush: Lsn,
-    storing: Option<(Position, Lsn)>,
+    settled_flush: Mark,
+    storing: Option<(Position, Mark)>,
     stored: Position,
-    stored_flush: Lsn,
-    advanced: Lsn,
+    stored_flush: Mark,
+    advanced: Mark,
     due: bool,
     last_stored: Option<Instant>,
 }
 
 impl Progress {
     /// Everything stands where the checkpoint row stands.
-    pub fn new(position: Position, flush: Lsn) -> Self {
+    pub fn new(position: Position, flush: Mark) -> Self {
         Self {
             received: position,
             settled: position,
@@ -55,7 +55,7 @@ impl Progress {
     }
 
     /// How far the source could be told to flush, once stored.
-    pub fn flush(&self) -> Lsn {
+    pub fn flush(&self) -> Mark {
         self.settled_flush
     }
 
@@ -65,12 +65,12 @@ impl Progress {
     }
 
     /// The stored checkpoint.
-    pub fn stored_checkpoint(&self) -> (Position, Lsn) {
+    pub fn stored_checkpoint(&self) -> (Position, Mark) {
         (self.stored, self.stored_flush)
     }
 
     /// How far the source has been told.
-    pub fn advanced_lsn(&self) -> Lsn {
+    pub fn advanced_mark(&self) -> Mark {
         self.advanced
     }
 
@@ -95,7 +95,7 @@ impl Progress {
     }
 
     /// What to write now.
-    pub fn begin_storing(&mut self) -> (Position, Lsn) {
+    pub fn begin_storing(&mut self) -> (Position, Mark) {
         assert!(self.storing.is_none(), "one checkpoint at a time");
         self.due = false;
         let checkpoint = (self.settled, self.settled_flush);
@@ -112,12 +112,12 @@ impl Progress {
     }
 
     /// What the source may be told now; never more than is stored.
-    pub fn to_advance(&self) -> Option<Lsn> {
+    pub fn to_advance(&self) -> Option<Mark> {
         (self.stored_flush > self.advanced).then_some(self.stored_flush)
     }
 
     /// The source was told.
-    pub fn advanced(&mut self, flush: Lsn) {
+    pub fn advanced(&mut self, flush: Mark) {
         assert!(flush <= self.stored_flush, "advanced ≤ stored");
         assert!(flush >= self.advanced, "the source never goes back");
         self.advanced = flush;
@@ -125,10 +125,10 @@ impl Progress {
 
     /// Sets the gauges.
     pub fn publish(&self, metrics: &Metrics) {
-        metrics.wal.received.set(lsn_value(self.received.commit_lsn));
-        metrics.wal.settled.set(lsn_value(self.settled.commit_lsn));
-        metrics.wal.checkpointed.set(lsn_value(self.stored_flush));
-        metrics.wal.advanced.set(lsn_value(self.advanced));
+        metrics.wal.received.set(lsn_value(self.received.mark.lsn()));
+        metrics.wal.settled.set(lsn_value(self.settled.mark.lsn()));
+        metrics.wal.checkpointed.set(lsn_value(self.stored_flush.lsn()));
+        metrics.wal.advanced.set(lsn_value(self.advanced.lsn()));
     }
 }
 
@@ -179,9 +179,9 @@ impl Idle {
 
     /// The receipt to settle now, if the rule allows it; not beyond `limit`, the last canary that
     /// came. Call only with an empty window.
-    pub fn due(&mut self, flush: Lsn, limit: Option<Lsn>, now: Instant) -> Option<Receipt> {
+    pub fn due(&mut self, flush: Mark, limit: Option<Lsn>, now: Instant) -> Option<Receipt> {
         let reached = self.reached.as_ref()?;
-        let end = reached.flush()?;
+        let (end, flush) = (reached.flush()?.lsn(), flush.lsn());
         let end = limit.map_or(end, |limit| limit.min(end));
         let pinned = end.bytes_since(flush);
         let foreign = end.bytes_since(self.own_wal_end.max(flush)).saturating_sub(self.own_bytes);
@@ -190,7 +190,7 @@ impl Idle {
             self.last = now;
             let position = reached.position();
             self.reached = None;
-            return Some(Receipt::new(position, Some(end)));
+            return Some(Receipt::new(position, Some(end.into())));
         }
         None
     }
@@ -201,38 +201,38 @@ mod tests {
     use super::*;
 
     fn receipt(lsn: u64, flush: Option<u64>) -> Receipt {
-        let position = Position { epoch: 1, commit_lsn: Lsn(lsn), ordinal: 1, sub: 0 };
-        Receipt::new(position, flush.map(Lsn))
+        let position = Position { epoch: 1, mark: Mark(lsn), ordinal: 1, sub: 0 };
+        Receipt::new(position, flush.map(Mark))
     }
 
     #[test]
     fn nothing_is_advanced_before_it_is_stored() {
-        let mut progress = Progress::new(Position::default(), Lsn(5));
+        let mut progress = Progress::new(Position::default(), Mark(5));
         progress.settled(&receipt(10, Some(12)));
         assert_eq!(progress.to_advance(), None);
-        assert_eq!(progress.begin_storing().1, Lsn(12));
+        assert_eq!(progress.begin_storing().1, Mark(12));
         progress.settled(&receipt(20, Some(22)));
         assert_eq!(progress.to_advance(), None);
         progress.stored();
         // What was settled after the write began is not covered by it (museum M10).
-        assert_eq!(progress.to_advance(), Some(Lsn(12)));
-        progress.advanced(Lsn(12));
+        assert_eq!(progress.to_advance(), Some(Mark(12)));
+        progress.advanced(Mark(12));
         assert!(progress.has_unstored());
     }
 
     #[test]
     #[should_panic(expected = "advanced ≤ stored")]
     fn advancing_past_the_checkpoint_panics() {
-        let mut progress = Progress::new(Position::default(), Lsn(5));
+        let mut progress = Progress::new(Position::default(), Mark(5));
         progress.settled(&receipt(10, Some(12)));
-        progress.advanced(Lsn(12));
+        progress.advanced(Mark(12));
     }
 
     #[test]
     fn a_replayed_commit_does_not_lower_the_flush_position() {
-        let mut progress = Progress::new(Position::default(), Lsn(50));
+        let mut progress = Progress::new(Position::default(), Mark(50));
         progress.settled(&receipt(10, Some(12)));
-        assert_eq!(progress.flush(), Lsn(50));
+        assert_eq!(progress.flush(), Mark(50));
     }
 
     #[test]
@@ -242,20 +242,20 @@ mod tests {
         let mut idle = Idle::new(Duration::from_secs(30), start);
         let at = |lsn| receipt(1, Some(lsn));
         idle.reached(at(100_000));
-        assert_eq!(idle.due(Lsn(1000), None, start), None, "too early");
-        assert!(idle.due(Lsn(1000), None, later).is_some());
+        assert_eq!(idle.due(Mark(1000), None, start), None, "too early");
+        assert!(idle.due(Mark(1000), None, later).is_some());
         idle.wrote(Lsn(100_500));
         idle.reached(at(100_600));
         assert_eq!(
-            idle.due(Lsn(100_000), None, later + Duration::from_secs(31)),
+            idle.due(Mark(100_000), None, later + Duration::from_secs(31)),
             None,
             "only our own write"
         );
         idle.reached(at(200_000));
         idle.busy();
-        assert_eq!(idle.due(Lsn(100_000), None, later), None, "an event came in between");
+        assert_eq!(idle.due(Mark(100_000), None, later), None, "an event came in between");
         idle.reached(at(100_000 + IDLE_BYTES));
-        assert!(idle.due(Lsn(100_000), None, later).is_some(), "much WAL does not wait");
+        assert!(idle.due(Mark(100_000), None, later).is_some(), "much WAL does not wait");
     }
     #[test]
     fn an_idle_stream_advances_no_further_than_the_last_canary() {
@@ -263,9 +263,9 @@ mod tests {
         let later = start + Duration::from_secs(31);
         let mut idle = Idle::new(Duration::from_secs(30), start);
         idle.reached(receipt(1, Some(100_000)));
-        assert_eq!(idle.due(Lsn(1000), Some(Lsn(1000)), later), None, "no canary came");
-        let due = idle.due(Lsn(1000), Some(Lsn(60_000)), later).expect("up to the canary");
-        assert_eq!(due.flush(), Some(Lsn(60_000)));
+        assert_eq!(idle.due(Mark(1000), Some(Lsn(1000)), later), None, "no canary came");
+        let due = idle.due(Mark(1000), Some(Lsn(60_000)), later).expect("up to the canary");
+        assert_eq!(due.flush(), Some(Mark(60_000)));
     }
 
     #[test]
@@ -277,10 +277,10 @@ mod tests {
             idle.wrote_canary(290);
             idle.reached(receipt(1, Some(end.0)));
             let now = start + Duration::from_secs(31) * n;
-            assert_eq!(idle.due(Lsn(100_000), Some(end), now), None, "canary {n}");
+            assert_eq!(idle.due(Mark(100_000), Some(end), now), None, "canary {n}");
         }
         idle.reached(receipt(1, Some(140_000)));
         let now = start + Duration::from_secs(31) * 101;
-        assert!(idle.due(Lsn(100_000), Some(Lsn(140_000)), now).is_some(), "somebody else wrote");
+        assert!(idle.due(Mark(100_000), Some(Lsn(140_000)), now).is_some(), "somebody else wrote");
     }
 }

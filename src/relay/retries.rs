@@ -130,6 +130,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                 let message =
                     Message::from_parts(routing_key, properties, body, exchange, route.id, id);
                 let mut message = message.map_err(|error| (Why::Invalid, error))?;
+                message.part = row.key.part;
                 message.in_sequence = route.ordering == Ordering::Pipelined;
                 return Ok(vec![(fits(message, max_body)?, row.lanes)]);
             }
@@ -137,18 +138,20 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                 return Err((Why::Invalid, Error::event("the stored row names no route")));
             }
         };
-        let mut messages = Vec::new();
-        let mut selected = false;
-        for decision in self.router.route(&event) {
-            match decision {
-                Decision::Drop(_) => selected |= route.is_none(),
-                Decision::Publish(one) if route.is_none_or(|route| route.id == one.id) => {
-                    let made = self.envelope.message(&event, one);
-                    let made = made.map_err(|error| (Why::Invalid, error))?;
-                    messages.push((fits(made, max_body)?, one.lanes(&event)));
-                }
-                Decision::Publish(_) => {}
+        // A row that no route selected becomes what all routes make of it now.
+        let part = row.key.part;
+        let (mut made, mut selected) = (Vec::new(), false);
+        self.plans.decide_alone(&self.router, &event, |decision| match decision {
+            Decision::Drop(_) => selected |= route.is_none(),
+            Decision::Publish(plan, lanes) if route.is_none_or(|r| r.id == plan.route.id) => {
+                made.push(self.envelope.message(&event, plan, part).map(|made| (made, lanes)));
             }
+            Decision::Publish(..) => {}
+        });
+        let mut messages = Vec::new();
+        for made in made {
+            let (message, lanes) = made.map_err(|error| (Why::Invalid, error))?;
+            messages.push((fits(message, max_body)?, lanes));
         }
         if messages.is_empty() && !selected {
             let text = format!("route {:?} does not select it", row.key.route);

@@ -17,7 +17,7 @@ use crate::message::Publisher as _;
 use crate::metrics::Metrics;
 use crate::pg;
 use crate::pg::client::{Closed, SqlConnection, sql};
-use crate::pg::publication::{Publication, TableName, read_publication, read_table};
+use crate::pg::publication::{Publication, TableFacts, TableName, read_publication, read_table};
 use crate::pg::replication::{ReplicationConnection, ReplicationStream, StreamOptions};
 use crate::pg::slot::{ServerFacts, SlotState, insert_lsn, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
@@ -29,6 +29,7 @@ use crate::relay::phantoms::Published;
 use crate::relay::position_check::{self, Failover, Start};
 use crate::relay::progress::Progress;
 use crate::relay::status::Status;
+use crate::relay::table_check;
 use crate::relay::{Options, Parts, Relay};
 use crate::route::{Router, keys_of};
 use crate::source::transaction::{self, Assembler, CapturedTable, Timelines};
@@ -104,7 +105,7 @@ pub async fn open(
         source,
         publisher,
         store: Store::Postgres(Arc::new(store)),
-        progress: Progress::new(row.position, row.flush_lsn),
+        progress: Progress::new(row.position, row.flush_lsn.into()),
         parking,
         router: router.clone(),
         metrics: shared.metrics.clone(),
@@ -166,7 +167,7 @@ async fn prepare(
         return Err(Error::named(Verdict::OtherCluster, text)
             .hint("source.url must name one server, not a balancer"));
     }
-    let stream = stream(&client, replication, options, row, timelines).await;
+    let stream = stream(&client, replication, options, &taken, timelines).await;
     let (stream, assembler) = counted(stream, &metrics.slot_busy)?;
     let timing = Timing::new(taken.server.wal_sender_timeout);
     let source = Wal::new(stream, assembler, timing, row.flush_lsn);
@@ -183,6 +184,7 @@ const SLOT_IN_USE: &str = "55006";
 struct TakenOver {
     row: Row,
     server: ServerFacts,
+    publication: Publication,
     failover: Option<Failover>,
     /// Whether the canary is in the publication.
     canary: bool,
@@ -251,7 +253,8 @@ async fn take_over(client: &Client, options: &Options, timelines: &Timelines) ->
              is not noticed: run `watership init`, and let the publication publish updates"
         );
     }
-    Ok(TakenOver { row, server: found.server, failover, canary })
+    let publication = publication.clone();
+    Ok(TakenOver { row, server: found.server, publication, failover, canary })
 }
 
 /// What is compared at every start, and every few seconds while a session runs.
@@ -363,25 +366,23 @@ async fn stream(
     client: &Client,
     replication: ReplicationConnection,
     options: &Options,
-    row: &Row,
+    taken: &TakenOver,
     timelines: Timelines,
 ) -> Result<(ReplicationStream, Assembler)> {
-    let (types, types_read_at) = match options.binary {
-        // The place comes first: a type that is made in between is then read, or newer.
-        true => {
-            let at = insert_lsn(client).await?;
-            (user_types(client).await?, Some(at))
-        }
-        false => (Types::default(), None),
-    };
+    let row = &taken.row;
+    // The place comes first: what is changed in between is then read, or newer.
+    let catalog_at = insert_lsn(client).await?;
+    let types = if options.binary { Some(user_types(client).await?) } else { None };
     let assembler = Assembler::new(transaction::Options {
         epoch: row.position.epoch,
         system_id: row.system_id,
         timelines,
         resume_after: row.position,
-        captured: captured(client, options).await?,
+        database: taken.server.database.as_str().into(),
+        outbox: options.outbox.clone(),
+        captured: captured(client, options, &taken.publication).await?,
+        catalog_at,
         types,
-        types_read_at,
         canary: options.name.clone(),
     });
     let publications = [&*options.publication];
@@ -391,23 +392,23 @@ async fn stream(
 }
 
 /// The tables of `source.tables`.
-async fn captured(client: &Client, options: &Options) -> Result<HashMap<String, CapturedTable>> {
+async fn captured(
+    client: &Client,
+    options: &Options,
+    publication: &Publication,
+) -> Result<HashMap<String, CapturedTable>> {
     let mut captured = HashMap::new();
-    for table in &options.tables {
-        let name: TableName = table.parse()?;
-        let facts = read_table(client, &name).await?.ok_or_else(|| {
-            Error::new(Kind::Refused, format!("captured table {table} does not exist"))
-                .hint("create it, or remove it from source.tables")
-        })?;
+    for facts in read_tables(client, options, publication).await? {
+        let table = &facts.table.to_string();
         for (route, key) in keys_of(&options.rules, table) {
             if let Some(column) = facts.identity.lacks(key) {
                 tracing::warn!(
                     route,
                     table,
                     column,
-                    "the route's key is not in the table's replica identity: a DELETE, or an \
-                     UPDATE that changes it, can overtake earlier changes; ALTER TABLE ... REPLICA \
-                     IDENTITY FULL, or another key"
+                    "the route's key is not in the table's replica identity: each UPDATE and DELETE \
+                     waits for everything before it in the table; ALTER TABLE ... REPLICA IDENTITY \
+                     FULL, or choose another key"
                 );
             }
         }
@@ -415,6 +416,29 @@ async fn captured(client: &Client, options: &Options) -> Result<HashMap<String, 
         captured.insert(table.clone(), CapturedTable { oid, primary_key });
     }
     Ok(captured)
+}
+
+/// The tables of `source.tables`, each of them fit to be captured.
+///
+/// # Errors
+/// [`Kind::Refused`] for one that does not exist, or whose changes could not be told apart.
+pub async fn read_tables(
+    client: &Client,
+    options: &Options,
+    publication: &Publication,
+) -> Result<Vec<TableFacts>> {
+    let mut tables = Vec::new();
+    for table in &options.tables {
+        let name: TableName = table.parse()?;
+        let facts = read_table(client, &name).await?.ok_or_else(|| {
+            Error::refused(format!("captured table {table} does not exist"))
+                .hint("create it, or remove it from source.tables")
+        })?;
+        let published = publication.tables.iter().find(|published| published.table == name);
+        table_check::keys_its_changes(&facts, publication.operations, published)?;
+        tables.push(facts);
+    }
+    Ok(tables)
 }
 
 /// How each type of users and extensions is sent in binary.

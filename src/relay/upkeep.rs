@@ -170,9 +170,15 @@ async fn compare(client: &Client, options: &Options) -> Result<Option<Error>> {
         let text = "the server behind source.url is on another timeline than the session";
         return Ok(Some(Error::unreachable(text).hint("the next session decides about it")));
     }
-    match found.verify(options, &[]) {
+    if let Err(error) = found.verify(options, &[]) {
+        return Ok(Some(error));
+    }
+    let Some(publication) = found.publication() else { return Ok(None) };
+    match session::read_tables(client, options, publication).await {
         Ok(_) => Ok(None),
-        Err(error) => Ok(Some(error)),
+        // The next session refuses to start, and says what to alter.
+        Err(error) if error.kind() == Kind::Refused => Ok(Some(error)),
+        Err(error) => Err(error),
     }
 }
 

@@ -99,11 +99,11 @@ impl Watermark {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::{Lsn, Position};
+    use crate::position::{Mark, Position};
 
     fn receipt(lsn: u64, ordinal: u64, flush: Option<u64>) -> Receipt {
-        let position = Position { epoch: 1, commit_lsn: Lsn(lsn), ordinal, sub: 0 };
-        Receipt::new(position, flush.map(Lsn))
+        let position = Position { epoch: 1, mark: Mark(lsn), ordinal, sub: 0 };
+        Receipt::new(position, flush.map(Mark))
     }
 
     #[test]
@@ -142,9 +142,9 @@ mod tests {
         let commit = receipt(20, 1, Some(22));
         window.push(commit, 0, 0);
         let covered = window.take_settled().unwrap();
-        assert_eq!(covered.flush(), Some(Lsn(12)));
+        assert_eq!(covered.flush(), Some(Mark(12)));
         window.settle(event);
-        assert_eq!(window.take_settled().unwrap().flush(), Some(Lsn(22)));
+        assert_eq!(window.take_settled().unwrap().flush(), Some(Mark(22)));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::future::Future;
 
 use crate::error::Result;
 use crate::event::Event;
-use crate::position::{Lsn, Position};
+use crate::position::{Lsn, Mark, Position};
 
 /// One step of the source, in source order.
 #[derive(Debug)]
@@ -27,19 +27,19 @@ pub enum Item {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Receipt {
     position: Position,
-    flush: Option<Lsn>,
+    flush: Option<Mark>,
 }
 
 impl Receipt {
     /// Only sources make receipts.
-    pub(crate) fn new(position: Position, flush: Option<Lsn>) -> Self {
+    pub(crate) fn new(position: Position, flush: Option<Mark>) -> Self {
         Self { position, flush }
     }
 
     /// Of a source that is idle: it covers no change, so its position is the lowest; receipts merge
     /// upwards.
-    pub fn idle(wal_end: Lsn) -> Self {
-        Self::new(Position::default(), Some(wal_end))
+    pub fn idle(reached: Mark) -> Self {
+        Self::new(Position::default(), Some(reached))
     }
 
     /// Everything up to and including this position is covered.
@@ -48,7 +48,7 @@ impl Receipt {
     }
 
     /// How far the source may be told to flush; `None` inside a transaction.
-    pub fn flush(&self) -> Option<Lsn> {
+    pub fn flush(&self) -> Option<Mark> {
         self.flush
     }
 
@@ -96,7 +96,7 @@ pub trait Source {
     ///
     /// # Errors
     /// When the connection is lost.
-    fn advance(&mut self, flush: Lsn) -> impl Future<Output = Result<()>>;
+    fn advance(&mut self, flush: Mark) -> impl Future<Output = Result<()>>;
 
     /// Keeps the connection alive while nobody calls `next`. Call it at least every second.
     ///

@@ -5,7 +5,8 @@
 //! commit LSN, so events leave while the transaction is still arriving and nothing is buffered.
 //!
 //! The ordinal counts every insert, update, delete and truncate received, before any filter:
-//! configuration can change between two attempts, the count must not.
+//! configuration can change between two attempts, the count must not. The sub-ordinal numbers the
+//! tables of one truncate.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,99 +14,41 @@ use std::sync::Arc;
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::column::binary::Types;
 use crate::error::{Error, Result};
-use crate::event::{self, Change, Column, Content, Event, Origin, Row, Table};
-use crate::pg::pgoutput::{self, Message, Relation, ReplicaIdentity, Tuple};
-use crate::position::{Lsn, Position};
+use crate::event::id::{self, Ids};
+use crate::event::{Change, Content, Event, Table};
+use crate::pg::pgoutput::{self, Message, Relation, Tuple};
+use crate::position::{Lsn, Mark, Position};
 use crate::source::{Canary, Item, Receipt, Seen};
-use canary::CanaryColumns;
-use rows::{OutboxColumns, Values, old_row, outbox_row};
+use describe::{Described, Role};
+use rows::{Values, complete, old_row, outbox_row};
 
 mod canary;
+mod describe;
+mod options;
 mod rows;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_identity;
 
-/// Schema of the relay's own tables. None of them is an event, but the outbox is read.
-const OWN_SCHEMA: &str = "watership";
-const OUTBOX: &str = "outbox";
-const CANARY: &str = "canary";
+pub use options::{CapturedTable, Options, OutboxNames, OutboxTable, Timelines};
+
 /// Relations described by one stream; more would be a leak on somebody's side.
 const RELATIONS_MAX: usize = 100_000;
 /// Microseconds from 1970-01-01 to 2000-01-01, Postgres' epoch.
 const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
-
-/// Which timeline an LSN lies on.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Timelines {
-    current: u32,
-    /// (timeline, LSN at which it ended), ascending.
-    history: Vec<(u32, Lsn)>,
-}
-
-impl Timelines {
-    /// `history` lists the earlier timelines with their switch points, oldest first.
-    pub fn new(current: u32, history: Vec<(u32, Lsn)>) -> Self {
-        assert!(history.is_sorted_by_key(|(_, end)| *end), "timelines end in order");
-        Self { current, history }
-    }
-
-    /// The timeline that the server is on.
-    pub fn current(&self) -> u32 {
-        self.current
-    }
-
-    /// The earlier timelines with their switch points, oldest first.
-    pub fn history(&self) -> &[(u32, Lsn)] {
-        &self.history
-    }
-
-    fn at(&self, lsn: Lsn) -> u32 {
-        self.history.iter().find(|(_, end)| lsn < *end).map_or(self.current, |(tli, _)| *tli)
-    }
-}
-
-/// What the assembler has to know before the stream starts.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Epoch of the checkpoint.
-    pub epoch: u32,
-    /// System identifier of the cluster.
-    pub system_id: u64,
-    /// Timelines of the cluster.
-    pub timelines: Timelines,
-    /// Events up to and including this position were settled before: they are not handed on.
-    pub resume_after: Position,
-    /// The captured tables, by `schema.table`. Changes of other tables that are published are
-    /// counted and left out.
-    pub captured: HashMap<String, CapturedTable>,
-    /// How values of users' types are sent in binary; of no use in text mode.
-    pub types: Types,
-    /// Where the WAL ended when `types` were read; none in text mode, which needs no types.
-    pub types_read_at: Option<Lsn>,
-    /// Name of the relay whose canary is looked for.
-    pub canary: String,
-}
-
-/// What the catalog says of a captured table.
-#[derive(Debug, Clone)]
-pub struct CapturedTable {
-    /// Under another name it is still this one: the stream has the name of its time, and the next
-    /// comparison with the catalog decides about it.
-    pub oid: u32,
-    /// The columns of its primary key: with replica identity full the stream marks every column as
-    /// key, so it cannot tell.
-    pub primary_key: Vec<String>,
-}
 
 /// Turns pgoutput messages into items.
 #[derive(Debug)]
 pub struct Assembler {
     options: Options,
     state: State,
-    tables: HashMap<u32, Published>,
+    tables: HashMap<u32, Described>,
     seen: Seen,
+    ids: Ids,
+    /// Namespace of the ids, and the timeline that it stands for.
+    namespace: (u32, Uuid),
     /// Number of the canary of the open transaction.
     canary: Option<u64>,
     /// Commit LSN of the last transaction that began.
@@ -123,30 +66,40 @@ struct Transaction {
     commit_lsn: Lsn,
     committed_at_us: i64,
     xid: u32,
+    /// Number of the last change, and of the last thing at it.
     ordinal: u64,
-    timeline: u32,
+    sub: u32,
     /// Changes of the relay's own tables.
     own: u64,
 }
 
-#[derive(Debug)]
-enum Published {
-    Outbox(Arc<Table>, OutboxColumns),
-    Captured(Arc<Table>),
-    /// The canary; where its columns are, if they can be found.
-    Canary(Option<CanaryColumns>),
-    /// One of our own tables besides these.
-    Own,
-    /// In the publication, but nobody asked for it.
-    Unwanted,
+/// A change that was counted.
+#[derive(Debug, Clone, Copy)]
+struct Counted {
+    transaction: Transaction,
+    position: Position,
+    /// LSN of the change itself.
+    lsn: Lsn,
+    /// An earlier session settled it: it is not handed on.
+    settled: bool,
+}
+
+/// A change as it was received, and where.
+#[derive(Clone, Copy)]
+struct Received<'a> {
+    lsn: Lsn,
+    data: &'a Bytes,
+    relation: u32,
 }
 
 impl Assembler {
     /// An assembler at the start of a stream.
     pub fn new(options: Options) -> Self {
-        let (tables, seen) = Default::default();
-        let state = State::Idle;
-        Self { options, state, tables, seen, canary: None, last_begun: Lsn(0) }
+        let (tables, seen, ids) = Default::default();
+        let timeline = options.timelines.current();
+        let namespace = (timeline, id::namespace(options.system_id, timeline));
+        let (state, canary, last_begun) = (State::Idle, None, Lsn::ZERO);
+        Self { options, state, tables, seen, ids, namespace, canary, last_begun }
     }
 
     /// What came so far; how far the server is, is not known here.
@@ -159,35 +112,41 @@ impl Assembler {
         matches!(self.state, State::Idle)
     }
 
-    /// Takes one pgoutput message and appends what it means.
+    /// Takes one pgoutput message and appends what it means. `lsn` is where XLogData says that the
+    /// message begins: for a change its own LSN, the same for every reader of the WAL.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Protocol`] when the message is malformed or out of place,
-    /// [`crate::error::Kind::Verdict`] when the outbox lacks a column that is needed.
-    pub fn apply(&mut self, data: &Bytes, out: &mut Vec<Item>) -> Result<()> {
+    /// [`crate::error::Kind::Protocol`] when the message is malformed or out of place, or when the
+    /// catalog is newer than what this session read of it; [`crate::error::Kind::Verdict`] when the
+    /// outbox lacks a column that is needed.
+    pub fn apply(&mut self, lsn: Lsn, data: &Bytes, out: &mut Vec<Item>) -> Result<()> {
         let message =
             pgoutput::decode(data).map_err(|e| Error::protocol("pgoutput message").caused_by(e))?;
+        let at = |relation| Received { lsn, data, relation };
         match message {
-            Message::Insert { relation, new } => self.insert(data, relation, &new, out),
+            Message::Insert { relation, new } => self.insert(at(relation), &new, out),
             Message::Begin { final_lsn, commit_time, xid } => {
                 self.begin(final_lsn, commit_time, xid)
             }
             Message::Commit { commit_lsn, end_lsn, .. } => self.commit(commit_lsn, end_lsn, out),
             Message::Relation(relation) => self.relation(&relation),
             Message::Update { relation, old, new } => {
-                let change = |row: &dyn Fn(&Tuple<'_>) -> Result<Row>| {
-                    let old = old.as_ref().map(|old| old_row(old, row)).transpose()?;
-                    Ok(Change::Update { old, new: row(&new)? })
+                let change = |values: &Values<'_>| {
+                    let old = old.as_ref().map(|old| old_row(old, values)).transpose()?;
+                    let mut new = values.row(&new)?;
+                    if let Some(old) = &old {
+                        complete(values.table, old, &mut new);
+                    }
+                    Ok(Change::Update { old, new })
                 };
-                self.change(data, relation, Some(&new), change, out)
+                self.change(at(relation), Some(&new), change, out)
             }
             Message::Delete { relation, old } => {
-                let change = |row: &dyn Fn(&Tuple<'_>) -> Result<Row>| {
-                    Ok(Change::Delete { old: old_row(&old, row)? })
-                };
-                self.change(data, relation, None, change, out)
+                let change =
+                    |values: &Values<'_>| Ok(Change::Delete { old: old_row(&old, values)? });
+                self.change(at(relation), None, change, out)
             }
-            Message::Truncate(truncate) => self.truncate(truncate.relations(), out),
+            Message::Truncate(truncate) => self.truncate(lsn, truncate.relations(), out),
             // Messages have ids of their own and never count; they come with a later source.
             Message::Logical { .. } | Message::Origin { .. } | Message::Type { .. } => Ok(()),
         }
@@ -209,7 +168,7 @@ impl Assembler {
             committed_at_us: commit_time.saturating_add(POSTGRES_EPOCH_US),
             xid,
             ordinal: 0,
-            timeline: self.options.timelines.at(commit_lsn),
+            sub: 0,
             own: 0,
         });
         self.canary = None;
@@ -222,154 +181,136 @@ impl Assembler {
             let begun = transaction.commit_lsn;
             return Err(Error::protocol(format!("Commit of {commit_lsn} ends Begin of {begun}")));
         }
-        let position = self.position(&transaction, transaction.ordinal, 0);
+        let position = self.position(&transaction);
         if let Some(number) = self.canary.take() {
             self.seen.canary = Some(Canary { number, end: end_lsn });
         }
         self.state = State::Idle;
         // What we wrote ourselves is no progress: its checkpoint would be the next such write.
         if transaction.own > 0 && transaction.own == transaction.ordinal {
-            out.push(Item::Idle(Receipt::new(Position::default(), Some(end_lsn))));
+            out.push(Item::Idle(Receipt::idle(end_lsn.into())));
         } else {
-            out.push(Item::Commit(self.receipt(position, Some(end_lsn))));
+            out.push(Item::Commit(self.receipt(position, Some(end_lsn.into()))));
         }
         Ok(())
     }
 
     fn insert(
         &mut self,
-        data: &Bytes,
-        relation: u32,
+        received: Received<'_>,
         new: &Tuple<'_>,
         out: &mut Vec<Item>,
     ) -> Result<()> {
-        let (transaction, position) = self.count_change()?;
-        if self.is_settled(position) {
-            self.own_change(relation, Some(new));
-            return Ok(());
+        let counted = self.count_change(received.lsn)?;
+        let Described { table, role } = described(&self.tables, received.relation)?;
+        match role {
+            Role::Own | Role::Canary(_) => self.own_change(received.relation, Some(new)),
+            Role::Unwanted => {}
+            Role::Outbox(columns) => {
+                let types = self.options.types.as_ref();
+                let values = Values { data: received.data, table, types };
+                let (id, occurred_at_us, row) = outbox_row(&values, columns, new);
+                // A row without an id that can be read is parked, and needs one for that.
+                let id = match id {
+                    Some(id) => id,
+                    None => {
+                        let source = id_source(&mut self.namespace, &self.options, &counted);
+                        self.ids.row(source, &id::columns(table), &values.row(new)?)
+                    }
+                };
+                let at = occurred_at_us.unwrap_or(counted.transaction.committed_at_us);
+                self.hand_on(counted, table, id, at, Content::Outbox(row), out);
+            }
+            Role::Captured(_) => {
+                let change = |values: &Values<'_>| Ok(Change::Insert { new: values.row(new)? });
+                self.captured(counted, received, change, out)?;
+            }
         }
-        let receipt = self.receipt(position, None);
-        let (table, row) = match self.published(relation)? {
-            Published::Own | Published::Canary(_) => {
-                self.own_change(relation, Some(new));
-                return Ok(());
-            }
-            Published::Unwanted => return Ok(()),
-            Published::Outbox(table, columns) => {
-                let id = || event::captured_id(self.origin(&transaction), position);
-                let values = Values { data, table, types: &self.options.types };
-                let (id, row) = outbox_row(&values, columns, new, id);
-                (table, (id, Content::Outbox(row)))
-            }
-            Published::Captured(table) => {
-                self.knows_types(&transaction, table)?;
-                let id = event::captured_id(self.origin(&transaction), position);
-                let new = Values { data, table, types: &self.options.types }.row(new)?;
-                (table, (id, Content::Change(Change::Insert { new })))
-            }
-        };
-        push_event(transaction, position, table, row, receipt, out);
         Ok(())
     }
 
     fn change(
         &mut self,
-        data: &Bytes,
-        relation: u32,
+        received: Received<'_>,
         new: Option<&Tuple<'_>>,
-        change: impl FnOnce(&dyn Fn(&Tuple<'_>) -> Result<Row>) -> Result<Change>,
+        change: impl FnOnce(&Values<'_>) -> Result<Change>,
         out: &mut Vec<Item>,
     ) -> Result<()> {
-        let (transaction, position) = self.count_change()?;
-        if self.is_settled(position) {
-            self.own_change(relation, new);
-            return Ok(());
-        }
-        let receipt = self.receipt(position, None);
-        match self.published(relation)? {
-            Published::Own | Published::Canary(_) => self.own_change(relation, new),
+        let counted = self.count_change(received.lsn)?;
+        match described(&self.tables, received.relation)?.role {
+            Role::Own | Role::Canary(_) => self.own_change(received.relation, new),
             // The outbox is INSERT-only; deletes there are our own retention.
-            Published::Outbox(..) | Published::Unwanted => {}
-            Published::Captured(table) => {
-                self.knows_types(&transaction, table)?;
-                let id = event::captured_id(self.origin(&transaction), position);
-                let values = Values { data, table, types: &self.options.types };
-                let made = (id, Content::Change(change(&|tuple| values.row(tuple))?));
-                push_event(transaction, position, table, made, receipt, out);
-            }
+            Role::Outbox(_) | Role::Unwanted => {}
+            Role::Captured(_) => self.captured(counted, received, change, out)?,
         }
+        Ok(())
+    }
+
+    /// A change of a captured table. What was settled before gets its id all the same: of equal
+    /// rows with one LSN the next must not get the number of the one before it.
+    fn captured(
+        &mut self,
+        counted: Counted,
+        received: Received<'_>,
+        change: impl FnOnce(&Values<'_>) -> Result<Change>,
+        out: &mut Vec<Item>,
+    ) -> Result<()> {
+        let Described { table, role } = described(&self.tables, received.relation)?;
+        let Role::Captured(id_columns) = role else { unreachable!("the caller has looked") };
+        self.knows_types(&counted.transaction, table)?;
+        let types = self.options.types.as_ref();
+        let change = change(&Values { data: received.data, table, types })?;
+        let row = match &change {
+            Change::Insert { new } | Change::Update { new, .. } => new,
+            Change::Delete { old } => old.row(),
+            Change::Truncate => unreachable!("a truncate has no row"),
+        };
+        let source = id_source(&mut self.namespace, &self.options, &counted);
+        let id = self.ids.row(source, id_columns, row);
+        let at = counted.transaction.committed_at_us;
+        self.hand_on(counted, table, id, at, Content::Change(change), out);
         Ok(())
     }
 
     fn truncate(
         &mut self,
-        relations: impl ExactSizeIterator<Item = u32>,
+        lsn: Lsn,
+        relations: impl Iterator<Item = u32>,
         out: &mut Vec<Item>,
     ) -> Result<()> {
-        let (transaction, position) = self.count_change()?;
-        if self.is_settled(position) {
-            return Ok(());
-        }
-        let count = relations.len();
+        let first = self.count_change(lsn)?;
         for (sub, relation) in relations.enumerate() {
-            let Published::Captured(table) = self.published(relation)? else { continue };
-            let sub = u16::try_from(sub)
-                .map_err(|_| Error::protocol(format!("truncate of {count} tables")))?;
-            let at = Position { sub, ..position };
-            // Checkpoints know no sub-ordinal: until the last table is settled the change is not.
-            let last = usize::from(sub) + 1 == count;
-            let covered = Position { ordinal: position.ordinal - u64::from(!last), ..position };
-            let id = event::captured_id(self.origin(&transaction), at);
-            let made = (id, Content::Change(Change::Truncate));
-            push_event(transaction, at, table, made, self.receipt(covered, None), out);
+            let counted = if sub == 0 { first } else { self.count_sub(lsn)? };
+            let Described { table, role } = described(&self.tables, relation)?;
+            if !matches!(role, Role::Captured(_)) {
+                continue;
+            }
+            let source = id_source(&mut self.namespace, &self.options, &counted);
+            let id = self.ids.truncate(source, relation);
+            let at = counted.transaction.committed_at_us;
+            self.hand_on(counted, table, id, at, Content::Change(Change::Truncate), out);
         }
         Ok(())
     }
 
     fn relation(&mut self, relation: &Relation<'_>) -> Result<()> {
-        // An empty namespace means pg_catalog (protocol page, Relation).
-        let schema = if relation.namespace.is_empty() { "pg_catalog" } else { relation.namespace };
-        let columns: Vec<Column> = relation
-            .columns()
-            .map(|c| Column { name: c.name.to_owned(), type_oid: c.type_oid })
-            .collect();
-        let full_name = format!("{schema}.{}", relation.name);
-        let captured = &self.options.captured;
-        let captured = captured
-            .get(&full_name)
-            .or_else(|| captured.values().find(|table| table.oid == relation.id));
-        let is_captured = captured.is_some();
-        let named = captured.and_then(|table| {
-            table.primary_key.iter().map(|n| columns.iter().position(|c| c.name == *n)).collect()
-        });
-        let flagged: Vec<usize> =
-            relation.columns().enumerate().filter(|(_, c)| c.key).map(|(i, _)| i).collect();
-        let key = match relation.replica_identity {
-            // The primary key as it was when this was written: a column may have another name now.
-            ReplicaIdentity::Default if !flagged.is_empty() => flagged,
-            ReplicaIdentity::Index => named.unwrap_or(flagged),
-            ReplicaIdentity::Default | ReplicaIdentity::Nothing | ReplicaIdentity::Full => {
-                named.unwrap_or_default()
-            }
-        };
-        let name = relation.name.to_owned();
-        let table = Arc::new(Table { schema: schema.to_owned(), name, full_name, columns, key });
-        let published = match (schema, relation.name) {
-            (OWN_SCHEMA, OUTBOX) => {
-                let columns = OutboxColumns::find(&table)?;
-                Published::Outbox(table, columns)
-            }
-            (OWN_SCHEMA, CANARY) => Published::Canary(CanaryColumns::find(&table)),
-            (OWN_SCHEMA, _) => Published::Own,
-            _ if is_captured => Published::Captured(table),
-            _ => Published::Unwanted,
-        };
+        let described = describe::describe(relation, &self.options)?;
+        if let (Role::Captured(_), State::Open(transaction)) = (&described.role, &self.state)
+            && transaction.commit_lsn >= self.options.catalog_at
+            && !describe::names_every_row(&described.table, &self.options)
+        {
+            // What this session read of the catalog is older: the next one compares, and refuses
+            // what cannot work.
+            let name = &described.table.full_name;
+            let text = format!("the key or the replica identity of {name} has just changed");
+            return Err(Error::protocol(text).hint("none needed: the next session reads it again"));
+        }
         if self.tables.len() >= RELATIONS_MAX {
             // The server describes a relation again before it uses it only after an invalidation,
             // so forgetting is not possible; a new session is.
             return Err(Error::protocol(format!("more than {RELATIONS_MAX} tables in one stream")));
         }
-        self.tables.insert(relation.id, published);
+        self.tables.insert(relation.id, described);
         Ok(())
     }
 
@@ -383,89 +324,122 @@ impl Assembler {
     /// An error when a type of the table may be younger than what was read of the catalog. A type
     /// that is not there although it is older was dropped since, and its values cannot be rendered.
     fn knows_types(&self, transaction: &Transaction, table: &Table) -> Result<()> {
-        let Some(read_at) = self.options.types_read_at else { return Ok(()) };
-        if transaction.commit_lsn < read_at {
+        let Some(types) = &self.options.types else { return Ok(()) };
+        if transaction.commit_lsn < self.options.catalog_at {
             return Ok(());
         }
-        let unknown = |column: &&Column| !self.options.types.knows(column.type_oid);
-        let Some(column) = table.columns.iter().find(unknown) else { return Ok(()) };
+        let unknown = table.columns.iter().find(|column| !types.knows(column.type_oid));
+        let Some(column) = unknown else { return Ok(()) };
         let (name, full_name) = (&column.name, &table.full_name);
-        let text = format!("the type of column {name:?} of {full_name} is newer than this session");
-        Err(Error::protocol(text).hint("nothing: the next session reads the types again"))
+        let text = format!(
+            "the type of column {name:?} of {full_name} was created after this session began"
+        );
+        Err(Error::protocol(text).hint("none needed: the next session reads the types again"))
     }
 
     /// Counts one change of the open transaction and gives it its position.
-    fn count_change(&mut self) -> Result<(Transaction, Position)> {
+    fn count_change(&mut self, lsn: Lsn) -> Result<Counted> {
         let State::Open(transaction) = &mut self.state else {
             return Err(Error::protocol("a change outside of a transaction"));
         };
         transaction.ordinal += 1;
+        transaction.sub = 0;
         self.seen.changes += 1;
         let transaction = *transaction;
-        Ok((transaction, self.position(&transaction, transaction.ordinal, 0)))
+        Ok(self.counted(transaction, lsn))
     }
 
-    /// A change that was counted; if it is of a table of our own, it is no news to anybody.
-    fn own_change(&mut self, relation: u32, new: Option<&Tuple<'_>>) {
-        let columns = match self.tables.get(&relation) {
-            Some(Published::Own) => None,
-            Some(Published::Canary(columns)) => *columns,
-            Some(Published::Outbox(..) | Published::Captured(_) | Published::Unwanted) | None => {
-                return;
-            }
+    /// Counts one more thing at the change that was counted last.
+    fn count_sub(&mut self, lsn: Lsn) -> Result<Counted> {
+        let State::Open(transaction) = &mut self.state else {
+            return Err(Error::protocol("a change outside of a transaction"));
         };
+        transaction.sub += 1;
+        let transaction = *transaction;
+        Ok(self.counted(transaction, lsn))
+    }
+
+    fn counted(&mut self, transaction: Transaction, lsn: Lsn) -> Counted {
+        let position = self.position(&transaction);
+        let settled = position <= self.options.resume_after;
+        self.seen.skipped += u64::from(settled);
+        Counted { transaction, position, lsn, settled }
+    }
+
+    /// A change that was counted, of a table of our own: it is no news to anybody.
+    fn own_change(&mut self, relation: u32, new: Option<&Tuple<'_>>) {
         if let State::Open(transaction) = &mut self.state {
             transaction.own += 1;
         }
         self.seen.changes -= 1;
+        let columns = match self.tables.get(&relation).map(|described| &described.role) {
+            Some(Role::Canary(columns)) => *columns,
+            Some(Role::Own | Role::Outbox(_) | Role::Captured(_) | Role::Unwanted) | None => None,
+        };
         let (Some(columns), Some(new)) = (columns, new) else { return };
         if let Some(number) = columns.number(new, &self.options.canary) {
             self.canary = Some(number);
         }
     }
 
-    fn position(&self, transaction: &Transaction, ordinal: u64, sub: u16) -> Position {
-        let epoch = self.options.epoch;
-        Position { epoch, commit_lsn: transaction.commit_lsn, ordinal, sub }
-    }
-
-    fn is_settled(&mut self, position: Position) -> bool {
-        let settled = position <= self.options.resume_after;
-        self.seen.skipped += u64::from(settled);
-        settled
+    fn position(&self, transaction: &Transaction) -> Position {
+        Position {
+            epoch: self.options.epoch,
+            mark: transaction.commit_lsn.into(),
+            ordinal: transaction.ordinal,
+            sub: transaction.sub,
+        }
     }
 
     /// A receipt never goes behind what was settled before this stream began.
-    fn receipt(&self, position: Position, flush: Option<Lsn>) -> Receipt {
+    fn receipt(&self, position: Position, flush: Option<Mark>) -> Receipt {
         Receipt::new(position.max(self.options.resume_after), flush)
     }
 
-    fn origin(&self, transaction: &Transaction) -> Origin {
-        Origin { system_id: self.options.system_id, timeline: transaction.timeline }
-    }
-
-    fn published(&self, relation: u32) -> Result<&Published> {
-        self.tables.get(&relation).ok_or_else(|| {
-            Error::protocol(format!("a change of relation {relation}, which was never described"))
-        })
+    fn hand_on(
+        &self,
+        counted: Counted,
+        table: &Arc<Table>,
+        id: Uuid,
+        occurred_at_us: i64,
+        content: Content,
+        out: &mut Vec<Item>,
+    ) {
+        if counted.settled {
+            return;
+        }
+        let Counted { transaction, position, lsn, .. } = counted;
+        let event = Event {
+            id,
+            position,
+            lsn: Some(lsn),
+            occurred_at_us,
+            committed_at_us: transaction.committed_at_us,
+            xid: transaction.xid,
+            table: table.clone(),
+            content,
+        };
+        out.push(Item::Event(event, self.receipt(position, None)));
     }
 }
 
-fn push_event(
-    transaction: Transaction,
-    position: Position,
-    table: &Arc<Table>,
-    (id, content): (Uuid, Content),
-    receipt: Receipt,
-    out: &mut Vec<Item>,
-) {
-    let event = Event {
-        id,
-        position,
-        committed_at_us: transaction.committed_at_us,
-        xid: transaction.xid,
-        table: table.clone(),
-        content,
-    };
-    out.push(Item::Event(event, receipt));
+/// What the id of a change is made of. The namespace is that of the timeline on which the change
+/// lies; it is kept, because it is the same for almost all of a stream.
+fn id_source(namespace: &mut (u32, Uuid), options: &Options, counted: &Counted) -> id::Source {
+    let timeline = options.timelines.at(counted.lsn);
+    if namespace.0 != timeline {
+        *namespace = (timeline, id::namespace(options.system_id, timeline));
+    }
+    id::Source {
+        namespace: namespace.1,
+        lsn: counted.lsn,
+        committed_at_us: counted.transaction.committed_at_us,
+        xid: counted.transaction.xid,
+    }
+}
+
+fn described(tables: &HashMap<u32, Described>, relation: u32) -> Result<&Described> {
+    tables.get(&relation).ok_or_else(|| {
+        Error::protocol(format!("a change of relation {relation}, which was never described"))
+    })
 }

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::error::{Error, Kind, Result};
 use crate::pg::replication::{Frame, ReplicationStream};
-use crate::position::Lsn;
+use crate::position::{Lsn, Mark};
 use crate::source::transaction::Assembler;
 use crate::source::{Item, Receipt, Seen, Source};
 use crate::verdict::{RESYNC, Verdict};
@@ -93,9 +93,9 @@ impl Wal {
             match self.stream.try_next().map_err(named)? {
                 None if batch.is_empty() => return Ok(Taken::Nothing),
                 None => return Ok(Taken::Some),
-                Some(Frame::XLogData { wal_end, data, .. }) => {
+                Some(Frame::XLogData { wal_start, wal_end, data, .. }) => {
                     self.received = self.received.max(wal_end);
-                    self.assembler.apply(&data, batch)?;
+                    self.assembler.apply(wal_start, &data, batch)?;
                 }
                 Some(Frame::Keepalive { wal_end, reply_requested, .. }) => {
                     self.received = self.received.max(wal_end);
@@ -103,7 +103,7 @@ impl Wal {
                         self.status(false);
                     }
                     if self.assembler.is_idle() {
-                        batch.push(Item::Idle(Receipt::idle(wal_end)));
+                        batch.push(Item::Idle(Receipt::idle(wal_end.into())));
                     }
                 }
             }
@@ -210,7 +210,8 @@ impl Source for Wal {
         }
     }
 
-    async fn advance(&mut self, flush: Lsn) -> Result<()> {
+    async fn advance(&mut self, flush: Mark) -> Result<()> {
+        let flush = flush.lsn();
         assert!(flush >= self.flushed, "the source never goes back");
         self.flushed = flush;
         self.status(false);

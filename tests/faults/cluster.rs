@@ -107,7 +107,7 @@ async fn pg_a10_an_old_copy_of_the_data() {
     assert!(kinds.contains(&"before"));
     relay.stop().await.expect_code(0);
     // A checkpoint that did not go back is refused.
-    stage.execute("UPDATE watership.checkpoint SET flush_lsn = 'FFFF/0'").await;
+    stage.execute("UPDATE watership.checkpoint SET flush_mark = 'FFFF/0'::pg_lsn - '0/0'").await;
     let texts = ["ahead of the server's WAL", "hint: "];
     stage.spawn().ended().await.expect_code(3).expect_text(&texts);
     class.held(3);

@@ -77,7 +77,9 @@ async fn museum_m02_filter_that_never_switches_off() {
         stage.execute(&emit(kind)).await;
     }
     stage
-        .execute(&format!("UPDATE watership.checkpoint SET commit_lsn = '{between}', ordinal = 1"))
+        .execute(&format!(
+            "UPDATE watership.checkpoint SET mark = '{between}'::pg_lsn - '0/0', ordinal = 1"
+        ))
         .await;
     let relay = stage.start().await;
     let got = stage.settled().await;

@@ -191,7 +191,10 @@ async fn process_e28_checkpoint_row_missing_and_corrupt() {
     let stage = Stage::new(Setup::default()).await;
     stage.execute("SELECT watership.emit('t', '1', 'kept', '1')").await;
     stage.execute("CREATE TABLE kept AS SELECT * FROM watership.checkpoint").await;
-    let put_back = "INSERT INTO watership.checkpoint SELECT * FROM kept";
+    let put_back = "INSERT INTO watership.checkpoint (name, epoch, mark, ordinal, flush_mark, \
+        session_no, slot, system_identifier, timeline, publication, publication_oid) \
+        SELECT name, epoch, mark, ordinal, flush_mark, session_no, slot, system_identifier, \
+        timeline, publication, publication_oid FROM kept";
     stage.execute("DELETE FROM watership.checkpoint").await;
     let texts = ["no checkpoint row", "hint: "];
     stage.spawn().ended().await.expect_code(3).expect_text(&texts);

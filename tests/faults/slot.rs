@@ -57,7 +57,7 @@ async fn slot_b05_checkpoint_ahead_of_the_server() {
     let class = Class::new("B5", "slot_b05_checkpoint_ahead_of_the_server");
     let stage = Stage::new(Setup::default()).await;
     stage.execute(&emit("kept")).await;
-    stage.execute("UPDATE watership.checkpoint SET flush_lsn = 'FFFF/0'").await;
+    stage.execute("UPDATE watership.checkpoint SET flush_mark = 'FFFF/0'::pg_lsn - '0/0'").await;
     let texts = ["the checkpoint (FFFF/0) is ahead of the server's WAL", "hint: "];
     stage.spawn().ended().await.expect_code(3).expect_text(&texts);
     assert!(stage.inbox.flush(&stage.channel, "all").await.is_empty());

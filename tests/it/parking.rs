@@ -23,7 +23,7 @@ async fn emit_large(stage: &Stage, kind: &str, key: &str, event: &str) {
 /// The rows of `watership.parked`, as `state kind` in the order of their positions.
 async fn rows(stage: &Stage) -> Vec<String> {
     let sql = "SELECT state || ' ' || kind FROM watership.parked \
-        ORDER BY epoch, commit_lsn, ordinal, sub, route";
+        ORDER BY epoch, mark, ordinal, sub, route";
     let rows = stage.sql.query(sql, &[]).await.expect("the table is there");
     rows.iter().map(|row| row.get(0)).collect()
 }
@@ -62,7 +62,7 @@ async fn a_message_that_is_too_large_is_parked_and_its_key_follows_while_others_
     until_rows(&stage, &["parked too_large", "parked follows"]).await;
     assert_eq!(kinds(&stage.settled().await), ["before", "other"], "and the slot has passed them");
     let passed = format!(
-        "(SELECT max(commit_lsn) FROM watership.parked) < (SELECT confirmed_flush_lsn \
+        "(SELECT max(mark) FROM watership.parked) < (SELECT confirmed_flush_lsn - '0/0' \
          FROM pg_replication_slots WHERE slot_name = '{}')",
         stage.slot
     );

@@ -140,7 +140,7 @@ async fn a_slot_that_was_idle_for_too_long_is_lost_and_says_why() {
 #[tokio::test]
 async fn a_checkpoint_beyond_the_wal_is_resolved_at_the_slot() {
     let stage = stage("").await;
-    stage.execute("UPDATE watership.checkpoint SET flush_lsn = 'FFFF/0'").await;
+    stage.execute("UPDATE watership.checkpoint SET flush_mark = 'FFFF/0'::pg_lsn - '0/0'").await;
     stage.execute(&emit("during")).await;
     resolve(&stage, "checkpoint_ahead", "slot").await;
     assert!(kinds(&stage.settled_now().await).contains(&"during"), "nothing was skipped");

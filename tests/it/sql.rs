@@ -223,8 +223,9 @@ async fn the_relay_owns_nothing_and_can_do_its_job() {
     let relay = login_as(&database, &admin, "watership_relay").await;
     admin
         .batch_execute(
-            "INSERT INTO watership.checkpoint VALUES \
-             ('shop', 0, '0/1', 0, '0/1', 0, 'watership', '1', 1, 'watership', 1, now())",
+            "INSERT INTO watership.checkpoint (name, epoch, mark, ordinal, flush_mark, slot, \
+             system_identifier, timeline, publication, publication_oid) VALUES \
+             ('shop', 0, 1, 0, 1, 'watership', '1', 1, 'watership', 1)",
         )
         .await
         .unwrap();
@@ -232,8 +233,8 @@ async fn the_relay_owns_nothing_and_can_do_its_job() {
         "SELECT * FROM watership.outbox",
         "SELECT * FROM watership.maintain('14 days')",
         "SELECT * FROM watership.retired_partition, watership.default_retirement",
-        "UPDATE watership.checkpoint SET epoch = 1, commit_lsn = '0/2', ordinal = 1, \
-         flush_lsn = '0/2', session_no = 1, slot = 's', system_identifier = '2', timeline = 2, \
+        "UPDATE watership.checkpoint SET kind = 'wal', epoch = 1, mark = 2, ordinal = 1, sub = 0, \
+         flush_mark = 2, session_no = 1, slot = 's', system_identifier = '2', timeline = 2, \
          publication = 'p', publication_oid = 2, updated_at = now() \
          WHERE name = 'shop' AND session_no = 0",
     ] {
@@ -241,8 +242,9 @@ async fn the_relay_owns_nothing_and_can_do_its_job() {
     }
     assert!(migrate::pending(&relay).await.unwrap().is_empty());
     for sql in [
-        "INSERT INTO watership.checkpoint VALUES \
-         ('two', 0, '0/1', 0, '0/1', 0, 'watership', '1', 1, 'watership', 1, now())",
+        "INSERT INTO watership.checkpoint (name, epoch, mark, ordinal, flush_mark, slot, \
+         system_identifier, timeline, publication, publication_oid) VALUES \
+         ('two', 0, 1, 0, 1, 'watership', '1', 1, 'watership', 1)",
         "UPDATE watership.checkpoint SET name = 'two'",
         "DELETE FROM watership.checkpoint",
         "INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload) \

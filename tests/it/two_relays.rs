@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use watership::dev::Signal;
 use watership::error::Kind;
-use watership::position::{Lsn, Position};
+use watership::position::{Mark, Position};
 use watership::relay::checkpoint::{PostgresStore, Store, take_session};
 use watership::relay::parked::{Changed, Key, Raw, Row, RowState, Why, Writes};
 use watership::route::Lanes;
@@ -331,8 +331,8 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
         Store::Postgres(Arc::new(store.expect("a store")))
     };
     let at = |lsn: u64| {
-        let position = Position { commit_lsn: Lsn(old.flush_lsn.0 + lsn), ..old.position };
-        (position, Lsn(old.flush_lsn.0 + lsn))
+        let position = Position { mark: Mark(old.flush_lsn.0 + lsn), ..old.position };
+        (position, Mark(old.flush_lsn.0 + lsn))
     };
     let first = store(old.session_no).await;
     let write = async |store: &Store, lsn| {
@@ -345,7 +345,7 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
     let error = write(&first, 20).await.expect_err("it was taken over");
     assert_eq!(error.kind(), Kind::Busy, "{error}");
     let row = stage.text("SELECT flush_lsn FROM watership.checkpoint").await;
-    assert_eq!(row, at(10).1.to_string());
+    assert_eq!(row, at(10).1.lsn().to_string());
     // Nor what goes with a checkpoint: a row is parked, and a retry ends.
     let row = parked_row(at(15).0);
     let parks = |row: &Row| Writes { rows: vec![row.clone()], changes: Vec::new() };
@@ -364,7 +364,7 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
 
 fn parked_row(position: Position) -> Row {
     Row {
-        key: Key { position, route: "orders".into() },
+        key: Key { position, route: "orders".into(), part: 0 },
         state: RowState::Parked,
         why: Why::Unroutable,
         error: "no queue".into(),

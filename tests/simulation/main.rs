@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use watership::metrics::{Metrics, RouteLabel};
-use watership::position::{Lsn, Position};
+use watership::position::{Lsn, Mark, Position};
 use watership::relay::canary::Canary;
 use watership::relay::checkpoint::{MemoryStore, Store};
 use watership::relay::parked::RowState;
@@ -65,9 +65,9 @@ impl Run {
         Self { world, store, report, crashes_left, ordering, limits }
     }
 
-    fn checkpoint(&self) -> (Position, Lsn) {
-        let start = Position { epoch: 1, commit_lsn: Lsn(1000), ..Position::default() };
-        self.store.rows.lock().unwrap().last().copied().unwrap_or((start, Lsn(1000)))
+    fn checkpoint(&self) -> (Position, Mark) {
+        let start = Position { epoch: 1, mark: Mark(1000), ..Position::default() };
+        self.store.rows.lock().unwrap().last().copied().unwrap_or((start, Mark(1000)))
     }
 
     /// One session: until everything is stored, a lost connection or a crash.
@@ -84,7 +84,7 @@ impl Run {
             .map(|r| RouteLabel { name: r.name.clone(), owner: r.owner.clone() })
             .collect();
         let parts = Parts {
-            source: SimSource::new(&self.world, &self.store, position, flush),
+            source: SimSource::new(&self.world, &self.store, position, flush.lsn()),
             publisher: SimPublisher::new(&self.world),
             store: Store::Memory(self.store.clone()),
             progress: Progress::new(position, flush),
@@ -132,7 +132,7 @@ impl Run {
         let end = self.world.borrow().log.last().expect("a world has events").end_lsn;
         let store = self.store.clone();
         async move {
-            let stored = || store.rows.lock().unwrap().last().is_some_and(|(_, f)| *f >= end);
+            let stored = || store.rows.lock().unwrap().last().is_some_and(|(_, f)| f.lsn() >= end);
             while !stored() || !store.index().is_empty() {
                 sleep(Duration::from_millis(50)).await;
             }
@@ -143,10 +143,9 @@ impl Run {
     fn known(&self, position: Position) -> Known {
         let parked = self.store.parked.lock().unwrap();
         let mut known = Known::default();
-        for row in parked.values().filter(|row| row.key.position.commit_lsn >= position.commit_lsn)
-        {
-            known.ids.insert((row.id, row.key.route.clone()));
-            known.until = known.until.max(row.key.position.commit_lsn);
+        for row in parked.values().filter(|row| row.key.position.mark >= position.mark) {
+            known.ids.insert((row.id, row.key.route.clone(), row.key.part));
+            known.until = known.until.max(row.key.position.mark);
         }
         known
     }
@@ -185,7 +184,7 @@ impl Run {
 
     fn is_done(&self) -> bool {
         let end = self.world.borrow().log.last().unwrap().end_lsn;
-        self.checkpoint().1 >= end && self.store.index().is_empty()
+        self.checkpoint().1.lsn() >= end && self.store.index().is_empty()
     }
 
     fn check(&mut self, with_order: bool) {
@@ -359,14 +358,14 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
     runtime.block_on(async {
         let world = World::new(5, EVENTS, KEYS, Faults::default());
         let store = Arc::new(MemoryStore::default());
-        let start = Position { epoch: 1, commit_lsn: Lsn(1000), ..Position::default() };
+        let start = Position { epoch: 1, mark: Mark(1000), ..Position::default() };
         let rules = default_rules();
         let label = RouteLabel { name: "outbox".into(), owner: String::new() };
         let parts = Parts {
             source: SimSource::new(&world, &store, start, Lsn(1000)),
             publisher: SimPublisher::new(&world),
             store: Store::Memory(store.clone()),
-            progress: Progress::new(start, Lsn(1000)),
+            progress: Progress::new(start, Mark(1000)),
             parking: Parking::default(),
             router: Arc::new(Router::new(&rules).unwrap()),
             metrics: Arc::new(Metrics::new(&[label])),
@@ -387,6 +386,6 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
         let world = world.borrow();
         assert!(!world.arrived.is_empty());
         assert_eq!(world.uncovered(position), 0, "all that arrived is covered");
-        assert_eq!(world.slot, flush, "the source was told");
+        assert_eq!(world.slot, flush.lsn(), "the source was told");
     });
 }

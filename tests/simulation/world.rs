@@ -14,9 +14,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 use watership::error::{Error, Result};
 use watership::message::{Message, Outcome, Publisher, Ticket};
-use watership::position::{Lsn, Position};
+use watership::position::{Lsn, Mark, Position};
 use watership::relay::checkpoint::MemoryStore;
-use watership::source::transaction::{Assembler, Options, Timelines};
+use watership::source::transaction::{Assembler, Options, OutboxTable, Timelines};
 use watership::source::{Item, Receipt, Seen, Source};
 
 const OUTBOX: u32 = 16_384;
@@ -146,7 +146,7 @@ impl World {
     /// Arrivals that a stored checkpoint at `position` does not cover: they may come again.
     pub fn uncovered(&self, position: Position) -> usize {
         let place = |t: &Transaction, ordinal: usize| Position {
-            commit_lsn: t.commit_lsn,
+            mark: t.commit_lsn.into(),
             ordinal: ordinal as u64 + 1,
             ..position
         };
@@ -164,6 +164,8 @@ pub struct SimSource {
     store: Arc<MemoryStore>,
     assembler: Assembler,
     frames: VecDeque<Bytes>,
+    /// LSN of the last frame: in a real stream each change has one of its own.
+    lsn: u64,
     next: usize,
     flushed: Lsn,
 }
@@ -179,8 +181,10 @@ impl SimSource {
             timelines: Timelines::new(1, Vec::new()),
             resume_after: stored,
             captured: HashMap::new(),
-            types: Default::default(),
-            types_read_at: None,
+            database: "shop".into(),
+            outbox: OutboxTable::default(),
+            catalog_at: Lsn::ZERO,
+            types: None,
             canary: String::new(),
         };
         let frames = VecDeque::from([relation()]);
@@ -189,6 +193,7 @@ impl SimSource {
             store: store.clone(),
             assembler: Assembler::new(options),
             frames,
+            lsn: 0,
             next,
             flushed: from,
         }
@@ -216,13 +221,14 @@ impl Source for SimSource {
             if self.frames.is_empty() && self.world.borrow_mut().rng.f64() < 0.1 {
                 let sent =
                     self.next.checked_sub(1).map(|last| self.world.borrow().log[last].end_lsn);
-                batch.extend(sent.map(|end| Item::Idle(Receipt::idle(Lsn(end.0 + GAP / 2)))));
+                batch.extend(sent.map(|end| Item::Idle(Receipt::idle(Mark(end.0 + GAP / 2)))));
             }
             if self.frames.is_empty() && !self.load() {
                 break;
             }
             let frame = self.frames.pop_front().expect("just loaded");
-            self.assembler.apply(&frame, batch)?;
+            self.lsn += 1;
+            self.assembler.apply(Lsn(self.lsn), &frame, batch)?;
         }
         if batch.is_empty() {
             std::future::pending::<()>().await;
@@ -230,7 +236,8 @@ impl Source for SimSource {
         Ok(())
     }
 
-    async fn advance(&mut self, flush: Lsn) -> Result<()> {
+    async fn advance(&mut self, flush: Mark) -> Result<()> {
+        let flush = flush.lsn();
         assert!(flush >= self.flushed, "feedback never goes back");
         self.flushed = flush;
         let wait = self.world.borrow_mut().rng.u64(0..5);
@@ -240,7 +247,8 @@ impl Source for SimSource {
         world.parked.extend(self.store.parked.lock().unwrap().values().map(|row| row.id));
         let limit = world.may_forget();
         assert!(flush <= limit, "slot at {flush}, past what has arrived: {limit}");
-        let stored = self.store.rows.lock().unwrap().last().map_or(Lsn(1000), |(_, flush)| *flush);
+        let stored =
+            self.store.rows.lock().unwrap().last().map_or(Lsn(1000), |(_, flush)| flush.lsn());
         assert!(flush <= stored, "slot at {flush}, past what is stored: {stored}");
         world.slot = world.slot.max(flush);
         Ok(())

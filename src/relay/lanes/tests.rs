@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Lanes, Owner, PROBE_EVERY, RETRY_LIMIT};
 use crate::message::{Builder, ExchangeId, Message, Properties, RouteId, Ticket};
-use crate::position::{Lsn, Position};
+use crate::position::{Mark, Position};
 use crate::relay::watermark::{EntryId, Watermark};
 use crate::route::Lanes as Keys;
 use crate::source::Receipt;
@@ -27,7 +27,7 @@ fn message(id: u128, route: u16) -> Message {
 }
 
 fn entry() -> EntryId {
-    let receipt = Receipt::new(Position::default(), Some(Lsn(1)));
+    let receipt = Receipt::new(Position::default(), Some(Mark(1)));
     Watermark::new().push(receipt, 1, 0)
 }
 

@@ -1,11 +1,11 @@
 //! Reads `watership.parked`. Writing goes with the checkpoint, in `checkpoint`.
 
-use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, Row as SqlRow};
 
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
-use crate::position::{Lsn, Position};
+use crate::position::{Mark, Position};
+use crate::relay::checkpoint::to_sql;
 use crate::relay::parked::{
     Indexed, Key, Raw, Row, RowState, Why, keys_to_json, lanes_from_columns,
 };
@@ -49,16 +49,16 @@ pub async fn index(client: &Client, name: &str) -> Result<Vec<Indexed>> {
             let get = Columns(row);
             Ok(Indexed {
                 key: get.key()?,
-                state: RowState::parse(&get.text(5)?)?,
-                why: Why::parse(&get.text(6)?),
+                state: RowState::parse(&get.text(6)?)?,
+                why: Why::parse(&get.text(7)?),
                 lanes: lanes_from_columns(
-                    &row.try_get::<_, Vec<i64>>(7).map_err(postgres_error)?,
-                    row.try_get(8).map_err(postgres_error)?,
+                    &row.try_get::<_, Vec<i64>>(8).map_err(postgres_error)?,
                     row.try_get(9).map_err(postgres_error)?,
+                    row.try_get(10).map_err(postgres_error)?,
                 )?,
-                bytes: usize::try_from(row.try_get::<_, i32>(10).map_err(postgres_error)?)
+                bytes: usize::try_from(row.try_get::<_, i32>(11).map_err(postgres_error)?)
                     .unwrap_or_default(),
-                parked_at: row.try_get(11).map_err(postgres_error)?,
+                parked_at: row.try_get(12).map_err(postgres_error)?,
             })
         })
         .collect()
@@ -70,14 +70,14 @@ pub async fn index(client: &Client, name: &str) -> Result<Vec<Indexed>> {
 /// The server's.
 pub async fn known(client: &Client, name: &str, position: Position) -> Result<Known> {
     const SQL: &str = include_str!("../../../sql/query/parked_known.sql");
-    let lsn = PgLsn::from(position.commit_lsn.0);
-    let rows = client.query(SQL, &[&name, &lsn]).await.map_err(postgres_error)?;
+    let mark = to_sql(position.mark.0);
+    let rows = client.query(SQL, &[&name, &mark]).await.map_err(postgres_error)?;
     let mut known = Known::default();
     for row in &rows {
         let id = row.try_get(0).map_err(postgres_error)?;
-        known.ids.insert((id, Columns(row).text(1)?.into()));
-        let lsn: PgLsn = row.try_get(2).map_err(postgres_error)?;
-        known.until = known.until.max(Lsn(lsn.into()));
+        let get = Columns(row);
+        known.ids.insert((id, get.text(1)?.into(), get.part(2)?));
+        known.until = known.until.max(get.mark(3)?);
     }
     Ok(known)
 }
@@ -95,30 +95,30 @@ pub async fn rows(client: &Client, name: &str, keys: &[Key]) -> Result<Found> {
 
 fn from_sql(row: &SqlRow) -> Result<Row> {
     let get = Columns(row);
-    let event: Option<String> = row.try_get(16).map_err(postgres_error)?;
+    let event: Option<String> = row.try_get(17).map_err(postgres_error)?;
     let raw = match event {
         Some(json) => Raw::Event(json),
         None => Raw::Message {
-            routing_key: get.text(17)?,
-            properties: row.try_get(18).map_err(postgres_error)?,
-            body: row.try_get(19).map_err(postgres_error)?,
+            routing_key: get.text(18)?,
+            properties: row.try_get(19).map_err(postgres_error)?,
+            body: row.try_get(20).map_err(postgres_error)?,
         },
     };
-    let attempts: i32 = row.try_get(8).map_err(postgres_error)?;
+    let attempts: i32 = row.try_get(9).map_err(postgres_error)?;
     Ok(Row {
         key: get.key()?,
-        state: RowState::parse(&get.text(5)?)?,
-        why: Why::parse(&get.text(6)?),
-        error: get.text(7)?,
+        state: RowState::parse(&get.text(6)?)?,
+        why: Why::parse(&get.text(7)?),
+        error: get.text(8)?,
         attempts: u32::try_from(attempts).unwrap_or_default(),
-        id: row.try_get(9).map_err(postgres_error)?,
-        source: get.text(10)?,
-        key_text: get.text(11)?,
-        committed_at_us: get.int(12)?,
+        id: row.try_get(10).map_err(postgres_error)?,
+        source: get.text(11)?,
+        key_text: get.text(12)?,
+        committed_at_us: get.int(13)?,
         lanes: lanes_from_columns(
-            &row.try_get::<_, Vec<i64>>(13).map_err(postgres_error)?,
-            row.try_get(14).map_err(postgres_error)?,
+            &row.try_get::<_, Vec<i64>>(14).map_err(postgres_error)?,
             row.try_get(15).map_err(postgres_error)?,
+            row.try_get(16).map_err(postgres_error)?,
         )?,
         raw,
     })
@@ -128,18 +128,23 @@ fn from_sql(row: &SqlRow) -> Result<Row> {
 struct Columns<'a>(&'a SqlRow);
 
 impl Columns<'_> {
-    /// The first five: epoch, commit LSN, ordinal, sub-ordinal, route.
+    /// The first six: epoch, mark, ordinal, sub, route, part.
     fn key(&self) -> Result<Key> {
-        let wrong =
-            |what: &str| Error::protocol(format!("watership.parked.{what} is out of range"));
-        let lsn: PgLsn = self.0.try_get(1).map_err(postgres_error)?;
         let position = Position {
-            epoch: u32::try_from(self.int(0)?).map_err(|_| wrong("epoch"))?,
-            commit_lsn: Lsn(lsn.into()),
-            ordinal: u64::try_from(self.int(2)?).map_err(|_| wrong("ordinal"))?,
-            sub: u16::try_from(self.int(3)?).map_err(|_| wrong("sub"))?,
+            epoch: u32::try_from(self.int(0)?).map_err(|_| out_of_range("epoch"))?,
+            mark: self.mark(1)?,
+            ordinal: u64::try_from(self.int(2)?).map_err(|_| out_of_range("ordinal"))?,
+            sub: u32::try_from(self.int(3)?).map_err(|_| out_of_range("sub"))?,
         };
-        Ok(Key { position, route: self.text(4)?.into() })
+        Ok(Key { position, route: self.text(4)?.into(), part: self.part(5)? })
+    }
+
+    fn mark(&self, index: usize) -> Result<Mark> {
+        u64::try_from(self.int(index)?).map(Mark).map_err(|_| out_of_range("mark"))
+    }
+
+    fn part(&self, index: usize) -> Result<u16> {
+        u16::try_from(self.int(index)?).map_err(|_| out_of_range("part"))
     }
 
     fn text(&self, index: usize) -> Result<String> {
@@ -149,4 +154,8 @@ impl Columns<'_> {
     fn int(&self, index: usize) -> Result<i64> {
         self.0.try_get(index).map_err(postgres_error)
     }
+}
+
+fn out_of_range(column: &str) -> Error {
+    Error::protocol(format!("watership.parked.{column} is out of range"))
 }

@@ -1,7 +1,7 @@
 //! Parking against its rules: what follows what, what is written when, what may be tried again.
 
 use super::{Follows, Known, Limits, Next, Parked, Parking, Place};
-use crate::position::{Lsn, Position};
+use crate::position::{Mark, Position};
 use crate::relay::parked::{Key, Raw, Row, RowState, Why};
 use crate::relay::watermark::{EntryId, Watermark};
 use crate::route::{Lanes, OnPoison};
@@ -9,11 +9,11 @@ use crate::source::Receipt;
 use uuid::Uuid;
 
 fn at(lsn: u64) -> Position {
-    Position { epoch: 1, commit_lsn: Lsn(lsn), ordinal: 1, sub: 0 }
+    Position { epoch: 1, mark: Mark(lsn), ordinal: 1, sub: 0 }
 }
 
 fn key(lsn: u64) -> Key {
-    Key { position: at(lsn), route: "orders".into() }
+    Key { position: at(lsn), route: "orders".into(), part: 0 }
 }
 
 fn row(lsn: u64, lanes: Lanes, why: Why) -> Row {
@@ -53,8 +53,8 @@ fn none_held(_: &str) -> bool {
     false
 }
 
-fn sub(position: Position, sub: u16) -> Key {
-    Key { position: Position { sub, ..position }, route: "orders".into() }
+fn sub(position: Position, sub: u32) -> Key {
+    Key { position: Position { sub, ..position }, route: "orders".into(), part: 0 }
 }
 
 /// Marks everything that is stored as a person would.
@@ -210,23 +210,25 @@ fn a_row_behind_a_parked_one_of_another_lane_waits_for_it() {
 #[test]
 fn what_an_earlier_session_parked_is_known_until_the_checkpoint_has_passed_it() {
     let id = Uuid::from_u128(1);
-    let known = Known { ids: [(id, "orders".into())].into(), until: Lsn(10) };
+    let known = Known { ids: [(id, "orders".into(), 0)].into(), until: Mark(10) };
     let mut parking = Parking::new(Limits::default(), Vec::new(), known);
-    assert!(parking.is_known(id, "orders") && !parking.is_known(id, "other"));
+    assert!(parking.is_known(id, "orders", 0) && !parking.is_known(id, "other", 0));
     parking.take_writes(at(10));
-    assert!(parking.is_known(id, "orders"));
+    assert!(parking.is_known(id, "orders", 0));
     parking.take_writes(at(11));
-    assert!(!parking.is_known(id, "orders") && parking.is_idle());
+    assert!(!parking.is_known(id, "orders", 0) && parking.is_idle());
 }
 
 #[test]
-fn a_parked_truncate_of_a_second_table_is_written_with_its_checkpoint() {
+fn a_parked_truncate_of_a_second_table_is_written_with_the_checkpoint_that_passes_it() {
     let mut parking = Parking::default();
     let mut second = row(10, Lanes::Barrier { group: 7 }, Why::Unroutable);
     second.key = sub(at(10), 1);
     park(&mut parking, second);
-    assert!(!parking.has_writes(at(9)) && parking.has_writes(at(10)));
-    assert_eq!(parking.take_writes(at(10)).rows.len(), 1, "receipts know no sub-ordinal");
+    assert!(!parking.has_writes(at(10)), "the first table is settled, the second is not");
+    let both = Position { sub: 1, ..at(10) };
+    assert!(parking.has_writes(both));
+    assert_eq!(parking.take_writes(both).rows.len(), 1);
 }
 
 #[test]
@@ -277,7 +279,7 @@ fn rows_of_a_held_route_leave_the_others_room() {
 #[test]
 fn what_comes_behind_an_unrouted_row_on_its_way_waits_for_its_confirm() {
     let mut parking = Parking::default();
-    let unrouted = |lsn| Key { position: at(lsn), route: "".into() };
+    let unrouted = |lsn| Key { position: at(lsn), route: "".into(), part: 0 };
     let mut first = row(10, lane(1), Why::NoRoute);
     first.key = unrouted(10);
     park(&mut parking, first);

@@ -7,7 +7,7 @@ use crate::position::Position;
 
 fn row() -> Row {
     Row {
-        position: Position { epoch: 3, commit_lsn: Lsn(900), ordinal: 2, sub: 0 },
+        position: Position { epoch: 3, mark: Mark(900), ordinal: 2, sub: 0 },
         flush_lsn: Lsn(1000),
         session_no: 7,
         slot: "s".into(),
@@ -178,7 +178,7 @@ fn after_a_failover_a_synchronised_slot_tells_where_to_go_on() {
     let start = |row: &Row, confirmed| match verify(row, &promoted, Some(&at(confirmed)), &history)
         .unwrap()
     {
-        Start::Failover(f) => (f.timeline, f.switch.0, f.commit_lsn.0, f.ordinal, f.flush_lsn.0),
+        Start::Failover(f) => (f.timeline, f.switch.0, f.mark.0, f.ordinal, f.flush_lsn.0),
         Start::AsStored => panic!("a failover"),
     };
     // The checkpoint lies on both timelines, so it still says what is settled.
@@ -189,7 +189,7 @@ fn after_a_failover_a_synchronised_slot_tells_where_to_go_on() {
     // A checkpoint beyond the switch says nothing about this timeline.
     let beyond = Row { flush_lsn: Lsn(2000), ..row() };
     assert_eq!(start(&beyond, 800), (3, 1500, 800, 0, 800));
-    let open = Row { position: Position { commit_lsn: Lsn(1600), ..row().position }, ..row() };
+    let open = Row { position: Position { mark: Mark(1600), ..row().position }, ..row() };
     assert_eq!(start(&open, 800), (3, 1500, 800, 0, 800));
 }
 

@@ -7,9 +7,13 @@ use bytes::Bytes;
 use bytestring::ByteString;
 use uuid::Uuid;
 
+use super::options::OutboxNames;
 use crate::column::binary::Types;
+use crate::column::instant;
 use crate::error::{Error, Result};
-use crate::event::{self, Broken, Column, OldRow, OutboxRow, Payload, Row, Table, Unreadable};
+use crate::event::{
+    self, Broken, Column, Identity, OldRow, OutboxRow, Payload, Row, Table, Unreadable, Value,
+};
 use crate::pg::pgoutput::{self, OldKind, OldTuple, Tuple};
 use crate::verdict::Verdict;
 
@@ -19,7 +23,6 @@ const OUTBOX_COLUMNS_MAX: usize = 32;
 const KEPT_MAX: usize = 1 << 20;
 
 /// Where the columns of the outbox are.
-
 #[derive(Debug)]
 pub(super) struct OutboxColumns {
     id: usize,
@@ -31,10 +34,11 @@ pub(super) struct OutboxColumns {
     content_type: Option<usize>,
     headers: Option<usize>,
     traceparent: Option<usize>,
+    created_at: Option<usize>,
 }
 
 impl OutboxColumns {
-    pub(super) fn find(table: &Table) -> Result<Self> {
+    pub(super) fn find(table: &Table, names: &OutboxNames) -> Result<Self> {
         let needed = |name: &str| {
             table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX).ok_or_else(|| {
                 let text = format!("column {name:?} is missing in {}", table.full_name);
@@ -44,18 +48,19 @@ impl OutboxColumns {
         };
         let optional = |name: &str| table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX);
         let columns = Self {
-            id: needed("id")?,
-            aggregate_type: needed("aggregate_type")?,
-            aggregate_id: needed("aggregate_id")?,
-            event_type: needed("event_type")?,
-            payload: optional("payload"),
-            data: optional("data"),
-            content_type: optional("content_type"),
-            headers: optional("headers"),
-            traceparent: optional("traceparent"),
+            id: needed(&names.id)?,
+            aggregate_type: needed(&names.aggregate_type)?,
+            aggregate_id: needed(&names.aggregate_id)?,
+            event_type: needed(&names.event_type)?,
+            payload: optional(&names.payload),
+            data: optional(&names.data),
+            content_type: optional(&names.content_type),
+            headers: optional(&names.headers),
+            traceparent: optional(&names.traceparent),
+            created_at: optional(&names.created_at),
         };
         if columns.payload.is_none() && columns.data.is_none() {
-            return needed("payload").map(|_| columns);
+            return needed(&names.payload).map(|_| columns);
         }
         Ok(columns)
     }
@@ -65,7 +70,8 @@ impl OutboxColumns {
 pub(super) struct Values<'a> {
     pub(super) data: &'a Bytes,
     pub(super) table: &'a Table,
-    pub(super) types: &'a Types,
+    /// How to read values in binary; absent in text mode.
+    pub(super) types: Option<&'a Types>,
 }
 
 impl Values<'_> {
@@ -75,7 +81,12 @@ impl Values<'_> {
             pgoutput::Value::Unchanged => event::Value::Unchanged,
             pgoutput::Value::Text(text) => event::Value::Text(self.data.slice_ref(text)),
             pgoutput::Value::Binary(bytes) => {
-                match self.types.text(self.table.columns[index].type_oid, bytes) {
+                let type_oid = self.table.columns[index].type_oid;
+                let text = match self.types {
+                    Some(types) => types.text(type_oid, bytes),
+                    None => Err(Error::event("a binary value, although text was asked for")),
+                };
+                match text {
                     Ok(Cow::Borrowed(text)) => event::Value::Text(self.data.slice_ref(text)),
                     Ok(Cow::Owned(text)) => event::Value::Text(Bytes::from(text)),
                     Err(error) => event::Value::Unreadable(Box::new(Unreadable {
@@ -97,14 +108,14 @@ impl Values<'_> {
     }
 }
 
-/// The row and its id. What breaks the outbox's contract still becomes an event, so that it is
-/// parked under its key; `id` is taken where the row has none that can be read.
+/// The row with its id and its `created_at` (microseconds since 1970-01-01 UTC), if it has one that
+/// can be read. What breaks the outbox's contract still becomes an event, so that it is parked
+/// under its key.
 pub(super) fn outbox_row(
     values_of: &Values<'_>,
     columns: &OutboxColumns,
     tuple: &Tuple<'_>,
-    id: impl FnOnce() -> Uuid,
-) -> (Uuid, Box<OutboxRow>) {
+) -> (Option<Uuid>, Option<i64>, Box<OutboxRow>) {
     let mut values = [pgoutput::Value::Null; OUTBOX_COLUMNS_MAX];
     tuple.read_into(&mut values);
     let why = OnceCell::new();
@@ -138,10 +149,10 @@ pub(super) fn outbox_row(
     let aggregate_type = needed(columns.aggregate_type, "aggregate_type");
     let aggregate_id = needed(columns.aggregate_id, "aggregate_id");
     let event_type = needed(columns.event_type, "event_type");
-    let id = Uuid::try_parse(&id_text).unwrap_or_else(|_| {
-        why.get_or_init(|| format!("column \"id\" is no uuid: {id_text:?}"));
-        id()
-    });
+    let id = Uuid::try_parse(&id_text).ok();
+    if id.is_none() {
+        why.get_or_init(|| format!("column \"id\" is not a UUID: {id_text:?}"));
+    }
     let payload = match (bytes(columns.payload), bytes(columns.data)) {
         (Some(json), None) => Payload::Json(json),
         (None, Some(hex)) => Payload::Hex(hex),
@@ -151,6 +162,7 @@ pub(super) fn outbox_row(
         }
     };
     let headers = bytes(columns.headers);
+    let created_at_us = bytes(columns.created_at).and_then(|text| instant::parse_us(&text));
     let broken = why.get().cloned();
     let payload = broken.map_or(payload, |why| {
         let named = |(i, column): (usize, &Column)| (column.name.clone(), bytes(Some(i)));
@@ -166,16 +178,32 @@ pub(super) fn outbox_row(
         headers,
         traceparent,
     };
-    (id, Box::new(row))
+    (id, created_at_us, Box::new(row))
 }
 
-pub(super) fn old_row(
-    old: &OldTuple<'_>,
-    row: &dyn Fn(&Tuple<'_>) -> Result<Row>,
-) -> Result<OldRow> {
-    let values = row(&old.tuple)?;
+pub(super) fn old_row(old: &OldTuple<'_>, values: &Values<'_>) -> Result<OldRow> {
+    let row = values.row(&old.tuple)?;
     Ok(match old.kind {
-        OldKind::Key => OldRow::Key(values),
-        OldKind::Full => OldRow::Full(values),
+        OldKind::Key => OldRow::Key(row),
+        OldKind::Full => OldRow::Full(row),
     })
+}
+
+/// Puts values that an update did not touch, and that were therefore not sent with the new row,
+/// into it from the old one where that has them: of an identity that is TOASTed Postgres sends the
+/// old row even when it has not changed (heapam.c, `ExtractReplicaIdentity`).
+pub(super) fn complete(table: &Table, old: &OldRow, new: &mut Row) {
+    let mut take = |column: usize| {
+        if new[column] == Value::Unchanged {
+            match &old.row()[column] {
+                value @ (Value::Text(_) | Value::Unreadable(_)) => new[column] = value.clone(),
+                Value::Null | Value::Unchanged => {}
+            }
+        }
+    };
+    match (old, &table.identity) {
+        (OldRow::Full(row), _) => (0..row.len()).for_each(&mut take),
+        (OldRow::Key(_), Identity::Columns(columns)) => columns.iter().copied().for_each(&mut take),
+        (OldRow::Key(_), Identity::Full | Identity::Nothing) => {}
+    }
 }

@@ -16,8 +16,10 @@ fn assembler(resume_after: Position) -> Assembler {
         system_id: 7,
         timelines: Timelines::new(1, Vec::new()),
         resume_after,
-        types: Default::default(),
-        types_read_at: None,
+        database: "shop".into(),
+        outbox: OutboxTable::default(),
+        catalog_at: Lsn::ZERO,
+        types: None,
         captured: HashMap::from([(
             "public.t".into(),
             CapturedTable { oid: RENAMED_ID, primary_key: Vec::new() },
@@ -39,7 +41,7 @@ fn assembler(resume_after: Position) -> Assembler {
 fn apply(assembler: &mut Assembler, messages: &[Bytes]) -> Vec<Item> {
     let mut out = Vec::new();
     for message in messages {
-        assembler.apply(message, &mut out).expect("a message");
+        assembler.apply(Lsn(1), message, &mut out).expect("a message");
     }
     out
 }
@@ -105,7 +107,7 @@ fn a_canary_is_seen_and_is_neither_event_nor_progress() {
         let messages = [begin(lsn), canary(kind, "shop", &number.to_string()), commit(lsn)];
         let items = apply(&mut assembler, &messages);
         let [Item::Idle(receipt)] = &items[..] else { panic!("{items:?}") };
-        assert_eq!(receipt.flush(), Some(Lsn(lsn + 8)));
+        assert_eq!(receipt.flush(), Some(Mark(lsn + 8)));
         let seen = assembler.seen();
         let expected = Canary { number: number.into(), end: Lsn(lsn + 8) };
         assert_eq!((seen.canary, seen.changes), (Some(expected), 0));
@@ -128,7 +130,8 @@ fn a_canary_in_binary_form_is_the_same() {
 fn a_type_that_may_be_younger_than_what_was_read_ends_the_session() {
     const TABLE_ID: u32 = 9;
     let mut assembler = assembler(Position::default());
-    assembler.options.types_read_at = Some(Lsn(200));
+    assembler.options.catalog_at = Lsn(200);
+    assembler.options.types = Some(Default::default());
     let mut table = relation(TABLE_ID, "t", &["id"]).to_vec();
     // Another schema than ours, and a type of a user.
     let at = table.windows(9).position(|w| w == b"watership").expect("its schema");
@@ -143,9 +146,9 @@ fn a_type_that_may_be_younger_than_what_was_read_ends_the_session() {
     assert!(matches!(out[..], [Item::Event(..)]), "{out:?}");
     apply(&mut assembler, &[commit(100)]);
     let mut out = Vec::new();
-    assembler.apply(&begin(300), &mut out).expect("a message");
-    let error = assembler.apply(&row.into(), &mut out).expect_err("the session ends");
-    assert!(error.to_string().contains("column \"id\" of public.t is newer"), "{error}");
+    assembler.apply(Lsn(1), &begin(300), &mut out).expect("a message");
+    let error = assembler.apply(Lsn(1), &row.into(), &mut out).expect_err("the session ends");
+    assert!(error.to_string().contains("column \"id\" of public.t was created after"), "{error}");
 }
 
 #[test]
@@ -182,7 +185,7 @@ fn a_canary_counts_when_it_is_committed_and_only_if_it_is_ours() {
 
 #[test]
 fn a_canary_that_an_earlier_session_had_passed_is_seen_too() {
-    let passed = Position { epoch: 1, commit_lsn: Lsn(500), ordinal: 3, sub: 0 };
+    let passed = Position { epoch: 1, mark: Mark(500), ordinal: 3, sub: 0 };
     let mut assembler = assembler(passed);
     apply(&mut assembler, &[begin(100), canary(b'U', "shop", "5"), commit(100)]);
     assert_eq!(assembler.seen().canary.map(|c| c.number), Some(5));
@@ -196,7 +199,7 @@ fn our_own_writes_take_an_ordinal_and_are_progress_only_beside_others() {
     assert!(matches!(apply(&mut assembler, &own)[..], [Item::Idle(_)]));
     let items = apply(&mut assembler, &[begin(200), checkpoint, event(), commit(200)]);
     let [Item::Event(event, _), Item::Commit(receipt)] = &items[..] else { panic!("{items:?}") };
-    assert_eq!((event.position.ordinal, receipt.flush()), (2, Some(Lsn(208))));
+    assert_eq!((event.position.ordinal, receipt.flush()), (2, Some(Mark(208))));
     assert_eq!(assembler.seen().changes, 1);
     let empty = apply(&mut assembler, &[begin(300), commit(300)]);
     assert!(matches!(empty[..], [Item::Commit(_)]), "nothing of ours");
@@ -207,7 +210,8 @@ fn a_stream_that_goes_back_is_a_protocol_error() {
     for back in [100, 200] {
         let mut assembler = assembler(Position::default());
         apply(&mut assembler, &[begin(200), event(), commit(200)]);
-        let error = assembler.apply(&begin(back), &mut Vec::new()).expect_err("it goes back");
+        let error =
+            assembler.apply(Lsn(1), &begin(back), &mut Vec::new()).expect_err("it goes back");
         assert!(error.to_string().contains("after that of 0/C8"), "{error}");
     }
 }

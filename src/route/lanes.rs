@@ -1,0 +1,122 @@
+//! Which messages wait for each other: lanes, as hashes of route and key. Pure.
+//!
+//! Invariant: messages about one row, or one outbox key, share a lane whatever else changes
+//! between them. Two keys with one hash share a lane, too, and wait for each other: slower, never
+//! wrong. Where a change does not say which row it is about, it waits for everything before it in
+//! its table, and everything after it waits for it.
+
+use xxhash_rust::xxh64::{Xxh64, xxh64};
+
+use super::plan::TablePlan;
+use crate::event::{Change, OldRow, OutboxRow, Row, Table, Value};
+
+/// The lanes that a message takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lanes {
+    /// None: the route is pipelined.
+    Free,
+    /// One key. `group` is its table's, which truncates wait for; outbox events have none.
+    One {
+        /// Hash of route and key.
+        lane: u64,
+        /// Hash of route and table.
+        group: Option<u64>,
+    },
+    /// A key change: the old key's lane and the new one's.
+    Two {
+        /// Hashes of route and keys, different.
+        lanes: [u64; 2],
+        /// Hash of route and table.
+        group: u64,
+    },
+    /// After everything before it in its table, before everything after it: a truncate, and a change
+    /// that does not say which row it is about.
+    Barrier {
+        /// Hash of route and table.
+        group: u64,
+    },
+}
+
+// The hashes are stored with parked rows: they must be the same on every machine, always.
+
+/// Where the hashes of a route begin: its name, because parked lanes outlive a restart in which the
+/// routes' numbers change.
+pub(super) fn seed(route: &str) -> u64 {
+    xxh64(route.as_bytes(), 0)
+}
+
+pub(super) fn outbox_lane(seed: u64, row: &OutboxRow) -> u64 {
+    let mut hasher = Xxh64::new(seed);
+    add(&mut hasher, row.aggregate_type.as_bytes());
+    add(&mut hasher, row.aggregate_id.as_bytes());
+    hasher.digest()
+}
+
+/// Where the hashes of a table's rows begin.
+pub(super) fn table_hasher(seed: u64, table: &Table) -> Xxh64 {
+    let mut hasher = Xxh64::new(seed);
+    add(&mut hasher, table.full_name.as_bytes());
+    hasher
+}
+
+impl TablePlan {
+    /// The lanes of a change of the table.
+    pub(super) fn lanes(&self, change: &Change) -> Lanes {
+        let group = self.group;
+        self.known_lanes(change).unwrap_or(Lanes::Barrier { group })
+    }
+
+    /// Absent when the change does not say which row it is about.
+    fn known_lanes(&self, change: &Change) -> Option<Lanes> {
+        let group = self.group;
+        let one = |lane| Lanes::One { lane, group: Some(group) };
+        if self.key.is_empty() {
+            return None;
+        }
+        match change {
+            Change::Truncate => None,
+            Change::Insert { new } => self.lane(new).map(one),
+            // An identity without the key hides that an update changes it.
+            Change::Update { .. } | Change::Delete { .. } if !self.identity_has_key => None,
+            Change::Delete { old } => self.old_lane(old).map(one),
+            Change::Update { old: None, new } => self.lane(new).map(one),
+            Change::Update { old: Some(old), new } => {
+                Some(match [self.old_lane(old)?, self.lane(new)?] {
+                    [a, b] if a == b => one(a),
+                    lanes => Lanes::Two { lanes, group },
+                })
+            }
+        }
+    }
+
+    fn old_lane(&self, old: &OldRow) -> Option<u64> {
+        let row = old.row();
+        let sent = |column: &usize| match (old, &row[*column]) {
+            // The columns of an identity by index are never null, those of a primary key neither:
+            // a leaf with another identity than its root sends these nulls.
+            (OldRow::Key(_), Value::Null) => false,
+            (OldRow::Full(_), Value::Null) => !self.table.key.contains(column),
+            (_, Value::Text(_) | Value::Unreadable(_) | Value::Unchanged) => true,
+        };
+        if self.key.iter().all(sent) { self.lane(row) } else { None }
+    }
+
+    fn lane(&self, row: &Row) -> Option<u64> {
+        let mut hasher = self.hasher.clone();
+        for &column in &self.key {
+            match &row[column] {
+                Value::Text(text) => add(&mut hasher, text),
+                Value::Null => hasher.update(&[0xFF]),
+                // Rows whose key cannot be read wait for each other.
+                Value::Unreadable(_) => hasher.update(&[0xFE]),
+                Value::Unchanged => return None,
+            }
+        }
+        Some(hasher.digest())
+    }
+}
+
+fn add(hasher: &mut Xxh64, part: &[u8]) {
+    hasher.update(&(part.len() as u64).to_le_bytes());
+    hasher.update(part);
+}

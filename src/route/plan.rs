@@ -1,0 +1,283 @@
+//! What a route does with the events of one table, decided once for each description of it. Pure.
+//!
+//! Invariant: a plan is made of a route and a description and of nothing else, so the hot path
+//! only looks up what was decided: which columns make the key, whether the stream carries it,
+//! where the hashes of its lanes begin, and the texts that are the same for every event.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use xxhash_rust::xxh64::Xxh64;
+
+use super::lanes::{self, Lanes};
+use super::{MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template};
+use crate::column;
+use crate::event::{Content, Event, Table};
+use crate::message::{ExchangeId, RouteId};
+
+/// Tables whose plans are kept; beyond, they are made again.
+const TABLES_MAX: usize = 10_000;
+
+/// A route's plan.
+#[derive(Debug)]
+pub struct Plan {
+    /// The route.
+    pub route: Arc<Route>,
+    /// For a captured table; the outbox needs nothing.
+    pub table: Option<TablePlan>,
+}
+
+/// What is the same for all changes of a captured table on one route.
+pub struct TablePlan {
+    /// The description that it was made of.
+    pub table: Arc<Table>,
+    /// Indexes of the columns that make the key, in column order unless the route names them.
+    pub key: Vec<usize>,
+    /// The old row of an update or delete has all of the key.
+    pub identity_has_key: bool,
+    /// `"source":{"schema":…,"table":…,"commit_lsn":` as JSON.
+    pub source_json: Vec<u8>,
+    /// Hash of route and table.
+    pub(super) group: u64,
+    /// Where the hashes of its rows begin.
+    pub(super) hasher: Xxh64,
+}
+
+/// What a rule decided for an event.
+#[derive(Debug, Clone, Copy)]
+pub enum Decision<'a> {
+    /// Publish by this plan, in these lanes.
+    Publish(&'a Plan, Lanes),
+    /// Count it under this rule and publish nothing.
+    Drop(RouteId),
+}
+
+/// What a rule does with the events that it selects.
+#[derive(Debug)]
+enum Planned {
+    Publish(Plan),
+    Drop(RouteId),
+}
+
+/// The plans of all rules for one table, or for the outbox.
+#[derive(Debug)]
+struct Rules {
+    /// With the aggregate type, where only one is selected.
+    rules: Vec<(Option<String>, Planned)>,
+    /// The key of the table is another one than before: the next event waits for all before it.
+    barrier: bool,
+}
+
+/// The plans of a session.
+#[derive(Debug)]
+pub struct Plans {
+    outbox: Rules,
+    /// By OID, with the description that they were made of.
+    tables: HashMap<u32, (Arc<Table>, Rules)>,
+}
+
+impl std::fmt::Debug for TablePlan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let table = &self.table.full_name;
+        f.debug_struct("TablePlan").field("table", table).field("key", &self.key).finish()
+    }
+}
+
+impl Plan {
+    /// The plan of a route for the outbox, or for a captured table.
+    pub fn new(route: Arc<Route>, table: Option<&Arc<Table>>) -> Self {
+        let table = table.map(|table| TablePlan::new(&route, table.clone()));
+        Self { route, table }
+    }
+
+    /// The lanes that the event's message takes.
+    pub fn lanes(&self, event: &Event) -> Lanes {
+        match (self.route.ordering, &event.content, &self.table) {
+            (Ordering::Pipelined, ..) => Lanes::Free,
+            (Ordering::Keyed, Content::Outbox(row), _) => {
+                Lanes::One { lane: lanes::outbox_lane(self.route.seed, row), group: None }
+            }
+            (Ordering::Keyed, Content::Change(change), Some(table)) => table.lanes(change),
+            (Ordering::Keyed, Content::Change(_), None) => {
+                unreachable!("a captured table has a plan of its own")
+            }
+        }
+    }
+}
+
+impl TablePlan {
+    fn new(route: &Route, table: Arc<Table>) -> Self {
+        let key: Option<Vec<usize>> = match route.key.as_slice() {
+            [] => Some(table.key.clone()),
+            // With one of them missing the key is not known: nothing overtakes anything.
+            names => names.iter().map(|name| table.column(name)).collect::<Option<_>>(),
+        };
+        let key = key.unwrap_or_default();
+        let hasher = lanes::table_hasher(route.seed, &table);
+        let mut source_json = b"\"source\":{\"schema\":".to_vec();
+        column::write_string(&mut source_json, &table.schema);
+        source_json.extend_from_slice(b",\"table\":");
+        column::write_string(&mut source_json, &table.name);
+        source_json.extend_from_slice(b",\"commit_lsn\":");
+        Self {
+            identity_has_key: table.identity.covers(&key),
+            group: hasher.digest(),
+            hasher,
+            key,
+            source_json,
+            table,
+        }
+    }
+
+    fn key_names(&self) -> Vec<&str> {
+        self.key.iter().map(|column| &*self.table.columns[*column].name).collect()
+    }
+}
+
+impl Rules {
+    fn of_outbox(router: &Router) -> Self {
+        Self::new(router, |select| match select {
+            Select::Outbox { aggregate_type } if aggregate_type == "*" => Some((None, None)),
+            Select::Outbox { aggregate_type } => Some((Some(aggregate_type.clone()), None)),
+            Select::Table { .. } => None,
+        })
+    }
+
+    fn of_table(router: &Router, table: &Arc<Table>) -> Self {
+        Self::new(router, |select| match select {
+            Select::Table { name } => {
+                (name == "*" || *name == table.full_name).then_some((None, Some(table)))
+            }
+            Select::Outbox { .. } => None,
+        })
+    }
+
+    fn new<'a>(
+        router: &Router,
+        selects: impl Fn(&Select) -> Option<(Option<String>, Option<&'a Arc<Table>>)>,
+    ) -> Self {
+        let planned = |(select, parsed): &(Select, Parsed)| {
+            let (aggregate_type, table) = selects(select)?;
+            let planned = match parsed {
+                Parsed::Publish(route) => Planned::Publish(Plan::new(route.clone(), table)),
+                Parsed::Drop(id) => Planned::Drop(*id),
+            };
+            Some((aggregate_type, planned))
+        };
+        Self { rules: router.rules.iter().filter_map(planned).collect(), barrier: false }
+    }
+
+    fn decide<'a>(
+        &'a self,
+        event: &'a Event,
+        barrier: bool,
+    ) -> impl Iterator<Item = Decision<'a>> + use<'a> {
+        let selected = move |(aggregate_type, _): &&(Option<String>, Planned)| match (
+            aggregate_type,
+            &event.content,
+        ) {
+            (Some(wanted), Content::Outbox(row)) => *wanted == *row.aggregate_type,
+            (Some(_), Content::Change(_)) => false,
+            (None, _) => true,
+        };
+        self.rules.iter().filter(selected).map(move |(_, planned)| match planned {
+            Planned::Publish(plan) => {
+                let lanes = match (plan.lanes(event), &plan.table) {
+                    (Lanes::Free, _) => Lanes::Free,
+                    (_, Some(table)) if barrier => Lanes::Barrier { group: table.group },
+                    (lanes, _) => lanes,
+                };
+                Decision::Publish(plan, lanes)
+            }
+            Planned::Drop(id) => Decision::Drop(*id),
+        })
+    }
+
+    /// The names of the key's columns on each route.
+    fn keys(&self) -> Vec<Vec<&str>> {
+        self.rules
+            .iter()
+            .filter_map(|(_, planned)| match planned {
+                Planned::Publish(plan) => plan.table.as_ref().map(TablePlan::key_names),
+                Planned::Drop(_) => None,
+            })
+            .collect()
+    }
+}
+
+impl Plans {
+    /// No table has been seen.
+    pub fn new(router: &Router) -> Self {
+        Self { outbox: Rules::of_outbox(router), tables: HashMap::new() }
+    }
+
+    /// Everything that is to be done with the event; empty means that no rule selects it.
+    pub fn decide<'a>(
+        &'a mut self,
+        router: &Router,
+        event: &'a Event,
+    ) -> impl Iterator<Item = Decision<'a>> + use<'a> {
+        match &event.content {
+            Content::Outbox(_) => self.outbox.decide(event, false),
+            Content::Change(_) => {
+                let rules = self.of_table(router, &event.table);
+                let barrier = std::mem::take(&mut rules.barrier);
+                let rules = &*rules;
+                rules.decide(event, barrier)
+            }
+        }
+    }
+
+    /// As [`Self::decide`] for one event that stands by itself, such as a parked one: nothing is
+    /// kept, and its table's description is compared with no other.
+    pub fn decide_alone(&self, router: &Router, event: &Event, mut each: impl FnMut(Decision<'_>)) {
+        match &event.content {
+            Content::Outbox(_) => self.outbox.decide(event, false).for_each(each),
+            Content::Change(_) => {
+                let rules = Rules::of_table(router, &event.table);
+                rules.decide(event, false).for_each(&mut each);
+            }
+        }
+    }
+
+    /// The rules of a table, as it is described now.
+    fn of_table(&mut self, router: &Router, table: &Arc<Table>) -> &mut Rules {
+        if self.tables.len() >= TABLES_MAX && !self.tables.contains_key(&table.oid) {
+            self.tables.clear();
+        }
+        let made = || (table.clone(), Rules::of_table(router, table));
+        let (described, rules) = self.tables.entry(table.oid).or_insert_with(made);
+        if !Arc::ptr_eq(described, table) {
+            if **described != **table {
+                let mut now = Rules::of_table(router, table);
+                now.barrier = rules.barrier || now.keys() != rules.keys();
+                *rules = now;
+            }
+            *described = table.clone();
+        }
+        rules
+    }
+}
+
+/// The lanes of an event that no route selects, among others of its kind: its own key's.
+pub fn unrouted_lanes(event: &Event) -> Lanes {
+    unrouted(event).lanes(event)
+}
+
+/// The plan of an event that no route selects: its own key, on a route without a name.
+pub fn unrouted(event: &Event) -> Plan {
+    let route = Route {
+        id: RouteId(0),
+        name: String::new(),
+        label: "".into(),
+        exchange: ExchangeId(0),
+        ordering: Ordering::Keyed,
+        message_id: MessageIdRule::Event,
+        policy: Policy::default(),
+        routing_key: Template::default(),
+        key: Vec::new(),
+        seed: lanes::seed(""),
+    };
+    let table = matches!(event.content, Content::Change(_)).then_some(&event.table);
+    Plan::new(Arc::new(route), table)
+}

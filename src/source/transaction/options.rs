@@ -1,0 +1,131 @@
+//! What an assembler has to know before the stream starts.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::column::binary::Types;
+use crate::pg::publication::TableName;
+use crate::position::{Lsn, Position};
+
+/// What the assembler has to know before the stream starts.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Epoch of the checkpoint.
+    pub epoch: u32,
+    /// System identifier of the cluster.
+    pub system_id: u64,
+    /// Timelines of the cluster.
+    pub timelines: Timelines,
+    /// Events up to and including this position were settled before: they are not handed on.
+    pub resume_after: Position,
+    /// Name of the database.
+    pub database: Arc<str>,
+    /// The outbox.
+    pub outbox: OutboxTable,
+    /// The captured tables, by `schema.table`. Changes of other tables that are published are
+    /// counted and left out.
+    pub captured: HashMap<String, CapturedTable>,
+    /// Where the WAL ended when the catalog was read for `captured` and `types`.
+    pub catalog_at: Lsn,
+    /// How values of users' types are sent in binary; absent in text mode, which needs no types.
+    pub types: Option<Types>,
+    /// Name of the relay whose canary is looked for.
+    pub canary: String,
+}
+
+/// Where the outbox is and what its columns are called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutboxTable {
+    /// The table.
+    pub table: TableName,
+    /// Its columns.
+    pub columns: OutboxNames,
+}
+
+/// Names of the outbox's columns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutboxNames {
+    /// The event's id, a uuid.
+    pub id: String,
+    /// Kind of the thing that the event is about.
+    pub aggregate_type: String,
+    /// Which thing.
+    pub aggregate_id: String,
+    /// What happened to it.
+    pub event_type: String,
+    /// The body as JSON text; may be missing where `data` is there.
+    pub payload: String,
+    /// The body as bytes; may be missing where `payload` is there.
+    pub data: String,
+    /// MIME type of the body; may be missing.
+    pub content_type: String,
+    /// The application's headers; may be missing.
+    pub headers: String,
+    /// W3C trace context; may be missing.
+    pub traceparent: String,
+    /// The time that belongs to the event; without it, that is the commit time.
+    pub created_at: String,
+}
+
+impl Default for OutboxTable {
+    /// `watership.outbox`, as `sql/0001_schema.sql` makes it.
+    fn default() -> Self {
+        let name = |name: &str| name.to_owned();
+        Self {
+            table: TableName::outbox(),
+            columns: OutboxNames {
+                id: name("id"),
+                aggregate_type: name("aggregate_type"),
+                aggregate_id: name("aggregate_id"),
+                event_type: name("event_type"),
+                payload: name("payload"),
+                data: name("data"),
+                content_type: name("content_type"),
+                headers: name("headers"),
+                traceparent: name("traceparent"),
+                created_at: name("created_at"),
+            },
+        }
+    }
+}
+
+/// What the catalog says of a captured table.
+#[derive(Debug, Clone)]
+pub struct CapturedTable {
+    /// Under another name it is still this one: the stream has the name of its time, and the next
+    /// comparison with the catalog decides about it.
+    pub oid: u32,
+    /// The columns of its primary key. Under most replica identities the stream flags other columns
+    /// or all of them, so it cannot tell.
+    pub primary_key: Vec<String>,
+}
+
+/// Which timeline an LSN lies on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Timelines {
+    current: u32,
+    /// (timeline, LSN at which it ended), ascending.
+    history: Vec<(u32, Lsn)>,
+}
+
+impl Timelines {
+    /// `history` lists the earlier timelines with their switch points, oldest first.
+    pub fn new(current: u32, history: Vec<(u32, Lsn)>) -> Self {
+        assert!(history.is_sorted_by_key(|(_, end)| *end), "timelines end in order");
+        Self { current, history }
+    }
+
+    /// The timeline that the server is on.
+    pub fn current(&self) -> u32 {
+        self.current
+    }
+
+    /// The earlier timelines with their switch points, oldest first.
+    pub fn history(&self) -> &[(u32, Lsn)] {
+        &self.history
+    }
+
+    pub(super) fn at(&self, lsn: Lsn) -> u32 {
+        self.history.iter().find(|(_, end)| lsn < *end).map_or(self.current, |(tli, _)| *tli)
+    }
+}
