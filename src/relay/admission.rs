@@ -6,6 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use crate::error::{Error, Kind, Result};
 use crate::event::{Content, Event, id};
 use crate::message::{Message, Publisher};
+use crate::relay::checkpoint::Store;
 use crate::relay::lanes::Owner;
 use crate::relay::parked::{Key, Row, Why};
 use crate::relay::parking::Parked;
@@ -27,7 +28,7 @@ pub(super) enum Made {
 const LOGGED_FIRST: u64 = 20;
 const LOGGED_EVERY: u64 = 1000;
 
-impl<S: Source, P: Publisher> Relay<S, P> {
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     pub(super) fn admit_batch(&mut self) {
         let now = tokio::time::Instant::now().into_std();
         let mut batch = std::mem::take(&mut self.batch);

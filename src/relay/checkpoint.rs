@@ -2,10 +2,9 @@
 //! data; it is written before the source is advanced. Whether the relay may start from it is
 //! decided in `position_check.rs`.
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -16,7 +15,7 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::publication::Publication;
 use crate::pg::sqlstate::postgres_error;
 use crate::position::{Lsn, Mark, Position};
-use crate::relay::parked::{Indexed, Key, Row as Parked, RowState, Writes};
+use crate::relay::parked::{Key, Writes};
 use crate::relay::parking::store::{self as parked_store, Found};
 use crate::relay::position_check::Failover;
 use crate::verdict::Verdict;
@@ -225,40 +224,53 @@ pub async fn agree(client: &impl GenericClient, name: &str, facts: &Publication)
     client.execute(SQL, &[&name, &facts]).await.map(drop).map_err(postgres_error)
 }
 
-/// Where progress is kept.
-#[derive(Clone)]
-pub enum Store {
-    /// The row in the source database.
-    Postgres(Arc<PostgresStore>),
-    /// Memory, for the simulation.
-    Memory(Arc<MemoryStore>),
+/// Where progress is kept, and the parked rows with it. Production: Postgres; and memory, for the
+/// simulation.
+///
+/// Nothing is borrowed from the store while one of its futures runs: the loop keeps the future and
+/// goes on with everything else.
+pub trait Store {
+    /// Writes a checkpoint and what goes with it, in one transaction; durable when the future
+    /// resolves, with about where in the WAL the write ended.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] when another session has taken over; otherwise the server's.
+    fn store(
+        &self,
+        position: Position,
+        flush: Mark,
+        writes: Writes,
+    ) -> impl Future<Output = Result<Lsn>> + 'static;
+
+    /// Looks whether people changed parked rows; `expected` are the counts without such a change.
+    ///
+    /// # Errors
+    /// The server's.
+    fn look(&self, expected: (usize, usize)) -> impl Future<Output = Result<Found>> + 'static;
+
+    /// Reads the contents of parked rows.
+    ///
+    /// # Errors
+    /// The server's.
+    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Found>> + 'static;
 }
 
-/// Every checkpoint that was written, and how long a write takes.
-#[derive(Debug, Default)]
-pub struct MemoryStore {
-    /// The rows, oldest first.
-    pub rows: Mutex<Vec<(Position, Mark)>>,
-    /// Half of it passes before the row is there, half after: a crash can fall on either side.
-    pub latency: Duration,
-    /// The parked rows, of any state.
-    pub parked: Mutex<BTreeMap<Key, Parked>>,
-}
-
-/// Writes the row of one session.
-pub struct PostgresStore {
-    client: Arc<Client>,
-    statement: Statement,
-    with_parked: Statement,
-    name: String,
-    session_no: i64,
-}
-
-/// A look at the parked rows under way.
+/// A look at the parked rows under way. Boxed, as is [`Storing`], because it is kept in a field
+/// while the loop turns, and what an `impl Future` of a trait hides has no name to be declared by.
 pub type Looking = Pin<Box<dyn Future<Output = Result<Found>>>>;
 
 /// A write under way; resolves with about where in the WAL it ended.
 pub type Storing = Pin<Box<dyn Future<Output = Result<Lsn>>>>;
+
+/// Writes the row of one session. A clone is another handle to the same session.
+#[derive(Clone)]
+pub struct PostgresStore {
+    client: Arc<Client>,
+    statement: Statement,
+    with_parked: Statement,
+    name: Arc<str>,
+    session_no: i64,
+}
 
 impl PostgresStore {
     /// For the session that took the row.
@@ -271,115 +283,42 @@ impl PostgresStore {
         let statement = client.prepare(SQL).await.map_err(postgres_error)?;
         const PARKED: &str = include_str!("../../sql/query/checkpoint_store_parked.sql");
         let with_parked = client.prepare(PARKED).await.map_err(missing_schema)?;
-        Ok(Self { client, statement, with_parked, name: name.to_owned(), session_no })
+        Ok(Self { client, statement, with_parked, name: name.into(), session_no })
     }
 }
 
-impl Store {
-    /// Writes a checkpoint and what goes with it, in one transaction; durable when the future
-    /// resolves.
-    pub fn store(&self, position: Position, flush: Mark, writes: Writes) -> Storing {
-        match self {
-            Store::Memory(store) => {
-                let store = store.clone();
-                Box::pin(async move {
-                    tokio::time::sleep(store.latency / 2).await;
-                    store.write(position, flush, writes);
-                    tokio::time::sleep(store.latency / 2).await;
-                    Ok(flush.lsn())
-                })
-            }
-            Store::Postgres(store) => {
-                let store = store.clone();
-                Box::pin(async move { store.store(position, flush, writes).await })
-            }
-        }
+impl Store for PostgresStore {
+    fn store(
+        &self,
+        position: Position,
+        flush: Mark,
+        writes: Writes,
+    ) -> impl Future<Output = Result<Lsn>> + 'static {
+        let store = self.clone();
+        async move { store.write(position, flush, writes).await }
     }
 
-    /// Looks whether people changed parked rows; `expected` are the counts without such a change.
-    pub fn look(&self, expected: (usize, usize)) -> Looking {
-        match self {
-            Store::Memory(store) => {
-                let store = store.clone();
-                Box::pin(async move {
-                    tokio::time::sleep(store.latency).await;
-                    Ok(Found::Index(store.index()))
-                })
-            }
-            Store::Postgres(store) => {
-                let store = store.clone();
-                Box::pin(
-                    async move { parked_store::look(&store.client, &store.name, expected).await },
-                )
-            }
-        }
+    fn look(&self, expected: (usize, usize)) -> impl Future<Output = Result<Found>> + 'static {
+        let store = self.clone();
+        async move { parked_store::look(&store.client, &store.name, expected).await }
     }
 
-    /// Reads the contents of parked rows.
-    pub fn read(&self, keys: Vec<Key>) -> Looking {
-        match self {
-            Store::Memory(store) => {
-                let store = store.clone();
-                Box::pin(async move {
-                    tokio::time::sleep(store.latency).await;
-                    Ok(Found::Rows(store.read(&keys)))
-                })
-            }
-            Store::Postgres(store) => {
-                let store = store.clone();
-                Box::pin(async move { parked_store::rows(&store.client, &store.name, &keys).await })
-            }
-        }
-    }
-}
-
-impl MemoryStore {
-    fn write(&self, position: Position, flush: Mark, writes: Writes) {
-        self.rows.lock().expect("no holder panics").push((position, flush));
-        let mut parked = self.parked.lock().expect("no holder panics");
-        for row in writes.rows {
-            parked.entry(row.key.clone()).or_insert(row);
-        }
-        for change in writes.changes {
-            let unreleased =
-                |row: &&mut Parked| matches!(row.state, RowState::Parked | RowState::Retrying);
-            if let Some(row) = parked.get_mut(&change.key).filter(unreleased) {
-                row.state = change.state;
-            }
-        }
-    }
-
-    /// The unreleased rows.
-    pub fn index(&self) -> Vec<Indexed> {
-        let parked = self.parked.lock().expect("no holder panics");
-        let unreleased = |row: &&Parked| matches!(row.state, RowState::Parked | RowState::Retrying);
-        let indexed = |row: &Parked| Indexed {
-            key: row.key.clone(),
-            state: row.state,
-            why: row.why,
-            lanes: row.lanes,
-            bytes: row.size(),
-            parked_at: 0.0,
-        };
-        parked.values().filter(unreleased).map(indexed).collect()
-    }
-
-    fn read(&self, keys: &[Key]) -> Vec<Parked> {
-        let parked = self.parked.lock().expect("no holder panics");
-        let row = |key| parked.get(key).filter(|row| row.state == RowState::Retrying).cloned();
-        keys.iter().filter_map(row).collect()
+    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Found>> + 'static {
+        let store = self.clone();
+        async move { parked_store::rows(&store.client, &store.name, &keys).await }
     }
 }
 
 impl PostgresStore {
-    async fn store(&self, position: Position, flush: Mark, writes: Writes) -> Result<Lsn> {
+    async fn write(&self, position: Position, flush: Mark, writes: Writes) -> Result<Lsn> {
         let epoch = i64::from(position.epoch);
         let (mark, ordinal) = (to_sql(position.mark.0), to_sql(position.ordinal));
         let (sub, flush) = (i64::from(position.sub), to_sql(flush.0));
+        let name = &*self.name;
         let (rows, changes);
         let mut statement = &self.statement;
         let mut values: Vec<&(dyn ToSql + Sync)> =
-            vec![&self.name, &self.session_no, &epoch, &mark, &ordinal, &sub, &flush];
+            vec![&name, &self.session_no, &epoch, &mark, &ordinal, &sub, &flush];
         if !writes.is_empty() {
             (rows, changes) = writes.to_json();
             statement = &self.with_parked;

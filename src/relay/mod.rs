@@ -59,11 +59,11 @@ const BATCH_MAX: usize = 512;
 /// Longest time between two ticks: connections are kept alive by them, and probes look at them.
 const TICK_MAX: Duration = Duration::from_secs(1);
 
-/// One session's engine between a source and a publisher.
-pub struct Relay<S, P> {
+/// One session's engine between a source and a publisher, with a store of its progress.
+pub struct Relay<S, P, C> {
     source: S,
     publisher: P,
-    store: Store,
+    store: C,
     router: Arc<Router>,
     plans: Plans,
     envelope: Envelope,
@@ -96,13 +96,13 @@ pub struct Relay<S, P> {
 }
 
 /// What a [`Relay`] is made of.
-pub struct Parts<S, P> {
+pub struct Parts<S, P, C> {
     /// Where events come from.
     pub source: S,
     /// Where messages go.
     pub publisher: P,
     /// Where progress is kept.
-    pub store: Store,
+    pub store: C,
     /// What the store says now.
     pub progress: Progress,
     /// What is parked.
@@ -130,9 +130,9 @@ enum Ending {
     },
 }
 
-impl<S: Source, P: Publisher> Relay<S, P> {
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// An engine that has not begun; `name` is the `app_id` of its messages.
-    pub fn new(parts: Parts<S, P>, name: &str, tuning: &Tuning) -> Self {
+    pub fn new(parts: Parts<S, P, C>, name: &str, tuning: &Tuning) -> Self {
         let Parts {
             source,
             publisher,
@@ -280,7 +280,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         if due && idle && self.has_unstored() {
             let (position, flush) = self.progress.begin_storing();
             let writes = self.parking.take_writes(position);
-            self.storing = Some(self.store.store(position, flush, writes));
+            self.storing = Some(Box::pin(self.store.store(position, flush, writes)));
         }
     }
 

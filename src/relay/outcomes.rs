@@ -6,13 +6,14 @@ use crate::error::{Error, Result};
 use crate::message::{Outcome, Publisher, RouteId, Ticket};
 use crate::metrics::RouteMetrics;
 use crate::relay::Relay;
+use crate::relay::checkpoint::Store;
 use crate::relay::lanes::{Owner, Slot};
 use crate::relay::parked::{Key, Row, RowState, Why, raw_message, shorten};
 use crate::route::OnPoison;
 use crate::source::Source;
 use crate::verdict::Verdict;
 
-impl<S: Source, P: Publisher> Relay<S, P> {
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Every outcome of the publisher, each exactly once.
     pub(super) fn settle_outcomes(&mut self) -> Result<()> {
         let now = tokio::time::Instant::now().into_std();

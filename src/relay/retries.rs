@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use crate::error::{Error, Result};
 use crate::message::{Message, Publisher};
 use crate::relay::admission::fits;
+use crate::relay::checkpoint::Store;
 use crate::relay::lanes::Owner;
 use crate::relay::parked::{Raw, Row, Why, shorten};
 use crate::relay::parking::Next;
@@ -19,7 +20,7 @@ use crate::source::Source;
 /// How often the table is asked whether people changed something, while it has rows.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
-impl<S: Source, P: Publisher> Relay<S, P> {
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Begins to look at the table, or to read rows, when there is a reason. Not while a write is
     /// under way: what is read must be what we know plus what people did.
     pub(super) fn start_looking(&mut self) {
@@ -36,7 +37,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         loop {
             match self.parking.next_retry(|route| held.iter().any(|name| **name == *route)) {
                 Some(Next::Read(keys)) => {
-                    self.looking = Some(self.store.read(keys));
+                    self.looking = Some(Box::pin(self.store.read(keys)));
                     return;
                 }
                 Some(Next::Pending(row)) => self.retry(row),
@@ -57,7 +58,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         }
         if Instant::now() >= self.look_at {
             self.look_at = Instant::now() + LOOK_EVERY;
-            self.looking = Some(self.store.look(self.parking.counts()));
+            self.looking = Some(Box::pin(self.store.look(self.parking.counts())));
         }
     }
 
@@ -71,7 +72,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                 if rows.is_empty() {
                     // Somebody was faster: what we know is old. No count is as large as this.
                     self.retry_due = false;
-                    self.looking = Some(self.store.look((usize::MAX, 0)));
+                    self.looking = Some(Box::pin(self.store.look((usize::MAX, 0))));
                 }
                 rows.into_iter().for_each(|row| self.retry(row));
             }

@@ -23,7 +23,7 @@ use crate::pg::slot::{ServerFacts, SlotState, insert_lsn, read_slot, server_fact
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
 use crate::relay::canary::Canary;
-use crate::relay::checkpoint::{self, PostgresStore, Row, Store};
+use crate::relay::checkpoint::{self, PostgresStore, Row};
 use crate::relay::parking::{Parking, store as parked};
 use crate::relay::phantoms::Published;
 use crate::relay::position_check::{self, Failover, Start};
@@ -39,7 +39,7 @@ use crate::verdict::Verdict;
 /// An open session, ready to run.
 pub struct Session {
     /// The engine.
-    pub relay: Relay<Wal, Connection>,
+    pub relay: Relay<Wal, Connection, PostgresStore>,
     /// Tells when the SQL connection ends: a shutdown of the server is seen at once.
     pub closed: Closed,
 }
@@ -104,7 +104,7 @@ pub async fn open(
     let parts = Parts {
         source,
         publisher,
-        store: Store::Postgres(Arc::new(store)),
+        store,
         progress: Progress::new(row.position, row.flush_lsn.into()),
         parking,
         router: router.clone(),

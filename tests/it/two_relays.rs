@@ -328,14 +328,14 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
     let old = take_session(&client, "shop", oid).await.expect("a session");
     let store = async |session_no| {
         let store = PostgresStore::new(Arc::clone(&client), "shop", session_no).await;
-        Store::Postgres(Arc::new(store.expect("a store")))
+        store.expect("a store")
     };
     let at = |lsn: u64| {
         let position = Position { mark: Mark(old.flush_lsn.0 + lsn), ..old.position };
         (position, Mark(old.flush_lsn.0 + lsn))
     };
     let first = store(old.session_no).await;
-    let write = async |store: &Store, lsn| {
+    let write = async |store: &PostgresStore, lsn| {
         let (position, flush) = at(lsn);
         store.store(position, flush, Writes::default()).await
     };

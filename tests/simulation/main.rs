@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod store;
 mod world;
 
 use std::collections::{HashMap, HashSet};
@@ -13,12 +14,12 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use store::MemoryStore;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use watership::metrics::{Metrics, RouteLabel};
 use watership::position::{Lsn, Mark, Position};
 use watership::relay::canary::Canary;
-use watership::relay::checkpoint::{MemoryStore, Store};
 use watership::relay::parked::RowState;
 use watership::relay::parking::{Known, Limits, Parking};
 use watership::relay::phantoms::Published;
@@ -46,7 +47,7 @@ struct Report {
 
 struct Run {
     world: Shared,
-    store: Arc<MemoryStore>,
+    store: MemoryStore,
     report: Report,
     crashes_left: u32,
     ordering: Ordering,
@@ -57,7 +58,7 @@ impl Run {
     fn new(seed: u64, faults: Faults, ordering: Ordering) -> Self {
         let world = World::new(seed, EVENTS, KEYS, faults);
         let latency = Duration::from_millis(world.borrow_mut().rng.u64(0..30));
-        let store = Arc::new(MemoryStore { latency, ..MemoryStore::default() });
+        let store = MemoryStore::new(latency);
         let (report, crashes_left) = (Report::default(), faults.crashes);
         // Some runs park without a limit, some run into it.
         let rows = if world.borrow_mut().rng.bool() { 10_000 } else { 20 };
@@ -86,7 +87,7 @@ impl Run {
         let parts = Parts {
             source: SimSource::new(&self.world, &self.store, position, flush.lsn()),
             publisher: SimPublisher::new(&self.world),
-            store: Store::Memory(self.store.clone()),
+            store: self.store.clone(),
             progress: Progress::new(position, flush),
             parking: Parking::new(self.limits, self.store.index(), self.known(position)),
             router: Arc::new(Router::new(&rules).unwrap()),
@@ -357,14 +358,14 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
         .unwrap();
     runtime.block_on(async {
         let world = World::new(5, EVENTS, KEYS, Faults::default());
-        let store = Arc::new(MemoryStore::default());
+        let store = MemoryStore::default();
         let start = Position { epoch: 1, mark: Mark(1000), ..Position::default() };
         let rules = default_rules();
         let label = RouteLabel { name: "outbox".into(), owner: String::new() };
         let parts = Parts {
             source: SimSource::new(&world, &store, start, Lsn(1000)),
             publisher: SimPublisher::new(&world),
-            store: Store::Memory(store.clone()),
+            store: store.clone(),
             progress: Progress::new(start, Mark(1000)),
             parking: Parking::default(),
             router: Arc::new(Router::new(&rules).unwrap()),

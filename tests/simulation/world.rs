@@ -6,7 +6,6 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes};
@@ -15,9 +14,10 @@ use uuid::Uuid;
 use watership::error::{Error, Result};
 use watership::message::{Message, Outcome, Publisher, Ticket};
 use watership::position::{Lsn, Mark, Position};
-use watership::relay::checkpoint::MemoryStore;
 use watership::source::transaction::{Assembler, Options, OutboxTable, Timelines};
 use watership::source::{Item, Receipt, Seen, Source};
+
+use crate::store::MemoryStore;
 
 const OUTBOX: u32 = 16_384;
 
@@ -161,7 +161,7 @@ impl World {
 /// The replication stream of one session.
 pub struct SimSource {
     world: Shared,
-    store: Arc<MemoryStore>,
+    store: MemoryStore,
     assembler: Assembler,
     frames: VecDeque<Bytes>,
     /// LSN of the last frame: in a real stream each change has one of its own.
@@ -172,7 +172,7 @@ pub struct SimSource {
 
 impl SimSource {
     /// As a server does: from the requested position or the slot's, whichever is later.
-    pub fn new(world: &Shared, store: &Arc<MemoryStore>, stored: Position, flush: Lsn) -> Self {
+    pub fn new(world: &Shared, store: &MemoryStore, stored: Position, flush: Lsn) -> Self {
         let from = flush.max(world.borrow().slot);
         let next = world.borrow().log.partition_point(|t| t.end_lsn <= from);
         let options = Options {
