@@ -1,4 +1,4 @@
-//! Writes RELIABILITY.md to standard output, from what the fault tests have told.
+//! Writes docs/reliability.md to standard output, from what the fault tests reported.
 //!
 //! `reliability RESULTS LOG...`: RESULTS is the file that WATERSHIP_FAULT_RESULTS named, each LOG
 //! the output of a test run, in which the tests of other binaries are looked up.
