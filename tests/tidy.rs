@@ -5,6 +5,8 @@
 
 #[path = "tidy/code.rs"]
 mod code;
+#[path = "tidy/documents.rs"]
+mod documents;
 #[path = "tidy/layers.rs"]
 mod layers;
 #[path = "tidy/shape.rs"]
@@ -315,18 +317,59 @@ fn every_source_file_says_what_it_is() {
 
 #[test]
 fn documents_are_short_and_there() {
-    holds(shape::long_documents);
-    let long = "\n".repeat(251);
-    finds(shape::long_documents, &[("README.md", &long, 0), ("ARCHITECTURE.md", &long, 0)]);
-    holds(shape::missing_documents);
-    assert_eq!(shape::missing_documents(&[Code::new("CHANGELOG.md", "")]).len(), 2);
+    holds(documents::long_documents);
+    let long = |lines: usize| "\n".repeat(lines);
+    finds(
+        documents::long_documents,
+        &[("README.md", &long(121), 0), ("docs/architecture.md", &long(251), 0)],
+    );
+    accepts(documents::long_documents, &[("README.md", &long(120)), ("docs/x.md", &long(900))]);
+    holds(documents::missing_documents);
+    assert_eq!(documents::missing_documents(&[Code::new("CHANGELOG.md", "")]).len(), 3);
+}
+
+#[test]
+fn the_root_is_read_at_a_glance() {
+    holds(documents::crowded_root);
+    let root = |entries: u32| {
+        let of = |n: u32| Code::new(&format!("{n}/file"), "");
+        let mut files: Vec<Code> = (0..entries).map(of).collect();
+        files.extend([Code::new("0/another", ""), Code::new(".hidden", "")]);
+        documents::crowded_root(&files)
+    };
+    assert!(root(16).is_empty());
+    assert_eq!(root(17).len(), 1);
+}
+
+#[test]
+fn links_between_documents_lead_somewhere() {
+    holds(documents::broken_links);
+    holds(documents::unlisted_documents);
+    finds(
+        documents::broken_links,
+        &[
+            ("README.md", "\n[a](docs/a.md)", 2),
+            ("docs/a.md", "# A\n[b](../b.md)", 2),
+            ("docs/a.md", "# A\n\n[b](#b)", 3),
+            ("docs/a.md", "[a](a.md#b)", 1),
+        ],
+    );
+    accepts(
+        documents::broken_links,
+        &[
+            ("docs/a.md", "# What it's *for*\n[a](a.md) [b](#what-its-for) [c](../docs)"),
+            ("docs/a.md", "[c](https://example.org/b.md)\n```\n[d](d.md)\n```"),
+        ],
+    );
+    let alone = [Code::new("README.md", "[a](docs/a.md)"), Code::new("docs/b.md", "")];
+    assert_eq!(documents::unlisted_documents(&alone).len(), 1);
 }
 
 #[test]
 fn documents_cite_no_line_numbers() {
-    holds(shape::line_references);
-    finds(shape::line_references, &[("ARCHITECTURE.md", "\nsee `lanes.rs:12`", 2)]);
-    accepts(shape::line_references, &[("ARCHITECTURE.md", "see `lanes.rs`: it …")]);
+    holds(documents::line_references);
+    finds(documents::line_references, &[("docs/a.md", "\nsee `lanes.rs:12`", 2)]);
+    accepts(documents::line_references, &[("docs/a.md", "see `lanes.rs`: it …")]);
 }
 
 #[test]

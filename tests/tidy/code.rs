@@ -9,7 +9,14 @@ use std::ops::Range;
 use std::path::Path;
 
 /// Folders that hold no source of ours.
-const SKIPPED: &[&str] = &[".git", "target", "bench/out", "fuzz/corpus", "fuzz/artifacts"];
+const SKIPPED: &[&str] = &[
+    ".git",
+    "target",
+    "tests/bench/out",
+    "tests/bench/peers/venv",
+    "tests/fuzz/artifacts",
+    "tests/fuzz/corpus",
+];
 
 /// One file of the repository.
 pub struct Code {

@@ -1,4 +1,4 @@
-//! Who may import whom, and which crates and calls belong to which files (ARCHITECTURE.md).
+//! Who may import whom, and which crates and calls belong to which files (docs/architecture.md).
 
 use super::code::{Code, is_word};
 use super::shape::Exception;
@@ -191,7 +191,7 @@ pub fn pure_files_seen(files: &[Code]) -> usize {
 /// Calls of `sleep` in test code, other than the grain of a wait that ends on what it sees.
 pub fn sleeps(files: &[Code], exceptions: &[Exception]) -> Vec<String> {
     let mut found = Vec::new();
-    for file in files.iter().filter(|f| f.is_rust() && !f.path.starts_with("examples/")) {
+    for file in files.iter().filter(|f| f.is_rust() && !f.path.starts_with("tests/bench/")) {
         for at in file.words("sleep") {
             let called = file.masked[at..].trim_start_matches(is_word).starts_with('(');
             let excepted = exceptions.iter().any(|e| e.covers(file, at));

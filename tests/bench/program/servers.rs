@@ -159,7 +159,7 @@ impl Servers {
         }
         let text = format!("{} is not there", path.display());
         Err(Error::config(text)
-            .hint("bench/run builds it: cargo build --release --bins --examples"))
+            .hint("tests/bench/run builds it: cargo build --release --bins --examples"))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Other relays, on the same backlog in the same run: programs that are told by their environment
 //! where to read and where to publish, and run until they are killed. `PROGRAM install` gets what
-//! they need. `bench/peers/` holds them.
+//! they need. `tests/bench/peers/` holds them.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,6 +1,7 @@
 //! Any bytes as a pgoutput message: decoded, and everything in it walked.
 //!
-//! Run: `cargo +nightly fuzz run pgoutput_decode -- -max_total_time=60`
+//! Run:
+//! `cargo +nightly fuzz run --fuzz-dir tests/fuzz pgoutput_decode -- -max_total_time=60`
 
 #![no_main]
 

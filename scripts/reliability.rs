@@ -1,4 +1,4 @@
-//! Writes RELIABILITY.md to standard output, from what the fault tests have told.
+//! Writes docs/reliability.md to standard output, from what the fault tests reported.
 //!
 //! `reliability RESULTS LOG...`: RESULTS is the file that WATERSHIP_FAULT_RESULTS named, each LOG
 //! the output of a test run, in which the tests of other binaries are looked up.
@@ -131,7 +131,7 @@ fn print(classes: &BTreeMap<(char, u32), Class>, lines: &[Value]) {
     println!("| events checked | {} |", sum(|c| c.events) + soaked("events"));
     let failed = lines.iter().filter(|line| line["ok"] == false).count();
     println!(
-        "| runs that failed, listed below, whose losses and violations are not known | {failed} |"
+        "| runs that failed, listed below; their losses and violations are not known | {failed} |"
     );
     println!("| events lost in the others | {} |", sum(|c| c.lost) + soaked("lost"));
     let violations = sum(|c| c.violations) + soaked("order_violations");
@@ -207,14 +207,15 @@ fn table(classes: &BTreeMap<(char, u32), Class>) {
 }
 
 const HEAD: &str = "# Reliability\n\n\
-Written by `scripts/reliability` from the results of fault tests (`./check --full` runs all of \
+Written by `scripts/reliability` from the results of the fault tests (`./check --full` runs all of \
 them and calls it); do not edit by hand. Failed runs are listed, not left out.\n\n\
 Each test runs the real binary between real servers, under load, with writers that commit and roll \
-back, and judges what a consumer got against what the database holds at the end. *Lost*: committed \
-and never arrived. *Order violation*: the first arrival of an event of a key after that of a later \
-one. *Recovery*: from the end of the fault (where a server was down: from its first answer to \
-another client) to the relay's next confirm, with debug builds on a machine that runs several such \
-tests at once. *Duplicates*: the most of one fault, against the promised bound.\n";
+back, and compares what a consumer received with what the database holds at the end. *Lost*: \
+committed and never arrived. *Order violation*: an event arrived for the first time after a later \
+event of its key had. *Recovery*: from the end of the fault (if a server was down: from its first \
+answer to another client) to the relay's next confirm, with debug builds on a machine that runs \
+several such tests at once. *Duplicates*: the most that one fault caused, and the promised \
+bound.\n";
 
 const COLUMNS: &str = "\
 | class | what goes wrong | runs passed | recovery p50 ms | max ms | events | lost | order | \

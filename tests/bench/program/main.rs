@@ -2,7 +2,7 @@
 //! machine, measured in the same run.
 //!
 //! Private servers (Postgres with fsync, RabbitMQ with a quorum queue), the real `watership run`
-//! as its own process, nothing in between. See bench/README.md for what each figure means.
+//! as its own process, nothing in between. See docs/performance.md for what each figure means.
 
 mod deleted;
 mod drain;
@@ -31,7 +31,7 @@ const NACKED: u64 = 60_000;
 
 /// Measures the relay against the limits of this machine.
 ///
-/// Example: bench/run --events 50000 --rows-per-tx 1
+/// Example: tests/bench/run --events 50000 --rows-per-tx 1
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Events in the backlog.
@@ -55,7 +55,7 @@ struct Arguments {
     /// Kind of the exchange that the relay publishes to.
     #[arg(long, value_enum, default_value_t = Routing::Direct)]
     exchange: Routing,
-    /// A program that relays too, to compare with; repeat for several. See bench/peers.
+    /// A program that relays too, to compare with; repeat for several. See tests/bench/peers.
     #[arg(long)]
     peer: Vec<PathBuf>,
     /// Measure what troubles cost, and nothing else: a queue that nacks, one that is deleted, a key
@@ -75,7 +75,7 @@ struct Arguments {
     #[arg(long, default_value_t = 1)]
     seed: u32,
     /// Where the JSON goes.
-    #[arg(long, default_value = "bench/out")]
+    #[arg(long, default_value = "tests/bench/out")]
     out: PathBuf,
 }
 
