@@ -48,6 +48,11 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     self.idle.reached(receipt);
                     Ok(())
                 }
+                Item::Described(table, receipt) => {
+                    self.plans.describe(&self.router, &table);
+                    self.push(receipt, 0, 0);
+                    Ok(())
+                }
             };
             if let Err(poison) = admitted {
                 self.drain(Some(poison_verdict(poison)));

@@ -2,11 +2,14 @@
 //! data; it is written before the source is advanced. Whether the relay may start from it is
 //! decided in `position_check.rs`.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
+use futures_util::try_join;
 use tokio::time::timeout;
 use tokio_postgres::types::{PgLsn, ToSql};
 use tokio_postgres::{Client, GenericClient, Row as SqlRow, Statement};
@@ -15,9 +18,11 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::publication::Publication;
 use crate::pg::sqlstate::postgres_error;
 use crate::position::{Lsn, Mark, Position};
-use crate::relay::parked::{Key, Writes};
+use crate::relay::parked::Key;
 use crate::relay::parking::store::{self as parked_store, Found};
 use crate::relay::position_check::Failover;
+use crate::relay::rider::{Rider, STATEMENTS};
+use crate::source::transaction::Former;
 use crate::verdict::Verdict;
 
 /// How long storing a checkpoint may take; longer than `statement_timeout`, for a backend that is
@@ -239,7 +244,7 @@ pub trait Store {
         &self,
         position: Position,
         flush: Mark,
-        writes: Writes,
+        riders: Vec<Rider>,
     ) -> impl Future<Output = Result<Lsn>> + 'static;
 
     /// Looks whether people changed parked rows; `expected` are the counts without such a change.
@@ -267,7 +272,8 @@ pub type Storing = Pin<Box<dyn Future<Output = Result<Lsn>>>>;
 pub struct PostgresStore {
     client: Arc<Client>,
     statement: Statement,
-    with_parked: Statement,
+    /// In the order of [`STATEMENTS`].
+    riders: Arc<[Statement]>,
     name: Arc<str>,
     session_no: i64,
 }
@@ -281,9 +287,11 @@ impl PostgresStore {
         const SQL: &str = include_str!("../../sql/query/checkpoint_store.sql");
         // The row must survive a crash of this server; whether a standby has it does not matter.
         let statement = client.prepare(SQL).await.map_err(postgres_error)?;
-        const PARKED: &str = include_str!("../../sql/query/checkpoint_store_parked.sql");
-        let with_parked = client.prepare(PARKED).await.map_err(missing_schema)?;
-        Ok(Self { client, statement, with_parked, name: name.into(), session_no })
+        let mut riders = Vec::new();
+        for sql in STATEMENTS {
+            riders.push(client.prepare(sql).await.map_err(missing_schema)?);
+        }
+        Ok(Self { client, statement, riders: riders.into(), name: name.into(), session_no })
     }
 }
 
@@ -292,10 +300,10 @@ impl Store for PostgresStore {
         &self,
         position: Position,
         flush: Mark,
-        writes: Writes,
+        riders: Vec<Rider>,
     ) -> impl Future<Output = Result<Lsn>> + 'static {
         let store = self.clone();
-        async move { store.write(position, flush, writes).await }
+        async move { store.write(position, flush, riders).await }
     }
 
     fn look(&self, expected: (usize, usize)) -> impl Future<Output = Result<Found>> + 'static {
@@ -310,26 +318,18 @@ impl Store for PostgresStore {
 }
 
 impl PostgresStore {
-    async fn write(&self, position: Position, flush: Mark, writes: Writes) -> Result<Lsn> {
-        let epoch = i64::from(position.epoch);
-        let (mark, ordinal) = (to_sql(position.mark.0), to_sql(position.ordinal));
-        let (sub, flush) = (i64::from(position.sub), to_sql(flush.0));
-        let name = &*self.name;
-        let (rows, changes);
-        let mut statement = &self.statement;
-        let mut values: Vec<&(dyn ToSql + Sync)> =
-            vec![&name, &self.session_no, &epoch, &mark, &ordinal, &sub, &flush];
-        if !writes.is_empty() {
-            (rows, changes) = writes.to_json();
-            statement = &self.with_parked;
-            values.extend([&rows as &(dyn ToSql + Sync), &changes]);
-        }
-        let stored = timeout(STORE_LIMIT, self.client.query_opt(statement, &values)).await;
-        let stored = stored.map_err(|_| {
+    async fn write(&self, position: Position, flush: Mark, riders: Vec<Rider>) -> Result<Lsn> {
+        let written = async {
+            match &riders[..] {
+                [] => self.checkpoint(position, flush).await,
+                riders => self.with_riders(position, flush, riders).await,
+            }
+        };
+        let written = timeout(STORE_LIMIT, written).await.map_err(|_| {
             let text = format!("Postgres did not store the checkpoint within {STORE_LIMIT:?}");
             Error::unreachable(text)
         })?;
-        match stored.map_err(postgres_error)? {
+        match written.map_err(postgres_error)? {
             Some(row) => {
                 let end: PgLsn = row.try_get(0).map_err(postgres_error)?;
                 Ok(Lsn(end.into()))
@@ -337,4 +337,61 @@ impl PostgresStore {
             None => Err(taken_over(&self.name)),
         }
     }
+
+    async fn checkpoint(&self, position: Position, flush: Mark) -> SqlResult<Option<SqlRow>> {
+        let (name, flush) = (&*self.name, to_sql(flush.0));
+        let [epoch, mark, ordinal, sub] = numbers(position);
+        let values: [&(dyn ToSql + Sync); 7] =
+            [&name, &self.session_no, &epoch, &mark, &ordinal, &sub, &flush];
+        self.client.query_opt(&self.statement, &values).await
+    }
+
+    /// All of it in one transaction, sent at once: polled in this order, and the server works in
+    /// the order of arrival. A statement that fails makes COMMIT a rollback.
+    async fn with_riders(
+        &self,
+        position: Position,
+        flush: Mark,
+        riders: &[Rider],
+    ) -> SqlResult<Option<SqlRow>> {
+        let riders = riders.iter().map(|rider| self.ride(position, rider));
+        let (_, row, _, _) = try_join!(
+            self.client.batch_execute("BEGIN"),
+            self.checkpoint(position, flush),
+            try_join_all(riders),
+            self.client.batch_execute("COMMIT"),
+        )?;
+        Ok(row)
+    }
+
+    async fn ride(&self, position: Position, rider: &Rider) -> SqlResult<()> {
+        let (name, json) = (&*self.name, rider.to_json());
+        let [epoch, mark, ordinal, sub] = numbers(position);
+        let values: [&(dyn ToSql + Sync); 7] =
+            [&name, &self.session_no, &epoch, &mark, &ordinal, &sub, &json];
+        self.client.execute(&self.riders[rider.statement()], &values).await.map(drop)
+    }
+}
+
+type SqlResult<T> = std::result::Result<T, tokio_postgres::Error>;
+
+fn numbers(position: Position) -> [i64; 4] {
+    let Position { epoch, mark, ordinal, sub } = position;
+    [i64::from(epoch), to_sql(mark.0), to_sql(ordinal), i64::from(sub)]
+}
+
+/// How the captured tables were described at the checkpoint, by OID.
+///
+/// # Errors
+/// The server's; a missing table is a [`Kind::Verdict`].
+pub async fn described(client: &Client, name: &str) -> Result<HashMap<u32, Former>> {
+    const SQL: &str = include_str!("../../sql/query/described_read.sql");
+    let rows = client.query(SQL, &[&name]).await.map_err(missing_schema)?;
+    let former = |row: &SqlRow| {
+        let version: i64 = row.try_get(1).map_err(postgres_error)?;
+        let key = row.try_get(2).map_err(postgres_error)?;
+        let relation = row.try_get(0).map_err(postgres_error)?;
+        Ok((relation, Former { version: version as u64, key }))
+    };
+    rows.iter().map(former).collect()
 }

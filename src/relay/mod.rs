@@ -18,6 +18,7 @@ pub mod phantoms;
 pub mod position_check;
 pub mod progress;
 mod retries;
+pub mod rider;
 pub mod session;
 pub mod status;
 pub mod supervisor;
@@ -50,7 +51,7 @@ use crate::relay::progress::{Idle, Progress};
 use crate::relay::status::Status;
 use crate::relay::watermark::Watermark;
 use crate::route::{Plans, Router};
-use crate::source::{Item, Source};
+use crate::source::{Item, Note, Source};
 
 pub use options::{Options, Tuning, Window};
 
@@ -66,6 +67,8 @@ pub struct Relay<S, P, C> {
     store: C,
     router: Arc<Router>,
     plans: Plans,
+    /// Notes of the source that are settled and not stored.
+    notes: Vec<Note>,
     envelope: Envelope,
     tuning: Tuning,
     window: Watermark,
@@ -109,6 +112,8 @@ pub struct Parts<S, P, C> {
     pub parking: Parking,
     /// Routes.
     pub router: Arc<Router>,
+    /// What they decided of the tables as they were described last.
+    pub plans: Plans,
     /// Metrics handles.
     pub metrics: Arc<Metrics>,
     /// What `/status` shows.
@@ -140,6 +145,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             progress,
             parking,
             router,
+            plans,
             metrics,
             status,
             canary,
@@ -149,7 +155,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             source,
             publisher,
             store,
-            plans: Plans::new(&router),
+            plans,
+            notes: Vec::new(),
             router,
             envelope: Envelope::new(name),
             tuning: *tuning,
@@ -279,13 +286,15 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let idle = self.storing.is_none() && self.looking.is_none();
         if due && idle && self.has_unstored() {
             let (position, flush) = self.progress.begin_storing();
-            let writes = self.parking.take_writes(position);
-            self.storing = Some(Box::pin(self.store.store(position, flush, writes)));
+            let mut riders = self.parking.take_riders(position);
+            riders.extend(rider::of_notes(std::mem::take(&mut self.notes)));
+            self.storing = Some(Box::pin(self.store.store(position, flush, riders)));
         }
     }
 
     fn has_unstored(&self) -> bool {
-        self.progress.has_unstored() || self.parking.has_writes(self.progress.settled_position())
+        let settled = self.progress.settled_position();
+        self.progress.has_unstored() || self.parking.has_riders(settled) || !self.notes.is_empty()
     }
 
     async fn stored(&mut self, wal_end: Lsn) -> Result<()> {

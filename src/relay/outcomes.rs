@@ -173,8 +173,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     pub(super) fn settle_prefix(&mut self) {
-        if let Some(receipt) = self.window.take_settled() {
+        if let Some(mut receipt) = self.window.take_settled() {
             self.progress.settled(&receipt);
+            self.notes.append(&mut receipt.take_notes());
         }
     }
 

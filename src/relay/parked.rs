@@ -228,7 +228,7 @@ impl Row {
             }
     }
 
-    /// As `checkpoint_store_parked.sql` reads it.
+    /// As `rider_parked.sql` reads it.
     fn to_json(&self) -> JsonRow<'_> {
         let (lanes, table_lane, barrier) = lanes_to_columns(self.lanes);
         let (event, routing_key, properties, body) = match &self.raw {
@@ -287,34 +287,22 @@ pub struct Changed {
     pub why: Option<(Why, String)>,
 }
 
-/// What goes into the database together with a checkpoint.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Writes {
-    /// New rows; a row that is there already stays as it is.
-    pub rows: Vec<Row>,
-    /// Changes of rows that are there.
-    pub changes: Vec<Changed>,
+/// Rows as a JSON array, for `rider_parked.sql`.
+pub fn rows_to_json(rows: &[Row]) -> String {
+    let rows: Vec<JsonRow<'_>> = rows.iter().map(Row::to_json).collect();
+    serde_json::to_string(&rows).expect("rows are numbers, strings and documents")
 }
 
-impl Writes {
-    /// Nothing to write besides the checkpoint.
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty() && self.changes.is_empty()
-    }
-
-    /// Both lists as JSON arrays, for `checkpoint_store_parked.sql`.
-    pub fn to_json(&self) -> (String, String) {
-        let rows: Vec<JsonRow<'_>> = self.rows.iter().map(Row::to_json).collect();
-        let change = |c: &Changed| JsonChange {
-            key: JsonKey::of(&c.key),
-            state: c.state,
-            kind: c.why.as_ref().map(|(why, _)| *why),
-            error: c.why.as_ref().map(|(_, error)| error.clone()),
-        };
-        let changes: Vec<JsonChange> = self.changes.iter().map(change).collect();
-        let text = "rows are numbers, strings and documents";
-        (serde_json::to_string(&rows).expect(text), serde_json::to_string(&changes).expect(text))
-    }
+/// Changes as a JSON array, for `rider_unparked.sql`.
+pub fn changes_to_json(changes: &[Changed]) -> String {
+    let change = |c: &Changed| JsonChange {
+        key: JsonKey::of(&c.key),
+        state: c.state,
+        kind: c.why.as_ref().map(|(why, _)| *why),
+        error: c.why.as_ref().map(|(_, error)| error.clone()),
+    };
+    let changes: Vec<JsonChange> = changes.iter().map(change).collect();
+    serde_json::to_string(&changes).expect("changes are numbers and strings")
 }
 
 /// Keys as a JSON array, for `parked_rows.sql`.

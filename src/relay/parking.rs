@@ -14,7 +14,8 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::position::{Mark, Position};
-use crate::relay::parked::{Changed, Indexed, Key, ROW_BYTES_MAX, Row, RowState, Why, Writes};
+use crate::relay::parked::{Changed, Indexed, Key, ROW_BYTES_MAX, Row, RowState, Why};
+use crate::relay::rider::Rider;
 use crate::relay::watermark::EntryId;
 use crate::route::{Lanes, OnPoison};
 use order::{Blocking, Set, sets};
@@ -256,8 +257,8 @@ impl Parking {
         rows >= self.limits.rows || row.size() > ROW_BYTES_MAX || (new_lane && lanes_full())
     }
 
-    /// What to write with a checkpoint at `settled`.
-    pub fn take_writes(&mut self, settled: Position) -> Writes {
+    /// What rides on a checkpoint at `settled`.
+    pub fn take_riders(&mut self, settled: Position) -> Vec<Rider> {
         if settled.mark > self.known.until {
             self.known.ids.clear();
         }
@@ -287,11 +288,18 @@ impl Parking {
                 }
             }
         }
-        Writes { rows, changes }
+        let mut riders = Vec::new();
+        if !rows.is_empty() {
+            riders.push(Rider::Parked(rows));
+        }
+        if !changes.is_empty() {
+            riders.push(Rider::Unparked(changes));
+        }
+        riders
     }
 
-    /// There is something that a checkpoint at `settled` would write.
-    pub fn has_writes(&self, settled: Position) -> bool {
+    /// There is something that would ride on a checkpoint at `settled`.
+    pub fn has_riders(&self, settled: Position) -> bool {
         let due = self.pending.first_key_value().is_some_and(|(k, _)| k.position <= settled);
         due || !self.changes.is_empty()
     }

@@ -31,7 +31,7 @@ use crate::relay::progress::Progress;
 use crate::relay::status::Status;
 use crate::relay::table_check;
 use crate::relay::{Options, Parts, Relay};
-use crate::route::{Router, keys_of};
+use crate::route::{Plans, Router, keys_of};
 use crate::source::transaction::{self, Assembler, CapturedTable, Timelines};
 use crate::source::wal::{Timing, Wal};
 use crate::verdict::Verdict;
@@ -73,7 +73,7 @@ pub async fn open(
     broker.lock_queue = Some(format!("watership.{}.lock", options.name));
     let mut publisher = counted(Connection::open(&broker).await, &shared.metrics.lock_busy)?;
     let prepared = beside(&mut publisher, prepare(options, &broker, &shared.metrics)).await;
-    let Prepared { source, store, parking, taken, closed } = match prepared {
+    let Prepared { source, keys, store, parking, taken, closed } = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
             publisher.close().await;
@@ -108,6 +108,7 @@ pub async fn open(
         progress: Progress::new(row.position, row.flush_lsn.into()),
         parking,
         router: router.clone(),
+        plans: Plans::new(router, keys),
         metrics: shared.metrics.clone(),
         status: shared.status.clone(),
         canary: shared.canary.clone(),
@@ -140,6 +141,8 @@ fn counted<T>(result: Result<T>, busy: &metrics::Counter) -> Result<T> {
 /// The Postgres half of a session.
 struct Prepared {
     source: Wal,
+    /// Names of the key's columns of each captured table, by OID, where the stream resumes.
+    keys: HashMap<u32, Vec<String>>,
     store: PostgresStore,
     parking: Parking,
     taken: TakenOver,
@@ -168,14 +171,14 @@ async fn prepare(
             .hint("source.url must name one server, not a balancer"));
     }
     let stream = stream(&client, replication, options, &taken, timelines).await;
-    let (stream, assembler) = counted(stream, &metrics.slot_busy)?;
+    let (stream, assembler, keys) = counted(stream, &metrics.slot_busy)?;
     let timing = Timing::new(taken.server.wal_sender_timeout);
     let source = Wal::new(stream, assembler, timing, row.flush_lsn);
     let found = parked::index(&client, &options.name).await?;
     let known = parked::known(&client, &options.name, row.position).await?;
     let parking = Parking::new(options.tuning.parked, found, known);
     let store = PostgresStore::new(client, &options.name, row.session_no).await?;
-    Ok(Prepared { source, store, parking, taken, closed })
+    Ok(Prepared { source, keys, store, parking, taken, closed })
 }
 
 /// SQLSTATE object_in_use.
@@ -368,11 +371,14 @@ async fn stream(
     options: &Options,
     taken: &TakenOver,
     timelines: Timelines,
-) -> Result<(ReplicationStream, Assembler)> {
+) -> Result<(ReplicationStream, Assembler, HashMap<u32, Vec<String>>)> {
     let row = &taken.row;
     // The place comes first: what is changed in between is then read, or newer.
     let catalog_at = insert_lsn(client).await?;
     let types = if options.binary { Some(user_types(client).await?) } else { None };
+    let captured = captured(client, options, &taken.publication).await?;
+    let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));
+    let keys = keys.collect();
     let assembler = Assembler::new(transaction::Options {
         epoch: row.position.epoch,
         system_id: row.system_id,
@@ -380,7 +386,7 @@ async fn stream(
         resume_after: row.position,
         database: taken.server.database.as_str().into(),
         outbox: options.outbox.clone(),
-        captured: captured(client, options, &taken.publication).await?,
+        captured,
         catalog_at,
         types,
         canary: options.name.clone(),
@@ -388,7 +394,7 @@ async fn stream(
     let publications = [&*options.publication];
     let asked = StreamOptions { binary: options.binary, ..StreamOptions::default() };
     let stream = replication.start(&options.slot, row.flush_lsn, &publications, asked).await?;
-    Ok((stream, assembler))
+    Ok((stream, assembler, keys))
 }
 
 /// The tables of `source.tables`.
@@ -398,6 +404,7 @@ async fn captured(
     publication: &Publication,
 ) -> Result<HashMap<String, CapturedTable>> {
     let mut captured = HashMap::new();
+    let mut described = checkpoint::described(client, &options.name).await?;
     for facts in read_tables(client, options, publication).await? {
         let table = &facts.table.to_string();
         for (route, key) in keys_of(&options.rules, table) {
@@ -413,7 +420,8 @@ async fn captured(
             }
         }
         let (oid, primary_key) = (facts.oid, facts.primary_key);
-        captured.insert(table.clone(), CapturedTable { oid, primary_key });
+        let former = described.remove(&oid);
+        captured.insert(table.clone(), CapturedTable { oid, primary_key, former });
     }
     Ok(captured)
 }

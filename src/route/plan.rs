@@ -15,9 +15,6 @@ use crate::column;
 use crate::event::{Content, Event, Table};
 use crate::message::{ExchangeId, RouteId};
 
-/// Tables whose plans are kept; beyond, they are made again.
-const TABLES_MAX: usize = 10_000;
-
 /// A route's plan.
 #[derive(Debug)]
 pub struct Plan {
@@ -72,8 +69,10 @@ struct Rules {
 #[derive(Debug)]
 pub struct Plans {
     outbox: Rules,
-    /// By OID, with the description that they were made of.
-    tables: HashMap<u32, (Arc<Table>, Rules)>,
+    /// By OID.
+    tables: HashMap<u32, Rules>,
+    /// Names of the key's columns of each table, by OID, as it was described last.
+    keys: HashMap<u32, Vec<String>>,
 }
 
 impl std::fmt::Debug for TablePlan {
@@ -127,10 +126,6 @@ impl TablePlan {
             source_json,
             table,
         }
-    }
-
-    fn key_names(&self) -> Vec<&str> {
-        self.key.iter().map(|column| &*self.table.columns[*column].name).collect()
     }
 }
 
@@ -192,23 +187,24 @@ impl Rules {
             Planned::Drop(id) => Decision::Drop(*id),
         })
     }
-
-    /// The names of the key's columns on each route.
-    fn keys(&self) -> Vec<Vec<&str>> {
-        self.rules
-            .iter()
-            .filter_map(|(_, planned)| match planned {
-                Planned::Publish(plan) => plan.table.as_ref().map(TablePlan::key_names),
-                Planned::Drop(_) => None,
-            })
-            .collect()
-    }
 }
 
 impl Plans {
-    /// No table has been seen.
-    pub fn new(router: &Router) -> Self {
-        Self { outbox: Rules::of_outbox(router), tables: HashMap::new() }
+    /// `keys` are the names of the key's columns of each table, by OID, as it was described where
+    /// the stream resumes.
+    pub fn new(router: &Router, keys: HashMap<u32, Vec<String>>) -> Self {
+        Self { outbox: Rules::of_outbox(router), tables: HashMap::new(), keys }
+    }
+
+    /// From here on the table is described so. With another key than before its next event waits
+    /// for all before it, because the lanes of its rows are others now.
+    pub fn describe(&mut self, router: &Router, table: &Arc<Table>) {
+        let key = key_names(table, &table.key);
+        let mut rules = Rules::of_table(router, table);
+        let waits = self.tables.get(&table.oid).is_some_and(|before| before.barrier);
+        let before = self.keys.insert(table.oid, key.clone());
+        rules.barrier = waits || before.is_some_and(|before| before != key);
+        self.tables.insert(table.oid, rules);
     }
 
     /// Everything that is to be done with the event; empty means that no rule selects it.
@@ -240,23 +236,14 @@ impl Plans {
         }
     }
 
-    /// The rules of a table, as it is described now.
+    /// The rules of a table. A description that is the stored one was not announced.
     fn of_table(&mut self, router: &Router, table: &Arc<Table>) -> &mut Rules {
-        if self.tables.len() >= TABLES_MAX && !self.tables.contains_key(&table.oid) {
-            self.tables.clear();
-        }
-        let made = || (table.clone(), Rules::of_table(router, table));
-        let (described, rules) = self.tables.entry(table.oid).or_insert_with(made);
-        if !Arc::ptr_eq(described, table) {
-            if **described != **table {
-                let mut now = Rules::of_table(router, table);
-                now.barrier = rules.barrier || now.keys() != rules.keys();
-                *rules = now;
-            }
-            *described = table.clone();
-        }
-        rules
+        self.tables.entry(table.oid).or_insert_with(|| Rules::of_table(router, table))
     }
+}
+
+fn key_names(table: &Table, key: &[usize]) -> Vec<String> {
+    key.iter().map(|column| table.columns[*column].name.clone()).collect()
 }
 
 /// The lanes of an event that no route selects, among others of its kind: its own key's.

@@ -5,9 +5,10 @@ pub mod transaction;
 pub mod wal;
 
 use std::future::Future;
+use std::sync::Arc;
 
 use crate::error::Result;
-use crate::event::Event;
+use crate::event::{Event, Table};
 use crate::position::{Lsn, Mark, Position};
 
 /// One step of the source, in source order.
@@ -17,6 +18,9 @@ pub enum Item {
     Event(Event, Receipt),
     /// The end of a transaction: everything before it has been handed on.
     Commit(Receipt),
+    /// From here on changes of this captured table are described so; another description than the
+    /// one that was stored last, or than the one before in this stream.
+    Described(Arc<Table>, Receipt),
     /// Nothing is open and everything up to here was handed on; the WAL has grown by something
     /// that is not ours.
     Idle(Receipt),
@@ -28,12 +32,21 @@ pub enum Item {
 pub struct Receipt {
     position: Position,
     flush: Option<Mark>,
+    notes: Vec<Note>,
+}
+
+/// What a source wants to find again when it resumes: it must be durable exactly with the position
+/// that covers it, so it travels with a receipt and rides on the checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// How a captured table is described from here on.
+    Described(Arc<Table>),
 }
 
 impl Receipt {
     /// Only sources make receipts.
     pub(crate) fn new(position: Position, flush: Option<Mark>) -> Self {
-        Self { position, flush }
+        Self { position, flush, notes: Vec::new() }
     }
 
     /// Of a source that is idle: it covers no change, so its position is the lowest; receipts merge
@@ -52,11 +65,24 @@ impl Receipt {
         self.flush
     }
 
+    /// With something to be found again.
+    #[must_use]
+    pub(crate) fn with_note(mut self, note: Note) -> Self {
+        self.notes.push(note);
+        self
+    }
+
+    /// What is to be durable with the position, in source order; once.
+    pub fn take_notes(&mut self) -> Vec<Note> {
+        std::mem::take(&mut self.notes)
+    }
+
     /// Takes in the receipt of the next entry in source order.
-    pub fn absorb(&mut self, later: Receipt) {
+    pub fn absorb(&mut self, mut later: Receipt) {
         assert!(later.position >= self.position, "receipts come back in source order");
         self.position = later.position;
         self.flush = later.flush.or(self.flush);
+        self.notes.append(&mut later.notes);
     }
 }
 

@@ -19,7 +19,7 @@ use crate::event::id::{self, Ids};
 use crate::event::{Change, Content, Event, Table};
 use crate::pg::pgoutput::{self, Message, Relation, Tuple};
 use crate::position::{Lsn, Mark, Position};
-use crate::source::{Canary, Item, Receipt, Seen};
+use crate::source::{Canary, Item, Note, Receipt, Seen};
 use describe::{Described, Role};
 use rows::{Values, complete, old_row, outbox_row};
 
@@ -32,7 +32,7 @@ mod tests;
 #[cfg(test)]
 mod tests_identity;
 
-pub use options::{CapturedTable, Options, OutboxNames, OutboxTable, Timelines};
+pub use options::{CapturedTable, Former, Options, OutboxNames, OutboxTable, Timelines};
 
 /// Relations described by one stream; more would be a leak on somebody's side.
 const RELATIONS_MAX: usize = 100_000;
@@ -129,7 +129,7 @@ impl Assembler {
                 self.begin(final_lsn, commit_time, xid)
             }
             Message::Commit { commit_lsn, end_lsn, .. } => self.commit(commit_lsn, end_lsn, out),
-            Message::Relation(relation) => self.relation(&relation),
+            Message::Relation(relation) => self.relation(&relation, out),
             Message::Update { relation, old, new } => {
                 let change = |values: &Values<'_>| {
                     let old = old.as_ref().map(|old| old_row(old, values)).transpose()?;
@@ -293,7 +293,7 @@ impl Assembler {
         Ok(())
     }
 
-    fn relation(&mut self, relation: &Relation<'_>) -> Result<()> {
+    fn relation(&mut self, relation: &Relation<'_>, out: &mut Vec<Item>) -> Result<()> {
         let described = describe::describe(relation, &self.options)?;
         if let (Role::Captured(_), State::Open(transaction)) = (&described.role, &self.state)
             && transaction.commit_lsn >= self.options.catalog_at
@@ -310,8 +310,25 @@ impl Assembler {
             // so forgetting is not possible; a new session is.
             return Err(Error::protocol(format!("more than {RELATIONS_MAX} tables in one stream")));
         }
+        if let (Role::Captured(_), State::Open(transaction)) = (&described.role, &self.state)
+            && self.is_new(&described.table)
+        {
+            let table = described.table.clone();
+            let receipt = self.receipt(self.position(transaction), None);
+            let receipt = receipt.with_note(Note::Described(table.clone()));
+            out.push(Item::Described(table, receipt));
+        }
         self.tables.insert(relation.id, described);
         Ok(())
+    }
+
+    /// It differs from the description before it in this stream, or from the stored one.
+    fn is_new(&self, table: &Table) -> bool {
+        let before = match self.tables.get(&table.oid) {
+            Some(before) => Some(before.table.version),
+            None => describe::former_version(table, &self.options),
+        };
+        before != Some(table.version)
     }
 
     fn open_transaction(&self) -> Result<Transaction> {

@@ -186,7 +186,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         resume_after: Position::default(),
         captured: HashMap::from([(
             "public.wide".into(),
-            CapturedTable { oid: 0x4008, primary_key: vec!["column_0".into()] },
+            CapturedTable { oid: 0x4008, primary_key: vec!["column_0".into()], former: None },
         )]),
         database: "shop".into(),
         outbox: OutboxTable::default(),
@@ -258,11 +258,11 @@ fn routing((mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>
     take_all(&mut assembler, &frames, &mut items);
     let event = |item| match item {
         Item::Event(event, _) => Some(event),
-        Item::Commit(_) | Item::Idle(_) => None,
+        Item::Commit(_) | Item::Idle(_) | Item::Described(..) => None,
     };
     let router = Router::new(&default_rules()).expect("the default rules");
     Routing {
-        plans: Plans::new(&router),
+        plans: Plans::new(&router, HashMap::new()),
         router,
         envelope: Envelope::new("bench"),
         events: items.into_iter().filter_map(event).collect(),
@@ -309,7 +309,7 @@ fn messages() -> (Vec<Made>, Vec<Receipt>) {
     take_all(&mut assembler, &frames, &mut items);
     let receipt = |item| match item {
         Item::Event(_, receipt) => Some(receipt),
-        Item::Commit(_) | Item::Idle(_) => None,
+        Item::Commit(_) | Item::Idle(_) | Item::Described(..) => None,
     };
     let made = wrap(outbox_routing()).made;
     (made, items.into_iter().filter_map(receipt).collect())

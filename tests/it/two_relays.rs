@@ -14,7 +14,8 @@ use watership::dev::Signal;
 use watership::error::Kind;
 use watership::position::{Mark, Position};
 use watership::relay::checkpoint::{PostgresStore, Store, take_session};
-use watership::relay::parked::{Changed, Key, Raw, Row, RowState, Why, Writes};
+use watership::relay::parked::{Changed, Key, Raw, Row, RowState, Why};
+use watership::relay::rider::Rider;
 use watership::route::Lanes;
 
 use crate::relay_support::{Message, Running, Setup, Stage, until};
@@ -337,7 +338,7 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
     let first = store(old.session_no).await;
     let write = async |store: &PostgresStore, lsn| {
         let (position, flush) = at(lsn);
-        store.store(position, flush, Writes::default()).await
+        store.store(position, flush, Vec::new()).await
     };
     write(&first, 10).await.expect("the session is the latest");
     let new = take_session(&client, "shop", oid).await.expect("a session");
@@ -348,9 +349,9 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
     assert_eq!(row, at(10).1.lsn().to_string());
     // Nor what goes with a checkpoint: a row is parked, and a retry ends.
     let row = parked_row(at(15).0);
-    let parks = |row: &Row| Writes { rows: vec![row.clone()], changes: Vec::new() };
+    let parks = |row: &Row| vec![Rider::Parked(vec![row.clone()])];
     let (key, state) = (row.key.clone(), RowState::Released);
-    let released = Writes { rows: Vec::new(), changes: vec![Changed { key, state, why: None }] };
+    let released = vec![Rider::Unparked(vec![Changed { key, state, why: None }])];
     let states = "SELECT coalesce(string_agg(state, ','), 'none') FROM watership.parked";
     let error = first.store(at(30).0, at(30).1, parks(&row)).await.expect_err("taken over");
     assert_eq!((error.kind(), &*stage.text(states).await), (Kind::Busy, "none"));

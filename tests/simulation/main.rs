@@ -26,7 +26,7 @@ use watership::relay::phantoms::Published;
 use watership::relay::progress::Progress;
 use watership::relay::status::Status;
 use watership::relay::{Parts, Relay, Tuning, Window};
-use watership::route::{Action, Ordering, Router, default_rules};
+use watership::route::{Action, Ordering, Plans, Router, default_rules};
 use world::{Faults, Shared, SimPublisher, SimSource, World};
 
 const EVENTS: u32 = 600;
@@ -91,6 +91,7 @@ impl Run {
             progress: Progress::new(position, flush),
             parking: Parking::new(self.limits, self.store.index(), self.known(position)),
             router: Arc::new(Router::new(&rules).unwrap()),
+            plans: Plans::new(&Router::new(&rules).unwrap(), HashMap::new()),
             metrics: Arc::new(Metrics::new(&labels)),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),
@@ -369,6 +370,7 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
             progress: Progress::new(start, Mark(1000)),
             parking: Parking::default(),
             router: Arc::new(Router::new(&rules).unwrap()),
+            plans: Plans::new(&Router::new(&rules).unwrap(), HashMap::new()),
             metrics: Arc::new(Metrics::new(&[label])),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),

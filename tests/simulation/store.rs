@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 use watership::error::Result;
+use watership::event::Table;
 use watership::position::{Lsn, Mark, Position};
 use watership::relay::checkpoint::Store;
-use watership::relay::parked::{Indexed, Key, Row, RowState, Writes};
+use watership::relay::parked::{Indexed, Key, Row, RowState};
 use watership::relay::parking::store::Found;
+use watership::relay::rider::Rider;
 
 /// Every checkpoint that was written, and how long a write takes. A clone is the same store: it
 /// outlives the session that writes it.
@@ -20,6 +22,8 @@ pub struct MemoryStore {
     pub rows: Arc<Mutex<Vec<(Position, Mark)>>>,
     /// The parked rows, of any state.
     pub parked: Arc<Mutex<BTreeMap<Key, Row>>>,
+    /// How captured tables were described last, by OID.
+    pub described: Arc<Mutex<BTreeMap<u32, Arc<Table>>>>,
     /// Half of it passes before the row is there, half after: a crash can fall on either side.
     latency: Duration,
 }
@@ -43,15 +47,28 @@ impl MemoryStore {
         parked.values().filter(|row| is_unreleased(row)).map(indexed).collect()
     }
 
-    fn write(&self, position: Position, flush: Mark, writes: Writes) {
+    fn write(&self, position: Position, flush: Mark, riders: Vec<Rider>) {
         self.rows.lock().unwrap().push((position, flush));
         let mut parked = self.parked.lock().unwrap();
-        for row in writes.rows {
-            parked.entry(row.key.clone()).or_insert(row);
-        }
-        for change in writes.changes {
-            if let Some(row) = parked.get_mut(&change.key).filter(|row| is_unreleased(row)) {
-                row.state = change.state;
+        for rider in riders {
+            match rider {
+                Rider::Parked(rows) => {
+                    for row in rows {
+                        parked.entry(row.key.clone()).or_insert(row);
+                    }
+                }
+                Rider::Unparked(changes) => {
+                    for change in changes {
+                        let row = parked.get_mut(&change.key);
+                        if let Some(row) = row.filter(|row| is_unreleased(row)) {
+                            row.state = change.state;
+                        }
+                    }
+                }
+                Rider::Described(tables) => {
+                    let mut described = self.described.lock().unwrap();
+                    described.extend(tables.into_iter().map(|table| (table.oid, table)));
+                }
             }
         }
     }
@@ -68,12 +85,12 @@ impl Store for MemoryStore {
         &self,
         position: Position,
         flush: Mark,
-        writes: Writes,
+        riders: Vec<Rider>,
     ) -> impl Future<Output = Result<Lsn>> + 'static {
         let store = self.clone();
         async move {
             sleep(store.latency / 2).await;
-            store.write(position, flush, writes);
+            store.write(position, flush, riders);
             sleep(store.latency / 2).await;
             Ok(flush.lsn())
         }

@@ -50,14 +50,14 @@ pub(super) fn describe(relation: &Relation<'_>, options: &Options) -> Result<Des
         .map(|column| Column::new(column.name, column.type_oid, column.type_modifier))
         .collect();
     let captured = captured(options, &full_name, relation.id);
-    let identity = identity(relation);
+    let (identity, version) = (identity(relation), version(relation));
     let table = Arc::new(Table {
         database: options.database.clone(),
         oid: relation.id,
-        version: version(relation),
+        version,
         schema: schema.to_owned(),
         name: name.to_owned(),
-        key: key(relation.replica_identity, &identity, &columns, captured),
+        key: key(relation.replica_identity, &identity, &columns, version, captured),
         full_name,
         columns,
         identity,
@@ -85,6 +85,11 @@ pub(super) fn names_every_row(table: &Table, options: &Options) -> bool {
     known && (table.identity == Identity::Nothing || table.identity.covers(&table.key))
 }
 
+/// The version of the description that was stored last.
+pub(super) fn former_version(table: &Table, options: &Options) -> Option<u64> {
+    captured(options, &table.full_name, table.oid)?.former.as_ref().map(|former| former.version)
+}
+
 /// By name, or by OID: a table that was renamed is still captured, and the next comparison with
 /// the catalog decides about it.
 fn captured<'a>(options: &'a Options, full_name: &str, oid: u32) -> Option<&'a CapturedTable> {
@@ -109,13 +114,23 @@ fn key(
     kind: ReplicaIdentity,
     identity: &Identity,
     columns: &[Column],
+    version: u64,
     captured: Option<&CapturedTable>,
 ) -> Vec<usize> {
-    let named = || -> Option<Vec<usize>> {
-        let index = |name: &String| columns.iter().position(|column| column.name == *name);
-        let mut key: Vec<usize> = captured?.primary_key.iter().map(index).collect::<Option<_>>()?;
+    let index = |name: &String| columns.iter().position(|column| column.name == *name);
+    let of = |names: &[String]| -> Option<Vec<usize>> {
+        let mut key: Vec<usize> = names.iter().map(index).collect::<Option<_>>()?;
         key.sort_unstable();
         Some(key)
+    };
+    let named = || -> Option<Vec<usize>> {
+        let captured = captured?;
+        let former = captured.former.as_ref();
+        // The same description has the same key as before, whatever the catalog says by now.
+        if let Some(former) = former.filter(|former| former.version == version) {
+            return of(&former.key);
+        }
+        of(&captured.primary_key).or_else(|| of(&former?.key))
     };
     match (kind, identity) {
         // The primary key as it was when this was written: a column may have another name now.

@@ -98,6 +98,18 @@ pub struct CapturedTable {
     /// The columns of its primary key. Under most replica identities the stream flags other columns
     /// or all of them, so it cannot tell.
     pub primary_key: Vec<String>,
+    /// How the stream described it at the position that is resumed.
+    pub former: Option<Former>,
+}
+
+/// What is kept of a description.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Former {
+    /// See [`crate::event::Table`].
+    pub version: u64,
+    /// Names of the key's columns then. Under replica identity FULL an older description can name
+    /// columns that the catalog calls otherwise today.
+    pub key: Vec<String>,
 }
 
 /// Which timeline an LSN lies on.

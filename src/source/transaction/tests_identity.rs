@@ -9,7 +9,7 @@ const TABLE: u32 = 20_000;
 
 fn assembler(primary_key: &[&str]) -> Assembler {
     let primary_key = primary_key.iter().map(|name| (*name).to_owned()).collect();
-    let captured = CapturedTable { oid: TABLE, primary_key };
+    let captured = CapturedTable { oid: TABLE, primary_key, former: None };
     Assembler::new(Options {
         epoch: 1,
         system_id: 7,
@@ -36,7 +36,7 @@ fn apply(assembler: &mut Assembler, messages: &[Bytes]) -> Vec<Item> {
 fn events(items: Vec<Item>) -> Vec<Event> {
     let event = |item| match item {
         Item::Event(event, _) => Some(event),
-        Item::Commit(_) | Item::Idle(_) => None,
+        Item::Commit(_) | Item::Idle(_) | Item::Described(..) => None,
     };
     items.into_iter().filter_map(event).collect()
 }
