@@ -251,8 +251,8 @@ pub struct TableFacts {
     pub may_select: bool,
 }
 
-/// Columns of a relation `c` for [`identity`]: its `relreplident`, and the columns of its primary key
-/// and of the index that REPLICA IDENTITY USING INDEX names.
+/// Columns of a relation `c` for [`identity`]: its `relreplident`, and the columns of its primary
+/// key and of the index that REPLICA IDENTITY USING INDEX names.
 const IDENTITY: &str = "c.relreplident::text, k.key, k.chosen";
 /// Where they come from.
 const OF_INDEXES: &str = "CROSS JOIN LATERAL (SELECT \

@@ -8,17 +8,26 @@
 //! A row that is parked counts as settled at once, but it is written in the same transaction as
 //! the first checkpoint that passes it, so nothing durable ever passes a row that is not.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+mod bounds;
+mod order;
+mod shown;
+pub mod store;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use uuid::Uuid;
 
-use crate::position::{Mark, Position};
+use crate::position::Position;
 use crate::relay::parked::{Changed, Indexed, Key, ROW_BYTES_MAX, Row, RowState, Why};
 use crate::relay::rider::Rider;
 use crate::relay::watermark::EntryId;
 use crate::route::{Lanes, OnPoison};
 use order::{Blocking, Set, sets};
+
+pub use bounds::{Known, Limits};
 
 /// Most rows of a route that are on their way again at once.
 pub const RETRYING_MAX: usize = 256;
@@ -26,21 +35,6 @@ pub const RETRYING_MAX: usize = 256;
 const LOADED_MAX: usize = 2048;
 /// Most bytes of them.
 const RETRYING_BYTES: usize = 4 << 20;
-
-/// Limits of `watership.parked`, for one relay.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Most unreleased rows.
-    pub rows: usize,
-    /// Most lanes that are parked.
-    pub keys: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self { rows: 10_000, keys: 1_000 }
-    }
-}
 
 /// Where a row is that is neither released nor on its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,15 +122,6 @@ pub struct Parking {
     /// Waiting rows of events that no route selected, and those of them on their way.
     unrouted: usize,
     unrouted_loaded: usize,
-}
-
-/// Rows of any state that a replay may come upon: id and route, and where the last of them is.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Known {
-    /// Ids of events, or of messages, with the route and the part.
-    pub ids: HashSet<(Uuid, Arc<str>, u16)>,
-    /// Mark of the last one.
-    pub until: Mark,
 }
 
 impl Parking {
@@ -548,9 +533,3 @@ impl Parking {
         }
     }
 }
-
-mod order;
-mod shown;
-pub mod store;
-#[cfg(test)]
-mod tests;

@@ -413,9 +413,9 @@ async fn captured(
                     route,
                     table,
                     column,
-                    "the route's key is not in the table's replica identity: each UPDATE and DELETE \
-                     waits for everything before it in the table; ALTER TABLE ... REPLICA IDENTITY \
-                     FULL, or choose another key"
+                    "the route's key is not in the table's replica identity: each UPDATE and \
+                     DELETE waits for everything before it in the table; ALTER TABLE ... REPLICA \
+                     IDENTITY FULL, or choose another key"
                 );
             }
         }

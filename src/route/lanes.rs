@@ -29,8 +29,8 @@ pub enum Lanes {
         /// Hash of route and table.
         group: u64,
     },
-    /// After everything before it in its table, before everything after it: a truncate, and a change
-    /// that does not say which row it is about.
+    /// After everything before it in its table, before everything after it: a truncate, and a
+    /// change that does not say which row it is about.
     Barrier {
         /// Hash of route and table.
         group: u64,

@@ -161,7 +161,8 @@ async fn binary_and_text_mode_make_the_same_messages_byte_for_byte() {
     relay.stop().await.expect_code(0);
     stage
         .execute(&format!(
-            "DELETE FROM watership.checkpoint; {PUT_BACK}; UPDATE watership.checkpoint SET slot = '{copy}'"
+            "DELETE FROM watership.checkpoint; {PUT_BACK}; \
+             UPDATE watership.checkpoint SET slot = '{copy}'"
         ))
         .await;
     let mut relay = stage.spawn_other(|config| {
