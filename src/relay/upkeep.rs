@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_postgres::Client;
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::slot::{WalStatus, insert_lsn, max_slot_wal_keep_size, read_slot};
@@ -163,7 +163,7 @@ async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Re
 async fn compare(client: &Client, options: &Options) -> Result<Option<Error>> {
     let found = match session::look(client, options).await {
         Ok(found) => found,
-        Err(error) if error.kind() == Kind::Verdict => return Ok(Some(error)),
+        Err(error) if error.kind().is_verdict() => return Ok(Some(error)),
         Err(error) => return Err(error),
     };
     if found.is_elsewhere() {
