@@ -15,8 +15,8 @@ pub fn io_error(what: &str, error: io::Error) -> Error {
     match error.downcast::<Error>() {
         Ok(ours) => ours,
         Err(error) => {
-            let (kind, advice) = classify(&error);
-            with_advice(Error::new(kind, what).caused_by(error), advice)
+            let (kind, hint) = classify(&error);
+            with_hint(Error::new(kind, what).caused_by(error), hint)
         }
     }
 }
@@ -26,7 +26,7 @@ pub fn is_tls(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
 }
 
-/// The kind of an I/O error and our advice; a TLS error inside it decides.
+/// The kind of an I/O error and our hint; a TLS error inside it decides.
 pub fn classify(error: &io::Error) -> (Kind, Option<&'static str>) {
     // The kernel's "too many open files", for which the standard library has no kind.
     const EMFILE: i32 = 24;
@@ -129,10 +129,10 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
     }
 }
 
-/// The error with the advice of a table.
-pub fn with_advice(error: Error, advice: Option<&'static str>) -> Error {
-    match advice {
-        Some(advice) => error.hint(advice),
+/// The error with the hint of a table.
+pub fn with_hint(error: Error, hint: Option<&'static str>) -> Error {
+    match hint {
+        Some(hint) => error.hint(hint),
         None => error,
     }
 }
@@ -145,7 +145,7 @@ mod tests {
     fn our_own_error_survives_the_trip_through_io() {
         let ours = Error::refused("md5").hint("do this");
         let back = io_error("x", io::Error::other(ours));
-        assert_eq!((back.kind(), back.advice()), (Kind::Refused, Some("do this")));
+        assert_eq!((back.kind(), back.hint_text()), (Kind::Refused, Some("do this")));
     }
 
     #[test]
@@ -153,7 +153,7 @@ mod tests {
         let unknown = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
         let error = io_error("TLS", io::Error::new(io::ErrorKind::InvalidData, unknown));
         assert_eq!(error.kind(), Kind::Refused);
-        assert!(error.advice().unwrap().contains("sslrootcert"));
+        assert!(error.hint_text().unwrap().contains("sslrootcert"));
         let corrupt = io::Error::new(io::ErrorKind::InvalidData, rustls::Error::DecryptError);
         assert_eq!(io_error("TLS", corrupt).kind(), Kind::Unreachable);
     }

@@ -15,7 +15,7 @@ use watership::error::{Error, Kind, Result};
 fn main() -> ExitCode {
     // First of all: lapin's connector would otherwise choose a provider by itself.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
-        return report(&Error::config("another TLS provider is installed already"));
+        return report(&Error::internal("another TLS provider is installed already"));
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return report(&Error::config("no async runtime").caused_by(error)),
+        Err(error) => return report(&Error::internal("no async runtime").caused_by(error)),
     };
     let result = runtime.block_on(cli::execute(cli, watch_signals, give_up));
     // A name lookup may still hang in a thread; nobody needs its answer.
@@ -42,10 +42,13 @@ fn main() -> ExitCode {
 
 fn report(error: &Error) -> ExitCode {
     cli::print_error(error);
-    ExitCode::from(match error.kind() {
-        Kind::Config => 2,
-        Kind::Verdict => 3,
-        Kind::Unreachable | Kind::Refused | Kind::Busy | Kind::Protocol | Kind::Event => 1,
+    let kind = error.kind();
+    ExitCode::from(if kind == Kind::Config {
+        2
+    } else if kind.is_verdict() {
+        3
+    } else {
+        1
     })
 }
 
@@ -53,7 +56,7 @@ fn report(error: &Error) -> ExitCode {
 ///
 /// On a thread of its own, so that it works when everything else hangs.
 fn watch_signals() -> Result<watch::Receiver<bool>> {
-    let failed = |e: std::io::Error| Error::config("signals cannot be handled").caused_by(e);
+    let failed = |e: std::io::Error| Error::internal("signals cannot be handled").caused_by(e);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let (sender, receiver) = watch::channel(false);

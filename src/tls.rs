@@ -59,7 +59,7 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
     let provider = Arc::new(ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
-        .map_err(|e| Error::config("TLS versions").caused_by(e))?;
+        .map_err(|e| Error::internal("TLS versions").caused_by(e))?;
     let builder = match options.mode {
         Mode::Disable | Mode::Require => {
             let verifier = Lenient { provider, inner: None };
@@ -69,7 +69,7 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
             let roots = Arc::new(roots(options.root_cert.as_deref())?);
             let inner = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
                 .build()
-                .map_err(|e| Error::config("trusted roots").caused_by(e))?;
+                .map_err(|e| Error::internal("trusted roots").caused_by(e))?;
             let verifier = Lenient { provider, inner: Some(inner) };
             builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
         }

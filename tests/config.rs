@@ -231,8 +231,8 @@ fn a_value_of_the_wrong_shape_is_told_with_what_to_write() {
         ("relay.max_unconfirmed = -1", "integer -1 is not allowed here", "0 or more"),
     ] {
         let error = parse("w.toml", &format!("{LEAST}{more}")).err().expect(more);
-        let (told, advice) = (error.to_string(), error.advice().unwrap_or_default());
-        assert!(told.contains(text) && advice.contains(hint), "{more}\n{told}\n{advice}");
+        let (told, hinted) = (error.to_string(), error.hint_text().unwrap_or_default());
+        assert!(told.contains(text) && hinted.contains(hint), "{more}\n{told}\n{hinted}");
         assert!(!told.contains("struct") && !told.contains("u64"), "{told}");
     }
 }

@@ -58,7 +58,8 @@ struct Shared {
 /// Binds the address and starts the thread.
 ///
 /// # Errors
-/// [`crate::error::Kind::Config`] when the address cannot be bound.
+/// [`crate::error::Kind::Config`] when the address cannot be bound,
+/// [`crate::error::Kind::Internal`] when there can be no thread.
 pub fn start(options: &Options, status: Arc<Status>, exporter: Exporter) -> Result<Admin> {
     let listener = options.listen.map(bind).transpose()?;
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
@@ -68,7 +69,7 @@ pub fn start(options: &Options, status: Arc<Status>, exporter: Exporter) -> Resu
     std::thread::Builder::new()
         .name("admin".into())
         .spawn(move || serve(listener, shared, give_up, stopped))
-        .map_err(|e| Error::config("the admin thread cannot be started").caused_by(e))?;
+        .map_err(|e| Error::internal("the admin thread cannot be started").caused_by(e))?;
     Ok(Admin { address, _stop: stop })
 }
 

@@ -12,7 +12,7 @@ use super::link::Link;
 use super::options::{Auth, Options, Url};
 use super::reply;
 use super::wire::{self, FRAME_MAX, Incoming};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Code, Error, Kind, Result};
 use crate::fault::{io_error, is_tls};
 use crate::message::PROPERTIES_MAX;
 
@@ -114,7 +114,7 @@ pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
 
 fn lock_error(name: &str, close: &channel::Close) -> Error {
     let text = &close.reply_text;
-    match close.reply_code {
+    let error = match close.reply_code {
         reply::RESOURCE_LOCKED => {
             let relay = name.strip_prefix("watership.").and_then(|n| n.strip_suffix(".lock"));
             let relay = relay.map_or(String::new(), |relay| format!(" named {relay:?}"));
@@ -126,7 +126,8 @@ fn lock_error(name: &str, close: &channel::Close) -> Error {
         reply::PRECONDITION_FAILED => Error::refused(format!("lock queue {name:?}: {text}"))
             .hint("a queue of that name that is not ours must be deleted or renamed"),
         code => reply::error(&format!("lock queue {name:?}"), code, text.as_str()),
-    }
+    };
+    error.coded(Code::Reply(close.reply_code))
 }
 
 fn start_ok(

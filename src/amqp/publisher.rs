@@ -27,6 +27,7 @@ use super::channel::{Channel, Outcomes, State, Verdict, target, target_exchange}
 use super::handshake::{self, CONTROL_CHANNEL, Tuned, close_error};
 use super::link::Link;
 use super::options::{CHANNELS_MAX, Options, SPREAD_FROM, Url};
+use super::reply;
 use super::wire::{self, Incoming};
 use crate::error::{Error, Kind, Result};
 use crate::fault::io_error;
@@ -82,15 +83,11 @@ impl Connection {
                 Ok(Err(error)) => error,
                 Err(_) => Error::unreachable(format!("no AMQP connection within {limit:?}")),
             };
-            match error.kind() {
-                // The lock belongs to the cluster, and files are the same for every broker.
-                Kind::Busy | Kind::Config => return Err(error.context(format!("broker {url}"))),
-                Kind::Unreachable
-                | Kind::Refused
-                | Kind::Protocol
-                | Kind::Event
-                | Kind::Verdict => errors.push((url, error)),
+            // The lock belongs to the cluster; files and our bugs are the same for every broker.
+            if matches!(error.kind(), Kind::Busy | Kind::Config | Kind::Internal) {
+                return Err(error.context(format!("broker {url}")));
             }
+            errors.push((url, error));
         }
         Err(join_errors(errors))
     }
@@ -499,7 +496,7 @@ impl Publisher for Connection {
     /// deleted the lock queue. What is still in the output buffer is not sent.
     async fn close(mut self) {
         let close = connection::AMQPMethod::Close(connection::Close {
-            reply_code: 200,
+            reply_code: reply::REPLY_SUCCESS,
             reply_text: "bye".into(),
             class_id: 0,
             method_id: 0,
@@ -521,7 +518,7 @@ pub(super) fn join_errors(mut errors: Vec<(&Url, Error)>) -> Error {
     }
     let all_refused = errors.iter().all(|(_, e)| e.kind() == Kind::Refused);
     let kind = if all_refused { Kind::Refused } else { Kind::Unreachable };
-    let hint = errors.iter().find_map(|(_, e)| e.advice().map(str::to_owned));
+    let hint = errors.iter().find_map(|(_, e)| e.hint_text().map(str::to_owned));
     let told: Vec<String> = errors.iter().map(|(url, e)| format!("{url}: {e}")).collect();
     let error = Error::new(kind, format!("no broker could be used: {}", told.join("; ")));
     match hint {

@@ -5,9 +5,10 @@ use super::findings::Findings;
 use crate::amqp::audit::{Grade, Survey, Verdict};
 use crate::amqp::management::Management;
 use crate::amqp::options::Options;
+use crate::amqp::reply::is_missing;
 use crate::amqp::topology::{self, Binding, Mode, Topology};
 use crate::config::Config;
-use crate::error::{Kind, Result};
+use crate::error::Result;
 use crate::relay::audit;
 use crate::route::{Action, MessageIdRule, Rule, Select};
 
@@ -64,10 +65,6 @@ fn report(f: &mut Findings, mode: Mode, area: &'static str, what: &str, result: 
         }
         Err(error) => f.error(area, &error),
     }
-}
-
-fn is_missing(error: &crate::error::Error) -> bool {
-    error.kind() == Kind::Refused && error.to_string().contains("does not exist")
 }
 
 /// The queues that a route's exchange feeds, by the names of the routes.

@@ -329,7 +329,7 @@ impl Stack {
         println!("  relay's log {}", self.relay.log().display());
         println!("  try         watership status --config {}", self.config.display());
         let heard = tokio::signal::ctrl_c().await;
-        heard.map_err(|e| Error::config("waiting for Ctrl-C").caused_by(e))
+        heard.map_err(|e| Error::internal("waiting for Ctrl-C").caused_by(e))
     }
 
     /// In this order the relay sees no fault at the end.

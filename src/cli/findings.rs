@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::{End, Out};
-use crate::error::{Error, Kind};
+use crate::error::Error;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -24,7 +24,7 @@ pub(super) struct Finding {
     area: &'static str,
     what: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    advice: Option<String>,
+    hint: Option<String>,
 }
 
 /// All findings, printed as they come.
@@ -52,32 +52,24 @@ impl Findings {
         &mut self,
         area: &'static str,
         what: impl Into<String>,
-        advice: impl Into<String>,
+        hint: impl Into<String>,
     ) {
-        self.add(Level::Warning, area, what.into(), Some(advice.into()));
+        self.add(Level::Warning, area, what.into(), Some(hint.into()));
     }
 
     pub(super) fn problem(
         &mut self,
         area: &'static str,
         what: impl Into<String>,
-        advice: impl Into<String>,
+        hint: impl Into<String>,
     ) {
-        self.add(Level::Problem, area, what.into(), Some(advice.into()));
+        self.add(Level::Problem, area, what.into(), Some(hint.into()));
     }
 
     /// Adds an error under its own kind.
     pub(super) fn error(&mut self, area: &'static str, error: &Error) {
-        let level = match error.kind() {
-            Kind::Verdict => Level::Verdict,
-            Kind::Config
-            | Kind::Unreachable
-            | Kind::Refused
-            | Kind::Busy
-            | Kind::Protocol
-            | Kind::Event => Level::Problem,
-        };
-        self.add(level, area, error.to_string(), error.advice().map(str::to_owned));
+        let level = if error.kind().is_verdict() { Level::Verdict } else { Level::Problem };
+        self.add(level, area, error.to_string(), error.hint_text().map(str::to_owned));
     }
 
     /// How many are worse than a warning.
@@ -85,7 +77,7 @@ impl Findings {
         self.list.iter().filter(|f| f.level >= Level::Problem).count()
     }
 
-    fn add(&mut self, level: Level, area: &'static str, what: String, advice: Option<String>) {
+    fn add(&mut self, level: Level, area: &'static str, what: String, hint: Option<String>) {
         let (word, colour) = match level {
             Level::Ok => ("ok", 32),
             Level::Warning => ("warning", 33),
@@ -94,10 +86,10 @@ impl Findings {
         };
         let word = self.out.coloured(colour, &format!("{word:<8}"));
         self.out.line(&format!("{word} {area:<12} {what}"));
-        if let Some(advice) = &advice {
-            self.out.line(&format!("         {:<12} -> {advice}", ""));
+        if let Some(hint) = &hint {
+            self.out.line(&format!("         {:<12} -> {hint}", ""));
         }
-        self.list.push(Finding { level, area, what, advice });
+        self.list.push(Finding { level, area, what, hint });
     }
 
     /// Prints the sum and says how the command ends.

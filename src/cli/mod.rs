@@ -126,13 +126,13 @@ pub fn flush_log() {
 /// Prints an error and what to do: as a log line where logs are JSON, as text elsewhere.
 pub fn print_error(error: &Error) {
     if logging::is_json() {
-        let hint = error.advice().unwrap_or_default();
+        let hint = error.hint_text().unwrap_or_default();
         tracing::error!(kind = error.label(), hint, "{error}");
         return logging::flush();
     }
     logging::flush();
     let mut text = format!("error: {error}\n");
-    if let Some(hint) = error.advice() {
+    if let Some(hint) = error.hint_text() {
         text.push_str(&format!("hint: {hint}\n"));
     }
     // Where stderr is closed there is nobody to tell.
@@ -162,7 +162,7 @@ impl Out {
     fn data(self, data: &impl Serialize) -> Result<()> {
         if self.json {
             let text = serde_json::to_string_pretty(data)
-                .map_err(|e| Error::config("the result is not JSON").caused_by(e))?;
+                .map_err(|e| Error::internal("the result is not JSON").caused_by(e))?;
             let _ = writeln!(std::io::stdout(), "{text}");
         }
         Ok(())

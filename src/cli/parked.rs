@@ -126,7 +126,7 @@ struct Listed {
 struct Shown {
     #[serde(flatten)]
     row: Listed,
-    advice: &'static str,
+    hint: &'static str,
     committed_at: String,
     parked_at: String,
     /// The raw row; absent when the message was kept.
@@ -256,9 +256,9 @@ async fn show(client: &Client, name: &str, id: i64, out: Out) -> Result<()> {
     let content = client.query_one(SQL, &[&name, &id]).await.map_err(postgres_error)?;
     let maybe = |i: usize| content.try_get::<_, Option<String>>(i).map_err(postgres_error);
     let body: Option<Vec<u8>> = content.try_get(2).map_err(postgres_error)?;
-    let advice = Why::parse(&row.kind).advice();
+    let hint = Why::parse(&row.kind).hint();
     let shown = Shown {
-        advice,
+        hint,
         committed_at: content.try_get(3).map_err(postgres_error)?,
         parked_at: content.try_get(4).map_err(postgres_error)?,
         event: maybe(0)?.and_then(|json| serde_json::from_str(&json).ok()),
@@ -280,7 +280,7 @@ async fn show(client: &Client, name: &str, id: i64, out: Out) -> Result<()> {
     line("parked", &shown.parked_at);
     line("tries", &row.attempts.to_string());
     line("error", &row.error);
-    line("what to do", shown.advice);
+    line("hint", shown.hint);
     for (name, value) in [("changed by", &row.changed_by), ("note", &row.note)] {
         value.iter().for_each(|value| line(name, value));
     }

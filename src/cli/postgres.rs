@@ -298,12 +298,12 @@ fn check_operations(f: &mut Findings, publication: &Publication, quoted: &str) {
         return;
     }
     let what = format!("{:?} does not publish {}", publication.name, missing.join(", "));
-    let advice =
+    let hint =
         format!("ALTER PUBLICATION {quoted} SET (publish = 'insert, update, delete, truncate')");
     if o.insert {
-        f.warning("publication", what, advice);
+        f.warning("publication", what, hint);
     } else {
-        f.problem("publication", what, advice);
+        f.problem("publication", what, hint);
     }
 }
 

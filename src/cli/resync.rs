@@ -9,7 +9,7 @@ use tokio_postgres::{Client, Transaction};
 
 use super::{End, Out};
 use crate::config::Config;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::publication::Publication;
 use crate::pg::slot::{create_slot, drop_slot};
@@ -18,6 +18,7 @@ use crate::position::Lsn;
 use crate::relay::checkpoint;
 use crate::relay::position_check::{From, Plan, facts, plan};
 use crate::relay::session::{self, Found};
+use crate::verdict::Verdict;
 
 /// Options of `resync`.
 #[derive(Debug, clap::Args)]
@@ -81,13 +82,13 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     let found = session::look(&client, &options).await?;
     let history = session::ancestors_for(&options.sql, &found).await?;
     let doubts = found.doubts(&options, &history);
-    if let Some(error) = doubts.iter().position(|doubt| doubt.kind() != Kind::Verdict) {
+    if let Some(error) = doubts.iter().position(|doubt| !doubt.kind().is_verdict()) {
         return Err(doubts.into_iter().nth(error).expect("it was found"));
     }
     let mut report = Report {
         name: config.name.clone(),
         accepted: false,
-        verdicts: doubts.iter().filter_map(|d| d.name().map(|name| name.name())).collect(),
+        verdicts: doubts.iter().filter_map(Error::verdict).map(Verdict::name).collect(),
         errors: doubts.iter().map(ToString::to_string).collect(),
         from: None,
         gap_from: None,
@@ -161,7 +162,7 @@ async fn accept(
     let name = &config.source.slot;
     let publication = found
         .publication()
-        .ok_or_else(|| Error::protocol("a publication that is missing was not noticed"))?;
+        .ok_or_else(|| Error::internal("verification passed without a publication"))?;
     let (commit_lsn, flush_lsn) = match (plan.from, plan.begin) {
         (From::Checkpoint, _) => (row.position.mark.lsn(), row.flush_lsn),
         (From::Slot, Some(begin)) => (begin, begin),

@@ -360,7 +360,7 @@ mod tests {
         let raw = parse("f", "source.password = '${file:/none}'").ok().unwrap();
         let error = fill_in(&raw, &|_| None).err().unwrap();
         assert_eq!(
-            error.advice(),
+            error.hint_text(),
             Some("write the file, and let the user of this process read it")
         );
     }
@@ -372,7 +372,7 @@ mod tests {
         let expected = "w.toml:3:1: unknown key \"chekpoint_interval\"\n  |\n\
                         3 | chekpoint_interval = \"1s\"\n  | ^^^^^^^^^^^^^^^^^^";
         assert_eq!(error.to_string(), expected);
-        assert_eq!(error.advice(), Some("did you mean \"checkpoint_interval\"?"));
+        assert_eq!(error.hint_text(), Some("did you mean \"checkpoint_interval\"?"));
     }
 
     #[test]

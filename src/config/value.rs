@@ -29,7 +29,7 @@ impl Problems {
     pub(super) fn error(&mut self, key: &str, error: &Error) {
         self.list.push(format!("{key}: {error}"));
         if self.hint.is_none() {
-            self.hint = error.advice().map(str::to_owned);
+            self.hint = error.hint_text().map(str::to_owned);
         }
     }
 

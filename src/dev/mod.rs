@@ -328,7 +328,7 @@ pub fn free_port() -> Result<u16> {
 /// # Errors
 /// When the system does not say.
 pub fn this_program() -> Result<PathBuf> {
-    std::env::current_exe().map_err(|e| Error::config("finding this program").caused_by(e))
+    std::env::current_exe().map_err(|e| Error::internal("finding this program").caused_by(e))
 }
 
 /// A command with a clean environment: what `PG*` or `RABBITMQ_*` the caller has set is not for

@@ -24,7 +24,7 @@ use tokio_postgres::{AsyncMessage, Client, Connection};
 use super::auth;
 use super::connect::{ChannelBinding, Options};
 use super::socket::Socket;
-use super::sqlstate::postgres_error;
+use super::sqlstate::{login_error, postgres_error};
 use crate::error::{Error, Result};
 
 /// Limits of a session, so that no statement of ours holds anything for ever. Longer work sets
@@ -101,7 +101,7 @@ async fn open(options: &Options) -> Result<(Client, Driver)> {
         config.password(password.expose());
     }
     let guard = Guard { socket, options: options.clone(), first: First::Awaited(Vec::new()) };
-    config.connect_raw(guard, Established).await.map_err(postgres_error)
+    config.connect_raw(guard, Established).await.map_err(login_error)
 }
 
 /// Drives the connection until it ends. Ends by itself when the client is dropped.

@@ -219,6 +219,6 @@ mod tests {
         let error = verify(&[record(9999, "9999_later", None)]).unwrap_err();
         assert_eq!(error.kind(), Kind::Verdict);
         assert!(error.to_string().contains("version 9999"), "{error}");
-        assert!(error.advice().unwrap().contains("newer watership"));
+        assert!(error.hint_text().unwrap().contains("newer watership"));
     }
 }

@@ -368,15 +368,10 @@ fn field<T: std::str::FromStr>(rows: &Rows, column: usize, name: &str) -> Result
 
 /// Names the thing, except where the peer is away: then it is not about the thing.
 fn about(error: Error, thing: &str, name: &str) -> Error {
-    match error.kind() {
-        Kind::Unreachable => error,
-        Kind::Config
-        | Kind::Refused
-        | Kind::Busy
-        | Kind::Protocol
-        | Kind::Event
-        | Kind::Verdict => error.context(format!("{thing} {name:?}")),
+    if error.kind() == Kind::Unreachable {
+        return error;
     }
+    error.context(format!("{thing} {name:?}"))
 }
 
 #[cfg(test)]

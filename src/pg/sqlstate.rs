@@ -1,7 +1,7 @@
 //! What an error from the server means for us: one table, keyed by SQLSTATE.
 //!
 //! Both connections (ordinary SQL and replication) end here, so that the same answer from the
-//! server always has the same kind and the same advice. The table knows codes, not texts: server
+//! server always has the same kind and the same hint. The table knows codes, not texts: server
 //! messages are translated by `lc_messages`.
 //!
 //! Codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>
@@ -12,8 +12,19 @@ use postgres_protocol::message::backend::ErrorFields;
 use tokio_postgres::error::DbError;
 use tokio_postgres::fallible_iterator::FallibleIterator;
 
-use crate::error::{Error, Kind};
-use crate::fault::io_error;
+use crate::error::{Code, Error, Kind};
+use crate::fault::{io_error, is_tls};
+
+/// Another process uses it: the slot has a reader.
+pub const OBJECT_IN_USE: &str = "55006";
+/// It is not in the state that the command needs: the slot is lost, `wal_level` is too low.
+pub const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
+/// No table of that name.
+pub const UNDEFINED_TABLE: &str = "42P01";
+/// No schema of that name.
+pub const INVALID_SCHEMA_NAME: &str = "3F000";
+/// The server failed inside.
+pub const INTERNAL_ERROR: &str = "XX000";
 
 /// The fields of an error response that we use.
 ///
@@ -26,7 +37,7 @@ pub struct ServerError {
     pub message: String,
     /// Secondary text. May hold row data for the classes 22 and 23.
     pub detail: Option<String>,
-    /// The server's own advice.
+    /// The server's own hint.
     pub hint: Option<String>,
     /// The source file that reports it, such as `pgoutput.c`; never translated.
     pub file: String,
@@ -60,15 +71,15 @@ impl ServerError {
 
     /// The error that a caller sees.
     pub fn to_error(&self) -> Error {
-        let (kind, advice) = classify(&self.code);
+        let (kind, hint) = classify(&self.code);
         let mut what = format!("{} (SQLSTATE {})", self.message, self.code);
         if let Some(detail) = &self.detail
             && !carries_row_data(&self.code)
         {
             what = format!("{what}: {detail}");
         }
-        let error = Error::new(kind, what).coded(&*self.code);
-        match (advice, &self.hint) {
+        let error = Error::new(kind, what).coded(Code::Sqlstate(self.code.clone()));
+        match (hint, &self.hint) {
             (Some(ours), Some(server)) => error.hint(format!("{ours}; the server says: {server}")),
             (Some(ours), None) => error.hint(ours),
             (None, Some(server)) => error.hint(server.clone()),
@@ -79,23 +90,56 @@ impl ServerError {
 
 /// The error of an ordinary SQL connection, by the same table.
 pub fn postgres_error(error: tokio_postgres::Error) -> Error {
+    match failure(error) {
+        Failure::Known(error) => error,
+        Failure::Io(cause) => io_error("talking to Postgres", cause),
+        // A parameter or a column of another type than we ask for.
+        Failure::Other(text, cause) => Error::internal(text).caused_by(cause),
+    }
+}
+
+/// The error of an ordinary SQL connection that is being opened on a socket that is open already.
+///
+/// What kind of failure it is, tokio-postgres keeps to itself. But its own refusals (an unknown
+/// mechanism) have no I/O error below them, and an I/O error that no socket makes comes from an
+/// answer that does not fit the login: a server that does not know the password, for example.
+pub fn login_error(error: tokio_postgres::Error) -> Error {
+    let refused = || {
+        Error::refused("authentication with Postgres failed")
+            .hint("is this the Postgres server itself, and not a proxy that answers for it?")
+    };
+    match failure(error) {
+        Failure::Known(error) => error,
+        Failure::Io(cause) if cause.kind() == io::ErrorKind::InvalidInput && !is_tls(&cause) => {
+            refused().caused_by(cause)
+        }
+        Failure::Io(cause) => io_error("logging in to Postgres", cause),
+        Failure::Other(_, cause) => refused().caused_by(cause),
+    }
+}
+
+/// What tokio-postgres lets see of a failure.
+enum Failure {
+    /// What the server says, or an end of the connection.
+    Known(Error),
+    /// An I/O error, ours among them; the codec reports malformed messages as such.
+    Io(io::Error),
+    /// Its own text, and the cause.
+    Other(String, Box<dyn std::error::Error + Send + Sync>),
+}
+
+fn failure(error: tokio_postgres::Error) -> Failure {
     if let Some(db) = error.as_db_error() {
-        return server_error(db).to_error();
+        return Failure::Known(server_error(db).to_error());
     }
     if error.is_closed() {
-        return Error::unreachable("the connection to Postgres is closed");
+        return Failure::Known(Error::unreachable("the connection to Postgres is closed"));
     }
-    // The kind is private there; its fixed text is the only sign of it.
     let text = error.to_string();
-    let Some(cause) = error.into_source() else {
-        return Error::protocol("Postgres sent something that the protocol does not allow here");
-    };
-    if text == "authentication error" {
-        return Error::refused("authentication with Postgres").caused_by(cause);
-    }
-    match cause.downcast::<io::Error>() {
-        Ok(cause) => io_error("talking to Postgres", *cause),
-        Err(cause) => Error::protocol(text).caused_by(cause),
+    match error.into_source().map(|cause| cause.downcast::<io::Error>()) {
+        None => Failure::Known(Error::protocol(format!("Postgres: {text}"))),
+        Some(Ok(cause)) => Failure::Io(*cause),
+        Some(Err(cause)) => Failure::Other(text, cause),
     }
 }
 
@@ -115,7 +159,7 @@ fn carries_row_data(code: &str) -> bool {
     code.starts_with("22") || code.starts_with("23")
 }
 
-/// The table: what the caller does about an SQLSTATE, and our advice. The last line of a class is
+/// The table: what the caller does about an SQLSTATE, and our hint. The last line of a class is
 /// for all of its codes that are not named.
 pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
     let class = code.get(..2).unwrap_or_default();
@@ -141,11 +185,11 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
             Some("check user and password in the URL, and the server's pg_hba.conf"),
         ),
         (_, "3D000") => (Kind::Refused, Some("check the database name in the URL")),
-        (_, "3F000") | ("42", "42P01" | "42883" | "42703") => {
+        (_, INVALID_SCHEMA_NAME | UNDEFINED_TABLE | "42883" | "42703") => {
             (Kind::Refused, Some("is the schema installed in this database? `watership init` does"))
         }
         ("40", _) | (_, "55P03") => (Kind::Busy, Some("somebody held a lock; it is tried again")),
-        (_, "55006") => (Kind::Busy, Some("another relay reads the slot; this one waits")),
+        (_, OBJECT_IN_USE) => (Kind::Busy, Some("another relay reads the slot; this one waits")),
         (_, "42501") => {
             (Kind::Refused, Some("the role lacks a privilege: replication needs LOGIN REPLICATION"))
         }
@@ -161,7 +205,7 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
         }
         (_, "53100") => (Kind::Unreachable, Some("the server's disk is full")),
         ("53", _) => (Kind::Unreachable, Some("the server is short of a resource")),
-        (_, "55000") => (
+        (_, OBJECT_NOT_IN_PREREQUISITE_STATE) => (
             Kind::Verdict,
             Some("the slot is lost or wal_level is not logical: `watership check` says which"),
         ),
@@ -228,7 +272,7 @@ mod tests {
         let error =
             ServerError { code: "28P01".into(), hint: Some("try".into()), ..Default::default() };
         let error = error.to_error();
-        let advice = error.advice().unwrap();
-        assert!(advice.contains("password") && advice.ends_with("try"), "{advice}");
+        let hint = error.hint_text().unwrap();
+        assert!(hint.contains("password") && hint.ends_with("try"), "{hint}");
     }
 }

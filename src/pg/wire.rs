@@ -23,8 +23,8 @@ use tokio_postgres::fallible_iterator::FallibleIterator;
 use super::auth;
 use super::connect::Options;
 use super::socket::Socket;
-use super::sqlstate::ServerError;
-use crate::error::{Error, Kind, Result};
+use super::sqlstate::{OBJECT_NOT_IN_PREREQUISITE_STATE, ServerError};
+use crate::error::{Code, Error, Kind, Result};
 use crate::fault::io_error;
 
 /// One read takes at most this much: starts low, doubles while reads come back full.
@@ -61,6 +61,7 @@ struct Failure {
     kind: Kind,
     what: String,
     hint: Option<String>,
+    code: Option<Code>,
 }
 
 impl Failure {
@@ -68,14 +69,18 @@ impl Failure {
         Self {
             kind: error.kind(),
             what: error.to_string(),
-            hint: error.advice().map(str::to_owned),
+            hint: error.hint_text().map(str::to_owned),
+            code: error.code().cloned(),
         }
     }
 
     fn to_error(&self) -> Error {
-        let error = Error::new(self.kind, self.what.clone());
-        match &self.hint {
-            Some(hint) => error.hint(hint.clone()),
+        let mut error = Error::new(self.kind, self.what.clone());
+        if let Some(hint) = &self.hint {
+            error = error.hint(hint.clone());
+        }
+        match &self.code {
+            Some(code) => error.coded(code.clone()),
             None => error,
         }
     }
@@ -299,7 +304,6 @@ impl Wire {
     /// same code comes from elsewhere too, for example while the server waits for a standby; the
     /// text is translated, the name of the file is not.
     fn notice(&mut self, body: &NoticeResponseBody) -> Result<()> {
-        const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
         let notice = ServerError::read(body.fields());
         let notice = notice.map_err(|e| self.fail(Error::protocol("notice").caused_by(e)))?;
         tracing::debug!(message = notice.message, code = notice.code, "notice from Postgres");
@@ -309,7 +313,7 @@ impl Wire {
         {
             let detail = notice.detail.as_deref().unwrap_or_default();
             let text = format!("changes are missing in the stream: {}: {detail}", notice.message);
-            return Err(self.fail(Error::verdict(text).hint(
+            return Err(self.fail(Error::undecided(text).hint(
                 "the publication was dropped or re-created: events of that time were not \
                  published; create it with `watership init`, then decide about the gap",
             )));
@@ -347,7 +351,7 @@ impl Wire {
     ///
     /// # Errors
     /// The server's error by the table in `sqlstate.rs` (the connection stays usable unless it was
-    /// fatal); [`Kind::Protocol`] when an earlier command was cancelled.
+    /// fatal); [`Kind::Internal`] when an earlier command was cancelled.
     pub async fn query(&mut self, sql: &str) -> Result<Rows> {
         self.begin(sql)?;
         let mut rows = Rows::new();
@@ -388,13 +392,13 @@ impl Wire {
         self.check()?;
         match self.state {
             State::Idle => {}
-            State::Busy => return Err(self.fail(Error::protocol("a command was cancelled"))),
+            State::Busy => return Err(self.fail(Error::internal("a command was cancelled"))),
             State::Copy | State::Failed(_) => {
-                return Err(Error::protocol("a query on a connection that replicates"));
+                return Err(Error::internal("a query on a connection that replicates"));
             }
         }
         frontend::query(sql, &mut self.output)
-            .map_err(|e| Error::protocol("a command holds a zero byte").caused_by(e))?;
+            .map_err(|e| Error::internal("a command holds a zero byte").caused_by(e))?;
         self.state = State::Busy;
         Ok(())
     }

@@ -175,7 +175,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 position = %row.key.position,
                 kind = %row.why,
                 error = row.error,
-                hint = row.why.advice(),
+                hint = row.why.hint(),
                 parked = self.parked,
                 "a message cannot be published; it is parked"
             );
@@ -230,15 +230,8 @@ fn no_route(event: &Event) -> Error {
 
 /// An event that its route does not want parked stops the relay.
 fn poison_verdict(error: Error) -> Error {
-    match error.kind() {
-        Kind::Event => {
-            error.context("this event cannot be published").as_verdict(Verdict::EventUnpublishable)
-        }
-        Kind::Config
-        | Kind::Unreachable
-        | Kind::Refused
-        | Kind::Busy
-        | Kind::Protocol
-        | Kind::Verdict => error,
+    if error.kind() != Kind::Event {
+        return error;
     }
+    error.context("this event cannot be published").as_verdict(Verdict::EventUnpublishable)
 }

@@ -219,7 +219,7 @@ mod tests {
         assert!(canary.verdict(Lsn(1000), after(59)).is_none(), "too early");
         assert!(canary.verdict(Lsn(100), after(3600)).is_none(), "a backlog is not deafness");
         let error = canary.verdict(Lsn(1000), after(61)).expect("deaf");
-        assert_eq!(error.name(), Some(Verdict::StreamDeaf));
+        assert_eq!(error.verdict(), Some(Verdict::StreamDeaf));
         for text in ["stream_deaf: ", "canary 7 of 0/64", "between 0/32 and 0/3E8"] {
             assert!(error.to_string().contains(text), "{error}");
         }

@@ -16,7 +16,7 @@ use tokio_postgres::{Client, GenericClient, Row as SqlRow, Statement};
 
 use crate::error::{Error, Kind, Result};
 use crate::pg::publication::Publication;
-use crate::pg::sqlstate::postgres_error;
+use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_TABLE, postgres_error};
 use crate::position::{Lsn, Mark, Position};
 use crate::relay::parked::Key;
 use crate::relay::parking::store::{self as parked_store, Found};
@@ -127,15 +127,13 @@ pub fn taken_over(name: &str) -> Error {
 }
 
 fn missing_schema(error: tokio_postgres::Error) -> Error {
-    // 42P01 undefined_table, 3F000 invalid_schema_name: init was never run.
-    let code = error.code().map(|c| c.code().to_owned());
     let error = postgres_error(error);
-    match code.as_deref() {
-        Some("42P01" | "3F000") => error
-            .as_verdict(Verdict::SchemaUnknown)
-            .hint("run `watership init` first: the schema watership is missing or older"),
-        Some(_) | None => error,
+    if !matches!(error.sqlstate(), Some(UNDEFINED_TABLE | INVALID_SCHEMA_NAME)) {
+        return error;
     }
+    error
+        .as_verdict(Verdict::SchemaUnknown)
+        .hint("run `watership init` first: the schema watership is missing or older")
 }
 
 fn from_sql(row: &SqlRow) -> Result<Row> {

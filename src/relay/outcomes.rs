@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use crate::amqp::reply::{self, Cause};
 use crate::error::{Error, Result};
 use crate::message::{Outcome, Publisher, RouteId, Ticket};
 use crate::metrics::RouteMetrics;
@@ -21,24 +22,24 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let mut outcomes = std::mem::take(&mut self.outcomes);
         // A probe was out on a channel that was closed: it is the one to blame.
         let blamed = outcomes.iter().any(|(ticket, outcome)| {
-            matches!(outcome, Outcome::ChannelClosed { code: 403 | 404, .. })
-                && self.lanes.is_probe(*ticket)
+            let Outcome::ChannelClosed { code, .. } = outcome else { return false };
+            reply::channel_closed(*code) == Cause::Destination && self.lanes.is_probe(*ticket)
         });
         for (ticket, outcome) in outcomes.drain(..) {
             match outcome {
                 Outcome::Confirmed => self.confirmed(ticket, clock),
                 Outcome::Nacked => self.nacked(ticket, now),
                 Outcome::Returned(text) => self.returned(ticket, &text, now),
-                Outcome::ChannelClosed { code: 403 | 404, .. }
-                    if blamed && !self.lanes.is_held(ticket) =>
-                {
-                    self.lanes.again(ticket);
-                }
-                Outcome::ChannelClosed { code: 403 | 404, text } => self.hold(ticket, text, now),
-                Outcome::ChannelClosed { code: 406, text } => self.refused(ticket, &text, now),
-                Outcome::ChannelClosed { code, text } => {
-                    return Err(Error::unreachable(format!("channel closed: {code} {text}")));
-                }
+                Outcome::ChannelClosed { code, text } => match reply::channel_closed(code) {
+                    Cause::Destination if blamed && !self.lanes.is_held(ticket) => {
+                        self.lanes.again(ticket);
+                    }
+                    Cause::Destination => self.hold(ticket, text, now),
+                    Cause::Message => self.refused(ticket, &text, now),
+                    Cause::Session => {
+                        return Err(reply::error("broker closed a channel", code, &text));
+                    }
+                },
             }
         }
         self.outcomes = outcomes;
@@ -95,7 +96,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     /// The broker closed the channel because of one of its messages, and does not say which.
     fn refused(&mut self, ticket: Ticket, text: &str, now: Instant) {
-        if let Some(limit) = size_limit(text) {
+        if let Some(limit) = reply::size_limit(text) {
             // What comes next is compared before it is sent: no second channel is lost.
             self.broker_max_body = self.broker_max_body.min(limit);
         }
@@ -181,30 +182,5 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     pub(super) fn route_metrics(&self, route: RouteId) -> &RouteMetrics {
         &self.metrics.routes[usize::from(route.0)]
-    }
-}
-
-/// The broker's own limit, in bytes, out of its text "message size 20 is larger than configured
-/// max size 10"; absent when the text says something else.
-fn size_limit(text: &str) -> Option<usize> {
-    let (_, limit) = text.split_once("max size ")?;
-    let digits: String = limit.chars().take_while(char::is_ascii_digit).collect();
-    digits.parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::size_limit;
-
-    #[test]
-    fn the_brokers_size_limit_is_learnt_from_its_text() {
-        let text = "PRECONDITION_FAILED - message size 2000000 is larger than configured max size \
-                    1048576";
-        assert_eq!(size_limit(text), Some(1_048_576));
-        assert_eq!(
-            size_limit("PRECONDITION_FAILED - message size 9 larger than max size 8"),
-            Some(8)
-        );
-        assert_eq!(size_limit("PRECONDITION_FAILED - invalid expiration"), None);
     }
 }

@@ -121,7 +121,7 @@ impl Why {
     }
 
     /// What a person can do about it.
-    pub fn advice(self) -> &'static str {
+    pub fn hint(self) -> &'static str {
         match self {
             Why::TooLarge => {
                 "raise broker.max_message_size and the broker's own limit, restart the relay, then \
@@ -273,7 +273,7 @@ pub fn raw_message(message: &Message) -> Raw {
 
 /// The text of an error, with its hint, at a length that a list can show.
 pub fn shorten(error: &Error) -> String {
-    error.text_with_advice().chars().filter(|c| *c != '\0').take(ERROR_CHARS).collect()
+    error.text_with_hint().chars().filter(|c| *c != '\0').take(ERROR_CHARS).collect()
 }
 
 /// A change of a row that is in the database.

@@ -402,7 +402,7 @@ pub fn plan(
     let usable = slot.filter(|slot| check_slot(row, server, slot).is_ok());
     let confirmed = usable.and_then(|slot| slot.confirmed_flush_lsn);
     let mut least = From::Checkpoint;
-    for verdict in doubts.iter().filter_map(Error::name) {
+    for verdict in doubts.iter().filter_map(Error::verdict) {
         least = least.max(match verdict {
             Verdict::PublicationMissing => {
                 return Err(Error::refused("the publication does not exist")

@@ -156,7 +156,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
         if messages.is_empty() && !selected {
             let text = format!("route {:?} does not select it", row.key.route);
-            return Err((Why::NoRoute, Error::event(text).hint(Why::NoRoute.advice())));
+            return Err((Why::NoRoute, Error::event(text).hint(Why::NoRoute.hint())));
         }
         Ok(messages)
     }

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 use crate::amqp::publisher::Connection;
 use crate::amqp::topology;
 use crate::column::binary::{Types, UserType};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Code, Error, Kind, Result};
 use crate::message::Publisher as _;
 use crate::metrics::Metrics;
 use crate::pg;
@@ -20,7 +20,7 @@ use crate::pg::client::{Closed, SqlConnection, sql};
 use crate::pg::publication::{Publication, TableFacts, TableName, read_publication, read_table};
 use crate::pg::replication::{ReplicationConnection, ReplicationStream, StreamOptions};
 use crate::pg::slot::{ServerFacts, SlotState, insert_lsn, read_slot, server_facts};
-use crate::pg::sqlstate::postgres_error;
+use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
 use crate::position::Lsn;
 use crate::relay::canary::Canary;
 use crate::relay::checkpoint::{self, PostgresStore, Row};
@@ -181,9 +181,6 @@ async fn prepare(
     Ok(Prepared { source, keys, store, parking, taken, closed })
 }
 
-/// SQLSTATE object_in_use.
-const SLOT_IN_USE: &str = "55006";
-
 struct TakenOver {
     row: Row,
     server: ServerFacts,
@@ -210,14 +207,14 @@ async fn take_over(client: &Client, options: &Options, timelines: &Timelines) ->
     let publication = found
         .publication
         .as_ref()
-        .ok_or_else(|| Error::protocol("a publication that is missing was not noticed"))?;
+        .ok_or_else(|| Error::internal("verification passed without a publication"))?;
     position_check::carries(publication, &options.wanted())?;
     if let Some(pid) = found.slot.as_ref().and_then(|slot| slot.active_pid) {
         // Before the checkpoint is taken: a relay on another broker or vhost, which has another
         // lock, goes on undisturbed.
         let text = format!("slot {:?} is read by pid {pid}", options.slot);
         return Err(Error::new(Kind::Busy, text)
-            .coded(SLOT_IN_USE)
+            .coded(Code::Sqlstate(OBJECT_IN_USE.into()))
             .hint("another relay reads the slot; this one waits"));
     }
     if let Some(failover) = &failover {

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 
 use crate::backoff::Backoff;
-use crate::error::{Error, Kind, Result, Retry};
+use crate::error::{Code, Error, Result, Retry};
 use crate::metrics::Metrics;
 use crate::position::Position;
 use crate::relay::canary::Canary;
@@ -145,7 +145,7 @@ async fn one_session(
     };
     let result = match ended {
         Ok(result) => result,
-        Err(doubt) if doubt.kind() != Kind::Verdict => Err(doubt),
+        Err(doubt) if !doubt.kind().is_verdict() => Err(doubt),
         // What was received before is good: it is settled first.
         Err(doubt) => {
             relay.drain(Some(doubt));
@@ -171,7 +171,7 @@ fn show(status: &Status, metrics: &Metrics) {
 /// The trouble that was last told at a level that everybody sees.
 #[derive(Default)]
 struct Told {
-    trouble: Option<(&'static str, Option<String>, String)>,
+    trouble: Option<(&'static str, Option<Code>, String)>,
 }
 
 impl Told {
@@ -181,9 +181,9 @@ impl Told {
     fn say(&mut self, error: &Error, wait: Duration, tries: u32) {
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         let (kind, circuit) = (error.label(), "open");
-        let hint = error.what_to_do();
+        let hint = error.hint_or_kind();
         // What to do tells two troubles apart where the peer gave no code.
-        let trouble = Some((kind, error.code().map(str::to_owned), hint.to_owned()));
+        let trouble = Some((kind, error.code().cloned(), hint.to_owned()));
         if tries == 1 || tries.is_multiple_of(10) || self.trouble != trouble {
             tracing::warn!(error = %error, hint, kind, tries, wait_ms, circuit, "session ended");
             self.trouble = trouble;

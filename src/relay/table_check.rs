@@ -237,7 +237,7 @@ mod tests {
         ];
         for (facts, hint) in broken {
             let error = refused(&facts).unwrap_or_else(|| panic!("{facts:?}"));
-            let text = error.text_with_advice();
+            let text = error.text_with_hint();
             assert!(text.contains(hint), "{text}");
         }
         let inserts = Operations { update: false, delete: false, ..all };

@@ -5,10 +5,9 @@
 //! twice as long in hex.
 
 use crate::error::Error;
+use crate::pg::sqlstate::INTERNAL_ERROR;
 use crate::position::Position;
 use crate::verdict::Verdict;
-
-const INTERNAL_ERROR: &str = "XX000";
 
 /// Remembers where the last session ended by an internal error of the server.
 #[derive(Debug, Default)]
@@ -30,7 +29,7 @@ impl Unsendable {
         if healthy {
             self.last = None;
         }
-        if error.code() != Some(INTERNAL_ERROR) {
+        if error.sqlstate() != Some(INTERNAL_ERROR) {
             // Others in between, such as a broker that is away, say nothing about the row.
             return error;
         }
@@ -53,10 +52,11 @@ impl Unsendable {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Kind;
+    use crate::error::{Code, Kind};
 
     fn internal() -> Error {
-        Error::protocol("invalid memory alloc request size 1258291203").coded("XX000")
+        Error::protocol("invalid memory alloc request size 1258291203")
+            .coded(Code::Sqlstate(INTERNAL_ERROR.into()))
     }
 
     #[test]
@@ -73,9 +73,13 @@ mod tests {
         assert_eq!(away.kind(), Kind::Unreachable);
         let verdict = unsendable.judge(internal(), at(2), false, false);
         assert_eq!(verdict.kind(), Kind::Verdict);
-        assert!(verdict.advice().unwrap().contains("source.binary = true"));
+        assert!(verdict.hint_text().unwrap().contains("source.binary = true"));
         assert!(
-            !unsendable.judge(internal(), at(2), false, true).advice().unwrap().contains("= true")
+            !unsendable
+                .judge(internal(), at(2), false, true)
+                .hint_text()
+                .unwrap()
+                .contains("= true")
         );
         assert_eq!(unsendable.judge(internal(), None, false, false).kind(), Kind::Protocol);
     }

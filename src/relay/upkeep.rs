@@ -163,7 +163,7 @@ async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Re
 async fn compare(client: &Client, options: &Options) -> Result<Option<Error>> {
     let found = match session::look(client, options).await {
         Ok(found) => found,
-        Err(error) if error.kind() == Kind::Verdict => return Ok(Some(error)),
+        Err(error) if error.kind().is_verdict() => return Ok(Some(error)),
         Err(error) => return Err(error),
     };
     if found.is_elsewhere() {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::pg::replication::{Frame, ReplicationStream};
 use crate::position::{Lsn, Mark};
 use crate::source::transaction::Assembler;
@@ -162,22 +162,13 @@ impl Wal {
 /// A stream that began and then has something missing has lost its publication: the slot cannot go
 /// while it is read. Up to Postgres 17 that is an error, later a warning.
 fn named(error: Error) -> Error {
-    match (error.kind(), error.name()) {
-        (Kind::Verdict, None) => Error::named(Verdict::PublicationMissing, &error).hint(format!(
-            "create it with `watership init` if it is gone; changes committed without it are not \
-             streamed; to accept the gap: {RESYNC}"
-        )),
-        (Kind::Verdict, Some(_))
-        | (
-            Kind::Config
-            | Kind::Unreachable
-            | Kind::Refused
-            | Kind::Busy
-            | Kind::Protocol
-            | Kind::Event,
-            _,
-        ) => error,
+    if !error.kind().is_verdict() || error.verdict().is_some() {
+        return error;
     }
+    Error::named(Verdict::PublicationMissing, &error).hint(format!(
+        "create it with `watership init` if it is gone; changes committed without it are not \
+         streamed; to accept the gap: {RESYNC}"
+    ))
 }
 
 enum Taken {

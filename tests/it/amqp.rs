@@ -202,7 +202,7 @@ async fn museum_m14_forbidden_exchange_closes_its_channel_and_says_so() {
     options.lock_queue = Some("other.lock".into());
     let error = refused(&options).await;
     assert!(error.to_string().contains("lock queue \"other.lock\": ACCESS_REFUSED"), "{error}");
-    assert!(error.advice().unwrap().contains("configure"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("configure"), "{error:?}");
 }
 
 #[tokio::test]
@@ -250,7 +250,7 @@ async fn wrong_password_and_wrong_vhost_are_told_apart() {
     wrong.urls[0].password = watership::secret::Secret::new("hunter2");
     let error = refused(&wrong).await;
     assert!(error.to_string().contains("403 ACCESS_REFUSED"), "{error}");
-    assert!(error.advice().unwrap().contains("user \"guest\" and its password"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("user \"guest\" and its password"), "{error:?}");
     assert!(!format!("{error:?}").contains("hunter2"));
     let error = topology::apply(&wrong, &Topology::default()).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Refused, "{error:?}");
@@ -259,7 +259,10 @@ async fn wrong_password_and_wrong_vhost_are_told_apart() {
     wrong.urls[0].vhost = "nowhere".into();
     let error = refused(&wrong).await;
     assert!(error.to_string().contains("530 NOT_ALLOWED - vhost nowhere not found"), "{error}");
-    assert!(error.advice().unwrap().contains("create the virtual host \"nowhere\""), "{error:?}");
+    assert!(
+        error.hint_text().unwrap().contains("create the virtual host \"nowhere\""),
+        "{error:?}"
+    );
     let error = topology::apply(&wrong, &Topology::default()).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Refused, "{error:?}");
 }
@@ -369,7 +372,7 @@ async fn verify_names_what_is_missing_and_declare_quotes_what_differs() {
     assert_eq!(missing.kind(), Kind::Refused);
     let text = format!("exchange \"events\" does not exist in vhost {:?}", vhost.name);
     assert!(missing.to_string().ends_with(&text), "{missing}");
-    assert!(missing.advice().unwrap().contains("topology = \"declare\""));
+    assert!(missing.hint_text().unwrap().contains("topology = \"declare\""));
 
     topology.mode = Mode::Declare;
     for _ in 0..2 {

@@ -82,7 +82,7 @@ async fn a_message_that_is_too_large_is_parked_and_its_key_follows_while_others_
     assert!(error.starts_with("its body has 2002 bytes, the limit is 1024"), "{error}");
     let shown = parked(&stage, &["show", &list[0]["id"].to_string()]).await;
     assert_eq!(shown["event"]["content"]["outbox"]["event_type"], "large");
-    assert!(shown["advice"].as_str().is_some_and(|text| text.contains("max_message_size")));
+    assert!(shown["hint"].as_str().is_some_and(|text| text.contains("max_message_size")));
 
     // Nothing has changed: a retry parks it again, and nothing overtakes.
     assert_eq!(parked(&stage, &["retry", "--all"]).await["retrying"], json!([1, 2]));

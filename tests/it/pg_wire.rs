@@ -174,7 +174,7 @@ async fn a_wrong_password_names_the_user_and_not_the_password() {
     let url = it.local("scram", "").replace(PASSWORD, "hunter2-canary-wrong");
     let error = refused(&url).await;
     assert!(error.to_string().contains("\"scram\""), "{error}");
-    assert!(error.advice().unwrap().contains("password"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("password"), "{error:?}");
     assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
 
     let url = it.local("scram", "").replace(&format!(":{PASSWORD}"), "");
@@ -184,19 +184,19 @@ async fn a_wrong_password_names_the_user_and_not_the_password() {
 }
 
 #[tokio::test]
-async fn unknown_role_and_database_are_refused_with_advice() {
+async fn unknown_role_and_database_are_refused_with_a_hint() {
     let it = guarded().await;
-    assert!(refused(&it.local("nobody", "")).await.advice().unwrap().contains("pg_hba"));
+    assert!(refused(&it.local("nobody", "")).await.hint_text().unwrap().contains("pg_hba"));
     let error = refused(&it.local("open", "dbname=nowhere")).await;
     assert!(error.to_string().contains("nowhere"), "{error}");
-    assert!(error.advice().unwrap().contains("database"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("database"), "{error:?}");
 }
 
 #[tokio::test]
 async fn md5_is_refused_until_allowed_and_clear_text_always() {
     let it = guarded().await;
     let error = refused(&it.local("hashed", "")).await;
-    assert!(error.advice().unwrap().contains("allow_md5=true"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("allow_md5=true"), "{error:?}");
     enter(&it.local("hashed", "allow_md5=true")).await.unwrap();
     refused(&it.local("hashed", "allow_md5=true&require_auth=scram-sha-256")).await;
     let error = refused(&it.local("clear", "allow_md5=true")).await;
@@ -209,10 +209,10 @@ async fn verify_full_checks_chain_and_name() {
     enter(&it.tls("localhost", "")).await.unwrap();
     enter(&it.tls("localhost", "sslmode=verify-full")).await.unwrap();
     let error = refused(&it.tls("127.0.0.1", "sslmode=verify-full")).await;
-    assert!(error.advice().unwrap().contains("name that the certificate carries"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("name that the certificate carries"), "{error:?}");
     let other = format!("sslrootcert={}", it.other_ca.display());
     let error = refused(&it.url("secure", "localhost", &other)).await;
-    assert!(error.advice().unwrap().contains("sslrootcert"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("sslrootcert"), "{error:?}");
 }
 
 #[tokio::test]
@@ -224,7 +224,7 @@ async fn weaker_levels_check_what_they_say() {
     enter(&it.url("secure", "127.0.0.1", "sslmode=require")).await.unwrap();
     // The role enters over TLS only.
     let error = refused(&it.url("secure", "127.0.0.1", "sslmode=disable")).await;
-    assert!(error.advice().unwrap().contains("pg_hba"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("pg_hba"), "{error:?}");
 }
 
 #[tokio::test]
@@ -299,7 +299,7 @@ async fn a_role_without_replication_is_refused() {
     let options = options(&server.url("no_replication", "postgres"));
     let error = replication_error(&options).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Refused, "{error:?}");
-    assert!(error.advice().unwrap().contains("REPLICATION"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("REPLICATION"), "{error:?}");
 }
 
 /// A listener that answers the first packet (and an SSLRequest, if any) with `answer`, and
@@ -331,6 +331,12 @@ async fn a_rogue_server_never_hears_the_password() {
         (b"R\0\0\0\x0c\0\0\0\x05salt", Kind::Refused),
         (b"R\0\0\0\x08\0\0\0\x07", Kind::Refused),
         (b"R\0\0\0\x0d\0\0\0\x0aPLN\0\0", Kind::Refused),
+        // SCRAM, and then an answer to another client's nonce.
+        (
+            b"R\0\0\0\x17\0\0\0\x0aSCRAM-SHA-256\0\0\
+              R\0\0\0\x1f\0\0\0\x0br=bad,s=c2FsdA==,i=4096",
+            Kind::Refused,
+        ),
     ] {
         let (url, heard) = rogue(answer).await;
         let error = enter(&url).await.unwrap_err();

@@ -83,8 +83,8 @@ fn table(oid: u32, name: &str) -> PublishedTable {
 fn told<T: std::fmt::Debug>(result: Result<T>) -> (&'static str, String) {
     let error = result.expect_err("a verdict");
     assert_eq!(error.kind(), Kind::Verdict, "{error}");
-    let hint = error.advice().expect("what to do").to_owned();
-    (error.name().expect("a name").name(), format!("{error} -> {hint}"))
+    let hint = error.hint_text().expect("what to do").to_owned();
+    (error.verdict().expect("a name").name(), format!("{error} -> {hint}"))
 }
 
 #[test]
@@ -291,7 +291,7 @@ fn a_plan_loses_as_little_as_possible() {
     let ahead = doubt(Verdict::SlotAhead);
     assert_eq!(plan(Some(&some), &ahead, Some(From::Now)).unwrap().0, From::Now);
     let error = plan(Some(&some), &ahead, Some(From::Checkpoint)).unwrap_err();
-    assert!(error.advice().unwrap().contains("--from slot"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("--from slot"), "{error:?}");
 }
 
 #[test]
@@ -304,7 +304,7 @@ fn a_plan_is_refused_where_it_would_do_harm() {
     assert_eq!(busy.kind(), Kind::Busy);
     assert!(busy.to_string().contains("pid 17"), "{busy}");
     let missing = plan(&slot(), Verdict::PublicationMissing);
-    assert!(missing.advice().unwrap().contains("watership init"));
+    assert!(missing.hint_text().unwrap().contains("watership init"));
     for verdict in [Verdict::SlotUnfit, Verdict::WalLevel] {
         assert_eq!(plan(&slot(), verdict).kind(), Kind::Refused);
     }

@@ -118,8 +118,8 @@ async fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error}");
-            if let Some(advice) = error.advice() {
-                eprintln!("hint: {advice}");
+            if let Some(hint) = error.hint_text() {
+                eprintln!("hint: {hint}");
             }
             ExitCode::FAILURE
         }
