@@ -1,4 +1,5 @@
-//! Private Postgres and RabbitMQ from local binaries, for the demo and the tests.
+//! Private Postgres and RabbitMQ from local binaries, for the demo and the tests; with them what
+//! both judge a run by, the [`ledger`] and its [`consumer`].
 //!
 //! Everything a process starts here lives in one temporary directory, on free loopback ports, with
 //! its own data and its own cookie; it never touches a server that was there before.
@@ -22,6 +23,8 @@ use tokio::time::Instant;
 
 use crate::error::{Error, Result};
 
+pub mod consumer;
+pub mod ledger;
 mod postgres;
 mod rabbit;
 

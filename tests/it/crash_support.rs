@@ -18,15 +18,10 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
+use watership::dev::consumer;
+use watership::dev::ledger::{Counts, Judgement, Ledger, Mark};
 
 use crate::crash_relay::{LIMIT, POLL, QUEUE, Relay, Window, within};
-use ledger::{Counts, Ledger, Mark, Verdict};
-
-#[path = "../../src/cli/demo/consumer.rs"]
-mod consumer;
-#[path = "../../src/cli/demo/ledger.rs"]
-#[allow(dead_code, reason = "the demo shows more than a test judges")]
-mod ledger;
 
 /// Writers, each on its own connection.
 const WRITERS: u32 = 4;
@@ -344,7 +339,7 @@ impl Scene {
         for (id, mark) in truth {
             ledger.committed(id, mark, Duration::ZERO);
         }
-        let verdict = ledger.verdict(Duration::ZERO);
+        let verdict = ledger.judgement(Duration::ZERO);
         drop(ledger);
         self.report(&verdict);
         assert!(verdict.holds(), "{}: {verdict:?} seed {}; {}", self.title, self.seed, {
@@ -378,7 +373,7 @@ impl Scene {
         faults.map(between).collect()
     }
 
-    fn report(&self, verdict: &Verdict) {
+    fn report(&self, verdict: &Judgement) {
         let Counts { committed, duplicates, redelivered, .. } = verdict.counts;
         println!(
             "{}: committed {committed}, keys {}, lost {}, violations {}, never committed {}, \
