@@ -3,7 +3,6 @@
 //! Each test tells a broker, in the same process, what to answer. Nothing waits for a fixed time,
 //! except where a deadline is what is tested.
 
-#[path = "fake_broker/mod.rs"]
 mod fake_broker;
 
 use std::time::Duration;

@@ -16,15 +16,13 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::dev::{Postgres, PostgresOptions, Process, Rabbit, RabbitOptions, StopMode};
+use crate::dev::ledger::{Counts, Ledger};
+use crate::dev::{Postgres, PostgresOptions, Process, Rabbit, RabbitOptions, StopMode, consumer};
 use crate::error::{Error, Result};
 
-mod consumer;
-mod ledger;
 mod shop;
 mod view;
 
-use ledger::{Counts, Ledger};
 use shop::Transactions;
 use view::View;
 
@@ -134,13 +132,13 @@ pub async fn run(args: Args) -> Result<bool> {
     let shop = open_shop(&run, &stack, args.events);
     let (faults, transactions) = stack.live_through(&run, shop, args.events).await?;
     consumer.abort();
-    let verdict = run.ledger().verdict(faults.relay_killed);
-    view::report(&verdict, transactions, &faults);
+    let judgement = run.ledger().judgement(faults.relay_killed);
+    view::report(&judgement, transactions, &faults);
     if args.keep {
         stack.keep().await?;
     }
     stack.end().await?;
-    Ok(verdict.holds())
+    Ok(judgement.holds())
 }
 
 /// Starts the writers; together they commit `events` events.

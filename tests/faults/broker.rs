@@ -5,51 +5,27 @@ use std::time::Duration;
 use lapin::Channel;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions,
-    QueueDeclareOptions, QueueDeleteOptions,
+    QueueDeleteOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::FieldTable;
 use serde_json::Value;
 use tokio::time::Instant;
 use watership::dev::Signal;
 
-use crate::class::Class;
-use crate::crash_relay::{EXCHANGE, POLL, QUEUE};
-use crate::crash_support::{Scene, full};
-use crate::ground::{
-    STEADY, first_confirm, own_node, plain, recovered_after, throughout, vhost_on,
+use crate::report::Class;
+use crate::support::full;
+use crate::support::relay::{EXCHANGE, QUEUE};
+use crate::support::scene::{Scene, plain, recovered_after};
+use crate::support::servers::{
+    Vhost, execute, first_confirm, own_database, own_node, own_vhost, rabbit, vhost_on,
 };
-use crate::support::{Vhost, own_database, own_vhost, rabbit};
+use crate::support::topology::{bind, declare, empty, held, unbind};
+use crate::support::waiting::{POLL, throughout};
+use crate::support::writers::STEADY;
 
 const UNREACHABLE: &str = "watership_reconnects_total{cause=\"unreachable\"}";
 /// A relay works again so soon after others are served; alone on a machine within a second.
 const BACK: Duration = Duration::from_secs(5);
-
-/// A route is held.
-pub fn held(status: &Value) -> bool {
-    !status["held"].as_array().is_none_or(Vec::is_empty)
-}
-
-/// Takes the one queue away from the exchange.
-pub async fn unbind(channel: &Channel) {
-    let done =
-        channel.queue_unbind(QUEUE.into(), EXCHANGE.into(), "#".into(), FieldTable::default());
-    done.await.expect("the queue is unbound");
-}
-
-/// Gives it back.
-pub async fn bind(channel: &Channel) {
-    let (options, none) = (Default::default(), FieldTable::default());
-    let done = channel.queue_bind(QUEUE.into(), EXCHANGE.into(), "#".into(), options, none);
-    done.await.expect("the queue is bound");
-}
-
-/// Makes the one queue anew, as the relay would.
-pub async fn declare(channel: &Channel) {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-    let options = QueueDeclareOptions { durable: true, ..Default::default() };
-    channel.queue_declare(QUEUE.into(), options, arguments).await.expect("declared");
-}
 
 /// A run on the shared node, in which events flow.
 async fn flowing(title: &str, settings: &str) -> (Vhost, Scene) {
@@ -248,20 +224,6 @@ async fn broker_d08_queue_deleted_under_load_and_made_again() {
     class.survived(&judged);
 }
 
-/// Waits until nothing is ready in the one queue.
-async fn empty(channel: &Channel) {
-    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let queue = channel.queue_declare(QUEUE.into(), passive, FieldTable::default()).await;
-        if queue.expect("the queue is there").message_count() == 0 {
-            return;
-        }
-        assert!(Instant::now() < deadline, "the queue is not empty within a minute");
-        tokio::time::sleep(POLL).await;
-    }
-}
-
 /// What a consumer takes in a second.
 const TAKEN: u32 = 3_000;
 
@@ -276,7 +238,7 @@ async fn broker_d10_nacks_of_a_full_queue_with_a_slow_consumer() {
     let mut scene = plain("D10", &database.url, &vhost.url, "").await;
     let events: u32 = if full() { 60_000 } else { 12_000 };
     for hundred in 0..events / 6_000 {
-        crate::ground::execute(&database.url, &rows(hundred * 6, 6)).await;
+        execute(&database.url, &rows(hundred * 6, 6)).await;
     }
     scene.fault("a queue of 200 that rejects");
     let (_connection, channel) = vhost.connect().await;

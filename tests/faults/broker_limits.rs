@@ -7,14 +7,14 @@ use tokio::time::Instant;
 use watership::dev::{Rabbit, RabbitOptions};
 
 use crate::broker::close_relays;
-use crate::class::Class;
-use crate::crash_relay::within;
-use crate::crash_support::Scene;
-use crate::framing::{Protocol, is_ack};
-use crate::ground::{STEADY, led, throughout};
-use crate::proxy::{Action, Direction, Proxy, Trigger};
-use crate::relay_support::{Setup, Stage, until};
-use crate::support::{Database, Vhost, own_database, own_vhost, rabbit};
+use crate::report::Class;
+use crate::support::framing::{Protocol, is_ack};
+use crate::support::proxy::{Action, Direction, Proxy, Trigger};
+use crate::support::scene::{Scene, led};
+use crate::support::servers::{Database, Vhost, own_database, own_vhost, rabbit};
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::{throughout, until, within};
+use crate::support::writers::STEADY;
 
 /// A user of one test's own, who may do everything in the vhost.
 async fn user(vhost: &Vhost, name: &str) -> String {

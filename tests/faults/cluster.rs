@@ -6,15 +6,15 @@ use std::process::Command;
 use tokio::time::Instant;
 use watership::dev::{Postgres, StopMode};
 
-use crate::class::Class;
-use crate::crash_relay::{LIMIT, POLL};
-use crate::crash_support::client;
-use crate::framing::Protocol;
-use crate::ground::{execute, led, own_postgres, text};
 use crate::pg::EMIT_ONE;
-use crate::proxy::{How, Proxy};
-use crate::relay_support::{Setup, Stage, kinds};
-use crate::support::{Database, own_vhost};
+use crate::report::Class;
+use crate::support::framing::Protocol;
+use crate::support::inbox::kinds;
+use crate::support::proxy::{How, Proxy};
+use crate::support::scene::led;
+use crate::support::servers::{Database, client, execute, own_postgres, own_vhost, text};
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::{LIMIT, POLL};
 
 fn run(program: &str, arguments: &[&Path]) {
     let done = Command::new(program).args(arguments).status().expect("the program runs");

@@ -7,36 +7,20 @@
 
 mod broker;
 mod broker_limits;
-mod class;
 mod classes;
 mod cluster;
-#[path = "../it/crash_relay.rs"]
-#[allow(dead_code, reason = "shared with the other test binaries")]
-mod crash_relay;
-#[path = "../it/crash_support.rs"]
-#[allow(dead_code, reason = "shared with the other test binaries")]
-mod crash_support;
-mod framing;
-mod ground;
+mod host_limits;
 mod museum;
 mod network;
 mod network_slow;
 mod pg;
 mod process;
 mod process_limits;
-mod proxy;
-mod proxy_itself;
-#[path = "../it/relay_support.rs"]
-#[allow(dead_code, reason = "shared with the other test binaries")]
-mod relay_support;
-#[path = "../soak/schedule.rs"]
-#[allow(dead_code, reason = "its own tests run here: the soak has no harness")]
-mod schedule;
-mod schedule_itself;
+mod proxy_tests;
+mod report;
+mod schedule_tests;
 mod slot;
 mod slot_rights;
 mod standby;
-#[path = "../it/support.rs"]
-#[allow(dead_code, reason = "shared with the other test binaries")]
+#[path = "../support/mod.rs"]
 mod support;
-mod surroundings;

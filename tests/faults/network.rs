@@ -6,13 +6,13 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use crate::class::Class;
-use crate::crash_relay::POLL;
-use crate::crash_support::Scene;
-use crate::framing::{Protocol, is_ack, is_body, is_feedback, is_publish, is_wal};
-use crate::ground::{STEADY, led};
-use crate::proxy::{Accept, Action, Direction, Flow, How, Proxy, Trigger};
-use crate::support::{own_database, own_vhost, postgres, rabbit};
+use crate::report::Class;
+use crate::support::framing::{Protocol, is_ack, is_body, is_feedback, is_publish, is_wal};
+use crate::support::proxy::{Accept, Action, Direction, Flow, How, Proxy, Trigger};
+use crate::support::scene::{Scene, led, plain};
+use crate::support::servers::{own_database, own_vhost, postgres, rabbit};
+use crate::support::waiting::POLL;
+use crate::support::writers::STEADY;
 
 const UNREACHABLE: &str = "watership_reconnects_total{cause=\"unreachable\"}";
 
@@ -242,7 +242,7 @@ async fn network_c05_latency_and_jitter() {
 async fn network_c09_a_name_that_cannot_be_resolved() {
     let class = Class::new("C9", "network_c09_a_name_that_cannot_be_resolved");
     let (database, vhost) = (own_database().await, own_vhost().await);
-    let mut scene = crate::ground::plain("C9", &database.url, &vhost.url, "").await;
+    let mut scene = plain("C9", &database.url, &vhost.url, "").await;
     scene.consume();
     let text = std::fs::read_to_string(&scene.relay().config).expect("the configuration");
     let nowhere = text.replace("@127.0.0.1", "@no-such-host.invalid");

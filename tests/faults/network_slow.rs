@@ -5,13 +5,15 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use crate::class::Class;
-use crate::crash_support::full;
-use crate::framing::Protocol;
-use crate::ground::{STEADY, led, own_postgres, throughout};
 use crate::network::Net;
-use crate::proxy::{Accept, Direction, Flow, How, Proxy};
-use crate::support::own_vhost;
+use crate::report::Class;
+use crate::support::framing::Protocol;
+use crate::support::full;
+use crate::support::proxy::{Accept, Direction, Flow, How, Proxy};
+use crate::support::scene::led;
+use crate::support::servers::{own_postgres, own_vhost, rabbit};
+use crate::support::waiting::throughout;
+use crate::support::writers::STEADY;
 
 const DEAD: Flow = Flow {
     stalled: false,
@@ -107,7 +109,7 @@ async fn network_c06_little_bandwidth() {
     let server = own_postgres(&["wal_sender_timeout = '2s'"]).await;
     let url = server.url("postgres", "shop");
     let vhost = own_vhost().await;
-    let rabbit = Proxy::before(crate::support::rabbit().await.port(), Protocol::Amqp).await;
+    let rabbit = Proxy::before(rabbit().await.port(), Protocol::Amqp).await;
     let through = rabbit.url(&vhost.url);
     let mut scene = led("C6", (&url, &url), (&vhost.url, &through), "").await;
     scene.consume();

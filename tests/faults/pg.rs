@@ -5,13 +5,15 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 use watership::dev::{Postgres, Signal, StopMode};
 
-use crate::class::Class;
-use crate::crash_support::{Scene, client};
-use crate::ground::{
-    STEADY, execute, first_row, own_node, own_postgres, plain, recovered_after, text, throughout,
-    vhost_on,
+use crate::report::Class;
+use crate::support::relay::Window;
+use crate::support::scene::{Scene, led, plain, recovered_after};
+use crate::support::servers::{
+    client, execute, first_row, own_database, own_node, own_postgres, own_vhost, text, vhost_on,
 };
-use crate::support::{own_database, own_vhost};
+use crate::support::topology::{bind, held, unbind};
+use crate::support::waiting::throughout;
+use crate::support::writers::STEADY;
 
 /// A relay must not hold a fast shutdown for longer.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
@@ -230,7 +232,7 @@ async fn pg_a13_max_connections_exhausted() {
     let vhost = own_vhost().await;
     let relay = server.url("relay", "shop");
     let broker = (&*vhost.url, &*vhost.url);
-    let mut scene = crate::ground::led("A13", (&url, &relay), broker, "").await;
+    let mut scene = led("A13", (&url, &relay), broker, "").await;
     scene.consume();
     scene.relay().start();
     scene.write(STEADY);
@@ -316,7 +318,7 @@ async fn pg_a18_timeouts_of_the_role() {
     let vhost = own_vhost().await;
     let relay = server.url("relay", "shop");
     let broker = (&*vhost.url, &*vhost.url);
-    let mut scene = crate::ground::led("A18", (&url, &relay), broker, "").await;
+    let mut scene = led("A18", (&url, &relay), broker, "").await;
     scene.consume();
     scene.relay().start();
     scene.write(STEADY);
@@ -351,7 +353,7 @@ async fn pg_a18_timeouts_of_the_role() {
 #[tokio::test]
 async fn pg_a19_intake_paused_longer_than_the_walsender_waits() {
     let class = Class::new("A19", "pg_a19_intake_paused_longer_than_the_walsender_waits");
-    let window = crate::crash_relay::Window { events: 500, unconfirmed: 200 };
+    let window = Window { events: 500, unconfirmed: 200 };
     let server = own_postgres(&["wal_sender_timeout = '2s'"]).await;
     let url = server.url("postgres", "shop");
     let vhost = own_vhost().await;
@@ -362,17 +364,17 @@ async fn pg_a19_intake_paused_longer_than_the_walsender_waits() {
     scene.flowing(300).await;
     let (_connection, channel) = vhost.connect().await;
     scene.fault("queue unbound for three times the walsender's patience");
-    crate::broker::unbind(&channel).await;
+    unbind(&channel).await;
     // Under load the window may be full for a moment by itself; and what was sent before the
     // queue was unbound may still be confirmed.
     let full = |status: &serde_json::Value| {
         let events = status["window_events"].as_u64();
-        crate::broker::held(status) && status["in_flight"] == 0 && events >= Some(500)
+        held(status) && status["in_flight"] == 0 && events >= Some(500)
     };
     scene.relay().reaches("the route is held and the window full", full).await;
     scene.relay().stays(Duration::from_secs(6), full).await;
     let before = scene.relay().confirmed().await;
-    crate::broker::bind(&channel).await;
+    bind(&channel).await;
     scene.recovered(Instant::now(), before).await;
     assert_eq!(scene.relay().status().await["sessions"], 1, "the session lives on");
     scene.flowing(300).await;

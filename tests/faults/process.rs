@@ -6,15 +6,22 @@ use serde_json::Value;
 use tokio::time::Instant;
 use watership::dev::Signal;
 
-use crate::class::Class;
-use crate::crash_relay::{Relay, Window};
-use crate::crash_support::{Scene, full};
-use crate::framing::{is_ack, is_any, is_bind, is_complete, is_feedback, is_publish, is_return};
-use crate::framing::{is_body, is_channel_open, is_wal};
-use crate::ground::{STEADY, first_confirm, own_node, own_postgres, plain, throughout, vhost_on};
 use crate::network::Net;
-use crate::proxy::{Action, Direction, Flow, Trigger};
-use crate::support::{own_database, own_vhost};
+use crate::report::Class;
+use crate::support::framing::{
+    Protocol, is_ack, is_any, is_bind, is_body, is_channel_open, is_complete, is_feedback,
+    is_publish, is_return, is_wal,
+};
+use crate::support::full;
+use crate::support::proxy::{Action, Direction, Flow, Proxy, Trigger};
+use crate::support::relay::{Relay, Window};
+use crate::support::scene::{Scene, led, plain, recovered_after};
+use crate::support::servers::{
+    first_confirm, own_database, own_node, own_postgres, own_vhost, rabbit, vhost_on,
+};
+use crate::support::topology::{bind, unbind};
+use crate::support::waiting::throughout;
+use crate::support::writers::STEADY;
 
 /// Within this time a waiting relay has to take over.
 const TAKEOVER: Duration = Duration::from_secs(5);
@@ -109,14 +116,10 @@ async fn process_e03_killed_around_a_publish() {
 async fn process_e04_killed_after_a_return() {
     let class = Class::new("E4", "process_e04_killed_after_a_return");
     let (database, vhost) = (own_database().await, own_vhost().await);
-    let proxy = crate::proxy::Proxy::before(
-        crate::support::rabbit().await.port(),
-        crate::framing::Protocol::Amqp,
-    )
-    .await;
+    let proxy = Proxy::before(rabbit().await.port(), Protocol::Amqp).await;
     let through = proxy.url(&vhost.url);
     let ways = (&*database.url, &*database.url);
-    let mut scene = crate::ground::led("E4", ways, (&vhost.url, &through), "").await;
+    let mut scene = led("E4", ways, (&vhost.url, &through), "").await;
     scene.consume();
     scene.relay().start();
     scene.write(STEADY);
@@ -125,10 +128,10 @@ async fn process_e04_killed_after_a_return() {
     scene.fault("kill -9 after a return");
     let action = Action::StallAfter;
     proxy.trigger(Trigger { direction: IN, matches: is_return, nth: 1, action, for_ever: false });
-    crate::broker::unbind(&channel).await;
+    unbind(&channel).await;
     proxy.strikes().await;
     scene.relay().kill();
-    crate::broker::bind(&channel).await;
+    bind(&channel).await;
     proxy.heal();
     // The topology is mended by hand: the new relay finds it as it should be.
     scene.relay().start();
@@ -418,7 +421,7 @@ async fn process_e17_broker_down_at_full_input() {
     let confirmed = scene.relay().confirmed().await;
     node.start_again().await.expect("the node starts again");
     let raw = first_confirm(url.clone());
-    crate::ground::recovered_after(&mut scene, raw, confirmed).await;
+    recovered_after(&mut scene, raw, confirmed).await;
     scene.consume();
     scene.enough();
     class.survived(&scene.judge().await);

@@ -9,12 +9,12 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
-use crate::class::Class;
-use crate::crash_relay::POLL;
-use crate::crash_support::{Load, Scene};
-use crate::ground::{STEADY, plain, throughout};
-use crate::relay_support::{Setup, Stage, until};
-use crate::support::{own_database, own_vhost};
+use crate::report::Class;
+use crate::support::scene::{Scene, plain};
+use crate::support::servers::{client, own_database, own_vhost, text};
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::{POLL, throughout, until};
+use crate::support::writers::{Load, STEADY};
 
 /// Prepared, the relay not started.
 async fn ready(title: &str, settings: &str) -> Scene {
@@ -226,7 +226,7 @@ async fn process_e28_checkpoint_row_locked() {
     scene.write(STEADY);
     scene.flowing(300).await;
     scene.fault("checkpoint row locked for 3 s");
-    let locker = crate::crash_support::client(&database.url).await.expect("a connection");
+    let locker = client(&database.url).await.expect("a connection");
     let lock = "BEGIN; SELECT 1 FROM watership.checkpoint FOR UPDATE";
     locker.batch_execute(lock).await.expect("locked");
     let stored = scene.relay().status().await["flush_lsn"].clone();
@@ -235,7 +235,7 @@ async fn process_e28_checkpoint_row_locked() {
         true
     })
     .await;
-    let slot = crate::ground::text(
+    let slot = text(
         &database.url,
         "SELECT confirmed_flush_lsn <= (SELECT flush_lsn FROM watership.checkpoint) \
          FROM pg_replication_slots WHERE database = current_database()",

@@ -5,10 +5,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 use watership::dev::{Postgres, PostgresOptions};
 
-use crate::class::Class;
-use crate::crash_support::Scene;
-use crate::ground::{STEADY, execute, led, text};
-use crate::support::own_vhost;
+use crate::report::Class;
+use crate::support::scene::{Scene, led};
+use crate::support::servers::{execute, own_vhost, text};
+use crate::support::writers::STEADY;
 
 /// A server that wants a password from the role `relay`, and a run of that role.
 async fn flowing(title: &str) -> (Postgres, String, Scene) {

@@ -8,13 +8,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 use watership::dev::{Postgres, StopMode};
 
-use crate::class::Class;
-use crate::crash_relay::{LIMIT, POLL};
-use crate::crash_support::Scene;
-use crate::framing::Protocol;
-use crate::ground::{STEADY, first_row, led, own_postgres, text};
-use crate::proxy::{Action, Direction, How, Proxy, Trigger};
-use crate::support::own_vhost;
+use crate::report::Class;
+use crate::support::framing::Protocol;
+use crate::support::proxy::{Action, Direction, How, Proxy, Trigger};
+use crate::support::scene::{Scene, led};
+use crate::support::servers::{first_row, own_postgres, own_vhost, text};
+use crate::support::waiting::{LIMIT, POLL};
+use crate::support::writers::STEADY;
 
 /// A standby that has a copy of the slot, and a relay that is led to its primary by a proxy.
 struct Pair {

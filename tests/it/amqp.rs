@@ -15,7 +15,7 @@ use watership::message::{
     Builder, ExchangeId, Message, Outcome, Properties, Publisher, RouteId, Ticket,
 };
 
-use crate::support::{self, Vhost};
+use crate::support::servers::{self, Vhost};
 
 const WINDOW: usize = 1000;
 
@@ -86,7 +86,7 @@ async fn depth(vhost: &Vhost, queue: &str) -> u32 {
 
 #[tokio::test]
 async fn ten_thousand_publishes_to_a_quorum_queue_are_confirmed_and_stored() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &["events"]);
     let topology = Topology {
         exchanges: vec![direct("events")],
@@ -107,7 +107,7 @@ async fn ten_thousand_publishes_to_a_quorum_queue_are_confirmed_and_stored() {
 /// <https://github.com/amqp-rs/lapin/issues/254>
 #[tokio::test]
 async fn museum_m15_returned_are_exactly_the_unroutable_ones_among_fifty_thousand() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &["events"]);
     let topology = Topology {
         exchanges: vec![direct("events")],
@@ -134,7 +134,7 @@ async fn museum_m15_returned_are_exactly_the_unroutable_ones_among_fifty_thousan
 
 #[tokio::test]
 async fn missing_exchange_concerns_its_own_messages_only_until_it_is_there() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &["here", "missing"]);
     let topology = Topology {
         exchanges: vec![direct("here")],
@@ -171,8 +171,8 @@ async fn missing_exchange_concerns_its_own_messages_only_until_it_is_there() {
 /// <https://github.com/amqp-rs/lapin/issues/246>
 #[tokio::test]
 async fn museum_m14_forbidden_exchange_closes_its_channel_and_says_so() {
-    let vhost = support::own_vhost().await;
-    let node = support::rabbit().await;
+    let vhost = servers::own_vhost().await;
+    let node = servers::rabbit().await;
     let options_guest = options(&vhost, &["open", "secret"]);
     let topology = Topology {
         exchanges: vec![direct("open"), direct("secret")],
@@ -207,7 +207,7 @@ async fn museum_m14_forbidden_exchange_closes_its_channel_and_says_so() {
 
 #[tokio::test]
 async fn full_queue_that_rejects_nacks_and_its_nacks_are_not_success() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &[""]);
     let full = Queue {
         kind: QueueKind::Classic,
@@ -230,7 +230,7 @@ async fn full_queue_that_rejects_nacks_and_its_nacks_are_not_success() {
 
 #[tokio::test]
 async fn second_relay_of_the_same_name_is_turned_away_until_the_first_has_closed() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let mut options = options(&vhost, &["amq.topic"]);
     options.lock_queue = Some("watership.shop.lock".into());
     let first = Connection::open(&options).await.unwrap();
@@ -245,7 +245,7 @@ async fn second_relay_of_the_same_name_is_turned_away_until_the_first_has_closed
 
 #[tokio::test]
 async fn wrong_password_and_wrong_vhost_are_told_apart() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let mut wrong = options(&vhost, &[]);
     wrong.urls[0].password = watership::secret::Secret::new("hunter2");
     let error = refused(&wrong).await;
@@ -270,7 +270,7 @@ async fn wrong_password_and_wrong_vhost_are_told_apart() {
 #[tokio::test]
 async fn bodies_of_every_size_around_a_frame_arrive_intact() {
     const FRAME: usize = 131_072 - 8;
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &[""]);
     let topology = Topology { queues: vec![queue("big")], ..Topology::default() };
     topology::apply(&options, &topology).await.unwrap();
@@ -360,7 +360,7 @@ async fn stopped_broker_ends_the_session_with_its_reason() {
 
 #[tokio::test]
 async fn verify_names_what_is_missing_and_declare_quotes_what_differs() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &[]);
     let mut topology = Topology {
         mode: Mode::Verify,

@@ -11,7 +11,7 @@ use watership::error::{Kind, Result};
 use watership::message::Publisher;
 use watership::tls::{self, Mode};
 
-use crate::relay_support::until;
+use crate::support::waiting::until;
 
 type Authority = Issuer<'static, KeyPair>;
 

@@ -2,8 +2,9 @@
 
 use serde_json::Value;
 
-use crate::relay_support::{Running, Setup, Stage, until};
-use crate::support::{Vhost, own_database, own_vhost, rabbit};
+use crate::support::servers::{Vhost, own_database, own_vhost, rabbit};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
 
 const ROUTES: &str = "[[route]]\nname = \"orders\"\nowner = \"team-orders\"\n\
     outbox = { aggregate_type = \"order\" }\nexchange = \"watership\"\n\

@@ -5,10 +5,12 @@ use std::fmt::Write as _;
 use watership::column::binary::Types;
 use watership::column::oid;
 
-use crate::crash_support::full;
-use crate::relay_support::{Message, Setup, Stage, until};
 use crate::relay_types::VALUES;
-use crate::support::own_database;
+use crate::support::full;
+use crate::support::inbox::Message;
+use crate::support::servers::own_database;
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::until;
 
 /// Column, type, SQL value: what the documented types do not show.
 const MORE: &[(&str, &str, &str)] = &[

@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use watership::dev::{self, Postgres, PostgresOptions};
 
-use crate::support::{Database, Vhost, own_database, own_vhost, postgres, rabbit};
+use crate::support::servers::{Database, Vhost, own_database, own_vhost, postgres, rabbit};
 
 /// How long a command, or a relay's start, may take on a loaded machine.
 const LIMIT: Duration = Duration::from_secs(60);

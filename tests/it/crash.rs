@@ -6,9 +6,11 @@
 
 use tokio::time::Instant;
 
-use crate::crash_relay::Window;
-use crate::crash_support::{Load, Scene, full};
-use crate::support::{own_database, own_vhost};
+use crate::support::full;
+use crate::support::relay::Window;
+use crate::support::scene::Scene;
+use crate::support::servers::{own_database, own_vhost};
+use crate::support::writers::Load;
 
 #[tokio::test]
 async fn a_relay_killed_again_and_again_loses_nothing_and_keeps_the_order() {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal, StopMode};
 
-use crate::support;
+use crate::support::servers;
 
 /// How long the watchdog may take to clean up.
 const CLEAN_LIMIT: Duration = Duration::from_secs(30);
@@ -118,17 +118,17 @@ async fn rabbit_keeps_its_queues_over_stop_kill_and_start_again() {
 
 #[tokio::test]
 async fn each_test_has_its_own_database_and_vhost() {
-    let (one, two) = (support::own_database().await, support::own_database().await);
+    let (one, two) = (servers::own_database().await, servers::own_database().await);
     one.connect().await.batch_execute("CREATE TABLE t ()").await.expect("a table");
     two.connect().await.batch_execute("CREATE TABLE t ()").await.expect("the same name");
     assert_ne!(one.name, two.name);
-    let (one, two) = (support::own_vhost().await, support::own_vhost().await);
+    let (one, two) = (servers::own_vhost().await, servers::own_vhost().await);
     assert_ne!(one.name, two.name);
     let (connection, channel) = one.connect().await;
     assert!(connection.status().connected() && channel.status().connected());
     assert_eq!(publish_and_count(&one.url, "q", b"one").await, 0);
     assert_eq!(publish_and_count(&two.url, "q", b"one").await, 0);
-    let url = support::rabbit().await.management_url().expect("management runs");
+    let url = servers::rabbit().await.management_url().expect("management runs");
     assert!(url.starts_with("http://guest:guest@127.0.0.1:"));
 }
 

@@ -7,11 +7,13 @@ use serde_json::Value;
 use tokio::time::{Instant, timeout};
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal, StopMode};
 
-use crate::crash_relay::Window;
-use crate::crash_support::{Load, Scene};
-use crate::relay_support::{Running, Setup, Stage, kinds, until};
-use crate::relay_verdicts::{database_of, private};
-use crate::support::{Vhost, own_vhost};
+use crate::support::inbox::kinds;
+use crate::support::relay::Window;
+use crate::support::scene::Scene;
+use crate::support::servers::{Vhost, database_of, own_vhost, private_postgres};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
+use crate::support::writers::Load;
 
 /// A fast shutdown takes no longer, whatever the broker does.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
@@ -100,7 +102,7 @@ const MANY: &str = "INSERT INTO watership.outbox (aggregate_type, aggregate_id, 
 
 #[tokio::test]
 async fn keepalives_are_answered_while_the_broker_is_blocked() {
-    let server = private(&[TIMEOUT], None).await;
+    let server = private_postgres(&[TIMEOUT], None).await;
     let node = Rabbit::start(RabbitOptions::default()).await.expect("a private node");
     let vhost = Vhost { name: "/".into(), url: node.url("/") };
     let setup = Setup { settings: SMALL, ..Setup::default() };
@@ -117,7 +119,7 @@ async fn keepalives_are_answered_while_the_broker_is_blocked() {
 
 #[tokio::test]
 async fn keepalives_are_answered_while_a_held_route_pauses_the_intake() {
-    let server = private(&[TIMEOUT], None).await;
+    let server = private_postgres(&[TIMEOUT], None).await;
     let setup = Setup { settings: SMALL, ..Setup::default() };
     let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;
     let relay = stage.start().await;
@@ -183,7 +185,7 @@ async fn limits_that_are_set_on_the_role_do_not_disturb() {
 
 #[tokio::test]
 async fn a_synchronous_standby_that_is_away_keeps_no_session_from_its_start() {
-    let server = private(&[], None).await;
+    let server = private_postgres(&[], None).await;
     let stage = Stage::on(database_of(&server), own_vhost().await, Setup::default()).await;
     // From now on each COMMIT waits for a standby that nobody ever saw, unless it is asked not to.
     stage.execute("ALTER SYSTEM SET synchronous_standby_names = 'away'").await;

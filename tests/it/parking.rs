@@ -6,8 +6,10 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 use watership::dev::{Rabbit, RabbitOptions};
 
-use crate::relay_support::{Message, Running, Setup, Stage, kinds, until};
-use crate::support::{Vhost, own_database};
+use crate::support::inbox::{Message, kinds};
+use crate::support::servers::{Vhost, own_database};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
 
 const SMALL: &str = "broker.max_message_size = \"1KiB\"\nrelay.checkpoint_interval = \"20ms\"";
 

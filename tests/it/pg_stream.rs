@@ -12,7 +12,7 @@ use watership::pg::replication::{Frame, ReplicationConnection, ReplicationStream
 use watership::position::Lsn;
 use watership::secret::Secret;
 
-use crate::support;
+use crate::support::servers;
 
 /// What should happen at once may take this long on a busy machine.
 const SOON: Duration = Duration::from_secs(20);
@@ -22,8 +22,8 @@ fn options(url: &str) -> Options {
 }
 
 /// A database with a table, a publication of it and a slot.
-async fn published() -> (support::Database, tokio_postgres::Client, ReplicationConnection) {
-    let database = support::own_database().await;
+async fn published() -> (servers::Database, tokio_postgres::Client, ReplicationConnection) {
+    let database = servers::own_database().await;
     let client = database.connect().await;
     let sql = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE PUBLICATION p FOR TABLE t";
     client.batch_execute(sql).await.expect("done");
@@ -263,7 +263,7 @@ async fn a_dropped_fill_loses_nothing() {
 
 #[tokio::test]
 async fn a_cancelled_command_poisons_the_connection() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let mut session = ReplicationConnection::connect(&options(&database.url)).await.unwrap();
     tokio::select! {
         biased;

@@ -20,7 +20,7 @@ use watership::pg::connect::{self, Options};
 use watership::pg::replication::ReplicationConnection;
 use watership::secret::Secret;
 
-use crate::support;
+use crate::support::servers;
 
 /// What should happen at once may take this long on a busy machine.
 const SOON: Duration = Duration::from_secs(20);
@@ -294,7 +294,7 @@ async fn a_unix_socket_works() {
 
 #[tokio::test]
 async fn a_role_without_replication_is_refused() {
-    let server = support::postgres().await;
+    let server = servers::postgres().await;
     server.execute("CREATE ROLE no_replication LOGIN").await.unwrap();
     let options = options(&server.url("no_replication", "postgres"));
     let error = replication_error(&options).await.unwrap_err();
@@ -395,7 +395,7 @@ async fn nobody_listening_is_unreachable_and_named() {
 
 #[tokio::test]
 async fn session_settings_are_fixed_whatever_the_role_says() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let client = database.connect().await;
     let name = &database.name;
     client

@@ -3,9 +3,12 @@
 
 use serde_json::Value;
 
-use crate::relay_support::{Running, Setup, Stage, kinds, until};
-use crate::relay_verdicts::{database_of, private};
-use crate::support::{Database, own_database, own_vhost, postgres};
+use crate::support::inbox::kinds;
+use crate::support::servers::{
+    Database, database_of, own_database, own_vhost, postgres, private_postgres,
+};
+use crate::support::stage::{Running, Setup, Stage, configuration, run};
+use crate::support::waiting::until;
 
 /// A stage with the captured table `items`, on which one event has passed.
 async fn stage(settings: &str) -> Stage {
@@ -109,7 +112,8 @@ async fn an_advanced_slot_is_resolved_where_it_is() {
 
 #[tokio::test]
 async fn a_slot_whose_wal_was_removed_is_resolved_with_a_new_one() {
-    let server = private(&["max_slot_wal_keep_size = '16MB'", "min_wal_size = '32MB'"], None).await;
+    let server =
+        private_postgres(&["max_slot_wal_keep_size = '16MB'", "min_wal_size = '32MB'"], None).await;
     let stage = stage_on(database_of(&server), "").await;
     until("the slot is lost", async || {
         stage.execute("SELECT pg_logical_emit_message(true, 'a', '')").await;
@@ -126,7 +130,7 @@ async fn a_slot_that_was_idle_for_too_long_is_lost_and_says_why() {
     if postgres().await.major() < 18 {
         return;
     }
-    let server = private(&["idle_replication_slot_timeout = '1s'"], None).await;
+    let server = private_postgres(&["idle_replication_slot_timeout = '1s'"], None).await;
     let stage = stage_on(database_of(&server), "").await;
     until("the slot is lost", async || {
         stage.execute("CHECKPOINT").await;
@@ -230,7 +234,7 @@ async fn an_altered_publication_is_a_verdict_and_a_further_table_is_none() {
 #[tokio::test]
 async fn the_canary_comes_through_and_is_neither_event_nor_progress() {
     // Alone on its server: WAL of others is something to advance for.
-    let server = private(&["autovacuum = off"], None).await;
+    let server = private_postgres(&["autovacuum = off"], None).await;
     let settings = "relay.canary_interval = \"1s\"\noutbox.maintain = false";
     let setup = Setup { settings, ..Setup::default() };
     let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;
@@ -291,7 +295,7 @@ async fn an_installation_without_the_canary_in_its_publication_runs_and_is_told(
 
 #[tokio::test]
 async fn a_slot_in_danger_is_told_in_status_metric_and_log() {
-    let server = private(&["max_slot_wal_keep_size = '64MB'"], None).await;
+    let server = private_postgres(&["max_slot_wal_keep_size = '64MB'"], None).await;
     let stage = Stage::on(database_of(&server), own_vhost().await, Setup::default()).await;
     let relay = stage.start().await;
     let safe = relay.status().await["slot"]["warning"].clone();
@@ -315,16 +319,12 @@ async fn a_slot_in_danger_is_told_in_status_metric_and_log() {
 
 #[tokio::test]
 async fn init_makes_a_failover_slot_where_the_server_can() {
-    let server = private(&[], None).await;
+    let server = private_postgres(&[], None).await;
     let setup = Setup { settings: "source.failover = true", ..Setup::default() };
     if server.major() < 17 {
-        let (config, _) = crate::relay_support::configuration(
-            &server.url("postgres", "postgres"),
-            "shop",
-            &own_vhost().await,
-            &setup,
-        );
-        let refused = crate::relay_support::run(&config, &["init"]).await;
+        let (config, _) =
+            configuration(&server.url("postgres", "postgres"), "shop", &own_vhost().await, &setup);
+        let refused = run(&config, &["init"]).await;
         refused.expect_code(2).expect_text(&["source.failover = true needs Postgres 17"]);
         return;
     }

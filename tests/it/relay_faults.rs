@@ -2,7 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::relay_support::{Message, Setup, Stage, until};
+use crate::support::inbox::Message;
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::until;
 
 const KEYS: u64 = 100;
 /// Entries in the window, and with it most of what a kill may send twice.

@@ -3,7 +3,9 @@
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::relay_support::{Inbox, Message, Setup, Stage, kinds, until};
+use crate::support::inbox::{Inbox, Message, kinds};
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::until;
 
 #[tokio::test]
 async fn an_event_gets_a_message_of_its_own_from_every_route_that_selects_it() {

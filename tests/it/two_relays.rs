@@ -18,9 +18,10 @@ use watership::relay::parked::{Changed, Key, Raw, Row, RowState, Why};
 use watership::relay::rider::Rider;
 use watership::route::Lanes;
 
-use crate::relay_support::{Message, Running, Setup, Stage, until};
-use crate::relay_verdicts::{database_of, private};
-use crate::support::own_vhost;
+use crate::support::inbox::Message;
+use crate::support::servers::{database_of, own_vhost, private_postgres};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
 
 const KEYS: u64 = 50;
 /// Rows of one transaction, and the pause between two.
@@ -264,7 +265,7 @@ async fn the_stand_by_takes_over_from_one_that_was_killed() {
 /// Freezes the first under load, lets the second take over, and wakes the first.
 async fn zombie(ordering: &str) {
     let timeout = format!("wal_sender_timeout = '{}s'", WAL_SENDER_TIMEOUT.as_secs());
-    let server = private(&[&timeout], None).await;
+    let server = private_postgres(&[&timeout], None).await;
     let routes = routes(ordering);
     // At the freeze there is much that is confirmed and not stored, and much that is on its way.
     let setup = Setup {

@@ -8,23 +8,14 @@
 //! arrivals of each key in order; besides, duplicates only around faults, the slot never ahead of
 //! the stored checkpoint, and memory that does not grow.
 
-#[path = "../it/crash_relay.rs"]
-#[allow(dead_code, reason = "shared with the other test binaries")]
-mod crash_relay;
-#[path = "../it/crash_support.rs"]
-#[allow(dead_code, reason = "shared with the other test binaries")]
-mod crash_support;
-#[path = "../faults/framing.rs"]
-#[allow(dead_code, reason = "shared with the other test binaries")]
-mod framing;
-#[path = "../faults/proxy.rs"]
-#[allow(dead_code, reason = "shared with the other test binaries")]
-mod proxy;
-mod schedule;
 mod supervisor;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::process::ExitCode;
 use std::time::Duration;
+
+use support::schedule;
 
 /// What the command line says.
 #[derive(Debug, Clone, Copy)]

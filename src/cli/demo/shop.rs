@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use super::Run;
-use super::ledger::Mark;
+use crate::dev::ledger::Mark;
 use crate::error::{Error, Result};
 
 /// Writers, each on its own connection.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::schedule::{Duplicates, Fault, Step, WEIGHTS, growth, last_life, schedule};
+use crate::support::schedule::{Duplicates, Fault, Step, WEIGHTS, growth, last_life, schedule};
 
 #[test]
 fn a_seed_brings_the_same_schedule_and_another_seed_another() {

@@ -1,4 +1,5 @@
-//! The demo's consumer: an ordinary lapin consumer that reconnects when the broker went away.
+//! The consumer of the demo and of the fault tests: an ordinary lapin consumer that reconnects when
+//! the broker went away.
 //!
 //! It hands each message to `record` and acknowledges it. What it sees twice is a duplicate; a
 //! real consumer would drop that by the message id.
@@ -26,7 +27,7 @@ const RETRY: Duration = Duration::from_millis(50);
 
 /// Consumes until `record` breaks off; `consuming` says whether a consumer is set up at this
 /// moment.
-pub(super) async fn consume(
+pub async fn consume(
     url: &str,
     queue: &str,
     consuming: &watch::Sender<bool>,

@@ -7,8 +7,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout};
 
-use crate::framing::{Framing, Protocol, is_ack, is_any, is_feedback, is_publish, is_wal};
-use crate::proxy::{Accept, Action, Direction, Flow, How, Proxy, Trigger};
+use crate::support::framing::{Framing, Protocol, is_ack, is_any, is_feedback, is_publish, is_wal};
+use crate::support::proxy::{Accept, Action, Direction, Flow, How, Proxy, Trigger};
 
 const MOMENT: Duration = Duration::from_millis(300);
 /// What is expected may take so long on a busy machine.

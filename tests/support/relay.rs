@@ -1,6 +1,5 @@
 //! The real binary as a process: started, killed, asked how it is.
 
-use std::future::Future;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,15 +10,12 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use watership::dev::{self, Process, Signal};
 
+use super::waiting::{LIMIT, POLL};
+
 /// The one queue of a run; it gets everything.
 pub const QUEUE: &str = "all";
 /// The exchange of a relay without routes.
 pub const EXCHANGE: &str = "watership";
-
-/// How long one step (a start, a stop, a recovery) may take on a loaded machine.
-pub const LIMIT: Duration = Duration::from_secs(60);
-/// Grain of looking.
-pub const POLL: Duration = Duration::from_millis(10);
 
 /// Limits of the relay's window in this run.
 #[derive(Debug, Clone, Copy)]
@@ -297,9 +293,4 @@ impl Relay {
         };
         (field("VmRSS:").unwrap_or(0), field("VmHWM:").unwrap_or(0))
     }
-}
-
-/// Waits for `done`, [`LIMIT`] at most.
-pub async fn within<T>(what: &str, done: impl Future<Output = T>) -> T {
-    timeout(LIMIT, done).await.unwrap_or_else(|_| panic!("{what}: not within {LIMIT:?}"))
 }

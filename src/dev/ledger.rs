@@ -1,6 +1,6 @@
-//! What was committed and what arrived: the judge of the demo.
+//! What was committed and what arrived: the judge of the demo and of the fault tests.
 //!
-//! Pure: times are handed in, as durations since the start of the demo. Invariant: every event is
+//! Pure: times are handed in, as durations since the start of the run. Invariant: every event is
 //! judged by its id; the order of a key is judged by first arrivals only, because a duplicate may
 //! come at any time and the consumer drops it.
 
@@ -9,16 +9,18 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-/// One event as the shop wrote it: the `n`-th committed event of `key`, counted from 1.
+/// One event as it was written: the `n`-th committed event of `key`, counted from 1.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Mark {
-    pub(super) key: String,
-    pub(super) n: u64,
+pub struct Mark {
+    /// The ordering key.
+    pub key: String,
+    /// Its number within the key.
+    pub n: u64,
 }
 
 /// The record of one run.
 #[derive(Debug, Default)]
-pub(super) struct Ledger {
+pub struct Ledger {
     entries: HashMap<Uuid, Entry>,
     /// The highest `n` that arrived, by key.
     arrived_up_to: HashMap<String, u64>,
@@ -29,19 +31,19 @@ pub(super) struct Ledger {
 
 /// What the ledger counts while the run goes on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Counts {
+pub struct Counts {
     /// Events of committed transactions.
-    pub(super) committed: u64,
+    pub committed: u64,
     /// Different events that arrived.
-    pub(super) delivered: u64,
+    pub delivered: u64,
     /// Arrivals of an event that had arrived before.
-    pub(super) duplicates: u64,
+    pub duplicates: u64,
     /// Those of them that the broker marked as redelivered to a consumer that had gone.
-    pub(super) redelivered: u64,
+    pub redelivered: u64,
     /// First arrivals whose key had already got further.
-    pub(super) violations: u64,
+    pub violations: u64,
     /// Arrivals whose key or number is not what was committed under that id, or unreadable.
-    pub(super) altered: u64,
+    pub altered: u64,
 }
 
 #[derive(Debug)]
@@ -53,29 +55,31 @@ struct Entry {
 
 /// The judgement at the end of a run.
 #[derive(Debug)]
-pub(super) struct Verdict {
-    pub(super) counts: Counts,
+pub struct Judgement {
+    /// What was counted up to the end.
+    pub counts: Counts,
     /// Committed and never arrived.
-    pub(super) lost: u64,
+    pub lost: u64,
     /// Arrived and never committed: rolled back, or invented.
-    pub(super) unexpected: u64,
-    pub(super) keys: usize,
+    pub unexpected: u64,
+    /// Different keys that arrived.
+    pub keys: usize,
     /// From the first commit to the last first arrival.
-    pub(super) span: Duration,
+    pub span: Duration,
     /// Most first arrivals within one second.
-    pub(super) best_second: u64,
+    pub best_second: u64,
     /// Median and 99th percentile from commit to first arrival, of the events committed before
     /// the first fault.
-    pub(super) calm: Option<(Duration, Duration)>,
+    pub calm: Option<(Duration, Duration)>,
     /// The longest way from commit to first arrival, faults included.
-    pub(super) longest: Duration,
+    pub longest: Duration,
 }
 
 impl Ledger {
-    /// The shop's transaction with this event committed at `at`.
-    pub(super) fn committed(&mut self, id: Uuid, mark: Mark, at: Duration) {
+    /// The transaction with this event committed at `at`.
+    pub fn committed(&mut self, id: Uuid, mark: Mark, at: Duration) {
         self.counts.committed += 1;
-        // The event may have arrived before its COMMIT returned to the shop.
+        // The event may have arrived before its COMMIT returned to the writer.
         let entry = self.entries.entry(id).or_insert_with(|| Entry::new(mark.clone()));
         if entry.mark != mark {
             self.counts.altered += 1;
@@ -84,7 +88,7 @@ impl Ledger {
     }
 
     /// A message arrived at `at`. `redelivered` is the broker's mark.
-    pub(super) fn arrived(&mut self, id: Uuid, mark: Mark, at: Duration, redelivered: bool) {
+    pub fn arrived(&mut self, id: Uuid, mark: Mark, at: Duration, redelivered: bool) {
         let entry = self.entries.entry(id).or_insert_with(|| Entry::new(mark.clone()));
         if entry.mark != mark {
             self.counts.altered += 1;
@@ -109,17 +113,18 @@ impl Ledger {
         }
     }
 
-    /// A message arrived that is not one of the shop's.
-    pub(super) fn unreadable(&mut self) {
+    /// A message arrived that is not one of the run's.
+    pub fn unreadable(&mut self) {
         self.counts.altered += 1;
     }
 
-    pub(super) fn counts(&self) -> Counts {
+    /// The counts so far.
+    pub fn counts(&self) -> Counts {
         self.counts
     }
 
     /// The judgement; `first_fault` ends the calm part of the run.
-    pub(super) fn verdict(&self, first_fault: Duration) -> Verdict {
+    pub fn judgement(&self, first_fault: Duration) -> Judgement {
         let (mut lost, mut unexpected) = (0, 0);
         let (mut first, mut last) = (Duration::MAX, Duration::ZERO);
         let mut calm = Vec::new();
@@ -141,7 +146,7 @@ impl Ledger {
             }
         }
         calm.sort_unstable();
-        Verdict {
+        Judgement {
             counts: self.counts,
             lost,
             unexpected,
@@ -160,10 +165,10 @@ impl Entry {
     }
 }
 
-impl Verdict {
+impl Judgement {
     /// Whether everything that committed arrived, nothing else did, and in order. Duplicates are
     /// allowed: that is what at-least-once means.
-    pub(super) fn holds(&self) -> bool {
+    pub fn holds(&self) -> bool {
         let Counts { committed, violations, altered, .. } = self.counts;
         committed > 0 && self.lost == 0 && self.unexpected == 0 && violations == 0 && altered == 0
     }
@@ -198,38 +203,38 @@ mod tests {
         (ledger, log)
     }
 
-    fn judge(mut ledger: Ledger, log: Vec<(Uuid, Mark)>) -> Verdict {
+    fn judge(mut ledger: Ledger, log: Vec<(Uuid, Mark)>) -> Judgement {
         for (id, mark) in log {
             ledger.arrived(id, mark, 2 * SECOND, false);
         }
-        ledger.verdict(SECOND)
+        ledger.judgement(SECOND)
     }
 
     #[test]
     fn a_flawless_log_holds() {
         let (ledger, log) = run();
-        let verdict = judge(ledger, log);
-        assert!(verdict.holds());
-        assert_eq!((verdict.counts.committed, verdict.counts.delivered), (20, 20));
-        assert_eq!((verdict.keys, verdict.best_second, verdict.longest), (2, 20, SECOND));
+        let judgement = judge(ledger, log);
+        assert!(judgement.holds());
+        assert_eq!((judgement.counts.committed, judgement.counts.delivered), (20, 20));
+        assert_eq!((judgement.keys, judgement.best_second, judgement.longest), (2, 20, SECOND));
     }
 
     #[test]
     fn a_dropped_event_is_lost() {
         let (ledger, mut log) = run();
         log.remove(7);
-        let verdict = judge(ledger, log);
-        assert_eq!((verdict.lost, verdict.counts.violations), (1, 0));
-        assert!(!verdict.holds());
+        let judgement = judge(ledger, log);
+        assert_eq!((judgement.lost, judgement.counts.violations), (1, 0));
+        assert!(!judgement.holds());
     }
 
     #[test]
     fn two_swapped_events_of_a_key_are_a_violation() {
         let (ledger, mut log) = run();
         log.swap(4, 6);
-        let verdict = judge(ledger, log);
-        assert_eq!((verdict.lost, verdict.counts.violations), (0, 1));
-        assert!(!verdict.holds());
+        let judgement = judge(ledger, log);
+        assert_eq!((judgement.lost, judgement.counts.violations), (0, 1));
+        assert!(!judgement.holds());
     }
 
     #[test]
@@ -243,27 +248,27 @@ mod tests {
     fn a_repeated_event_is_a_duplicate_and_no_violation() {
         let (ledger, mut log) = run();
         log.insert(9, log[2].clone());
-        let verdict = judge(ledger, log);
-        assert_eq!((verdict.counts.duplicates, verdict.counts.violations), (1, 0));
-        assert!(verdict.holds());
+        let judgement = judge(ledger, log);
+        assert_eq!((judgement.counts.duplicates, judgement.counts.violations), (1, 0));
+        assert!(judgement.holds());
     }
 
     #[test]
     fn an_event_that_never_committed_is_unexpected() {
         let (ledger, mut log) = run();
         log.push((Uuid::from_u128(1), mark("a", 11)));
-        let verdict = judge(ledger, log);
-        assert_eq!(verdict.unexpected, 1);
-        assert!(!verdict.holds());
+        let judgement = judge(ledger, log);
+        assert_eq!(judgement.unexpected, 1);
+        assert!(!judgement.holds());
     }
 
     #[test]
     fn an_event_with_another_content_is_altered() {
         let (ledger, mut log) = run();
         log[3].1.n = 99;
-        let verdict = judge(ledger, log);
-        assert_eq!(verdict.counts.altered, 1);
-        assert!(!verdict.holds());
+        let judgement = judge(ledger, log);
+        assert_eq!(judgement.counts.altered, 1);
+        assert!(!judgement.holds());
     }
 
     #[test]
@@ -271,13 +276,13 @@ mod tests {
         let mut ledger = Ledger::default();
         ledger.arrived(Uuid::from_u128(1), mark("a", 1), SECOND, false);
         ledger.committed(Uuid::from_u128(1), mark("a", 1), 2 * SECOND);
-        let verdict = ledger.verdict(3 * SECOND);
-        assert!(verdict.holds());
-        assert_eq!(verdict.calm, Some((Duration::ZERO, Duration::ZERO)));
+        let judgement = ledger.judgement(3 * SECOND);
+        assert!(judgement.holds());
+        assert_eq!(judgement.calm, Some((Duration::ZERO, Duration::ZERO)));
     }
 
     #[test]
     fn an_empty_run_proves_nothing() {
-        assert!(!Ledger::default().verdict(SECOND).holds());
+        assert!(!Ledger::default().judgement(SECOND).holds());
     }
 }

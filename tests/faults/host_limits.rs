@@ -11,12 +11,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 use watership::dev::{self, Process};
 
-use crate::class::Class;
-use crate::crash_relay::{LIMIT, POLL};
-use crate::crash_support::{Scene, client};
-use crate::ground::{STEADY, own_postgres, plain, throughout};
-use crate::relay_support::{Setup, Stage, until};
-use crate::support::{Database, own_database, own_vhost};
+use crate::report::Class;
+use crate::support::scene::{Scene, plain};
+use crate::support::servers::{Database, client, own_database, own_postgres, own_vhost};
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::{LIMIT, POLL, throughout, until};
+use crate::support::writers::STEADY;
 
 fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|me| me.uid() == 0)
@@ -56,8 +56,8 @@ impl Drop for Small {
 }
 
 #[tokio::test]
-async fn surroundings_a12_disk_of_postgres_full() {
-    let class = Class::new("A12", "surroundings_a12_disk_of_postgres_full");
+async fn host_limits_a12_disk_of_postgres_full() {
+    let class = Class::new("A12", "host_limits_a12_disk_of_postgres_full");
     if !is_root() {
         return class.not_here("only root may mount a small file system");
     }
@@ -148,14 +148,14 @@ async fn clocks(class: Class, title: &str, clocks: &[&str]) {
 }
 
 #[tokio::test]
-async fn surroundings_a15_clocks_an_hour_apart() {
-    let class = Class::new("A15", "surroundings_a15_clocks_an_hour_apart");
+async fn host_limits_a15_clocks_an_hour_apart() {
+    let class = Class::new("A15", "host_limits_a15_clocks_an_hour_apart");
     clocks(class, "A15", &["-1h"]).await;
 }
 
 #[tokio::test]
-async fn surroundings_e24_clock_that_jumps() {
-    let class = Class::new("E24", "surroundings_e24_clock_that_jumps");
+async fn host_limits_e24_clock_that_jumps() {
+    let class = Class::new("E24", "host_limits_e24_clock_that_jumps");
     clocks(class, "E24", &["+0", "+2h", "-1h", "+0"]).await;
 }
 
@@ -189,8 +189,8 @@ impl Pooler {
 }
 
 #[tokio::test]
-async fn surroundings_a17_pooler_in_the_url() {
-    let class = Class::new("A17", "surroundings_a17_pooler_in_the_url");
+async fn host_limits_a17_pooler_in_the_url() {
+    let class = Class::new("A17", "host_limits_a17_pooler_in_the_url");
     if Command::new("pgbouncer").arg("--version").output().is_err() {
         return class.not_here("pgbouncer is missing: scripts/install fault-tools");
     }
@@ -215,8 +215,8 @@ async fn surroundings_a17_pooler_in_the_url() {
 }
 
 #[tokio::test]
-async fn surroundings_e18_process_aborted() {
-    let class = Class::new("E18", "surroundings_e18_process_aborted");
+async fn host_limits_e18_process_aborted() {
+    let class = Class::new("E18", "host_limits_e18_process_aborted");
     let manifest = fs::read_to_string("Cargo.toml").expect("the manifest");
     let release = manifest.split("[profile.release]").nth(1).expect("a release profile");
     assert!(release.contains("panic = \"abort\""), "no thread dies alone");
@@ -240,8 +240,8 @@ async fn surroundings_e18_process_aborted() {
 }
 
 #[tokio::test]
-async fn surroundings_e19_loop_that_hangs() {
-    let Some(class) = Class::long("E19", "surroundings_e19_loop_that_hangs") else { return };
+async fn host_limits_e19_loop_that_hangs() {
+    let Some(class) = Class::long("E19", "host_limits_e19_loop_that_hangs") else { return };
     if Command::new("strace").arg("--version").output().is_err() {
         return class.not_here("strace is missing: scripts/install fault-tools");
     }

@@ -3,67 +3,40 @@
 //! The truth is what the outbox table holds at the end, so a COMMIT whose answer was lost needs
 //! no guess. Each writer owns its keys and numbers their events; a number is never used twice, so
 //! "first arrivals of a key rise strictly, and every row arrived" is the whole promise. The
-//! judgement itself is the demo's ledger.
+//! judgement itself is the ledger's (`watership::dev::ledger`).
 
-use std::hash::{Hash as _, Hasher as _};
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use lapin::message::Delivery;
-use lapin::options::BasicPublishOptions;
-use lapin::{BasicProperties, Connection};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout};
-use uuid::Uuid;
+use watership::dev::consumer;
+use watership::dev::ledger::{Counts, Judgement, Ledger};
 
-use crate::crash_relay::{LIMIT, POLL, QUEUE, Relay, Window, within};
-use ledger::{Counts, Ledger, Mark, Verdict};
-
-#[path = "../../src/cli/demo/consumer.rs"]
-mod consumer;
-#[path = "../../src/cli/demo/ledger.rs"]
-#[allow(dead_code, reason = "the demo shows more than a test judges")]
-mod ledger;
-
-/// Writers, each on its own connection.
-const WRITERS: u32 = 4;
-/// Keys of one writer.
-const KEYS: u32 = 50;
-/// One transaction in so many is rolled back.
-const ROLLBACK_EVERY: u32 = 16;
+use super::judge::{Judged, record, send_last, truth};
+use super::relay::{QUEUE, Relay, Window};
+use super::waiting::{LIMIT, POLL, within};
+use super::writers::{Load, WRITERS, write};
 
 /// Nothing takes longer to get over, once it is over: a refused session waits 15 s at most.
 const RECOVERY_MAX: Duration = Duration::from_secs(25);
-/// What a writer may be behind and catch up: timers are a millisecond or two late.
-const LATE: Duration = Duration::from_millis(20);
-
-/// What the writers do.
-#[derive(Debug, Clone, Copy)]
-pub struct Load {
-    /// Events of all writers together, rolled back ones included.
-    pub events: u32,
-    /// Events a second of all writers together, and never more: who was held up does not hurry
-    /// afterwards. 0 means as fast as they can.
-    pub rate: u32,
-    /// Most rows in one transaction; the least is 1.
-    pub rows: u32,
-}
 
 /// What the consumer and the judge share.
-struct Shared {
-    start: Instant,
+pub struct Shared {
+    pub start: Instant,
     ledger: Mutex<Ledger>,
     /// Events of transactions whose COMMIT was answered.
-    committed: AtomicU64,
+    pub committed: AtomicU64,
     /// The writers have to end.
-    enough: AtomicBool,
+    pub enough: AtomicBool,
 }
 
 impl Shared {
-    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+    pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().expect("nobody panics while holding the ledger")
     }
 }
@@ -96,23 +69,6 @@ pub struct Place<'a> {
     pub window: Window,
     /// Further lines at the top of the relay's configuration.
     pub settings: &'a str,
-}
-
-/// What the judge found; the rest of it would have failed the test.
-#[derive(Debug, Clone, Default)]
-pub struct Judged {
-    pub events: u64,
-    pub lost: u64,
-    pub violations: u64,
-    pub duplicates: u64,
-    /// Most duplicates of all faults together.
-    pub bound: u64,
-    /// Duplicates of the fault that had most, as far as they came before the next fault.
-    pub most: u64,
-    pub faults: u64,
-    pub recoveries: Vec<Duration>,
-    /// The test looked at what the relay said.
-    pub heard: bool,
 }
 
 /// What one fault did.
@@ -344,7 +300,7 @@ impl Scene {
         for (id, mark) in truth {
             ledger.committed(id, mark, Duration::ZERO);
         }
-        let verdict = ledger.verdict(Duration::ZERO);
+        let verdict = ledger.judgement(Duration::ZERO);
         drop(ledger);
         self.report(&verdict);
         assert!(verdict.holds(), "{}: {verdict:?} seed {}; {}", self.title, self.seed, {
@@ -378,7 +334,7 @@ impl Scene {
         faults.map(between).collect()
     }
 
-    fn report(&self, verdict: &Verdict) {
+    fn report(&self, verdict: &Judgement) {
         let Counts { committed, duplicates, redelivered, .. } = verdict.counts;
         println!(
             "{}: committed {committed}, keys {}, lost {}, violations {}, never committed {}, \
@@ -399,152 +355,35 @@ impl Scene {
     }
 }
 
-/// Whether the long tests were asked for.
-pub fn full() -> bool {
-    std::env::var_os("WATERSHIP_FULL").is_some()
+/// A run in which the relay goes by the same ways as everybody.
+pub async fn plain(title: &str, database: &str, broker: &str, settings: &str) -> Scene {
+    led(title, (database, database), (broker, broker), settings).await
 }
 
-/// The committed events.
-async fn truth(database: &str) -> Vec<(Uuid, Mark)> {
-    let client = client(database).await.expect("Postgres is up at the end");
-    let sql = "SELECT id, aggregate_id, (payload->>'n')::bigint FROM watership.outbox";
-    let rows = client.query(sql, &[]).await.expect("the outbox can be read");
-    let mark = |row: &tokio_postgres::Row| Mark {
-        key: row.get(1),
-        n: row.get::<_, i64>(2).cast_unsigned(),
-    };
-    rows.iter().map(|row| (row.get(0), mark(row))).collect()
+/// A run in which the relay is led to its servers by the second URL of each pair.
+pub async fn led(
+    title: &str,
+    (database, relay_database): (&str, &str),
+    (broker, relay_broker): (&str, &str),
+    settings: &str,
+) -> Scene {
+    let window = Window::default();
+    Scene::at(Place { title, database, broker, relay_database, relay_broker, window, settings })
+        .await
 }
 
-/// An ordinary SQL connection.
-pub async fn client(url: &str) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
-    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
-    tokio::spawn(connection);
-    Ok(client)
-}
-
-/// A writer: it goes on through every fault of the server, and gives up after [`LIMIT`] of them.
-async fn write(shared: &Shared, url: &str, writer: u32, load: Load, mut dice: fastrand::Rng) {
-    let mut numbers = [0_u64; KEYS as usize];
-    let (mut due, mut written) = (Instant::now(), 0);
-    let mut deadline = due + LIMIT;
-    let wanted = |written| written < load.events && !shared.enough.load(Ordering::Relaxed);
-    while wanted(written) {
-        assert!(Instant::now() < deadline, "writer {writer}: Postgres stays away");
-        let Ok(client) = client(url).await else {
-            tokio::time::sleep(POLL).await;
-            continue;
-        };
-        // The casts say which overload is meant.
-        let emit = "SELECT watership.emit('order'::text, k, 'changed'::text, p) \
-                    FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS u(k, p, i) ORDER BY i";
-        let Ok(emit) = client.prepare(emit).await else { continue };
-        while wanted(written) {
-            let rows = dice.u32(1..=load.rows);
-            if load.rate > 0 {
-                tokio::time::sleep_until(due).await;
-                due = due.max(Instant::now() - LATE) + Duration::from_secs(1) * rows / load.rate;
-            }
-            let (keys, bodies) = batch(writer, rows, &mut numbers, &mut dice);
-            written += rows;
-            let roll_back = dice.u32(0..ROLLBACK_EVERY) == 0;
-            let done = async {
-                if roll_back {
-                    client.batch_execute("BEGIN").await?;
-                }
-                client.query(&emit, &[&keys, &bodies]).await?;
-                if roll_back {
-                    client.batch_execute("ROLLBACK").await?;
-                }
-                Ok::<_, tokio_postgres::Error>(())
-            };
-            // Whether it committed is what the table says at the end.
-            if done.await.is_err() {
-                break;
-            }
-            deadline = Instant::now() + LIMIT;
-            if !roll_back {
-                shared.committed.fetch_add(rows.into(), Ordering::Relaxed);
-            }
-        }
-    }
-}
-
-/// Keys and bodies of one transaction.
-fn batch(
-    writer: u32,
-    rows: u32,
-    numbers: &mut [u64],
-    dice: &mut fastrand::Rng,
-) -> (Vec<String>, Vec<String>) {
-    let event = |_| {
-        let key = dice.usize(0..numbers.len());
-        numbers[key] += 1;
-        let (name, n) = (format!("{writer}-{key}"), numbers[key]);
-        let note = "Please leave it with the neighbours if nobody opens. ".repeat(5);
-        let sum = checksum(&name, n, &note);
-        let body = format!("{{\"key\":\"{name}\",\"n\":{n},\"sum\":{sum},\"note\":\"{note}\"}}");
-        (name, body)
-    };
-    (0..rows).map(event).unzip()
-}
-
-/// So many messages out of order are printed when they come; all are counted.
-const TOLD_MOST: u64 = 10;
-
-/// A message arrived; the last one ends the consumer.
-fn record(shared: &Shared, message: &Delivery) -> ControlFlow<()> {
-    let properties = &message.properties;
-    if properties.kind().as_ref().is_some_and(|kind| kind.as_str() == LAST) {
-        return ControlFlow::Break(());
-    }
-    let at = shared.start.elapsed();
-    let id = properties.message_id().as_ref().and_then(|id| id.as_str().parse().ok());
-    let mut ledger = shared.ledger();
-    match id.zip(mark_of(&message.data)) {
-        Some((id, mark)) => {
-            let before = ledger.counts().violations;
-            let (key, n) = (mark.key.clone(), mark.n);
-            ledger.arrived(id, mark, at, message.redelivered);
-            if ledger.counts().violations > before && before < TOLD_MOST {
-                let headers = properties.headers();
-                println!("OUT OF ORDER after {at:.3?}: key {key}, n {n}: {headers:?}");
-            }
-        }
-        None => ledger.unreadable(),
-    }
-    ControlFlow::Continue(())
-}
-
-fn mark_of(body: &[u8]) -> Option<Mark> {
-    let value: serde_json::Value = serde_json::from_slice(body).ok()?;
-    let mark = Mark { key: value.get("key")?.as_str()?.into(), n: value.get("n")?.as_u64()? };
-    match (value.get("sum"), value.get("note")) {
-        // A test's own event, in a few bytes.
-        (None, None) => Some(mark),
-        (sum, note) => {
-            let right = checksum(&mark.key, mark.n, note?.as_str()?);
-            (sum?.as_u64()? == right).then_some(mark)
-        }
-    }
-}
-
-/// Of all that a body says; a body that was changed on its way counts as altered.
-fn checksum(key: &str, n: u64, note: &str) -> u64 {
-    let mut hasher = std::hash::DefaultHasher::new();
-    (key, n, note).hash(&mut hasher);
-    // JSON numbers are exact up to here everywhere.
-    hasher.finish() >> 11
-}
-
-/// The type of the message behind which nothing comes any more.
-const LAST: &str = "last";
-
-async fn send_last(broker: &str) {
-    let connection = Connection::connect(broker, Default::default()).await.expect("a connection");
-    let channel = connection.create_channel().await.expect("a channel");
-    let properties = BasicProperties::default().with_type(LAST.into());
-    let options = BasicPublishOptions::default();
-    let sent = channel.basic_publish("".into(), QUEUE.into(), options, b"", properties).await;
-    sent.expect("sent").await.expect("not confirmed, but written");
+/// Waits for the relay's first confirm, and notes how long after `raw` that came. `raw` is when
+/// the server served somebody else.
+pub async fn recovered_after(
+    scene: &mut Scene,
+    raw: impl Future<Output = Instant> + Send + 'static,
+    confirmed_before: u64,
+) -> Duration {
+    let raw = tokio::spawn(raw);
+    scene.relay().confirms(confirmed_before + 1).await;
+    let relay = Instant::now();
+    let raw = raw.await.expect("the server serves");
+    let took = relay.saturating_duration_since(raw);
+    scene.recovered_in(took);
+    took
 }

@@ -1,15 +1,14 @@
 //! One fault class under test, and the line that tells how it went.
 //!
-//! The line goes to the file that WATERSHIP_FAULT_RESULTS names; `scripts/reliability` reads it.
 //! A test that fails leaves its line too, from the drop.
 
-use std::io::Write as _;
 use std::time::Duration;
 
 use serde_json::json;
 use tokio::time::Instant;
 
-use crate::crash_support::{Judged, full};
+use crate::support::judge::Judged;
+use crate::support::{full, results};
 
 /// A class while its test runs.
 pub struct Class {
@@ -83,11 +82,7 @@ impl Class {
             "postgres": std::env::var("WATERSHIP_PG_MAJOR").unwrap_or_default(),
             "more": self.extra,
         });
-        let Some(path) = std::env::var_os("WATERSHIP_FAULT_RESULTS") else { return };
-        let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
-        // One write for one line: tests that end at the same time do not mix.
-        let written = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
-        written.expect("the results can be written");
+        results::add(&format!("{line}\n"));
     }
 }
 

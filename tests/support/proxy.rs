@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::framing::{Framing, Protocol};
+use super::framing::{Framing, Protocol};
 
 /// Bytes read at once.
 const CHUNK: usize = 64 * 1024;
@@ -77,7 +77,7 @@ pub enum Action {
 #[derive(Clone, Copy)]
 pub struct Trigger {
     pub direction: Direction,
-    /// The message, such as [`crate::framing::is_ack`].
+    /// The message, such as [`super::framing::is_ack`].
     pub matches: fn(&[u8]) -> bool,
     /// From 1.
     pub nth: u64,

@@ -3,13 +3,9 @@
 //! Every rule is also tried on a made-up file that breaks it, because a check that cannot fail
 //! proves nothing.
 
-#[path = "tidy/code.rs"]
 mod code;
-#[path = "tidy/documents.rs"]
 mod documents;
-#[path = "tidy/layers.rs"]
 mod layers;
-#[path = "tidy/shape.rs"]
 mod shape;
 
 use code::{Code, repository};
@@ -24,7 +20,7 @@ const EXCEPTIONS: &[Exception] = &[
         why: "its clock is paused: a sleep there is simulated time",
     },
     Exception {
-        path: "tests/faults/proxy.rs",
+        path: "tests/support/proxy.rs",
         words: "sleep",
         why: "what its delays do is the fault",
     },

@@ -1,5 +1,10 @@
-//! Where the faults happen: private servers, and users and vhosts of a test's own.
+//! The servers: shared ones, on which each test has a database and a vhost of its own, and private
+//! ones for tests that stop, kill or specially configure them.
+//!
+//! The shared servers start at the first use and belong to no runtime; they end with the process,
+//! by the watchdog of `watership::dev`. Without the programs every test fails, with the hint.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
@@ -9,18 +14,96 @@ use tokio::sync::{Mutex, MutexGuard, OnceCell};
 use tokio::time::{Instant, timeout};
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal};
 
-use crate::crash_relay::{LIMIT, POLL, Window};
-use crate::crash_support::{Place, Scene, client};
+use super::waiting::{LIMIT, POLL};
 
-/// A steady load without an end; `Scene::enough` ends it.
-pub const STEADY: crate::crash_support::Load =
-    crate::crash_support::Load { events: 4_000_000, rate: 800, rows: 5 };
+/// The Postgres that all tests share.
+pub async fn postgres() -> &'static Postgres {
+    static SHARED: OnceCell<Postgres> = OnceCell::const_new();
+    let start = || Postgres::start(PostgresOptions::default());
+    SHARED.get_or_try_init(start).await.unwrap_or_else(|e| panic!("{e:?}"))
+}
+
+/// The RabbitMQ, with management, that all tests share.
+pub async fn rabbit() -> &'static Rabbit {
+    static SHARED: OnceCell<Rabbit> = OnceCell::const_new();
+    let start = || Rabbit::start(RabbitOptions { management: true, ..Default::default() });
+    SHARED.get_or_try_init(start).await.unwrap_or_else(|e| panic!("{e:?}"))
+}
+
+/// A database that one test has for itself. Slots belong to a database, so they are its own too.
+#[derive(Debug)]
+pub struct Database {
+    /// Its name.
+    pub name: String,
+    /// Its URL for the superuser `postgres`.
+    pub url: String,
+}
+
+/// A new, empty database on the shared server.
+pub async fn own_database() -> Database {
+    let server = postgres().await;
+    let name = unique("db");
+    server.create_database(&name).await.expect("a new database");
+    Database { url: server.url("postgres", &name), name }
+}
+
+impl Database {
+    /// An ordinary SQL connection as the superuser.
+    pub async fn connect(&self) -> tokio_postgres::Client {
+        let connected = tokio_postgres::connect(&self.url, tokio_postgres::NoTls).await;
+        let (client, connection) = connected.expect("a connection to the own database");
+        tokio::spawn(connection);
+        client
+    }
+}
+
+/// A vhost that one test has for itself.
+#[derive(Debug)]
+pub struct Vhost {
+    /// Its name.
+    pub name: String,
+    /// Its URL for the user `guest`.
+    pub url: String,
+}
+
+/// A new, empty vhost on the shared node.
+pub async fn own_vhost() -> Vhost {
+    let node = rabbit().await;
+    let name = unique("vhost");
+    node.create_vhost(&name).await.expect("a new vhost");
+    Vhost { url: node.url(&name), name }
+}
+
+impl Vhost {
+    /// A lapin connection as `guest`, with an open channel; keep both.
+    pub async fn connect(&self) -> (lapin::Connection, lapin::Channel) {
+        let connected = lapin::Connection::connect(&self.url, Default::default()).await;
+        let connection = connected.expect("a connection to the own vhost");
+        let channel = connection.create_channel().await.expect("a channel");
+        (connection, channel)
+    }
+}
+
+fn unique(kind: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    format!("{kind}_{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// The database `postgres` of a private server.
+pub fn database_of(server: &Postgres) -> Database {
+    Database { url: server.url("postgres", "postgres"), name: "postgres".into() }
+}
+
+/// A server of one test's own, with these lines of `postgresql.conf` and of `pg_hba.conf`.
+pub async fn private_postgres(conf: &[&str], hba: Option<Vec<String>>) -> Postgres {
+    let conf = conf.iter().map(|line| (*line).to_owned()).collect();
+    let options = PostgresOptions { conf, hba, ..Default::default() };
+    Postgres::start(options).await.expect("a private server")
+}
 
 /// A server of one test's own, with the database `shop`.
 pub async fn own_postgres(conf: &[&str]) -> Postgres {
-    let conf = conf.iter().map(|line| (*line).to_owned()).collect();
-    let options = PostgresOptions { conf, ..Default::default() };
-    let server = Postgres::start(options).await.expect("a private server");
+    let server = private_postgres(conf, None).await;
     server.create_database("shop").await.expect("a database");
     server
 }
@@ -47,23 +130,6 @@ pub async fn vhost_on(node: &Rabbit) -> String {
     let name = format!("v{}", fastrand::u64(..));
     node.create_vhost(&name).await.expect("a new vhost");
     node.url(&name)
-}
-
-/// A run in which the relay goes by the same ways as everybody.
-pub async fn plain(title: &str, database: &str, broker: &str, settings: &str) -> Scene {
-    led(title, (database, database), (broker, broker), settings).await
-}
-
-/// A run in which the relay is led to its servers by the second URL of each pair.
-pub async fn led(
-    title: &str,
-    (database, relay_database): (&str, &str),
-    (broker, relay_broker): (&str, &str),
-    settings: &str,
-) -> Scene {
-    let window = Window::default();
-    Scene::at(Place { title, database, broker, relay_database, relay_broker, window, settings })
-        .await
 }
 
 /// When a raw publisher gets its first confirm from a quorum queue of the default exchange.
@@ -110,29 +176,11 @@ pub async fn first_row(url: String) -> Instant {
     }
 }
 
-/// Waits for the relay's first confirm, and notes how long after `raw` that came. `raw` is when
-/// the server served somebody else.
-pub async fn recovered_after(
-    scene: &mut Scene,
-    raw: impl Future<Output = Instant> + Send + 'static,
-    confirmed_before: u64,
-) -> Duration {
-    let raw = tokio::spawn(raw);
-    scene.relay().confirms(confirmed_before + 1).await;
-    let relay = Instant::now();
-    let raw = raw.await.expect("the server serves");
-    let took = relay.saturating_duration_since(raw);
-    scene.recovered_in(took);
-    took
-}
-
-/// Looks again and again for so long, and fails when `holds` does not hold.
-pub async fn throughout(time: Duration, what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + time;
-    while Instant::now() < deadline {
-        assert!(holds().await, "{what}");
-        tokio::time::sleep(POLL).await;
-    }
+/// An ordinary SQL connection.
+pub async fn client(url: &str) -> Result<tokio_postgres::Client, tokio_postgres::Error> {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await?;
+    tokio::spawn(connection);
+    Ok(client)
 }
 
 /// Runs SQL as the superuser.
