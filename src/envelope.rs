@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::event::{
     Change, Content, Event, OldRow, OutboxRow, Payload, Row, Table, Value, route_id,
 };
-use crate::message::{Builder, Message, Properties};
+use crate::message::{Builder, Message, Properties, ROUTE_HEADER};
 use crate::route::{MessageIdRule, Ordering, Route};
 
 const JSON: &str = "application/json";
@@ -41,6 +41,7 @@ impl Envelope {
     pub fn message(&mut self, event: &Event, route: &Route) -> Result<Message> {
         let mut message = self.make(event, route)?;
         message.in_sequence = route.ordering == Ordering::Pipelined;
+        message.route_hash = route.hash();
         Ok(message)
     }
 
@@ -79,8 +80,8 @@ impl Envelope {
         };
         let mut builder = Builder::new(&mut self.message, &self.routing_key, properties)?;
         builder.header_with("ws-position", |out| event.position.write_text(out))?;
-        builder.header_text("ws-route", route.name.as_bytes())?;
-        builder.header_text("ws-key", self.key.as_bytes())?;
+        builder.header_text(ROUTE_HEADER, route.name.as_bytes())?;
+        builder.header_key(&self.key)?;
         builder.header_text("ws-source", event.table.full_name.as_bytes())?;
         builder.header_text("ws-op", event.op().as_str().as_bytes())?;
         match &event.content {
@@ -235,7 +236,7 @@ pub fn key_text(event: &Event, route: Option<&Route>) -> String {
     };
     let table = &event.table;
     let columns = route.map_or_else(|| table.key.clone(), |route| route.key_columns(table));
-    let mut text = table.full_name.clone();
+    let mut text = table.full_name.to_string();
     // A key that is no text is shown as far as it is.
     let _ = write_key_text(&mut text, table, &columns, change);
     text.split_off(table.full_name.len())

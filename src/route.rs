@@ -6,11 +6,11 @@
 
 use std::sync::Arc;
 
-use xxhash_rust::xxh64::{Xxh64, xxh64};
+use xxhash_rust::xxh64::Xxh64;
 
 use crate::error::{Error, Result};
 use crate::event::{Change, Content, Event, OutboxRow, Row, Table, Value};
-use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX};
+use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX, route_hash};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
 /// Most rules that a configuration may have.
@@ -313,7 +313,7 @@ impl Router {
             ordering: *ordering,
             message_id: *message_id,
             policy: *policy,
-            seed: seed(&rule.name),
+            seed: route_hash(&rule.name),
             routing_key: Template::parse(routing_key, fields).map_err(in_route)?,
             key: key.clone(),
         }))
@@ -332,7 +332,7 @@ pub fn unrouted_lanes(event: &Event) -> Lanes {
         policy: Policy::default(),
         routing_key: Template::default(),
         key: Vec::new(),
-        seed: seed(""),
+        seed: route_hash(""),
     };
     route.lanes(event)
 }
@@ -344,7 +344,7 @@ impl Select {
                 aggregate_type == "*" || *aggregate_type == *row.aggregate_type
             }
             (Select::Table { name }, Content::Change(_)) => {
-                name == "*" || *name == event.table.full_name
+                name == "*" || **name == *event.table.full_name
             }
             (Select::Outbox { .. }, Content::Change(_))
             | (Select::Table { .. }, Content::Outbox(_)) => false,
@@ -368,6 +368,11 @@ impl Route {
             return Err(Error::event(text));
         }
         Ok(())
+    }
+
+    /// [`route_hash`] of its name.
+    pub fn hash(&self) -> u64 {
+        self.seed
     }
 
     /// The columns of `table` that make its key for this route; empty when it has none.
@@ -441,11 +446,6 @@ pub fn keys_of<'a>(
         }
         _ => None,
     })
-}
-
-// The hashes are stored with parked rows: they must be the same on every machine, for ever.
-fn seed(route: &str) -> u64 {
-    xxh64(route.as_bytes(), 0)
 }
 
 fn outbox_lane(seed: u64, row: &OutboxRow) -> u64 {

@@ -223,6 +223,7 @@ pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<Event> {
         }
         StoredContent::Truncate => Content::Change(Change::Truncate),
     };
+    let full_name = full_name.into();
     let table = Arc::new(Table { schema, name, full_name, columns, key });
     Ok(Event { id, position, committed_at_us, xid, table, content })
 }

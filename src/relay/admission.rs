@@ -5,8 +5,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, Kind, Result};
 use crate::event::{Content, Event, route_id};
-use crate::message::{Message, Publisher};
-use crate::relay::lanes::Owner;
+use crate::message::Message;
+use crate::publisher::Publisher;
+use crate::relay::lanes::{About, Owner};
 use crate::relay::parked::{Key, Row, Why};
 use crate::relay::parking::Parked;
 use crate::relay::watermark::EntryId;
@@ -100,8 +101,12 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             match made {
                 Made::Message(message, lanes) => {
                     self.metrics.routes[usize::from(message.route.0)].received.increment(1);
-                    let owner = Owner::Window(entry);
-                    self.lanes.admit(message, lanes, owner, now, event.committed_at_us);
+                    let about = About {
+                        position: event.position,
+                        source: event.table.full_name.clone(),
+                        committed_at_us: event.committed_at_us,
+                    };
+                    self.lanes.admit(message, about, lanes, Owner::Window(entry), now);
                 }
                 Made::Row(row, policy) => self.park(*row, entry, policy),
             }

@@ -206,7 +206,7 @@ impl Row {
             error: shorten(error),
             attempts: 1,
             id: event.id,
-            source: event.table.full_name.clone(),
+            source: event.table.full_name.to_string(),
             key_text: crate::envelope::key_text(event, route),
             committed_at_us: event.committed_at_us,
             lanes,

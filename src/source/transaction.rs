@@ -353,6 +353,7 @@ impl Assembler {
             }
         };
         let name = relation.name.to_owned();
+        let full_name = full_name.into();
         let table = Arc::new(Table { schema: schema.to_owned(), name, full_name, columns, key });
         let published = match (schema, relation.name) {
             (OWN_SCHEMA, OUTBOX) => {
