@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::event::{
     Change, Column, Content, Event, Identity, OldRow, OutboxRow, Payload, Row, Table, Value, id,
 };
-use crate::message::{Builder, Message, Properties};
+use crate::message::{Builder, Message, Properties, ROUTE_HEADER};
 use crate::route::{MessageIdRule, Ordering, Plan, TablePlan};
 
 const JSON: &str = "application/json";
@@ -54,6 +54,7 @@ impl Envelope {
         }?;
         message.in_sequence = plan.route.ordering == Ordering::Pipelined;
         message.part = part;
+        message.route_hash = plan.route.hash();
         Ok(message)
     }
 
@@ -143,8 +144,8 @@ fn write_own_headers(
     key: &str,
 ) -> Result<()> {
     builder.header_with("ws-position", |out| event.position.write_text(out))?;
-    builder.header_text("ws-route", plan.route.name.as_bytes())?;
-    builder.header_text("ws-key", key.as_bytes())?;
+    builder.header_text(ROUTE_HEADER, plan.route.name.as_bytes())?;
+    builder.header_key(key)?;
     builder.header_int("ws-committed-at", event.committed_at_us)
 }
 

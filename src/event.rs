@@ -167,7 +167,7 @@ pub struct Table {
     /// Name.
     pub name: String,
     /// `schema.name`, for headers and routes.
-    pub full_name: String,
+    pub full_name: Arc<str>,
     /// Columns in stream order.
     pub columns: Vec<Column>,
     /// Indexes of the columns that say which thing a row is about, in column order: the primary

@@ -42,6 +42,7 @@ pub mod metrics;
 pub mod outbox;
 pub mod pg;
 pub mod position;
+pub mod publisher;
 pub mod relay;
 pub mod route;
 pub mod secret;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX};
+use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX, route_hash};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
 pub use lanes::Lanes;
@@ -276,7 +276,7 @@ impl Router {
             ordering: *ordering,
             message_id: *message_id,
             policy: *policy,
-            seed: lanes::seed(&rule.name),
+            seed: route_hash(&rule.name),
             routing_key: Template::parse(routing_key, fields).map_err(in_route)?,
             key: key.clone(),
         })))
@@ -299,6 +299,11 @@ impl Route {
             return Err(Error::event(text));
         }
         Ok(())
+    }
+
+    /// [`route_hash`] of its name.
+    pub fn hash(&self) -> u64 {
+        self.seed
     }
 }
 

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use watership::amqp::options::{Auth, Options, SPREAD_FROM};
 use watership::amqp::publisher::Connection;
 use watership::error::{Error, Kind};
-use watership::message::{Outcome, Publisher, Ticket};
+use watership::publisher::{Outcome, Publisher, Ticket};
 
 /// Runs `script` as the broker (after the handshake) and `client` against it.
 async fn session<S, C>(

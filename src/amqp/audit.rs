@@ -55,7 +55,7 @@ impl fmt::Display for Grade {
 
 /// A grade and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
+pub struct Graded {
     /// What a confirm is worth.
     pub grade: Grade,
     /// Why; for a queue, its name comes first.
@@ -138,8 +138,8 @@ struct Reach {
 
 impl Survey {
     /// What a confirm is worth for messages of `route` to `exchange` with this routing key.
-    pub fn grade(&self, route: &str, exchange: &str, key: &Key) -> Verdict {
-        let is_unsafe = |reason| Verdict { grade: Grade::Unsafe, reason };
+    pub fn grade(&self, route: &str, exchange: &str, key: &Key) -> Graded {
+        let is_unsafe = |reason| Graded { grade: Grade::Unsafe, reason };
         if !self.exchanges.contains_key(exchange) {
             return is_unsafe(format!("exchange {exchange:?} does not exist"));
         }
@@ -147,7 +147,7 @@ impl Survey {
         if reach.queues.is_empty() {
             return is_unsafe(self.unbound(exchange, key));
         }
-        let graded: Vec<Verdict> = reach.queues.iter().map(|name| self.grade_queue(name)).collect();
+        let graded: Vec<Graded> = reach.queues.iter().map(|name| self.grade_queue(name)).collect();
         let mut grade = graded.iter().map(|v| v.grade).max().unwrap_or(Grade::Unsafe);
         let worst = graded.into_iter().filter(|v| v.grade == grade).map(|v| v.reason);
         let mut reason = worst.collect::<Vec<_>>().join("; ");
@@ -165,7 +165,7 @@ impl Survey {
                 "; while queue {name:?} is full, the other queues get each retry again"
             ));
         }
-        Verdict { grade, reason }
+        Graded { grade, reason }
     }
 
     /// The queues that messages of the route can reach.
@@ -223,12 +223,12 @@ impl Survey {
         format!("no binding of exchange {exchange:?} matches routing key {key:?}; there are {keys}")
     }
 
-    fn grade_queue(&self, name: &str) -> Verdict {
-        let verdict = match self.queues.get(name) {
+    fn grade_queue(&self, name: &str) -> Graded {
+        let graded = match self.queues.get(name) {
             Some(queue) => queue.grade(self.broker_major),
-            None => Verdict { grade: Grade::Unsafe, reason: "it does not exist".into() },
+            None => Graded { grade: Grade::Unsafe, reason: "it does not exist".into() },
         };
-        Verdict { reason: format!("queue {name:?}: {}", verdict.reason), ..verdict }
+        Graded { reason: format!("queue {name:?}: {}", graded.reason), ..graded }
     }
 }
 
@@ -252,14 +252,14 @@ fn shown(key: &Key) -> String {
 
 impl QueueFacts {
     /// The grade and its reasons, the worst first.
-    pub fn grade(&self, broker_major: u32) -> Verdict {
+    pub fn grade(&self, broker_major: u32) -> Graded {
         let mut reasons = self.reasons(broker_major);
         // Stable: reasons of one grade stay in their order.
         reasons.sort_by_key(|(grade, _)| std::cmp::Reverse(*grade));
         let grade = reasons.first().map_or(Grade::Safe, |(grade, _)| *grade);
         let texts: Vec<String> = reasons.into_iter().map(|(_, text)| text).collect();
         let reason = if texts.is_empty() { "quorum queue".into() } else { texts.join(", ") };
-        Verdict { grade, reason }
+        Graded { grade, reason }
     }
 
     fn reasons(&self, broker_major: u32) -> Vec<(Grade, String)> {
@@ -407,9 +407,9 @@ mod tests {
     #[test]
     fn all_reasons_of_a_queue_are_told_the_worst_first() {
         let more = r#","arguments":{"x-message-ttl":5,"x-max-length":5}"#;
-        let verdict = queue("classic", more).grade(3);
-        assert_eq!(verdict.grade, Grade::Unsafe);
-        let at = |text| verdict.reason.find(text).unwrap_or_else(|| panic!("{}", verdict.reason));
+        let graded = queue("classic", more).grade(3);
+        assert_eq!(graded.grade, Grade::Unsafe);
+        let at = |text| graded.reason.find(text).unwrap_or_else(|| panic!("{}", graded.reason));
         assert!(at("overflow drop-head") < at("expire") && at("expire") < at("classic"));
     }
 
@@ -462,8 +462,8 @@ mod tests {
         let mut two = survey(&[good.clone(), full.clone()]);
         let limited = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish"}"#;
         two.queues.insert("full".into(), queue("quorum", limited));
-        let verdict = grade(&two);
-        assert!(verdict.grade == Grade::Weak && verdict.reason.contains("the other queues get"));
+        let graded = grade(&two);
+        assert!(graded.grade == Grade::Weak && graded.reason.contains("the other queues get"));
         let mut one = survey(&[full]);
         one.queues = two.queues;
         assert_eq!(grade(&one).grade, Grade::Safe, "alone it may be full");

@@ -23,7 +23,7 @@ use std::time::Duration;
 use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, connection};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 
-use super::channel::{Channel, Outcomes, State, Verdict, target, target_exchange};
+use super::channel::{Answer, Channel, Outcomes, Sent, State, target, target_exchange};
 use super::handshake::{self, CONTROL_CHANNEL, Tuned, close_error};
 use super::link::Link;
 use super::options::{CHANNELS_MAX, Options, SPREAD_FROM, Url};
@@ -31,7 +31,8 @@ use super::reply;
 use super::wire::{self, Incoming};
 use crate::error::{Error, Kind, Result};
 use crate::fault::io_error;
-use crate::message::{Message, Outcome, Publisher, ROUTE_HEADER, SHORT_STRING_MAX, Ticket};
+use crate::message::{Message, SHORT_STRING_MAX};
+use crate::publisher::{Outcome, Publisher, Ticket};
 
 /// Longest wait for `connection.close-ok`.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -285,7 +286,7 @@ impl Connection {
     fn received(&mut self, frame: Incoming, outcomes: &mut Outcomes) -> Result<()> {
         match frame {
             Incoming::Ack { channel, tag, multiple } => {
-                self.channel(channel)?.confirm(tag, multiple, Verdict::Ack, outcomes)
+                self.channel(channel)?.confirm(tag, multiple, Answer::Ack, outcomes)
             }
             Incoming::Heartbeat => Ok(()),
             Incoming::ContentHeader { channel, body_size, message_id, route } => {
@@ -324,7 +325,7 @@ impl Connection {
         match method {
             basic::AMQPMethod::Nack(nack) => {
                 let (tag, multiple) = (nack.delivery_tag, nack.multiple);
-                self.channel(number)?.confirm(tag, multiple, Verdict::Nack, outcomes)
+                self.channel(number)?.confirm(tag, multiple, Answer::Nack, outcomes)
             }
             basic::AMQPMethod::Return(back) => {
                 let exchange = target_exchange(back.exchange.as_str());
@@ -466,8 +467,8 @@ impl Publisher for Connection {
         let (exchange, frame_max) = (&self.exchanges[exchange], self.link.frame_max);
         let target = target(exchange.target, message.routing_key());
         let channel = &mut self.channels[index];
-        let route = wire::route_hash(message.header(ROUTE_HEADER));
-        channel.publish(ticket, message.id, target, route, Instant::now());
+        let (id, route, at) = (message.id, message.route_hash, Instant::now());
+        channel.publish(Sent { ticket, id, target, route, at });
         self.outstanding += 1;
         let out = match channel.state {
             State::Open => self.link.out(),

@@ -2,7 +2,7 @@
 //! management API is given.
 
 use super::findings::Findings;
-use crate::amqp::audit::{Grade, Survey, Verdict};
+use crate::amqp::audit::{Grade, Graded, Survey};
 use crate::amqp::management::Management;
 use crate::amqp::options::Options;
 use crate::amqp::reply::is_missing;
@@ -90,12 +90,12 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
 
 /// What is missing was said, thing by thing; this is what it means for each route.
 async fn grade_by_declares(f: &mut Findings, config: &Config) {
-    let verdicts = match audit::by_declares(&config.relay_options()).await {
-        Ok(verdicts) => verdicts,
+    let all_graded = match audit::by_declares(&config.relay_options()).await {
+        Ok(all_graded) => all_graded,
         Err(error) => return f.error("route", &error),
     };
     let publishes = |rule: &&Rule| matches!(rule.action, Action::Publish { .. });
-    for (rule, Verdict { grade, reason }) in config.rules.iter().filter(publishes).zip(verdicts) {
+    for (rule, Graded { grade, reason }) in config.rules.iter().filter(publishes).zip(all_graded) {
         let what = format!("{:?} is {grade} ({reason})", rule.name);
         let declares = config.topology.mode == Mode::Declare;
         let hint = match grade {
@@ -132,8 +132,8 @@ async fn check_bindings(f: &mut Findings, topology: &Topology, api: &Management)
     Ok(())
 }
 
-fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, verdict: &Verdict) {
-    let Verdict { grade, reason } = verdict;
+fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, graded: &Graded) {
+    let Graded { grade, reason } = graded;
     let what = format!("{:?} is {grade} ({reason})", rule.name);
     let Action::Publish { exchange, .. } = &rule.action else { return };
     let unreached = survey.queues_of(&rule.name, exchange, &rule.known_key()).is_empty();

@@ -5,9 +5,10 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::error::{Error, Kind, Result};
 use crate::event::{Content, Event, id};
-use crate::message::{Message, Publisher};
+use crate::message::Message;
+use crate::publisher::Publisher;
 use crate::relay::checkpoint::Store;
-use crate::relay::lanes::Owner;
+use crate::relay::lanes::{About, Owner};
 use crate::relay::parked::{Key, Row, Why};
 use crate::relay::parking::Parked;
 use crate::relay::watermark::EntryId;
@@ -105,8 +106,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             match made {
                 Made::Message(message, lanes) => {
                     self.metrics.routes[usize::from(message.route.0)].received.increment(1);
-                    let owner = Owner::Window(entry);
-                    self.lanes.admit(message, lanes, owner, now, event.committed_at_us);
+                    let about = About {
+                        position: event.position,
+                        source: event.table.full_name.clone(),
+                        committed_at_us: event.committed_at_us,
+                    };
+                    self.lanes.admit(message, about, lanes, Owner::Window(entry), now);
                 }
                 Made::Row(row, policy) => self.park(*row, entry, policy),
             }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::amqp::audit::{Grade, Verdict};
+use crate::amqp::audit::{Grade, Graded};
 use crate::amqp::management::Management;
 use crate::amqp::topology::{self, Mode, Topology};
 use crate::error::{Kind, Result};
@@ -56,22 +56,22 @@ pub async fn run(options: Options, metrics: Arc<Metrics>, status: Arc<Status>) {
 
 /// Every route that publishes, with its grade.
 async fn audit(options: &Options, metrics: &Metrics) -> Vec<RouteGrade> {
-    let verdicts = match &options.audit.management_url {
+    let all_graded = match &options.audit.management_url {
         Some(url) => by_management(options, url).await,
         None => by_declares(options).await,
     };
     let rules = published(&options.rules);
-    let verdicts = verdicts.unwrap_or_else(|error| {
+    let all_graded = all_graded.unwrap_or_else(|error| {
         metrics.audit_failures.increment(1);
         let reason = format!("the broker could not be looked at: {error}");
-        let unseen = Verdict { grade: Grade::NotVerified, reason };
+        let unseen = Graded { grade: Grade::NotVerified, reason };
         rules.iter().map(|_| unseen.clone()).collect()
     });
-    let graded = rules.iter().zip(verdicts).map(|((rule, _), verdict)| RouteGrade {
+    let graded = rules.iter().zip(all_graded).map(|((rule, _), graded)| RouteGrade {
         name: rule.name.clone(),
         owner: rule.owner.clone(),
-        grade: verdict.grade,
-        reason: verdict.reason,
+        grade: graded.grade,
+        reason: graded.reason,
     });
     graded.collect()
 }
@@ -85,7 +85,7 @@ fn published(rules: &[Rule]) -> Vec<(&Rule, &str)> {
     publishes.collect()
 }
 
-async fn by_management(options: &Options, url: &Secret) -> Result<Vec<Verdict>> {
+async fn by_management(options: &Options, url: &Secret) -> Result<Vec<Graded>> {
     let management = Management::new(url, &options.broker)?;
     let rules = published(&options.rules);
     let mut exchanges: Vec<String> = rules.iter().map(|(_, e)| (*e).to_owned()).collect();
@@ -101,8 +101,8 @@ async fn by_management(options: &Options, url: &Secret) -> Result<Vec<Verdict>> 
 /// and the queues that configuration binds to it are there.
 ///
 /// # Errors
-/// The broker's, unless something is missing: that is a verdict.
-pub async fn by_declares(options: &Options) -> Result<Vec<Verdict>> {
+/// The broker's, unless something is missing: that is a grade.
+pub async fn by_declares(options: &Options) -> Result<Vec<Graded>> {
     let things = &options.topology;
     let is_there = async |exchanges, queues| {
         let one = Topology { mode: Mode::Verify, exchanges, queues, bindings: Vec::new() };
@@ -114,7 +114,7 @@ pub async fn by_declares(options: &Options) -> Result<Vec<Verdict>> {
     };
     // One connection shows that all is there, which is how it mostly is.
     let all = is_there(things.exchanges.clone(), things.queues.clone()).await?;
-    let mut verdicts = Vec::new();
+    let mut all_graded = Vec::new();
     for (_, exchange) in published(&options.rules) {
         let mut missing = None;
         if all.is_some() {
@@ -124,14 +124,12 @@ pub async fn by_declares(options: &Options) -> Result<Vec<Verdict>> {
             let queues = things.queues.iter().filter(|q| names.contains(&&*q.name)).cloned();
             missing = is_there(of_route.collect(), queues.collect()).await?;
         }
-        verdicts.push(match missing {
-            Some(reason) => Verdict { grade: Grade::Unsafe, reason },
-            None => {
-                Verdict { grade: Grade::NotVerified, reason: format!("not verified: {UNSEEN}") }
-            }
+        all_graded.push(match missing {
+            Some(reason) => Graded { grade: Grade::Unsafe, reason },
+            None => Graded { grade: Grade::NotVerified, reason: format!("not verified: {UNSEEN}") },
         });
     }
-    Ok(verdicts)
+    Ok(all_graded)
 }
 
 /// A line for each route whose grade is another than before.

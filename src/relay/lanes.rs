@@ -13,9 +13,12 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::message::{Message, RouteId, Ticket};
+use crate::message::{Message, RouteId};
+use crate::position::Position;
+use crate::publisher::Ticket;
 use crate::relay::watermark::EntryId;
 use crate::route::Lanes as Keys;
 
@@ -44,17 +47,28 @@ pub struct Nacked {
     pub others_pass: bool,
 }
 
+/// The event that a message tells of, as far as it is needed when the message ends.
+#[derive(Debug, Clone)]
+pub struct About {
+    /// Its place in the source order.
+    pub position: Position,
+    /// The table it comes from, `schema.table`.
+    pub source: Arc<str>,
+    /// Commit time, in microseconds since 1970-01-01 UTC, for the metric.
+    pub committed_at_us: i64,
+}
+
 /// A message between admission and settlement.
 #[derive(Debug)]
 pub struct Slot {
     /// The message.
     pub message: Message,
+    /// Its event.
+    pub about: About,
     /// Whom its end is told to.
     pub owner: Owner,
     /// When it was captured, for the metric.
     pub captured: Instant,
-    /// Commit time, in microseconds since 1970-01-01 UTC, for the metric.
-    pub committed_at_us: i64,
     /// Order of admission: what is put aside comes back in this order.
     order: u64,
     nacks: u32,
@@ -172,26 +186,17 @@ impl Lanes {
     pub fn admit(
         &mut self,
         message: Message,
+        about: About,
         keys: Keys,
         owner: Owner,
         captured: Instant,
-        committed_at_us: i64,
     ) {
         let order = self.admitted;
         self.admitted += 1;
         let next = [None; 2];
         let (nacks, confirms_then) = (0, 0);
-        let slot = Slot {
-            message,
-            owner,
-            captured,
-            committed_at_us,
-            order,
-            nacks,
-            confirms_then,
-            keys,
-            next,
-        };
+        let slot =
+            Slot { message, about, owner, captured, order, nacks, confirms_then, keys, next };
         let id = match self.free.pop() {
             Some(id) => {
                 self.slots[id as usize] = Some(slot);

@@ -37,9 +37,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::envelope::Envelope;
 use crate::error::{Error, Result};
-use crate::message::{Outcome, Publisher, Ticket};
 use crate::metrics::Metrics;
 use crate::position::Lsn;
+use crate::publisher::{Outcome, Publisher, Ticket};
 use crate::relay::admission::Made;
 use crate::relay::canary::Canary;
 use crate::relay::checkpoint::{Looking, Store, Storing};

@@ -4,8 +4,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::amqp::reply::{self, Cause};
 use crate::error::{Error, Result};
-use crate::message::{Outcome, Publisher, RouteId, Ticket};
+use crate::message::RouteId;
 use crate::metrics::RouteMetrics;
+use crate::publisher::{Outcome, Publisher, Ticket};
 use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
 use crate::relay::lanes::{Owner, Slot};
@@ -59,7 +60,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let route = slot.message.route;
         let metrics = self.route_metrics(route);
         metrics.confirmed.increment(1);
-        let committed = Duration::from_micros(u64::try_from(slot.committed_at_us).unwrap_or(0));
+        let committed =
+            Duration::from_micros(u64::try_from(slot.about.committed_at_us).unwrap_or(0));
         metrics.commit_to_confirm.record(clock.saturating_sub(committed).as_secs_f64());
         self.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
         if released {
@@ -156,18 +158,20 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     fn evicted_row(&self, slot: &Slot, why: Why, error: &Error) -> Row {
         let route = self.router.by_id(slot.message.route);
-        let header = |name| slot.message.header(name).unwrap_or_default();
-        let position = header("ws-position").parse().expect("the envelope wrote it");
         Row {
-            key: Key { position, route: route.label.clone(), part: slot.message.part },
+            key: Key {
+                position: slot.about.position,
+                route: route.label.clone(),
+                part: slot.message.part,
+            },
             state: RowState::Parked,
             why,
             error: shorten(error),
             attempts: 1,
             id: slot.message.id,
-            source: header("ws-source").to_owned(),
-            key_text: header("ws-key").to_owned(),
-            committed_at_us: slot.committed_at_us,
+            source: slot.about.source.to_string(),
+            key_text: slot.message.key_text().to_owned(),
+            committed_at_us: slot.about.committed_at_us,
             lanes: slot.keys,
             raw: raw_message(&slot.message),
         }

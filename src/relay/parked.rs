@@ -209,7 +209,7 @@ impl Row {
             error: shorten(error),
             attempts: 1,
             id: event.id,
-            source: event.table.full_name.clone(),
+            source: event.table.full_name.to_string(),
             key_text: plan
                 .map_or_else(|| key_text(event, &unrouted(event)), |plan| key_text(event, plan)),
             committed_at_us: event.committed_at_us,

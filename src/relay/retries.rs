@@ -6,10 +6,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::message::{Message, Publisher};
+use crate::message::{Message, Parts};
+use crate::publisher::Publisher;
 use crate::relay::admission::fits;
 use crate::relay::checkpoint::Store;
-use crate::relay::lanes::Owner;
+use crate::relay::lanes::{About, Owner};
 use crate::relay::parked::{Raw, Row, Why, shorten};
 use crate::relay::parking::Next;
 use crate::relay::parking::store::Found;
@@ -47,10 +48,10 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     self.parking.unload_blocked(&row.key);
                     // The entry waits for one: the row.
                     self.window.becomes(entry, messages.len());
-                    let now = Instant::now().into_std();
+                    let (about, now) = (about(&row), Instant::now().into_std());
                     for (message, lanes) in messages {
                         let owner = Owner::Window(entry);
-                        self.lanes.admit(message, lanes, owner, now, row.committed_at_us);
+                        self.lanes.admit(message, about.clone(), lanes, owner, now);
                     }
                 }
                 None => break,
@@ -91,11 +92,11 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     // By now a route drops it.
                     self.parking.confirmed(number);
                 }
-                let now = Instant::now().into_std();
+                let (about, now) = (about(&row), Instant::now().into_std());
                 for (message, lanes) in messages {
                     self.metrics.parked.retried.increment(1);
                     let owner = Owner::Parked(number);
-                    self.lanes.admit(message, lanes, owner, now, row.committed_at_us);
+                    self.lanes.admit(message, about.clone(), lanes, owner, now);
                 }
             }
             Err((why, error)) => {
@@ -127,12 +128,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     .map_err(|error| (Why::Invalid, error))?
             }
             (Raw::Message { routing_key, properties, body }, Some(route)) => {
-                let (exchange, id) = (route.exchange, row.id);
-                let message =
-                    Message::from_parts(routing_key, properties, body, exchange, route.id, id);
+                let parts = Parts { key: &row.key_text, routing_key, properties, body };
+                let message = Message::from_parts(&parts, route.exchange, route.id, row.id);
                 let mut message = message.map_err(|error| (Why::Invalid, error))?;
                 message.part = row.key.part;
                 message.in_sequence = route.ordering == Ordering::Pipelined;
+                message.route_hash = route.hash();
                 return Ok(vec![(fits(message, max_body)?, row.lanes)]);
             }
             (Raw::Message { .. }, None) => {
@@ -159,5 +160,13 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             return Err((Why::NoRoute, Error::event(text).hint(Why::NoRoute.hint())));
         }
         Ok(messages)
+    }
+}
+
+fn about(row: &Row) -> About {
+    About {
+        position: row.key.position,
+        source: row.source.as_str().into(),
+        committed_at_us: row.committed_at_us,
     }
 }

@@ -13,7 +13,6 @@ use crate::amqp::publisher::Connection;
 use crate::amqp::topology;
 use crate::column::binary::{Types, UserType};
 use crate::error::{Code, Error, Kind, Result};
-use crate::message::Publisher as _;
 use crate::metrics::Metrics;
 use crate::pg;
 use crate::pg::client::{Closed, SqlConnection, sql};
@@ -22,6 +21,7 @@ use crate::pg::replication::{ReplicationConnection, ReplicationStream, StreamOpt
 use crate::pg::slot::{ServerFacts, SlotState, insert_lsn, read_slot, server_facts};
 use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
 use crate::position::Lsn;
+use crate::publisher::Publisher as _;
 use crate::relay::canary::Canary;
 use crate::relay::checkpoint::{self, PostgresStore, Row};
 use crate::relay::parking::{Parking, store as parked};

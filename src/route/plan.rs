@@ -13,7 +13,7 @@ use super::lanes::{self, Lanes};
 use super::{MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template};
 use crate::column;
 use crate::event::{Content, Event, Table};
-use crate::message::{ExchangeId, RouteId};
+use crate::message::{ExchangeId, RouteId, route_hash};
 
 /// A route's plan.
 #[derive(Debug)]
@@ -141,7 +141,7 @@ impl Rules {
     fn of_table(router: &Router, table: &Arc<Table>) -> Self {
         Self::new(router, |select| match select {
             Select::Table { name } => {
-                (name == "*" || *name == table.full_name).then_some((None, Some(table)))
+                (name == "*" || **name == *table.full_name).then_some((None, Some(table)))
             }
             Select::Outbox { .. } => None,
         })
@@ -263,7 +263,7 @@ pub fn unrouted(event: &Event) -> Plan {
         policy: Policy::default(),
         routing_key: Template::default(),
         key: Vec::new(),
-        seed: lanes::seed(""),
+        seed: route_hash(""),
     };
     let table = matches!(event.content, Content::Change(_)).then_some(&event.table);
     Plan::new(Arc::new(route), table)

@@ -12,6 +12,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -319,11 +320,16 @@ fn messages() -> (Vec<Made>, Vec<Receipt>) {
 #[library_benchmark(config = at_most(LANES_MAX))]
 #[bench::a_hundred_keys(args = (), setup = messages)]
 fn lanes_and_watermark((made, receipts): (Vec<Made>, Vec<Receipt>)) -> Option<Receipt> {
-    let now = Instant::now();
+    let (now, source): (_, Arc<str>) = (Instant::now(), "watership.outbox".into());
     let (mut lanes, mut window) = (relay::lanes::Lanes::new(), relay::watermark::Watermark::new());
     for ((message, keys), receipt) in made.into_iter().zip(receipts) {
         let entry = window.push(receipt, 1, message.size());
-        lanes.admit(message, keys, relay::lanes::Owner::Window(entry), now, 0);
+        let about = relay::lanes::About {
+            position: Position::default(),
+            source: source.clone(),
+            committed_at_us: 0,
+        };
+        lanes.admit(message, about, keys, relay::lanes::Owner::Window(entry), now);
     }
     let mut flying = VecDeque::with_capacity(256);
     let mut last = None;

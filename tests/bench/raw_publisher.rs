@@ -12,9 +12,8 @@ use watership::amqp::options::{Options, Url};
 use watership::amqp::publisher::Connection;
 use watership::amqp::topology::{self, Binding, Exchange, Queue, QueueKind, Topology};
 use watership::error::{Error, Result};
-use watership::message::{
-    Builder, ExchangeId, Message, Outcome, Properties, Publisher, RouteId, Ticket,
-};
+use watership::message::{Builder, ExchangeId, Message, Properties, RouteId};
+use watership::publisher::{Outcome, Publisher, Ticket};
 
 /// Of every message that goes through an exchange.
 const ROUTING_KEY: &str = "order.created";

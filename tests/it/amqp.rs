@@ -11,9 +11,8 @@ use watership::amqp::topology::{
     self, Argument, Binding, Exchange, Mode, Queue, QueueKind, Topology,
 };
 use watership::error::{Error, Kind};
-use watership::message::{
-    Builder, ExchangeId, Message, Outcome, Properties, Publisher, RouteId, Ticket,
-};
+use watership::message::{Builder, ExchangeId, Message, Properties, RouteId};
+use watership::publisher::{Outcome, Publisher, Ticket};
 
 use crate::support::servers::{self, Vhost};
 

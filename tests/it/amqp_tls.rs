@@ -8,7 +8,7 @@ use watership::amqp::publisher::Connection;
 use watership::amqp::topology::{self, Topology};
 use watership::dev::{Rabbit, RabbitOptions};
 use watership::error::{Kind, Result};
-use watership::message::Publisher;
+use watership::publisher::Publisher;
 use watership::tls::{self, Mode};
 
 use crate::support::waiting::until;

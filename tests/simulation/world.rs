@@ -12,8 +12,9 @@ use bytes::{BufMut, Bytes};
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 use watership::error::{Error, Result};
-use watership::message::{Message, Outcome, Publisher, Ticket};
+use watership::message::Message;
 use watership::position::{Lsn, Mark, Position};
+use watership::publisher::{Outcome, Publisher, Ticket};
 use watership::source::transaction::{Assembler, Options, OutboxTable, Timelines};
 use watership::source::{Item, Receipt, Seen, Source};
 

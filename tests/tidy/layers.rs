@@ -5,8 +5,18 @@ use super::shape::Exception;
 
 /// Nouns: known to all, they know only each other.
 const NOUNS: &[&str] = &[
-    "error", "fault", "position", "message", "event", "backoff", "metrics", "secret", "tls",
-    "column", "verdict",
+    "error",
+    "fault",
+    "position",
+    "message",
+    "publisher",
+    "event",
+    "backoff",
+    "metrics",
+    "secret",
+    "tls",
+    "column",
+    "verdict",
 ];
 
 /// A module of the library and the modules it may import besides itself.
@@ -26,8 +36,18 @@ const LAYERS: &[(&[&str], &[&[&str]])] = &[
 ];
 
 /// What the two ends may know: nothing about events or metrics of routes.
-const PROTOCOL_NOUNS: &[&str] =
-    &["error", "fault", "position", "message", "secret", "tls", "backoff", "metrics", "verdict"];
+const PROTOCOL_NOUNS: &[&str] = &[
+    "error",
+    "fault",
+    "position",
+    "message",
+    "publisher",
+    "secret",
+    "tls",
+    "backoff",
+    "metrics",
+    "verdict",
+];
 const PURE: &[&str] = &["route", "envelope"];
 const APPLICATIONS: &[&str] = &["outbox", "inbox"];
 const TOP: &[&str] = &["source", "relay", "admin", "config", "dev"];
@@ -36,6 +56,7 @@ const TOP: &[&str] = &["source", "relay", "admin", "config", "dev"];
 const PURE_FILES: &[&str] = &[
     "event",
     "message",
+    "publisher",
     "position",
     "backoff",
     "route",

@@ -182,7 +182,7 @@ fn pure_files_hold_no_async_no_clock_no_chance() {
     accepts(
         layers::impurities,
         &[
-            ("src/message.rs", "trait P { fn next(&mut self) -> impl Future<Output = ()>; }"),
+            ("src/publisher.rs", "trait P { fn next(&mut self) -> impl Future<Output = ()>; }"),
             ("src/backoff.rs", "fn f(random: f64) {}"),
             ("src/event.rs", "#[cfg(test)]\nmod tests { fn f() { Instant::now(); } }"),
             ("src/relay/mod.rs", "async fn run() {}"),

@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 
 use super::{Hold, Lanes, Slot, group_of, index, lanes_of};
-use crate::message::Ticket;
+use crate::publisher::Ticket;
 
 impl Lanes {
     /// Takes the message out, with all that wait behind it in its lanes, behind those in theirs,

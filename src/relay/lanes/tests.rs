@@ -4,9 +4,10 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::{Lanes, Owner, PROBE_EVERY, RETRY_LIMIT};
-use crate::message::{Builder, ExchangeId, Message, Properties, RouteId, Ticket};
+use super::{About, Lanes, Owner, PROBE_EVERY, RETRY_LIMIT};
+use crate::message::{Builder, ExchangeId, Message, Properties, RouteId};
 use crate::position::{Mark, Position};
+use crate::publisher::Ticket;
 use crate::relay::watermark::{EntryId, Watermark};
 use crate::route::Lanes as Keys;
 use crate::source::Receipt;
@@ -24,6 +25,10 @@ fn message(id: u128, route: u16) -> Message {
     let mut scratch = Vec::new();
     let builder = Builder::new(&mut scratch, "key", properties).unwrap();
     builder.finish(ExchangeId(0), RouteId(route), |_| {}).unwrap()
+}
+
+fn about() -> About {
+    About { position: Position::default(), source: "s.t".into(), committed_at_us: 0 }
 }
 
 fn entry() -> EntryId {
@@ -46,7 +51,7 @@ impl Bench {
     }
 
     fn admit_on(&mut self, route: u16, id: u128, keys: Keys) {
-        self.lanes.admit(message(id, route), keys, Owner::Window(entry()), self.now, 0);
+        self.lanes.admit(message(id, route), about(), keys, Owner::Window(entry()), self.now);
     }
 
     /// Everything that may be sent now.

@@ -58,7 +58,7 @@ pub(super) fn describe(relation: &Relation<'_>, options: &Options) -> Result<Des
         schema: schema.to_owned(),
         name: name.to_owned(),
         key: key(relation.replica_identity, &identity, &columns, version, captured),
-        full_name,
+        full_name: full_name.into(),
         columns,
         identity,
     });
