@@ -49,7 +49,7 @@ async fn pass(client: &Client, lsn: &str) {
     let sql = format!(
         "INSERT INTO watership.checkpoint (name, epoch, mark, ordinal, flush_mark, slot, \
          system_identifier, timeline, publication, publication_oid) VALUES \
-         ('shop', 0, 1, 0, {lsn} - '0/0', 'watership', '1', 1, 'watership', 1) \
+         ('shop', 0, 1, 0, ({lsn})::pg_lsn - '0/0', 'watership', '1', 1, 'watership', 1) \
          ON CONFLICT (name) DO UPDATE SET flush_mark = excluded.flush_mark"
     );
     client.batch_execute(&sql).await.expect("a checkpoint");

@@ -204,7 +204,7 @@ async fn a_key_that_a_delete_does_not_carry_is_told_by_check_and_at_every_start(
                   exchange = \"watership\"\n";
     let setup = Setup { sql, tables: &["public.items"], routes, ..Setup::default() };
     let stage = Stage::new(setup).await;
-    let text = "in the replica identity: a DELETE does not carry it";
+    let text = "in the replica identity: each UPDATE and DELETE waits for the whole table";
     stage.run(&["check"]).await.expect_text(&[text, "REPLICA IDENTITY FULL"]);
     let told = "the route's key is not in the table's replica identity";
     let relay = stage.start().await;
