@@ -7,6 +7,8 @@
 mod code;
 #[path = "tidy/layers.rs"]
 mod layers;
+#[path = "tidy/planted.rs"]
+mod planted;
 #[path = "tidy/shape.rs"]
 mod shape;
 
@@ -327,6 +329,33 @@ fn documents_cite_no_line_numbers() {
     holds(shape::line_references);
     finds(shape::line_references, &[("ARCHITECTURE.md", "\nsee `lanes.rs:12`", 2)]);
     accepts(shape::line_references, &[("ARCHITECTURE.md", "see `lanes.rs`: it …")]);
+}
+
+#[test]
+fn every_planted_bug_still_applies_and_says_what_it_is() {
+    assert!(planted::patches_seen(&repository()) >= 18, "the planted bugs are somewhere else");
+    holds(planted::wrong_patches);
+    holds(planted::stale_patches);
+    let path = "tests/planted/07_x.patch";
+    let patch = "# M7, Somebody: it loses rows.\n+++ b/src/a.rs\n";
+    finds(
+        planted::wrong_patches,
+        &[
+            (path, &patch.replace("M7", "M8"), 0),
+            (path, &patch.replace(": it loses rows", ""), 0),
+            (path, &patch.replace("src/a.rs", "tests/a.rs"), 0),
+            ("tests/planted/x.patch", patch, 0),
+        ],
+    );
+    accepts(planted::wrong_patches, &[(path, patch), ("tests/a.patch", "")]);
+    let files = repository();
+    let mut head = files.iter().find(|f| f.path == "src/lib.rs").expect("the library").text.lines();
+    let (first, second) = (head.next().unwrap_or_default(), head.next().unwrap_or_default());
+    let cuts = |first: &str| {
+        format!("--- a/src/lib.rs\n+++ b/src/lib.rs\n@@ -1,2 +1,1 @@\n-{first}\n {second}\n")
+    };
+    finds(planted::stale_patches, &[(path, &cuts("//! What never stood there."), 0)]);
+    accepts(planted::stale_patches, &[(path, &cuts(first))]);
 }
 
 #[test]
