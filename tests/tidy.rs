@@ -11,10 +11,13 @@ mod layers;
 mod planted;
 #[path = "tidy/shape.rs"]
 mod shape;
+#[path = "tidy/unused.rs"]
+mod unused;
 
 use code::{Code, repository};
 use layers::Home;
 use shape::Exception;
+use unused::Kept;
 
 /// Where tests may break a rule.
 const EXCEPTIONS: &[Exception] = &[
@@ -35,6 +38,9 @@ const EXCEPTIONS: &[Exception] = &[
         why: "the process that another test starts and kills",
     },
 ];
+
+/// What may stay although only tests use it.
+const KEPT: &[Kept] = &[];
 
 type Rule = fn(&[Code]) -> Vec<String>;
 
@@ -295,6 +301,11 @@ fn every_exception_has_a_reason_and_is_needed() {
         assert!(needed || exception.words == "sleep", "{} needs no exception", exception.path);
         assert!(!exception.why.is_empty());
     }
+    let all = unused::unused(&repository(), &[]);
+    for Kept { path, name, why } in KEPT {
+        let needed = all.iter().any(|f| f.starts_with(path) && f.ends_with(&format!(" {name}")));
+        assert!(needed && !why.is_empty(), "{name} of {path} needs no exception");
+    }
 }
 
 #[test]
@@ -329,6 +340,53 @@ fn documents_cite_no_line_numbers() {
     holds(shape::line_references);
     finds(shape::line_references, &[("ARCHITECTURE.md", "\nsee `lanes.rs:12`", 2)]);
     accepts(shape::line_references, &[("ARCHITECTURE.md", "see `lanes.rs`: it …")]);
+}
+
+#[test]
+fn every_public_function_has_a_user() {
+    let rule = |files: &[Code]| unused::unused(files, KEPT);
+    report(&rule(&repository()));
+    finds(
+        rule,
+        &[
+            ("src/a.rs", "pub fn lonely() {}", 1),
+            ("src/a.rs", "pub async fn itself() { itself().await; }", 1),
+            (
+                "src/a.rs",
+                "\npub fn tested() {}\n#[cfg(test)]\nmod tests { fn t() { tested(); } }",
+                2,
+            ),
+            ("src/a.rs", "impl A {\n pub fn new() {}\n}\nfn f(new: B) { B::new(); x.new(); }", 2),
+            ("src/a.rs", "impl<T: B<C>> A<T> {\n pub fn x(&self) {}\n}\nfn f() { x(); a.x; }", 2),
+            ("src/a.rs", "use b::x;\npub fn x() {}\nstruct S { x: u8 }\nfn f() { s.x(); }", 2),
+            ("src/a.rs", "/// ```text\n/// a::x()\n/// ```\npub fn x() {}", 4),
+        ],
+    );
+    accepts(
+        rule,
+        &[
+            ("src/a.rs", "pub fn called() {}\nfn f() { called(); }"),
+            ("src/a.rs", "pub fn passed() {}\nfn f() { g(passed); }"),
+            ("src/a.rs", "pub fn x<T>() {}\nfn f() { crate::a::x::<u8>(); }"),
+            ("src/a.rs", "impl<T: B<C>> A<T> {\n pub fn x(\n&mut self) {}\n}\nfn f() { a\n.x(); }"),
+            ("src/a.rs", "impl A {\n pub fn new() {}\n}\nfn f() { A::new(); }"),
+            ("src/a.rs", "use z::A as B;\nimpl A {\n pub fn new() {}\n}\nfn f() { B::new(); }"),
+            ("src/a.rs", "impl A {\n pub fn label(self) {}\n}\nfn f() { x.map(A::label); }"),
+            ("src/a.rs", "/// ```\n/// use a::x;\n/// x();\n/// ```\npub fn x() {}"),
+            ("src/a.rs", "pub(crate) fn the_compiler_sees_it() {}"),
+        ],
+    );
+    let across = |other: &str, text: &str| {
+        let lonely = Code::new("src/a.rs", "pub fn x() {}");
+        rule(&[lonely, Code::new(other, text)]).is_empty()
+    };
+    assert!(across("src/b.rs", "use crate::a::x;\nfn f() { x(); }"));
+    assert!(across("examples/b.rs", "fn f() { watership::a::x(); }"));
+    assert!(!across("src/b.rs", "fn f() { x(); }"), "it is another x");
+    assert!(!across("src/b.rs", "use crate::a::x;"), "an import alone is no use");
+    assert!(!across("tests/b.rs", "use watership::a::x;\nfn f() { x(); }"));
+    let dev = [Code::new("src/dev/a.rs", "pub fn x() {}"), Code::new("tests/b.rs", "f(a::x)")];
+    assert!(rule(&dev).is_empty(), "what is in dev is there for tests");
 }
 
 #[test]
