@@ -16,7 +16,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use crate::error::{Error, Result};
 use crate::position::Lsn;
 use crate::verdict::Verdict;
-pub use parked::{PARKED_KINDS, ParkedMetrics};
+pub use parked::ParkedMetrics;
 
 /// Upper bounds of the buckets of every `_seconds` histogram, in seconds: 0.5 ms to 60 s.
 const BUCKETS: [f64; 16] =

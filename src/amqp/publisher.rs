@@ -175,25 +175,9 @@ impl Connection {
         channel.state = State::Opening;
     }
 
-    /// Since when the broker has blocked this connection, if it does.
-    pub fn blocked_since(&self) -> Option<Instant> {
-        self.blocked_since
-    }
-
-    /// The broker that is connected.
-    pub fn url(&self) -> &Url {
-        &self.url
-    }
-
     /// Publishes without an outcome.
     pub fn unconfirmed(&self) -> usize {
         self.channels.iter().map(Channel::unconfirmed).sum()
-    }
-
-    /// Bytes that wait to be handed to the kernel.
-    pub fn unsent_bytes(&self) -> usize {
-        let waiting: usize = self.channels.iter().map(|c| c.waiting.len()).sum();
-        self.link.unsent() + waiting
     }
 
     fn poll_outcomes(&mut self, cx: &mut Context<'_>, outcomes: &mut Outcomes) -> Poll<Result<()>> {

@@ -17,9 +17,6 @@ use crate::error::{Error, Result};
 use crate::secret::{Secret, redact_url};
 use crate::tls::{self, Mode};
 
-pub use super::client::{SqlConnection, sql};
-pub use super::sqlstate::postgres_error;
-
 /// The query parameters that a URL may have.
 const PARAMETERS: [&str; 17] = [
     "host",
@@ -105,13 +102,9 @@ impl Options {
     pub fn parse(url: &Secret) -> Result<Self> {
         parse(url.expose()).map_err(|error| error.context(redact_url(url.expose())))
     }
-
-    /// The URL without the password.
-    pub fn display(&self) -> String {
-        self.to_string()
-    }
 }
 
+/// The URL without the password.
 impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { user, port, database, .. } = self;
@@ -417,7 +410,7 @@ mod tests {
         }
         let o = options("postgres://r@[::1]:5/db");
         assert_eq!((o.host.clone(), o.port), (Host::Tcp("::1".into()), 5));
-        assert_eq!(o.display(), "postgres://r@[::1]:5/db");
+        assert_eq!(o.to_string(), "postgres://r@[::1]:5/db");
     }
 
     #[test]
@@ -476,7 +469,7 @@ mod tests {
     #[test]
     fn no_text_shows_the_password() {
         let o = options("postgres://r:hunter2@h/x");
-        assert!(!format!("{o} {o:?} {}", o.display()).contains("hunter2"));
+        assert!(!format!("{o} {o:?}").contains("hunter2"));
         for url in [
             "postgres://r:hunter2@h:x/x",
             "postgres://r:hunter2/z@h/x",

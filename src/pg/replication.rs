@@ -46,8 +46,6 @@ pub struct SystemId {
 pub struct StreamOptions {
     /// Column values in binary form: lets rows pass whose text form is above 1 GB.
     pub binary: bool,
-    /// `pg_logical_emit_message` records too (Postgres 14 and later).
-    pub messages: bool,
 }
 
 /// One message of the replication stream.
@@ -93,16 +91,6 @@ impl ReplicationConnection {
         Ok(Self { wire })
     }
 
-    /// The major version of the server, for example 15.
-    ///
-    /// # Errors
-    /// [`Kind::Protocol`] when the server reported none.
-    pub fn server_major(&self) -> Result<u32> {
-        let version = self.wire.server_version();
-        let digits = version.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
-        digits.parse().map_err(|_| Error::protocol(format!("server_version {version:?}")))
-    }
-
     /// IDENTIFY_SYSTEM.
     ///
     /// # Errors
@@ -117,41 +105,6 @@ impl ReplicationConnection {
         })
     }
 
-    /// Creates a logical slot for pgoutput and returns its consistent point: changes committed
-    /// after it are streamed. Waits for the transactions that are open now; the caller limits it.
-    ///
-    /// `failover` (Postgres 17 and later) lets standbys keep a copy of the slot.
-    ///
-    /// # Errors
-    /// [`Kind::Verdict`] when `wal_level` is not logical, [`Kind::Refused`] when the slot exists or
-    /// all slots are in use, [`Kind::Config`] for a name or an option that cannot be.
-    pub async fn create_slot(&mut self, name: &str, failover: bool) -> Result<Lsn> {
-        let name = slot_name(name)?;
-        let options = match (self.server_major()?, failover) {
-            (17.., true) => "(SNAPSHOT 'nothing', FAILOVER true)",
-            (15.., false) => "(SNAPSHOT 'nothing')",
-            (0..15, false) => "NOEXPORT_SNAPSHOT",
-            (major @ 0..17, true) => {
-                return Err(Error::config(format!(
-                    "failover slots need Postgres 17 or later; the server is {major}"
-                )));
-            }
-        };
-        let command = format!("CREATE_REPLICATION_SLOT \"{name}\" LOGICAL pgoutput {options}");
-        let rows = self.wire.query(&command).await.map_err(|e| about(e, "slot", name))?;
-        field(&rows, 1, "consistent_point")
-    }
-
-    /// Drops a slot.
-    ///
-    /// # Errors
-    /// [`Kind::Busy`] while somebody reads it, [`Kind::Verdict`] when there is none of that name.
-    pub async fn drop_slot(&mut self, name: &str) -> Result<()> {
-        let name = slot_name(name)?;
-        let dropped = self.wire.query(&format!("DROP_REPLICATION_SLOT \"{name}\"")).await;
-        dropped.map(drop).map_err(|e| about(e, "slot", name))
-    }
-
     /// The history file of a timeline: one line per ancestor, `timeline switch-LSN reason`.
     ///
     /// # Errors
@@ -159,18 +112,6 @@ impl ReplicationConnection {
     pub async fn timeline_history(&mut self, timeline: u32) -> Result<String> {
         let rows = self.wire.query(&format!("TIMELINE_HISTORY {timeline}")).await?;
         field(&rows, 1, "content")
-    }
-
-    /// The value of a setting, for example `wal_sender_timeout`, with its unit as SHOW prints it.
-    ///
-    /// # Errors
-    /// [`Kind::Config`] for a name that is none, else the server's.
-    pub async fn show(&mut self, name: &str) -> Result<String> {
-        if name.is_empty() || !name.bytes().all(|b| b.is_ascii_lowercase() || b"_.".contains(&b)) {
-            return Err(Error::config(format!("setting {name:?}; allowed: a-z, '_' and '.'")));
-        }
-        let rows = self.wire.query(&format!("SHOW {name}")).await?;
-        field(&rows, 0, name)
     }
 
     /// START_REPLICATION with `proto_version '1'`: whole transactions, in commit order.
@@ -332,9 +273,6 @@ fn start_command(
     if options.binary {
         command.push_str(", binary 'true'");
     }
-    if options.messages {
-        command.push_str(", messages 'true'");
-    }
     command.push(')');
     Ok(command)
 }
@@ -431,12 +369,12 @@ mod tests {
 
     #[test]
     fn publication_names_are_identifiers_inside_a_literal() {
-        let options = StreamOptions { binary: true, messages: true };
+        let options = StreamOptions { binary: true };
         let command = start_command("s", Lsn(16), &["plain", "a\"b,'c\\;ä"], options).unwrap();
         assert_eq!(
             command,
             "START_REPLICATION SLOT \"s\" LOGICAL 0/10 (proto_version '1', publication_names \
-             '\"plain\",\"a\"\"b,''c\\;ä\"', binary 'true', messages 'true')"
+             '\"plain\",\"a\"\"b,''c\\;ä\"', binary 'true')"
         );
         let none = StreamOptions::default();
         for bad in [&[""][..], &["a\0"], &[], &["ok", &"x".repeat(64)]] {

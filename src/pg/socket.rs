@@ -72,11 +72,6 @@ impl Socket {
         }
     }
 
-    /// Whether the stream is encrypted.
-    pub fn is_tls(&self) -> bool {
-        matches!(self, Socket::Tls(_))
-    }
-
     /// The `tls-server-end-point` channel binding: the hash of the server's certificate. None
     /// without TLS, and where the certificate's signature names no hash (Ed25519, RSA-PSS).
     ///

@@ -88,11 +88,6 @@ impl Circuit {
         (self.state, self.next_try) = (State::Open, None);
     }
 
-    /// Where it is.
-    pub fn state(&self) -> State {
-        self.state
-    }
-
     /// What to show at `now`.
     pub fn view(&self, now: Instant) -> View {
         let left = self.next_try.map(|at| at.saturating_duration_since(now));

@@ -16,8 +16,10 @@ use tokio::sync::OnceCell;
 use tokio::time::timeout;
 use watership::dev::{Postgres, PostgresOptions, StopMode};
 use watership::error::{Error, Kind, Result};
-use watership::pg::connect::{self, Options};
+use watership::pg::client;
+use watership::pg::connect::Options;
 use watership::pg::replication::ReplicationConnection;
+use watership::pg::wire::Wire;
 use watership::secret::Secret;
 
 use crate::support::servers;
@@ -33,7 +35,7 @@ fn options(url: &str) -> Options {
 /// Enters by both connections, which must agree; the error is that of the replication connection.
 async fn enter(url: &str) -> Result<()> {
     let options = options(url);
-    let sql = match connect::sql(&options).await {
+    let sql = match client::sql(&options).await {
         Ok(session) => {
             session.client.execute("SELECT 1", &[]).await.map(drop).map_err(|e| panic!("{e}"))
         }
@@ -370,7 +372,7 @@ async fn nonsense_from_a_server_is_an_error() {
         let options = options(&format!("{url}connect_timeout=1"));
         let error = timeout(SOON, replication_error(&options)).await.unwrap().unwrap_err();
         assert!(matches!(error.kind(), Kind::Protocol | Kind::Refused), "{answer:?}: {error:?}");
-        assert!(timeout(SOON, connect::sql(&options)).await.unwrap().is_err(), "{answer:?}");
+        assert!(timeout(SOON, client::sql(&options)).await.unwrap().is_err(), "{answer:?}");
     }
 }
 
@@ -411,8 +413,12 @@ async fn session_settings_are_fixed_whatever_the_role_says() {
         .await
         .unwrap();
     let options = options(&database.url);
-    let mut replication = ReplicationConnection::connect(&options).await.unwrap();
-    let sql = connect::sql(&options).await.unwrap();
+    let mut replication = Wire::connect(&options, true).await.unwrap();
+    let mut shown = async |setting: &str| {
+        let rows = replication.query(&format!("SHOW {setting}")).await.unwrap();
+        rows[0][0].clone().unwrap()
+    };
+    let sql = client::sql(&options).await.unwrap();
     for (setting, value) in [
         ("datestyle", "ISO, YMD"),
         ("intervalstyle", "iso_8601"),
@@ -423,11 +429,11 @@ async fn session_settings_are_fixed_whatever_the_role_says() {
         ("client_encoding", "UTF8"),
         ("application_name", "watership"),
     ] {
-        assert_eq!(replication.show(setting).await.unwrap(), value, "{setting}");
+        assert_eq!(shown(setting).await, value, "{setting}");
         let row = sql.client.query_one(&format!("SHOW {setting}"), &[]).await.unwrap();
         assert_eq!(row.get::<_, String>(0), value, "{setting}");
     }
-    assert_eq!(replication.show("statement_timeout").await.unwrap(), "0");
+    assert_eq!(shown("statement_timeout").await, "0");
     let row = sql.client.query_one("SHOW statement_timeout", &[]).await.unwrap();
     assert_eq!(row.get::<_, String>(0), "30s");
 }

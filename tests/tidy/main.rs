@@ -6,11 +6,14 @@
 mod code;
 mod documents;
 mod layers;
+mod planted;
 mod shape;
+mod unused;
 
 use code::{Code, repository};
 use layers::Home;
 use shape::Exception;
+use unused::Kept;
 
 /// Where tests may break a rule.
 const EXCEPTIONS: &[Exception] = &[
@@ -31,6 +34,9 @@ const EXCEPTIONS: &[Exception] = &[
         why: "the process that another test starts and kills",
     },
 ];
+
+/// What may stay although only tests use it.
+const KEPT: &[Kept] = &[];
 
 type Rule = fn(&[Code]) -> Vec<String>;
 
@@ -291,6 +297,11 @@ fn every_exception_has_a_reason_and_is_needed() {
         assert!(needed || exception.words == "sleep", "{} needs no exception", exception.path);
         assert!(!exception.why.is_empty());
     }
+    let all = unused::unused(&repository(), &[]);
+    for Kept { path, name, why } in KEPT {
+        let needed = all.iter().any(|f| f.starts_with(path) && f.ends_with(&format!(" {name}")));
+        assert!(needed && !why.is_empty(), "{name} of {path} needs no exception");
+    }
 }
 
 #[test]
@@ -366,6 +377,80 @@ fn documents_cite_no_line_numbers() {
     holds(documents::line_references);
     finds(documents::line_references, &[("docs/a.md", "\nsee `lanes.rs:12`", 2)]);
     accepts(documents::line_references, &[("docs/a.md", "see `lanes.rs`: it …")]);
+}
+
+#[test]
+fn every_public_function_has_a_user() {
+    let rule = |files: &[Code]| unused::unused(files, KEPT);
+    report(&rule(&repository()));
+    finds(
+        rule,
+        &[
+            ("src/a.rs", "pub fn lonely() {}", 1),
+            ("src/a.rs", "pub async fn itself() { itself().await; }", 1),
+            (
+                "src/a.rs",
+                "\npub fn tested() {}\n#[cfg(test)]\nmod tests { fn t() { tested(); } }",
+                2,
+            ),
+            ("src/a.rs", "impl A {\n pub fn new() {}\n}\nfn f(new: B) { B::new(); x.new(); }", 2),
+            ("src/a.rs", "impl<T: B<C>> A<T> {\n pub fn x(&self) {}\n}\nfn f() { x(); a.x; }", 2),
+            ("src/a.rs", "use b::x;\npub fn x() {}\nstruct S { x: u8 }\nfn f() { s.x(); }", 2),
+            ("src/a.rs", "/// ```text\n/// a::x()\n/// ```\npub fn x() {}", 4),
+        ],
+    );
+    accepts(
+        rule,
+        &[
+            ("src/a.rs", "pub fn called() {}\nfn f() { called(); }"),
+            ("src/a.rs", "pub fn passed() {}\nfn f() { g(passed); }"),
+            ("src/a.rs", "pub fn x<T>() {}\nfn f() { crate::a::x::<u8>(); }"),
+            ("src/a.rs", "impl<T: B<C>> A<T> {\n pub fn x(\n&mut self) {}\n}\nfn f() { a\n.x(); }"),
+            ("src/a.rs", "impl A {\n pub fn new() {}\n}\nfn f() { A::new(); }"),
+            ("src/a.rs", "use z::A as B;\nimpl A {\n pub fn new() {}\n}\nfn f() { B::new(); }"),
+            ("src/a.rs", "impl A {\n pub fn label(self) {}\n}\nfn f() { x.map(A::label); }"),
+            ("src/a.rs", "/// ```\n/// use a::x;\n/// x();\n/// ```\npub fn x() {}"),
+            ("src/a.rs", "pub(crate) fn the_compiler_sees_it() {}"),
+        ],
+    );
+    let across = |other: &str, text: &str| {
+        let lonely = Code::new("src/a.rs", "pub fn x() {}");
+        rule(&[lonely, Code::new(other, text)]).is_empty()
+    };
+    assert!(across("src/b.rs", "use crate::a::x;\nfn f() { x(); }"));
+    assert!(across("examples/b.rs", "fn f() { watership::a::x(); }"));
+    assert!(!across("src/b.rs", "fn f() { x(); }"), "it is another x");
+    assert!(!across("src/b.rs", "use crate::a::x;"), "an import alone is no use");
+    assert!(!across("tests/b.rs", "use watership::a::x;\nfn f() { x(); }"));
+    let dev = [Code::new("src/dev/a.rs", "pub fn x() {}"), Code::new("tests/b.rs", "f(a::x)")];
+    assert!(rule(&dev).is_empty(), "what is in dev is there for tests");
+}
+
+#[test]
+fn every_planted_bug_still_applies_and_says_what_it_is() {
+    assert!(planted::patches_seen(&repository()) >= 18, "the planted bugs are somewhere else");
+    holds(planted::wrong_patches);
+    holds(planted::stale_patches);
+    let path = "tests/planted/07_x.patch";
+    let patch = "# M7, Somebody: it loses rows.\n+++ b/src/a.rs\n";
+    finds(
+        planted::wrong_patches,
+        &[
+            (path, &patch.replace("M7", "M8"), 0),
+            (path, &patch.replace(": it loses rows", ""), 0),
+            (path, &patch.replace("src/a.rs", "tests/a.rs"), 0),
+            ("tests/planted/x.patch", patch, 0),
+        ],
+    );
+    accepts(planted::wrong_patches, &[(path, patch), ("tests/a.patch", "")]);
+    let files = repository();
+    let mut head = files.iter().find(|f| f.path == "src/lib.rs").expect("the library").text.lines();
+    let (first, second) = (head.next().unwrap_or_default(), head.next().unwrap_or_default());
+    let cuts = |first: &str| {
+        format!("--- a/src/lib.rs\n+++ b/src/lib.rs\n@@ -1,2 +1,1 @@\n-{first}\n {second}\n")
+    };
+    finds(planted::stale_patches, &[(path, &cuts("//! What never stood there."), 0)]);
+    accepts(planted::stale_patches, &[(path, &cuts(first))]);
 }
 
 #[test]

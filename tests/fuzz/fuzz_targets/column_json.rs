@@ -7,7 +7,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use serde_json::value::RawValue;
-use watership::column::{oid, write_json};
+use watership::column::{Shape, oid};
 
 /// `json` and `jsonb` are left out: they are embedded as they come.
 const TYPES: &[u32] = &[
@@ -34,7 +34,7 @@ fuzz_target!(|data: &[u8]| {
     let Some((pick, text)) = data.split_first() else { return };
     let type_oid = TYPES[usize::from(*pick) % TYPES.len()];
     let mut out = Vec::new();
-    match write_json(&mut out, type_oid, text) {
+    match Shape::of(type_oid).write(&mut out, text) {
         Ok(()) => {
             let text = std::str::from_utf8(&out).expect("JSON is UTF-8");
             serde_json::from_str::<&RawValue>(text).expect("the output is JSON");
