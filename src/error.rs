@@ -64,7 +64,7 @@ impl Kind {
             }
             Kind::Event => "fix or discard the event; it can never be published as it is",
             Kind::Verdict => {
-                "decide how to continue, then start again; `watership check` tells more"
+                "decide how to continue, then start again; `watership check` explains it"
             }
         }
     }

@@ -1,8 +1,10 @@
-//! What a failure of a socket means: one table for I/O errors, one for TLS. Both peers use it.
+//! What a failed socket means: one table for I/O errors, one for TLS. Both peers use it.
 //!
-//! Together with `pg/sqlstate.rs` (what Postgres answers) and `amqp/reply.rs` (what RabbitMQ
-//! answers) these tables are the only places where a failure gets its kind, and the kind decides
-//! whether it is tried again (`Error::retry`). `tests/snapshots` shows all of them.
+//! Together with `pg/sqlstate` (what Postgres answers) and `amqp/reply` (what RabbitMQ answers)
+//! these tables give a failure its kind, and the kind decides whether it is retried
+//! (`Error::retry`). `tests/snapshots` shows all of them. Where a caller knows better, it changes
+//! the kind by the code: `amqp/handshake` at login and for the lock queue, `amqp/topology` for a
+//! queue that another connection owns.
 
 use std::io;
 
@@ -37,7 +39,7 @@ pub fn classify(error: &io::Error) -> (Kind, Option<&'static str>) {
     match error.raw_os_error() {
         Some(EMFILE | ENFILE) => (
             Kind::Unreachable,
-            Some("no file descriptor is free: raise the limit of open files (ulimit -n)"),
+            Some("out of file descriptors; raise the limit on open files (ulimit -n)"),
         ),
         Some(_) | None => classify_io(error.kind()),
     }
@@ -47,9 +49,10 @@ pub fn classify(error: &io::Error) -> (Kind, Option<&'static str>) {
 pub fn classify_io(kind: io::ErrorKind) -> (Kind, Option<&'static str>) {
     use io::ErrorKind as E;
     match kind {
-        E::ConnectionRefused => {
-            (Kind::Unreachable, Some("nobody listens there: is the server up, is the port right?"))
-        }
+        E::ConnectionRefused => (
+            Kind::Unreachable,
+            Some("nothing is listening there: is the server up, is the port right?"),
+        ),
         E::ConnectionReset
         | E::ConnectionAborted
         | E::BrokenPipe
@@ -57,35 +60,39 @@ pub fn classify_io(kind: io::ErrorKind) -> (Kind, Option<&'static str>) {
         | E::UnexpectedEof
         | E::WriteZero => (
             Kind::Unreachable,
-            Some("the connection broke: if it goes on, see the server's log and what lies between"),
+            Some(
+                "connection lost; if it keeps happening, check the server log and the network path",
+            ),
         ),
         E::TimedOut | E::WouldBlock => (
             Kind::Unreachable,
-            Some("no answer in time: is the server overloaded, or a firewall between?"),
+            Some(
+                "no answer in time: is the server overloaded, or does a firewall drop the packets?",
+            ),
         ),
         E::HostUnreachable | E::NetworkUnreachable | E::NetworkDown => {
-            (Kind::Unreachable, Some("there is no way to that address: see routes and firewall"))
+            (Kind::Unreachable, Some("no route to that address; check routing and firewall"))
         }
         E::AddrNotAvailable | E::AddrInUse => {
-            (Kind::Unreachable, Some("this machine has no free local port or address"))
+            (Kind::Unreachable, Some("no local port or address is free on this machine"))
         }
-        E::NotFound => (
-            Kind::Unreachable,
-            Some("there is no such socket: is the server up, is the directory right?"),
-        ),
+        E::NotFound => {
+            (Kind::Unreachable, Some("no such socket: is the server up, is the directory right?"))
+        }
         E::PermissionDenied => (
             Kind::Refused,
-            Some("this machine refuses it: see the rights of the socket file, and the firewall"),
+            Some("permission denied; check the socket file's permissions and the firewall"),
         ),
         // The parsers of the protocol crates report malformed messages as these.
-        E::InvalidInput | E::InvalidData => {
-            (Kind::Protocol, Some("is it the right server and port? a proxy may garble the stream"))
-        }
+        E::InvalidInput | E::InvalidData => (
+            Kind::Protocol,
+            Some("is this the right server and port? a proxy may garble the stream"),
+        ),
         _ => (Kind::Unreachable, None),
     }
 }
 
-/// The table of TLS errors: a certificate that no retry makes better needs a person.
+/// The table of TLS errors: a bad certificate stays bad until a person replaces it.
 pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
     use rustls::CertificateError as C;
     use rustls::Error as T;
@@ -100,29 +107,32 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
         T::InvalidCertificate(C::NotValidForName | C::NotValidForNameContext { .. }) => (
             Kind::Refused,
             Some(
-                "connect by a name that the certificate carries (for Postgres, sslmode=verify-ca \
-                 compares no name)",
+                "use a host name listed in the certificate (for Postgres, sslmode=verify-ca skips \
+                 the name check)",
             ),
         ),
         T::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => {
-            (Kind::Refused, Some("the server's certificate has expired: renew it"))
+            (Kind::Refused, Some("the server's certificate has expired; renew it"))
         }
         T::InvalidCertificate(C::NotValidYet | C::NotValidYetContext { .. }) => {
             (Kind::Refused, Some("the certificate is not valid yet: are the clocks right?"))
         }
         T::InvalidCertificate(C::Revoked) => {
-            (Kind::Refused, Some("the server's certificate is revoked: replace it"))
+            (Kind::Refused, Some("the server's certificate is revoked; replace it"))
         }
         T::InvalidCertificate(_) | T::NoCertificatesPresented => {
             (Kind::Refused, Some("check the server's certificate"))
         }
         T::AlertReceived(_) => (
             Kind::Refused,
-            Some("the server refused TLS: check the client certificate and key, and its log"),
+            Some(
+                "the server refused TLS; check the client certificate and key, and the server log",
+            ),
         ),
-        T::PeerIncompatible(_) => {
-            (Kind::Refused, Some("the server offers no TLS 1.2 or 1.3 with a common cipher"))
-        }
+        T::PeerIncompatible(_) => (
+            Kind::Refused,
+            Some("the server offers no TLS 1.2 or 1.3 with a cipher that Watership supports"),
+        ),
         T::InvalidMessage(_) => (Kind::Unreachable, Some("is TLS enabled on this port?")),
         // Corrupted or cut records and the like: a new connection may help.
         _ => (Kind::Unreachable, None),

@@ -20,18 +20,18 @@ pub struct RouteId(pub u16);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ExchangeId(pub u16);
 
-/// Longest AMQP short string, in bytes: routing key, message id, type, header name and others.
+/// Maximum length of an AMQP short string, in bytes: routing key, type, header name and others.
 pub const SHORT_STRING_MAX: usize = 255;
 
-/// Most bytes that properties and headers may take together. They travel in one frame, and
-/// brokers agree to frames of 131,072 bytes unless told otherwise.
+/// Maximum size of properties and headers together, in bytes. They travel in one frame, and brokers
+/// accept frames of 131,072 bytes by default.
 pub const PROPERTIES_MAX: usize = 60 * 1024;
 
 /// One publish, ready to be framed.
 #[derive(Debug, Clone)]
 pub struct Message {
     buf: Box<[u8]>,
-    /// Where the routing key begins. What is before it is the key's text, of a stored message.
+    /// Where the routing key begins; after the key's text, in a message that was stored.
     start: u32,
     routing_key_len: u8,
     properties_end: u32,
@@ -47,8 +47,8 @@ pub struct Message {
     pub id: Uuid,
     /// Number among the messages that its event has on its route.
     pub part: u16,
-    /// It may neither overtake nor be overtaken by others of its exchange that are in sequence,
-    /// although those are unconfirmed. Without, whoever sends them waits for confirms.
+    /// Keeps its order among the messages of its exchange that are in sequence, even while they are
+    /// unconfirmed. Otherwise the sender keeps the order by waiting for confirms.
     pub in_sequence: bool,
 }
 

@@ -51,9 +51,9 @@ pub trait Publisher {
     /// True while the broker has blocked this connection (`connection.blocked`).
     fn is_blocked(&self) -> bool;
 
-    /// Largest body, in bytes, that the publisher takes.
+    /// Maximum size of a body, in bytes.
     fn max_body(&self) -> usize;
 
-    /// Ends the connection in order, so that a successor need not wait for its timeout.
+    /// Closes the connection properly, so that a successor need not wait for its timeout.
     fn close(self) -> impl Future<Output = ()>;
 }

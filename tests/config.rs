@@ -138,7 +138,7 @@ fn each_mistake_is_named_with_what_is_allowed() {
         ("broker.management_url = 'h:15672'", "management URL ***: no scheme"),
         ("broker.management_url = 'ftp://h'", "scheme is neither http nor https"),
         ("broker.management_url = 'http://'", "no host"),
-        ("broker.management_url = 'http://h:abc'", "the port is no number"),
+        ("broker.management_url = 'http://h:abc'", "the port is not a number"),
         ("broker.management_url = 'http://h/rabbit'", "nothing may follow the port"),
         ("relay.max_unconfirmed = 0", "relay.max_unconfirmed = 0 is not allowed; allowed: 1 to"),
         ("outbox.retain = '1 week'", "outbox.retain = \"1 week\" is not allowed; allowed: 0d to"),

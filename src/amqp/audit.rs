@@ -22,7 +22,7 @@ use matching::Takes;
 pub enum Grade {
     /// Confirmed is stored on a majority of several nodes, and stays until it is consumed.
     Safe,
-    /// Nobody could look: AMQP itself shows neither bindings nor policies.
+    /// Not known: AMQP itself shows neither bindings nor policies.
     NotVerified,
     /// Confirmed is stored, but power loss, a lost disk, time or a consumer may take it.
     Weak,
@@ -162,7 +162,7 @@ impl Survey {
         {
             grade = grade.max(Grade::Weak);
             reason.push_str(&format!(
-                "; while queue {name:?} is full, the other queues get each retry again"
+                "; while queue {name:?} is full, the other queues receive every retry"
             ));
         }
         Graded { grade, reason }
@@ -266,10 +266,10 @@ impl QueueFacts {
         let mut list = Vec::new();
         let mut add = |grade, text: &str| list.push((grade, text.to_owned()));
         if !self.durable {
-            add(Grade::Unsafe, "not durable, a restart of the broker empties it");
+            add(Grade::Unsafe, "not durable: a broker restart loses its messages");
         }
         if self.exclusive || self.auto_delete {
-            add(Grade::Unsafe, "it vanishes with its consumer");
+            add(Grade::Unsafe, "it is deleted with its consumer");
         }
         let overflow = self.overflow();
         if self.kind != "stream" && self.is_limited() && !self.refuses() {
@@ -282,15 +282,17 @@ impl QueueFacts {
         let redelivered = self.delivery_limit(broker_major);
         if let Some(limit) = redelivered.filter(|_| !self.has("dead-letter-exchange")) {
             let text = format!("delivery-limit {limit} without a dead-letter exchange:");
-            add(Grade::Weak, &format!("{text} what is returned too often is dropped"));
+            add(Grade::Weak, &format!("{text} a message that is returned too often is dropped"));
         }
         match self.kind.as_str() {
             "quorum" if self.members.len() == 1 => {
                 add(Grade::Weak, "quorum queue with a single member: its disk is the only copy");
             }
             "quorum" => {}
-            "stream" => add(Grade::Weak, "a stream confirms before fsync, and retention drops"),
-            _ => add(Grade::Weak, "a classic queue is on one node, and confirms before fsync"),
+            "stream" => {
+                add(Grade::Weak, "a stream confirms before fsync, and its retention drops messages")
+            }
+            _ => add(Grade::Weak, "a classic queue lives on one node and confirms before fsync"),
         }
         list
     }
@@ -299,9 +301,9 @@ impl QueueFacts {
     /// default. <https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling>
     fn delivery_limit(&self, broker_major: u32) -> Option<i64> {
         const DEFAULT: i64 = 20;
-        let told = self.value("delivery-limit").and_then(Value::as_i64);
+        let set = self.value("delivery-limit").and_then(Value::as_i64);
         let default = (broker_major >= 4).then_some(DEFAULT);
-        told.or(default).filter(|limit| self.kind == "quorum" && *limit >= 0)
+        set.or(default).filter(|limit| self.kind == "quorum" && *limit >= 0)
     }
 
     fn value(&self, name: &str) -> Option<&Value> {
@@ -397,7 +399,7 @@ mod tests {
         assert_eq!(alone.grade(3).grade, Grade::Weak);
         let transient = QueueFacts { durable: false, ..queue("quorum", "") };
         assert_eq!(transient.grade(3).grade, Grade::Unsafe);
-        // RabbitMQ 4 limits deliveries unless told otherwise.
+        // RabbitMQ 4 limits deliveries by default.
         assert_eq!(queue("quorum", "").grade(4).grade, Grade::Weak);
         assert_eq!(queue("quorum", dead).grade(4).grade, Grade::Safe);
         let endless = r#","arguments":{"x-delivery-limit":-1}"#;
@@ -463,7 +465,7 @@ mod tests {
         let limited = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish"}"#;
         two.queues.insert("full".into(), queue("quorum", limited));
         let graded = grade(&two);
-        assert!(graded.grade == Grade::Weak && graded.reason.contains("the other queues get"));
+        assert!(graded.grade == Grade::Weak && graded.reason.contains("the other queues receive"));
         let mut one = survey(&[full]);
         one.queues = two.queues;
         assert_eq!(grade(&one).grade, Grade::Safe, "alone it may be full");

@@ -124,7 +124,9 @@ impl Channel {
     ) -> Result<()> {
         self.expect_no_content("a confirm")?;
         if self.state != State::Open {
-            return Err(self.bad(format!("confirm for tag {tag} while it is not open")));
+            return Err(
+                self.bad(format!("confirm for delivery tag {tag} while the channel is not open"))
+            );
         }
         let next = self.base + self.pending.len() as u64;
         // AMQP 0-9-1, basic.ack: tag zero with `multiple` means all so far.
@@ -134,7 +136,8 @@ impl Channel {
         }
         if tag >= next {
             let last = next - 1;
-            return Err(self.bad(format!("confirm for tag {tag}, the last one sent is {last}")));
+            return Err(self
+                .bad(format!("confirm for delivery tag {tag}, but the last one sent is {last}")));
         }
         let at = (tag - self.base) as usize;
         if matches!(self.pending[at].fate, Fate::Settled) {
@@ -202,7 +205,7 @@ impl Channel {
             matches!(p.fate, Fate::Waiting) && p.sent.target == target && Some(p.sent.id) == id
         };
         // One event can go to one destination by several routes, and an exchange that looks at
-        // headers returns one of them only. Where the broker changed the headers, any one will do.
+        // headers returns only one of them. Where the broker changed the headers, any one will do.
         let exact = self.pending.iter().position(|p| waits(p) && p.sent.route == route);
         let found = exact.or_else(|| self.pending.iter().position(waits));
         match found {
@@ -211,7 +214,8 @@ impl Channel {
                 Ok(())
             }
             None => Err(self.bad(format!(
-                "returned message with id {id:?} is none of the {} unconfirmed ones",
+                "returned message {} matches none of the {} unconfirmed ones",
+                id.map_or("without an id".into(), |id| id.to_string()),
                 self.unconfirmed()
             ))),
         }

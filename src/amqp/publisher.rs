@@ -34,9 +34,9 @@ use crate::fault::io_error;
 use crate::message::{Message, SHORT_STRING_MAX};
 use crate::publisher::{Outcome, Publisher, Ticket};
 
-/// Longest wait for `connection.close-ok`.
+/// Maximum wait for `connection.close-ok`.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-/// The deadlines are looked at this often within the shortest of them.
+/// How often the deadlines are checked within the shortest of them.
 const TICKS_PER_DEADLINE: u32 = 4;
 
 /// A confirming connection to RabbitMQ.
@@ -96,8 +96,10 @@ impl Connection {
     async fn open_one(options: &Options, url: &Url) -> Result<Self> {
         for name in options.exchanges.iter().chain(&options.lock_queue) {
             if name.len() > SHORT_STRING_MAX {
-                let what = format!("name {name:.60?}… has {} bytes", name.len());
-                return Err(Error::config(format!("{what}, AMQP allows {SHORT_STRING_MAX}")));
+                let what = format!("name {name:.60?}… has {} bytes;", name.len());
+                return Err(Error::config(format!(
+                    "{what} AMQP allows at most {SHORT_STRING_MAX}"
+                )));
             }
         }
         let mut link = Link::connect(url, options).await?;
@@ -188,7 +190,7 @@ impl Connection {
                 Poll::Ready(result) => {
                     self.outstanding -= outcomes.len() - before;
                     if result.is_err() {
-                        // The close-ok that we may owe; nobody waits for it.
+                        // A close-ok may be due; its fate does not matter.
                         let _ = self.link.poll_write(cx);
                     }
                     return Poll::Ready(result);
@@ -198,7 +200,7 @@ impl Connection {
         }
     }
 
-    /// One round: frames that are here, then write, then read. Deadlines are only looked at when
+    /// One round: frames that are here, then write, then read. Deadlines are only checked when
     /// nothing is left to read, so that a pause of our own is not taken for the broker's.
     fn poll_step(&mut self, cx: &mut Context<'_>, outcomes: &mut Outcomes) -> Poll<Result<()>> {
         let before = outcomes.len();
@@ -241,7 +243,7 @@ impl Connection {
         // Twice the negotiated timeout is what the broker itself allows us.
         let silence = now - self.link.last_read;
         if silence > self.heartbeat * 4 {
-            return Err(self.lost(&format!("no sign of life for {silence:.1?}"), None));
+            return Err(self.lost(&format!("nothing received for {silence:.1?}"), None));
         }
         if now - self.link.last_write >= self.heartbeat && self.link.urgent().is_empty() {
             wire::put_heartbeat(self.link.urgent());
@@ -259,7 +261,10 @@ impl Connection {
         match waited {
             Some(waited) if waited > self.confirm_timeout => Err(self
                 .lost(
-                    &format!("no confirm for {waited:.1?} ({} waiting)", self.unconfirmed()),
+                    &format!(
+                        "no confirm for {waited:.1?} ({} messages unconfirmed)",
+                        self.unconfirmed()
+                    ),
                     None,
                 )
                 .hint("are the queue's leader and a majority of its replicas up?")),
@@ -333,9 +338,13 @@ impl Connection {
             }
             connection::AMQPMethod::Blocked(blocked) => {
                 if self.blocked_since.is_none() {
-                    let hint = "its log and management page name the alarm: memory or disk";
+                    let hint = "the broker log and the management page name the alarm";
                     let reason = blocked.reason.as_str();
-                    tracing::warn!(reason, hint, "the broker takes nothing until it has room");
+                    tracing::warn!(
+                        reason,
+                        hint,
+                        "broker blocked the connection (memory or disk alarm)"
+                    );
                 }
                 self.blocked_since.get_or_insert_with(Instant::now);
                 self.link.hold(true);
@@ -344,7 +353,7 @@ impl Connection {
             connection::AMQPMethod::Unblocked(_) => {
                 if let Some(since) = self.blocked_since.take() {
                     let seconds = since.elapsed().as_secs();
-                    tracing::info!(seconds, "the broker takes messages again");
+                    tracing::info!(seconds, "broker unblocked the connection");
                 }
                 self.deadlines_from = Instant::now();
                 self.link.hold(false);
@@ -372,7 +381,7 @@ impl Connection {
             }
             channel::AMQPMethod::Close(close) => {
                 self.channel(number)?.close(close.reply_code, close.reply_text.as_str(), outcomes);
-                // Behind the publishes that still lie in the buffer: the broker drops those.
+                // After the publishes that are still in the buffer: the broker drops those.
                 let ok = channel::AMQPMethod::CloseOk(channel::CloseOk {});
                 wire::put_method(self.link.out(), number, AMQPClass::Channel(ok));
                 Ok(())
@@ -504,8 +513,8 @@ pub(super) fn join_errors(mut errors: Vec<(&Url, Error)>) -> Error {
     let all_refused = errors.iter().all(|(_, e)| e.kind() == Kind::Refused);
     let kind = if all_refused { Kind::Refused } else { Kind::Unreachable };
     let hint = errors.iter().find_map(|(_, e)| e.hint_text().map(str::to_owned));
-    let told: Vec<String> = errors.iter().map(|(url, e)| format!("{url}: {e}")).collect();
-    let error = Error::new(kind, format!("no broker could be used: {}", told.join("; ")));
+    let each: Vec<String> = errors.iter().map(|(url, e)| format!("{url}: {e}")).collect();
+    let error = Error::new(kind, format!("no usable broker: {}", each.join("; ")));
     match hint {
         Some(hint) => error.hint(hint),
         None => error,

@@ -5,8 +5,8 @@
 //! of which kind it is, and it needs no configure permission (AMQP 0-9-1, `exchange.declare` and
 //! `queue.declare`). Bindings cannot be verified over AMQP at all.
 //!
-//! lapin has hung in connect, open and close before, so every step has a time limit of ours, and
-//! its automatic recovery stays off.
+//! lapin has been seen to hang in connect, open and close, so every step has a time limit of ours,
+//! and its automatic recovery stays off.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use crate::fault::{classify, is_tls, with_hint};
 use crate::tls;
 
 /// Largest frame of this connection, in bytes. lapin keeps 64 of them in memory, and nothing large
-/// is said here; RabbitMQ 4 refuses less.
+/// is sent here; RabbitMQ 4 refuses a smaller one.
 const FRAME_MAX: u32 = 8192;
 
 /// Whether missing things are made.
@@ -298,8 +298,10 @@ fn translate(error: &lapin::Error) -> Error {
         ErrorKind::ProtocolError(broker) => {
             let error = reply::error("", broker.get_id(), broker.get_message().as_str());
             match error.kind() {
-                // Somebody's exclusive queue where ours should be; the lock is taken elsewhere.
-                Kind::Busy => error.with_kind(Kind::Refused).hint("delete it, or rename ours"),
+                // An exclusive queue of another connection; the lock queue is declared elsewhere.
+                Kind::Busy => {
+                    error.with_kind(Kind::Refused).hint("delete it, or configure another name")
+                }
                 _ => error,
             }
         }

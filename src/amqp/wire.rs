@@ -81,7 +81,7 @@ pub enum Incoming {
         /// Bytes in this piece.
         len: u64,
     },
-    /// The broker lives.
+    /// The broker is alive.
     Heartbeat,
 }
 
@@ -105,12 +105,14 @@ pub fn parse(bytes: &[u8], frame_max: usize) -> Result<Option<(Incoming, usize)>
     let len = size.saturating_add(FRAME_OVERHEAD);
     if len > frame_max {
         return Err(Error::protocol(format!(
-            "broker sent a frame of {len} bytes, {frame_max} were agreed"
+            "broker sent a frame of {len} bytes, which exceeds the negotiated {frame_max}"
         )));
     }
     let (Some(payload), Some(end)) = (rest.get(..size), rest.get(size)) else { return Ok(None) };
     if *end != END {
-        return Err(Error::protocol(format!("broker sent a frame that ends with byte {end:#04x}")));
+        return Err(Error::protocol(format!(
+            "broker sent a frame that ends with byte {end:#04x}, not 0xce"
+        )));
     }
     let frame = match kind {
         METHOD => parse_method(channel, payload, &bytes[..len])?,
@@ -127,7 +129,7 @@ fn known_type(kind: u8) -> Result<()> {
         b'A' => Err(Error::protocol("the server does not speak AMQP 0-9-1")
             .hint("is this the AMQP port of a RabbitMQ broker (5672, with TLS 5671)?")),
         other => Err(Error::protocol(format!("broker sent a frame of unknown type {other}"))
-            .hint("is this the AMQP port of a RabbitMQ broker, and is TLS wanted there?")),
+            .hint("is this the AMQP port of a RabbitMQ broker, and does that port expect TLS?")),
     }
 }
 
@@ -143,7 +145,7 @@ fn parse_method(channel: u16, payload: &[u8], frame: &[u8]) -> Result<Incoming> 
     }
     let bad = || {
         let id = payload.get(..4).unwrap_or(payload);
-        Error::protocol(format!("broker sent a method that cannot be read, id {id:?}"))
+        Error::protocol(format!("broker sent an unreadable method, id {id:?}"))
     };
     let (id, arguments) = payload.split_first_chunk::<4>().ok_or_else(bad)?;
     if *id == CONNECTION_START {
@@ -169,7 +171,7 @@ fn parse_start(arguments: &[u8]) -> Option<String> {
 
 /// Reads the property list up to the message id, AMQP 0-9-1 section 4.2.6.1.
 fn parse_content_header(channel: u16, payload: &[u8]) -> Result<Incoming> {
-    let bad = || Error::protocol("broker sent a content header that cannot be read");
+    let bad = || Error::protocol("broker sent an unreadable content header");
     let rest = payload.strip_prefix(&BASIC).ok_or_else(bad)?;
     let (size, rest) = rest.get(2..).and_then(|r| r.split_first_chunk::<8>()).ok_or_else(bad)?;
     let (flags, list) = rest.split_first_chunk::<2>().ok_or_else(bad)?;
@@ -433,7 +435,10 @@ mod tests {
         let mut head = Vec::new();
         put_head(&mut head, METHOD, 0, 4096 - FRAME_OVERHEAD + 1);
         let error = parse(&head, 4096).unwrap_err();
-        assert_eq!(error.to_string(), "broker sent a frame of 4097 bytes, 4096 were agreed");
+        assert_eq!(
+            error.to_string(),
+            "broker sent a frame of 4097 bytes, which exceeds the negotiated 4096"
+        );
         head.clear();
         put_head(&mut head, METHOD, 0, 4096 - FRAME_OVERHEAD);
         assert_eq!(parse(&head, 4096).unwrap(), None);

@@ -5,8 +5,8 @@
 //! lock, so two `watership init` at once are one after the other. A file that was run by hand
 //! registered itself without a checksum and counts as done.
 //!
-//! Here is no publication, no slot and no checkpoint row: those are made by `watership init` in
-//! between, see [`grant_applications`].
+//! Publication, slot and checkpoint row are not made here but by `watership init`, before it calls
+//! [`grant_applications`].
 
 use sha2::{Digest, Sha256};
 use tokio_postgres::{Client, GenericClient, Transaction};
@@ -147,25 +147,25 @@ fn verify(done: &[Record]) -> Result<()> {
         let Some(known) = MIGRATIONS.iter().find(|m| m.version == record.version) else {
             let newest = MIGRATIONS.last().map_or(0, |m| m.version);
             let text = format!(
-                "the schema in the database is at version {} ({file}), and this program knows \
-                 versions up to {newest}",
+                "the schema in the database is at version {} ({file}), but this program only \
+                 knows versions up to {newest}",
                 record.version
             );
             return Err(Error::named(Verdict::SchemaUnknown, text)
-                .hint("use the newer watership that made this schema"));
+                .hint("use the newer watership that installed this schema"));
         };
         let ours = checksum(known.sql);
         let differs = record.checksum.as_ref().is_some_and(|theirs| *theirs != ours);
         if differs || record.name != known.name {
             let text = format!(
-                "{file} was run in this database with checksum {}, and this program has {} with \
+                "{file} was run in this database with checksum {}, but this program has {} with \
                  checksum {ours}",
                 record.checksum.as_deref().unwrap_or("unknown"),
                 known.name
             );
             return Err(Error::named(Verdict::SchemaUnknown, text).hint(
-                "a migration never changes after its release: use the watership that made this \
-                 schema, or compare the file with the database by hand",
+                "a migration never changes after its release: use the watership that installed \
+                 this schema, or compare the file with the database by hand",
             ));
         }
     }

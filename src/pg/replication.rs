@@ -20,8 +20,8 @@ use crate::position::Lsn;
 
 /// Length limit of a name in Postgres (`NAMEDATALEN` - 1), in bytes.
 const NAME_MAX: usize = 63;
-/// Status updates wait here while the socket takes nothing; above this, new ones are left out.
-/// Positions are cumulative, so the next one makes up for it.
+/// Bytes of status updates that wait while the socket takes nothing; above this, new ones are left
+/// out. Positions are cumulative, so a later one makes up for it.
 const UNSENT_MAX: usize = 16 * 1024;
 /// How long `close` waits for the server.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
@@ -41,7 +41,7 @@ pub struct SystemId {
     pub dbname: String,
 }
 
-/// What START_REPLICATION asks pgoutput for, besides the publications.
+/// What START_REPLICATION asks of pgoutput in addition to the publications.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StreamOptions {
     /// Column values in binary form: lets rows pass whose text form is above 1 GB.
@@ -121,7 +121,7 @@ impl ReplicationConnection {
     /// first. [`Lsn::ZERO`] means the slot's position.
     ///
     /// # Errors
-    /// [`Kind::Verdict`] when the slot is missing or lost, [`Kind::Busy`] when somebody reads it,
+    /// [`Kind::Verdict`] when the slot is missing or lost, [`Kind::Busy`] when it has a reader,
     /// with its pid in the text. A missing publication is an error of the stream, not of this call.
     pub async fn start(
         mut self,
@@ -155,7 +155,7 @@ impl ReplicationStream {
     ///
     /// # Errors
     /// Sticky: the server's error, [`Kind::Unreachable`] when it ended the stream,
-    /// [`Kind::Protocol`] for a frame that is none.
+    /// [`Kind::Protocol`] for a malformed frame.
     pub fn try_next(&mut self) -> Result<Option<Frame>> {
         match self.wire.try_copy()? {
             Some(body) => decode(body).map(Some).map_err(|e| self.wire.fail(e)),
@@ -225,7 +225,7 @@ const STATUS_LEN: u32 = 1 + 3 * 8 + 8 + 1;
 /// # Errors
 /// [`Kind::Protocol`] when it is cut short or of an unknown kind.
 pub fn decode(mut body: Bytes) -> Result<Frame> {
-    let short = |e| Error::protocol("a replication message is cut short").caused_by(e);
+    let short = |e| Error::protocol("truncated replication message").caused_by(e);
     match body.try_get_u8().map_err(short)? {
         b'w' => {
             let wal_start = Lsn(body.try_get_u64().map_err(short)?);
@@ -239,7 +239,7 @@ pub fn decode(mut body: Bytes) -> Result<Frame> {
             reply_requested: body.try_get_u8().map_err(short)? != 0,
         }),
         tag => Err(Error::protocol(format!(
-            "replication message '{}'; allowed: 'w', 'k'",
+            "unknown replication message '{}'; expected 'w' or 'k'",
             char::from(tag).escape_default()
         ))),
     }
@@ -283,13 +283,15 @@ fn slot_name(name: &str) -> Result<&str> {
     if fits && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_') {
         return Ok(name);
     }
-    Err(Error::config(format!("slot name {name:?}; allowed: 1 to 63 of a-z, 0-9 and '_'")))
+    Err(Error::config(format!(
+        "slot name {name:?} is invalid; allowed: 1 to 63 of a-z, 0-9 and '_'"
+    )))
 }
 
 fn identifier(name: &str) -> Result<String> {
     if !(1..=NAME_MAX).contains(&name.len()) || name.contains('\0') {
         let allowed = "allowed: 1 to 63 bytes without a zero byte";
-        return Err(Error::config(format!("publication name {name:?}; {allowed}")));
+        return Err(Error::config(format!("publication name {name:?} is invalid; {allowed}")));
     }
     Ok(format!("\"{}\"", name.replace('"', "\"\"")))
 }
@@ -301,10 +303,13 @@ fn literal(text: &str) -> String {
 fn field<T: std::str::FromStr>(rows: &Rows, column: usize, name: &str) -> Result<T> {
     let text = rows.first().and_then(|row| row.get(column)).and_then(Option::as_ref);
     let value = text.and_then(|text| text.parse().ok());
-    value.ok_or_else(|| Error::protocol(format!("the server answered {name} = {text:?}")))
+    value.ok_or_else(|| {
+        let text = text.map_or("nothing".into(), |text| format!("{text:?}"));
+        Error::protocol(format!("the server answered {text} for {name}"))
+    })
 }
 
-/// Names the thing, except where the peer is away: then it is not about the thing.
+/// Names the thing, except where the peer is away: then the error is not about the thing.
 fn about(error: Error, thing: &str, name: &str) -> Error {
     if error.kind() == Kind::Unreachable {
         return error;

@@ -1,4 +1,5 @@
-//! What an error from the server means for us: one table, keyed by SQLSTATE.
+//! What an error from the server means for us: one table, keyed by SQLSTATE, and the names of the
+//! codes by which others decide.
 //!
 //! Both connections (ordinary SQL and replication) end here, so that the same answer from the
 //! server always has the same kind and the same hint. The table knows codes, not texts: server
@@ -106,7 +107,7 @@ pub fn postgres_error(error: tokio_postgres::Error) -> Error {
 pub fn login_error(error: tokio_postgres::Error) -> Error {
     let refused = || {
         Error::refused("authentication with Postgres failed")
-            .hint("is this the Postgres server itself, and not a proxy that answers for it?")
+            .hint("is this the Postgres server itself, or a proxy that answers for it?")
     };
     match failure(error) {
         Failure::Known(error) => error,
@@ -163,71 +164,72 @@ fn carries_row_data(code: &str) -> bool {
 /// for all of its codes that are not named.
 pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
     let class = code.get(..2).unwrap_or_default();
-    match (class, code) {
+    let (kind, hint) = match (class, code) {
         (_, "08P01") => {
-            (Kind::Refused, Some("if this is a connection pooler, name the Postgres server itself"))
+            (Kind::Refused, "if this is a connection pooler, connect to the Postgres server itself")
         }
-        ("08", _) => (Kind::Unreachable, Some("the connection broke; it is opened again")),
-        ("0A", _) => {
-            (Kind::Refused, Some("this server is too old, or lacks a feature that is set"))
-        }
+        ("08", _) => (Kind::Unreachable, "connection lost; Watership reconnects"),
+        ("0A", _) => (
+            Kind::Refused,
+            "this server is too old, or lacks a feature that the configuration needs",
+        ),
         (_, "25006") => (
             Kind::Unreachable,
-            Some("this server is a standby: name the primary in the URL, or wait for promotion"),
+            "this server is a standby; put the primary in the URL, or wait for its promotion",
         ),
-        (_, "25P03" | "25P04" | "57P05") => (
-            Kind::Unreachable,
-            Some("a time limit of the server ended the session; it is opened again"),
-        ),
-        (_, "28P01") => (Kind::Refused, Some("check user and password in the URL")),
-        ("28", _) => (
-            Kind::Refused,
-            Some("check user and password in the URL, and the server's pg_hba.conf"),
-        ),
-        (_, "3D000") => (Kind::Refused, Some("check the database name in the URL")),
+        (_, "25P03" | "25P04" | "57P05") => {
+            (Kind::Unreachable, "a server timeout ended the session; Watership reconnects")
+        }
+        (_, "28P01") => (Kind::Refused, "check user and password in the URL"),
+        ("28", _) => {
+            (Kind::Refused, "check user and password in the URL, and the server's pg_hba.conf")
+        }
+        (_, "3D000") => (Kind::Refused, "check the database name in the URL"),
         (_, INVALID_SCHEMA_NAME | UNDEFINED_TABLE | "42883" | "42703") => {
-            (Kind::Refused, Some("is the schema installed in this database? `watership init` does"))
+            (Kind::Refused, "run `watership init` to install the schema in this database")
         }
-        ("40", _) | (_, "55P03") => (Kind::Busy, Some("somebody held a lock; it is tried again")),
-        (_, OBJECT_IN_USE) => (Kind::Busy, Some("another relay reads the slot; this one waits")),
+        ("40", _) | (_, "55P03") => (Kind::Busy, "another session holds a lock; Watership retries"),
+        (_, OBJECT_IN_USE) => {
+            (Kind::Busy, "another relay reads the slot; this relay is on standby")
+        }
         (_, "42501") => {
-            (Kind::Refused, Some("the role lacks a privilege: replication needs LOGIN REPLICATION"))
+            (Kind::Refused, "the role lacks a privilege; replication needs LOGIN and REPLICATION")
         }
-        (_, "42704") => (
-            Kind::Verdict,
-            Some("a slot or publication that was there is gone: `watership check` says which"),
-        ),
-        (_, "53400") => {
-            (Kind::Refused, Some("raise max_replication_slots, or drop slots that nobody reads"))
+        (_, "42704") => {
+            (Kind::Verdict, "a slot or publication no longer exists; `watership check` shows which")
         }
+        (_, "53400") => (Kind::Refused, "raise max_replication_slots, or drop unused slots"),
         (_, "53300") => {
-            (Kind::Unreachable, Some("raise max_connections or max_wal_senders if this lasts"))
+            (Kind::Unreachable, "if this lasts, raise max_connections or max_wal_senders")
         }
-        (_, "53100") => (Kind::Unreachable, Some("the server's disk is full")),
-        ("53", _) => (Kind::Unreachable, Some("the server is short of a resource")),
+        (_, "53100") => (Kind::Unreachable, "the server's disk is full"),
+        ("53", _) => {
+            (Kind::Unreachable, "the server has run out of a resource; see the Postgres log")
+        }
         (_, OBJECT_NOT_IN_PREREQUISITE_STATE) => (
             Kind::Verdict,
-            Some("the slot is lost or wal_level is not logical: `watership check` says which"),
+            "the slot is lost, or wal_level is not logical; `watership check` shows which",
         ),
         (_, "57014") => {
-            (Kind::Unreachable, Some("a timeout or an operator cancelled it; it is tried again"))
+            (Kind::Unreachable, "cancelled by a timeout or an operator; Watership retries")
         }
         (_, "57P01" | "57P02" | "57P03") => (
             Kind::Unreachable,
-            Some("the server stops, starts or ended the session; it is tried again"),
+            "the server is shutting down or starting up, or ended the session; Watership retries",
         ),
-        (_, "57P04") => (Kind::Refused, Some("the database was dropped: check the URL")),
+        (_, "57P04") => (Kind::Refused, "the database was dropped; check the URL"),
         (_, "58P01") => (
             Kind::Refused,
-            Some("a file of the server is missing, WAL perhaps: see its log and `watership check`"),
+            "a server file is missing, perhaps WAL; see the Postgres log and `watership check`",
         ),
-        ("58", _) => (Kind::Unreachable, Some("the server's storage failed: see its log")),
-        ("XX", _) => (Kind::Protocol, Some("the server failed within: see its log")),
-        ("54", _) => (Kind::Refused, Some("a limit of the server was met")),
-        ("22" | "23", _) => (Kind::Refused, Some("the server did not take a value: see its log")),
-        ("42", _) => (Kind::Refused, Some("does the schema fit this version? `watership init`")),
-        _ => (Kind::Refused, None),
-    }
+        ("58", _) => (Kind::Unreachable, "the server's storage failed; see the Postgres log"),
+        ("XX", _) => (Kind::Protocol, "internal server error; see the Postgres log"),
+        ("54", _) => (Kind::Refused, "a server limit was reached"),
+        ("22" | "23", _) => (Kind::Refused, "the server rejected a value; see the Postgres log"),
+        ("42", _) => (Kind::Refused, "the schema may not match this version; run `watership init`"),
+        _ => return (Kind::Refused, None),
+    };
+    (kind, Some(hint))
 }
 
 #[cfg(test)]

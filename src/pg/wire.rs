@@ -51,11 +51,11 @@ enum State {
     Busy,
     /// START_REPLICATION was answered: only CopyData flows.
     Copy,
-    /// Nothing works any more, for this reason.
+    /// Unusable, for this reason.
     Failed(Failure),
 }
 
-/// An error that can be told again and again.
+/// An error that every later call returns again.
 #[derive(Debug)]
 struct Failure {
     kind: Kind,
@@ -110,7 +110,7 @@ impl Wire {
         let opened = timeout(limit, Self::open(options, replication)).await;
         let opened = opened.unwrap_or_else(|_| {
             Err(Error::unreachable(format!("no connection within {} s", limit.as_secs()))
-                .hint("connect_timeout in the URL is the limit"))
+                .hint("the limit is connect_timeout in the URL"))
         });
         opened.map_err(|error| error.context(format!("Postgres {options}")))
     }
@@ -164,7 +164,7 @@ impl Wire {
     pub(super) fn fail(&mut self, error: Error) -> Error {
         if !matches!(self.state, State::Failed(_)) {
             self.state = State::Failed(Failure::of(&error));
-            // What came after the failure has no meaning any more.
+            // What came after the failure is meaningless.
             self.input.clear();
         }
         error
@@ -271,7 +271,7 @@ impl Wire {
         }
     }
 
-    /// `None` for what may come at any time and asks for no answer.
+    /// `None` for what may come at any time and needs no answer.
     ///
     /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC>
     fn sort(&mut self, tag: u8, mut message: BytesMut) -> Result<Option<Reply>> {
@@ -284,7 +284,11 @@ impl Wire {
         let parsed = match Message::parse(&mut message) {
             Ok(Some(parsed)) => parsed,
             Ok(None) => unreachable!("the message is complete"),
-            Err(e) => return Err(self.fail(Error::protocol("message from server").caused_by(e))),
+            Err(e) => {
+                return Err(
+                    self.fail(Error::protocol("unreadable message from the server").caused_by(e))
+                );
+            }
         };
         match parsed {
             Message::NoticeResponse(body) => self.notice(&body)?,
@@ -305,17 +309,19 @@ impl Wire {
     /// text is translated, the name of the file is not.
     fn notice(&mut self, body: &NoticeResponseBody) -> Result<()> {
         let notice = ServerError::read(body.fields());
-        let notice = notice.map_err(|e| self.fail(Error::protocol("notice").caused_by(e)))?;
+        let notice = notice.map_err(|e| {
+            self.fail(Error::protocol("unreadable notice from the server").caused_by(e))
+        })?;
         tracing::debug!(message = notice.message, code = notice.code, "notice from Postgres");
         if matches!(self.state, State::Copy)
             && notice.code == OBJECT_NOT_IN_PREREQUISITE_STATE
             && notice.file == "pgoutput.c"
         {
             let detail = notice.detail.as_deref().unwrap_or_default();
-            let text = format!("changes are missing in the stream: {}: {detail}", notice.message);
+            let text = format!("changes are missing from the stream: {}: {detail}", notice.message);
             return Err(self.fail(Error::undecided(text).hint(
-                "the publication was dropped or re-created: events of that time were not \
-                 published; create it with `watership init`, then decide about the gap",
+                "the publication was dropped or re-created: changes made in that period were not \
+                 published; create it with `watership init`, then decide whether to accept the gap",
             )));
         }
         Ok(())
@@ -337,7 +343,9 @@ impl Wire {
             Reply::Message(Message::ErrorResponse(body)) => {
                 match ServerError::read(body.fields()) {
                     Ok(error) => error.to_error(),
-                    Err(e) => Error::protocol("error response").caused_by(e),
+                    Err(e) => {
+                        Error::protocol("unreadable error response from the server").caused_by(e)
+                    }
                 }
             }
             Reply::Message(_) | Reply::CopyBoth => {
@@ -360,10 +368,14 @@ impl Wire {
             match self.reply().await? {
                 Reply::Message(Message::DataRow(body)) => {
                     if rows.len() == ROWS_MAX {
-                        return Err(self.fail(Error::protocol("more than 10000 rows")));
+                        return Err(self.fail(Error::protocol(format!(
+                            "a query returned more than {ROWS_MAX} rows"
+                        ))));
                     }
                     let row = columns(&body);
-                    rows.push(row.map_err(|e| self.fail(Error::protocol("row").caused_by(e)))?);
+                    rows.push(row.map_err(|e| {
+                        self.fail(Error::protocol("unreadable row from the server").caused_by(e))
+                    })?);
                 }
                 Reply::Message(
                     Message::RowDescription(_)
@@ -376,8 +388,12 @@ impl Wire {
                 }
                 Reply::Message(Message::ErrorResponse(body)) => {
                     let error = ServerError::read(body.fields());
-                    let error = error
-                        .map_err(|e| self.fail(Error::protocol("error response").caused_by(e)))?;
+                    let error = error.map_err(|e| {
+                        self.fail(
+                            Error::protocol("unreadable error response from the server")
+                                .caused_by(e),
+                        )
+                    })?;
                     if error.fatal {
                         return Err(self.fail(error.to_error()));
                     }
@@ -406,7 +422,7 @@ impl Wire {
     /// Runs a command that switches to CopyBoth (START_REPLICATION).
     ///
     /// # Errors
-    /// As [`Wire::query`]; the connection is of no use afterwards.
+    /// As [`Wire::query`]; the connection is unusable afterwards.
     pub async fn start_copy(&mut self, command: &str) -> Result<()> {
         self.begin(command)?;
         match self.reply().await? {
@@ -450,15 +466,15 @@ impl Wire {
         }
     }
 
-    /// Says goodbye and waits until the server has closed, at most for `limit`; so that what the
-    /// session held (an active slot) is free when this returns. Best effort.
+    /// Ends the session and waits until the server has closed, for at most `limit`; then what the
+    /// session held (an active slot) is free. Best effort.
     pub async fn close(mut self, limit: Duration) {
         if matches!(self.state, State::Copy) {
             frontend::copy_done(&mut self.output);
         }
         frontend::terminate(&mut self.output);
         let ended = timeout(limit, async {
-            // What the server still sends has to be read, or it never reads our goodbye.
+            // What the server still sends must be read, or it never reads our terminate message.
             while self.fill().await.is_ok() {
                 self.input.clear();
             }

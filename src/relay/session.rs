@@ -215,7 +215,7 @@ async fn take_over(client: &Client, options: &Options, timelines: &Timelines) ->
         let text = format!("slot {:?} is read by pid {pid}", options.slot);
         return Err(Error::new(Kind::Busy, text)
             .coded(Code::Sqlstate(OBJECT_IN_USE.into()))
-            .hint("another relay reads the slot; this one waits"));
+            .hint("another relay reads the slot; this relay is on standby"));
     }
     if let Some(failover) = &failover {
         let followed = checkpoint::follow(client, name, &found.row, failover).await?;

@@ -9,6 +9,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use uuid::Uuid;
 use watership::amqp::options::{Options, Url};
+use watership::amqp::reply;
 use watership::message::{Builder, ExchangeId, Message, Properties, RouteId};
 
 /// A listener and the URL that leads to it.
@@ -158,7 +159,7 @@ impl Peer {
     /// `basic.return` with its content, the body in two pieces.
     pub async fn give_back(&mut self, publish: &Published) {
         let back = basic::Return {
-            reply_code: 312,
+            reply_code: reply::NO_ROUTE,
             reply_text: "NO_ROUTE".into(),
             exchange: publish.exchange.as_str().into(),
             routing_key: publish.routing_key.as_str().into(),

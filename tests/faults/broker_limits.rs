@@ -54,7 +54,7 @@ async fn broker_d07_headers_beyond_a_frame() {
     let vhost = Vhost { name: "/".into(), url: node.url("/") };
     // A broker of small frames is refused before anything is sent to it.
     let stage = Stage::on(own_database().await, vhost, Setup::default()).await;
-    let texts = ["broker allows frames of 16384 bytes", "raise frame_max in rabbitmq.conf"];
+    let texts = ["broker allows frames of at most 16384 bytes", "raise frame_max in rabbitmq.conf"];
     stage.spawn().ended().await.expect_code(1).expect_text(&texts);
     drop(node);
 

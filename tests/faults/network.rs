@@ -284,7 +284,7 @@ async fn network_c04_one_direction_dead() {
         net.rabbit.heal();
         net.back().await;
     }
-    net.scene.relay().logs(&["no sign of life for"]).await;
+    net.scene.relay().logs(&["nothing received for"]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
 }

@@ -7,6 +7,7 @@ use lapin::options::{BasicGetOptions, QueueDeclareOptions, QueueDeleteOptions};
 use uuid::Uuid;
 use watership::amqp::options::{Options, Url};
 use watership::amqp::publisher::Connection;
+use watership::amqp::reply;
 use watership::amqp::topology::{
     self, Argument, Binding, Exchange, Mode, Queue, QueueKind, Topology,
 };
@@ -149,7 +150,7 @@ async fn missing_exchange_concerns_its_own_messages_only_until_it_is_there() {
         for (n, outcome) in outcomes.iter().enumerate() {
             match (n % 2, outcome) {
                 (0, Outcome::Confirmed) => {}
-                (1, Outcome::ChannelClosed { code: 404, text }) => {
+                (1, Outcome::ChannelClosed { code: reply::NOT_FOUND, text }) => {
                     assert!(text.contains("no exchange 'missing'"), "{text}");
                 }
                 (n, outcome) => panic!("{n}: {outcome:?}"),
@@ -195,7 +196,10 @@ async fn museum_m14_forbidden_exchange_closes_its_channel_and_says_so() {
     let messages = [message(0, "q", 1, b"x"), message(1, "q", 2, b"x"), message(0, "q", 3, b"x")];
     let outcomes = publish_all(&mut connection, &messages).await;
     assert_eq!((&outcomes[0], &outcomes[2]), (&Outcome::Confirmed, &Outcome::Confirmed));
-    assert!(matches!(outcomes[1], Outcome::ChannelClosed { code: 403, .. }), "{outcomes:?}");
+    assert!(
+        matches!(outcomes[1], Outcome::ChannelClosed { code: reply::ACCESS_REFUSED, .. }),
+        "{outcomes:?}"
+    );
     connection.close().await;
 
     options.lock_queue = Some("other.lock".into());

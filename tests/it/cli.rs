@@ -100,7 +100,7 @@ async fn mistakes_in_the_file_are_told_with_place_value_and_remedy() {
         (
             "source.url = 'mysql://u:pw@h/x'\nbroker.url = 'amqp://r:x@127.0.0.1'\n".to_owned(),
             "error: FILE: source.url: mysql://u:***@h/x: not a Postgres URL\n\
-             hint: postgres://user:password@host:5432/database\n",
+             hint: the form is postgres://user:password@host:5432/database\n",
         ),
         (
             "source.url = '${WATERSHIP_TEST_UNSET}'\n".to_owned(),
@@ -235,7 +235,7 @@ async fn a_missing_exchange_is_named_with_what_to_do() {
         assert_eq!(ran.code, 1, "{name}: {ran:?}");
         let told = format!("{}{}", ran.out, ran.err);
         assert!(told.contains("exchange \"watership\" does not exist in vhost"), "{name}: {told}");
-        assert!(told.contains("set topology = \"declare\""), "{name}: {told}");
+        assert!(told.contains("set broker.topology = \"declare\""), "{name}: {told}");
     }
 }
 

@@ -167,7 +167,7 @@ async fn trust_and_scram_let_us_in() {
     enter(&it.local("scram", "")).await.unwrap();
     enter(&it.local("scram", "require_auth=scram-sha-256")).await.unwrap();
     let error = refused(&it.local("open", "require_auth=scram-sha-256")).await;
-    assert!(error.to_string().contains("asks for no proof"), "{error}");
+    assert!(error.to_string().contains("requires no authentication"), "{error}");
 }
 
 #[tokio::test]
@@ -211,7 +211,10 @@ async fn verify_full_checks_chain_and_name() {
     enter(&it.tls("localhost", "")).await.unwrap();
     enter(&it.tls("localhost", "sslmode=verify-full")).await.unwrap();
     let error = refused(&it.tls("127.0.0.1", "sslmode=verify-full")).await;
-    assert!(error.hint_text().unwrap().contains("name that the certificate carries"), "{error:?}");
+    assert!(
+        error.hint_text().unwrap().contains("host name listed in the certificate"),
+        "{error:?}"
+    );
     let other = format!("sslrootcert={}", it.other_ca.display());
     let error = refused(&it.url("secure", "localhost", &other)).await;
     assert!(error.hint_text().unwrap().contains("sslrootcert"), "{error:?}");
