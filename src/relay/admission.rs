@@ -6,9 +6,11 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use crate::error::{Error, Kind, Result};
 use crate::event::{Content, Event, route_id};
 use crate::message::{Message, Publisher};
+use crate::position::Position;
 use crate::relay::lanes::Owner;
 use crate::relay::parked::{Key, Row, Why};
 use crate::relay::parking::Parked;
+use crate::relay::remembered::MessageKey;
 use crate::relay::watermark::EntryId;
 use crate::relay::{Ending, Relay};
 use crate::route::{Decision, Lanes, OnPoison, Route, unrouted_lanes};
@@ -93,6 +95,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         };
         let bytes = self.made.iter().map(size).sum();
         let count = u16::try_from(self.made.len()).expect("RULES_MAX fits");
+        let position = receipt.position();
         let entry = self.push(receipt, count, bytes);
         self.published.event(event.position.commit_lsn);
         let mut made = std::mem::take(&mut self.made);
@@ -100,6 +103,9 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             match made {
                 Made::Message(message, lanes) => {
                     self.metrics.routes[usize::from(message.route.0)].received.increment(1);
+                    if self.is_left_out(&message, position, lanes, entry) {
+                        continue;
+                    }
                     let owner = Owner::Window(entry);
                     self.lanes.admit(message, lanes, owner, now, event.committed_at_us);
                 }
@@ -108,6 +114,27 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         }
         self.made = made;
         Ok(())
+    }
+
+    /// The broker confirmed the message to an earlier session, and its turn has come: it is settled
+    /// and not sent.
+    fn is_left_out(
+        &mut self,
+        message: &Message,
+        position: Position,
+        lanes: Lanes,
+        entry: EntryId,
+    ) -> bool {
+        if self.remembered.is_empty() {
+            return false;
+        }
+        let key = MessageKey::of(message);
+        if !self.remembered.leaves_out(key, position, lanes) {
+            return false;
+        }
+        self.confirms.add(entry, key);
+        self.window.settle(entry);
+        true
     }
 
     /// Something is parked: makes rows of the messages that must follow it, and leaves out what an

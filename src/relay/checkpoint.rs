@@ -16,6 +16,7 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::publication::Publication;
 use crate::pg::sqlstate::postgres_error;
 use crate::position::{Lsn, Position};
+use crate::relay::own_checkpoint::OwnCheckpoint;
 use crate::relay::parked::{Indexed, Key, Row as Parked, RowState, Writes};
 use crate::relay::parking::store::{self as parked_store, Found};
 use crate::relay::position_check::Failover;
@@ -239,6 +240,7 @@ pub struct PostgresStore {
     with_parked: Statement,
     name: String,
     session_no: i64,
+    own: Arc<OwnCheckpoint>,
 }
 
 /// A look at the parked rows under way.
@@ -248,17 +250,23 @@ pub type Looking = Pin<Box<dyn Future<Output = Result<Found>>>>;
 pub type Storing = Pin<Box<dyn Future<Output = Result<Lsn>>>>;
 
 impl PostgresStore {
-    /// For the session that took the row.
+    /// For the session that took the row; `own` is told what is stored.
     ///
     /// # Errors
     /// The server's.
-    pub async fn new(client: Arc<Client>, name: &str, session_no: i64) -> Result<Self> {
+    pub async fn new(
+        client: Arc<Client>,
+        name: &str,
+        session_no: i64,
+        own: Arc<OwnCheckpoint>,
+    ) -> Result<Self> {
         const SQL: &str = include_str!("../../sql/query/checkpoint_store.sql");
         // The row must survive a crash of this server; whether a standby has it does not matter.
         let statement = client.prepare(SQL).await.map_err(postgres_error)?;
         const PARKED: &str = include_str!("../../sql/query/checkpoint_store_parked.sql");
         let with_parked = client.prepare(PARKED).await.map_err(missing_schema)?;
-        Ok(Self { client, statement, with_parked, name: name.to_owned(), session_no })
+        let name = name.to_owned();
+        Ok(Self { client, statement, with_parked, name, session_no, own })
     }
 }
 
@@ -363,11 +371,11 @@ impl PostgresStore {
         let epoch = i64::from(position.epoch);
         let commit_lsn = PgLsn::from(position.commit_lsn.0);
         let ordinal = i64::try_from(position.ordinal).expect("fewer than 2^40 changes");
-        let flush = PgLsn::from(flush.0);
+        let flush_lsn = PgLsn::from(flush.0);
         let (rows, changes);
         let mut statement = &self.statement;
         let mut values: Vec<&(dyn ToSql + Sync)> =
-            vec![&self.name, &self.session_no, &epoch, &commit_lsn, &ordinal, &flush];
+            vec![&self.name, &self.session_no, &epoch, &commit_lsn, &ordinal, &flush_lsn];
         if !writes.is_empty() {
             (rows, changes) = writes.to_json();
             statement = &self.with_parked;
@@ -380,6 +388,7 @@ impl PostgresStore {
         })?;
         match stored.map_err(postgres_error)? {
             Some(row) => {
+                self.own.stored(position, flush);
                 let end: PgLsn = row.try_get(0).map_err(postgres_error)?;
                 Ok(Lsn(end.into()))
             }

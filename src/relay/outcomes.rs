@@ -8,13 +8,18 @@ use crate::metrics::RouteMetrics;
 use crate::relay::Relay;
 use crate::relay::lanes::{Owner, Slot};
 use crate::relay::parked::{Key, Row, RowState, Why, raw_message, shorten};
+use crate::relay::remembered::MessageKey;
 use crate::route::OnPoison;
 use crate::source::Source;
 use crate::verdict::Verdict;
 
 impl<S: Source, P: Publisher> Relay<S, P> {
     /// Every outcome of the publisher, each exactly once.
+    ///
+    /// # Errors
+    /// When the broker closed a channel for a reason that is no message's: the session is over.
     pub(super) fn settle_outcomes(&mut self) -> Result<()> {
+        let mut over = None;
         let now = tokio::time::Instant::now().into_std();
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut outcomes = std::mem::take(&mut self.outcomes);
@@ -36,19 +41,23 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                 Outcome::ChannelClosed { code: 403 | 404, text } => self.hold(ticket, text, now),
                 Outcome::ChannelClosed { code: 406, text } => self.refused(ticket, &text, now),
                 Outcome::ChannelClosed { code, text } => {
-                    return Err(Error::unreachable(format!("channel closed: {code} {text}")));
+                    // What other messages became is still good.
+                    over = Some(Error::unreachable(format!("channel closed: {code} {text}")));
                 }
             }
         }
         self.outcomes = outcomes;
         self.settle_prefix();
-        Ok(())
+        over.map_or(Ok(()), Err)
     }
 
     fn confirmed(&mut self, ticket: Ticket, clock: Duration) {
         let (slot, released) = self.lanes.confirmed(ticket);
         match slot.owner {
-            Owner::Window(entry) => self.window.settle(entry),
+            Owner::Window(entry) => {
+                self.confirms.add(entry, MessageKey::of(&slot.message));
+                self.window.settle(entry);
+            }
             Owner::Parked(number) => {
                 self.parking.confirmed(number);
                 self.retry_due = true;
@@ -174,6 +183,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     pub(super) fn settle_prefix(&mut self) {
         if let Some(receipt) = self.window.take_settled() {
             self.progress.settled(&receipt);
+            self.confirms.prune(&self.window);
         }
     }
 

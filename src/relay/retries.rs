@@ -6,14 +6,17 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::error::{Error, Result};
+use crate::event::route_id;
 use crate::message::{Message, Publisher};
+use crate::position::Position;
 use crate::relay::admission::fits;
 use crate::relay::lanes::Owner;
 use crate::relay::parked::{Raw, Row, Why, shorten};
 use crate::relay::parking::Next;
 use crate::relay::parking::store::Found;
+use crate::relay::remembered::MessageKey;
 use crate::relay::{Ending, Relay};
-use crate::route::{Decision, Lanes, Ordering};
+use crate::route::{Decision, Lanes, MessageIdRule, Ordering};
 use crate::source::Source;
 
 /// How often the table is asked whether people changed something, while it has rows.
@@ -49,6 +52,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                     let now = Instant::now().into_std();
                     for (message, lanes) in messages {
                         let owner = Owner::Window(entry);
+                        self.remembered.sends(message.route, lanes);
                         self.lanes.admit(message, lanes, owner, now, row.committed_at_us);
                     }
                 }
@@ -94,6 +98,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                 for (message, lanes) in messages {
                     self.metrics.parked.retried.increment(1);
                     let owner = Owner::Parked(number);
+                    self.remembered.sends(message.route, lanes);
                     self.lanes.admit(message, lanes, owner, now, row.committed_at_us);
                 }
             }
@@ -109,6 +114,21 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                 self.parking.refused(&row.key, why, shorten(&error));
             }
         }
+    }
+
+    /// Messages that were parked and published before a checkpoint passed them. A row of an event
+    /// that no route selected has several, and is not among them.
+    pub(super) fn released(&self) -> Vec<(MessageKey, Position)> {
+        let rows = self.parking.released_unwritten();
+        let message = |row: &Row| {
+            let route = self.router.by_name(&row.key.route)?;
+            let id = match (&row.raw, route.message_id) {
+                (Raw::Event(_), MessageIdRule::Route) => route_id(row.id, &route.name),
+                (Raw::Event(_), MessageIdRule::Event) | (Raw::Message { .. }, _) => row.id,
+            };
+            Some((MessageKey { id, route: route.id, part: 0 }, row.key.position))
+        };
+        rows.filter_map(message).collect()
     }
 
     /// The messages of a parked row under the routes as they are now.

@@ -125,7 +125,7 @@ async fn compare_streaming(
     doubts: &mpsc::Sender<Error>,
 ) -> Result<()> {
     if shared.status.is_streaming()
-        && let Some(doubt) = compare(client, options).await?
+        && let Some(doubt) = compare(client, options, shared).await?
     {
         // A full channel means that one is on its way.
         let _ = doubts.try_send(doubt);
@@ -160,7 +160,8 @@ async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Re
 }
 
 /// What a session was started from must still hold while it runs.
-async fn compare(client: &Client, options: &Options) -> Result<Option<Error>> {
+async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<Option<Error>> {
+    let mark = shared.own.mark();
     let found = match session::look(client, options).await {
         Ok(found) => found,
         Err(error) if error.kind() == Kind::Verdict => return Ok(Some(error)),
@@ -170,10 +171,8 @@ async fn compare(client: &Client, options: &Options) -> Result<Option<Error>> {
         let text = "the server behind source.url is on another timeline than the session";
         return Ok(Some(Error::unreachable(text).hint("the next session decides about it")));
     }
-    match found.verify(options, &[]) {
-        Ok(_) => Ok(None),
-        Err(error) => Ok(Some(error)),
-    }
+    let verified = found.verify_own(mark).and_then(|()| found.verify(options, &[]).map(drop));
+    Ok(verified.err())
 }
 
 async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Result<()> {
