@@ -5,13 +5,15 @@
 
 use std::fmt::Write as _;
 
+use uuid::Uuid;
+
 use crate::column;
 use crate::error::{Error, Result};
 use crate::event::{
     Change, Column, Content, Event, Identity, OldRow, OutboxRow, Payload, Row, Table, Value, id,
 };
 use crate::message::{Builder, Message, Properties, ROUTE_HEADER};
-use crate::route::{MessageIdRule, Ordering, Plan, TablePlan};
+use crate::route::{MessageIdRule, Ordering, Plan, Route, TablePlan};
 
 const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
@@ -75,7 +77,7 @@ impl Envelope {
         };
         let properties = Properties {
             content_type: row.content_type.as_deref().unwrap_or(default),
-            message_id: message_id(event, plan, part),
+            message_id: message_id(event.id, route, part),
             timestamp: seconds(event.occurred_at_us),
             kind: &row.event_type,
             app_id: &self.app_id,
@@ -117,7 +119,7 @@ impl Envelope {
         write_change(&mut self.body, event, table, change, &self.committed_at.1)?;
         let properties = Properties {
             content_type: JSON,
-            message_id: message_id(event, plan, part),
+            message_id: message_id(event.id, route, part),
             timestamp: seconds(event.occurred_at_us),
             kind: &self.kind,
             app_id: &self.app_id,
@@ -149,10 +151,11 @@ fn write_own_headers(
     builder.header_int("ws-committed-at", event.committed_at_us)
 }
 
-fn message_id(event: &Event, plan: &Plan, part: u16) -> uuid::Uuid {
-    match plan.route.message_id {
-        MessageIdRule::Event => id::part(event.id, part),
-        MessageIdRule::Route => id::part(id::of_route(event.id, &plan.route.name), part),
+/// The id of an event's message number `part` on a route.
+pub fn message_id(event: Uuid, route: &Route, part: u16) -> Uuid {
+    match route.message_id {
+        MessageIdRule::Event => id::part(event, part),
+        MessageIdRule::Route => id::part(id::of_route(event, &route.name), part),
     }
 }
 

@@ -17,6 +17,8 @@ pub enum Verdict {
     TimelineChanged,
     /// The checkpoint lies beyond the end of the server's WAL: an older state was restored.
     CheckpointAhead,
+    /// The checkpoint lies before what this very process had stored: it was set back.
+    CheckpointWentBack,
     /// There is no slot of that name.
     SlotMissing,
     /// The slot cannot be this relay's: another plugin or database, temporary, or two-phase.
@@ -55,11 +57,12 @@ pub enum Verdict {
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Verdict; 21] = [
+    pub const ALL: [Verdict; 22] = [
         Verdict::WalLevel,
         Verdict::OtherCluster,
         Verdict::TimelineChanged,
         Verdict::CheckpointAhead,
+        Verdict::CheckpointWentBack,
         Verdict::SlotMissing,
         Verdict::SlotUnfit,
         Verdict::SlotLost,
@@ -86,6 +89,7 @@ impl Verdict {
             Verdict::OtherCluster => "other_cluster",
             Verdict::TimelineChanged => "timeline_changed",
             Verdict::CheckpointAhead => "checkpoint_ahead",
+            Verdict::CheckpointWentBack => "checkpoint_went_back",
             Verdict::SlotMissing => "slot_missing",
             Verdict::SlotUnfit => "slot_unfit",
             Verdict::SlotLost => "slot_lost",

@@ -6,11 +6,13 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use crate::error::{Error, Kind, Result};
 use crate::event::{Content, Event, id};
 use crate::message::Message;
+use crate::position::Position;
 use crate::publisher::Publisher;
 use crate::relay::checkpoint::Store;
 use crate::relay::lanes::{About, Owner};
 use crate::relay::parked::{Key, Row, Why};
 use crate::relay::parking::Parked;
+use crate::relay::remembered::MessageKey;
 use crate::relay::watermark::EntryId;
 use crate::relay::{Ending, Relay};
 use crate::route::{Decision, Lanes, OnPoison, Plan, unrouted_lanes};
@@ -99,6 +101,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         };
         let bytes = self.made.iter().map(size).sum();
         let count = u16::try_from(self.made.len()).expect("RULES_MAX fits");
+        let position = receipt.position();
         let entry = self.push(receipt, count, bytes);
         self.published.event(event.position.mark);
         let mut made = std::mem::take(&mut self.made);
@@ -106,6 +109,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             match made {
                 Made::Message(message, lanes) => {
                     self.metrics.routes[usize::from(message.route.0)].received.increment(1);
+                    if self.is_left_out(&message, position, lanes, entry) {
+                        continue;
+                    }
                     let about = About {
                         position: event.position,
                         source: event.table.full_name.clone(),
@@ -118,6 +124,27 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
         self.made = made;
         Ok(())
+    }
+
+    /// The broker confirmed the message to an earlier session, and its turn has come: it is settled
+    /// and not sent.
+    fn is_left_out(
+        &mut self,
+        message: &Message,
+        position: Position,
+        lanes: Lanes,
+        entry: EntryId,
+    ) -> bool {
+        if self.remembered.is_empty() {
+            return false;
+        }
+        let key = MessageKey::of(message);
+        if !self.remembered.leaves_out(key, position, lanes) {
+            return false;
+        }
+        self.confirms.add(entry, key);
+        self.window.settle(entry);
+        true
     }
 
     /// Something is parked: makes rows of the messages that must follow it, and leaves out what an

@@ -18,6 +18,7 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::publication::Publication;
 use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_TABLE, postgres_error};
 use crate::position::{Lsn, Mark, Position};
+use crate::relay::own_checkpoint::OwnCheckpoint;
 use crate::relay::parked::Key;
 use crate::relay::parking::store::{self as parked_store, Found};
 use crate::relay::position_check::Failover;
@@ -274,14 +275,20 @@ pub struct PostgresStore {
     riders: Arc<[Statement]>,
     name: Arc<str>,
     session_no: i64,
+    own: Arc<OwnCheckpoint>,
 }
 
 impl PostgresStore {
-    /// For the session that took the row.
+    /// For the session that took the row; `own` is told what is stored.
     ///
     /// # Errors
     /// The server's.
-    pub async fn new(client: Arc<Client>, name: &str, session_no: i64) -> Result<Self> {
+    pub async fn new(
+        client: Arc<Client>,
+        name: &str,
+        session_no: i64,
+        own: Arc<OwnCheckpoint>,
+    ) -> Result<Self> {
         const SQL: &str = include_str!("../../sql/query/checkpoint_store.sql");
         // The row must survive a crash of this server; whether a standby has it does not matter.
         let statement = client.prepare(SQL).await.map_err(postgres_error)?;
@@ -289,7 +296,7 @@ impl PostgresStore {
         for sql in STATEMENTS {
             riders.push(client.prepare(sql).await.map_err(missing_schema)?);
         }
-        Ok(Self { client, statement, riders: riders.into(), name: name.into(), session_no })
+        Ok(Self { client, statement, riders: riders.into(), name: name.into(), session_no, own })
     }
 }
 
@@ -329,6 +336,7 @@ impl PostgresStore {
         })?;
         match written.map_err(postgres_error)? {
             Some(row) => {
+                self.own.stored(position, flush.lsn());
                 let end: PgLsn = row.try_get(0).map_err(postgres_error)?;
                 Ok(Lsn(end.into()))
             }

@@ -6,9 +6,10 @@
 //! its table, and everything after it waits for it.
 //!
 //! A held route's messages wait aside, in order; its first one probes whether the destination
-//! works again. Other routes go on.
+//! works again (`lanes/hold`). Other routes go on.
 //!
-//! A message that can never be published is evicted, with all that wait behind it in its lanes.
+//! A message that can never be published is evicted, with all that wait behind it in its lanes
+//! (`lanes/evict`).
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -26,8 +27,6 @@ use crate::route::Lanes as Keys;
 pub const RETRY_FIRST: Duration = Duration::from_millis(5);
 /// Longest wait before a nacked message is tried again.
 pub const RETRY_LIMIT: Duration = Duration::from_millis(500);
-/// How often a held route is probed with its first message.
-pub const PROBE_EVERY: Duration = Duration::from_secs(5);
 
 /// Whom the end of a message is told to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -105,10 +104,14 @@ pub struct Hold {
     pub reason: String,
     /// Since when.
     pub since: Instant,
-    /// When the next probe may go out.
-    probe_at: Instant,
+    /// When the next probe goes out, if none of another route is out.
+    probe_from: Instant,
+    /// When it goes out in any case.
+    probe_by: Instant,
     /// The probe that is out.
     probing: Option<u32>,
+    /// When the last probe went out.
+    probed: Option<Instant>,
 }
 
 /// Lanes hold ready-made hashes as keys; hashing them again would be work for nothing.
@@ -243,13 +246,7 @@ impl Lanes {
             return None;
         }
         let retry = self.retries.keys().next().map(|(due, _)| *due);
-        let probe = self
-            .holds
-            .iter()
-            .filter(|(route, hold)| hold.probing.is_none() && self.first_aside(**route).is_some())
-            .map(|(_, hold)| hold.probe_at)
-            .min();
-        [retry, probe].into_iter().flatten().min()
+        [retry, self.probe_at()].into_iter().flatten().min()
     }
 
     /// The broker has it: the message leaves, its lanes move on, and a hold that it probed ends.
@@ -283,29 +280,6 @@ impl Lanes {
         self.retries_of.insert((route, order), now + wait);
         self.end_probe(id, route);
         nacked
-    }
-
-    /// The destination is broken: the message's route is held, and the message waits at the head
-    /// of its lane. Returns whether the hold is new.
-    pub fn hold(&mut self, ticket: Ticket, reason: String, now: Instant) -> bool {
-        let id = self.landed(ticket);
-        let (route, order) = (self.at(id).message.route, self.at(id).order);
-        self.aside.insert((route, order), id);
-        match self.holds.get_mut(&route) {
-            Some(hold) => {
-                if hold.probing == Some(id) {
-                    hold.probing = None;
-                    hold.probe_at = now + probe_after(route);
-                    hold.reason = reason;
-                }
-                false
-            }
-            None => {
-                let probe_at = now + probe_after(route);
-                self.holds.insert(route, Hold { reason, since: now, probe_at, probing: None });
-                true
-            }
-        }
     }
 
     fn next_id(&mut self, now: Instant) -> Option<u32> {
@@ -342,57 +316,6 @@ impl Lanes {
         self.retries_of.remove(&key);
         let id = self.retries.remove(&(due, key.1)).expect("both maps hold the same messages");
         self.ready.push_back(id);
-    }
-
-    fn next_probe(&mut self, now: Instant) -> Option<u32> {
-        if self.holds.is_empty() {
-            return None;
-        }
-        let due = |hold: &Hold| hold.probing.is_none() && hold.probe_at <= now;
-        let routes: Vec<RouteId> =
-            self.holds.iter().filter(|(_, hold)| due(hold)).map(|(route, _)| *route).collect();
-        for route in routes {
-            if let Some(key) = self.first_aside(route) {
-                let id = self.aside.remove(&key).expect("the key was just read");
-                self.holds.get_mut(&route).expect("the route is held").probing = Some(id);
-                self.probes += 1;
-                return Some(id);
-            }
-        }
-        None
-    }
-
-    fn first_aside(&self, route: RouteId) -> Option<(RouteId, u64)> {
-        self.aside.range((route, 0)..=(route, u64::MAX)).next().map(|(key, _)| *key)
-    }
-
-    /// Puts the message aside when its route is held.
-    fn unless_held(&mut self, id: u32) -> Option<u32> {
-        if self.holds.is_empty() {
-            return Some(id);
-        }
-        let (route, order) = (self.at(id).message.route, self.at(id).order);
-        if self.holds.contains_key(&route) {
-            self.aside.insert((route, order), id);
-            return None;
-        }
-        Some(id)
-    }
-
-    /// When `id` was the probe of a hold, the hold ends and what it kept goes first.
-    fn end_probe(&mut self, id: u32, route: RouteId) -> bool {
-        if self.holds.get(&route).and_then(|hold| hold.probing) != Some(id) {
-            return false;
-        }
-        self.holds.remove(&route);
-        let mut last_first = Vec::new();
-        while let Some(key) = self.first_aside(route) {
-            last_first.extend(self.aside.remove(&key));
-        }
-        for id in last_first.into_iter().rev() {
-            self.ready.push_front(id);
-        }
-        true
     }
 
     /// Past the barrier check: joins its lanes, and is ready when it heads all of them.
@@ -525,11 +448,9 @@ fn group_of(keys: Keys) -> Option<(u64, bool)> {
 }
 
 mod evict;
-/// Routes of one exchange were often held together; probed together, the one whose probe closes
-/// their channel would take the answers to the others along, again and again.
-fn probe_after(route: RouteId) -> Duration {
-    PROBE_EVERY + Duration::from_millis(25) * u32::from(route.0 % 40)
-}
+mod hold;
+
+pub use hold::{PROBE_FIRST, PROBE_LIMIT};
 
 #[cfg(test)]
 mod tests;

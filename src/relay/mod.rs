@@ -12,11 +12,13 @@ pub mod lanes;
 pub mod observed;
 mod options;
 mod outcomes;
+pub mod own_checkpoint;
 pub mod parked;
 pub mod parking;
 pub mod phantoms;
 pub mod position_check;
 pub mod progress;
+pub mod remembered;
 mod retries;
 pub mod rider;
 pub mod session;
@@ -33,7 +35,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
 use crate::envelope::Envelope;
 use crate::error::{Error, Result};
@@ -48,6 +50,7 @@ use crate::relay::observed::Observed;
 use crate::relay::parking::Parking;
 use crate::relay::phantoms::Published;
 use crate::relay::progress::{Idle, Progress};
+use crate::relay::remembered::{Confirms, Remembered};
 use crate::relay::status::Status;
 use crate::relay::watermark::Watermark;
 use crate::route::{Plans, Router};
@@ -59,6 +62,8 @@ pub use options::{Options, Tuning, Window};
 const BATCH_MAX: usize = 512;
 /// Longest time between two ticks: connections are kept alive by them, and probes look at them.
 const TICK_MAX: Duration = Duration::from_secs(1);
+/// How long the end of a session without a broker may wait for its last checkpoint.
+const LAST_STORE_LIMIT: Duration = Duration::from_secs(1);
 
 /// One session's engine between a source and a publisher, with a store of its progress.
 pub struct Relay<S, P, C> {
@@ -73,6 +78,10 @@ pub struct Relay<S, P, C> {
     tuning: Tuning,
     window: Watermark,
     lanes: Lanes,
+    /// What was confirmed in this session and may not be covered by a checkpoint.
+    confirms: Confirms,
+    /// The same of earlier sessions.
+    remembered: Remembered,
     progress: Progress,
     idle: Idle,
     batch: Vec<Item>,
@@ -122,6 +131,17 @@ pub struct Parts<S, P, C> {
     pub canary: Arc<Canary>,
     /// What earlier sessions published.
     pub published: Published,
+    /// What earlier sessions got confirms for.
+    pub remembered: Remembered,
+}
+
+/// What a process carries from one session to the next.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// What was published lately.
+    pub published: Published,
+    /// What was confirmed and may not be covered by a checkpoint.
+    pub remembered: Remembered,
 }
 
 /// Whether the relay is asked to end.
@@ -150,6 +170,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             status,
             canary,
             published,
+            remembered,
         } = parts;
         Self {
             source,
@@ -162,6 +183,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             tuning: *tuning,
             window: Watermark::new(),
             lanes: Lanes::new(),
+            confirms: Confirms::new(),
+            remembered,
             idle: Idle::new(tuning.idle_interval, Instant::now().into_std()),
             progress,
             batch: Vec::new(),
@@ -212,8 +235,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     self.drain(None);
                 }
                 done = self.publisher.next_outcomes(&mut self.outcomes) => {
-                    done?;
-                    self.settle_outcomes()?;
+                    // What was confirmed before the connection broke is confirmed.
+                    let settled = self.settle_outcomes();
+                    if let Err(lost) = done.and(settled) {
+                        self.store_last().await;
+                        return Err(lost);
+                    }
                 }
                 stored = pending(&mut self.storing), if self.storing.is_some() => {
                     self.storing = None;
@@ -233,10 +260,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
     }
 
-    /// Closes both ends in order; best effort. Returns what was published lately.
-    pub async fn close(self) -> Published {
+    /// Closes both ends in order; best effort. Returns what the next session goes on with.
+    pub async fn close(self) -> Kept {
+        let released = self.released().into_iter();
+        let remembered = self.remembered.after(&self.confirms, &self.window, released);
         tokio::join!(self.publisher.close(), self.source.close());
-        self.published
+        Kept { published: self.published, remembered }
     }
 
     /// Progress so far.
@@ -285,11 +314,40 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let due = self.progress.is_due() || self.drained();
         let idle = self.storing.is_none() && self.looking.is_none();
         if due && idle && self.has_unstored() {
-            let (position, flush) = self.progress.begin_storing();
-            let mut riders = self.parking.take_riders(position);
-            riders.extend(rider::of_notes(std::mem::take(&mut self.notes)));
-            self.storing = Some(Box::pin(self.store.store(position, flush, riders)));
+            self.begin_storing();
         }
+    }
+
+    fn begin_storing(&mut self) {
+        let (position, flush) = self.progress.begin_storing();
+        let mut riders = self.parking.take_riders(position);
+        riders.extend(rider::of_notes(std::mem::take(&mut self.notes)));
+        self.storing = Some(Box::pin(self.store.store(position, flush, riders)));
+    }
+
+    /// The broker is lost: stores what is settled, so that it is not sent again. Not for long: it
+    /// may be Postgres that is away, too.
+    async fn store_last(&mut self) {
+        let failed = match timeout(LAST_STORE_LIMIT, self.store_settled()).await {
+            Ok(stored) => stored.err(),
+            Err(_) => Some(Error::unreachable(format!("not within {LAST_STORE_LIMIT:?}"))),
+        };
+        if let Some(error) = failed {
+            tracing::info!(error = %error, "the last checkpoint of the session was not stored");
+        }
+    }
+
+    /// Stores everything that is settled. Cancel-safe: the loop goes on from wherever it stopped.
+    async fn store_settled(&mut self) -> Result<()> {
+        while self.storing.is_some() || self.has_unstored() {
+            if self.storing.is_none() {
+                self.begin_storing();
+            }
+            let stored = pending(&mut self.storing).await;
+            self.storing = None;
+            self.stored(stored?).await?;
+        }
+        Ok(())
     }
 
     fn has_unstored(&self) -> bool {

@@ -11,13 +11,18 @@ use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
 use crate::relay::lanes::{Owner, Slot};
 use crate::relay::parked::{Key, Row, RowState, Why, raw_message, shorten};
+use crate::relay::remembered::MessageKey;
 use crate::route::OnPoison;
 use crate::source::Source;
 use crate::verdict::Verdict;
 
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Every outcome of the publisher, each exactly once.
+    ///
+    /// # Errors
+    /// When the broker closed a channel for a reason that is no message's: the session is over.
     pub(super) fn settle_outcomes(&mut self) -> Result<()> {
+        let mut over = None;
         let now = tokio::time::Instant::now().into_std();
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut outcomes = std::mem::take(&mut self.outcomes);
@@ -38,20 +43,24 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     Cause::Destination => self.hold(ticket, text, now),
                     Cause::Message => self.refused(ticket, &text, now),
                     Cause::Session => {
-                        return Err(reply::error("broker closed a channel", code, &text));
+                        // What other messages became is still good.
+                        over = Some(reply::error("broker closed a channel", code, &text));
                     }
                 },
             }
         }
         self.outcomes = outcomes;
         self.settle_prefix();
-        Ok(())
+        over.map_or(Ok(()), Err)
     }
 
     fn confirmed(&mut self, ticket: Ticket, clock: Duration) {
         let (slot, released) = self.lanes.confirmed(ticket);
         match slot.owner {
-            Owner::Window(entry) => self.window.settle(entry),
+            Owner::Window(entry) => {
+                self.confirms.add(entry, MessageKey::of(&slot.message));
+                self.window.settle(entry);
+            }
             Owner::Parked(number) => {
                 self.parking.confirmed(number);
                 self.retry_due = true;
@@ -181,6 +190,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         if let Some(mut receipt) = self.window.take_settled() {
             self.progress.settled(&receipt);
             self.notes.append(&mut receipt.take_notes());
+            self.confirms.prune(&self.window);
         }
     }
 

@@ -425,9 +425,11 @@ pub fn plan(
                 return Err(Error::refused(format!("slot {name:?} was made by somebody else"))
                     .hint("drop it by hand if nobody needs it: then its absence can be accepted"));
             }
-            Verdict::PublicationAltered | Verdict::TableRemoved | Verdict::TableRecreated => {
-                From::Checkpoint
-            }
+            // Only the process that lived through it knows of a row that went back.
+            Verdict::CheckpointWentBack
+            | Verdict::PublicationAltered
+            | Verdict::TableRemoved
+            | Verdict::TableRecreated => From::Checkpoint,
             Verdict::OtherCluster
             | Verdict::TimelineChanged
             | Verdict::CheckpointAhead

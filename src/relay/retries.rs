@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::envelope::message_id;
 use crate::error::{Error, Result};
 use crate::message::{Message, Parts};
+use crate::position::Position;
 use crate::publisher::Publisher;
 use crate::relay::admission::fits;
 use crate::relay::checkpoint::Store;
@@ -14,6 +16,7 @@ use crate::relay::lanes::{About, Owner};
 use crate::relay::parked::{Raw, Row, Why, shorten};
 use crate::relay::parking::Next;
 use crate::relay::parking::store::Found;
+use crate::relay::remembered::MessageKey;
 use crate::relay::{Ending, Relay};
 use crate::route::{Decision, Lanes, Ordering};
 use crate::source::Source;
@@ -51,6 +54,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     let (about, now) = (about(&row), Instant::now().into_std());
                     for (message, lanes) in messages {
                         let owner = Owner::Window(entry);
+                        self.remembered.sends(message.route, lanes);
                         self.lanes.admit(message, about.clone(), lanes, owner, now);
                     }
                 }
@@ -96,6 +100,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 for (message, lanes) in messages {
                     self.metrics.parked.retried.increment(1);
                     let owner = Owner::Parked(number);
+                    self.remembered.sends(message.route, lanes);
                     self.lanes.admit(message, about.clone(), lanes, owner, now);
                 }
             }
@@ -111,6 +116,22 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 self.parking.refused(&row.key, why, shorten(&error));
             }
         }
+    }
+
+    /// Messages that were parked and published before a checkpoint passed them. A row of an event
+    /// that no route selected has several, and is not among them.
+    pub(super) fn released(&self) -> Vec<(MessageKey, Position)> {
+        let rows = self.parking.released_unwritten();
+        let message = |row: &Row| {
+            let route = self.router.by_name(&row.key.route)?;
+            let part = row.key.part;
+            let id = match &row.raw {
+                Raw::Event(_) => message_id(row.id, route, part),
+                Raw::Message { .. } => row.id,
+            };
+            Some((MessageKey { id, route: route.id, part }, row.key.position))
+        };
+        rows.filter_map(message).collect()
     }
 
     /// The messages of a parked row under the routes as they are now.

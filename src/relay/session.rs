@@ -24,13 +24,14 @@ use crate::position::Lsn;
 use crate::publisher::Publisher as _;
 use crate::relay::canary::Canary;
 use crate::relay::checkpoint::{self, PostgresStore, Row};
+use crate::relay::own_checkpoint::{LastKnown, OwnCheckpoint};
 use crate::relay::parking::{Parking, store as parked};
-use crate::relay::phantoms::Published;
 use crate::relay::position_check::{self, Failover, Start};
 use crate::relay::progress::Progress;
+use crate::relay::remembered::Remembered;
 use crate::relay::status::Status;
 use crate::relay::table_check;
-use crate::relay::{Options, Parts, Relay};
+use crate::relay::{Kept, Options, Parts, Relay};
 use crate::route::{Plans, Router, keys_of};
 use crate::source::transaction::{self, Assembler, CapturedTable, Timelines};
 use crate::source::wal::{Timing, Wal};
@@ -53,6 +54,8 @@ pub struct Shared {
     pub status: Arc<Status>,
     /// What was written to be seen in the stream.
     pub canary: Arc<Canary>,
+    /// What the process itself last took or stored of its checkpoint.
+    pub own: Arc<OwnCheckpoint>,
 }
 
 /// Opens all three connections and starts the stream.
@@ -66,13 +69,14 @@ pub async fn open(
     options: &Options,
     router: &Arc<Router>,
     shared: &Shared,
-    published: &mut Published,
+    kept: &mut Kept,
 ) -> Result<Session> {
     let mut broker = options.broker.clone();
     broker.exchanges = router.exchanges().to_vec();
     broker.lock_queue = Some(format!("watership.{}.lock", options.name));
     let mut publisher = counted(Connection::open(&broker).await, &shared.metrics.lock_busy)?;
-    let prepared = beside(&mut publisher, prepare(options, &broker, &shared.metrics)).await;
+    let preparing = prepare(options, &broker, shared, &mut kept.remembered);
+    let prepared = beside(&mut publisher, preparing).await;
     let Prepared { source, keys, store, parking, taken, closed } = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
@@ -82,7 +86,7 @@ pub async fn open(
     };
     let row = taken.row;
     if let Some(failover) = taken.failover {
-        let phantoms = published.take_beyond(failover.switch);
+        let phantoms = kept.published.take_beyond(failover.switch);
         shared.metrics.wal.phantom_suspected.increment(phantoms);
         tracing::warn!(
             timeline = failover.timeline,
@@ -99,6 +103,7 @@ pub async fn open(
         position = %row.position,
         flush_lsn = %row.flush_lsn,
         slot = options.slot,
+        remembered = kept.remembered.len(),
         "streaming"
     );
     let parts = Parts {
@@ -112,7 +117,8 @@ pub async fn open(
         metrics: shared.metrics.clone(),
         status: shared.status.clone(),
         canary: shared.canary.clone(),
-        published: std::mem::take(published),
+        published: std::mem::take(&mut kept.published),
+        remembered: std::mem::take(&mut kept.remembered),
     };
     shared.canary.begin(row.flush_lsn, taken.canary, std::time::Instant::now());
     Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed })
@@ -152,8 +158,10 @@ struct Prepared {
 async fn prepare(
     options: &Options,
     broker: &crate::amqp::options::Options,
-    metrics: &Metrics,
+    shared: &Shared,
+    remembered: &mut Remembered,
 ) -> Result<Prepared> {
+    let busy = &shared.metrics.slot_busy;
     let (SqlConnection { client, closed }, mut replication, ()) = tokio::try_join!(
         sql(&options.sql),
         ReplicationConnection::connect(&options.sql),
@@ -163,7 +171,8 @@ async fn prepare(
     // Whether a standby has the checkpoint does not matter, and it may be away for long.
     client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
     let (timelines, system_id) = timelines(&mut replication).await?;
-    let taken = counted(take_over(&client, options, &timelines).await, &metrics.slot_busy)?;
+    let taken = take_over(&client, options, &timelines, &shared.own, remembered).await;
+    let taken = counted(taken, busy)?;
     let row = &taken.row;
     if system_id != row.system_id {
         let text = "the replication connection reaches another cluster than the SQL connection";
@@ -171,13 +180,14 @@ async fn prepare(
             .hint("source.url must name one server, not a balancer"));
     }
     let stream = stream(&client, replication, options, &taken, timelines).await;
-    let (stream, assembler, keys) = counted(stream, &metrics.slot_busy)?;
+    let (stream, assembler, keys) = counted(stream, busy)?;
     let timing = Timing::new(taken.server.wal_sender_timeout);
     let source = Wal::new(stream, assembler, timing, row.flush_lsn);
     let found = parked::index(&client, &options.name).await?;
     let known = parked::known(&client, &options.name, row.position).await?;
     let parking = Parking::new(options.tuning.parked, found, known);
-    let store = PostgresStore::new(client, &options.name, row.session_no).await?;
+    let own = shared.own.clone();
+    let store = PostgresStore::new(client, &options.name, row.session_no, own).await?;
     Ok(Prepared { source, keys, store, parking, taken, closed })
 }
 
@@ -191,8 +201,14 @@ struct TakenOver {
 }
 
 /// Reads the checkpoint, makes sure that it may be started from, and takes it over.
-async fn take_over(client: &Client, options: &Options, timelines: &Timelines) -> Result<TakenOver> {
-    let name = &options.name;
+async fn take_over(
+    client: &Client,
+    options: &Options,
+    timelines: &Timelines,
+    own: &OwnCheckpoint,
+    remembered: &mut Remembered,
+) -> Result<TakenOver> {
+    let (name, mark) = (&options.name, own.last_known());
     let found = look(client, options).await?;
     if found.server.timeline != timelines.current() {
         // Promoted between two looks: the history is that of before.
@@ -200,6 +216,7 @@ async fn take_over(client: &Client, options: &Options, timelines: &Timelines) ->
         let text = format!("the server went from timeline {then} to {now} just now");
         return Err(Error::unreachable(text).hint("nothing: the next session reads the new one"));
     }
+    found.verify_own(mark)?;
     let failover = match found.verify(options, timelines.history())? {
         Start::AsStored => None,
         Start::Failover(failover) => Some(failover),
@@ -222,6 +239,7 @@ async fn take_over(client: &Client, options: &Options, timelines: &Timelines) ->
         followed.ok_or_else(|| checkpoint::taken_over(name))?;
     }
     let row = checkpoint::take_session(client, name, publication.oid).await?;
+    own.took(&row, remembered);
     let wanted = options.wanted();
     let unwanted = publication.tables.iter().map(|published| published.table.to_string());
     let unwanted: Vec<String> = unwanted.filter(|table| !wanted.contains(table)).collect();
@@ -296,6 +314,21 @@ impl Found {
         let start = self.verify_position(history)?;
         self.verify_publication(options)?;
         Ok(start)
+    }
+
+    /// Compares the row with what this process last knew of it; `mark` was read before the row.
+    /// On a standby, another cluster or another timeline the row is another one's, and
+    /// [`Found::verify`] says so.
+    ///
+    /// # Errors
+    /// A named verdict.
+    pub fn verify_own(&self, mark: Option<LastKnown>) -> Result<()> {
+        let Self { row, server, .. } = self;
+        let here = server.system_identifier == row.system_id && !self.is_elsewhere();
+        match mark {
+            Some(mark) if here && !server.in_recovery => mark.verify(row),
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Everything that is in the way.

@@ -12,11 +12,11 @@ use crate::error::{Code, Error, Result, Retry};
 use crate::metrics::Metrics;
 use crate::position::Position;
 use crate::relay::canary::Canary;
-use crate::relay::phantoms::Published;
+use crate::relay::own_checkpoint::OwnCheckpoint;
 use crate::relay::session::{self, Session, Shared};
 use crate::relay::status::Status;
 use crate::relay::unsendable::Unsendable;
-use crate::relay::{Options, audit, upkeep};
+use crate::relay::{Kept, Options, audit, upkeep};
 use crate::route::Router;
 
 /// First upper bound of the wait between two sessions.
@@ -43,10 +43,11 @@ pub async fn run(
 ) -> Result<()> {
     let router = Arc::new(Router::new(&options.rules)?);
     let canary = Canary::new(options.canary_interval);
-    let shared = Shared { metrics: metrics.clone(), status: status.clone(), canary };
+    let own = Arc::new(OwnCheckpoint::default());
+    let shared = Shared { metrics: metrics.clone(), status: status.clone(), canary, own };
     let (doubt, mut doubts) = mpsc::channel(1);
     let upkeep = tokio::spawn(upkeep::run(options.clone(), shared.clone(), doubt));
-    let mut published = Published::default();
+    let mut kept = Kept::default();
     let audit = tokio::spawn(audit::run(options.clone(), metrics.clone(), status.clone()));
     let mut backoff = Backoff::new(FIRST_WAIT, SOON_LIMIT);
     let mut unsendable = Unsendable::default();
@@ -55,7 +56,7 @@ pub async fn run(
     let result = loop {
         metrics.sessions.increment(1);
         let stop = shutdown.clone();
-        let life = one_session(&options, &router, &shared, &mut published, &mut doubts, stop).await;
+        let life = one_session(&options, &router, &shared, &mut kept, &mut doubts, stop).await;
         metrics.ended(life.result.as_ref().err());
         metrics.session_over();
         status.session_over();
@@ -115,7 +116,7 @@ async fn one_session(
     options: &Options,
     router: &Arc<Router>,
     shared: &Shared,
-    published: &mut Published,
+    kept: &mut Kept,
     doubts: &mut mpsc::Receiver<Error>,
     mut shutdown: watch::Receiver<bool>,
 ) -> Life {
@@ -124,7 +125,7 @@ async fn one_session(
     show(status, &shared.metrics);
     let opened = tokio::select! { biased;
         _ = shutdown.wait_for(|stop| *stop) => return Life::unopened(Ok(())),
-        opened = session::open(options, router, shared, published) => opened,
+        opened = session::open(options, router, shared, kept) => opened,
     };
     let Session { mut relay, mut closed } = match opened {
         Ok(session) => session,
@@ -157,7 +158,7 @@ async fn one_session(
     };
     shared.canary.end();
     let received = Some(relay.progress().received_position());
-    *published = relay.close().await;
+    *kept = relay.close().await;
     Life { result, streamed: Some(began.elapsed()), received }
 }
 

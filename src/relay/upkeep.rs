@@ -125,7 +125,7 @@ async fn compare_streaming(
     doubts: &mpsc::Sender<Error>,
 ) -> Result<()> {
     if shared.status.is_streaming()
-        && let Some(doubt) = compare(client, options).await?
+        && let Some(doubt) = compare(client, options, shared).await?
     {
         // A full channel means that one is on its way.
         let _ = doubts.try_send(doubt);
@@ -160,7 +160,8 @@ async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Re
 }
 
 /// What a session was started from must still hold while it runs.
-async fn compare(client: &Client, options: &Options) -> Result<Option<Error>> {
+async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<Option<Error>> {
+    let mark = shared.own.last_known();
     let found = match session::look(client, options).await {
         Ok(found) => found,
         Err(error) if error.kind().is_verdict() => return Ok(Some(error)),
@@ -170,7 +171,8 @@ async fn compare(client: &Client, options: &Options) -> Result<Option<Error>> {
         let text = "the server behind source.url is on another timeline than the session";
         return Ok(Some(Error::unreachable(text).hint("the next session decides about it")));
     }
-    if let Err(error) = found.verify(options, &[]) {
+    let verified = found.verify_own(mark).and_then(|()| found.verify(options, &[]).map(drop));
+    if let Err(error) = verified {
         return Ok(Some(error));
     }
     let Some(publication) = found.publication() else { return Ok(None) };

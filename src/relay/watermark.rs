@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 
+use crate::position::Position;
 use crate::source::Receipt;
 
 /// Number of an entry; grows by one with each.
@@ -65,6 +66,12 @@ impl Watermark {
         entry.open -= 1;
     }
 
+    /// Where the entry stands in the source; absent once it has left with the settled prefix.
+    pub fn position(&self, id: EntryId) -> Option<Position> {
+        let index = usize::try_from(id.0.checked_sub(self.first)?).ok()?;
+        self.entries.get(index).map(|entry| entry.receipt.position())
+    }
+
     /// Takes the settled prefix off and gives back what covers it.
     pub fn take_settled(&mut self) -> Option<Receipt> {
         let mut covered: Option<Receipt> = None;
@@ -99,7 +106,7 @@ impl Watermark {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::{Mark, Position};
+    use crate::position::Mark;
 
     fn receipt(lsn: u64, ordinal: u64, flush: Option<u64>) -> Receipt {
         let position = Position { epoch: 1, mark: Mark(lsn), ordinal, sub: 0 };
@@ -115,8 +122,10 @@ mod tests {
         window.settle(second);
         window.settle(second);
         assert_eq!(window.take_settled(), None);
+        assert_eq!(window.position(second), Some(receipt(10, 2, None).position()));
         window.settle(first);
         assert_eq!(window.take_settled(), Some(receipt(10, 2, Some(12))));
+        assert_eq!(window.position(second), None, "it has left");
         assert!(window.is_empty());
         assert_eq!(window.bytes(), 0);
     }

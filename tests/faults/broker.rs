@@ -10,18 +10,19 @@ use lapin::options::{
 use lapin::types::FieldTable;
 use serde_json::Value;
 use tokio::time::Instant;
-use watership::dev::Signal;
+use watership::dev::{Rabbit, Signal};
 
 use crate::report::Class;
 use crate::support::full;
-use crate::support::relay::{EXCHANGE, QUEUE};
-use crate::support::scene::{Scene, plain, recovered_after};
+use crate::support::judge::Judged;
+use crate::support::relay::{EXCHANGE, QUEUE, Window};
+use crate::support::scene::{Place, Scene, plain, recovered_after};
 use crate::support::servers::{
     Vhost, execute, first_confirm, own_database, own_node, own_vhost, rabbit, vhost_on,
 };
 use crate::support::topology::{bind, declare, empty, held, unbind};
 use crate::support::waiting::{POLL, throughout};
-use crate::support::writers::STEADY;
+use crate::support::writers::{Load, STEADY};
 
 const UNREACHABLE: &str = "watership_reconnects_total{cause=\"unreachable\"}";
 /// A relay works again so soon after others are served; alone on a machine within a second.
@@ -62,6 +63,66 @@ async fn broker_d01_kill_nine_of_the_node() {
     scene.consume();
     scene.enough();
     class.survived(&scene.judge().await);
+}
+
+/// Messages of a backlog that may be without a confirm at once: few, so that it shows when more
+/// than those are sent again.
+const UNCONFIRMED: u32 = 100;
+
+/// 60,000 events flow as fast as they can when the broker is lost; returns how many came twice.
+async fn lost_in_full_flow(title: &str, lose: impl AsyncFnOnce(&mut Rabbit)) -> Judged {
+    const EVENTS: u32 = 60_000;
+    let (mut node, database) = (own_node().await, own_database().await);
+    let url = vhost_on(&node).await;
+    first_confirm(url.clone()).await;
+    let window = Window { unconfirmed: UNCONFIRMED, ..Window::default() };
+    let (here, broker) = (&*database.url, &*url);
+    let place = Place {
+        title,
+        database: here,
+        broker,
+        relay_database: here,
+        relay_broker: broker,
+        window,
+        settings: "",
+    };
+    let mut scene = Scene::at(place).await;
+    scene.write(Load { events: EVENTS, rate: 0, rows: 50 });
+    scene.written().await;
+    scene.relay().start();
+    // See D1 for the reason why not at once.
+    scene.confirmed_more(5_000).await;
+    scene.fault(title);
+    lose(&mut node).await;
+    scene.relay().logs(&["session ended", "unreachable"]).await;
+    let before = scene.relay().confirmed().await;
+    assert!(before < u64::from(EVENTS) / 2, "{before} were confirmed: it was lost too late");
+    if node.pid().is_none() {
+        node.start_again().await.expect("the node starts again");
+    }
+    recovered_after(&mut scene, first_confirm(url.clone()), before).await;
+    scene.consume();
+    scene.judge().await
+}
+
+#[tokio::test]
+async fn broker_d01_kill_nine_in_full_flow_repeats_only_what_had_no_confirm() {
+    let class = Class::new("D1", "broker_d01_kill_nine_in_full_flow");
+    let judged = lost_in_full_flow("kill -9 of the broker", async |node| node.kill().await).await;
+    assert!(judged.duplicates <= u64::from(UNCONFIRMED), "{judged:?}");
+    class.survived(&judged);
+}
+
+#[tokio::test]
+async fn broker_d03_connection_closed_in_full_flow_repeats_only_what_had_no_confirm() {
+    let class = Class::new("D3", "broker_d03_connection_closed_in_full_flow");
+    let close = async |node: &mut Rabbit| {
+        let closed = node.ctl(&["close_all_connections", "--global", "a test"]).await;
+        closed.expect("all connections are closed");
+    };
+    let judged = lost_in_full_flow("all connections closed", close).await;
+    assert!(judged.duplicates <= u64::from(UNCONFIRMED), "{judged:?}");
+    class.survived(&judged);
 }
 
 #[tokio::test]

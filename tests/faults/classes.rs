@@ -28,7 +28,14 @@ const PROVED: &[Proved] = &[
     ),
     ("A8", "failover, no slot on the new primary", &["cluster::pg_a08"]),
     ("A9", "another cluster", &["it relay_verdicts::another_cluster_behind_the_url_is_a_verdict"]),
-    ("A10", "an old copy of the data", &["cluster::pg_a10"]),
+    (
+        "A10",
+        "an old copy of the data",
+        &[
+            "cluster::pg_a10",
+            "it position::a_checkpoint_that_went_back_is_a_verdict_of_the_next_session",
+        ],
+    ),
     ("A12", "disk of Postgres full", &["host_limits::host_limits_a12"]),
     ("A13", "connections or walsenders exhausted", &["pg::pg_a13"]),
     ("A14", "walsender killed", &["pg::pg_a14"]),

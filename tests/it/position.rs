@@ -231,6 +231,43 @@ async fn an_altered_publication_is_a_verdict_and_a_further_table_is_none() {
     relay.stop().await.expect_code(0);
 }
 
+/// Sets the checkpoint back under a running relay, which ends with a verdict; a person has it go
+/// on, and a relay that is started afterwards finds nothing wrong.
+async fn went_back(set_back: &str, new_session: bool) {
+    let stage = stage("").await;
+    let relay = stage.start().await;
+    stage.execute(&emit("seen")).await;
+    stage.settled().await;
+    stage.execute(&format!("UPDATE watership.checkpoint SET {set_back}")).await;
+    if new_session {
+        let slots = format!("pg_replication_slots WHERE slot_name = '{}'", stage.slot);
+        stage.execute(&format!("SELECT pg_terminate_backend(active_pid) FROM {slots}")).await;
+    }
+    let ended = relay.ended().await;
+    let begins = "checkpoint_went_back: ";
+    ended.expect_code(3).expect_text(&[begins, "--anyway --from checkpoint"]);
+    let asked = ["resync", "--accept-gap", "--reason", "x", "--anyway", "--from", "checkpoint"];
+    stage.run(&asked).await.expect_code(0);
+    let relay = stage.start().await;
+    assert_goes_on(&stage).await;
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_went_back_is_a_verdict_of_the_next_session() {
+    went_back("commit_lsn = '0/1'", true).await;
+}
+
+#[tokio::test]
+async fn a_checkpoint_of_an_earlier_session_is_a_verdict_of_the_next_session() {
+    went_back("session_no = session_no - 1", true).await;
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_went_back_is_noticed_while_the_relay_runs() {
+    went_back("commit_lsn = '0/1'", false).await;
+}
+
 #[tokio::test]
 async fn the_canary_comes_through_and_is_neither_event_nor_progress() {
     // Alone on its server: WAL of others is something to advance for.

@@ -198,6 +198,31 @@ async fn a_broken_destination_holds_its_route_only_and_goes_on_by_itself_when_me
 }
 
 #[tokio::test]
+async fn a_held_route_is_probed_on_and_goes_on_with_the_first_probe_that_arrives() {
+    let stage = Stage::new(Setup { routes: TWO_ROUTES, ..Setup::default() }).await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    let relay = stage.start().await;
+    let probes = async || relay.metric("watership_route_probes_total").await.unwrap_or(0.0);
+    let (none, options) = (lapin::types::FieldTable::default(), Default::default());
+    let unbind = stage.channel.queue_unbind("others".into(), "other".into(), "#".into(), none);
+    unbind.await.expect("unbound");
+    emit_both(&stage, 1..=3).await;
+    until("some probes", async || probes().await >= 4.0).await;
+    assert!(others.flush(&stage.channel, "others").await.is_empty());
+    let none = lapin::types::FieldTable::default();
+    let bind = stage.channel.queue_bind("others".into(), "other".into(), "#".into(), options, none);
+    bind.await.expect("bound");
+    let bound = probes().await;
+    assert_eq!(bodies(&others.count(3).await), ["1", "2", "3"]);
+    until("the hold ends", async || relay.status().await["held"] == json!([])).await;
+    // The metric lags behind by a tick.
+    assert!(probes().await - bound <= 3.0, "the first one after the binding ends the hold");
+    assert_eq!(bodies(&stage.settled().await), ["1", "2", "3"]);
+    assert_eq!(others.flush(&stage.channel, "others").await.len(), 3, "none came twice");
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
 async fn a_key_that_a_delete_does_not_carry_is_told_by_check_and_at_every_start() {
     let sql = "CREATE TABLE public.items (id int PRIMARY KEY, customer int)";
     let routes = "[[route]]\nname = \"items\"\ntable = \"public.items\"\nkey = [\"customer\"]\n\

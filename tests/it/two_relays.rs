@@ -329,7 +329,8 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
     let client = Arc::new(stage.database.connect().await);
     let old = take_session(&client, "shop", oid).await.expect("a session");
     let store = async |session_no| {
-        let store = PostgresStore::new(Arc::clone(&client), "shop", session_no).await;
+        let own = Arc::default();
+        let store = PostgresStore::new(Arc::clone(&client), "shop", session_no, own).await;
         store.expect("a store")
     };
     let at = |lsn: u64| {

@@ -20,12 +20,13 @@ use tokio::time::{sleep, timeout};
 use watership::metrics::{Metrics, RouteLabel};
 use watership::position::{Lsn, Mark, Position};
 use watership::relay::canary::Canary;
+use watership::relay::checkpoint::Row;
+use watership::relay::own_checkpoint::OwnCheckpoint;
 use watership::relay::parked::RowState;
 use watership::relay::parking::{Known, Limits, Parking};
-use watership::relay::phantoms::Published;
 use watership::relay::progress::Progress;
 use watership::relay::status::Status;
-use watership::relay::{Parts, Relay, Tuning, Window};
+use watership::relay::{Kept, Parts, Relay, Tuning, Window};
 use watership::route::{Action, Ordering, Plans, Router, default_rules};
 use world::{Faults, Shared, SimPublisher, SimSource, World};
 
@@ -33,6 +34,9 @@ const EVENTS: u32 = 600;
 const KEYS: u32 = 40;
 const WINDOW: Window = Window { events: 256, bytes: 1 << 20, unconfirmed: 64 };
 const INTERVAL: Duration = Duration::from_millis(100);
+/// Longest simulated time from the loss of the broker to the end of the session: the last
+/// checkpoint has a second, and the clock of this runtime has a grain of a millisecond.
+const LAST_STORE: Duration = Duration::from_millis(1002);
 /// Simulated time after which a run that is not done is stuck.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 
@@ -43,11 +47,34 @@ struct Report {
     allowed: usize,
     sessions: u32,
     runs: u32,
+    /// Sessions that ended with the broker.
+    broker_lost: u32,
+    /// Messages that a session remembered when it began.
+    remembered: usize,
+    /// Checkpoints that went back under a process that knew better.
+    went_back: u32,
+}
+
+/// What a process remembers from session to session.
+#[derive(Default)]
+struct Process {
+    kept: Kept,
+    own: OwnCheckpoint,
+}
+
+/// How a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Done,
+    BrokerLost,
+    Crashed,
 }
 
 struct Run {
     world: Shared,
     store: MemoryStore,
+    process: Process,
+    session_no: i64,
     report: Report,
     crashes_left: u32,
     ordering: Ordering,
@@ -57,13 +84,15 @@ struct Run {
 impl Run {
     fn new(seed: u64, faults: Faults, ordering: Ordering) -> Self {
         let world = World::new(seed, EVENTS, KEYS, faults);
-        let latency = Duration::from_millis(world.borrow_mut().rng.u64(0..30));
+        let latency = if faults.slow_store { 8_000..9_000 } else { 0..30 };
+        let latency = Duration::from_millis(world.borrow_mut().rng.u64(latency));
         let store = MemoryStore::new(latency);
         let (report, crashes_left) = (Report::default(), faults.crashes);
         // Some runs park without a limit, some run into it.
         let rows = if world.borrow_mut().rng.bool() { 10_000 } else { 20 };
         let limits = Limits { rows, keys: 1_000 };
-        Self { world, store, report, crashes_left, ordering, limits }
+        let (process, session_no) = (Process::default(), 0);
+        Self { world, store, process, session_no, report, crashes_left, ordering, limits }
     }
 
     fn checkpoint(&self) -> (Position, Mark) {
@@ -71,10 +100,51 @@ impl Run {
         self.store.rows.lock().unwrap().last().copied().unwrap_or((start, Mark(1000)))
     }
 
-    /// One session: until everything is stored, a lost connection or a crash.
-    async fn session(&mut self) {
-        self.report.sessions += 1;
+    /// Takes the checkpoint over as a session does. When it went back, the process ends, and a
+    /// person has a new one go on where the row is, in a new epoch.
+    fn take_over(&mut self) -> (Position, Mark) {
+        let mark = self.process.own.last_known();
+        let (mut position, flush) = self.checkpoint();
+        if mark.is_some_and(|mark| mark.verify(&self.row()).is_err()) {
+            self.report.went_back += 1;
+            position.epoch += 1;
+            self.store.rows.lock().unwrap().push((position, flush));
+            self.process = Process::default();
+            self.nothing_is_remembered();
+        }
+        self.session_no += 1;
+        let before = self.process.kept.remembered.len();
+        self.process.own.took(&self.row(), &mut self.process.kept.remembered);
+        if self.process.kept.remembered.len() < before {
+            self.nothing_is_remembered();
+        }
+        self.report.remembered += self.process.kept.remembered.len();
+        (position, flush)
+    }
+
+    fn row(&self) -> Row {
         let (position, flush) = self.checkpoint();
+        Row {
+            position,
+            flush_lsn: flush.lsn(),
+            session_no: self.session_no,
+            slot: String::new(),
+            system_id: 7,
+            timeline: 1,
+            publication: String::new(),
+            publication_oid: 1,
+        }
+    }
+
+    /// All that arrived beyond the checkpoint may come again.
+    fn nothing_is_remembered(&mut self) {
+        self.report.allowed += self.world.borrow().uncovered(self.checkpoint().0);
+    }
+
+    /// One session: until everything is stored, a lost connection or a crash.
+    async fn session(&mut self) -> Ended {
+        self.report.sessions += 1;
+        let (position, flush) = self.take_over();
         let mut rules = default_rules();
         if let Action::Publish { ordering, policy, .. } = &mut rules[0].action {
             *ordering = self.ordering;
@@ -84,6 +154,7 @@ impl Run {
             .iter()
             .map(|r| RouteLabel { name: r.name.clone(), owner: r.owner.clone() })
             .collect();
+        let Kept { published, remembered } = std::mem::take(&mut self.process.kept);
         let parts = Parts {
             source: SimSource::new(&self.world, &self.store, position, flush.lsn()),
             publisher: SimPublisher::new(&self.world),
@@ -95,7 +166,8 @@ impl Run {
             metrics: Arc::new(Metrics::new(&labels)),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),
-            published: Published::default(),
+            published,
+            remembered,
         };
         let mut tuning =
             Tuning { window: WINDOW, checkpoint_interval: INTERVAL, ..Tuning::default() };
@@ -106,26 +178,93 @@ impl Run {
         let operator = self.operator();
         let done = self.done();
         let crash = self.crash();
-        tokio::select! {
-            _ = relay.run(shutdown) => {}
-            () = done => {}
+        let ended = tokio::select! {
+            lost = relay.run(shutdown) => {
+                lost.expect_err("nobody asked it to end");
+                Ended::BrokerLost
+            }
+            () = done => Ended::Done,
             () = operator => unreachable!("the operator never ends"),
-            () = crash => self.crashes_left -= 1,
+            () = crash => Ended::Crashed,
+        };
+        let (stored, stored_flush) = relay.progress().stored_checkpoint();
+        self.process.own.stored(stored, stored_flush.lsn());
+        match ended {
+            Ended::BrokerLost => self.process.kept = relay.close().await,
+            Ended::Done | Ended::Crashed => drop(relay),
         }
-        drop(relay);
-        self.report.allowed += self.world.borrow().uncovered(self.checkpoint().0);
+        self.count_doubts(ended);
+        ended
+    }
+
+    /// How many messages may come again because of the end of this session.
+    fn count_doubts(&mut self, ended: Ended) {
+        let faults = self.world.borrow().faults;
+        match ended {
+            Ended::Done => {}
+            Ended::Crashed => {
+                self.crashes_left = self.crashes_left.saturating_sub(1);
+                self.process = Process::default();
+                self.nothing_is_remembered();
+            }
+            Ended::BrokerLost => {
+                self.report.broker_lost += 1;
+                let world = self.world.borrow();
+                let late = world.lost_at.expect("it was lost").elapsed();
+                assert!(late <= LAST_STORE, "the session ended {late:?} after the broker was lost");
+                let in_doubt = world.in_doubt.len();
+                drop(world);
+                assert!(in_doubt <= WINDOW.unconfirmed, "{in_doubt} are in doubt");
+                self.report.allowed += in_doubt;
+                // What is settled was not stored; and the messages of a pipelined route follow each
+                // other, whatever their keys are.
+                if faults.slow_store || self.ordering == Ordering::Pipelined {
+                    self.nothing_is_remembered();
+                }
+            }
+        }
         // A row that arrived and is not marked as released is published again.
         let again = self.store.index();
         let parked = self.store.parked.lock().unwrap();
         let seen = |id| self.world.borrow().has_seen(id);
         self.report.allowed += again.iter().filter(|row| seen(parked[&row.key].id)).count();
-        drop(parked);
-        // The slot was saved at an earlier moment: after a crash of the server it goes back.
-        let mut world = self.world.borrow_mut();
-        if world.rng.bool() {
-            let saved = world.slot.0;
-            let back = world.rng.u64(1000..=saved);
-            world.slot = Lsn(back);
+    }
+
+    /// What happens between two sessions.
+    async fn pause(&mut self) {
+        let (faults, dice) = {
+            let mut world = self.world.borrow_mut();
+            // The slot was saved at an earlier moment: after a crash of the server it goes back.
+            if world.rng.bool() {
+                let saved = world.slot.0;
+                let back = world.rng.u64(1000..=saved);
+                world.slot = Lsn(back);
+            }
+            (world.faults, [world.rng.f64(), world.rng.f64(), world.rng.f64()])
+        };
+        if dice[0] < faults.takeover {
+            let first = std::mem::take(&mut self.process);
+            self.nothing_is_remembered();
+            self.crashes_left += 1;
+            self.session().await;
+            self.process = first;
+            self.nothing_is_remembered();
+        }
+        if dice[1] < faults.resync {
+            let (mut position, flush) = self.checkpoint();
+            (position.epoch, self.session_no) = (position.epoch + 1, self.session_no + 1);
+            self.store.rows.lock().unwrap().push((position, flush));
+        }
+        if dice[2] < faults.restore {
+            let mut rows = self.store.rows.lock().unwrap();
+            let kept = self.world.borrow_mut().rng.usize(0..=rows.len());
+            rows.truncate(kept);
+            drop(rows);
+            let flush = self.checkpoint().1;
+            let mut world = self.world.borrow_mut();
+            world.slot = world.slot.min(flush.lsn());
+            drop(world);
+            self.nothing_is_remembered();
         }
     }
 
@@ -195,16 +334,20 @@ impl Run {
         let numbers: HashMap<_, _> =
             world.log.iter().flat_map(|t| &t.events).map(|e| (e.id, (e.key, e.n))).collect();
         let mut last: HashMap<u32, u32> = HashMap::new();
+        let mut newest: HashMap<u32, u32> = HashMap::new();
         for id in &world.arrived {
+            let (key, n) = numbers[id];
+            newest.insert(key, n);
             if !first.insert(*id) {
                 self.report.duplicates += 1;
                 continue;
             }
-            let (key, n) = numbers[id];
             let before = last.insert(key, n).unwrap_or(0);
             assert!(!with_order || n == before + 1, "key {key}: {n} arrived after {before}");
         }
         assert_eq!(first.len(), numbers.len(), "lost events");
+        // A consumer that keeps only what came last of a key ends up with the last state.
+        assert!(!with_order || newest == last, "an earlier event was the last to arrive");
         assert!(
             self.report.duplicates <= self.report.allowed,
             "{} duplicates, {} were not covered by a checkpoint at a fault",
@@ -234,6 +377,7 @@ fn finished(seed: u64, faults: Faults, ordering: Ordering) -> Run {
         let sessions = timeout(LIMIT, async {
             while !run.is_done() {
                 run.session().await;
+                run.pause().await;
             }
         });
         sessions.await.expect("the run makes progress");
@@ -254,6 +398,9 @@ fn seeds(count: u64, faults: Faults, ordering: Ordering) -> Report {
                 total.duplicates += report.duplicates;
                 total.allowed += report.allowed;
                 total.sessions += report.sessions;
+                total.broker_lost += report.broker_lost;
+                total.remembered += report.remembered;
+                total.went_back += report.went_back;
                 total.runs += 1;
             }
             Err(panic) => {
@@ -296,6 +443,57 @@ fn a_lost_confirm_ends_the_session_and_nothing_is_lost() {
     assert!(total.sessions > total.runs);
 }
 
+fn broker_lost() -> Faults {
+    Faults { cut: 0.004, confirm_lost: 0.002, ..Faults::default() }
+}
+
+#[test]
+fn after_the_broker_was_lost_only_what_had_no_confirm_is_sent_again() {
+    let total = seeds(300, broker_lost(), Ordering::Keyed);
+    assert!(total.duplicates > 0 && total.remembered > 0, "{total:?}");
+    // Without a memory each loss would cost what was confirmed beyond the settled prefix, too.
+    assert!(total.remembered > total.allowed, "{total:?}");
+}
+
+#[test]
+fn a_checkpoint_that_takes_too_long_does_not_hold_up_the_end_of_the_session() {
+    let faults = Faults { slow_store: true, ..broker_lost() };
+    let total = seeds(100, faults, Ordering::Keyed);
+    assert!(total.broker_lost > 0 && total.remembered > 0, "{total:?}");
+}
+
+#[test]
+fn what_is_remembered_is_forgotten_when_another_relay_had_the_checkpoint() {
+    let crash_within = Duration::from_millis(300);
+    let faults = Faults { takeover: 0.5, crash_within, ..broker_lost() };
+    let total = seeds(300, faults, Ordering::Keyed);
+    assert!(total.broker_lost > total.runs && total.remembered > 0, "{total:?}");
+}
+
+#[test]
+fn what_is_remembered_is_forgotten_in_a_new_epoch() {
+    let faults = Faults { resync: 0.5, ..broker_lost() };
+    let total = seeds(300, faults, Ordering::Keyed);
+    assert!(total.broker_lost > total.runs && total.remembered > 0, "{total:?}");
+}
+
+#[test]
+fn a_checkpoint_that_is_restored_under_a_relay_is_a_verdict_and_nothing_is_lost() {
+    let faults = Faults { restore: 0.5, ..broker_lost() };
+    let total = seeds(300, faults, Ordering::Keyed);
+    assert!(total.went_back > total.runs / 2, "{total:?}");
+}
+
+#[test]
+fn parking_survives_the_loss_of_the_broker() {
+    let poison = Faults { poison: 0.01, nack: 0.02, ..broker_lost() };
+    let unroutable = Faults { unroutable: 0.01, nack: 0.02, ..broker_lost() };
+    for faults in [poison, unroutable] {
+        let total = seeds(150, faults, Ordering::Keyed);
+        assert!(total.broker_lost > total.runs && total.remembered > 0, "{total:?}");
+    }
+}
+
 #[test]
 fn an_unbound_queue_holds_the_route_and_it_resumes_by_itself() {
     let faults = Faults { unbound: 0.003, ..Faults::default() };
@@ -311,6 +509,7 @@ fn all_faults_together() {
         cut: 0.003,
         unbound: 0.001,
         poison: 0.005,
+        takeover: 0.1,
         ..crashing()
     };
     seeds(300, faults, Ordering::Keyed);
@@ -374,7 +573,8 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
             metrics: Arc::new(Metrics::new(&[label])),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),
-            published: Published::default(),
+            published: Default::default(),
+            remembered: Default::default(),
         };
         let tuning = Tuning { window: WINDOW, checkpoint_interval: INTERVAL, ..Tuning::default() };
         let mut relay = Relay::new(parts, "sim", &tuning);

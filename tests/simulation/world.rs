@@ -57,6 +57,13 @@ pub struct Faults {
     pub poison: f64,
     /// No queue is bound for this message, this time.
     pub unroutable: f64,
+    /// What comes between two sessions, by session: another relay has the checkpoint for a while, a
+    /// person has it go on in a new epoch, an older state of it is restored.
+    pub takeover: f64,
+    pub resync: f64,
+    pub restore: f64,
+    /// A checkpoint takes longer than the end of a session waits for it.
+    pub slow_store: bool,
 }
 
 /// Everything outside of the relay.
@@ -66,6 +73,10 @@ pub struct World {
     /// Ids in order of arrival.
     pub arrived: Vec<Uuid>,
     seen: HashSet<Uuid>,
+    /// What arrived in this session and whose confirm the relay has not got.
+    pub in_doubt: HashSet<Uuid>,
+    /// When the broker was lost, last.
+    pub lost_at: Option<Instant>,
     /// Transactions at the start of the log that arrived whole.
     whole: usize,
     pub slot: Lsn,
@@ -113,6 +124,8 @@ impl World {
             log,
             arrived: Vec::new(),
             seen: HashSet::new(),
+            in_doubt: HashSet::new(),
+            lost_at: None,
             whole: 0,
             slot: Lsn(1000),
             faults,
@@ -127,6 +140,7 @@ impl World {
     fn arrive(&mut self, id: Uuid) {
         self.arrived.push(id);
         self.seen.insert(id);
+        self.in_doubt.insert(id);
     }
 
     /// How far a server may be told to forget: the first transaction of which something has
@@ -177,7 +191,7 @@ impl SimSource {
         let from = flush.max(world.borrow().slot);
         let next = world.borrow().log.partition_point(|t| t.end_lsn <= from);
         let options = Options {
-            epoch: 1,
+            epoch: stored.epoch,
             system_id: 7,
             timelines: Timelines::new(1, Vec::new()),
             resume_after: stored,
@@ -270,13 +284,14 @@ impl Source for SimSource {
 pub struct SimPublisher {
     world: Shared,
     sent: VecDeque<(Ticket, Uuid)>,
-    answers: Vec<(Instant, Ticket, Outcome)>,
+    answers: Vec<(Instant, Ticket, Uuid, Outcome)>,
     broken_at: Option<Instant>,
 }
 
 impl SimPublisher {
     pub fn new(world: &Shared) -> Self {
         let (sent, answers) = Default::default();
+        world.borrow_mut().in_doubt.clear();
         Self { world: world.clone(), sent, answers, broken_at: None }
     }
 
@@ -298,15 +313,15 @@ impl SimPublisher {
                 world.unbound_until = Some(now + Duration::from_secs(12));
             }
             if world.unbound_until.is_some_and(|until| now < until) {
-                self.answers.push((answer_at, ticket, Outcome::Returned("NO_ROUTE".into())));
+                self.answers.push((answer_at, ticket, id, Outcome::Returned("NO_ROUTE".into())));
                 continue;
             }
             if world.rng.f64() < faults.unroutable {
-                self.answers.push((answer_at, ticket, Outcome::Returned("NO_ROUTE".into())));
+                self.answers.push((answer_at, ticket, id, Outcome::Returned("NO_ROUTE".into())));
                 continue;
             }
             if world.rng.f64() < faults.nack {
-                self.answers.push((answer_at, ticket, Outcome::Nacked));
+                self.answers.push((answer_at, ticket, id, Outcome::Nacked));
                 continue;
             }
             world.arrive(id);
@@ -315,8 +330,23 @@ impl SimPublisher {
                 self.broken_at.get_or_insert(now + Duration::from_secs(30));
                 continue;
             }
-            self.answers.push((answer_at, ticket, Outcome::Confirmed));
+            self.answers.push((answer_at, ticket, id, Outcome::Confirmed));
         }
+    }
+
+    /// Hands on the answers that are here.
+    fn hand_on(&mut self, now: Instant, outcomes: &mut Vec<(Ticket, Outcome)>) {
+        let mut world = self.world.borrow_mut();
+        self.answers.retain(|(at, ticket, id, outcome)| {
+            let due = *at <= now;
+            if due {
+                outcomes.push((*ticket, outcome.clone()));
+                if *outcome == Outcome::Confirmed {
+                    world.in_doubt.remove(id);
+                }
+            }
+            !due
+        });
     }
 }
 
@@ -329,17 +359,13 @@ impl Publisher for SimPublisher {
         loop {
             self.handle();
             let now = Instant::now();
+            let before = outcomes.len();
+            // What came before the connection broke comes together with the error.
+            self.hand_on(now.min(self.broken_at.unwrap_or(now)), outcomes);
             if self.broken_at.is_some_and(|at| at <= now) {
+                self.world.borrow_mut().lost_at = Some(now);
                 return Err(Error::unreachable("simulated connection loss"));
             }
-            let before = outcomes.len();
-            self.answers.retain(|(at, ticket, outcome)| {
-                let due = *at <= now;
-                if due {
-                    outcomes.push((*ticket, outcome.clone()));
-                }
-                !due
-            });
             if outcomes.len() > before {
                 return Ok(());
             }

@@ -4,7 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 
-use super::{Hold, Lanes, Slot, group_of, index, lanes_of};
+use super::{Lanes, Slot, group_of, index, lanes_of};
 use crate::publisher::Ticket;
 
 impl Lanes {
@@ -102,20 +102,6 @@ impl Lanes {
         };
         self.lanes.get_mut(&lane).expect("it was just read").tail = tail;
         self.slots[tail as usize].as_mut().expect("it was just read").next[place] = None;
-    }
-
-    /// It is out as the probe of a held route.
-    pub fn is_probe(&self, ticket: Ticket) -> bool {
-        self.hold_of(ticket).is_some_and(|hold| hold.probing == Some(index(ticket)))
-    }
-
-    /// Its route is held.
-    pub fn is_held(&self, ticket: Ticket) -> bool {
-        self.hold_of(ticket).is_some()
-    }
-
-    fn hold_of(&self, ticket: Ticket) -> Option<&Hold> {
-        self.holds.get(&self.slot(ticket).message.route)
     }
 
     /// Its channel was closed because of another message: it goes again before what has not gone.

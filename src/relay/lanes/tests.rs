@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::{About, Lanes, Owner, PROBE_EVERY, RETRY_LIMIT};
+use super::{About, Lanes, Owner, PROBE_FIRST, PROBE_LIMIT, RETRY_LIMIT};
 use crate::message::{Builder, ExchangeId, Message, Properties, RouteId};
 use crate::position::{Mark, Position};
 use crate::publisher::Ticket;
@@ -223,13 +223,13 @@ fn a_held_route_is_probed_by_its_first_message_and_others_go_on() {
     bench.admit_on(0, 3, one(3));
     bench.admit_on(1, 4, one(4));
     assert_eq!(bench.ids(), [4]);
-    bench.now += PROBE_EVERY;
+    bench.now += PROBE_FIRST;
     let probe = bench.send();
     assert_eq!(probe.len(), 1);
     assert_eq!(probe[0].1, 1);
     bench.lanes.hold(probe[0].0, "still no queue".into(), bench.now);
     assert!(bench.send().is_empty());
-    bench.now += PROBE_EVERY;
+    bench.now += PROBE_FIRST;
     let probe = bench.send();
     let (_, released) = bench.lanes.confirmed(probe[0].0);
     assert!(released);
@@ -319,7 +319,7 @@ fn a_probe_that_was_on_a_closed_channel_is_sent_again_and_the_route_probed_on() 
     bench.admit(1, Keys::Free);
     let first = bench.send()[0].0;
     bench.lanes.hold(first, "no queue".into(), bench.now);
-    bench.now += PROBE_EVERY;
+    bench.now += PROBE_FIRST;
     let probe = bench.send()[0].0;
     // Another message made the broker close the channel that the probe was on.
     bench.lanes.suspect(probe);
@@ -327,7 +327,7 @@ fn a_probe_that_was_on_a_closed_channel_is_sent_again_and_the_route_probed_on() 
     assert_eq!(alone.len(), 1);
     assert!(bench.lanes.is_accused(alone[0].0));
     bench.lanes.hold(alone[0].0, "still no queue".into(), bench.now);
-    bench.now += PROBE_EVERY;
+    bench.now += PROBE_FIRST;
     let probe = bench.send();
     assert_eq!(probe.len(), 1, "the route is probed again");
     bench.lanes.confirmed(probe[0].0);
@@ -347,4 +347,79 @@ fn a_reload_behind_a_truncate_is_evicted_in_no_time() {
     assert_eq!(gone.len() as u128, 2 + reload);
     // Each of them once is some milliseconds, each of them for each is many seconds.
     assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+}
+
+/// A destination that comes back `outage` after its route was held; each answer takes `answer`.
+/// Returns when the route goes on, and how many probes that took.
+fn goes_on_after(outage: Duration, answer: Duration) -> (Duration, u32) {
+    let mut bench = Bench::new();
+    let begin = bench.now;
+    bench.admit(1, Keys::Free);
+    let mut out = bench.send()[0].0;
+    bench.lanes.hold(out, "no queue".into(), begin);
+    for probes in 1.. {
+        bench.now = bench.lanes.wake_at().expect("a probe is due");
+        out = bench.send()[0].0;
+        let works = bench.now >= begin + outage;
+        bench.now += answer;
+        if works {
+            assert!(bench.lanes.confirmed(out).1, "the hold ends");
+            return (bench.now - begin, probes);
+        }
+        bench.lanes.hold(out, "still no queue".into(), bench.now);
+    }
+    unreachable!("the loop ends by itself")
+}
+
+#[test]
+fn a_held_route_goes_on_within_a_third_of_the_outage_and_five_seconds() {
+    let answer = Duration::from_millis(10);
+    for milliseconds in (0..120_000).step_by(37) {
+        let outage = Duration::from_millis(milliseconds);
+        let (at, probes) = goes_on_after(outage, answer);
+        let late = at - outage;
+        assert!(late <= outage / 3 + PROBE_FIRST + answer, "{late:?} after {outage:?}");
+        assert!(late <= PROBE_LIMIT + answer, "{late:?} after {outage:?}");
+        // Each probe may cost a channel: few at first, then one in some seconds.
+        assert!(probes <= 24 + u32::try_from(milliseconds / 4_000).unwrap(), "{probes}");
+    }
+}
+
+/// Two held routes share a channel. The first one's answer is quick and closes it; the second one's
+/// takes long, and is lost when the channel closes.
+#[test]
+fn a_probe_that_closes_the_channel_does_not_keep_another_route_from_its_answer() {
+    for (quick, slow) in [(0, 1), (1, 0)] {
+        let (answer, confirm) = (Duration::from_millis(2), Duration::from_millis(900));
+        let mut bench = Bench::new();
+        bench.admit_on(quick, 1, one(1));
+        bench.admit_on(slow, 2, one(2));
+        for (ticket, _) in bench.send() {
+            bench.lanes.hold(ticket, "closed".into(), bench.now);
+        }
+        let end = bench.now + Duration::from_secs(60);
+        let mut out: Vec<(Ticket, u128, Instant)> = Vec::new();
+        while bench.lanes.holds().count() == 2 {
+            assert!(bench.now < end, "route {slow} never gets its answer");
+            let due = |id| if id == 1 { answer } else { confirm };
+            let now = bench.now;
+            out.extend(bench.send().into_iter().map(|(ticket, id)| (ticket, id, now + due(id))));
+            let next = out.iter().map(|(.., at)| *at).chain(bench.lanes.wake_at()).min();
+            bench.now = next.expect("something happens");
+            let landed = out.iter().filter(|(.., at)| *at <= bench.now).map(|(_, id, _)| *id);
+            match landed.min() {
+                Some(1) => {
+                    for (ticket, ..) in out.drain(..) {
+                        bench.lanes.hold(ticket, "closed".into(), bench.now);
+                    }
+                }
+                Some(_) => {
+                    let at = out.iter().position(|(_, id, _)| *id == 2).expect("it landed");
+                    assert!(bench.lanes.confirmed(out.remove(at).0).1, "the hold ends");
+                }
+                None => {}
+            }
+        }
+        assert!(bench.lanes.holds().all(|(route, _)| route.0 == quick));
+    }
 }
