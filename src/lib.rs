@@ -6,9 +6,9 @@
 //!                                       ├─ WAL ─► pg ─► source ─┐
 //!  any table ───────────────────────────┘                      │
 //!        ┌──────────────────────────────────────────────────────┘
-//!        └► event ─► route ─► envelope ─► relay::lanes ─► amqp::publisher ─► exchange
+//!        └► event ─► route ─► envelope ─► relay::window::lanes ─► amqp::publisher ─► exchange
 //!                                                              │ outcome
-//!  source.advance ◄── relay::checkpoint ◄── relay::watermark ◄─┘
+//!  source.advance ◄── relay::checkpoint ◄── relay::window ◄─┘
 //! ```
 //!
 //! From left to right an event becomes less Postgres and more AMQP; from right to left only a
@@ -17,14 +17,14 @@
 //! 1. [`pg::replication`] takes WAL data off the wire, [`pg::pgoutput`] decodes it in place;
 //! 2. [`source::transaction`] gives each change its position and makes it an [`event::Event`];
 //! 3. [`route`] says where it goes, [`envelope`] makes it a [`message::Message`];
-//! 4. [`relay::lanes`] says when it may go, [`amqp::publisher`] sends it and says what became of
-//!    it;
-//! 5. [`relay::watermark`] finds the settled prefix, [`relay::checkpoint`] stores it, and the
+//! 4. [`relay::window::lanes`] says when it may go, [`amqp::publisher`] sends it and says what
+//!    became of it;
+//! 5. [`relay::window`] finds the settled prefix, [`relay::checkpoint`] stores it, and the
 //!    source is told.
 //!
-//! [`relay::Relay::run`] is the loop that does all this; [`relay::supervisor`] opens everything
-//! and begins again after any error. Applications need [`outbox`]; everything else serves the
-//! `watership` program.
+//! [`relay::Relay::run`] is the loop that does all this; [`relay::session::supervisor`] opens
+//! everything and starts over after any error. Applications need [`outbox`]; everything else serves
+//! the `watership` program.
 
 pub mod admin;
 pub mod amqp;

@@ -9,7 +9,7 @@ use crate::amqp::reply::is_missing;
 use crate::amqp::topology::{self, Binding, Mode, Topology};
 use crate::config::Config;
 use crate::error::Result;
-use crate::relay::audit;
+use crate::relay::upkeep::route_audit;
 use crate::route::{Action, MessageIdRule, Rule, Select};
 
 /// Adds what it finds; never fails, because a failure is a finding too.
@@ -90,7 +90,7 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
 
 /// What is missing was said, thing by thing; this is what it means for each route.
 async fn grade_by_declares(f: &mut Findings, config: &Config) {
-    let all_graded = match audit::by_declares(&config.relay_options()).await {
+    let all_graded = match route_audit::by_declares(&config.relay_options()).await {
         Ok(all_graded) => all_graded,
         Err(error) => return f.error("route", &error),
     };

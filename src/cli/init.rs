@@ -23,8 +23,9 @@ use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
+use crate::relay::check::{position, tables};
 use crate::relay::checkpoint::{self, NewCheckpoint};
-use crate::relay::{position_check, session, table_check};
+use crate::relay::session::{facts, wal};
 use crate::secret::Secret;
 use crate::verdict::Verdict;
 
@@ -272,7 +273,7 @@ async fn check_identities(
     for table in tables {
         let Some(facts) = read_table(client, table).await? else { continue };
         let published = publication.and_then(|p| p.tables.iter().find(|t| t.table == *table));
-        table_check::keys_its_changes(&facts, operations, published)?;
+        tables::keys_its_changes(&facts, operations, published)?;
     }
     Ok(())
 }
@@ -354,20 +355,20 @@ async fn slot_and_checkpoint(
 
 /// Whether the relay may go on from its checkpoint.
 async fn position(client: &Client, config: &Config) -> Result<()> {
-    let found = session::look(client, &config.relay_options()).await?;
-    let history = session::ancestors_for(&config.source.sql, &found).await?;
+    let found = facts::read(client, &config.relay_options()).await?;
+    let history = wal::ancestors_for(&config.source.sql, &found).await?;
     let (row, slot, server) = found.position();
-    position_check::verify(row, server, slot, &history).map(drop)
+    position::verify(row, server, slot, &history).map(drop)
 }
 
 /// The relay expects the publication as it is now. Where something is doubtful nothing is noted:
 /// the relay says so, and a person decides.
 async fn agree(steps: &mut Steps, client: &Client, config: &Config) -> Result<()> {
     let options = config.relay_options();
-    let found = session::look(client, &options).await?;
+    let found = facts::read(client, &options).await?;
     match (found.verify_publication(&options), found.publication()) {
         (Ok(()), Some(publication)) => {
-            let facts = position_check::facts(publication, &options.wanted());
+            let facts = position::facts(publication, &options.wanted());
             checkpoint::agree(client, &config.name, &facts).await
         }
         (Ok(()), None) => Err(Error::protocol("the publication vanished while init ran")),

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::{Mark, Position};
-use crate::relay::parked::Why;
+use crate::relay::parking::row::Why;
 
 /// Options of `parked`.
 #[derive(Debug, clap::Args)]

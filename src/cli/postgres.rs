@@ -11,8 +11,10 @@ use crate::pg::publication::{Operations, Publication, ReplicaIdentity, TableFact
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
-use crate::relay::position_check::{START_THE_STANDBY, at_risk, held_by_standby};
-use crate::relay::{checkpoint, session, table_check};
+use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
+use crate::relay::check::tables;
+use crate::relay::checkpoint;
+use crate::relay::session::{facts, wal};
 use crate::route::keys_of;
 use crate::verdict::Verdict;
 
@@ -342,10 +344,10 @@ fn check_table(
     let before = f.problems();
     let published = publication.and_then(|p| p.tables.iter().find(|t| t.table == *table));
     let operations = publication.map_or(Operations::ALL, |publication| publication.operations);
-    if let Err(error) = table_check::keys_its_changes(facts, operations, published) {
+    if let Err(error) = tables::keys_its_changes(facts, operations, published) {
         f.error("table", &error);
     }
-    for (what, hint) in publication.map_or_else(Vec::new, |p| table_check::ids_differ(facts, p)) {
+    for (what, hint) in publication.map_or_else(Vec::new, |p| tables::ids_differ(facts, p)) {
         f.warning("table", what, hint);
     }
     let identity: Option<&[String]> = match &facts.identity {
@@ -413,8 +415,8 @@ async fn check_checkpoint(
         return Ok(());
     }
     let options = config.relay_options();
-    let found = session::look(client, &options).await?;
-    let history = session::ancestors_for(&options.sql, &found).await?;
+    let found = facts::read(client, &options).await?;
+    let history = wal::ancestors_for(&options.sql, &found).await?;
     let doubts = found.doubts(&options, &history);
     if doubts.is_empty() {
         f.ok("checkpoint", format!("relay {:?} at {}", config.name, row.flush_lsn));

@@ -15,9 +15,11 @@ use crate::pg::publication::Publication;
 use crate::pg::slot::{create_slot, drop_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
+use crate::relay::check::position::facts;
+use crate::relay::check::resync::{Plan, ResumeFrom, plan};
 use crate::relay::checkpoint;
-use crate::relay::position_check::{From, Plan, facts, plan};
-use crate::relay::session::{self, Found};
+use crate::relay::session::facts::{self, StartFacts};
+use crate::relay::session::wal;
 use crate::verdict::Verdict;
 
 /// Options of `resync`.
@@ -41,15 +43,15 @@ pub(super) struct Args {
     /// Where the stream begins again: where the checkpoint is, where the slot is, or now, with a
     /// new slot. Default: the one that loses least.
     #[arg(long, value_name = "PLACE")]
-    from: Option<From>,
+    from: Option<ResumeFrom>,
     /// Also when nothing is found wrong; needs --from.
     #[arg(long, requires = "from")]
     anyway: bool,
 }
 
-impl clap::ValueEnum for From {
+impl clap::ValueEnum for ResumeFrom {
     fn value_variants<'a>() -> &'a [Self] {
-        &[From::Checkpoint, From::Slot, From::Now]
+        &[ResumeFrom::Checkpoint, ResumeFrom::Slot, ResumeFrom::Now]
     }
 
     fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
@@ -79,8 +81,8 @@ struct Report {
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
     let SqlConnection { mut client, closed: _closed } = sql(&config.source.sql).await?;
     let options = config.relay_options();
-    let found = session::look(&client, &options).await?;
-    let history = session::ancestors_for(&options.sql, &found).await?;
+    let found = facts::read(&client, &options).await?;
+    let history = wal::ancestors_for(&options.sql, &found).await?;
     let doubts = found.doubts(&options, &history);
     if let Some(error) = doubts.iter().position(|doubt| !doubt.kind().is_verdict()) {
         return Err(doubts.into_iter().nth(error).expect("it was found"));
@@ -138,12 +140,12 @@ fn nothing_wrong(config: &Config, args: &Args, report: &Report, out: Out) -> Res
 fn told(config: &Config, plan: &Plan, stood: Lsn) -> String {
     let slot = &config.source.slot;
     match (plan.from, plan.begin) {
-        (From::Checkpoint, _) => format!("go on where the checkpoint is, at {stood}"),
-        (From::Slot, begin) => {
+        (ResumeFrom::Checkpoint, _) => format!("go on where the checkpoint is, at {stood}"),
+        (ResumeFrom::Slot, begin) => {
             let begin = begin.unwrap_or(Lsn::ZERO);
             format!("go on where slot {slot:?} is, at {begin}; the checkpoint is at {stood}")
         }
-        (From::Now, _) => {
+        (ResumeFrom::Now, _) => {
             format!("make slot {slot:?} anew and go on from then; the checkpoint is at {stood}")
         }
     }
@@ -154,7 +156,7 @@ async fn accept(
     client: &mut Client,
     config: &Config,
     args: &Args,
-    found: &Found,
+    found: &StartFacts,
     plan: &Plan,
     report: &mut Report,
 ) -> Result<()> {
@@ -164,9 +166,9 @@ async fn accept(
         .publication()
         .ok_or_else(|| Error::internal("verification passed without a publication"))?;
     let (commit_lsn, flush_lsn) = match (plan.from, plan.begin) {
-        (From::Checkpoint, _) => (row.position.mark.lsn(), row.flush_lsn),
-        (From::Slot, Some(begin)) => (begin, begin),
-        (From::Slot | From::Now, _) => {
+        (ResumeFrom::Checkpoint, _) => (row.position.mark.lsn(), row.flush_lsn),
+        (ResumeFrom::Slot, Some(begin)) => (begin, begin),
+        (ResumeFrom::Slot | ResumeFrom::Now, _) => {
             if slot.is_some() {
                 drop_slot(client, name).await?;
             }
@@ -177,7 +179,7 @@ async fn accept(
         }
     };
     // Where the position is kept, what was left out lies between it and now.
-    let gap_to = if plan.from == From::Checkpoint { server.wal_lsn } else { flush_lsn };
+    let gap_to = if plan.from == ResumeFrom::Checkpoint { server.wal_lsn } else { flush_lsn };
     report.gap_to = Some(gap_to.to_string());
     report.resumed_at = Some(flush_lsn.to_string());
     let tx = client.transaction().await.map_err(postgres_error)?;
@@ -194,7 +196,7 @@ async fn accept(
 async fn move_checkpoint(
     tx: &Transaction<'_>,
     config: &Config,
-    found: &Found,
+    found: &StartFacts,
     publication: &Publication,
     commit_lsn: Lsn,
     flush_lsn: Lsn,
@@ -226,8 +228,8 @@ async fn record(
     tx: &Transaction<'_>,
     config: &Config,
     args: &Args,
-    found: &Found,
-    (from, resumed_at, gap_to): (From, Lsn, Lsn),
+    found: &StartFacts,
+    (from, resumed_at, gap_to): (ResumeFrom, Lsn, Lsn),
     report: &mut Report,
 ) -> Result<()> {
     const SQL: &str = include_str!("../../sql/query/resync_record.sql");

@@ -9,8 +9,8 @@ use crate::admin;
 use crate::config::Config;
 use crate::error::Result;
 use crate::metrics::{self, Metrics};
+use crate::relay::session::supervisor;
 use crate::relay::status::Status;
-use crate::relay::supervisor;
 
 /// Options of `run`.
 #[derive(Debug, clap::Args)]

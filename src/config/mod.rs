@@ -21,6 +21,7 @@ use crate::pg;
 use crate::relay;
 use crate::route::Rule;
 use crate::secret::Secret;
+use crate::source::SourceKind;
 use crate::source::transaction::OutboxTable;
 use crate::tls;
 
@@ -221,18 +222,19 @@ impl Config {
             sql: self.source.sql.clone(),
             slot: self.source.slot.clone(),
             publication: self.source.publication.clone(),
+            kind: SourceKind::Wal,
             outbox: OutboxTable::default(),
             tables: self.source.tables.clone(),
             binary: self.source.binary,
             broker: self.broker_options(),
             topology: self.topology.clone(),
-            audit: relay::audit::AuditOptions {
+            audit: relay::upkeep::route_audit::AuditOptions {
                 interval: self.broker.audit_interval,
                 management_url: self.broker.management_url.clone(),
             },
             rules: self.rules.clone(),
             tuning: relay::Tuning {
-                window: relay::Window {
+                window: relay::WindowLimits {
                     events: self.relay.max_window_events,
                     bytes: self.relay.max_window_bytes,
                     unconfirmed: self.relay.max_unconfirmed,

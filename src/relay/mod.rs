@@ -3,31 +3,15 @@
 //! Invariant: received ≥ settled ≥ stored ≥ advanced, each monotonic. `Progress` asserts it at
 //! every move: what is told to the source was stored before, what is stored was settled before.
 
-mod admission;
-pub mod audit;
-pub mod canary;
+pub mod check;
 pub mod checkpoint;
-pub mod circuit;
-pub mod lanes;
 pub mod observed;
 mod options;
-mod outcomes;
-pub mod own_checkpoint;
-pub mod parked;
 pub mod parking;
-pub mod phantoms;
-pub mod position_check;
-pub mod progress;
-pub mod remembered;
-mod retries;
-pub mod rider;
 pub mod session;
 pub mod status;
-pub mod supervisor;
-pub mod table_check;
-pub mod unsendable;
 pub mod upkeep;
-pub mod watermark;
+pub mod window;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -42,21 +26,21 @@ use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::position::Lsn;
 use crate::publisher::{Outcome, Publisher, Ticket};
-use crate::relay::admission::Made;
-use crate::relay::canary::Canary;
+use crate::relay::checkpoint::progress::{Idle, Progress};
 use crate::relay::checkpoint::{Looking, Store, Storing};
-use crate::relay::lanes::Lanes;
 use crate::relay::observed::Observed;
 use crate::relay::parking::Parking;
-use crate::relay::phantoms::Published;
-use crate::relay::progress::{Idle, Progress};
-use crate::relay::remembered::{Confirms, Remembered};
+use crate::relay::session::phantoms::Published;
 use crate::relay::status::Status;
-use crate::relay::watermark::Watermark;
+use crate::relay::upkeep::canary::Canary;
+use crate::relay::window::Window;
+use crate::relay::window::admission::Made;
+use crate::relay::window::lanes::Lanes;
+use crate::relay::window::remembered::{Confirms, Remembered};
 use crate::route::{Plans, Router};
 use crate::source::{Item, Note, Source};
 
-pub use options::{Options, Tuning, Window};
+pub use options::{Options, Tuning, WindowLimits};
 
 /// Items taken from the source at once; keeps the loop responsive.
 const BATCH_MAX: usize = 512;
@@ -76,7 +60,7 @@ pub struct Relay<S, P, C> {
     notes: Vec<Note>,
     envelope: Envelope,
     tuning: Tuning,
-    window: Watermark,
+    window: Window,
     lanes: Lanes,
     /// What was confirmed in this session and may not be covered by a checkpoint.
     confirms: Confirms,
@@ -181,7 +165,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             router,
             envelope: Envelope::new(name),
             tuning: *tuning,
-            window: Watermark::new(),
+            window: Window::new(),
             lanes: Lanes::new(),
             confirms: Confirms::new(),
             remembered,
@@ -321,7 +305,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     fn begin_storing(&mut self) {
         let (position, flush) = self.progress.begin_storing();
         let mut riders = self.parking.take_riders(position);
-        riders.extend(rider::of_notes(std::mem::take(&mut self.notes)));
+        riders.extend(checkpoint::rider::of_notes(std::mem::take(&mut self.notes)));
         self.storing = Some(Box::pin(self.store.store(position, flush, riders)));
     }
 

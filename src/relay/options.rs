@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use crate::pg::publication::TableName;
-use crate::relay::audit::AuditOptions;
 use crate::relay::parking::Limits;
+use crate::relay::upkeep::route_audit::AuditOptions;
 use crate::route::Rule;
+use crate::source::SourceKind;
 use crate::source::transaction::OutboxTable;
 use crate::{amqp, pg};
 
@@ -14,6 +15,8 @@ use crate::{amqp, pg};
 pub struct Options {
     /// Name of the relay: its checkpoint row, its lock queue, the `app_id` of its messages.
     pub name: String,
+    /// What it reads from.
+    pub kind: SourceKind,
     /// Where Postgres is.
     pub sql: pg::connect::Options,
     /// Replication slot.
@@ -58,7 +61,7 @@ impl Options {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuning {
     /// Limits of what is in memory.
-    pub window: Window,
+    pub window: WindowLimits,
     /// Longest time between progress and its checkpoint.
     pub checkpoint_interval: Duration,
     /// Longest time that a shutdown waits for what is in the window.
@@ -72,7 +75,7 @@ pub struct Tuning {
 impl Default for Tuning {
     fn default() -> Self {
         Self {
-            window: Window { events: 8192, bytes: 16 << 20, unconfirmed: 2048 },
+            window: WindowLimits { events: 8192, bytes: 16 << 20, unconfirmed: 2048 },
             checkpoint_interval: Duration::from_millis(100),
             drain_timeout: Duration::from_secs(10),
             idle_interval: Duration::from_secs(30),
@@ -83,7 +86,7 @@ impl Default for Tuning {
 
 /// Limits of what is in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Window {
+pub struct WindowLimits {
     /// Entries between the oldest unsettled one and the newest, commits included.
     pub events: usize,
     /// Bytes of their messages.

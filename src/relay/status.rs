@@ -12,10 +12,10 @@ use crate::amqp::audit::Grade;
 use crate::error::{Error, Kind};
 use crate::pg::slot::SlotState;
 use crate::pg::sqlstate::OBJECT_IN_USE;
-use crate::relay::circuit::{self, Circuit};
-use crate::relay::lanes::Lanes;
+use crate::relay::checkpoint::progress::Progress;
 use crate::relay::parking::Parking;
-use crate::relay::progress::Progress;
+use crate::relay::session::circuit::{self, Circuit};
+use crate::relay::window::lanes::Lanes;
 
 /// A streaming loop that has not ticked for this long is stuck.
 const STUCK: Duration = Duration::from_secs(30);

@@ -108,7 +108,7 @@ pub struct Canary {
     pub end: Lsn,
 }
 
-/// Hands on committed changes in order. Production: the WAL, and polling; and a simulator.
+/// Hands on committed changes in order. Production: [`AnySource`]; and a simulator.
 pub trait Source {
     /// Appends at least one item to `batch`, and about `room` at most.
     ///
@@ -135,4 +135,62 @@ pub trait Source {
 
     /// Ends the connection in order.
     fn close(self) -> impl Future<Output = ()>;
+}
+
+/// What a relay reads from. A kind decides how a session starts, what its position is compared
+/// with, and what there is to look after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceKind {
+    /// The write-ahead log, through a replication slot.
+    Wal,
+}
+
+impl SourceKind {
+    /// All of them.
+    pub const ALL: [SourceKind; 1] = [SourceKind::Wal];
+
+    /// As it is called in the configuration and in the checkpoint row.
+    pub fn name(self) -> &'static str {
+        match self {
+            SourceKind::Wal => "wal",
+        }
+    }
+}
+
+/// A source of any kind: what production runs.
+pub enum AnySource {
+    /// See [`wal::Wal`].
+    Wal(wal::Wal),
+}
+
+impl Source for AnySource {
+    async fn next(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<()> {
+        match self {
+            AnySource::Wal(source) => source.next(room, batch).await,
+        }
+    }
+
+    async fn advance(&mut self, flush: Mark) -> Result<()> {
+        match self {
+            AnySource::Wal(source) => source.advance(flush).await,
+        }
+    }
+
+    async fn keep_alive(&mut self) -> Result<()> {
+        match self {
+            AnySource::Wal(source) => source.keep_alive().await,
+        }
+    }
+
+    fn seen(&self) -> Seen {
+        match self {
+            AnySource::Wal(source) => source.seen(),
+        }
+    }
+
+    async fn close(self) {
+        match self {
+            AnySource::Wal(source) => source.close().await,
+        }
+    }
 }

@@ -321,15 +321,16 @@ fn messages() -> (Vec<Made>, Vec<Receipt>) {
 #[bench::a_hundred_keys(args = (), setup = messages)]
 fn lanes_and_watermark((made, receipts): (Vec<Made>, Vec<Receipt>)) -> Option<Receipt> {
     let (now, source): (_, Arc<str>) = (Instant::now(), "watership.outbox".into());
-    let (mut lanes, mut window) = (relay::lanes::Lanes::new(), relay::watermark::Watermark::new());
+    let (mut lanes, mut window) =
+        (relay::window::lanes::Lanes::new(), relay::window::Window::new());
     for ((message, keys), receipt) in made.into_iter().zip(receipts) {
         let entry = window.push(receipt, 1, message.size());
-        let about = relay::lanes::About {
+        let about = relay::window::lanes::About {
             position: Position::default(),
             source: source.clone(),
             committed_at_us: 0,
         };
-        lanes.admit(message, about, keys, relay::lanes::Owner::Window(entry), now);
+        lanes.admit(message, about, keys, relay::window::lanes::Owner::Window(entry), now);
     }
     let mut flying = VecDeque::with_capacity(256);
     let mut last = None;
@@ -339,7 +340,7 @@ fn lanes_and_watermark((made, receipts): (Vec<Made>, Vec<Receipt>)) -> Option<Re
         }
         let Some(ticket) = flying.pop_front() else { return last };
         let (slot, _) = lanes.confirmed(ticket);
-        let relay::lanes::Owner::Window(entry) = slot.owner else {
+        let relay::window::lanes::Owner::Window(entry) = slot.owner else {
             unreachable!("nothing is parked here")
         };
         window.settle(entry);

@@ -13,9 +13,9 @@ use tokio::time::Instant;
 use watership::dev::Signal;
 use watership::error::Kind;
 use watership::position::{Mark, Position};
+use watership::relay::checkpoint::rider::Rider;
 use watership::relay::checkpoint::{PostgresStore, Store, take_session};
-use watership::relay::parked::{Changed, Key, Raw, Row, RowState, Why};
-use watership::relay::rider::Rider;
+use watership::relay::parking::row::{Changed, Key, Raw, Row, RowState, Why};
 use watership::route::Lanes;
 
 use crate::support::inbox::Message;

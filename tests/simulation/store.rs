@@ -10,9 +10,9 @@ use watership::error::Result;
 use watership::event::Table;
 use watership::position::{Lsn, Mark, Position};
 use watership::relay::checkpoint::Store;
-use watership::relay::parked::{Indexed, Key, Row, RowState};
+use watership::relay::checkpoint::rider::Rider;
+use watership::relay::parking::row::{Indexed, Key, Row, RowState};
 use watership::relay::parking::store::Found;
-use watership::relay::rider::Rider;
 
 /// Every checkpoint that was written, and how long a write takes. A clone is the same store: it
 /// outlives the session that writes it.

@@ -179,7 +179,7 @@ fn pure_files_hold_no_async_no_clock_no_chance() {
         layers::impurities,
         &[
             ("src/route.rs", "async fn f() {}", 1),
-            ("src/relay/lanes.rs", "fn f() {\n let now = Instant::now(); }", 2),
+            ("src/relay/window/lanes.rs", "fn f() {\n let now = Instant::now(); }", 2),
             ("src/pg/pgoutput.rs", "fn f() { std::time::SystemTime::UNIX_EPOCH; }", 1),
             ("src/pg/pgoutput/tuple.rs", "fn f() { x.await; }", 1),
             ("src/backoff.rs", "fn f() { rand::random(); }", 1),

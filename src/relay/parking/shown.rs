@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{Blocked, Parking};
-use crate::relay::parked::{Row, RowState, Why};
+use crate::relay::parking::row::{Row, RowState, Why};
 
 impl Parking {
     /// Names of the routes that have blocked rows.

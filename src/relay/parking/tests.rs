@@ -2,9 +2,9 @@
 
 use super::{Follows, Known, Limits, Next, Parked, Parking, Place};
 use crate::position::{Mark, Position};
-use crate::relay::parked::{Changed, Key, Raw, Row, RowState, Why};
-use crate::relay::rider::Rider;
-use crate::relay::watermark::{EntryId, Watermark};
+use crate::relay::checkpoint::rider::Rider;
+use crate::relay::parking::row::{Changed, Key, Raw, Row, RowState, Why};
+use crate::relay::window::{EntryId, Window};
 use crate::route::{Lanes, OnPoison};
 use crate::source::Receipt;
 use uuid::Uuid;
@@ -42,7 +42,7 @@ fn of_table(lane: u64) -> Lanes {
 }
 
 fn entry() -> EntryId {
-    Watermark::new().push(Receipt::new(Position::default(), None), 1, 0)
+    Window::new().push(Receipt::new(Position::default(), None), 1, 0)
 }
 
 fn park(parking: &mut Parking, row: Row) -> Parked {
@@ -76,7 +76,7 @@ fn changes(riders: Vec<Rider>) -> Vec<Changed> {
 
 /// Marks everything that is stored as a person would.
 fn retry_all(parking: &mut Parking) {
-    let indexed = |(key, waiting): (&Key, &super::Waiting)| crate::relay::parked::Indexed {
+    let indexed = |(key, waiting): (&Key, &super::Waiting)| crate::relay::parking::row::Indexed {
         key: key.clone(),
         state: RowState::Retrying,
         why: waiting.why,
@@ -211,7 +211,7 @@ fn a_row_behind_a_parked_one_of_another_lane_waits_for_it() {
     let mut found: Vec<_> = Vec::new();
     for (key, waiting) in &parking.rows {
         let second = key.position == at(11);
-        found.push(crate::relay::parked::Indexed {
+        found.push(crate::relay::parking::row::Indexed {
             key: key.clone(),
             state: if second { RowState::Retrying } else { RowState::Parked },
             why: waiting.why,
@@ -256,7 +256,7 @@ fn what_was_parked_behind_a_row_after_a_person_asked_for_it_goes_with_it() {
     // A person marks the row; before that is seen, another one is written behind it.
     park(&mut parking, row(11, lane(1), Why::Follows));
     parking.take_riders(at(11));
-    let found = |(lsn, state, why)| crate::relay::parked::Indexed {
+    let found = |(lsn, state, why)| crate::relay::parking::row::Indexed {
         key: key(lsn),
         state,
         why,
@@ -314,7 +314,7 @@ fn what_comes_behind_an_unrouted_row_on_its_way_waits_for_its_confirm() {
 
 #[test]
 fn bytes_that_are_on_their_way_leave_less_for_the_next_read() {
-    let large = |lsn| crate::relay::parked::Indexed {
+    let large = |lsn| crate::relay::parking::row::Indexed {
         key: key(lsn),
         state: RowState::Retrying,
         why: Why::TooLarge,

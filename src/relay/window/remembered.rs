@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use crate::message::{Message, RouteId};
 use crate::position::Position;
-use crate::relay::watermark::{EntryId, Watermark};
+use crate::relay::window::{EntryId, Window};
 use crate::route::Lanes;
 
 /// A log of confirms is looked through when it has at least this many of them.
@@ -64,7 +64,7 @@ impl Confirms {
     }
 
     /// Drops what has left the window, now and then.
-    pub fn prune(&mut self, window: &Watermark) {
+    pub fn prune(&mut self, window: &Window) {
         if self.log.len() >= self.prune_at {
             self.log.retain(|(entry, _)| window.position(*entry).is_some());
             self.prune_at = PRUNE_AT_LEAST.max(self.log.len() * 2);
@@ -153,7 +153,7 @@ impl Remembered {
     pub fn after(
         mut self,
         confirms: &Confirms,
-        window: &Watermark,
+        window: &Window,
         released: impl Iterator<Item = (MessageKey, Position)>,
     ) -> Self {
         let confirmed = confirms.log.iter();

@@ -10,13 +10,13 @@ use crate::error::{Error, Result};
 use crate::message::{Message, Parts};
 use crate::position::Position;
 use crate::publisher::Publisher;
-use crate::relay::admission::fits;
 use crate::relay::checkpoint::Store;
-use crate::relay::lanes::{About, Owner};
-use crate::relay::parked::{Raw, Row, Why, shorten};
 use crate::relay::parking::Next;
+use crate::relay::parking::row::{Raw, Row, Why, shorten};
 use crate::relay::parking::store::Found;
-use crate::relay::remembered::MessageKey;
+use crate::relay::window::admission::fits;
+use crate::relay::window::lanes::{About, Owner};
+use crate::relay::window::remembered::MessageKey;
 use crate::relay::{Ending, Relay};
 use crate::route::{Decision, Lanes, Ordering};
 use crate::source::Source;
@@ -27,7 +27,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Begins to look at the table, or to read rows, when there is a reason. Not while a write is
     /// under way: what is read must be what we know plus what people did.
-    pub(super) fn start_looking(&mut self) {
+    pub(in crate::relay) fn start_looking(&mut self) {
         let ending = !matches!(self.ending, Ending::No);
         if !self.retry_due || self.looking.is_some() || self.storing.is_some() || ending {
             return;
@@ -68,7 +68,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     /// What the look has found.
-    pub(super) fn found(&mut self, found: Found) {
+    pub(in crate::relay) fn found(&mut self, found: Found) {
         self.retry_due = true;
         match found {
             Found::Same => {}
@@ -120,7 +120,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     /// Messages that were parked and published before a checkpoint passed them. A row of an event
     /// that no route selected has several, and is not among them.
-    pub(super) fn released(&self) -> Vec<(MessageKey, Position)> {
+    pub(in crate::relay) fn released(&self) -> Vec<(MessageKey, Position)> {
         let rows = self.parking.released_unwritten();
         let message = |row: &Row| {
             let route = self.router.by_name(&row.key.route)?;

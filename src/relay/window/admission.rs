@@ -9,18 +9,18 @@ use crate::message::Message;
 use crate::position::Position;
 use crate::publisher::Publisher;
 use crate::relay::checkpoint::Store;
-use crate::relay::lanes::{About, Owner};
-use crate::relay::parked::{Key, Row, Why};
 use crate::relay::parking::Parked;
-use crate::relay::remembered::MessageKey;
-use crate::relay::watermark::EntryId;
+use crate::relay::parking::row::{Key, Row, Why};
+use crate::relay::window::EntryId;
+use crate::relay::window::lanes::{About, Owner};
+use crate::relay::window::remembered::MessageKey;
 use crate::relay::{Ending, Relay};
 use crate::route::{Decision, Lanes, OnPoison, Plan, unrouted_lanes};
 use crate::source::{Item, Receipt, Source};
 use crate::verdict::Verdict;
 
 /// What became of an event on one route.
-pub(super) enum Made {
+pub(in crate::relay) enum Made {
     /// It may be sent when its lanes let it.
     Message(Message, Lanes),
     /// It is parked; with what its route wants for poison.
@@ -32,7 +32,7 @@ const LOGGED_FIRST: u64 = 20;
 const LOGGED_EVERY: u64 = 1000;
 
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
-    pub(super) fn admit_batch(&mut self) {
+    pub(in crate::relay) fn admit_batch(&mut self) {
         let now = tokio::time::Instant::now().into_std();
         let mut batch = std::mem::take(&mut self.batch);
         for item in batch.drain(..) {
@@ -195,7 +195,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     /// Parks a message whose entry is in the window.
-    pub(super) fn park(&mut self, row: Row, entry: EntryId, policy: OnPoison) {
+    pub(in crate::relay) fn park(&mut self, row: Row, entry: EntryId, policy: OnPoison) {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let follows = self.parking.follows(&row.key, row.lanes);
         self.metrics.parked.count(&row.key.route, row.why.as_str());
@@ -219,7 +219,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     /// Largest body that the publisher takes, or that the broker was seen to take.
-    pub(super) fn max_body(&self) -> usize {
+    pub(in crate::relay) fn max_body(&self) -> usize {
         self.publisher.max_body().min(self.broker_max_body)
     }
 
@@ -231,7 +231,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 }
 
 /// The message, if the broker takes one of its size.
-pub(super) fn fits(message: Message, max: usize) -> Result<Message, (Why, Error)> {
+pub(in crate::relay) fn fits(message: Message, max: usize) -> Result<Message, (Why, Error)> {
     let len = message.body().len();
     if len <= max {
         return Ok(message);

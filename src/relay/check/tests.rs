@@ -1,9 +1,14 @@
 //! Table tests of the comparisons: each doubt, its name, its range and its command.
 
-use super::*;
-use crate::error::Kind;
-use crate::pg::publication::{Operations, TableName};
-use crate::position::Position;
+use super::position::*;
+use super::resync::{ResumeFrom, plan};
+use super::slot_risk::at_risk;
+use crate::error::{Error, Kind, Result};
+use crate::pg::publication::{Operations, Publication, PublishedTable, TableName};
+use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
+use crate::position::{Lsn, Mark, Position};
+use crate::relay::checkpoint::Row;
+use crate::verdict::{RESYNC, Verdict};
 
 fn row() -> Row {
     Row {
@@ -271,26 +276,32 @@ fn a_plan_loses_as_little_as_possible() {
     };
     let some = slot();
     for (verdict, from, begin) in [
-        (Verdict::TableRemoved, From::Checkpoint, Some(1000)),
-        (Verdict::PublicationAltered, From::Checkpoint, Some(1000)),
-        (Verdict::SlotAhead, From::Slot, Some(1000)),
-        (Verdict::CheckpointAhead, From::Slot, Some(1000)),
-        (Verdict::TimelineChanged, From::Slot, Some(1000)),
-        (Verdict::PublicationRecreated, From::Now, None),
+        (Verdict::TableRemoved, ResumeFrom::Checkpoint, Some(1000)),
+        (Verdict::PublicationAltered, ResumeFrom::Checkpoint, Some(1000)),
+        (Verdict::SlotAhead, ResumeFrom::Slot, Some(1000)),
+        (Verdict::CheckpointAhead, ResumeFrom::Slot, Some(1000)),
+        (Verdict::TimelineChanged, ResumeFrom::Slot, Some(1000)),
+        (Verdict::PublicationRecreated, ResumeFrom::Now, None),
     ] {
         let made = plan(Some(&some), &doubt(verdict), None).unwrap();
         assert_eq!(made, (from, begin.map(Lsn)), "{verdict:?}");
     }
     let mut both = doubt(Verdict::SlotAhead);
     both.extend(doubt(Verdict::PublicationRecreated));
-    assert_eq!(plan(Some(&some), &both, None).unwrap().0, From::Now);
-    assert_eq!(plan(None, &doubt(Verdict::TimelineChanged), None).unwrap(), (From::Now, None));
+    assert_eq!(plan(Some(&some), &both, None).unwrap().0, ResumeFrom::Now);
+    assert_eq!(
+        plan(None, &doubt(Verdict::TimelineChanged), None).unwrap(),
+        (ResumeFrom::Now, None)
+    );
     let lost = SlotState { wal_status: Some(WalStatus::Lost), ..slot() };
-    assert_eq!(plan(Some(&lost), &doubt(Verdict::SlotLost), None).unwrap(), (From::Now, None));
+    assert_eq!(
+        plan(Some(&lost), &doubt(Verdict::SlotLost), None).unwrap(),
+        (ResumeFrom::Now, None)
+    );
     // More may be given up than must be, and never less.
     let ahead = doubt(Verdict::SlotAhead);
-    assert_eq!(plan(Some(&some), &ahead, Some(From::Now)).unwrap().0, From::Now);
-    let error = plan(Some(&some), &ahead, Some(From::Checkpoint)).unwrap_err();
+    assert_eq!(plan(Some(&some), &ahead, Some(ResumeFrom::Now)).unwrap().0, ResumeFrom::Now);
+    let error = plan(Some(&some), &ahead, Some(ResumeFrom::Checkpoint)).unwrap_err();
     assert!(error.hint_text().unwrap().contains("--from slot"), "{error:?}");
 }
 

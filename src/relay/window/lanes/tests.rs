@@ -8,7 +8,7 @@ use super::{About, Lanes, Owner, PROBE_FIRST, PROBE_LIMIT, RETRY_LIMIT};
 use crate::message::{Builder, ExchangeId, Message, Properties, RouteId};
 use crate::position::{Mark, Position};
 use crate::publisher::Ticket;
-use crate::relay::watermark::{EntryId, Watermark};
+use crate::relay::window::{EntryId, Window};
 use crate::route::Lanes as Keys;
 use crate::source::Receipt;
 use proptest::prelude::*;
@@ -33,7 +33,7 @@ fn about() -> About {
 
 fn entry() -> EntryId {
     let receipt = Receipt::new(Position::default(), Some(Mark(1)));
-    Watermark::new().push(receipt, 1, 0)
+    Window::new().push(receipt, 1, 0)
 }
 
 struct Bench {

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use crate::message::{Message, RouteId};
 use crate::position::Position;
 use crate::publisher::Ticket;
-use crate::relay::watermark::EntryId;
+use crate::relay::window::EntryId;
 use crate::route::Lanes as Keys;
 
 /// First wait before a nacked message is tried again; doubles.

@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::{Confirms, MessageKey, PRUNE_AT_LEAST, Remembered};
 use crate::message::RouteId;
 use crate::position::{Mark, Position};
-use crate::relay::watermark::{EntryId, Watermark};
+use crate::relay::window::{EntryId, Window};
 use crate::route::Lanes;
 use crate::source::Receipt;
 
@@ -29,14 +29,14 @@ fn row(lane: u64) -> Lanes {
 
 /// One session; a message is known by its place in the source.
 struct Session {
-    window: Watermark,
+    window: Window,
     confirms: Confirms,
     remembered: Remembered,
 }
 
 impl Session {
     fn new(remembered: Remembered) -> Self {
-        Self { window: Watermark::new(), confirms: Confirms::new(), remembered }
+        Self { window: Window::new(), confirms: Confirms::new(), remembered }
     }
 
     fn entry(&mut self, place: u64) -> EntryId {

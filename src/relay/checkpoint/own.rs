@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard};
 use crate::error::{Error, Result};
 use crate::position::{Lsn, Position};
 use crate::relay::checkpoint::Row;
-use crate::relay::remembered::Remembered;
+use crate::relay::window::remembered::Remembered;
 use crate::verdict::{RESYNC, Verdict};
 
 /// Shared by the sessions, their store, and the upkeep.

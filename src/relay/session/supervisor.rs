@@ -11,12 +11,13 @@ use crate::backoff::Backoff;
 use crate::error::{Code, Error, Result, Retry};
 use crate::metrics::Metrics;
 use crate::position::Position;
-use crate::relay::canary::Canary;
-use crate::relay::own_checkpoint::OwnCheckpoint;
+use crate::relay::checkpoint::own::OwnCheckpoint;
+use crate::relay::session::unsendable::Unsendable;
 use crate::relay::session::{self, Session, Shared};
 use crate::relay::status::Status;
-use crate::relay::unsendable::Unsendable;
-use crate::relay::{Kept, Options, audit, upkeep};
+use crate::relay::upkeep::canary::Canary;
+use crate::relay::upkeep::{self, route_audit};
+use crate::relay::{Kept, Options};
 use crate::route::Router;
 
 /// First upper bound of the wait between two sessions.
@@ -48,7 +49,7 @@ pub async fn run(
     let (doubt, mut doubts) = mpsc::channel(1);
     let upkeep = tokio::spawn(upkeep::run(options.clone(), shared.clone(), doubt));
     let mut kept = Kept::default();
-    let audit = tokio::spawn(audit::run(options.clone(), metrics.clone(), status.clone()));
+    let audit = tokio::spawn(route_audit::run(options.clone(), metrics.clone(), status.clone()));
     let mut backoff = Backoff::new(FIRST_WAIT, SOON_LIMIT);
     let mut unsendable = Unsendable::default();
     let mut has_run = false;

@@ -9,9 +9,9 @@ use crate::metrics::RouteMetrics;
 use crate::publisher::{Outcome, Publisher, Ticket};
 use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
-use crate::relay::lanes::{Owner, Slot};
-use crate::relay::parked::{Key, Row, RowState, Why, raw_message, shorten};
-use crate::relay::remembered::MessageKey;
+use crate::relay::parking::row::{Key, Row, RowState, Why, raw_message, shorten};
+use crate::relay::window::lanes::{Owner, Slot};
+use crate::relay::window::remembered::MessageKey;
 use crate::route::OnPoison;
 use crate::source::Source;
 use crate::verdict::Verdict;
@@ -21,7 +21,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     ///
     /// # Errors
     /// When the broker closed a channel for a reason that is no message's: the session is over.
-    pub(super) fn settle_outcomes(&mut self) -> Result<()> {
+    pub(in crate::relay) fn settle_outcomes(&mut self) -> Result<()> {
         let mut over = None;
         let now = tokio::time::Instant::now().into_std();
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -186,7 +186,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
     }
 
-    pub(super) fn settle_prefix(&mut self) {
+    pub(in crate::relay) fn settle_prefix(&mut self) {
         if let Some(mut receipt) = self.window.take_settled() {
             self.progress.settled(&receipt);
             self.notes.append(&mut receipt.take_notes());
@@ -194,7 +194,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
     }
 
-    pub(super) fn route_metrics(&self, route: RouteId) -> &RouteMetrics {
+    pub(in crate::relay) fn route_metrics(&self, route: RouteId) -> &RouteMetrics {
         &self.metrics.routes[usize::from(route.0)]
     }
 }

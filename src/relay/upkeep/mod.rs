@@ -3,6 +3,9 @@
 //! `watership.maintain` every hour. Its failures are logged and counted; only a doubt about the
 //! position ends a session.
 
+pub mod canary;
+pub mod route_audit;
+
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -15,10 +18,12 @@ use crate::pg::client::{SqlConnection, sql};
 use crate::pg::slot::{WalStatus, insert_lsn, max_slot_wal_keep_size, read_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::Options;
-use crate::relay::canary::Written;
-use crate::relay::position_check::{START_THE_STANDBY, at_risk, held_by_standby};
-use crate::relay::session::{self, Shared};
+use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
+use crate::relay::session::{Shared, catalog, facts};
 use crate::relay::status::Slot;
+use crate::relay::upkeep::canary::Canary;
+use crate::relay::upkeep::canary::Written;
+use crate::source::SourceKind;
 
 /// How often there may be something to do.
 const TICK: Duration = Duration::from_secs(1);
@@ -33,11 +38,49 @@ const MAINTAIN_AGAIN: Duration = Duration::from_secs(60);
 /// Calls of `maintain` in one go; each does a bounded piece of work.
 const MAINTAIN_CALLS_MAX: u32 = 100;
 
-/// When each piece of work is due.
+/// A piece of work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Job {
+    /// The gauges of the slot, and whether its WAL is at risk.
+    LookAtSlot,
+    /// What the session was started from must still hold.
+    Compare,
+    /// Rows of `watership.parked` and partitions of the outbox that are no longer needed.
+    Maintain,
+    /// The row that must come through the stream.
+    WriteCanary,
+}
+
+/// What there is to look after.
+fn jobs(kind: SourceKind) -> &'static [Job] {
+    match kind {
+        SourceKind::Wal => &[Job::LookAtSlot, Job::Compare, Job::Maintain, Job::WriteCanary],
+    }
+}
+
+/// When each piece of work is due; the canary knows by itself.
 struct Due {
     look: Instant,
     compare: Instant,
     maintain: Instant,
+}
+
+impl Due {
+    /// Whether the job is due; the next time is set.
+    fn take(&mut self, job: Job, canary: &Canary) -> bool {
+        let (at, every) = match job {
+            Job::LookAtSlot => (&mut self.look, LOOK_EVERY),
+            Job::Compare => (&mut self.compare, COMPARE_EVERY),
+            Job::Maintain => (&mut self.maintain, MAINTAIN_EVERY),
+            Job::WriteCanary => return canary.is_due(std::time::Instant::now()),
+        };
+        let now = Instant::now();
+        let due = now >= *at;
+        if due {
+            *at = now + every;
+        }
+        due
+    }
 }
 
 /// Runs until it is aborted. What is doubtful while a session runs goes into `doubts`.
@@ -90,32 +133,34 @@ async fn once(
     };
     // One piece that fails, such as a canary whose row is locked, keeps no other from its turn.
     let mut result = Ok(());
-    if Instant::now() >= due.look {
-        due.look = Instant::now() + LOOK_EVERY;
-        result = result.and(look_at_slot(client, options, shared).await);
-    }
-    if Instant::now() >= due.compare {
-        due.compare = Instant::now() + COMPARE_EVERY;
-        result = result.and(compare_streaming(client, options, shared, doubts).await);
-    }
-    if Instant::now() >= due.maintain {
-        due.maintain = Instant::now() + MAINTAIN_EVERY;
-        let purged = purge_parked(client, options).await;
-        result = result.and(purged);
-        if options.maintain {
-            match maintain(client, options, &shared.metrics).await {
-                Ok(again) => due.maintain = Instant::now() + again,
-                Err(error) => {
-                    due.maintain = Instant::now() + MAINTAIN_AGAIN;
-                    result = result.and(Err(error));
-                }
-            }
+    for job in jobs(options.kind) {
+        if due.take(*job, &shared.canary) {
+            let done = match job {
+                Job::LookAtSlot => look_at_slot(client, options, shared).await,
+                Job::Compare => compare_streaming(client, options, shared, doubts).await,
+                Job::Maintain => clean_up(client, options, shared, due).await,
+                Job::WriteCanary => write_canary(client, options, shared).await,
+            };
+            result = result.and(done);
         }
     }
-    if shared.canary.is_due(std::time::Instant::now()) {
-        result = result.and(write_canary(client, options, shared).await);
-    }
     result
+}
+
+async fn clean_up(
+    client: &Client,
+    options: &Options,
+    shared: &Shared,
+    due: &mut Due,
+) -> Result<()> {
+    let purged = purge_parked(client, options).await;
+    if !options.maintain {
+        return purged;
+    }
+    let maintained = maintain(client, options, &shared.metrics).await;
+    let again = maintained.as_ref().copied().unwrap_or(MAINTAIN_AGAIN);
+    due.maintain = Instant::now() + again;
+    purged.and(maintained.map(drop))
 }
 
 async fn compare_streaming(
@@ -135,7 +180,7 @@ async fn compare_streaming(
 
 /// Removes rows that were released or discarded long ago.
 async fn purge_parked(client: &Client, options: &Options) -> Result<()> {
-    const SQL: &str = include_str!("../../sql/query/parked_purge.sql");
+    const SQL: &str = include_str!("../../../sql/query/parked_purge.sql");
     let retain = i64::try_from(options.parked_retain.as_secs()).unwrap_or(i64::MAX);
     for _ in 0..MAINTAIN_CALLS_MAX {
         let removed = client.execute(SQL, &[&options.name, &retain]).await;
@@ -147,7 +192,7 @@ async fn purge_parked(client: &Client, options: &Options) -> Result<()> {
 }
 
 async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Result<()> {
-    const SQL: &str = include_str!("../../sql/query/canary_write.sql");
+    const SQL: &str = include_str!("../../../sql/query/canary_write.sql");
     let begin = insert_lsn(client).await?;
     let row = client.query_one(SQL, &[&options.name]).await.map_err(postgres_error)?;
     let number: i64 = row.try_get(0).map_err(postgres_error)?;
@@ -162,7 +207,7 @@ async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Re
 /// What a session was started from must still hold while it runs.
 async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<Option<Error>> {
     let mark = shared.own.last_known();
-    let found = match session::look(client, options).await {
+    let found = match facts::read(client, options).await {
         Ok(found) => found,
         Err(error) if error.kind().is_verdict() => return Ok(Some(error)),
         Err(error) => return Err(error),
@@ -176,7 +221,7 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
         return Ok(Some(error));
     }
     let Some(publication) = found.publication() else { return Ok(None) };
-    match session::read_tables(client, options, publication).await {
+    match catalog::read_tables(client, options, publication).await {
         Ok(_) => Ok(None),
         // The next session refuses to start, and says what to alter.
         Err(error) if error.kind() == Kind::Refused => Ok(Some(error)),
@@ -219,7 +264,7 @@ async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Re
 
 /// Returns when to come again: soon, where a lock was not to be had.
 async fn maintain(client: &Client, options: &Options, metrics: &Metrics) -> Result<Duration> {
-    const SQL: &str = include_str!("../../sql/query/maintain.sql");
+    const SQL: &str = include_str!("../../../sql/query/maintain.sql");
     let retain = i64::try_from(options.retain.as_secs()).unwrap_or(i64::MAX);
     let mut again = MAINTAIN_EVERY;
     for _ in 0..MAINTAIN_CALLS_MAX {

@@ -16,7 +16,7 @@ pub struct EntryId(u64);
 
 /// The ring of unsettled entries. All operations are O(1).
 #[derive(Debug, Default)]
-pub struct Watermark {
+pub struct Window {
     entries: VecDeque<Entry>,
     first: u64,
     bytes: usize,
@@ -30,7 +30,7 @@ struct Entry {
     bytes: usize,
 }
 
-impl Watermark {
+impl Window {
     /// An empty window.
     pub fn new() -> Self {
         Self::default()
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn a_later_confirm_does_not_pass_an_earlier_open_event() {
-        let mut window = Watermark::new();
+        let mut window = Window::new();
         let first = window.push(receipt(10, 1, None), 1, 100);
         let second = window.push(receipt(10, 2, None), 2, 100);
         window.push(receipt(10, 2, Some(12)), 0, 0);
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn a_message_that_has_become_two_or_none_is_counted_as_such() {
-        let mut window = Watermark::new();
+        let mut window = Window::new();
         let two = window.push(receipt(10, 1, None), 1, 0);
         let none = window.push(receipt(10, 2, None), 1, 0);
         window.becomes(two, 2);
@@ -145,7 +145,7 @@ mod tests {
 
     #[test]
     fn inside_a_transaction_nothing_may_be_flushed() {
-        let mut window = Watermark::new();
+        let mut window = Window::new();
         window.push(receipt(10, 1, Some(12)), 0, 0);
         let event = window.push(receipt(20, 1, None), 1, 1);
         let commit = receipt(20, 1, Some(22));
@@ -159,7 +159,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "each message settles once")]
     fn an_outcome_cannot_count_twice() {
-        let mut window = Watermark::new();
+        let mut window = Window::new();
         let first = window.push(receipt(10, 1, None), 1, 0);
         let second = window.push(receipt(10, 2, None), 1, 0);
         window.settle(second);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::event::Table;
-use crate::relay::parked::{Changed, Row, changes_to_json, rows_to_json};
+use crate::relay::parking::row::{Changed, Row, changes_to_json, rows_to_json};
 use crate::source::Note;
 
 /// One of them: all of its kind that go with one checkpoint.
@@ -25,9 +25,9 @@ pub enum Rider {
 
 /// The kinds, in the order of their statements.
 pub const STATEMENTS: [&str; 3] = [
-    include_str!("../../sql/query/rider_parked.sql"),
-    include_str!("../../sql/query/rider_unparked.sql"),
-    include_str!("../../sql/query/rider_described.sql"),
+    include_str!("../../../sql/query/rider_parked.sql"),
+    include_str!("../../../sql/query/rider_unparked.sql"),
+    include_str!("../../../sql/query/rider_described.sql"),
 ];
 
 impl Rider {

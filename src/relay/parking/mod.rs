@@ -10,6 +10,8 @@
 
 mod bounds;
 mod order;
+mod retries;
+pub mod row;
 mod shown;
 pub mod store;
 #[cfg(test)]
@@ -21,9 +23,9 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use crate::position::Position;
-use crate::relay::parked::{Changed, Indexed, Key, ROW_BYTES_MAX, Row, RowState, Why};
-use crate::relay::rider::Rider;
-use crate::relay::watermark::EntryId;
+use crate::relay::checkpoint::rider::Rider;
+use crate::relay::parking::row::{Changed, Indexed, Key, ROW_BYTES_MAX, Row, RowState, Why};
+use crate::relay::window::EntryId;
 use crate::route::{Lanes, OnPoison};
 use order::{Blocking, Set, sets};
 

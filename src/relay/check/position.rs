@@ -5,7 +5,7 @@
 //! that was last agreed to. Whatever cannot be explained is a verdict that names the WAL range and
 //! the command by which a person accepts it.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::pg::publication::{Publication, PublishedTable, TableName};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::position::{Lsn, Mark};
@@ -107,7 +107,7 @@ fn missing(row: &Row, server: &ServerFacts) -> Error {
 }
 
 /// What a slot must be, wherever it stands.
-fn check_slot(row: &Row, server: &ServerFacts, slot: &SlotState) -> Result<()> {
+pub(super) fn check_slot(row: &Row, server: &ServerFacts, slot: &SlotState) -> Result<()> {
     let name = &row.slot;
     if slot.plugin.as_deref() != Some("pgoutput")
         || slot.database.as_deref() != Some(&*server.database)
@@ -351,157 +351,3 @@ fn narrowed(then: &PublishedTable, now: &PublishedTable) -> Option<String> {
     }
     None
 }
-
-/// Where the stream begins again after a gap was accepted; the later ones lose more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum From {
-    /// Where the checkpoint is: only what it is compared with is accepted as it is now.
-    Checkpoint,
-    /// Where the slot is.
-    Slot,
-    /// At the birth of a new slot.
-    Now,
-}
-
-impl From {
-    /// As on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            From::Checkpoint => "checkpoint",
-            From::Slot => "slot",
-            From::Now => "now",
-        }
-    }
-}
-
-/// How a relay will go on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
-    /// Where it begins.
-    pub from: From,
-    /// That place; absent where a new slot decides.
-    pub begin: Option<Lsn>,
-}
-
-/// How to go on in spite of `doubts`; `asked` is what a person wants instead.
-///
-/// # Errors
-/// When it is not possible, or somebody reads the slot.
-pub fn plan(
-    row: &Row,
-    slot: Option<&SlotState>,
-    server: &ServerFacts,
-    doubts: &[Error],
-    asked: Option<From>,
-) -> Result<Plan> {
-    let name = &row.slot;
-    if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
-        return Err(Error::new(Kind::Busy, format!("slot {name:?} is read by pid {pid}"))
-            .hint("stop the relay first"));
-    }
-    let usable = slot.filter(|slot| check_slot(row, server, slot).is_ok());
-    let confirmed = usable.and_then(|slot| slot.confirmed_flush_lsn);
-    let mut least = From::Checkpoint;
-    for verdict in doubts.iter().filter_map(Error::verdict) {
-        least = least.max(match verdict {
-            Verdict::PublicationMissing => {
-                return Err(Error::refused("the publication does not exist")
-                    .hint("create it with `watership init` first, then accept the gap"));
-            }
-            Verdict::WalLevel => {
-                return Err(Error::refused("wal_level is not \"logical\"")
-                    .hint("ALTER SYSTEM SET wal_level = 'logical', then restart Postgres"));
-            }
-            Verdict::CheckpointMissing
-            | Verdict::OtherSlot
-            | Verdict::SchemaUnknown
-            | Verdict::OutboxAltered
-            | Verdict::RowUnsendable
-            | Verdict::EventUnpublishable => {
-                return Err(Error::refused(format!("{} is no gap to accept", verdict.name()))
-                    .hint("`watership check` says what to do"));
-            }
-            Verdict::SlotUnfit => {
-                return Err(Error::refused(format!("slot {name:?} was made by somebody else"))
-                    .hint("drop it by hand if nobody needs it: then its absence can be accepted"));
-            }
-            // Only the process that lived through it knows of a row that went back.
-            Verdict::CheckpointWentBack
-            | Verdict::PublicationAltered
-            | Verdict::TableRemoved
-            | Verdict::TableRecreated => From::Checkpoint,
-            Verdict::OtherCluster
-            | Verdict::TimelineChanged
-            | Verdict::CheckpointAhead
-            | Verdict::SlotRecreated
-            | Verdict::SlotAhead => From::Slot,
-            // Older WAL is decoded with the catalog of its time, which has no such publication.
-            Verdict::PublicationRecreated
-            | Verdict::SlotMissing
-            | Verdict::SlotLost
-            | Verdict::StreamDeaf => From::Now,
-        });
-    }
-    if confirmed.is_none() {
-        least = From::Now;
-    }
-    let from = asked.unwrap_or(least);
-    if from < least {
-        let (from, least) = (from.name(), least.name());
-        return Err(Error::refused(format!("the stream cannot begin where the {from} is"))
-            .hint(format!("--from {least} is possible")));
-    }
-    let begin = match from {
-        From::Checkpoint => Some(row.flush_lsn),
-        From::Slot => confirmed,
-        From::Now => None,
-    };
-    Ok(Plan { from, begin })
-}
-
-/// What to do about [`held_by_standby`].
-pub const START_THE_STANDBY: &str =
-    "start the standby, or take its slot out of synchronized_standby_slots";
-
-/// Why nothing comes although all is well here: the server waits for a standby.
-pub fn held_by_standby(slot: &SlotState) -> Option<String> {
-    let names = slot.waits_for.join(", ");
-    (!names.is_empty()).then(|| {
-        format!(
-            "slot {:?} waits for standby slots that nobody reads ({names}): Postgres sends no \
-             change before those standbys have it",
-            slot.name
-        )
-    })
-}
-
-/// Why WAL that the slot needs may soon be removed.
-pub fn at_risk(slot: &SlotState, max_slot_wal_keep_size: Option<u64>) -> Option<String> {
-    let name = &slot.name;
-    let mib = slot.retained_bytes >> 20;
-    let low = slot
-        .safe_wal_size
-        .zip(max_slot_wal_keep_size)
-        .filter(|(safe, most)| u64::try_from(*safe).unwrap_or(0) < most / 4);
-    match (slot.wal_status, low) {
-        (Some(WalStatus::Lost), _) => Some(format!("slot {name:?} is lost")),
-        (Some(WalStatus::Unreserved), _) => Some(format!(
-            "slot {name:?} is unreserved: it keeps {mib} MiB, and the next checkpoint may remove \
-             WAL that it needs"
-        )),
-        (Some(WalStatus::Reserved | WalStatus::Extended) | None, Some((safe, most))) => {
-            let (safe, most) = (safe.max(0) >> 20, most >> 20);
-            Some(format!(
-                "slot {name:?} may be lost after {safe} MiB more of WAL: less than a quarter of \
-                 max_slot_wal_keep_size ({most} MiB) is left"
-            ))
-        }
-        (Some(WalStatus::Extended), None) => {
-            Some(format!("slot {name:?} is extended: it keeps {mib} MiB, more than max_wal_size"))
-        }
-        (Some(WalStatus::Reserved) | None, None) => None,
-    }
-}
-
-#[cfg(test)]
-mod tests;

@@ -2,6 +2,10 @@
 //! data; it is written before the source is advanced. Whether the relay may start from it is
 //! decided in `position_check.rs`.
 
+pub mod own;
+pub mod progress;
+pub mod rider;
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
@@ -18,11 +22,12 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::publication::Publication;
 use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_TABLE, postgres_error};
 use crate::position::{Lsn, Mark, Position};
-use crate::relay::own_checkpoint::OwnCheckpoint;
-use crate::relay::parked::Key;
+use crate::relay::check::position::Failover;
+use crate::relay::checkpoint::own::OwnCheckpoint;
+use crate::relay::checkpoint::rider::{Rider, STATEMENTS};
+use crate::relay::parking::row::Key;
 use crate::relay::parking::store::{self as parked_store, Found};
-use crate::relay::position_check::Failover;
-use crate::relay::rider::{Rider, STATEMENTS};
+use crate::source::SourceKind;
 use crate::source::transaction::Former;
 use crate::verdict::Verdict;
 
@@ -75,7 +80,7 @@ pub struct NewCheckpoint {
 /// # Errors
 /// The server's.
 pub async fn create(client: &Client, row: &NewCheckpoint) -> Result<bool> {
-    const SQL: &str = include_str!("../../sql/query/checkpoint_create.sql");
+    const SQL: &str = include_str!("../../../sql/query/checkpoint_create.sql");
     let written = client
         .execute(
             SQL,
@@ -99,7 +104,7 @@ pub async fn create(client: &Client, row: &NewCheckpoint) -> Result<bool> {
 /// # Errors
 /// The server's; a missing table is a [`Kind::Verdict`].
 pub async fn read(client: &impl GenericClient, name: &str) -> Result<Option<Row>> {
-    const SQL: &str = include_str!("../../sql/query/checkpoint_read.sql");
+    const SQL: &str = include_str!("../../../sql/query/checkpoint_read.sql");
     let row = client.query_opt(SQL, &[&name]).await.map_err(missing_schema)?;
     row.as_ref().map(from_sql).transpose()
 }
@@ -109,7 +114,7 @@ pub async fn read(client: &impl GenericClient, name: &str) -> Result<Option<Row>
 /// # Errors
 /// [`Kind::Verdict`] when there is no row.
 pub async fn take_session(client: &Client, name: &str, publication_oid: u32) -> Result<Row> {
-    const SQL: &str = include_str!("../../sql/query/checkpoint_take_session.sql");
+    const SQL: &str = include_str!("../../../sql/query/checkpoint_take_session.sql");
     let row = client.query_opt(SQL, &[&name, &publication_oid]).await.map_err(missing_schema)?;
     row.as_ref().map(from_sql).transpose()?.ok_or_else(|| no_row(name))
 }
@@ -144,12 +149,10 @@ fn from_sql(row: &SqlRow) -> Result<Row> {
         |what: &str| Error::protocol(format!("watership.checkpoint.{what} is out of range"));
     let number = |i: usize, what: &str| u64::try_from(int(i)?).map_err(|_| wrong(what));
     let kind = text(6)?;
-    if kind != "wal" {
-        let text =
-            format!("the checkpoint is of kind {kind:?}, this relay reads the WAL (\"wal\")");
-        return Err(
-            Error::refused(text).hint("give the relay another name and run `watership init`")
-        );
+    if !SourceKind::ALL.iter().any(|known| known.name() == kind) {
+        let text = format!("the checkpoint is of kind {kind:?}, which this version does not read");
+        return Err(Error::refused(text)
+            .hint("use the version that wrote it, or give the relay another name and run init"));
     }
     Ok(Row {
         position: Position {
@@ -180,7 +183,7 @@ pub fn to_sql(number: u64) -> i64 {
 /// # Errors
 /// The server's.
 pub async fn follow(client: &Client, name: &str, row: &Row, to: &Failover) -> Result<Option<u32>> {
-    const SQL: &str = include_str!("../../sql/query/checkpoint_follow.sql");
+    const SQL: &str = include_str!("../../../sql/query/checkpoint_follow.sql");
     let row = client
         .query_opt(
             SQL,
@@ -209,7 +212,7 @@ fn epoch(row: &SqlRow) -> Result<u32> {
 /// # Errors
 /// The server's; a missing table is a [`Kind::Verdict`].
 pub async fn read_agreed(client: &impl GenericClient, name: &str) -> Result<Option<Publication>> {
-    const SQL: &str = include_str!("../../sql/query/publication_seen_read.sql");
+    const SQL: &str = include_str!("../../../sql/query/publication_seen_read.sql");
     let Some(row) = client.query_opt(SQL, &[&name]).await.map_err(missing_schema)? else {
         return Ok(None);
     };
@@ -223,7 +226,7 @@ pub async fn read_agreed(client: &impl GenericClient, name: &str) -> Result<Opti
 /// # Errors
 /// The server's.
 pub async fn agree(client: &impl GenericClient, name: &str, facts: &Publication) -> Result<()> {
-    const SQL: &str = include_str!("../../sql/query/publication_seen_store.sql");
+    const SQL: &str = include_str!("../../../sql/query/publication_seen_store.sql");
     let facts = serde_json::to_value(facts).expect("plain data is JSON");
     client.execute(SQL, &[&name, &facts]).await.map(drop).map_err(postgres_error)
 }
@@ -289,7 +292,7 @@ impl PostgresStore {
         session_no: i64,
         own: Arc<OwnCheckpoint>,
     ) -> Result<Self> {
-        const SQL: &str = include_str!("../../sql/query/checkpoint_store.sql");
+        const SQL: &str = include_str!("../../../sql/query/checkpoint_store.sql");
         // The row must survive a crash of this server; whether a standby has it does not matter.
         let statement = client.prepare(SQL).await.map_err(postgres_error)?;
         let mut riders = Vec::new();
@@ -391,7 +394,7 @@ fn numbers(position: Position) -> [i64; 4] {
 /// # Errors
 /// The server's; a missing table is a [`Kind::Verdict`].
 pub async fn described(client: &Client, name: &str) -> Result<HashMap<u32, Former>> {
-    const SQL: &str = include_str!("../../sql/query/described_read.sql");
+    const SQL: &str = include_str!("../../../sql/query/described_read.sql");
     let rows = client.query(SQL, &[&name]).await.map_err(missing_schema)?;
     let former = |row: &SqlRow| {
         let version: i64 = row.try_get(1).map_err(postgres_error)?;
