@@ -168,6 +168,36 @@ fn tokio_postgres_stays_where_sql_is() {
 }
 
 #[test]
+fn statements_on_our_own_tables_live_in_sql_files() {
+    holds(layers::inline_sql);
+    finds(
+        layers::inline_sql,
+        &[
+            ("src/pg/migrate.rs", "\nconst SQL: &str = \"UPDATE watership.outbox SET a = 1\";", 2),
+            ("src/cli/init.rs", "const A: &str = \"SELECT 1 from\\\n  watership.outbox\";", 2),
+        ],
+    );
+    accepts(
+        layers::inline_sql,
+        &[
+            ("src/pg/slot.rs", "const A: &str = \"SELECT 1 FROM pg_catalog.pg_class\";"),
+            (
+                "src/outbox.rs",
+                "// From watership.outbox\nconst A: &str = \"SELECT watership.emit()\";",
+            ),
+            (
+                "src/cli/init.rs",
+                "const A: &str = include_str!(\"../../sql/query/outbox_count.sql\");",
+            ),
+            (
+                "src/a.rs",
+                "#[cfg(test)]\nmod tests { const A: &str = \"SELECT FROM watership.a\"; }",
+            ),
+        ],
+    );
+}
+
+#[test]
 fn pure_files_hold_no_async_no_clock_no_chance() {
     assert!(layers::pure_files_seen(&repository()) >= 3, "the list of pure files fits no more");
     holds(layers::impurities);

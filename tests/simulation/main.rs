@@ -32,6 +32,13 @@ const EVENTS: u32 = 600;
 const KEYS: u32 = 40;
 const WINDOW: Window = Window { events: 256, bytes: 1 << 20, unconfirmed: 64 };
 const INTERVAL: Duration = Duration::from_millis(100);
+const TUNING: Tuning = Tuning {
+    window: WINDOW,
+    checkpoint_interval: INTERVAL,
+    drain_timeout: Duration::from_secs(10),
+    idle_interval: Duration::from_secs(30),
+    parked: Limits { rows: 10_000, keys: 1_000 },
+};
 /// Simulated time after which a run that is not done is stuck.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 
@@ -95,10 +102,8 @@ impl Run {
             canary: Canary::new(Duration::ZERO),
             published: Published::default(),
         };
-        let mut tuning =
-            Tuning { window: WINDOW, checkpoint_interval: INTERVAL, ..Tuning::default() };
-        tuning.parked = self.limits;
-        tuning.idle_interval = Duration::from_millis(300);
+        let idle_interval = Duration::from_millis(300);
+        let tuning = Tuning { parked: self.limits, idle_interval, ..TUNING };
         let mut relay = Relay::new(parts, "sim", &tuning);
         let (_stop, shutdown) = watch::channel(false);
         let operator = self.operator();
@@ -374,8 +379,7 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
             canary: Canary::new(Duration::ZERO),
             published: Published::default(),
         };
-        let tuning = Tuning { window: WINDOW, checkpoint_interval: INTERVAL, ..Tuning::default() };
-        let mut relay = Relay::new(parts, "sim", &tuning);
+        let mut relay = Relay::new(parts, "sim", &TUNING);
         let (stop, shutdown) = watch::channel(false);
         let asked = async {
             sleep(Duration::from_millis(150)).await;
