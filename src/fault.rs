@@ -24,6 +24,7 @@ pub fn io_error(what: &str, error: io::Error) -> Error {
 }
 
 /// Whether the TLS library failed, and not the socket below it.
+#[cfg(feature = "relay")]
 pub fn is_tls(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
 }
@@ -33,8 +34,11 @@ pub fn classify(error: &io::Error) -> (Kind, Option<&'static str>) {
     // The kernel's "too many open files", for which the standard library has no kind.
     const EMFILE: i32 = 24;
     const ENFILE: i32 = 23;
-    if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        return classify_tls(tls);
+    #[cfg(feature = "relay")]
+    {
+        if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            return classify_tls(tls);
+        }
     }
     match error.raw_os_error() {
         Some(EMFILE | ENFILE) => (
@@ -93,6 +97,7 @@ pub fn classify_io(kind: io::ErrorKind) -> (Kind, Option<&'static str>) {
 }
 
 /// The table of TLS errors: a bad certificate stays bad until a person replaces it.
+#[cfg(feature = "relay")]
 pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
     use rustls::CertificateError as C;
     use rustls::Error as T;

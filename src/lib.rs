@@ -25,27 +25,50 @@
 //! [`relay::Relay::run`] is the loop that does all this; [`relay::session::supervisor`] opens
 //! everything and starts over after any error. Applications need [`outbox`]; everything else serves
 //! the `watership` program.
+//!
+//! Cargo features: `outbox` (emit events) without the dependencies of the program, `inbox` (still
+//! empty) and `relay` (the program). `outbox` and `relay` are on by default.
 
+#[cfg(feature = "relay")]
 pub mod admin;
+#[cfg(feature = "relay")]
 pub mod amqp;
+#[cfg(feature = "relay")]
 pub mod backoff;
+#[cfg(feature = "relay")]
 pub mod cli;
+#[cfg(feature = "relay")]
 pub mod column;
+#[cfg(feature = "relay")]
 pub mod config;
+#[cfg(feature = "relay")]
 pub mod dev;
+#[cfg(feature = "relay")]
 pub mod envelope;
 pub mod error;
+#[cfg(feature = "relay")]
 pub mod event;
 pub mod fault;
+#[cfg(feature = "relay")]
 pub mod message;
+#[cfg(feature = "relay")]
 pub mod metrics;
+#[cfg(feature = "outbox")]
 pub mod outbox;
+#[cfg(any(feature = "outbox", feature = "relay"))]
 pub mod pg;
+#[cfg(feature = "relay")]
 pub mod position;
+#[cfg(feature = "relay")]
 pub mod publisher;
+#[cfg(feature = "relay")]
 pub mod relay;
+#[cfg(feature = "relay")]
 pub mod route;
+#[cfg(feature = "relay")]
 pub mod secret;
+#[cfg(feature = "relay")]
 pub mod source;
+#[cfg(feature = "relay")]
 pub mod tls;
 pub mod verdict;

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use serde_json::{Map, Value};
-use watership::config::{Config, load};
+use watership::config::Config;
 
 const DOCKERFILE: &str = "packaging/Dockerfile";
 
@@ -203,10 +203,9 @@ fn the_relays_compose_configuration_fits_the_compose_file() {
 #[test]
 fn the_relay_accepts_its_compose_configuration() {
     let text = read("config/compose.toml");
-    let raw = load::parse("compose.toml", &text).unwrap_or_else(|e| panic!("{e}"));
-    let raw = load::fill_in(&raw, &|_| Some("secret".into())).unwrap_or_else(|e| panic!("{e}"));
-    let config = Config::from_raw("compose.toml", raw).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(config.name, "shop");
+    let config = Config::parse("compose.toml", &text, &|_| Some("secret".into()))
+        .unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(config.relay.name, "shop");
 }
 
 /// The command lines after the program's name that compose file, image and unit start.

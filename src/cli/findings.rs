@@ -1,4 +1,4 @@
-//! What `check` found, each with what to do.
+//! What `check` finds, each with what to do about it.
 
 use serde::Serialize;
 
@@ -10,11 +10,11 @@ use crate::error::Error;
 #[serde(rename_all = "snake_case")]
 pub(super) enum Level {
     Ok,
-    /// The relay runs; something may go wrong later.
+    /// The relay works; something may go wrong later.
     Warning,
-    /// The relay will not run, or messages will not arrive.
+    /// The relay will not work, or messages will not arrive.
     Problem,
-    /// Going on would be a guess: a person has to decide.
+    /// Continuing would be a guess: an operator has to decide.
     Verdict,
 }
 
@@ -66,7 +66,7 @@ impl Findings {
         self.add(Level::Problem, area, what.into(), Some(hint.into()));
     }
 
-    /// Adds an error under its own kind.
+    /// Adds an error, as a verdict if it is one.
     pub(super) fn error(&mut self, area: &'static str, error: &Error) {
         let level = if error.kind().is_verdict() { Level::Verdict } else { Level::Problem };
         self.add(level, area, error.to_string(), error.hint_text().map(str::to_owned));
@@ -92,7 +92,7 @@ impl Findings {
         self.list.push(Finding { level, area, what, hint });
     }
 
-    /// Prints the sum and says how the command ends.
+    /// Prints the totals and returns how the command ends.
     pub(super) fn finish(self) -> crate::error::Result<End> {
         let count = |level| self.list.iter().filter(|f| f.level == level).count();
         let worst = self.list.iter().map(|f| f.level).max().unwrap_or(Level::Ok);
@@ -106,7 +106,7 @@ impl Findings {
         Ok(match worst {
             Level::Ok | Level::Warning => End::Fine,
             Level::Problem => End::Failed,
-            Level::Verdict => End::NeedsPerson,
+            Level::Verdict => End::NeedsDecision,
         })
     }
 }

@@ -74,6 +74,7 @@ struct Record {
 /// [`crate::error::Kind::Verdict`] when a file differs from what was run, or when the database is
 /// newer than this program; otherwise what the server says, with the file's name.
 pub async fn apply(client: &mut Client) -> Result<Vec<Applied>> {
+    const CHECKSUM: &str = include_str!("../../sql/query/migration_checksum.sql");
     let tx = locked(client).await?;
     let mut applied = Vec::new();
     for migration in pending(&tx).await? {
@@ -81,12 +82,9 @@ pub async fn apply(client: &mut Client) -> Result<Vec<Applied>> {
         tx.batch_execute(migration.sql).await.map_err(failed)?;
         // The table is the owner's, and a member need not inherit the owner's rights.
         tx.batch_execute("SET LOCAL ROLE watership_owner").await.map_err(failed)?;
-        tx.execute(
-            "UPDATE watership.migration SET checksum = $2 WHERE version = $1",
-            &[&migration.version, &checksum(migration.sql)],
-        )
-        .await
-        .map_err(failed)?;
+        tx.execute(CHECKSUM, &[&migration.version, &checksum(migration.sql)])
+            .await
+            .map_err(failed)?;
         tx.batch_execute("RESET ROLE").await.map_err(failed)?;
         applied.push(Applied { version: migration.version, name: migration.name });
     }
@@ -126,13 +124,13 @@ async fn locked(client: &mut Client) -> Result<Transaction<'_>> {
 }
 
 async fn records(client: &impl GenericClient) -> Result<Vec<Record>> {
+    const READ: &str = include_str!("../../sql/query/migration_read.sql");
     let table = "SELECT pg_catalog.to_regclass('watership.migration') IS NOT NULL";
     let there: bool = client.query_one(table, &[]).await.map_err(postgres_error)?.get(0);
     if !there {
         return Ok(Vec::new());
     }
-    let sql = "SELECT version, name, checksum FROM watership.migration ORDER BY version";
-    let rows = client.query(sql, &[]).await.map_err(postgres_error)?;
+    let rows = client.query(READ, &[]).await.map_err(postgres_error)?;
     let record = |row: tokio_postgres::Row| Record {
         version: row.get(0),
         name: row.get(1),

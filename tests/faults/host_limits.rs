@@ -259,12 +259,12 @@ async fn host_limits_e19_loop_that_hangs() {
     let log = scene.relay().config.with_extension("strace");
     let tracer = Process::spawn("strace", tracer, &log).expect("strace starts");
     let deadline = Instant::now() + LIMIT;
-    while !scene.relay().page("/livez").await.contains("has not moved") {
+    while !scene.relay().page("/livez").await.contains("has been stuck") {
         assert!(Instant::now() < deadline, "/livez says nothing within {LIMIT:?}");
         tokio::time::sleep(POLL).await;
     }
     // Half a minute later the process gives up: nobody may be there to probe it.
-    scene.relay().logs(&["has not moved for a minute"]).await;
+    scene.relay().logs(&["has been stuck for a minute"]).await;
     // A thread that is traced cannot die before its tracer lets go.
     drop(tracer);
     assert_ne!(scene.relay().ended().await, 0);

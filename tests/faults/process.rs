@@ -217,7 +217,7 @@ async fn process_e10_killed_while_it_drains() {
     let waiting = |status: &Value| status["in_flight"].as_u64() >= Some(50);
     net.scene.relay().reaches("confirms are awaited", waiting).await;
     net.scene.relay().signal(Signal::Term);
-    net.scene.relay().logs(&["asked to stop"]).await;
+    net.scene.relay().logs(&["shutting down"]).await;
     net.scene.relay().kill();
     net.rabbit.heal();
     net.scene.relay().start();
@@ -271,7 +271,7 @@ async fn process_e13_term_drains_and_repeats_nothing() {
         scene.relay().start();
         scene.recovered(Instant::now(), 0).await;
     }
-    scene.relay().logs(&["asked to stop"]).await;
+    scene.relay().logs(&["shutting down"]).await;
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "a drained relay leaves nothing to repeat");
@@ -289,7 +289,7 @@ async fn process_e13_second_term_and_drain_timeout_end_it_at_once() {
     net.rabbit.flow(IN, stalled);
     net.scene.relay().reaches("confirms are awaited", waiting).await;
     net.scene.relay().signal(Signal::Term);
-    net.scene.relay().logs(&["asked to stop"]).await;
+    net.scene.relay().logs(&["shutting down"]).await;
     let begin = Instant::now();
     net.scene.relay().signal(Signal::Term);
     assert_ne!(net.scene.relay().ended().await, 0, "it did not drain");

@@ -110,7 +110,7 @@ async fn after_a_failover_without_the_slot_a_person_decides() {
     let texts = ["timeline_changed: ", "a failover, without the slot", "watership resync"];
     pair.relay.ended().await.expect_code(3).expect_text(&texts);
     let resync = ["resync", "--accept-gap", "--reason", "failover"];
-    pair.stage.run(&resync).await.expect_code(0).expect_text(&["made anew"]);
+    pair.stage.run(&resync).await.expect_code(0).expect_text(&["recreated"]);
     let relay = pair.stage.start().await;
     let sql = "SELECT watership.emit('t', '1', 'after', '1')";
     pair.stage.execute(sql).await;

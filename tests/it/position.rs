@@ -172,7 +172,7 @@ async fn a_publication_made_anew_is_resolved_behind_it() {
     let missing = stage.run(&["resync", "--accept-gap", "--reason", "x"]).await;
     missing.expect_code(1).expect_text(&["publication_missing: ", "watership init"]);
     let made = stage.run(&["init"]).await;
-    made.expect_code(0).expect_text(&["created  publication", "not agreed to"]);
+    made.expect_code(0).expect_text(&["created  publication", "not recorded"]);
     resolve(&stage, "publication_recreated", "now").await;
     assert!(!kinds(&stage.settled_now().await).contains(&"lost"));
 }
@@ -184,7 +184,7 @@ async fn a_table_taken_out_under_a_running_relay_is_a_verdict_even_when_it_is_ba
     stage.execute("ALTER PUBLICATION watership DROP TABLE items").await;
     stage.execute("INSERT INTO items VALUES (1)").await;
     ends_with(relay, "table_removed").await;
-    stage.run(&["init"]).await.expect_code(0).expect_text(&["not agreed to: table_removed"]);
+    stage.run(&["init"]).await.expect_code(0).expect_text(&["not recorded: table_removed"]);
     resolve(&stage, "table_removed", "checkpoint").await;
 }
 
@@ -312,7 +312,7 @@ async fn a_stream_that_leaves_out_the_canary_is_deaf_and_the_slot_stays() {
     ended.expect_code(3).expect_text(&["stream_deaf: ", "has not brought canary", "--anyway"]);
     assert_eq!(stage.text("SELECT flush_lsn FROM watership.checkpoint").await, before);
     let arguments = ["resync", "--accept-gap", "--reason", "x", "--anyway", "--from", "now"];
-    stage.run(&arguments).await.expect_code(0).expect_text(&["made anew"]);
+    stage.run(&arguments).await.expect_code(0).expect_text(&["recreated"]);
 }
 
 #[tokio::test]
@@ -384,7 +384,7 @@ async fn making_a_slot_waits_for_transactions_that_are_open_for_long() {
     };
     let resync = stage.run(&["resync", "--accept-gap", "--reason", "x"]);
     let (ended, ()) = tokio::join!(resync, release);
-    ended.expect_code(0).expect_text(&["made anew"]);
+    ended.expect_code(0).expect_text(&["recreated"]);
 }
 
 /// A relay does not start, and says this.

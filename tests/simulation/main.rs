@@ -38,6 +38,13 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// Longest simulated time from the loss of the broker to the end of the session: the last
 /// checkpoint has a second, and the clock of this runtime has a grain of a millisecond.
 const LAST_STORE: Duration = Duration::from_millis(1002);
+const TUNING: Tuning = Tuning {
+    window: WINDOW,
+    checkpoint_interval: INTERVAL,
+    drain_timeout: Duration::from_secs(10),
+    idle_interval: Duration::from_secs(30),
+    parked: Limits { rows: 10_000, keys: 1_000 },
+};
 /// Simulated time after which a run that is not done is stuck.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 
@@ -170,10 +177,8 @@ impl Run {
             published,
             remembered,
         };
-        let mut tuning =
-            Tuning { window: WINDOW, checkpoint_interval: INTERVAL, ..Tuning::default() };
-        tuning.parked = self.limits;
-        tuning.idle_interval = Duration::from_millis(300);
+        let idle_interval = Duration::from_millis(300);
+        let tuning = Tuning { parked: self.limits, idle_interval, ..TUNING };
         let mut relay = Relay::new(parts, "sim", &tuning);
         let (_stop, shutdown) = watch::channel(false);
         let operator = self.operator();

@@ -166,7 +166,7 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
             published: Default::default(),
             remembered: Default::default(),
         };
-        let tuning = Tuning { window: WINDOW, checkpoint_interval: INTERVAL, ..Tuning::default() };
+        let tuning = TUNING;
         let mut relay = Relay::new(parts, "sim", &tuning);
         let (stop, shutdown) = watch::channel(false);
         let asked = async {

@@ -197,6 +197,25 @@ pub fn environment(files: &[Code]) -> Vec<String> {
     found
 }
 
+/// SQL in Rust on tables of our own. It lives in `sql/query`, one statement a file, where a change
+/// of the schema finds it. A lookup in the catalog may stand where its one user is.
+pub fn inline_sql(files: &[Code]) -> Vec<String> {
+    const BEFORE: &[&str] = &["FROM", "INTO", "UPDATE", "JOIN"];
+    let mut found = Vec::new();
+    for file in files.iter().filter(|f| f.is_src()) {
+        for (at, _) in file.text.match_indices("watership.") {
+            let line = file.text[..at].rsplit('\n').next().unwrap_or_default();
+            let before = file.text[..at].trim_end_matches(|c: char| c == '\\' || c.is_whitespace());
+            let word = before.rsplit(|c| !is_word(c)).next().unwrap_or_default();
+            let comment = line.trim_start().starts_with("//");
+            if !comment && !file.is_test(at) && BEFORE.contains(&word.to_uppercase().as_str()) {
+                found.push(format!("{}: this statement belongs into sql/query", file.at(at)));
+            }
+        }
+    }
+    found
+}
+
 /// Async, clocks and chance in files that must not have them.
 pub fn impurities(files: &[Code]) -> Vec<String> {
     let mut found = Vec::new();

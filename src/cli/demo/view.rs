@@ -30,7 +30,7 @@ impl View {
         }
         self.last = Some(Instant::now());
         let line = format!(
-            "{:5.1} s  committed {:>7}  delivered {:>7}  on the way {:>6}  duplicates {}",
+            "{:5.1} s  committed {:>7}  delivered {:>7}  in flight {:>6}  duplicates {}",
             elapsed.as_secs_f64(),
             counts.committed,
             counts.delivered,

@@ -17,8 +17,9 @@ pub struct Limits {
 }
 
 impl Default for Limits {
+    /// No limits; those of a relay come from its configuration.
     fn default() -> Self {
-        Self { rows: 10_000, keys: 1_000 }
+        Self { rows: usize::MAX, keys: usize::MAX }
     }
 }
 
