@@ -95,7 +95,7 @@ fn join(path: &str, name: &str) -> String {
 }
 
 fn debug(table: &Table) -> Result<String, String> {
-    config(&toml::to_string(table).unwrap()).map(|config| format!("{config:?}"))
+    config(&toml::to_string(table).expect("a table is TOML")).map(|config| format!("{config:?}"))
 }
 
 #[test]

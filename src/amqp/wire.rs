@@ -217,17 +217,23 @@ fn message_id(flags: u16, mut list: &[u8]) -> Option<(Option<Uuid>, u64)> {
 /// is of a type that the relay does not write. What the broker sends back is the only place that
 /// says which of an event's messages was returned.
 fn route_of(mut headers: &[u8]) -> &str {
-    while let Some((name, kind, value, rest)) = next_header(headers) {
-        if kind == b'S' && name == ROUTE_HEADER.as_bytes() {
-            return std::str::from_utf8(value).unwrap_or_default();
+    while let Some((header, rest)) = next_header(headers) {
+        if header.kind == b'S' && header.name == ROUTE_HEADER.as_bytes() {
+            return std::str::from_utf8(header.value).unwrap_or_default();
         }
         headers = rest;
     }
     ""
 }
 
-/// Name, type, value and what follows, AMQP 0-9-1 section 4.2.5.5. Nested tables are not entered.
-fn next_header(headers: &[u8]) -> Option<(&[u8], u8, &[u8], &[u8])> {
+struct Header<'a> {
+    name: &'a [u8],
+    kind: u8,
+    value: &'a [u8],
+}
+
+/// The first header and what follows, AMQP 0-9-1 section 4.2.5.5. Nested tables are not entered.
+fn next_header(headers: &[u8]) -> Option<(Header<'_>, &[u8])> {
     let (&len, rest) = headers.split_first()?;
     let (name, rest) = rest.split_at_checked(usize::from(len))?;
     let (&kind, rest) = rest.split_first()?;
@@ -241,7 +247,7 @@ fn next_header(headers: &[u8]) -> Option<(&[u8], u8, &[u8], &[u8])> {
         b'V' => (&[][..], rest),
         _ => return None,
     };
-    Some((name, kind, value, rest))
+    Some((Header { name, kind, value }, rest))
 }
 
 /// Appends method, header and body frames of one mandatory `basic.publish`.

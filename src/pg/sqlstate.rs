@@ -14,7 +14,9 @@ use tokio_postgres::error::DbError;
 use tokio_postgres::fallible_iterator::FallibleIterator;
 
 use crate::error::{Code, Error, Kind};
-use crate::fault::{io_error, is_tls};
+use crate::fault::io_error;
+#[cfg(feature = "relay")]
+use crate::fault::is_tls;
 
 /// Another process uses it: the slot has a reader.
 pub const OBJECT_IN_USE: &str = "55006";
@@ -104,6 +106,7 @@ pub fn postgres_error(error: tokio_postgres::Error) -> Error {
 /// What kind of failure it is, tokio-postgres keeps to itself. But its own refusals (an unknown
 /// mechanism) have no I/O error below them, and an I/O error that no socket makes comes from an
 /// answer that does not fit the login: a server that does not know the password, for example.
+#[cfg(feature = "relay")]
 pub fn login_error(error: tokio_postgres::Error) -> Error {
     let refused = || {
         Error::refused("authentication with Postgres failed")

@@ -19,7 +19,7 @@ pub struct Kept {
 }
 
 /// Where else than in `src` a use counts.
-const USERS: &[&str] = &["tests/bench/", "tests/fuzz/", "scripts/"];
+const USERS: &[&str] = &["examples/", "tests/bench/", "tests/fuzz/", "scripts/"];
 
 /// A `pub fn`.
 struct Function<'a> {

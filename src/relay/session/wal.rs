@@ -196,7 +196,7 @@ async fn stream(
         canary: options.name.clone(),
     });
     let publications = [&*options.publication];
-    let asked = StreamOptions { binary: options.binary, ..StreamOptions::default() };
+    let asked = StreamOptions { binary: options.binary };
     let stream = replication.start(&options.slot, row.flush_lsn, &publications, asked).await?;
     Ok((stream, assembler, keys))
 }
