@@ -1,7 +1,8 @@
 //! The publisher against a scripted broker: what a real one does rarely, or never.
 //!
 //! Each test tells a broker, in the same process, what to answer. Nothing waits for a fixed time,
-//! except where a deadline is what is tested.
+//! except where a deadline is what is tested; what a deadline did is seen by its words and by the
+//! frames that came, never by a clock.
 
 mod fake_broker;
 
@@ -12,12 +13,13 @@ use amq_protocol::protocol::{AMQPClass, connection};
 use amq_protocol::types::AMQPValue;
 use fake_broker::{Peer, broker, closed_port, message, options};
 use futures_util::FutureExt;
-use tokio::time::Instant;
 use watership::amqp::options::{Auth, Options, SPREAD_FROM};
 use watership::amqp::publisher::Connection;
 use watership::amqp::reply;
 use watership::error::{Error, Kind};
 use watership::publisher::{Outcome, Publisher, Ticket};
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 /// Runs `script` as the broker (after the handshake) and `client` against it.
 async fn session<S, C>(
@@ -100,11 +102,10 @@ async fn opening_ends_with_the_last_answer_and_waits_for_no_timer() {
         peer.publishes(1).await;
         peer.ack(2, 1, false).await;
     };
-    // With this heartbeat the next timer is seconds away.
-    let options = Options { heartbeat: Duration::from_secs(60), ..options(&["a", "b"]) };
-    let began = Instant::now();
+    // With these the next timer is minutes away, long after the connect timeout.
+    let (heartbeat, confirm_timeout) = (HOUR, HOUR);
+    let options = Options { heartbeat, confirm_timeout, ..options(&["a", "b"]) };
     session(options, script, |mut connection| async move {
-        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
         publish(&mut connection, 0, 1..=1);
         outcomes(&mut connection, 1).await;
     })
@@ -266,14 +267,12 @@ async fn missing_confirm_ends_the_session_at_its_deadline() {
         peer.until_gone().await;
     };
     let mut options = options(&["a"]);
-    options.confirm_timeout = Duration::from_millis(80);
+    options.confirm_timeout = Duration::from_secs(2);
     session(options, script, |mut connection| async move {
-        let start = Instant::now();
         publish(&mut connection, 0, 1..=3);
         let error = failure(&mut connection).await;
         assert_eq!(error.kind(), Kind::Unreachable);
         assert!(error.to_string().contains("no confirm for"), "{error}");
-        assert!(start.elapsed() >= Duration::from_millis(80));
     })
     .await;
 }
@@ -284,17 +283,19 @@ async fn blocked_connection_holds_publishes_keeps_beating_and_resumes() {
         peer.publishes(1).await;
         peer.blocked("low on memory").await;
         peer.ack(2, 1, false).await;
-        // Half a second in which nothing but a heartbeat may come, far beyond the deadline.
-        let frame = peer.receive_any().await;
-        assert_eq!(frame, AMQPFrame::Heartbeat);
+        // Nothing but heartbeats may come, one a second, until far beyond the deadline.
+        for _ in 0..3 {
+            assert_eq!(peer.receive_any().await, AMQPFrame::Heartbeat);
+            peer.beat().await;
+        }
         peer.unblocked().await;
         let publishes = peer.publishes(2).await;
         assert_eq!(publishes[1].body, b"hello");
         peer.ack(2, 3, true).await;
     };
     let mut options = options(&["a"]);
-    options.confirm_timeout = Duration::from_millis(100);
-    options.heartbeat = Duration::from_secs(1);
+    options.confirm_timeout = Duration::from_secs(2);
+    options.heartbeat = Duration::from_secs(2);
     session(options, script, |mut connection| async move {
         publish(&mut connection, 0, 1..=1);
         assert_eq!(outcomes(&mut connection, 1).await, confirmed([1]));
@@ -387,11 +388,8 @@ async fn silent_broker_is_given_up_after_twice_the_heartbeat() {
     let mut options = options(&["a"]);
     options.heartbeat = Duration::from_secs(1);
     session(options, script, |mut connection| async move {
-        let start = Instant::now();
         let error = failure(&mut connection).await;
         assert!(error.to_string().contains("nothing received for"), "{error}");
-        // The broker was last heard a moment before `start`.
-        assert!((1.5..10.0).contains(&start.elapsed().as_secs_f32()), "{:?}", start.elapsed());
     })
     .await;
 }
@@ -439,7 +437,8 @@ async fn broker_that_accepts_and_says_nothing_is_left_at_the_connect_timeout() {
 #[tokio::test]
 async fn brokers_are_tried_in_turn_and_all_answers_are_told() {
     let mut options = options(&[]);
-    options.urls = vec![closed_port().await, closed_port().await];
+    let (closed, kept) = (closed_port(), closed_port());
+    options.urls = vec![closed.0, kept.0];
     let error = Connection::open(&options).await.err().unwrap();
     let (first, second) = (options.urls[0].port, options.urls[1].port);
     for port in [first, second] {

@@ -106,7 +106,8 @@ const PROVED: &[Proved] = &[
         "transaction of a million rows",
         &[
             "slot::slot_b18",
-            "it relay_faults::a_kill_inside_a_large_transaction_loses_nothing_and_repeats_little",
+            "it relay_faults::\
+             a_kill_inside_a_large_transaction_loses_nothing_and_repeats_only_what_was_not_stored",
         ],
     ),
     ("B19", "transaction open across a restart", &["slot::slot_b19"]),

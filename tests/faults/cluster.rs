@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::process::Command;
 
-use tokio::time::Instant;
 use watership::dev::{Postgres, StopMode};
 
 use crate::pg::EMIT_ONE;
@@ -14,7 +13,7 @@ use crate::support::proxy::{How, Proxy};
 use crate::support::scene::led;
 use crate::support::servers::{Database, client, execute, own_postgres, own_vhost, text};
 use crate::support::stage::{Setup, Stage};
-use crate::support::waiting::{LIMIT, POLL};
+use crate::support::waiting::until;
 
 fn run(program: &str, arguments: &[&Path]) {
     let done = Command::new(program).args(arguments).status().expect("the program runs");
@@ -57,11 +56,8 @@ async fn pg_a08_failover_to_a_standby_without_the_slot() {
     scene.delivered(1).await;
     let end = text(&url, "SELECT pg_current_wal_lsn()").await;
     let behind = standby.url("postgres", "shop");
-    let deadline = Instant::now() + LIMIT;
-    while text(&behind, &format!("pg_last_wal_replay_lsn() < '{end}'")).await == "true" {
-        assert!(Instant::now() < deadline, "the standby does not follow");
-        tokio::time::sleep(POLL).await;
-    }
+    let follows = format!("pg_last_wal_replay_lsn() >= '{end}'");
+    until("the standby follows", async || text(&behind, &follows).await == "true").await;
     scene.fault("failover");
     primary.kill().await;
     execute(&behind, "SELECT pg_promote()").await;

@@ -15,7 +15,7 @@ use crate::report::Class;
 use crate::support::scene::{Scene, plain};
 use crate::support::servers::{Database, client, own_database, own_postgres, own_vhost};
 use crate::support::stage::{Setup, Stage};
-use crate::support::waiting::{LIMIT, POLL, throughout, until};
+use crate::support::waiting::{throughout, until};
 use crate::support::writers::STEADY;
 
 fn is_root() -> bool {
@@ -258,11 +258,8 @@ async fn host_limits_e19_loop_that_hangs() {
     tracer.args(["-e", "inject=epoll_wait:delay_enter=300000000"]);
     let log = scene.relay().config.with_extension("strace");
     let tracer = Process::spawn("strace", tracer, &log).expect("strace starts");
-    let deadline = Instant::now() + LIMIT;
-    while !scene.relay().page("/livez").await.contains("has been stuck") {
-        assert!(Instant::now() < deadline, "/livez says nothing within {LIMIT:?}");
-        tokio::time::sleep(POLL).await;
-    }
+    let stuck = async || scene.relay().page("/livez").await.contains("has been stuck");
+    until("/livez says it", stuck).await;
     // Half a minute later the process gives up: nobody may be there to probe it.
     scene.relay().logs(&["has been stuck for a minute"]).await;
     // A thread that is traced cannot die before its tracer lets go.

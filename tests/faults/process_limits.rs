@@ -13,7 +13,7 @@ use crate::report::Class;
 use crate::support::scene::{Scene, plain};
 use crate::support::servers::{client, own_database, own_vhost, text};
 use crate::support::stage::{Setup, Stage};
-use crate::support::waiting::{POLL, throughout, until};
+use crate::support::waiting::{throughout, until};
 use crate::support::writers::{Load, STEADY};
 
 /// Prepared, the relay not started.
@@ -134,11 +134,7 @@ async fn process_e25_few_file_descriptors() {
     let mut scene = ready("E25", "").await;
     let few = script(&mut scene, "ulimit -n 16; exec \"$@\"");
     scene.relay().start_as(few);
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !scene.relay().log_text().contains("Too many open files") {
-        assert!(Instant::now() < deadline, "it says nothing; {}", scene.relay().log());
-        tokio::time::sleep(POLL).await;
-    }
+    scene.relay().logs(&["Too many open files"]).await;
     scene.relay().kill();
     let enough = script(&mut scene, "ulimit -n 32; exec \"$@\"");
     let log = Log::Words("Too many open files");
@@ -172,9 +168,7 @@ async fn process_e27_storm_on_the_admin_port() {
     }
     let begin = Instant::now();
     scene.flowing(1_600).await;
-    let took = begin.elapsed();
-    class.note("seconds_for_2_seconds_of_events", took.as_secs_f64());
-    assert!(took < Duration::from_secs(6), "{took:?}");
+    class.took("ms_for_2_seconds_of_events", begin.elapsed());
     while storm.join_next().await.is_some() {}
     scene.recovered_in(Duration::ZERO);
     assert_eq!(scene.relay().status().await["sessions"], 1);

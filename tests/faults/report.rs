@@ -38,6 +38,11 @@ impl Class {
         self.extra.insert(name.into(), value);
     }
 
+    /// A duration of its own, in milliseconds: reported, never asserted.
+    pub fn took(&mut self, name: &str, time: Duration) {
+        self.note(name, milliseconds(&time));
+    }
+
     /// It survived, and this was counted.
     ///
     /// # Panics
@@ -64,7 +69,6 @@ impl Class {
         self.told = true;
         let ok = judged.is_some();
         let judged = judged.cloned().unwrap_or_default();
-        let milliseconds = |time: &Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let line = json!({
             "class": self.id,
             "group": &self.id[..1],
@@ -84,6 +88,10 @@ impl Class {
         });
         results::add(&format!("{line}\n"));
     }
+}
+
+fn milliseconds(time: &Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Drop for Class {

@@ -64,7 +64,7 @@ async fn slot_b05_checkpoint_ahead_of_the_server() {
 
 #[tokio::test]
 async fn slot_b06_busy_with_another_client() {
-    let class = Class::new("B6", "slot_b06_busy_with_another_client");
+    let mut class = Class::new("B6", "slot_b06_busy_with_another_client");
     let stage = Stage::new(Setup::default()).await;
     let options = Options::parse(&Secret::new(&*stage.database.url)).expect("a good URL");
     let holder = ReplicationConnection::connect(&options).await.expect("connected");
@@ -83,8 +83,7 @@ async fn slot_b06_busy_with_another_client() {
     holder.close().await;
     let begin = Instant::now();
     relay.ready().await;
-    let took = begin.elapsed();
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    class.took("taken_over_ms", begin.elapsed());
     assert_eq!(kinds(&stage.settled().await), ["kept"]);
     class.held(1);
 }

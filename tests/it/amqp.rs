@@ -16,13 +16,14 @@ use watership::message::{Builder, ExchangeId, Message, Properties, RouteId};
 use watership::publisher::{Outcome, Publisher, Ticket};
 
 use crate::support::servers::{self, Vhost};
+use crate::support::waiting::LIMIT;
 
 const WINDOW: usize = 1000;
 
 fn options(vhost: &Vhost, exchanges: &[&str]) -> Options {
     let mut options = Options::new(vec![Url::parse(&vhost.url).expect("a good URL")]);
     options.exchanges = exchanges.iter().map(|e| (*e).to_owned()).collect();
-    options.connect_timeout = Duration::from_secs(60);
+    options.connect_timeout = LIMIT;
     options
 }
 
@@ -303,7 +304,7 @@ async fn alarm_longer_than_the_confirm_deadline_holds_publishes_and_lets_them_go
     let node = Rabbit::start(RabbitOptions::default()).await.unwrap();
     let vhost = Vhost { name: "/".into(), url: node.url("/") };
     let mut options = options(&vhost, &[""]);
-    options.confirm_timeout = Duration::from_secs(3);
+    options.confirm_timeout = Duration::from_secs(8);
     let topology = Topology { queues: vec![queue("q")], ..Topology::default() };
     topology::apply(&options, &topology).await.unwrap();
     let mut connection = Connection::open(&options).await.unwrap();

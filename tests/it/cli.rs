@@ -3,20 +3,14 @@
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use watership::dev::{self, Postgres, PostgresOptions};
 
+use crate::support::relay;
 use crate::support::servers::{Database, Vhost, own_database, own_vhost, postgres, rabbit};
-
-/// How long a command, or a relay's start, may take on a loaded machine.
-const LIMIT: Duration = Duration::from_secs(60);
-/// Grain of waiting for a relay.
-const POLL: Duration = Duration::from_millis(50);
+use crate::support::waiting::{LIMIT, until};
 
 /// How a command ended.
 #[derive(Debug)]
@@ -272,39 +266,22 @@ async fn a_server_without_logical_wal_and_a_wrong_password_are_told_clearly() {
     }
 }
 
-/// A relay that runs, with its HTTP port.
+/// A relay that runs.
 struct Running {
     child: Child,
-    port: u16,
 }
 
 impl Running {
     async fn start(config: &PathBuf, port: u16) -> Self {
         let child = command(config, &["run"]).spawn().expect("the program starts");
-        let mut running = Self { child, port };
-        let mut again = tokio::time::interval(POLL);
-        let ready = async {
-            while !running.get("/readyz").await.starts_with("HTTP/1.0 200") {
-                let ended = running.child.try_wait().expect("its state is known");
-                assert!(ended.is_none(), "the relay ended: {ended:?}");
-                again.tick().await;
-            }
-        };
-        tokio::time::timeout(LIMIT, ready).await.expect("the relay becomes ready");
+        let mut running = Self { child };
+        until("the relay is ready", async || {
+            let ended = running.child.try_wait().expect("its state is known");
+            assert!(ended.is_none(), "the relay ended: {ended:?}");
+            relay::get(port, "/readyz").await.0 == 200
+        })
+        .await;
         running
-    }
-
-    /// The whole answer; empty when nobody listens.
-    async fn get(&self, path: &str) -> String {
-        let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)).await else {
-            return String::new();
-        };
-        let request = format!("GET {path} HTTP/1.0\r\n\r\n");
-        let mut answer = String::new();
-        if stream.write_all(request.as_bytes()).await.is_ok() {
-            let _ = stream.read_to_string(&mut answer).await;
-        }
-        answer
     }
 
     async fn stop(self) -> Ran {
@@ -369,7 +346,7 @@ async fn no_output_of_any_command_shows_a_password() {
     note(second, 2);
     let mut pages = String::new();
     for path in ["/livez", "/readyz", "/status", "/metrics", "/nothing"] {
-        pages.push_str(&relay.get(path).await);
+        pages.push_str(&relay::get(admin, path).await.1);
     }
     note(relay.stop().await, 0);
     assert!(pages.contains("watership_messages_confirmed_total{route=\"outbox\""), "{pages}");
@@ -407,18 +384,13 @@ async fn a_plain_role_relays_after_init_by_an_admin() {
     let check = watership(&file, &["check"]).await;
     assert_eq!(check.code, 0, "{check:?}");
 
-    let relay = Running::start(&file, admin).await;
+    let running = Running::start(&file, admin).await;
     let sql = "SELECT watership.emit('order', '1', 'made', '{}')";
     client.batch_execute(sql).await.expect("an event");
     let confirmed = "watership_messages_confirmed_total{route=\"outbox\",owner=\"\"} 1";
-    let mut again = tokio::time::interval(POLL);
-    let arrived = async {
-        while !relay.get("/metrics").await.contains(confirmed) {
-            again.tick().await;
-        }
-    };
-    tokio::time::timeout(LIMIT, arrived).await.expect("the event is confirmed");
-    let ended = relay.stop().await;
+    let arrived = async || relay::get(admin, "/metrics").await.1.contains(confirmed);
+    until("the event is confirmed", arrived).await;
+    let ended = running.stop().await;
     assert_eq!(ended.code, 0, "{ended:?}");
     client.batch_execute(&format!("REVOKE watership_relay FROM {role}")).await.expect("revoked");
     let check = watership(&file, &["check"]).await;

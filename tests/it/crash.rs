@@ -1,8 +1,7 @@
 //! The real binary, killed again and again under load. `tests/faults` has the other faults.
 //!
 //! Every test asserts the same at the end (`Scene::finish`): nothing lost, nothing that never
-//! committed, first arrivals of each key in order, no more duplicates than the window and 100 ms
-//! of events per fault. The long ones run when WATERSHIP_FULL is set.
+//! committed, first arrivals of each key in order. The long ones run when WATERSHIP_FULL is set.
 
 use tokio::time::Instant;
 

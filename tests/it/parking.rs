@@ -420,30 +420,32 @@ async fn a_key_that_stays_busy_is_released_by_one_retry() {
     let text = stage.configuration().replace("1KiB", "1MiB");
     stage.replace_configuration(&text);
     let relay = stage.start().await;
-    let enough = std::sync::atomic::AtomicBool::new(false);
-    let writer = async {
-        // Slower than one key can be published, one message at a time.
-        let mut tick = tokio::time::interval(std::time::Duration::from_millis(25));
-        let mut number = 0;
-        while !enough.load(std::sync::atomic::Ordering::Relaxed) {
-            tick.tick().await;
-            number += 1;
-            emit(&stage, "order", "1", &format!("{number:04}")).await;
+    let count = async |state: &str| -> u32 {
+        let sql = format!("SELECT count(*) FROM watership.parked WHERE state IN ({state})");
+        stage.text(&sql).await.parse().expect("a number")
+    };
+    let event = |number: u32| format!("{number:04}");
+    let mut last = 0;
+    while last < 50 {
+        last += 1;
+        emit(&stage, "order", "1", &event(last)).await;
+    }
+    until("the key is busy", async || count("'parked'").await == last + 1).await;
+    parked(&stage, &["retry", "--key", "order/1"]).await;
+    // It stays busy: for each two that leave, another one comes.
+    let mut released = 0;
+    until("nothing is left", async || {
+        let now = count("'released'").await;
+        if now >= released + 2 {
+            (released, last) = (now, last + 1);
+            emit(&stage, "order", "1", &event(last)).await;
         }
-        number
-    };
-    let person = async {
-        let some = "(SELECT count(*) > 50 FROM watership.parked)";
-        until("the key is busy", async || stage.holds(some).await).await;
-        parked(&stage, &["retry", "--key", "order/1"]).await;
-        let none = "(SELECT count(*) = 0 FROM watership.parked \
-            WHERE state IN ('parked', 'retrying'))";
-        until("nothing is left", async || stage.holds(none).await).await;
-        enough.store(true, std::sync::atomic::Ordering::Relaxed);
-    };
-    let (last, ()) = tokio::join!(writer, person);
+        count("'parked', 'retrying'").await == 0
+    })
+    .await;
+    let expected: Vec<String> = (0..=last).map(event).collect();
+    stage.inbox.count(expected.len()).await;
     let got = stage.settled().await;
-    let expected: Vec<String> = (0..=last).map(|number| format!("{number:04}")).collect();
     assert_eq!(of_key(&got, "order/1"), expected);
     relay.stop().await.expect_code(0);
 }

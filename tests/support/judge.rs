@@ -21,7 +21,7 @@ pub struct Judged {
     pub lost: u64,
     pub violations: u64,
     pub duplicates: u64,
-    /// Most duplicates of all faults together.
+    /// Most duplicates of all faults together that are promised; a figure beside the other.
     pub bound: u64,
     /// Duplicates of the fault that had most, as far as they came before the next fault.
     pub most: u64,

@@ -16,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::framing::{Framing, Protocol};
+use super::waiting::within;
 
 /// Bytes read at once.
 const CHUNK: usize = 64 * 1024;
@@ -249,8 +250,7 @@ impl Proxy {
     pub async fn strikes(&self) {
         let mut changed = self.shared.changed.subscribe();
         let struck = changed.wait_for(|_| self.shared.lock().struck > 0);
-        let struck = tokio::time::timeout(Duration::from_secs(60), struck).await;
-        struck.expect("the fault strikes within a minute").expect("the proxy lives");
+        within("the fault strikes", struck).await.expect("the proxy lives");
     }
 
     /// Connections accepted so far.

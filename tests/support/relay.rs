@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 use watership::dev::{self, Process, Signal};
 
-use super::waiting::{LIMIT, POLL};
+use super::waiting::{LIMIT, POLL, Patience};
 
 /// The one queue of a run; it gets everything.
 pub const QUEUE: &str = "all";
@@ -127,14 +127,16 @@ impl Relay {
     /// Waits until its log holds all of `texts`.
     pub async fn logs(&mut self, texts: &[&str]) {
         self.heard = true;
-        let deadline = Instant::now() + LIMIT;
+        let mut patience = Patience::new();
         while let Some(missing) = texts.iter().find(|text| !self.log_text().contains(**text)) {
-            // What ended the first session says more than the hundredth try since.
-            let text = self.log_text();
-            let ends: Vec<_> =
-                text.lines().filter(|l| l.contains("session ended")).take(3).collect();
-            assert!(Instant::now() < deadline, "{missing:?} not logged: {ends:#?}; {}", self.log());
-            tokio::time::sleep(POLL).await;
+            let what = || {
+                // What ended the first session says more than the hundredth try since.
+                let text = self.log_text();
+                let ends = text.lines().filter(|l| l.contains("session ended")).take(3);
+                let ends: Vec<_> = ends.collect();
+                format!("{missing:?} not logged: {ends:#?}; {}", self.log())
+            };
+            patience.more((), what).await;
         }
     }
 
@@ -176,16 +178,7 @@ impl Relay {
 
     /// The body of an admin page; empty when nobody answers.
     pub async fn page(&self, path: &str) -> String {
-        let ask = async {
-            let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).await?;
-            stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
-            let mut answer = String::new();
-            stream.read_to_string(&mut answer).await?;
-            std::io::Result::Ok(answer)
-        };
-        let answer = timeout(Duration::from_secs(2), ask).await;
-        let answer = answer.map_or_else(|_| String::new(), Result::unwrap_or_default);
-        answer.split_once("\r\n\r\n").map_or_else(String::new, |(_, body)| body.to_owned())
+        get(self.admin, path).await.1
     }
 
     /// `/status`; null when nobody answers.
@@ -195,15 +188,19 @@ impl Relay {
 
     /// Waits until `/status` is as wanted.
     pub async fn reaches(&mut self, what: &str, wanted: impl Fn(&serde_json::Value) -> bool) {
-        let deadline = Instant::now() + LIMIT;
-        while !wanted(&self.status().await) {
+        let mut patience = Patience::new();
+        loop {
+            let status = self.status().await;
+            if wanted(&status) {
+                return;
+            }
             self.check();
-            assert!(Instant::now() < deadline, "{what}: not within {LIMIT:?}; {}", self.log());
-            tokio::time::sleep(POLL).await;
+            patience.more((), || format!("{what}: {status}; {}", self.log())).await;
         }
     }
 
     /// For so long, `/status` is as wanted whenever one looks, and the broker confirms nothing.
+    /// What was sent before has to be settled already.
     pub async fn stays(&mut self, time: Duration, wanted: impl Fn(&serde_json::Value) -> bool) {
         let (deadline, confirmed) = (Instant::now() + time, self.confirmed().await);
         while Instant::now() < deadline {
@@ -216,11 +213,14 @@ impl Relay {
 
     /// Waits until the broker has confirmed `count` messages to this process.
     pub async fn confirms(&mut self, count: u64) {
-        let deadline = Instant::now() + LIMIT;
-        while self.confirmed().await < count {
+        let mut patience = Patience::new();
+        loop {
+            let confirmed = self.confirmed().await;
+            if confirmed >= count {
+                return;
+            }
             self.check();
-            assert!(Instant::now() < deadline, "{count} confirms do not come; {}", self.log());
-            tokio::time::sleep(POLL).await;
+            patience.more(confirmed, || format!("{count} confirms; {}", self.log())).await;
         }
     }
 
@@ -236,13 +236,17 @@ impl Relay {
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
     }
 
-    /// Waits until that sum is `count`.
+    /// Waits until that sum is `count` or more.
     pub async fn counts(&mut self, series: &str, count: u64) {
-        let deadline = Instant::now() + LIMIT;
-        while self.counted(series).await < count {
+        let mut patience = Patience::new();
+        loop {
+            let counted = self.counted(series).await;
+            if counted >= count {
+                return;
+            }
             self.check();
-            assert!(Instant::now() < deadline, "{series} stays below {count}; {}", self.log());
-            tokio::time::sleep(POLL).await;
+            let what = || format!("{series} stays below {count}; {}", self.log());
+            patience.more(counted, what).await;
         }
     }
 
@@ -269,7 +273,7 @@ impl Relay {
     }
 
     async fn falls_to_zero(&mut self, series: &str) {
-        let deadline = Instant::now() + LIMIT;
+        let mut patience = Patience::new();
         loop {
             let page = self.page("/metrics").await;
             let mut lines = page.lines().filter(|line| line.starts_with(series)).peekable();
@@ -278,8 +282,8 @@ impl Relay {
                 return;
             }
             self.check();
-            assert!(Instant::now() < deadline, "{series} is not 0: {page}; {}", self.log());
-            tokio::time::sleep(POLL).await;
+            let what = || format!("{series} is not 0: {page}; {}", self.log());
+            patience.more((), what).await;
         }
     }
 
@@ -293,4 +297,20 @@ impl Relay {
         };
         (field("VmRSS:").unwrap_or(0), field("VmHWM:").unwrap_or(0))
     }
+}
+
+/// Status code and body of a page of this machine; 0 when nobody listens, or answers.
+pub async fn get(port: u16, path: &str) -> (u16, String) {
+    let ask = async {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
+        stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        std::io::Result::Ok(answer)
+    };
+    let answer =
+        timeout(LIMIT, ask).await.map_or_else(|_| String::new(), Result::unwrap_or_default);
+    let code = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
+    let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    (code, body.to_owned())
 }

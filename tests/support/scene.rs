@@ -19,11 +19,8 @@ use watership::dev::ledger::{Counts, Judgement, Ledger};
 
 use super::judge::{Judged, record, send_last, truth};
 use super::relay::{QUEUE, Relay, Window};
-use super::waiting::{LIMIT, POLL, within};
+use super::waiting::{LIMIT, Patience, within};
 use super::writers::{Load, WRITERS, write};
-
-/// Nothing takes longer to get over, once it is over: a refused session waits 15 s at most.
-const RECOVERY_MAX: Duration = Duration::from_secs(25);
 
 /// What the consumer and the judge share.
 pub struct Shared {
@@ -201,31 +198,21 @@ impl Scene {
 
     /// Waits until `count` different events have arrived.
     pub async fn delivered(&mut self, count: u64) {
-        let mut seen = self.counts();
-        let mut deadline = Instant::now() + LIMIT;
-        while seen.delivered < count {
+        let mut patience = Patience::new();
+        while self.counts().delivered < count {
             self.relay.check();
-            tokio::time::sleep(POLL).await;
-            let counts = self.counts();
-            if counts != seen {
-                (seen, deadline) = (counts, Instant::now() + LIMIT);
-            }
-            let (title, log) = (&self.title, self.relay.log());
-            let delivered = seen.delivered;
-            assert!(
-                Instant::now() < deadline,
-                "{title}: {delivered} of {count} delivered, then nothing for {LIMIT:?}; {log}"
-            );
+            let what = || format!("{}: {count} delivered; {}", self.title, self.relay.log());
+            patience.more(self.counts(), what).await;
         }
     }
 
     /// Waits until the writers have committed `more` events than now.
     pub async fn committed_more(&mut self, more: u64) {
-        let count = self.shared.committed.load(Ordering::Relaxed) + more;
-        let deadline = Instant::now() + LIMIT;
-        while self.shared.committed.load(Ordering::Relaxed) < count {
-            assert!(Instant::now() < deadline, "{}: the writers do not get on", self.title);
-            tokio::time::sleep(POLL).await;
+        let count = self.committed() + more;
+        let mut patience = Patience::new();
+        while self.committed() < count {
+            let what = || format!("{}: {count} committed", self.title);
+            patience.more(self.committed(), what).await;
         }
     }
 
@@ -263,19 +250,15 @@ impl Scene {
     }
 
     /// The last fault has ended: waits for the first message that the broker confirms from here
-    /// on, and returns how long that took. There must be something to send.
-    pub async fn recovered(&mut self, ended: Instant, confirmed_before: u64) -> Duration {
+    /// on, and notes how long that took. There must be something to send.
+    pub async fn recovered(&mut self, ended: Instant, confirmed_before: u64) {
         self.relay.confirms(confirmed_before + 1).await;
-        let took = ended.elapsed();
-        self.recovered_in(took);
-        took
+        self.recovered_in(ended.elapsed());
     }
 
-    /// The last fault is over, and the relay took this time to get over it.
+    /// The last fault is over, and the relay took this time to get over it: a figure for the
+    /// report.
     pub fn recovered_in(&mut self, took: Duration) {
-        assert!(took < RECOVERY_MAX, "{}: recovered after {took:?}; {}", self.title, {
-            self.relay.log()
-        });
         self.faults.last_mut().expect("a fault was announced").recovery = Some(took);
     }
 
@@ -306,11 +289,11 @@ impl Scene {
         assert!(verdict.holds(), "{}: {verdict:?} seed {}; {}", self.title, self.seed, {
             self.relay.log()
         });
-        // What the window held, and what was confirmed in the 100 ms since the last checkpoint.
+        // What the window held, and what was confirmed in the 100 ms since the last checkpoint: of
+        // a machine that stores its checkpoints in time. It is reported, not asserted.
         let bound = u64::from(self.window.events) + verdict.best_second / 10;
         let repeated = verdict.counts.duplicates - verdict.counts.redelivered;
         let most = bound * self.faults.len() as u64;
-        assert!(repeated <= most, "{}: {repeated} duplicates, at most {most}", self.title);
         Judged {
             events: verdict.counts.committed,
             lost: verdict.lost,
@@ -378,12 +361,10 @@ pub async fn recovered_after(
     scene: &mut Scene,
     raw: impl Future<Output = Instant> + Send + 'static,
     confirmed_before: u64,
-) -> Duration {
+) {
     let raw = tokio::spawn(raw);
     scene.relay().confirms(confirmed_before + 1).await;
     let relay = Instant::now();
     let raw = raw.await.expect("the server serves");
-    let took = relay.saturating_duration_since(raw);
-    scene.recovered_in(took);
-    took
+    scene.recovered_in(relay.saturating_duration_since(raw));
 }

@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, MutexGuard, OnceCell};
 use tokio::time::{Instant, timeout};
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal};
 
-use super::waiting::{LIMIT, POLL};
+use super::waiting::Patience;
 
 /// The Postgres that all tests share.
 pub async fn postgres() -> &'static Postgres {
@@ -132,17 +132,18 @@ pub async fn vhost_on(node: &Rabbit) -> String {
     node.url(&name)
 }
 
+/// One try of a client that asks again: a server that was just frozen may never answer.
+const TRY: Duration = Duration::from_secs(5);
+
 /// When a raw publisher gets its first confirm from a quorum queue of the default exchange.
 pub async fn first_confirm(url: String) -> Instant {
-    let deadline = Instant::now() + LIMIT;
+    let mut patience = Patience::new();
     loop {
-        let last = timeout(Duration::from_secs(5), confirm(&url)).await;
+        let last = timeout(TRY, confirm(&url)).await;
         if matches!(last, Ok(Ok(()))) {
             return Instant::now();
         }
-        let late = "the broker confirms nothing within";
-        assert!(Instant::now() < deadline, "{late} {LIMIT:?}, at last {last:?}");
-        tokio::time::sleep(POLL).await;
+        patience.more((), || format!("the broker confirms, and not {last:?}")).await;
     }
 }
 
@@ -162,17 +163,16 @@ async fn confirm(url: &str) -> Result<(), lapin::Error> {
 
 /// When an ordinary client gets its first row.
 pub async fn first_row(url: String) -> Instant {
-    let deadline = Instant::now() + LIMIT;
+    let mut patience = Patience::new();
     loop {
         let ask = async {
             let client = client(&url).await.ok()?;
             client.query_one("SELECT count(*) FROM watership.outbox", &[]).await.ok()
         };
-        if timeout(Duration::from_secs(5), ask).await.is_ok_and(|row| row.is_some()) {
+        if timeout(TRY, ask).await.is_ok_and(|row| row.is_some()) {
             return Instant::now();
         }
-        assert!(Instant::now() < deadline, "Postgres answers nothing within {LIMIT:?}");
-        tokio::time::sleep(POLL).await;
+        patience.more((), || "Postgres answers".into()).await;
     }
 }
 

@@ -10,14 +10,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use lapin::{Channel, Connection};
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio_postgres::Client;
 use watership::dev::{self, Process, Signal};
 
 use super::inbox::{FENCE, Inbox, Message};
+use super::relay;
 use super::servers::{Database, Vhost, own_database, own_vhost};
-use super::waiting::{LIMIT, POLL, until};
+use super::waiting::{LIMIT, Patience};
 
 /// A file of this process's own.
 fn own_file(ending: &str) -> PathBuf {
@@ -153,7 +152,12 @@ impl Stage {
         let now = self.text("pg_current_wal_insert_lsn()").await;
         self.execute(&format!("SELECT watership.emit('{FENCE}', '1', 'passed', '{{}}')")).await;
         let passed = format!("(SELECT flush_lsn FROM watership.checkpoint) > '{now}'::pg_lsn");
-        until("the relay passes what is committed", async || self.holds(&passed).await).await;
+        let mut patience = Patience::new();
+        while !self.holds(&passed).await {
+            // A large transaction moves the row and not its flush LSN.
+            let row = self.text("SELECT row_to_json(c) FROM watership.checkpoint AS c").await;
+            patience.more(row, || "the relay passes what is committed".into()).await;
+        }
         self.settled_now().await
     }
 
@@ -243,29 +247,17 @@ impl Running {
 
     /// Waits until `/readyz` says so.
     pub async fn ready(&mut self) {
-        let mut again = tokio::time::interval(POLL);
-        let ready = async {
-            while self.get("/readyz").await.0 != 200 {
-                assert!(self.process.ended().is_none(), "it ended:\n{}", read(&self.process));
-                again.tick().await;
-            }
-        };
-        let in_time = tokio::time::timeout(LIMIT, ready).await;
-        in_time.unwrap_or_else(|_| panic!("it is not ready:\n{}", dev::tail(self.process.log())));
+        let mut patience = Patience::new();
+        while self.get("/readyz").await.0 != 200 {
+            assert!(self.process.ended().is_none(), "it ended:\n{}", read(&self.process));
+            let what = || format!("it is ready:\n{}", dev::tail(self.process.log()));
+            patience.more((), what).await;
+        }
     }
 
     /// Status code and body; 0 when nobody listens.
     pub async fn get(&self, path: &str) -> (u16, String) {
-        let mut answer = String::new();
-        if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)).await {
-            let request = format!("GET {path} HTTP/1.0\r\n\r\n");
-            if stream.write_all(request.as_bytes()).await.is_ok() {
-                let _ = stream.read_to_string(&mut answer).await;
-            }
-        }
-        let code = answer.split(' ').nth(1).and_then(|code| code.parse().ok()).unwrap_or(0);
-        let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-        (code, body.to_owned())
+        relay::get(self.port, path).await
     }
 
     /// `/status`; null when nobody listens.

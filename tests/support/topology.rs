@@ -4,14 +4,18 @@ use lapin::Channel;
 use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::Value;
-use tokio::time::Instant;
 
 use super::relay::{EXCHANGE, QUEUE};
-use super::waiting::{LIMIT, POLL};
+use super::waiting::Patience;
 
 /// A route is held.
 pub fn held(status: &Value) -> bool {
     !status["held"].as_array().is_none_or(Vec::is_empty)
+}
+
+/// A route is held, and nothing is out that could still be confirmed.
+pub fn quiet(status: &Value) -> bool {
+    held(status) && status["in_flight"] == 0
 }
 
 /// Takes the one queue away from the exchange.
@@ -39,13 +43,13 @@ pub async fn declare(channel: &Channel) {
 /// Waits until nothing is ready in the one queue.
 pub async fn empty(channel: &Channel) {
     let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-    let deadline = Instant::now() + LIMIT;
+    let mut patience = Patience::new();
     loop {
         let queue = channel.queue_declare(QUEUE.into(), passive, FieldTable::default()).await;
-        if queue.expect("the queue is there").message_count() == 0 {
+        let left = queue.expect("the queue is there").message_count();
+        if left == 0 {
             return;
         }
-        assert!(Instant::now() < deadline, "the queue is not empty within {LIMIT:?}");
-        tokio::time::sleep(POLL).await;
+        patience.more(left, || "the queue is empty".into()).await;
     }
 }

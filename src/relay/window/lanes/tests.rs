@@ -335,18 +335,18 @@ fn a_probe_that_was_on_a_closed_channel_is_sent_again_and_the_route_probed_on() 
 }
 
 #[test]
-fn a_reload_behind_a_truncate_is_evicted_in_no_time() {
+fn a_reload_behind_a_truncate_is_evicted_in_one_pass() {
     let mut bench = Bench::new();
     bench.admit(0, row(1));
     bench.admit(1, Keys::Barrier { group: 1 });
-    let reload = 8_000;
+    // Each of them once is a part of a second; each of them for each is many minutes.
+    let reload = 80_000;
     (0..reload).for_each(|n| bench.admit(2 + n, row(2 + n as u64)));
     let sent = bench.send();
-    let begin = Instant::now();
-    let gone = bench.lanes.evict(sent[0].0);
+    let (done, result) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(bench.lanes.evict(sent[0].0)));
+    let gone = result.recv_timeout(Duration::from_secs(120)).expect("the eviction comes to an end");
     assert_eq!(gone.len() as u128, 2 + reload);
-    // Each of them once is some milliseconds, each of them for each is many seconds.
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
 }
 
 /// A destination that comes back `outage` after its route was held; each answer takes `answer`.
