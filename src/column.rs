@@ -204,7 +204,7 @@ fn utf8(text: &[u8]) -> Result<&str> {
     std::str::from_utf8(text).map_err(|error| {
         let at = error.valid_up_to();
         Error::event(format!("value of {} bytes is not UTF-8 at byte {at}", text.len())).hint(
-            "JSON must be UTF-8: mend the row, or use a database encoding other than SQL_ASCII",
+            "JSON must be UTF-8: fix the row, or use a database encoding other than SQL_ASCII",
         )
     })
 }

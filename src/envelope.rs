@@ -184,7 +184,7 @@ impl<'a> Body<'a> {
                 })
             }
             Payload::Broken(broken) => Err(Error::event(broken.why.clone())
-                .hint("no retry can mend the row: discard it, and restore the outbox's checks")),
+                .hint("no retry can fix the row: discard it, and restore the outbox's checks")),
         }
     }
 
@@ -211,7 +211,7 @@ pub fn is_reserved_header(name: &str) -> bool {
 
 fn write_headers(builder: &mut Builder<'_>, headers: &[u8], has_traceparent: bool) -> Result<()> {
     let wrong =
-        |e: serde_json::Error| Error::event("column \"headers\" is no JSON object").caused_by(e);
+        |e: serde_json::Error| Error::event("column \"headers\" is not a JSON object").caused_by(e);
     let map: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(headers).map_err(wrong)?;
     for (name, value) in &map {
@@ -286,7 +286,7 @@ pub fn key_text(event: &Event, plan: &Plan) -> String {
     };
     let mut text = String::new();
     if let Some(table) = &plan.table {
-        // A key that is no text is shown as far as it is.
+        // A key that is not text is shown as far as it is.
         let _ = write_key_text(&mut text, &event.table, table, change);
     }
     text

@@ -103,7 +103,7 @@ impl Kind {
 pub enum Retry {
     /// Soon: the peer is away and will be back.
     Soon,
-    /// Slowly: a person has to change something, then it works without a restart.
+    /// Slowly: someone must change something, then it works without a restart.
     Slowly,
     /// Never.
     Never,

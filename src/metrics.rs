@@ -222,7 +222,7 @@ pub struct OutboxMetrics {
     pub partitions_dropped: Counter,
     /// Days for which no partition could be made, because the default partition has their rows.
     pub partitions_skipped: Counter,
-    /// Partition work put off, because its lock was not to be had within 100 ms.
+    /// Partition work put off, because its lock was not available within 100 ms.
     pub maintain_postponed: Counter,
     /// Runs of the upkeep that failed.
     pub maintain_failures: Counter,

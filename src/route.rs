@@ -48,13 +48,13 @@ pub enum OnPoison {
     /// It goes to `watership.parked`, and later messages of its lane follow it.
     #[default]
     Park,
-    /// Its lane waits until a person has mended the cause; other lanes go on.
+    /// Its lane waits until someone has fixed the cause; other lanes continue.
     Block,
     /// The relay stops with a verdict.
     Stop,
 }
 
-/// When a message that the broker does not take is parked instead of being tried for ever.
+/// When a message that the broker does not take is parked instead of being tried without a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Policy {
     /// A message that can never be published.

@@ -1,7 +1,7 @@
 //! What becomes of every failure, as text: `tests/snapshots/*.txt` holds the tables of kinds,
 //! retries and hints, so that a change of any of them is seen in review.
 //!
-//! `WATERSHIP_UPDATE_SNAPSHOTS=1 cargo test --test taxonomy` writes them anew.
+//! `WATERSHIP_UPDATE_SNAPSHOTS=1 cargo test --test taxonomy` writes them again.
 
 use std::fmt::Write as _;
 use std::io;

@@ -263,7 +263,7 @@ fn settle(pending: &mut Pending, answer: Answer, outcomes: &mut Outcomes) {
     outcomes.push((pending.sent.ticket, outcome));
 }
 
-/// What a return is matched by besides the message id: the hash of exchange and routing key.
+/// What a return is matched by in addition to the message id: the hash of exchange and routing key.
 pub(super) fn target(exchange: u64, routing_key: &[u8]) -> u64 {
     xxh64(routing_key, exchange)
 }

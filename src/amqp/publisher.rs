@@ -445,7 +445,7 @@ impl Connection {
 
 impl Publisher for Connection {
     /// # Panics
-    /// When the body is larger than [`Publisher::max_body`] or the exchange is none of ours.
+    /// When the body is larger than [`Publisher::max_body`] or the exchange is not in the options.
     fn send(&mut self, ticket: Ticket, message: &Message) {
         assert!(message.body().len() <= self.max_body, "the caller checks the body's size");
         let exchange = usize::from(message.exchange.0);

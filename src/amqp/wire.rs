@@ -181,7 +181,7 @@ fn parse_content_header(channel: u16, payload: &[u8]) -> Result<Incoming> {
 }
 
 /// Message id and [`route_hash`]. The outer `None`: the list ends too early. The inner one: there
-/// is no id, or it is not a uuid.
+/// has no id, or it is not a uuid.
 fn message_id(flags: u16, mut list: &[u8]) -> Option<(Option<Uuid>, u64)> {
     let mut route = "";
     const MESSAGE_ID_BIT: u16 = 7;

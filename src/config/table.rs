@@ -5,7 +5,7 @@
 //! dropped, and borrows the [`Document`], so that the document cannot be finished before.
 //!
 //! An empty string or list means "not set". A wrong value is reported and replaced by the
-//! default, so that reading goes on and finds the other problems.
+//! default, so that reading continues and finds the other problems.
 
 use std::cell::{Cell, RefCell};
 use std::fmt::Display;

@@ -20,9 +20,9 @@ use tokio::sync::watch;
 
 /// Messages that the broker may have on the way to us.
 const PREFETCH: u16 = 500;
-/// How long connecting may take; lapin itself may wait for ever.
+/// How long connecting may take; lapin itself has no limit.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// Between two attempts to consume. Whoever waits for messages gives up when none come for long.
+/// Between two attempts to consume. A caller gives up when no message comes for long.
 const RETRY: Duration = Duration::from_millis(50);
 
 /// Consumes until `record` breaks off; `consuming` says whether a consumer is set up at this

@@ -29,7 +29,7 @@ pub struct Ledger {
     counts: Counts,
 }
 
-/// What the ledger counts while the run goes on.
+/// What the ledger counts while the run continues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Events of committed transactions.

@@ -244,7 +244,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
     }
 
-    /// Closes both ends in order; best effort. Returns what the next session goes on with.
+    /// Closes both ends in order; best effort. Returns what the next session starts from.
     pub async fn close(self) -> Kept {
         let released = self.released().into_iter();
         let remembered = self.remembered.after(&self.confirms, &self.window, released);
@@ -321,7 +321,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
     }
 
-    /// Stores everything that is settled. Cancel-safe: the loop goes on from wherever it stopped.
+    /// Stores everything that is settled. Cancel-safe: the loop continues where it stopped.
     async fn store_settled(&mut self) -> Result<()> {
         while self.storing.is_some() || self.has_unstored() {
             if self.storing.is_none() {
@@ -393,7 +393,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     /// Draining, and everything in the window is settled, as is every parked row on its way that
-    /// is out or may still go: what a held route keeps would wait for ever.
+    /// is out or may still go: what a held route keeps would wait without end.
     fn drained(&self) -> bool {
         let retried = self.parking.on_their_way() == 0 || self.lanes.is_stuck();
         matches!(self.ending, Ending::Draining { .. }) && self.window.is_empty() && retried

@@ -118,7 +118,7 @@ pub struct Holder {
     pub client: Option<String>,
 }
 
-/// What a stand-by waits for.
+/// What a standby relay waits for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StandingBy {
     /// What is held: the error of the last try.
@@ -166,7 +166,7 @@ pub struct Snapshot {
     pub last_error: Option<Trouble>,
     /// Whether sessions work, and when the next one is tried.
     pub circuit: circuit::View,
-    /// What a stand-by waits for; absent in every other state.
+    /// What a standby relay waits for; absent in every other state.
     pub standing_by: Option<StandingBy>,
     /// Position up to which everything was received.
     pub received: Option<String>,
@@ -250,7 +250,7 @@ impl Status {
         let mut inner = self.lock();
         inner.last_error = Some(Trouble::new(error, Some(wait)));
         inner.circuit.open(error.label(), Some(wait), Instant::now());
-        // A lock on a table is no other relay.
+        // A lock on a table is not another relay.
         let of_relay = error.sqlstate().is_none_or(|code| code == OBJECT_IN_USE);
         let busy = error.kind() == Kind::Busy && of_relay;
         inner.enter(if busy { State::StandingBy } else { State::Waiting });

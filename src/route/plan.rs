@@ -224,7 +224,7 @@ impl Plans {
         }
     }
 
-    /// As [`Self::decide`] for one event that stands by itself, such as a parked one: nothing is
+    /// As [`Self::decide`] for one event on its own, such as a parked one: nothing is
     /// kept, and its table's description is compared with no other.
     pub fn decide_alone(&self, router: &Router, event: &Event, mut each: impl FnMut(Decision<'_>)) {
         match &event.content {

@@ -157,7 +157,7 @@ impl Assembler {
             let text = format!("Begin of {commit_lsn} inside the transaction {}", open.commit_lsn);
             return Err(Error::protocol(text));
         }
-        // The invariant of this file rests on it, and a server that breaks it is none to follow.
+        // The invariant of this file rests on it, and a server that breaks it cannot be followed.
         if commit_lsn <= self.last_begun {
             let text = format!("Begin of {commit_lsn} after that of {}", self.last_begun);
             return Err(Error::protocol(text));
@@ -186,7 +186,7 @@ impl Assembler {
             self.seen.canary = Some(Canary { number, end: end_lsn });
         }
         self.state = State::Idle;
-        // What we wrote ourselves is no progress: its checkpoint would be the next such write.
+        // What we wrote ourselves is not progress: its checkpoint would be the next such write.
         if transaction.own > 0 && transaction.own == transaction.ordinal {
             out.push(Item::Idle(Receipt::idle(end_lsn.into())));
         } else {
@@ -383,7 +383,7 @@ impl Assembler {
         Counted { transaction, position, lsn, settled }
     }
 
-    /// A change that was counted, of a table of our own: it is no news to anybody.
+    /// A change that was counted, of a table of our own: nothing is sent for it.
     fn own_change(&mut self, relation: u32, new: Option<&Tuple<'_>>) {
         if let State::Open(transaction) = &mut self.state {
             transaction.own += 1;

@@ -47,7 +47,7 @@ fn arguments() -> Result<Arguments> {
         }
         let value = words.next().ok_or_else(|| Error::config(format!("{word} needs a value")))?;
         let number = || {
-            let bad = |e| Error::config(format!("{word} {value:?} is no number")).caused_by(e);
+            let bad = |e| Error::config(format!("{word} {value:?} is not a number")).caused_by(e);
             value.parse::<u64>().map_err(bad)
         };
         match word.as_str() {

@@ -255,7 +255,7 @@ impl Peer {
         }
     }
 
-    /// The next frame that is no heartbeat.
+    /// The next frame that is not a heartbeat.
     pub async fn receive(&mut self) -> AMQPFrame {
         loop {
             let frame = self.receive_any().await;

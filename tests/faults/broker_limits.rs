@@ -149,7 +149,7 @@ async fn broker_d05_one_routing_key_forbidden() {
         held().await == ["no"] && !stage.inbox.count(1).await.is_empty()
     })
     .await;
-    // Its probes close the channel again and again; the other route goes on.
+    // Its probes close the channel again and again; the other route continues.
     let probes = async || relay.metric("watership_route_probes_total").await.unwrap_or(0.0);
     let (enough, mut written) = (probes().await + 2.0, 1);
     while probes().await < enough {
@@ -159,7 +159,7 @@ async fn broker_d05_one_routing_key_forbidden() {
             let ids: HashSet<String> = all.iter().map(Message::id).collect();
             ids.len() >= written
         };
-        stage.inbox.wait("the other route goes on", all_came).await;
+        stage.inbox.wait("the other route continues", all_came).await;
         assert_eq!(held().await, ["no"]);
     }
     write(".*").await;

@@ -350,8 +350,8 @@ fn every_test_that_is_named_exists_and_the_table_is_told() {
         for test in *tests {
             if let Some((module, name)) = test.split_once("::").filter(|_| !test.contains(' ')) {
                 let source = SOURCES.iter().find(|(known, _)| *known == module);
-                let source = source.unwrap_or_else(|| panic!("{module} is no module")).1;
-                assert!(source.contains(&format!("async fn {name}")), "{id}: {test} is no test");
+                let source = source.unwrap_or_else(|| panic!("no module {module}")).1;
+                assert!(source.contains(&format!("async fn {name}")), "{id}: {test} is not a test");
                 let class = format!("(\"{id}\"");
                 assert!(source.contains(&class), "{id}: {test} tells another");
             } else {

@@ -65,7 +65,7 @@ async fn pg_a08_failover_to_a_standby_without_the_slot() {
     let confirmed = scene.relay().confirmed().await;
     proxy.redirect(standby.port());
     proxy.cut(How::Reset);
-    // It publishes nothing that it cannot place, and says what a person has to decide.
+    // It publishes nothing that it cannot place, and says what someone must decide.
     assert_eq!(scene.relay().ended().await, 3, "{}", scene.relay().log());
     let log = scene.relay().log_text();
     assert!(log.contains("hint: ") && log.contains("timeline"), "{log}");

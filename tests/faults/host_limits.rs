@@ -230,7 +230,7 @@ async fn host_limits_e18_process_aborted() {
     let pid = scene.relay().pid().to_string();
     let sent = Command::new("kill").args(["-ABRT", &pid]).status();
     assert!(sent.expect("kill runs").success());
-    assert_ne!(scene.relay().ended().await, 0, "whoever starts it again sees a failure");
+    assert_ne!(scene.relay().ended().await, 0, "a service manager sees a failure");
     scene.relay().start();
     scene.recovered(Instant::now(), 0).await;
     scene.flowing(500).await;

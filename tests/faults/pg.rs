@@ -67,7 +67,7 @@ async fn pg_a01_immediate_shutdown() {
 }
 
 /// A walsender waits at a shutdown until the relay has taken everything. Of this server it waits
-/// for ever, so that only the relay can let it end.
+/// without a limit, so that only the relay can let it end.
 const PATIENT: &str = "wal_sender_timeout = 0";
 
 async fn fast_shutdown(class: &mut Class, server: &mut Postgres, how: &str) {

@@ -129,7 +129,7 @@ async fn process_e04_killed_after_a_return() {
     scene.relay().kill();
     bind(&channel).await;
     proxy.heal();
-    // The topology is mended by hand: the new relay finds it as it should be.
+    // The topology is fixed by hand: the new relay finds it as it should be.
     scene.relay().start();
     scene.recovered(Instant::now(), 0).await;
     scene.flowing(300).await;
@@ -330,7 +330,7 @@ async fn process_e14_zombie_wakes_up_behind_its_successor() {
     scene.flowing(500).await;
     let mut second = Relay::new(&url, &vhost.url, window);
     second.start();
-    second.reaches("the second stands by", |status| status["state"] == "standing_by").await;
+    second.reaches("the second is on standby", |status| status["state"] == "standing_by").await;
     scene.fault("SIGSTOP of the first of two relays");
     let begin = Instant::now();
     scene.relay().signal(Signal::Stop);
@@ -339,7 +339,7 @@ async fn process_e14_zombie_wakes_up_behind_its_successor() {
     scene.recovered(begin, 0).await;
     scene.flowing(500).await;
     zombie.signal(Signal::Cont);
-    zombie.reaches("the zombie stands by", |status| status["state"] == "standing_by").await;
+    zombie.reaches("the zombie is on standby", |status| status["state"] == "standing_by").await;
     let confirmed = zombie.confirmed().await;
     scene.flowing(1_000).await;
     assert_eq!(zombie.confirmed().await, confirmed, "two relays must not publish");

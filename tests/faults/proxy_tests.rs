@@ -44,7 +44,7 @@ async fn answer(stream: &mut TcpStream) -> (Vec<u8>, Option<ErrorKind>) {
     answer_of(stream, 0).await
 }
 
-/// Waits longer for so many bytes, or for the end.
+/// Waits longer for `size` bytes, or for the end.
 async fn answer_of(stream: &mut TcpStream, size: usize) -> (Vec<u8>, Option<ErrorKind>) {
     let mut all = Vec::new();
     let mut chunk = [0; 4096];

@@ -71,7 +71,7 @@ async fn slot_b06_busy_with_another_client() {
     let none = StreamOptions::default();
     let holder = holder.start(&stage.slot, Lsn::ZERO, &["watership"], none).await.expect("held");
     let mut relay = stage.spawn();
-    until("it stands by", async || relay.status().await["state"] == "standing_by").await;
+    until("it is on standby", async || relay.status().await["state"] == "standing_by").await;
     let status = relay.status().await;
     assert_eq!(status["last_error"]["kind"], "busy", "{status}");
     let active =

@@ -53,7 +53,7 @@ async fn slot_b11_replication_revoked_while_it_streams() {
     scene.fault("NOREPLICATION");
     execute(&url, "ALTER ROLE relay NOREPLICATION").await;
     scene.flowing(500).await;
-    assert_eq!(scene.relay().status().await["sessions"], 1, "a running stream goes on");
+    assert_eq!(scene.relay().status().await["sessions"], 1, "a running stream continues");
     end_sessions(&url).await;
     scene.relay().logs(&["session ended", "REPLICATION"]).await;
     let up = |status: &serde_json::Value| status["last_error"]["error"].is_string();

@@ -118,7 +118,7 @@ async fn without_the_management_api_nothing_is_verified_but_what_is_missing_is_s
     stage.channel.queue_delete("all".into(), delete).await.expect("it is deleted");
     graded(&relay, "orders", "team-orders", "unsafe", "queue \"all\" does not exist").await;
     graded(&relay, "bills", "", "not_verified", reason).await;
-    // The audit looks from the side: the session goes on.
+    // The audit looks from the side: the session continues.
     assert_eq!(relay.status().await["sessions"], 1);
 }
 

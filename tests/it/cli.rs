@@ -395,7 +395,7 @@ async fn a_plain_role_relays_after_init_by_an_admin() {
     client.batch_execute(&format!("REVOKE watership_relay FROM {role}")).await.expect("revoked");
     let check = watership(&file, &["check"]).await;
     assert_eq!(check.code, 1, "{check:?}");
-    assert!(check.out.contains(&format!("{role} is no member of watership_relay")), "{check:?}");
+    assert!(check.out.contains(&format!("{role} is not a member of watership_relay")), "{check:?}");
 }
 
 #[tokio::test]

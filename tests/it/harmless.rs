@@ -26,7 +26,7 @@ async fn fast_shutdown(server: &mut Postgres, how: &str) {
 
 #[tokio::test]
 async fn postgres_shuts_down_whatever_the_broker_does() {
-    // A walsender that waits for ever at a shutdown: only the relay can let it end.
+    // A walsender that waits without a limit at a shutdown: only the relay can let it end.
     let mut server = private_postgres(&["wal_sender_timeout = 0"], None).await;
     let mut node = Rabbit::start(RabbitOptions::default()).await.expect("a private node");
     server.create_database("shop").await.expect("a database");
@@ -79,7 +79,7 @@ const LONGER: Duration = Duration::from_secs(16);
 /// The tick, which keeps the connection alive, must not depend on the checkpoints.
 const SMALL: &str = "relay.max_window_events = 50\nrelay.checkpoint_interval = \"1m\"";
 
-/// Watches for a while that the session goes on although nothing is taken from it.
+/// Watches for a while that the session continues although nothing is taken from it.
 async fn stays_paused(relay: &Running, stage: &Stage) {
     until("intake pauses", async || relay.metric("watership_window_paused").await == Some(1.0))
         .await;

@@ -80,7 +80,7 @@ async fn a_day_with_rows_in_the_default_partition_is_skipped_and_named() {
     let skipped = list(&row, "skipped");
     assert_eq!(skipped, [format!("outbox_{day}: 1 rows of that day are in the default partition")]);
     assert_eq!(row.get::<_, i64>("default_left"), 1);
-    assert!(!row.get::<_, bool>("more"), "a skipped day is no reason to call again at once");
+    assert!(!row.get::<_, bool>("more"), "a skipped day is not a reason to call again at once");
     client.batch_execute("DELETE FROM watership.outbox_default").await.unwrap();
     assert_eq!(list(&maintain(&client).await, "created"), [format!("outbox_{day}")]);
 }

@@ -289,7 +289,7 @@ async fn one_byte_segments_make_the_same_frames() {
         script.extend([0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3]);
         script.extend(b"N\0\0\0\x06S\0\0d\0\0\0\x05?c\0\0\0\x04");
         for byte in script {
-            // The client leaves at the frame that is none.
+            // The client leaves at the frame that is broken.
             let _ = stream.write_all(&[byte]).await;
             tokio::task::yield_now().await;
         }

@@ -1,5 +1,5 @@
 //! Doubts about the position on real servers: each is named, ends the relay with code 3, and is
-//! resolved by `watership resync`, after which the relay goes on in a new epoch.
+//! resolved by `watership resync`, after which the relay continues in a new epoch.
 
 use serde_json::Value;
 
@@ -91,11 +91,11 @@ async fn a_slot_made_anew_is_not_mistaken_for_an_advanced_one() {
     let stage = stage("").await;
     let slot = &stage.slot;
     stage.execute(&emit("lost")).await;
-    let anew = format!(
+    let recreate = format!(
         "SELECT pg_drop_replication_slot('{slot}'); \
          SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')"
     );
-    stage.execute(&anew).await;
+    stage.execute(&recreate).await;
     resolve(&stage, "slot_recreated", "slot").await;
 }
 
@@ -192,9 +192,9 @@ async fn a_table_taken_out_under_a_running_relay_is_a_verdict_even_when_it_is_ba
 async fn a_table_made_anew_under_a_running_relay_is_a_verdict() {
     let stage = stage("").await;
     let relay = stage.start().await;
-    let anew = "BEGIN; DROP TABLE items; CREATE TABLE items (id int PRIMARY KEY, note text); \
+    let recreate = "BEGIN; DROP TABLE items; CREATE TABLE items (id int PRIMARY KEY, note text); \
         ALTER PUBLICATION watership ADD TABLE items; COMMIT";
-    stage.execute(anew).await;
+    stage.execute(recreate).await;
     ends_with(relay, "table_recreated").await;
     resolve(&stage, "table_recreated", "checkpoint").await;
 }

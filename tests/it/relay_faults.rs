@@ -127,7 +127,7 @@ async fn a_second_relay_of_the_same_name_stands_by_and_takes_over() {
     stage.execute("SELECT watership.emit('t', '1', 'e', '1')").await;
     stage.settled().await;
     let mut second = stage.spawn_second();
-    until("it stands by", async || second.status().await["state"] == "standing_by").await;
+    until("it is on standby", async || second.status().await["state"] == "standing_by").await;
     assert_eq!((second.get("/livez").await.0, second.get("/readyz").await.0), (200, 503));
     let status = second.status().await;
     assert_eq!(status["last_error"]["kind"], "busy", "{status}");

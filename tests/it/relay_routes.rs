@@ -169,7 +169,7 @@ async fn a_broken_destination_holds_its_route_only_and_goes_on_by_itself_when_me
     };
     bind("others", "other").await.expect("bound");
     assert_eq!(bodies(&others.count(5).await), ["1", "2", "3", "4", "5"]);
-    until("the route goes on", async || relay.metric(held).await == Some(0.0)).await;
+    until("the route continues", async || relay.metric(held).await == Some(0.0)).await;
     until("it is shown", async || relay.status().await["held"] == json!([])).await;
 
     let delete = channel.exchange_delete("other".into(), Default::default());

@@ -79,10 +79,10 @@ async fn stage(ordering: &str) -> Stage {
     Stage::new(Setup { routes: &routes, ..Setup::default() }).await
 }
 
-/// The stand-by, which has seen that it is one.
+/// The standby relay, which has seen that it is one.
 async fn stand_by(stage: &Stage) -> Running {
     let second = stage.spawn_other(|text| text.replace("name = \"first\"", "name = \"second\""));
-    until("it stands by", async || second.status().await["state"] == "standing_by").await;
+    until("it is on standby", async || second.status().await["state"] == "standing_by").await;
     second
 }
 
@@ -138,7 +138,7 @@ async fn a_stand_by_says_what_it_waits_for_and_who_holds_it() {
     assert!(holder["client"].as_str().unwrap().starts_with("127.0.0.1:"), "{status}");
     let because = status["standing_by"]["because"].as_str().unwrap();
     assert!(because.contains("another relay named \"shop\" holds the lock queue"), "{because}");
-    // The circuit of a stand-by is open or, for a moment, half-open; that of the other is closed.
+    // The circuit of a standby relay is open or, for a moment, half-open; the other is closed.
     assert_eq!(status["circuit"]["cause"], "busy", "{status}");
     assert!(status["circuit"]["tries"].as_u64().unwrap() > 0, "{status}");
     assert_eq!(first.status().await["circuit"]["state"], "closed");
@@ -166,7 +166,7 @@ async fn a_stand_by_asks_nothing_of_postgres_but_its_upkeep() {
     })
     .await;
     let sessions = stage.text("SELECT session_no FROM watership.checkpoint").await;
-    assert_eq!(sessions, "1", "a stand-by takes no session");
+    assert_eq!(sessions, "1", "a standby relay takes no session");
     let ended = second.stop().await;
     ended.expect_code(0);
 }
@@ -202,7 +202,7 @@ async fn a_relay_that_lost_its_place_reports_nothing_of_the_session_that_ended()
     stage.execute(&walsender).await;
     until("the second works", async || second.status().await["state"] == "streaming").await;
     first.signal(Signal::Cont);
-    until("the first stands by", async || first.status().await["state"] == "standing_by").await;
+    until("the first is on standby", async || first.status().await["state"] == "standing_by").await;
 
     let status = first.status().await;
     assert_eq!(status["held"].as_array().map(Vec::len), Some(0), "{status}");
@@ -296,7 +296,7 @@ async fn zombie(ordering: &str) {
         stage.holds(&format!("(SELECT flush_lsn FROM watership.checkpoint) >= '{flushed}'")).await
     );
     second.stop().await.expect_code(0);
-    // Now the zombie is the stand-by, and works when it is its turn.
+    // Now the zombie is the standby, and works when it is its turn.
     first.ready().await;
     first.stop().await.expect_code(0);
 }

@@ -48,7 +48,7 @@ const TUNING: Tuning = Tuning {
 /// Simulated time after which a run that is not done is stuck.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 
-/// What a run did, besides being right.
+/// What a run did.
 #[derive(Debug, Default)]
 struct Report {
     duplicates: usize,

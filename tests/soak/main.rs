@@ -5,7 +5,7 @@
 //! servers and this judge were seen to do together without a fault; `--rate` is in events a second.
 //! After each fault everything that was committed has to arrive (liveness); in the end everything
 //! is judged as in all fault tests: nothing lost, nothing invented or altered, first arrivals of
-//! each key in order; besides, duplicates only around faults, the slot never ahead of the stored
+//! each key in order; also, duplicates only around faults, the slot never ahead of the stored
 //! checkpoint, and memory within its bound. How long things took is reported.
 
 mod supervisor;

@@ -43,7 +43,7 @@ pub async fn truth(database: &str) -> Vec<(Uuid, Mark)> {
     rows.iter().map(|row| (row.get(0), mark(row))).collect()
 }
 
-/// So many messages out of order are printed when they come; all are counted.
+/// This many messages out of order are printed when they come; all are counted.
 const TOLD_MOST: u64 = 10;
 
 /// A message arrived; the last one ends the consumer.

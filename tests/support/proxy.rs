@@ -94,7 +94,7 @@ struct Control {
     /// A direction was dead since the last healing.
     lossy: bool,
     trigger: Option<Trigger>,
-    /// Cut when so many more bytes have passed in this direction.
+    /// Cut when this many more bytes have passed in this direction.
     cut_after: Option<(Direction, u64, How)>,
     seen: u64,
     /// Times that the trigger or the cut has struck.

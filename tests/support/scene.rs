@@ -120,7 +120,7 @@ impl Scene {
         &mut self.relay
     }
 
-    /// Seeded anew for each run, and printed.
+    /// With a new seed for each run, and printed.
     pub fn dice(&self) -> fastrand::Rng {
         fastrand::Rng::with_seed(self.seed)
     }
@@ -224,7 +224,7 @@ impl Scene {
 
     /// Starts the consumer. Where a broker goes down, this comes after it: what a consumer held
     /// unacknowledged comes back from a dead broker behind newer messages, and that order is the
-    /// broker's. Whoever starts later sees the queue as it was published.
+    /// broker's. A consumer that starts later sees the queue as it was published.
     pub fn consume(&mut self) {
         let (shared, url) = (self.shared.clone(), self.broker.clone());
         let record = move |message: &Delivery| record(&shared, message);

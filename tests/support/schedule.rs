@@ -34,12 +34,12 @@ pub const WEIGHTS: [u32; 13] = [5, 3, 4, 4, 2, 3, 2, 1, 2, 1, 2, 1, 1];
 /// memory can be judged.
 const KILLS_UNTIL: f64 = 0.4;
 
-/// When the last process of a run of so many seconds has started.
+/// When the last process of a run of `seconds` has started.
 pub fn last_life(seconds: u64) -> Duration {
     Duration::from_secs(seconds).mul_f64(KILLS_UNTIL)
 }
 
-/// The faults of a run of so many seconds, one in each interval.
+/// The faults of a run of `seconds`, one in each interval.
 pub fn schedule(seed: u64, seconds: u64, interval: Duration) -> Vec<Step> {
     let mut dice = fastrand::Rng::with_seed(seed);
     let end = Duration::from_secs(seconds);
@@ -94,7 +94,7 @@ pub struct Duplicates {
 }
 
 impl Duplicates {
-    /// A fault begins; there were so many duplicates by now.
+    /// A fault begins; there were `count` duplicates by now.
     pub fn begins(&mut self, fault: &str, count: u64) {
         if count != self.seen {
             let came = count - self.seen;

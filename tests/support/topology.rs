@@ -32,7 +32,7 @@ pub async fn bind(channel: &Channel) {
     done.await.expect("the queue is bound");
 }
 
-/// Makes the one queue anew, as the relay would.
+/// Declares the one queue again, as the relay would.
 pub async fn declare(channel: &Channel) {
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));

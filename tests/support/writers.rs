@@ -14,7 +14,7 @@ use super::waiting::{LIMIT, POLL};
 pub const WRITERS: u32 = 4;
 /// Keys of one writer.
 const KEYS: u32 = 50;
-/// One transaction in so many is rolled back.
+/// One transaction in this many is rolled back.
 const ROLLBACK_EVERY: u32 = 16;
 
 /// What a writer may be behind and catch up: timers are a millisecond or two late.
@@ -35,7 +35,7 @@ pub struct Load {
 /// A steady load without an end; `Scene::enough` ends it.
 pub const STEADY: Load = Load { events: 4_000_000, rate: 800, rows: 5 };
 
-/// A writer: it goes on through every fault of the server, and gives up after [`LIMIT`] of them.
+/// A writer: it continues through every fault of the server, and gives up after [`LIMIT`] of them.
 pub async fn write(shared: &Shared, url: &str, writer: u32, load: Load, mut dice: fastrand::Rng) {
     let mut numbers = [0_u64; KEYS as usize];
     let (mut due, mut written) = (Instant::now(), 0);

@@ -5,11 +5,12 @@
 use std::ops::Range;
 
 use super::code::{Code, body, closing, is_word};
+use crate::{accepts, finds, holds};
 
 /// What measures, where it stands in a condition or makes the value that stands there.
 const MEASURES: &[&str] = &["elapsed", "duration_since", "saturating_duration_since"];
 
-/// What a condition about a measurement speaks of, whoever made it.
+/// What a condition about a measurement speaks of, wherever it was taken.
 const FIGURES: &[&str] = &[
     "as_secs",
     "as_secs_f32",
@@ -149,4 +150,41 @@ fn has(text: &str, word: &str) -> bool {
         let after = text[at + word.len()..].chars().next();
         !before.is_some_and(is_word) && !after.is_some_and(is_word)
     })
+}
+
+#[test]
+fn tests_assert_no_duration_no_rate_and_no_share_of_cpu() {
+    holds(measured);
+    let after_let = "fn f() {\n let begin = now();\n let given_up = begin.elapsed();\n \
+        assert!(given_up < LIMIT);\n}";
+    let of_two = "fn f() { let (a, b) = (begin.elapsed(), 1);\n let speed = 9.0 / a;\n \
+        assert!(speed > 3.0, \"slow\"); }";
+    finds(
+        measured,
+        &[
+            ("tests/it/a.rs", "fn f() {\n assert!(start.elapsed() < LIMIT, \"{x}\");\n}", 2),
+            ("tests/it/a.rs", "fn f() { assert!(took > Duration::from_secs(2)); }", 1),
+            ("tests/it/a.rs", after_let, 4),
+            ("tests/it/a.rs", of_two, 3),
+            ("tests/a.rs", "fn f() { assert_eq!(1, a.duration_since(b).as_secs()); }", 1),
+            ("tests/a.rs", "fn f() { assert!(Instant::now() < begin + LIMIT); }", 1),
+            ("tests/soak/a.rs", "fn f() { assert!((1.0..9.0).contains(&rate)); }", 1),
+            ("tests/a.rs", "fn f() { assert!(cpu_ticks(pid) < 10); }", 1),
+            ("examples/a.rs", "fn f() { assert!(recoveries[0] < BACK); }", 1),
+            ("src/a.rs", "#[cfg(test)]\nmod tests {\n fn f() { assert!(x.elapsed() < L); }\n}", 3),
+        ],
+    );
+    accepts(
+        measured,
+        &[
+            ("tests/a.rs", "fn f() { while go { assert!(Instant::now() < deadline); } }"),
+            ("tests/a.rs", "fn f() { assert!(arrived, \"after {:?}\", begin.elapsed()); }"),
+            ("tests/a.rs", "fn f() { let took = begin.elapsed();\n println!(\"{took:?}\"); }"),
+            ("tests/a.rs", "fn f() { let took = a.elapsed(); note(took); assert_eq!(lost, 0); }"),
+            ("tests/a.rs", "fn f() { let t = a.elapsed(); }\nfn g(t: u8) { assert!(t < 3); }"),
+            ("tests/a.rs", "fn f() { assert_eq!(o.connect_timeout, Duration::from_secs(3)); }"),
+            ("tests/a.rs", "fn f() { assert!(pirate.strategy() == \"rate\"); } // assert!(rate)"),
+            ("src/a.rs", "fn f() { assert!(last.elapsed() < LIMIT); }"),
+        ],
+    );
 }

@@ -19,7 +19,7 @@ const NOUNS: &[&str] = &[
     "verdict",
 ];
 
-/// A module of the library and the modules it may import besides itself.
+/// A module of the library and the modules it may import in addition to itself.
 const LAYERS: &[(&[&str], &[&[&str]])] = &[
     (NOUNS, &[NOUNS]),
     (&["pg", "amqp"], &[PROTOCOL_NOUNS]),
@@ -171,7 +171,7 @@ pub fn homes(files: &[Code], home: &Home) -> Vec<String> {
     let mut found = Vec::new();
     for file in files.iter().filter(|f| f.is_src() && !f.is_in(home.modules)) {
         for word in home.words {
-            // Where the own program lies is no setting.
+            // The path of the own program is not a setting.
             let setting = |at: &usize| !file.masked[*at..].starts_with("env::current_exe");
             for at in file.words(word).filter(setting) {
                 if home.tests_too || !file.is_test(at) {

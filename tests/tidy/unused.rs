@@ -1,5 +1,5 @@
 //! Dead code that the compiler cannot see: every module is public, so to it every `pub fn` has a
-//! user. Here it needs one that is no test: in `src`, in a doctest, in an example, a benchmark or
+//! user. Here it needs one other than a test: in `src`, in a doctest, in an example, a benchmark or
 //! a fuzz target. What is under `src/dev` exists for tests, so their use counts for it.
 //!
 //! Names are all that is compared: a method that shares its name with one that is in use stays

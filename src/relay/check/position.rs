@@ -12,7 +12,7 @@ use crate::position::{Lsn, Mark};
 use crate::relay::checkpoint::Row;
 use crate::verdict::{RESYNC, Verdict};
 
-/// How the relay goes on.
+/// How the relay continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
     /// From the checkpoint, as it is.
@@ -21,7 +21,7 @@ pub enum Start {
     Failover(Failover),
 }
 
-/// Where the stream goes on after a failover with a synchronised slot.
+/// Where the stream continues after a failover with a synchronised slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Failover {
     /// The timeline of the promoted server.
@@ -93,7 +93,7 @@ fn gap(verdict: Verdict, text: impl std::fmt::Display, from: Lsn, to: Lsn) -> Er
         verdict,
         format!(
             "{text}; events committed between {from} and {to} were not published by this relay, \
-             or nobody can tell"
+             or it cannot be known"
         ),
     )
 }
@@ -293,7 +293,7 @@ pub fn verify_publication(
 /// passed in silence, so this is asked at every start, whatever was agreed to.
 ///
 /// # Errors
-/// What is wrong and the command that mends it.
+/// What is wrong and the command that fixes it.
 pub fn carries(publication: &Publication, wanted: &[String]) -> Result<()> {
     let name = &publication.name;
     if !publication.via_root {

@@ -97,8 +97,11 @@ fn allowed_by(verdict: Verdict, slot: &str) -> Result<ResumeFrom> {
         | Verdict::OutboxAltered
         | Verdict::RowUnsendable
         | Verdict::EventUnpublishable => {
-            return Err(Error::refused(format!("{} is no gap to accept", verdict.name()))
-                .hint("`watership check` says what to do"));
+            return Err(Error::refused(format!(
+                "{} is not a gap that can be accepted",
+                verdict.name()
+            ))
+            .hint("`watership check` says what to do"));
         }
         Verdict::SlotUnfit => {
             return Err(Error::refused(format!("slot {slot:?} was made by somebody else"))

@@ -129,7 +129,7 @@ pub fn no_row(name: &str) -> Error {
 /// What to say when another session has the row.
 pub fn taken_over(name: &str) -> Error {
     Error::new(Kind::Busy, format!("another relay has taken over the checkpoint of {name:?}"))
-        .hint("two relays with one name: this one stands by")
+        .hint("two relays with one name: this one is on standby")
 }
 
 fn missing_schema(error: tokio_postgres::Error) -> Error {
@@ -177,7 +177,7 @@ pub fn to_sql(number: u64) -> i64 {
     i64::try_from(number).expect("positions are below 2^63")
 }
 
-/// The row goes on at a promoted server. Returns the new epoch; absent when another session took
+/// The row continues at a promoted server. Returns the new epoch; absent when another session took
 /// over meanwhile.
 ///
 /// # Errors
@@ -235,7 +235,7 @@ pub async fn agree(client: &impl GenericClient, name: &str, facts: &Publication)
 /// simulation.
 ///
 /// Nothing is borrowed from the store while one of its futures runs: the loop keeps the future and
-/// goes on with everything else.
+/// continues with everything else.
 pub trait Store {
     /// Writes a checkpoint and what goes with it, in one transaction; durable when the future
     /// resolves, with about where in the WAL the write ended.

@@ -40,7 +40,7 @@ impl Rider {
         }
     }
 
-    /// Its content as a JSON array, the parameter that its statement has besides the position.
+    /// Its content as a JSON array, the parameter of its statement next to the position.
     pub fn to_json(&self) -> String {
         match self {
             Rider::Parked(rows) => rows_to_json(rows),

@@ -396,7 +396,7 @@ impl Parking {
         self.rows.get(key).is_some_and(|waiting| waiting.state == RowState::Retrying)
     }
 
-    /// The row is on its way with so many messages; returns its number.
+    /// The row is on its way with `open` messages; returns its number.
     pub fn load(&mut self, key: &Key, open: usize) -> u64 {
         let waiting = self.remove(key).expect("only a waiting row is loaded");
         let number = self.next_number;

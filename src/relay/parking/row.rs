@@ -128,7 +128,7 @@ impl Why {
                  retry; or discard it"
             }
             Why::Invalid => {
-                "mend the route's templates and restart the relay, then retry; or discard it"
+                "fix the route's templates and restart the relay, then retry; or discard it"
             }
             Why::NoRoute => {
                 "add a [[route]] for it and restart the relay, then retry; or discard it"
@@ -137,7 +137,7 @@ impl Why {
             Why::Nacked => {
                 "see why the queue refuses it (its length limit, for example), then retry"
             }
-            Why::Refused => "see the broker's text, mend the cause, then retry; or discard it",
+            Why::Refused => "see the broker's text, fix the cause, then retry; or discard it",
             Why::Follows => "retry or discard the first row of its key",
         }
     }

@@ -24,14 +24,14 @@ use crate::route::Router;
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 /// Longest wait while a peer is unreachable.
 const SOON_LIMIT: Duration = Duration::from_secs(1);
-/// Longest wait where a person has to change something.
+/// Longest wait where someone must change something.
 const SLOW_LIMIT: Duration = Duration::from_secs(15);
 /// A session that lived this long was healthy: the next wait is short again.
 const HEALTHY: Duration = Duration::from_secs(5);
 
-/// Runs sessions until `shutdown`, or until an error that no further try can mend.
+/// Runs sessions until `shutdown`, or until an error that no further try can fix.
 ///
-/// What a person has to mend ends the process before the first session ever ran: a typing error
+/// What someone must fix ends the process before the first session ever ran: a typing error
 /// in a password should not look like a running relay. Later the relay stays up and retries.
 ///
 /// # Errors
@@ -62,7 +62,7 @@ pub async fn run(
         metrics.session_over();
         status.session_over();
         let Err(error) = life.result else { break Ok(()) };
-        // It was asked to end and could not settle what it had sent: whoever asked gets to know.
+        // It was asked to end and could not settle what it had sent: the exit code says so.
         if *shutdown.borrow() && life.streamed.is_some() {
             break Err(error);
         }
@@ -133,7 +133,7 @@ async fn one_session(
         Err(error) => return Life::unopened(Err(error)),
     };
     let began = Instant::now();
-    // A doubt about the session before is no doubt about this one.
+    // A doubt about the last session says nothing about this one.
     while doubts.try_recv().is_ok() {}
     let tries = status.streaming();
     show(status, &shared.metrics);
@@ -178,7 +178,7 @@ struct Told {
 
 impl Told {
     /// Logs the end of a session. The first try is news, and so is another trouble than before:
-    /// a broker that was restarted may now refuse the password. While the same one goes on, every
+    /// a broker that was restarted may now refuse the password. While the same one continues, every
     /// tenth line is enough.
     fn say(&mut self, error: &Error, wait: Duration, tries: u32) {
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);

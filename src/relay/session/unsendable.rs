@@ -18,7 +18,7 @@ pub struct Unsendable {
 impl Unsendable {
     /// The error, or the verdict when this session ended like the one before, without having
     /// received anything more. `received` is how far the session came.
-    /// A healthy session in between is no failure to send the row: what failed before is forgotten.
+    /// A healthy session in between clears the row: what failed before is forgotten.
     pub fn judge(
         &mut self,
         error: Error,

@@ -16,7 +16,7 @@ use crate::position::Lsn;
 use crate::source::Canary as Seen;
 use crate::verdict::{RESYNC, Verdict};
 
-/// Besides three intervals: how long a canary may take at least.
+/// In addition to three intervals: how long a canary may take at least.
 const GRACE: Duration = Duration::from_secs(30);
 /// Canaries that are remembered while the stream is far behind; the oldest says everything.
 const PENDING_MAX: usize = 64;

@@ -256,13 +256,13 @@ async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Re
     });
     match warning {
         Some(warning) if news => tracing::warn!(hint, "{warning}"),
-        None if news => tracing::info!(slot = options.slot, "the slot is well again"),
+        None if news => tracing::info!(slot = options.slot, "the slot is healthy again"),
         Some(_) | None => {}
     }
     Ok(())
 }
 
-/// Returns when to come again: soon, where a lock was not to be had.
+/// Returns when to come again: soon, where a lock was not available.
 async fn maintain(client: &Client, options: &Options, metrics: &Metrics) -> Result<Duration> {
     const SQL: &str = include_str!("../../../sql/query/maintain.sql");
     let retain = i64::try_from(options.retain.as_secs()).unwrap_or(i64::MAX);

@@ -27,7 +27,7 @@ pub(in crate::relay) enum Made {
     Row(Box<Row>, OnPoison),
 }
 
-/// Of the first lines about parked messages each is logged, then every so many.
+/// Of the first lines about parked messages each is logged, then one in every [`LOGGED_EVERY`].
 const LOGGED_FIRST: u64 = 20;
 const LOGGED_EVERY: u64 = 1000;
 

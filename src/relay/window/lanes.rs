@@ -37,7 +37,7 @@ pub enum Owner {
     Parked(u64),
 }
 
-/// What a nack says besides "not now".
+/// What a nack says, if more than "not now".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Nacked {
     /// How often this message has been refused.

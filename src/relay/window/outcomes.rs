@@ -20,7 +20,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Every outcome of the publisher, each exactly once.
     ///
     /// # Errors
-    /// When the broker closed a channel for a reason that is no message's: the session is over.
+    /// When the broker closed a channel for another reason than its messages: the session is over.
     pub(in crate::relay) fn settle_outcomes(&mut self) -> Result<()> {
         let mut over = None;
         let now = tokio::time::Instant::now().into_std();
@@ -75,11 +75,11 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
         if released {
             let route = &*self.router.by_id(route).name;
-            tracing::info!(route, "the destination works again, the route goes on");
+            tracing::info!(route, "the destination works again, the route continues");
         }
     }
 
-    /// Tried again for ever at the head of its lane, unless the route has a limit and the queue
+    /// Tried again without a limit at the head of its lane, unless the route has one and the queue
     /// takes other messages of the route.
     fn nacked(&mut self, ticket: Ticket, now: Instant) {
         let route = self.lanes.slot(ticket).message.route;

@@ -54,7 +54,7 @@ impl Window {
         entry.open -= 1;
     }
 
-    /// One unsettled message of the entry has become so many: as many as the routes of now make.
+    /// One unsettled message of the entry has become `open`: as many as the present routes make.
     ///
     /// # Panics
     /// When the entry has no unsettled message.

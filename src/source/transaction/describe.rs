@@ -36,7 +36,7 @@ pub(super) enum Role {
     Captured(Vec<usize>),
     /// The canary; where its columns are, if they can be found.
     Canary(Option<CanaryColumns>),
-    /// One of our own tables besides these.
+    /// Another of our own tables.
     Own,
     /// In the publication, but nobody asked for it.
     Unwanted,

@@ -69,7 +69,7 @@ impl Shape {
 
 /// Writes the backlog behind what is there; returns the mean size of a body in bytes.
 ///
-/// Without waiting for the disk: whoever reads the WAL afterwards sees the same.
+/// Without waiting for the disk: a later reader of the WAL sees the same.
 pub async fn fill(client: &Client, shape: &Shape) -> Result<u64> {
     let seed = f64::from(shape.seed) / f64::from(u32::MAX);
     let prepare = format!("SET synchronous_commit = off; SELECT setseed({seed})");

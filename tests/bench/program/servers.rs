@@ -138,7 +138,7 @@ impl Servers {
         if said.trim() == "ok" {
             return Ok(());
         }
-        Err(Error::protocol(format!("RabbitMQ's log did not begin anew: {}", said.trim())))
+        Err(Error::protocol(format!("RabbitMQ's log was not started again: {}", said.trim())))
     }
 
     /// Messages that lie in the queue now.

@@ -128,7 +128,7 @@ fn suspects_go_alone_and_the_largest_first() {
     assert_eq!(alone.len(), 1);
     bench.lanes.acquit();
     assert_eq!(bench.lanes.evict(alone[0].0).len(), 1);
-    assert_eq!(bench.send().len(), 1, "the rest goes on");
+    assert_eq!(bench.send().len(), 1, "the rest continues");
 }
 
 #[test]
@@ -350,8 +350,8 @@ fn a_reload_behind_a_truncate_is_evicted_in_one_pass() {
 }
 
 /// A destination that comes back `outage` after its route was held; each answer takes `answer`.
-/// Returns when the route goes on, and how many probes that took.
-fn goes_on_after(outage: Duration, answer: Duration) -> (Duration, u32) {
+/// Returns when the route continues, and how many probes that took.
+fn continues_after(outage: Duration, answer: Duration) -> (Duration, u32) {
     let mut bench = Bench::new();
     let begin = bench.now;
     bench.admit(1, Keys::Free);
@@ -376,7 +376,7 @@ fn a_held_route_goes_on_within_a_third_of_the_outage_and_five_seconds() {
     let answer = Duration::from_millis(10);
     for milliseconds in (0..120_000).step_by(37) {
         let outage = Duration::from_millis(milliseconds);
-        let (at, probes) = goes_on_after(outage, answer);
+        let (at, probes) = continues_after(outage, answer);
         let late = at - outage;
         assert!(late <= outage / 3 + PROBE_FIRST + answer, "{late:?} after {outage:?}");
         assert!(late <= PROBE_LIMIT + answer, "{late:?} after {outage:?}");
