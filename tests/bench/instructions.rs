@@ -339,8 +339,8 @@ fn lanes_and_watermark((made, receipts): (Vec<Made>, Vec<Receipt>)) -> Option<Re
             flying.push_back(ticket);
         }
         let Some(ticket) = flying.pop_front() else { return last };
-        let (slot, _) = lanes.confirmed(ticket);
-        let relay::window::lanes::Owner::Window(entry) = slot.owner else {
+        let confirmed = lanes.confirmed(ticket);
+        let relay::window::lanes::Owner::Window(entry) = confirmed.owner else {
             unreachable!("nothing is parked here")
         };
         window.settle(entry);

@@ -21,6 +21,7 @@ use crate::message::{Message, RouteId};
 use crate::position::Position;
 use crate::publisher::Ticket;
 use crate::relay::window::EntryId;
+use crate::relay::window::remembered::MessageKey;
 use crate::route::Lanes as Keys;
 
 /// First wait before a nacked message is tried again; doubles.
@@ -77,6 +78,19 @@ pub struct Slot {
     pub keys: Keys,
     /// Next slot in each of its lanes.
     next: [Option<u32>; 2],
+}
+
+/// What a confirmed message was.
+#[derive(Debug, Clone, Copy)]
+pub struct Confirmed {
+    /// Which message.
+    pub key: MessageKey,
+    /// Whom its end is reported to.
+    pub owner: Owner,
+    /// Commit time of its event, in microseconds since 1970-01-01 UTC, for the metric.
+    pub committed_at_us: i64,
+    /// It was the probe of a hold, which has ended.
+    pub released: bool,
 }
 
 /// First and last slot of a lane.
@@ -250,16 +264,19 @@ impl Lanes {
     }
 
     /// The broker has it: the message leaves, its lanes move on, and a hold that it probed ends.
-    /// Returns the slot and whether a hold ended.
-    pub fn confirmed(&mut self, ticket: Ticket) -> (Slot, bool) {
+    pub fn confirmed(&mut self, ticket: Ticket) -> Confirmed {
         let id = self.landed(ticket);
-        let slot = self.slots[id as usize].take().expect("an outcome belongs to a live slot");
+        let slot = self.at(id);
+        let (key, keys, next) = (MessageKey::of(&slot.message), slot.keys, slot.next);
+        let (owner, committed_at_us) = (slot.owner, slot.about.committed_at_us);
+        // Dropped where it is: a slot is large, and nobody needs the rest of it.
+        self.slots[id as usize] = None;
         self.free.push(id);
-        let released = self.end_probe(id, slot.message.route);
-        *self.route_confirms(slot.message.route) += 1;
-        self.leave(id, &slot);
-        self.hasten(slot.message.route);
-        (slot, released)
+        let released = self.end_probe(id, key.route);
+        *self.route_confirms(key.route) += 1;
+        self.leave(id, keys, next);
+        self.hasten(key.route);
+        Confirmed { key, owner, committed_at_us, released }
     }
 
     /// The broker refused it for now: it stays at the head of its lane and is tried again, for
@@ -350,12 +367,12 @@ impl Lanes {
     }
 
     /// Takes a settled slot out of its lanes and its group, and lets the next ones go.
-    fn leave(&mut self, id: u32, slot: &Slot) {
-        let (lanes, count) = lanes_of(slot.keys);
+    fn leave(&mut self, id: u32, keys: Keys, next: [Option<u32>; 2]) {
+        let (lanes, count) = lanes_of(keys);
         for (place, lane) in lanes[..count].iter().enumerate() {
             let ends = self.lanes.get_mut(lane).expect("a live slot's lane exists");
             assert_eq!(ends.head, id, "only the head of a lane is ever in flight");
-            match slot.next[place] {
+            match next[place] {
                 None => {
                     self.lanes.remove(lane);
                 }
@@ -367,7 +384,7 @@ impl Lanes {
                 }
             }
         }
-        if let Some((group, _)) = group_of(slot.keys) {
+        if let Some((group, _)) = group_of(keys) {
             self.leave_group(group);
         }
     }

@@ -10,8 +10,7 @@ use crate::publisher::{Outcome, Publisher, Ticket};
 use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
 use crate::relay::parking::row::{Key, Row, RowState, Why, raw_message, shorten};
-use crate::relay::window::lanes::{Owner, Slot};
-use crate::relay::window::remembered::MessageKey;
+use crate::relay::window::lanes::{Confirmed, Owner, Slot};
 use crate::route::OnPoison;
 use crate::source::Source;
 use crate::verdict::Verdict;
@@ -55,10 +54,10 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     fn confirmed(&mut self, ticket: Ticket, clock: Duration) {
-        let (slot, released) = self.lanes.confirmed(ticket);
-        match slot.owner {
+        let Confirmed { key, owner, committed_at_us, released } = self.lanes.confirmed(ticket);
+        match owner {
             Owner::Window(entry) => {
-                self.confirms.add(entry, MessageKey::of(&slot.message));
+                self.confirms.add(entry, key);
                 self.window.settle(entry);
             }
             Owner::Parked(number) => {
@@ -66,15 +65,13 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 self.retry_due = true;
             }
         }
-        let route = slot.message.route;
-        let metrics = self.route_metrics(route);
+        let metrics = self.route_metrics(key.route);
         metrics.confirmed.increment(1);
-        let committed =
-            Duration::from_micros(u64::try_from(slot.about.committed_at_us).unwrap_or(0));
+        let committed = Duration::from_micros(u64::try_from(committed_at_us).unwrap_or(0));
         metrics.commit_to_confirm.record(clock.saturating_sub(committed).as_secs_f64());
         self.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
         if released {
-            let route = &*self.router.by_id(route).name;
+            let route = &*self.router.by_id(key.route).name;
             tracing::info!(route, "the destination works again, the route continues");
         }
     }

@@ -231,8 +231,7 @@ fn a_held_route_is_probed_by_its_first_message_and_others_go_on() {
     assert!(bench.send().is_empty());
     bench.now += PROBE_FIRST;
     let probe = bench.send();
-    let (_, released) = bench.lanes.confirmed(probe[0].0);
-    assert!(released);
+    assert!(bench.lanes.confirmed(probe[0].0).released);
     assert_eq!(bench.ids(), [2, 3]);
     assert_eq!(bench.lanes.holds().count(), 0);
 }
@@ -363,7 +362,7 @@ fn continues_after(outage: Duration, answer: Duration) -> (Duration, u32) {
         let works = bench.now >= begin + outage;
         bench.now += answer;
         if works {
-            assert!(bench.lanes.confirmed(out).1, "the hold ends");
+            assert!(bench.lanes.confirmed(out).released, "the hold ends");
             return (bench.now - begin, probes);
         }
         bench.lanes.hold(out, "still no queue".into(), bench.now);
@@ -415,7 +414,7 @@ fn a_probe_that_closes_the_channel_does_not_keep_another_route_from_its_answer()
                 }
                 Some(_) => {
                     let at = out.iter().position(|(_, id, _)| *id == 2).expect("it landed");
-                    assert!(bench.lanes.confirmed(out.remove(at).0).1, "the hold ends");
+                    assert!(bench.lanes.confirmed(out.remove(at).0).released, "the hold ends");
                 }
                 None => {}
             }
