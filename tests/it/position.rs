@@ -255,7 +255,7 @@ async fn went_back(set_back: &str, new_session: bool) {
 
 #[tokio::test]
 async fn a_checkpoint_that_went_back_is_a_verdict_of_the_next_session() {
-    went_back("commit_lsn = '0/1'", true).await;
+    went_back("mark = 1", true).await;
 }
 
 #[tokio::test]
@@ -265,7 +265,7 @@ async fn a_checkpoint_of_an_earlier_session_is_a_verdict_of_the_next_session() {
 
 #[tokio::test]
 async fn a_checkpoint_that_went_back_is_noticed_while_the_relay_runs() {
-    went_back("commit_lsn = '0/1'", false).await;
+    went_back("mark = 1", false).await;
 }
 
 #[tokio::test]
@@ -325,7 +325,7 @@ async fn an_installation_without_the_canary_in_its_publication_runs_and_is_told(
     stage.execute("DELETE FROM watership.publication_seen").await;
     stage.execute("ALTER PUBLICATION watership DROP TABLE watership.canary").await;
     let told = stage.run(&["check"]).await;
-    told.expect_code(0).expect_text(&["does not have watership.canary", "watership init"]);
+    told.expect_code(0).expect_text(&["lacks watership.canary", "watership init"]);
     let relay = stage.start().await;
     stage.execute(&emit("e")).await;
     assert_eq!(kinds(&stage.settled().await), ["e"]);
@@ -366,7 +366,7 @@ async fn init_makes_a_failover_slot_where_the_server_can() {
         let (config, _) =
             configuration(&server.url("postgres", "postgres"), "shop", &own_vhost().await, &setup);
         let refused = run(&config, &["init"]).await;
-        refused.expect_code(2).expect_text(&["source.failover = true needs Postgres 17"]);
+        refused.expect_code(2).expect_text(&["source.failover = true requires Postgres 17"]);
         return;
     }
     let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;
