@@ -221,7 +221,7 @@ fn all_problems_are_reported_at_once_in_the_order_of_the_file() {
 }
 
 #[test]
-fn each_mistake_is_named_with_what_is_expected() {
+fn each_mistake_is_named_with_what_is_allowed() {
     for (more, part) in [
         ("name = ''", "w.toml:3:8: name = \"\" is invalid; expected 1 to 63 characters out of a"),
         ("source.mode = 'pull'", "source.mode = \"pull\" is invalid; expected \"wal\""),
@@ -305,7 +305,7 @@ fn each_mistake_in_routes_is_named() {
 }
 
 #[test]
-fn a_broken_file_is_reported_with_its_place() {
+fn a_broken_file_is_told_with_its_place() {
     let long = format!("name = 'a'\nnote = '{}", "x".repeat(1 << 20));
     for (more, part) in [
         ("source.slott = 'a'", "w.toml:3:8: unknown key \"slott\""),

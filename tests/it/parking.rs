@@ -197,7 +197,7 @@ async fn a_discarded_message_is_never_published_and_what_followed_it_is() {
     until_rows(&stage, &["parked too_large", "parked follows"]).await;
     stage.run(&["parked", "discard", "1", "--reason", " "]).await.expect_code(2);
     let ended = stage.run(&["parked", "discard", "1", "--reason", "made by a test"]).await;
-    ended.expect_code(0).expect_text(&["1 rows of its key still wait"]);
+    ended.expect_code(0).expect_text(&["1 rows with the same key are still waiting"]);
     let ended = stage.run(&["parked", "discard", "1", "--reason", "again"]).await;
     ended.expect_code(1).expect_text(&["row 1 is discarded"]);
     stage.run(&["parked", "show", "77"]).await.expect_code(1).expect_text(&["no parked row 77"]);

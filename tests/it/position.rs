@@ -325,7 +325,7 @@ async fn an_installation_without_the_canary_in_its_publication_runs_and_is_told(
     stage.execute("DELETE FROM watership.publication_seen").await;
     stage.execute("ALTER PUBLICATION watership DROP TABLE watership.canary").await;
     let told = stage.run(&["check"]).await;
-    told.expect_code(0).expect_text(&["does not have watership.canary", "watership init"]);
+    told.expect_code(0).expect_text(&["lacks watership.canary", "watership init"]);
     let relay = stage.start().await;
     stage.execute(&emit("e")).await;
     assert_eq!(kinds(&stage.settled().await), ["e"]);
