@@ -93,7 +93,7 @@ async fn mistakes_in_the_file_are_told_with_place_value_and_remedy() {
         (
             "source.url = 'mysql://u:pw@h/x'\nbroker.url = 'amqp://r:x@127.0.0.1'\n".to_owned(),
             "error: FILE:1:14: source.url: mysql://u:***@h/x: not a Postgres URL\n\
-             hint: postgres://user:password@host:5432/database\n",
+             hint: the form is postgres://user:password@host:5432/database\n",
         ),
         (
             format!("{least}source.password = '${{WATERSHIP_TEST_UNSET}}'\n"),
