@@ -144,13 +144,13 @@ fn check_server(config: &Config, server: &ServerFacts) -> Result<()> {
     }
     if server.version_num < 150_000 {
         return Err(Error::refused(format!(
-            "the server is Postgres {}; 15 or later is required",
+            "the server is Postgres {}; Watership needs 15 or later",
             server.version
         )));
     }
     if config.failover && server.version_num < 170_000 {
         return Err(Error::config(format!(
-            "source.failover = true requires Postgres 17 or later; the server is {}",
+            "source.failover = true needs Postgres 17 or later; the server is {}",
             server.version
         ))
         .hint("set source.failover = false"));

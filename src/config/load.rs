@@ -29,7 +29,7 @@ pub(super) fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// [`fill_in`] from the process environment; for values of command line options.
+/// Replaces `${…}` from the process environment; for values of command line options.
 ///
 /// # Errors
 /// [`crate::error::Kind::Config`] naming the variable or the file.

@@ -238,8 +238,8 @@ const PROVED: &[Proved] = &[
         "E23",
         "configuration with every kind of mistake",
         &[
-            "config each_mistake_is_named_with_what_is_allowed",
-            "config a_broken_file_is_told_with_its_place",
+            "config each_mistake_is_named_with_what_is_expected",
+            "config a_broken_file_is_reported_with_its_place",
         ],
     ),
     ("E24", "clock that jumps", &["host_limits::host_limits_e24"]),

@@ -58,7 +58,7 @@ pub struct Shared {
 /// of Postgres, and changes nothing in the broker.
 ///
 /// # Errors
-/// Whatever stands in the way; verdicts of [`position`] among them.
+/// Whatever stands in the way; verdicts of [`check`](crate::relay::check) among them.
 pub async fn open(
     options: &Options,
     router: &Arc<Router>,
