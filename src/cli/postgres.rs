@@ -7,7 +7,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::migrate;
-use crate::pg::publication::{Operations, Publication, ReplicaIdentity, TableFacts, TableName};
+use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName};
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
@@ -340,9 +340,7 @@ fn check_table(
 ) {
     let table = &facts.table;
     let before = f.problems();
-    let published = publication.and_then(|p| p.tables.iter().find(|t| t.table == *table));
-    let operations = publication.map_or(Operations::ALL, |publication| publication.operations);
-    if let Err(error) = table_check::keys_its_changes(facts, operations, published) {
+    if let Err(error) = table_check::keys_its_changes(facts, publication) {
         f.error("table", &error);
     }
     for (what, hint) in publication.map_or_else(Vec::new, |p| table_check::ids_differ(facts, p)) {
@@ -358,23 +356,15 @@ fn check_table(
                     "{table} has no replica identity: UPDATE and DELETE fail in the application"
                 ),
                 format!(
-                    "add a primary key, or ALTER TABLE {} REPLICA IDENTITY FULL",
+                    "add a primary key (not DEFERRABLE), or ALTER TABLE {} REPLICA IDENTITY FULL",
                     table.quoted()
                 ),
             );
         }
     };
     for (route, key) in keys_of(&config.rules, &table.to_string()) {
-        if let Some(column) = facts.identity.lacks(key) {
-            f.problem(
-                "table",
-                format!(
-                    "route {route:?} uses column {column:?} of {table} as key, and it is not in \
-                     the replica identity: each UPDATE and DELETE waits for the whole table, and a \
-                     DELETE does not show the key"
-                ),
-                format!("ALTER TABLE {} REPLICA IDENTITY FULL, or another key", table.quoted()),
-            );
+        if let Some((what, hint)) = table_check::hides_route_key(facts, route, key) {
+            f.problem("table", what, hint);
         }
     }
     if f.problems() == before {

@@ -401,15 +401,8 @@ async fn captured(
     for facts in read_tables(client, options, publication).await? {
         let table = &facts.table.to_string();
         for (route, key) in keys_of(&options.rules, table) {
-            if let Some(column) = facts.identity.lacks(key) {
-                tracing::warn!(
-                    route,
-                    table,
-                    column,
-                    "the route's key is not in the table's replica identity: each UPDATE and DELETE \
-                     waits for everything before it in the table; ALTER TABLE ... REPLICA IDENTITY \
-                     FULL, or choose another key"
-                );
+            if let Some((what, hint)) = table_check::hides_route_key(&facts, route, key) {
+                tracing::warn!(hint, "{what}");
             }
         }
         let (oid, primary_key) = (facts.oid, facts.primary_key);
@@ -434,8 +427,7 @@ pub async fn read_tables(
             Error::refused(format!("captured table {table} does not exist"))
                 .hint("create it, or remove it from source.tables")
         })?;
-        let published = publication.tables.iter().find(|published| published.table == name);
-        table_check::keys_its_changes(&facts, publication.operations, published)?;
+        table_check::keys_its_changes(&facts, Some(publication))?;
         tables.push(facts);
     }
     Ok(tables)
