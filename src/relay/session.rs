@@ -398,6 +398,7 @@ async fn captured(
     publication: &Publication,
 ) -> Result<HashMap<String, CapturedTable>> {
     let mut captured = HashMap::new();
+    let operations = publication.operations;
     for facts in read_tables(client, options, publication).await? {
         let table = &facts.table.to_string();
         for (route, key) in keys_of(&options.rules, table) {
@@ -405,8 +406,15 @@ async fn captured(
                 tracing::warn!(hint, "{what}");
             }
         }
-        let (oid, primary_key) = (facts.oid, facts.primary_key);
-        captured.insert(table.clone(), CapturedTable { oid, primary_key });
+        let list = publication.table(&facts.table).and_then(|table| table.columns.as_ref());
+        let described = CapturedTable {
+            oid: facts.oid,
+            primary_key: facts.primary_key,
+            leading: if list.is_none() { facts.leading } else { Vec::new() },
+            partitioned: facts.partitioned,
+            inserts_only: !operations.update && !operations.delete,
+        };
+        captured.insert(table.clone(), described);
     }
     Ok(captured)
 }
