@@ -528,3 +528,5 @@ fn probe_after(route: RouteId) -> Duration {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_rows;

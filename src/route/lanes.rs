@@ -29,7 +29,7 @@ pub enum Lanes {
         /// Hash of route and table.
         group: u64,
     },
-    /// After everything before it in its table, before everything after it: a truncate, and a change
+    /// After everything before it in its table, before everything after it: a truncate, a change
     /// that does not say which row it is about.
     Barrier {
         /// Hash of route and table.
@@ -57,6 +57,11 @@ pub(super) fn table_hasher(seed: u64, table: &Table) -> Xxh64 {
     let mut hasher = Xxh64::new(seed);
     add(&mut hasher, table.full_name.as_bytes());
     hasher
+}
+
+/// The group of a table's rows: by its OID, because a table that is renamed is still that table.
+pub(super) fn group(seed: u64, table: &Table) -> u64 {
+    xxh64(&table.oid.to_le_bytes(), seed)
 }
 
 impl TablePlan {

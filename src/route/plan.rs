@@ -64,7 +64,7 @@ enum Planned {
 struct Rules {
     /// With the aggregate type, where only one is selected.
     rules: Vec<(Option<String>, Planned)>,
-    /// The key of the table is another one than before: the next event waits for all before it.
+    /// The table's rows may stand in other lanes than before: the next event waits for all of it.
     barrier: bool,
 }
 
@@ -121,7 +121,7 @@ impl TablePlan {
         source_json.extend_from_slice(b",\"commit_lsn\":");
         Self {
             identity_has_key: table.identity.covers(&key),
-            group: hasher.digest(),
+            group: lanes::group(route.seed, &table),
             hasher,
             key,
             source_json,
@@ -129,8 +129,9 @@ impl TablePlan {
         }
     }
 
-    fn key_names(&self) -> Vec<&str> {
-        self.key.iter().map(|column| &*self.table.columns[*column].name).collect()
+    fn key_columns(&self) -> Vec<(&str, u32, i32)> {
+        let columns = self.key.iter().map(|column| &self.table.columns[*column]);
+        columns.map(|column| (&*column.name, column.type_oid, column.type_modifier)).collect()
     }
 }
 
@@ -193,12 +194,12 @@ impl Rules {
         })
     }
 
-    /// The names of the key's columns on each route.
-    fn keys(&self) -> Vec<Vec<&str>> {
+    /// The key's columns on each route: with another type the text of their values may be another.
+    fn keys(&self) -> Vec<Vec<(&str, u32, i32)>> {
         self.rules
             .iter()
             .filter_map(|(_, planned)| match planned {
-                Planned::Publish(plan) => plan.table.as_ref().map(TablePlan::key_names),
+                Planned::Publish(plan) => plan.table.as_ref().map(TablePlan::key_columns),
                 Planned::Drop(_) => None,
             })
             .collect()
@@ -250,7 +251,8 @@ impl Plans {
         if !Arc::ptr_eq(described, table) {
             if **described != **table {
                 let mut now = Rules::of_table(router, table);
-                now.barrier = rules.barrier || now.keys() != rules.keys();
+                let renamed = described.full_name != table.full_name;
+                now.barrier = rules.barrier || renamed || now.keys() != rules.keys();
                 *rules = now;
             }
             *described = table.clone();
