@@ -16,6 +16,8 @@ mod crash_support;
 mod dev;
 mod failover;
 mod harmless;
+mod identity;
+mod keys;
 mod maintain;
 mod parking;
 mod pg_stream;
