@@ -20,7 +20,7 @@ BEGIN
             END;
         END IF;
     END LOOP;
-    -- To make objects for the owner, a user who is no superuser must be a member of it. Where the
+    -- To make objects for the owner, a user other than a superuser must be its member. Where the
     -- grant is refused the user may be a member already; if not, CREATE SCHEMA below says so.
     IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = current_user AND rolsuper) THEN
         BEGIN

@@ -4,7 +4,7 @@
 --
 -- All run with the caller's rights, inside the caller's transaction: the event is there exactly
 -- when the transaction commits. Call it after the change of state that it tells of.
--- An `id` that you pass must be unique for ever; consumers drop a second event with the same id.
+-- An `id` that you pass must never be used again; consumers drop a second event with the same id.
 -- A header "traceparent" is moved to the column of that name.
 
 SET ROLE watership_owner;

@@ -144,7 +144,7 @@ BEGIN
         RETURN;
     END IF;
     BEGIN
-        -- The root comes last: whoever waits for it has nothing else left to wait for.
+        -- The root comes last: a session that waits for it has nothing else left to wait for.
         EXECUTE format('LOCK TABLE ONLY watership.%I IN ACCESS EXCLUSIVE MODE', leaf);
         LOCK TABLE ONLY watership.outbox_default IN ACCESS EXCLUSIVE MODE;
         EXECUTE format('ALTER TABLE watership.outbox DETACH PARTITION watership.%I', leaf);
@@ -160,7 +160,7 @@ $$;
 
 -- retain: how long events stay in the outbox after their transaction began.
 -- created, skipped, postponed, dropped, detached: partitions, with the reason where one is due;
--- postponed means that a lock was not to be had, try later. default_left counts to 100,000.
+-- postponed means that a lock was not available, try later. default_left counts to 100,000.
 -- more: this call did something, so call again.
 CREATE FUNCTION watership.maintain(
     retain interval,

@@ -11,6 +11,21 @@ CREATE TABLE watership.publication_seen (
     seen_at timestamptz NOT NULL DEFAULT now()
 );
 
+-- How the stream described each captured table at the checkpoint: written with it. An older
+-- description than today's catalog is read with the key that it had.
+CREATE TABLE watership.described (
+    name         text        NOT NULL REFERENCES watership.checkpoint ON DELETE CASCADE,
+    relation     oid         NOT NULL,
+    -- Hash of the description.
+    version      bigint      NOT NULL,
+    schema_name  text        NOT NULL,
+    table_name   text        NOT NULL,
+    -- Columns of the key; none where the table has none, or its key was not known.
+    key          text[]      NOT NULL,
+    described_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (name, relation)
+);
+
 -- One row per relay, in the publication: the relay raises the number every few seconds and expects
 -- to see it in its stream. A stream that moves past a number without bringing it is deaf.
 CREATE TABLE watership.canary (
@@ -42,7 +57,8 @@ CREATE TABLE watership.resync (
     epoch        integer     NOT NULL
 );
 
-GRANT SELECT, INSERT, UPDATE ON watership.publication_seen, watership.canary TO watership_relay;
+GRANT SELECT, INSERT, UPDATE ON watership.publication_seen, watership.described, watership.canary
+    TO watership_relay;
 GRANT SELECT, INSERT ON watership.resync TO watership_relay;
 
 INSERT INTO watership.migration (version, name) VALUES (5, '0005_position');

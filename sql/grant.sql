@@ -6,9 +6,10 @@
 
 GRANT USAGE ON SCHEMA watership TO watership_app;
 
--- All columns but created_at, which chooses the partition.
+-- All columns but created_at, which chooses the partition, and those for polling.
 GRANT INSERT (id, aggregate_type, aggregate_id, event_type, payload, data, content_type, headers,
     traceparent) ON watership.outbox TO watership_app;
+GRANT USAGE ON SEQUENCE watership.outbox_seq TO watership_app;
 
 GRANT EXECUTE ON FUNCTION
     watership.fits_a_message(text, text, text, text, jsonb, text),

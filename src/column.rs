@@ -130,14 +130,6 @@ impl Form {
     }
 }
 
-/// Appends the text form of a value of type `type_oid` as one JSON value.
-///
-/// # Errors
-/// As [`Shape::write`].
-pub fn write_json(out: &mut Vec<u8>, type_oid: u32, text: &[u8]) -> Result<()> {
-    Shape::of(type_oid).write(out, text)
-}
-
 /// Appends `text` as a JSON string.
 ///
 /// Escapes only what JSON demands: quote, backslash and the control characters below U+0020.
@@ -212,7 +204,7 @@ fn utf8(text: &[u8]) -> Result<&str> {
     std::str::from_utf8(text).map_err(|error| {
         let at = error.valid_up_to();
         Error::event(format!("value of {} bytes is not UTF-8 at byte {at}", text.len())).hint(
-            "JSON must be UTF-8: mend the row, or use a database encoding other than SQL_ASCII",
+            "JSON must be UTF-8: fix the row, or use a database encoding other than SQL_ASCII",
         )
     })
 }
@@ -318,10 +310,10 @@ mod tests {
     #[test]
     fn an_error_leaves_what_was_written_before() {
         let mut out = b"{\"a\":".to_vec();
-        let error = write_json(&mut out, 1007, b"{1,2,x}").unwrap_err();
+        let error = Shape::of(1007).write(&mut out, b"{1,2,x}").unwrap_err();
         assert_eq!(error.to_string(), "value 'x' is not a number");
         assert_eq!(out, b"{\"a\":");
-        let error = write_json(&mut out, oid::TEXT, b"caf\xe9").unwrap_err();
+        let error = Shape::of(oid::TEXT).write(&mut out, b"caf\xe9").unwrap_err();
         assert_eq!(error.to_string(), "value of 4 bytes is not UTF-8 at byte 3");
         assert_eq!(error.kind(), crate::error::Kind::Event);
         assert_eq!(out, b"{\"a\":");

@@ -5,13 +5,15 @@
 
 use std::fmt::Write as _;
 
+use uuid::Uuid;
+
 use crate::column;
 use crate::error::{Error, Result};
 use crate::event::{
     Change, Column, Content, Event, Identity, OldRow, OutboxRow, Payload, Row, Table, Value, id,
 };
-use crate::message::{Builder, Message, Properties};
-use crate::route::{MessageIdRule, Ordering, Plan, TablePlan};
+use crate::message::{Builder, Message, Properties, ROUTE_HEADER};
+use crate::route::{MessageIdRule, Ordering, Plan, Route, TablePlan};
 
 const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
@@ -54,6 +56,7 @@ impl Envelope {
         }?;
         message.in_sequence = plan.route.ordering == Ordering::Pipelined;
         message.part = part;
+        message.route_hash = plan.route.hash();
         Ok(message)
     }
 
@@ -74,7 +77,7 @@ impl Envelope {
         };
         let properties = Properties {
             content_type: row.content_type.as_deref().unwrap_or(default),
-            message_id: message_id(event, plan, part),
+            message_id: message_id(event.id, route, part),
             timestamp: seconds(event.occurred_at_us),
             kind: &row.event_type,
             app_id: &self.app_id,
@@ -116,7 +119,7 @@ impl Envelope {
         write_change(&mut self.body, event, table, change, &self.committed_at.1)?;
         let properties = Properties {
             content_type: JSON,
-            message_id: message_id(event, plan, part),
+            message_id: message_id(event.id, route, part),
             timestamp: seconds(event.occurred_at_us),
             kind: &self.kind,
             app_id: &self.app_id,
@@ -143,15 +146,16 @@ fn write_own_headers(
     key: &str,
 ) -> Result<()> {
     builder.header_with("ws-position", |out| event.position.write_text(out))?;
-    builder.header_text("ws-route", plan.route.name.as_bytes())?;
-    builder.header_text("ws-key", key.as_bytes())?;
+    builder.header_text(ROUTE_HEADER, plan.route.name.as_bytes())?;
+    builder.header_key(key)?;
     builder.header_int("ws-committed-at", event.committed_at_us)
 }
 
-fn message_id(event: &Event, plan: &Plan, part: u16) -> uuid::Uuid {
-    match plan.route.message_id {
-        MessageIdRule::Event => id::part(event.id, part),
-        MessageIdRule::Route => id::part(id::of_route(event.id, &plan.route.name), part),
+/// The id of an event's message number `part` on a route.
+pub fn message_id(event: Uuid, route: &Route, part: u16) -> Uuid {
+    match route.message_id {
+        MessageIdRule::Event => id::part(event, part),
+        MessageIdRule::Route => id::part(id::of_route(event, &route.name), part),
     }
 }
 
@@ -180,7 +184,7 @@ impl<'a> Body<'a> {
                 })
             }
             Payload::Broken(broken) => Err(Error::event(broken.why.clone())
-                .hint("no retry can mend the row: discard it, and restore the outbox's checks")),
+                .hint("no retry can fix the row: discard it, and restore the outbox's checks")),
         }
     }
 
@@ -207,7 +211,7 @@ pub fn is_reserved_header(name: &str) -> bool {
 
 fn write_headers(builder: &mut Builder<'_>, headers: &[u8], has_traceparent: bool) -> Result<()> {
     let wrong =
-        |e: serde_json::Error| Error::event("column \"headers\" is no JSON object").caused_by(e);
+        |e: serde_json::Error| Error::event("column \"headers\" is not a JSON object").caused_by(e);
     let map: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(headers).map_err(wrong)?;
     for (name, value) in &map {
@@ -295,7 +299,7 @@ pub fn key_text(event: &Event, plan: &Plan) -> String {
     };
     let mut text = String::new();
     if let Some(table) = &plan.table {
-        // A key that is no text is shown as far as it is.
+        // A key that is not text is shown as far as it is.
         let _ = write_key_text(&mut text, &event.table, table, change);
     }
     text

@@ -1,8 +1,9 @@
 //! The one error type.
 //!
 //! A kind says what the caller does about it; the text names the thing, its value and what is
-//! allowed; the hint says what to do. `Kind::retry` is the only place that decides whether another
-//! try can help; `fault`, `pg/sqlstate` and `amqp/reply` decide the kind.
+//! allowed; the hint says what a person should do; the code is the peer's own. `Kind::retry` is the
+//! only place that decides whether another attempt can help. The kind of a failed socket, of an
+//! SQLSTATE and of a reply code comes from the tables in `fault`, `pg/sqlstate` and `amqp/reply`.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -18,48 +19,66 @@ pub enum Kind {
     Unreachable,
     /// A peer answered and refused: authentication, permission, a missing object.
     Refused,
-    /// The thing exists but somebody else holds it: an active slot, the lock queue.
+    /// The thing exists but another process holds it: an active slot, the lock queue.
     Busy,
     /// A peer sent something that its protocol does not allow, or that we do not understand.
     Protocol,
+    /// A bug of ours, or this machine does not let the process run: no thread, no signals. Ends a
+    /// start with exit code 1; a relay that has run before starts a new session.
+    Internal,
     /// One event can never be published: too large, not encodable, no route.
     Event,
-    /// Going on would be a guess. A person must decide. Exit code 3.
+    /// Continuing would be a guess. A person must decide. Exit code 3.
     Verdict,
 }
 
 impl Kind {
     /// Every kind, in the order of the list above.
-    pub const ALL: [Kind; 7] = [
+    pub const ALL: [Kind; 8] = [
         Kind::Config,
         Kind::Unreachable,
         Kind::Refused,
         Kind::Busy,
         Kind::Protocol,
+        Kind::Internal,
         Kind::Event,
         Kind::Verdict,
     ];
 
     /// What a person should do about errors of this kind, when nothing better is known.
-    pub fn advice(self) -> &'static str {
+    pub fn hint(self) -> &'static str {
         match self {
             Kind::Config => "correct the configuration or the command line, then start again",
-            Kind::Unreachable => "nothing, if the peer comes back: it is tried again for ever",
-            Kind::Refused => "mend what the text names; it is tried again, slowly, for ever",
-            Kind::Busy => "nothing: this one takes over when the other one ends",
-            Kind::Protocol => {
-                "look for a proxy in between and for the versions of both ends; it is tried again"
+            Kind::Unreachable => "none needed: Watership keeps retrying until the peer is back",
+            Kind::Refused => {
+                "fix what the message names; Watership keeps retrying, up to 15 s apart"
             }
-            Kind::Event => "mend or discard the event; it can never be published as it is",
-            Kind::Verdict => "decide how to go on, then start again: `watership check` says more",
+            Kind::Busy => {
+                "none needed: this relay is on standby and takes over when the other stops"
+            }
+            Kind::Protocol => {
+                "check for a proxy in between and for version mismatches; Watership keeps retrying"
+            }
+            Kind::Internal => {
+                "unless the cause is a limit of this machine, please report this as a bug"
+            }
+            Kind::Event => "fix or discard the event; it can never be published as it is",
+            Kind::Verdict => {
+                "decide how to continue, then start again; `watership check` explains it"
+            }
         }
     }
 
-    /// Whether another try can help: the one place that decides it.
+    /// A person must decide: see [`Verdict`].
+    pub fn is_verdict(self) -> bool {
+        self == Kind::Verdict
+    }
+
+    /// Whether another attempt can help: the one place that decides it.
     pub fn retry(self) -> Retry {
         match self {
             Kind::Unreachable | Kind::Busy | Kind::Protocol => Retry::Soon,
-            Kind::Refused => Retry::Slowly,
+            Kind::Refused | Kind::Internal => Retry::Slowly,
             Kind::Config | Kind::Event | Kind::Verdict => Retry::Never,
         }
     }
@@ -72,30 +91,40 @@ impl Kind {
             Kind::Refused => "refused",
             Kind::Busy => "busy",
             Kind::Protocol => "protocol",
+            Kind::Internal => "internal",
             Kind::Event => "event",
             Kind::Verdict => "verdict",
         }
     }
 }
 
-/// Whether another try can help, and how patiently to try.
+/// Whether another attempt can help, and how soon.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retry {
     /// Soon: the peer is away and will be back.
     Soon,
-    /// Slowly: a person has to change something, then it works without a restart.
+    /// Slowly: someone must change something, then it works without a restart.
     Slowly,
     /// Never.
     Never,
 }
 
-/// An error with its kind, its story and what to do about it.
+/// The peer's own code for what went wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Code {
+    /// Postgres: five characters. `pg/sqlstate` knows them.
+    Sqlstate(String),
+    /// RabbitMQ: an AMQP reply code. `amqp/reply` knows them.
+    Reply(u16),
+}
+
+/// An error with its kind, its text and what to do about it.
 pub struct Error {
     kind: Kind,
     what: String,
     verdict: Option<Verdict>,
     hint: Option<String>,
-    code: Option<String>,
+    code: Option<Code>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -128,13 +157,18 @@ impl Error {
         Self::new(Kind::Protocol, what)
     }
 
+    /// A [`Kind::Internal`] error, with the hint of its kind.
+    pub fn internal(what: impl Into<String>) -> Self {
+        Self::new(Kind::Internal, what).hint(Kind::Internal.hint())
+    }
+
     /// A [`Kind::Event`] error.
     pub fn event(what: impl Into<String>) -> Self {
         Self::new(Kind::Event, what)
     }
 
-    /// A [`Kind::Verdict`] error.
-    pub fn verdict(what: impl Into<String>) -> Self {
+    /// A [`Kind::Verdict`] error that has no name yet; see [`Error::as_verdict`].
+    pub fn undecided(what: impl Into<String>) -> Self {
         Self::new(Kind::Verdict, what)
     }
 
@@ -144,7 +178,7 @@ impl Error {
         Self { verdict: Some(verdict), ..Self::new(Kind::Verdict, what) }
     }
 
-    /// The same story as a [`Kind::Verdict`] with a stable name, which begins its text.
+    /// The same error as a [`Kind::Verdict`] with a stable name, which begins its text.
     #[must_use]
     pub fn as_verdict(mut self, verdict: Verdict) -> Self {
         (self.kind, self.verdict) = (Kind::Verdict, Some(verdict));
@@ -158,16 +192,32 @@ impl Error {
         self
     }
 
-    /// Adds the peer's own code, such as a SQLSTATE.
+    /// Adds the peer's own code.
     #[must_use]
-    pub fn coded(mut self, code: impl Into<String>) -> Self {
-        self.code = Some(code.into());
+    pub fn coded(mut self, code: Code) -> Self {
+        self.code = Some(code);
         self
     }
 
     /// The peer's own code, where it gave one.
-    pub fn code(&self) -> Option<&str> {
-        self.code.as_deref()
+    pub fn code(&self) -> Option<&Code> {
+        self.code.as_ref()
+    }
+
+    /// The SQLSTATE, where Postgres gave one.
+    pub fn sqlstate(&self) -> Option<&str> {
+        match self.code.as_ref()? {
+            Code::Sqlstate(code) => Some(code),
+            Code::Reply(_) => None,
+        }
+    }
+
+    /// The AMQP reply code, where RabbitMQ gave one.
+    pub fn reply_code(&self) -> Option<u16> {
+        match self.code.as_ref()? {
+            Code::Reply(code) => Some(*code),
+            Code::Sqlstate(_) => None,
+        }
     }
 
     /// Adds the error below this one.
@@ -184,7 +234,7 @@ impl Error {
         self
     }
 
-    /// The same story under another kind.
+    /// The same error under another kind.
     #[must_use]
     pub fn with_kind(mut self, kind: Kind) -> Self {
         self.kind = kind;
@@ -196,30 +246,30 @@ impl Error {
         self.kind
     }
 
-    /// What a person should do, where we know it.
-    pub fn advice(&self) -> Option<&str> {
+    /// What a person should do about this error, where we know it.
+    pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 
-    /// The text, with the advice in brackets where we know one.
-    pub fn text_with_advice(&self) -> String {
-        match self.advice() {
+    /// What a person should do: the hint of this error, else that of its kind.
+    pub fn hint_or_kind(&self) -> &str {
+        self.hint_text().unwrap_or_else(|| self.kind.hint())
+    }
+
+    /// The text, with the hint in brackets where we know one.
+    pub fn text_with_hint(&self) -> String {
+        match self.hint_text() {
             Some(hint) => format!("{self} ({hint})"),
             None => self.to_string(),
         }
     }
 
-    /// What a person should do: the advice of this error, else that of its kind.
-    pub fn what_to_do(&self) -> &str {
-        self.advice().unwrap_or_else(|| self.kind.advice())
-    }
-
     /// Which verdict it is, where it has a name.
-    pub fn name(&self) -> Option<Verdict> {
+    pub fn verdict(&self) -> Option<Verdict> {
         self.verdict
     }
 
-    /// Whether another try can help.
+    /// Whether another attempt can help.
     pub fn retry(&self) -> Retry {
         self.kind.retry()
     }
@@ -269,9 +319,10 @@ mod tests {
     }
 
     #[test]
-    fn a_verdict_is_never_retried() {
-        assert_eq!(Error::verdict("slot recreated").retry(), Retry::Never);
+    fn the_kind_decides_about_another_attempt() {
+        assert_eq!(Error::undecided("slot recreated").retry(), Retry::Never);
         assert_eq!(Error::refused("password").retry(), Retry::Slowly);
+        assert_eq!(Error::internal("no publication").retry(), Retry::Slowly);
         assert_eq!(Error::unreachable("down").retry(), Retry::Soon);
     }
 }

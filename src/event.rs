@@ -167,11 +167,11 @@ pub struct Table {
     /// Name.
     pub name: String,
     /// `schema.name`, for headers and routes.
-    pub full_name: String,
+    pub full_name: Arc<str>,
     /// Columns in stream order.
     pub columns: Vec<Column>,
     /// Indexes of the columns that say which thing a row is about, in column order: the primary
-    /// key, or the identity where there is none. Empty: the table has neither, or it is unknown.
+    /// key, or the identity where there is no key. Empty: the table has neither, or it is unknown.
     pub key: Vec<usize>,
     /// What the stream sends of a row before its change.
     pub identity: Identity,

@@ -1,8 +1,10 @@
-//! What a failure of a socket means: one table for I/O errors, one for TLS. Both peers use it.
+//! What a failed socket means: one table for I/O errors, one for TLS. Both peers use it.
 //!
-//! Together with `pg/sqlstate.rs` (what Postgres answers) and `amqp/reply.rs` (what RabbitMQ
-//! answers) these tables are the only places where a failure gets its kind, and the kind decides
-//! whether it is tried again (`Error::retry`). `tests/snapshots` shows all of them.
+//! Together with `pg/sqlstate` (what Postgres answers) and `amqp/reply` (what RabbitMQ answers)
+//! these tables give a failure its kind, and the kind decides whether it is retried
+//! (`Error::retry`). `tests/snapshots` shows all of them. Where a caller knows better, it changes
+//! the kind by the code: `amqp/handshake` at login and for the lock queue, `amqp/topology` for a
+//! queue that another connection owns.
 
 use std::io;
 
@@ -15,29 +17,33 @@ pub fn io_error(what: &str, error: io::Error) -> Error {
     match error.downcast::<Error>() {
         Ok(ours) => ours,
         Err(error) => {
-            let (kind, advice) = classify(&error);
-            with_advice(Error::new(kind, what).caused_by(error), advice)
+            let (kind, hint) = classify(&error);
+            with_hint(Error::new(kind, what).caused_by(error), hint)
         }
     }
 }
 
 /// Whether the TLS library failed, and not the socket below it.
+#[cfg(feature = "relay")]
 pub fn is_tls(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
 }
 
-/// The kind of an I/O error and our advice; a TLS error inside it decides.
+/// The kind of an I/O error and our hint; a TLS error inside it decides.
 pub fn classify(error: &io::Error) -> (Kind, Option<&'static str>) {
     // The kernel's "too many open files", for which the standard library has no kind.
     const EMFILE: i32 = 24;
     const ENFILE: i32 = 23;
-    if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        return classify_tls(tls);
+    #[cfg(feature = "relay")]
+    {
+        if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            return classify_tls(tls);
+        }
     }
     match error.raw_os_error() {
         Some(EMFILE | ENFILE) => (
             Kind::Unreachable,
-            Some("no file descriptor is free: raise the limit of open files (ulimit -n)"),
+            Some("out of file descriptors; raise the limit on open files (ulimit -n)"),
         ),
         Some(_) | None => classify_io(error.kind()),
     }
@@ -47,9 +53,10 @@ pub fn classify(error: &io::Error) -> (Kind, Option<&'static str>) {
 pub fn classify_io(kind: io::ErrorKind) -> (Kind, Option<&'static str>) {
     use io::ErrorKind as E;
     match kind {
-        E::ConnectionRefused => {
-            (Kind::Unreachable, Some("nobody listens there: is the server up, is the port right?"))
-        }
+        E::ConnectionRefused => (
+            Kind::Unreachable,
+            Some("nothing is listening there: is the server up, is the port right?"),
+        ),
         E::ConnectionReset
         | E::ConnectionAborted
         | E::BrokenPipe
@@ -57,35 +64,40 @@ pub fn classify_io(kind: io::ErrorKind) -> (Kind, Option<&'static str>) {
         | E::UnexpectedEof
         | E::WriteZero => (
             Kind::Unreachable,
-            Some("the connection broke: if it goes on, see the server's log and what lies between"),
+            Some(
+                "connection lost; if it keeps happening, check the server log and the network path",
+            ),
         ),
         E::TimedOut | E::WouldBlock => (
             Kind::Unreachable,
-            Some("no answer in time: is the server overloaded, or a firewall between?"),
+            Some(
+                "no answer in time: is the server overloaded, or does a firewall drop the packets?",
+            ),
         ),
         E::HostUnreachable | E::NetworkUnreachable | E::NetworkDown => {
-            (Kind::Unreachable, Some("there is no way to that address: see routes and firewall"))
+            (Kind::Unreachable, Some("no route to that address; check routing and firewall"))
         }
         E::AddrNotAvailable | E::AddrInUse => {
-            (Kind::Unreachable, Some("this machine has no free local port or address"))
+            (Kind::Unreachable, Some("no local port or address is free on this machine"))
         }
-        E::NotFound => (
-            Kind::Unreachable,
-            Some("there is no such socket: is the server up, is the directory right?"),
-        ),
+        E::NotFound => {
+            (Kind::Unreachable, Some("no such socket: is the server up, is the directory right?"))
+        }
         E::PermissionDenied => (
             Kind::Refused,
-            Some("this machine refuses it: see the rights of the socket file, and the firewall"),
+            Some("permission denied; check the socket file's permissions and the firewall"),
         ),
         // The parsers of the protocol crates report malformed messages as these.
-        E::InvalidInput | E::InvalidData => {
-            (Kind::Protocol, Some("is it the right server and port? a proxy may garble the stream"))
-        }
+        E::InvalidInput | E::InvalidData => (
+            Kind::Protocol,
+            Some("is this the right server and port? a proxy may garble the stream"),
+        ),
         _ => (Kind::Unreachable, None),
     }
 }
 
-/// The table of TLS errors: a certificate that no retry makes better needs a person.
+/// The table of TLS errors: a bad certificate stays bad until a person replaces it.
+#[cfg(feature = "relay")]
 pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
     use rustls::CertificateError as C;
     use rustls::Error as T;
@@ -100,39 +112,42 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
         T::InvalidCertificate(C::NotValidForName | C::NotValidForNameContext { .. }) => (
             Kind::Refused,
             Some(
-                "connect by a name that the certificate carries (for Postgres, sslmode=verify-ca \
-                 compares no name)",
+                "use a host name listed in the certificate (for Postgres, sslmode=verify-ca skips \
+                 the name check)",
             ),
         ),
         T::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => {
-            (Kind::Refused, Some("the server's certificate has expired: renew it"))
+            (Kind::Refused, Some("the server's certificate has expired; renew it"))
         }
         T::InvalidCertificate(C::NotValidYet | C::NotValidYetContext { .. }) => {
             (Kind::Refused, Some("the certificate is not valid yet: are the clocks right?"))
         }
         T::InvalidCertificate(C::Revoked) => {
-            (Kind::Refused, Some("the server's certificate is revoked: replace it"))
+            (Kind::Refused, Some("the server's certificate is revoked; replace it"))
         }
         T::InvalidCertificate(_) | T::NoCertificatesPresented => {
             (Kind::Refused, Some("check the server's certificate"))
         }
         T::AlertReceived(_) => (
             Kind::Refused,
-            Some("the server refused TLS: check the client certificate and key, and its log"),
+            Some(
+                "the server refused TLS; check the client certificate and key, and the server log",
+            ),
         ),
-        T::PeerIncompatible(_) => {
-            (Kind::Refused, Some("the server offers no TLS 1.2 or 1.3 with a common cipher"))
-        }
+        T::PeerIncompatible(_) => (
+            Kind::Refused,
+            Some("the server offers no TLS 1.2 or 1.3 with a cipher that Watership supports"),
+        ),
         T::InvalidMessage(_) => (Kind::Unreachable, Some("is TLS enabled on this port?")),
         // Corrupted or cut records and the like: a new connection may help.
         _ => (Kind::Unreachable, None),
     }
 }
 
-/// The error with the advice of a table.
-pub fn with_advice(error: Error, advice: Option<&'static str>) -> Error {
-    match advice {
-        Some(advice) => error.hint(advice),
+/// The error with the hint of a table.
+pub fn with_hint(error: Error, hint: Option<&'static str>) -> Error {
+    match hint {
+        Some(hint) => error.hint(hint),
         None => error,
     }
 }
@@ -145,7 +160,7 @@ mod tests {
     fn our_own_error_survives_the_trip_through_io() {
         let ours = Error::refused("md5").hint("do this");
         let back = io_error("x", io::Error::other(ours));
-        assert_eq!((back.kind(), back.advice()), (Kind::Refused, Some("do this")));
+        assert_eq!((back.kind(), back.hint_text()), (Kind::Refused, Some("do this")));
     }
 
     #[test]
@@ -153,7 +168,7 @@ mod tests {
         let unknown = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
         let error = io_error("TLS", io::Error::new(io::ErrorKind::InvalidData, unknown));
         assert_eq!(error.kind(), Kind::Refused);
-        assert!(error.advice().unwrap().contains("sslrootcert"));
+        assert!(error.hint_text().unwrap().contains("sslrootcert"));
         let corrupt = io::Error::new(io::ErrorKind::InvalidData, rustls::Error::DecryptError);
         assert_eq!(io_error("TLS", corrupt).kind(), Kind::Unreachable);
     }

@@ -6,9 +6,9 @@
 //!                                       ├─ WAL ─► pg ─► source ─┐
 //!  any table ───────────────────────────┘                      │
 //!        ┌──────────────────────────────────────────────────────┘
-//!        └► event ─► route ─► envelope ─► relay::lanes ─► amqp::publisher ─► exchange
+//!        └► event ─► route ─► envelope ─► relay::window::lanes ─► amqp::publisher ─► exchange
 //!                                                              │ outcome
-//!  source.advance ◄── relay::checkpoint ◄── relay::watermark ◄─┘
+//!  source.advance ◄── relay::checkpoint ◄── relay::window ◄─┘
 //! ```
 //!
 //! From left to right an event becomes less Postgres and more AMQP; from right to left only a
@@ -17,34 +17,58 @@
 //! 1. [`pg::replication`] takes WAL data off the wire, [`pg::pgoutput`] decodes it in place;
 //! 2. [`source::transaction`] gives each change its position and makes it an [`event::Event`];
 //! 3. [`route`] says where it goes, [`envelope`] makes it a [`message::Message`];
-//! 4. [`relay::lanes`] says when it may go, [`amqp::publisher`] sends it and says what became of
-//!    it;
-//! 5. [`relay::watermark`] finds the settled prefix, [`relay::checkpoint`] stores it, and the
+//! 4. [`relay::window::lanes`] says when it may go, [`amqp::publisher`] sends it and says what
+//!    became of it;
+//! 5. [`relay::window`] finds the settled prefix, [`relay::checkpoint`] stores it, and the
 //!    source is told.
 //!
-//! [`relay::Relay::run`] is the loop that does all this; [`relay::supervisor`] opens everything
-//! and begins again after any error. Applications need [`outbox`]; everything else serves the
-//! `watership` program.
+//! [`relay::Relay::run`] is the loop that does all this; [`relay::session::supervisor`] opens
+//! everything and starts over after any error. Applications need [`outbox`]; everything else serves
+//! the `watership` program.
+//!
+//! Cargo features: `outbox` (emit events) without the dependencies of the program, `inbox` (still
+//! empty) and `relay` (the program). `outbox` and `relay` are on by default.
 
+#[cfg(feature = "relay")]
 pub mod admin;
+#[cfg(feature = "relay")]
 pub mod amqp;
+#[cfg(feature = "relay")]
 pub mod backoff;
+#[cfg(feature = "relay")]
 pub mod cli;
+#[cfg(feature = "relay")]
 pub mod column;
+#[cfg(feature = "relay")]
 pub mod config;
+#[cfg(feature = "relay")]
 pub mod dev;
+#[cfg(feature = "relay")]
 pub mod envelope;
 pub mod error;
+#[cfg(feature = "relay")]
 pub mod event;
 pub mod fault;
+#[cfg(feature = "relay")]
 pub mod message;
+#[cfg(feature = "relay")]
 pub mod metrics;
+#[cfg(feature = "outbox")]
 pub mod outbox;
+#[cfg(any(feature = "outbox", feature = "relay"))]
 pub mod pg;
+#[cfg(feature = "relay")]
 pub mod position;
+#[cfg(feature = "relay")]
+pub mod publisher;
+#[cfg(feature = "relay")]
 pub mod relay;
+#[cfg(feature = "relay")]
 pub mod route;
+#[cfg(feature = "relay")]
 pub mod secret;
+#[cfg(feature = "relay")]
 pub mod source;
+#[cfg(feature = "relay")]
 pub mod tls;
 pub mod verdict;

@@ -1,7 +1,7 @@
 //! The program: parses the command line, runs the command, turns the result into an exit code.
 //!
-//! Nothing else ends the process. 0 fine, 1 failed, 2 usage or configuration, 3 a verdict that
-//! needs a person.
+//! Nothing else ends the process. Exit codes: 0 success, 1 failure, 2 usage or configuration, 3 a
+//! verdict that an operator has to decide.
 
 use std::process::ExitCode;
 
@@ -13,47 +13,50 @@ use watership::cli::{self, Cli, End};
 use watership::error::{Error, Kind, Result};
 
 fn main() -> ExitCode {
-    // First of all: lapin's connector would otherwise choose a provider by itself.
+    // Before anything else: lapin's connector would otherwise choose a provider by itself.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
-        return report(&Error::config("another TLS provider is installed already"));
+        return report(&Error::internal("another TLS provider is installed already"));
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version come here too, with code 0. A closed terminal is no failure.
+            // Help and version come here too, with code 0. A closed terminal is not a failure.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return report(&Error::config("no async runtime").caused_by(error)),
+        Err(error) => return report(&Error::internal("no async runtime").caused_by(error)),
     };
     let result = runtime.block_on(cli::execute(cli, watch_signals, give_up));
-    // A name lookup may still hang in a thread; nobody needs its answer.
+    // A name lookup may still hang in a thread; its answer is no longer needed.
     runtime.shutdown_background();
     match result {
         Ok(End::Fine) => ExitCode::SUCCESS,
         Ok(End::Failed) => ExitCode::from(1),
-        Ok(End::NeedsPerson) => ExitCode::from(3),
+        Ok(End::NeedsDecision) => ExitCode::from(3),
         Err(error) => report(&error),
     }
 }
 
 fn report(error: &Error) -> ExitCode {
     cli::print_error(error);
-    ExitCode::from(match error.kind() {
-        Kind::Config => 2,
-        Kind::Verdict => 3,
-        Kind::Unreachable | Kind::Refused | Kind::Busy | Kind::Protocol | Kind::Event => 1,
+    let kind = error.kind();
+    ExitCode::from(if kind == Kind::Config {
+        2
+    } else if kind.is_verdict() {
+        3
+    } else {
+        1
     })
 }
 
 /// The first SIGTERM or SIGINT sets the value to true, the second ends the process.
 ///
-/// On a thread of its own, so that it works when everything else hangs.
+/// It has its own thread, so that it works when everything else hangs.
 fn watch_signals() -> Result<watch::Receiver<bool>> {
-    let failed = |e: std::io::Error| Error::config("signals cannot be handled").caused_by(e);
+    let failed = |e: std::io::Error| Error::internal("signals cannot be handled").caused_by(e);
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let (sender, receiver) = watch::channel(false);
@@ -72,7 +75,7 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
                 if times == 2 {
                     exit_now();
                 }
-                tracing::info!("asked to stop; a second signal ends the process at once");
+                tracing::info!("shutting down; send the signal again to exit now");
                 sender.send_replace(true);
             }
         });
@@ -81,13 +84,13 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
     Ok(receiver)
 }
 
-/// Ends the process when its loop hangs: no destructor, which could hang too.
+/// Ends the process when its loop hangs, without destructors: they could hang too.
 fn give_up() {
     cli::flush_log();
     std::process::abort()
 }
 
-#[expect(clippy::exit, clippy::disallowed_methods, reason = "the second signal waits for nobody")]
+#[expect(clippy::exit, clippy::disallowed_methods, reason = "the second signal does not wait")]
 fn exit_now() {
     std::process::exit(1)
 }

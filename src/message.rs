@@ -1,12 +1,14 @@
-//! What is sent: routing key, properties and body of one publish, and what became of it.
+//! What is sent: routing key, properties and body of one publish.
 //!
 //! A message is encoded once, into one allocation, in the form in which AMQP carries it: the
 //! properties are the bytes of the content header's flags and list (AMQP 0-9-1, section 4.2.6.1).
 //! So a retry copies bytes and encodes nothing. The publisher adds frames around it.
-
-use std::future::Future;
+//!
+//! What is needed again later, the route and the key's text, is noted beside the bytes; nothing
+//! here reads them back.
 
 use uuid::Uuid;
+use xxhash_rust::xxh64::xxh64;
 
 use crate::error::{Error, Result};
 
@@ -18,45 +20,49 @@ pub struct RouteId(pub u16);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ExchangeId(pub u16);
 
-/// The sender's own number for a publish; comes back with its outcome.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Ticket(pub u64);
-
-/// Longest AMQP short string, in bytes: routing key, message id, type, header name and others.
+/// Maximum length of an AMQP short string, in bytes: routing key, type, header name and others.
 pub const SHORT_STRING_MAX: usize = 255;
 
-/// Most bytes that properties and headers may take together. They travel in one frame, and
-/// brokers agree to frames of 131,072 bytes unless told otherwise.
+/// Maximum size of properties and headers together, in bytes. They travel in one frame, and brokers
+/// accept frames of 131,072 bytes by default.
 pub const PROPERTIES_MAX: usize = 60 * 1024;
 
 /// One publish, ready to be framed.
 #[derive(Debug, Clone)]
 pub struct Message {
     buf: Box<[u8]>,
+    /// Where the routing key begins; after the key's text, in a message that was stored.
+    start: u32,
     routing_key_len: u8,
     properties_end: u32,
+    key_at: u32,
+    key_len: u32,
     /// The exchange to publish to.
     pub exchange: ExchangeId,
     /// The route that made this message.
     pub route: RouteId,
+    /// [`route_hash`] of the route; [`NO_ROUTE_HASH`] without a [`ROUTE_HEADER`].
+    pub route_hash: u64,
     /// The `message_id` property; a returned message is matched by it.
     pub id: Uuid,
     /// Number among the messages that its event has on its route.
     pub part: u16,
-    /// It may neither overtake nor be overtaken by others of its exchange that are in sequence,
-    /// although those are unconfirmed. Without, whoever sends them waits for confirms.
+    /// Keeps its order among the messages of its exchange that are in sequence, even while they are
+    /// unconfirmed. Otherwise the sender keeps the order by waiting for confirms.
     pub in_sequence: bool,
 }
 
 impl Message {
     /// The routing key, at most 255 bytes.
     pub fn routing_key(&self) -> &[u8] {
-        &self.buf[..usize::from(self.routing_key_len)]
+        let start = self.start as usize;
+        &self.buf[start..start + usize::from(self.routing_key_len)]
     }
 
     /// Property flags and property list, as they stand in the content header frame.
     pub fn properties(&self) -> &[u8] {
-        &self.buf[usize::from(self.routing_key_len)..self.properties_end as usize]
+        let start = self.start as usize + usize::from(self.routing_key_len);
+        &self.buf[start..self.properties_end as usize]
     }
 
     /// The body.
@@ -64,13 +70,10 @@ impl Message {
         &self.buf[self.properties_end as usize..]
     }
 
-    /// The header called `name`, when it is text and the message was made by a [`Builder`].
-    pub fn header(&self, name: &str) -> Option<&str> {
-        // Flags, the content type as a short string, then the table with its length.
-        let properties = self.properties();
-        let content_type = usize::from(*properties.get(2)?);
-        let (len, rest) = properties.get(3 + content_type..)?.split_first_chunk::<4>()?;
-        text_in_table(rest.get(..u32::from_be_bytes(*len) as usize)?, name)
+    /// The text of the key, for people; empty for a message without one.
+    pub fn key_text(&self) -> &str {
+        let at = self.key_at as usize;
+        std::str::from_utf8(&self.buf[at..at + self.key_len as usize]).expect("it came as text")
     }
 
     /// A message from the parts of an earlier one.
@@ -78,21 +81,31 @@ impl Message {
     /// # Errors
     /// [`crate::error::Kind::Event`] when the routing key or the properties are too long.
     pub fn from_parts(
-        routing_key: &str,
-        properties: &[u8],
-        body: &[u8],
+        parts: &Parts<'_>,
         exchange: ExchangeId,
         route: RouteId,
         id: Uuid,
     ) -> Result<Self> {
+        let Parts { key, routing_key, properties, body } = parts;
         let routing_key_len = check_short("routing key", routing_key)?;
         if properties.len() > PROPERTIES_MAX {
             return Err(too_long(properties.len()));
         }
-        let properties_end = (routing_key.len() + properties.len()) as u32;
-        let buf = [routing_key.as_bytes(), properties, body].concat().into_boxed_slice();
-        let (part, in_sequence) = (0, false);
-        Ok(Self { buf, routing_key_len, properties_end, exchange, route, id, part, in_sequence })
+        Ok(Self {
+            buf: [key.as_bytes(), routing_key.as_bytes(), properties, body].concat().into(),
+            // A text in Postgres has less than 1 GiB.
+            start: key.len() as u32,
+            routing_key_len,
+            properties_end: (key.len() + routing_key.len() + properties.len()) as u32,
+            key_at: 0,
+            key_len: key.len() as u32,
+            exchange,
+            route,
+            route_hash: NO_ROUTE_HASH,
+            id,
+            part: 0,
+            in_sequence: false,
+        })
     }
 
     /// Bytes held in memory for this message.
@@ -101,31 +114,33 @@ impl Message {
     }
 }
 
-/// The header that tells a message's route.
+/// The parts of a message that was stored.
+#[derive(Debug, Clone, Copy)]
+pub struct Parts<'a> {
+    /// [`Message::key_text`].
+    pub key: &'a str,
+    /// The routing key.
+    pub routing_key: &'a str,
+    /// [`Message::properties`].
+    pub properties: &'a [u8],
+    /// The body.
+    pub body: &'a [u8],
+}
+
+/// The header that names a message's route.
 pub const ROUTE_HEADER: &str = "ws-route";
 
-/// The text called `name` in a table of headers of the kinds that a [`Builder`] writes.
-pub(crate) fn text_in_table<'a>(mut rest: &'a [u8], name: &str) -> Option<&'a str> {
-    while let Some((&name_len, after)) = rest.split_first() {
-        let (found, after) = after.split_at_checked(usize::from(name_len))?;
-        let (&kind, after) = after.split_first()?;
-        let (value, after) = match kind {
-            b'S' => {
-                let (len, after) = after.split_first_chunk::<4>()?;
-                after.split_at_checked(u32::from_be_bytes(*len) as usize)?
-            }
-            b'l' | b'd' => after.split_at_checked(8)?,
-            b't' => after.split_at_checked(1)?,
-            b'V' => (&[][..], after),
-            _ => return None,
-        };
-        if kind == b'S' && found == name.as_bytes() {
-            return std::str::from_utf8(value).ok();
-        }
-        rest = after;
-    }
-    None
+/// The header with the text of a message's key.
+pub const KEY_HEADER: &str = "ws-key";
+
+/// By which routes are told apart without comparing names: a returned message finds its publish
+/// by it, and lanes begin with it, which are stored with parked rows. So it must never change.
+pub fn route_hash(name: &str) -> u64 {
+    xxh64(name.as_bytes(), 0)
 }
+
+/// [`route_hash`] of no name.
+pub const NO_ROUTE_HASH: u64 = 0xef46_db37_51d8_e999;
 
 /// The fixed properties of every message; `delivery_mode` is always 2 (persistent).
 #[derive(Debug, Clone, Copy)]
@@ -151,6 +166,8 @@ pub struct Builder<'a> {
     buf: &'a mut Vec<u8>,
     routing_key_len: u8,
     headers_len_at: usize,
+    key_at: usize,
+    key_len: usize,
     properties: Properties<'a>,
 }
 
@@ -187,7 +204,17 @@ impl<'a> Builder<'a> {
         buf.extend_from_slice(properties.content_type.as_bytes());
         let headers_len_at = buf.len();
         buf.extend_from_slice(&[0; 4]);
-        Ok(Self { buf, routing_key_len: len, headers_len_at, properties })
+        Ok(Self { buf, routing_key_len: len, headers_len_at, key_at: 0, key_len: 0, properties })
+    }
+
+    /// Adds the [`KEY_HEADER`], and notes where its text is.
+    ///
+    /// # Errors
+    /// As [`Builder::header_text`].
+    pub fn header_key(&mut self, key: &str) -> Result<()> {
+        self.header_text(KEY_HEADER, key.as_bytes())?;
+        (self.key_at, self.key_len) = (self.buf.len() - key.len(), key.len());
+        Ok(())
     }
 
     /// Adds a header that is a string of any length.
@@ -294,10 +321,15 @@ impl<'a> Builder<'a> {
         };
         Ok(Message {
             buf,
+            start: 0,
             routing_key_len: self.routing_key_len,
             properties_end,
+            // Both lie within the properties, whose length was just compared.
+            key_at: self.key_at as u32,
+            key_len: self.key_len as u32,
             exchange,
             route,
+            route_hash: NO_ROUTE_HASH,
             id: properties.message_id,
             part: 0,
             in_sequence: false,
@@ -337,52 +369,6 @@ fn check_short(what: &str, text: &str) -> Result<u8> {
     })
 }
 
-/// What became of one publish. Every publish gets exactly one, unless the connection is lost:
-/// then `next_outcomes` returns an error and every outstanding publish is in doubt.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    /// The broker has taken responsibility and the message reached at least one queue.
-    Confirmed,
-    /// The broker refused this message now (`basic.nack`); it may take it later.
-    Nacked,
-    /// No queue is bound for it (`basic.return`); the text is the broker's.
-    Returned(String),
-    /// Its channel was closed by the broker (404, 403 and others) while it was unconfirmed.
-    ChannelClosed {
-        /// AMQP reply code, such as 404.
-        code: u16,
-        /// The broker's text.
-        text: String,
-    },
-}
-
-/// Sends messages and says what became of each. Production: AMQP and stdout; and a simulator.
-pub trait Publisher {
-    /// Takes the message for sending. Never waits: bytes are copied into the output buffer, and
-    /// `next_outcomes` moves them. The caller bounds how many are outstanding.
-    fn send(&mut self, ticket: Ticket, message: &Message);
-
-    /// Moves bytes and appends at least one outcome to `outcomes`.
-    ///
-    /// Cancel-safe: dropping the future loses neither bytes nor outcomes.
-    ///
-    /// # Errors
-    /// When the connection is lost or a confirm deadline expired: the session is over.
-    fn next_outcomes(
-        &mut self,
-        outcomes: &mut Vec<(Ticket, Outcome)>,
-    ) -> impl Future<Output = Result<()>>;
-
-    /// True while the broker has blocked this connection (`connection.blocked`).
-    fn is_blocked(&self) -> bool;
-
-    /// Largest body, in bytes, that the publisher takes.
-    fn max_body(&self) -> usize;
-
-    /// Ends the connection in order, so that a successor need not wait for its timeout.
-    fn close(self) -> impl Future<Output = ()>;
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -405,8 +391,8 @@ mod tests {
     fn properties_are_what_the_amqp_codec_reads() {
         let mut scratch = Vec::new();
         let mut builder = sample(&mut scratch);
-        builder.header_text("ws-key", b"order/7").unwrap();
-        builder.header_with("ws-route", |out| out.extend_from_slice(b"orders")).unwrap();
+        builder.header_key("order/7").unwrap();
+        builder.header_with(ROUTE_HEADER, |out| out.extend_from_slice(b"orders")).unwrap();
         builder.header_int("n", -3).unwrap();
         builder.header_float("f", 1.5).unwrap();
         builder.header_bool("b", true).unwrap();
@@ -415,14 +401,7 @@ mod tests {
         assert_eq!(message.routing_key(), b"order.created");
         assert_eq!(message.body(), b"{}");
 
-        assert_eq!(message.header("ws-key"), Some("order/7"));
-        assert_eq!(message.header("ws-route"), Some("orders"));
-        assert_eq!((message.header("n"), message.header("none")), (None, None));
-        let again = (message.properties().to_vec(), message.body().to_vec());
-        let (exchange, id) = (message.exchange, message.id);
-        let again =
-            Message::from_parts("order.created", &again.0, &again.1, exchange, message.route, id);
-        assert_eq!(again.unwrap().buf, message.buf);
+        assert_eq!(message.key_text(), "order/7");
 
         let (rest, properties) = parse_properties(message.properties()).unwrap();
         assert!(rest.is_empty());
@@ -438,6 +417,33 @@ mod tests {
         assert_eq!(headers["n"], AMQPValue::LongLongInt(-3));
         assert_eq!(headers["b"], AMQPValue::Boolean(true));
         assert_eq!(headers["ws-route"], AMQPValue::LongString("orders".into()));
+        assert_eq!(headers["ws-key"], AMQPValue::LongString("order/7".into()));
+    }
+
+    #[test]
+    fn the_hash_of_a_route_never_changes() {
+        assert_eq!(route_hash(""), NO_ROUTE_HASH);
+        assert_eq!(route_hash("orders"), 0x0f4f_95cf_b44c_a775);
+    }
+
+    #[test]
+    fn a_stored_message_is_what_it_was() {
+        let mut scratch = Vec::new();
+        let mut builder = sample(&mut scratch);
+        builder.header_key("order/7é").unwrap();
+        let message = builder.finish(ExchangeId(3), RouteId(1), |b| b.extend(b"{}")).unwrap();
+        for key in [message.key_text(), ""] {
+            let parts = Parts {
+                key,
+                routing_key: "order.created",
+                properties: message.properties(),
+                body: message.body(),
+            };
+            let again = Message::from_parts(&parts, ExchangeId(3), RouteId(1), message.id).unwrap();
+            assert_eq!(again.routing_key(), message.routing_key());
+            assert_eq!(again.properties(), message.properties());
+            assert_eq!((again.body(), again.key_text()), (message.body(), key));
+        }
     }
 
     #[test]

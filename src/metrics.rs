@@ -16,7 +16,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use crate::error::{Error, Result};
 use crate::position::Lsn;
 use crate::verdict::Verdict;
-pub use parked::{PARKED_KINDS, ParkedMetrics};
+pub use parked::ParkedMetrics;
 
 /// Upper bounds of the buckets of every `_seconds` histogram, in seconds: 0.5 ms to 60 s.
 const BUCKETS: [f64; 16] =
@@ -34,12 +34,12 @@ pub struct Exporter(PrometheusHandle);
 /// Makes the process record metrics. To be called once, before [`Metrics::new`].
 ///
 /// # Errors
-/// [`crate::error::Kind::Config`] when a recorder is installed already.
+/// [`crate::error::Kind::Internal`] when a recorder is installed already.
 pub fn install() -> Result<Exporter> {
     let recorder = builder().build_recorder();
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder)
-        .map_err(|e| Error::config(format!("metrics cannot be recorded: {e}")))?;
+        .map_err(|e| Error::internal("metrics cannot be recorded").caused_by(e))?;
     Ok(Exporter(handle))
 }
 
@@ -222,7 +222,7 @@ pub struct OutboxMetrics {
     pub partitions_dropped: Counter,
     /// Days for which no partition could be made, because the default partition has their rows.
     pub partitions_skipped: Counter,
-    /// Partition work put off, because its lock was not to be had within 100 ms.
+    /// Partition work put off, because its lock was not available within 100 ms.
     pub maintain_postponed: Counter,
     /// Runs of the upkeep that failed.
     pub maintain_failures: Counter,
@@ -298,7 +298,7 @@ impl Metrics {
 
     /// Counts the end of a session; `None` is an orderly shutdown.
     pub fn ended(&self, cause: Option<&Error>) {
-        let verdict = cause.and_then(Error::name);
+        let verdict = cause.and_then(Error::verdict);
         for (_, gauge) in self.verdicts.iter().filter(|(v, _)| Some(*v) == verdict) {
             gauge.set(1.0);
         }
@@ -312,8 +312,17 @@ impl Metrics {
 const SHUTDOWN: &str = "shutdown";
 
 /// [`Error::label`] of every kind, and the orderly end.
-const CAUSES: [&str; 8] =
-    ["config", "unreachable", "refused", "busy", "protocol", "event", "verdict", SHUTDOWN];
+const CAUSES: [&str; 9] = [
+    "config",
+    "unreachable",
+    "refused",
+    "busy",
+    "protocol",
+    "internal",
+    "event",
+    "verdict",
+    SHUTDOWN,
+];
 
 impl RouteMetrics {
     /// Sets the series of `grade` to 1 and the others to 0.
@@ -470,15 +479,7 @@ mod tests {
         let recorder = builder().build_recorder();
         let exporter = Exporter(recorder.handle());
         let metrics = metrics::with_local_recorder(&recorder, || Metrics::new(&[]));
-        for kind in [
-            Kind::Config,
-            Kind::Unreachable,
-            Kind::Refused,
-            Kind::Busy,
-            Kind::Protocol,
-            Kind::Event,
-            Kind::Verdict,
-        ] {
+        for kind in Kind::ALL {
             metrics.ended(Some(&Error::new(kind, "x")));
         }
         metrics.ended(None);

@@ -54,7 +54,7 @@ pub struct NewEvent<'a> {
     pub payload: Payload<'a>,
     /// Headers of the message: an object, at most 64 KiB, without `CC`, `BCC`, `x-*` and `ws-*`.
     pub headers: Option<&'a Value>,
-    /// The event's id, unique for ever; absent means a random one.
+    /// The event's id, never used again; absent means a random one.
     pub id: Option<Uuid>,
     /// W3C trace context of the caller; wins over a header of that name.
     pub traceparent: Option<&'a str>,
@@ -86,7 +86,7 @@ impl<'a> NewEvent<'a> {
 /// a plain client without a transaction the event is committed at once.
 ///
 /// # Errors
-/// What the server says: the event breaks a limit of the outbox, the payload is no JSON, the
+/// What the server says: the event breaks a limit of the outbox, the payload is not JSON, the
 /// role lacks the right. The transaction is then aborted.
 pub async fn emit(client: &impl GenericClient, event: &NewEvent<'_>) -> Result<Uuid> {
     const JSON: &str = "SELECT watership.emit($1, $2, $3, $4, $5, $6)";

@@ -103,23 +103,6 @@ impl fmt::Display for Position {
     }
 }
 
-impl FromStr for Position {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let wrong = || Error::protocol(format!("{text:?} is not a position"));
-        let mut parts = text.split('-').map(|part| u64::from_str_radix(part, 16));
-        let mut part = || parts.next().and_then(Result::ok).ok_or_else(wrong);
-        let position = Self {
-            epoch: u32::try_from(part()?).map_err(|_| wrong())?,
-            mark: Mark(part()?),
-            ordinal: part()?,
-            sub: u32::try_from(part()?).map_err(|_| wrong())?,
-        };
-        if position.to_string() == text { Ok(position) } else { Err(wrong()) }
-    }
-}
-
 fn hex(out: &mut Vec<u8>, value: u64, digits: u32) {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     for digit in (0..digits).rev() {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX};
+use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX, route_hash};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
 pub use lanes::Lanes;
@@ -48,13 +48,13 @@ pub enum OnPoison {
     /// It goes to `watership.parked`, and later messages of its lane follow it.
     #[default]
     Park,
-    /// Its lane waits until a person has mended the cause; other lanes go on.
+    /// Its lane waits until someone has fixed the cause; other lanes continue.
     Block,
     /// The relay stops with a verdict.
     Stop,
 }
 
-/// When a message that the broker does not take is parked instead of being tried for ever.
+/// When a message that the broker does not take is parked instead of being tried without a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Policy {
     /// A message that can never be published.
@@ -276,7 +276,7 @@ impl Router {
             ordering: *ordering,
             message_id: *message_id,
             policy: *policy,
-            seed: lanes::seed(&rule.name),
+            seed: route_hash(&rule.name),
             routing_key: Template::parse(routing_key, fields).map_err(in_route)?,
             key: key.clone(),
         })))
@@ -299,6 +299,11 @@ impl Route {
             return Err(Error::event(text));
         }
         Ok(())
+    }
+
+    /// [`route_hash`] of its name.
+    pub fn hash(&self) -> u64 {
+        self.seed
     }
 }
 

@@ -38,7 +38,7 @@ impl fmt::Display for Secret {
 /// Works on text that need not be a valid URL, because an invalid one has to be shown too: with a
 /// `://`, everything between the first `:` after it and the last `@` of the authority is hidden;
 /// values of query parameters whose name contains "password" are hidden as well. Where an `@`
-/// stands behind a `?`, nobody can tell what is a password, and nothing is shown.
+/// stands behind a `?`, what is a password cannot be known, and nothing is shown.
 pub fn redact_url(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return "***".into() };
     // A raw '/', '?' or '#' in a password is invalid, but must not leak: look for '@' first.

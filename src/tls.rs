@@ -25,7 +25,7 @@ pub enum Mode {
     /// No TLS.
     #[default]
     Disable,
-    /// Encrypt, check nothing: a man in the middle is not noticed.
+    /// Encrypt, check nothing: a man in the middle goes unnoticed.
     Require,
     /// The chain must end in a trusted root; the host name is not compared.
     VerifyCa,
@@ -46,8 +46,8 @@ pub struct Options {
     pub client_key: Option<PathBuf>,
 }
 
-/// Builds the client configuration; reads the files anew, so a rotated certificate is seen at the
-/// next connect.
+/// Builds the client configuration. Reads the files each time, so that a rotated certificate is
+/// used from the next connect on.
 ///
 /// # Errors
 /// [`crate::error::Kind::Config`] naming the file that cannot be read or holds no certificate.
@@ -59,7 +59,7 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
     let provider = Arc::new(ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
-        .map_err(|e| Error::config("TLS versions").caused_by(e))?;
+        .map_err(|e| Error::internal("setting the TLS versions").caused_by(e))?;
     let builder = match options.mode {
         Mode::Disable | Mode::Require => {
             let verifier = Lenient { provider, inner: None };
@@ -69,7 +69,7 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
             let roots = Arc::new(roots(options.root_cert.as_deref())?);
             let inner = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
                 .build()
-                .map_err(|e| Error::config("trusted roots").caused_by(e))?;
+                .map_err(|e| Error::internal("using the trusted roots").caused_by(e))?;
             let verifier = Lenient { provider, inner: Some(inner) };
             builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
         }
@@ -79,13 +79,16 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
         (None, None) => builder.with_no_client_auth(),
         (Some(cert), Some(key)) => {
             builder.with_client_auth_cert(certificates(cert)?, private_key(key)?).map_err(|e| {
-                Error::config(format!("client certificate {} does not fit its key", cert.display()))
-                    .caused_by(e)
+                Error::config(format!(
+                    "client certificate {} does not match its key",
+                    cert.display()
+                ))
+                .caused_by(e)
             })?
         }
         (Some(_), None) | (None, Some(_)) => {
             return Err(Error::config(
-                "a client certificate and its key belong together, one is set",
+                "a client certificate and its key belong together, but only one is set",
             )
             .hint("set both or neither"));
         }
@@ -98,8 +101,9 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
 /// # Errors
 /// [`crate::error::Kind::Config`] when it is neither.
 pub fn server_name(host: &str) -> Result<ServerName<'static>> {
-    ServerName::try_from(host.to_owned())
-        .map_err(|e| Error::config(format!("host {host:?} is no DNS name or address")).caused_by(e))
+    ServerName::try_from(host.to_owned()).map_err(|e| {
+        Error::config(format!("host {host:?} is neither a DNS name nor an IP address")).caused_by(e)
+    })
 }
 
 fn roots(file: Option<&Path>) -> Result<RootCertStore> {
@@ -110,7 +114,8 @@ fn roots(file: Option<&Path>) -> Result<RootCertStore> {
     };
     let (added, _) = store.add_parsable_certificates(list);
     if added == 0 {
-        let from = file.map_or("the system".to_owned(), |p| p.display().to_string());
+        let from =
+            file.map_or("the system's certificate store".to_owned(), |p| p.display().to_string());
         return Err(Error::config(format!("no trusted root certificate found in {from}"))
             .hint("name a PEM file with the CA certificate (sslrootcert, or broker.tls_ca)"));
     }

@@ -1,15 +1,15 @@
 //! The named reasons for which a relay stops until a person decides.
 //!
-//! A name is stable: it begins the text of the error, and it is a metric label and a field of
-//! `/status`. What to do stands in the error's hint; a gap is accepted with `watership resync`.
+//! A name is stable: the text of the error begins with it, and it is a metric label and a field of
+//! `/status`. The error's hint says what to do; a gap is accepted with `watership resync`.
 
 /// The command that accepts a gap.
 pub const RESYNC: &str = "watership resync --accept-gap --reason '…'";
 
-/// Why going on would be a guess.
+/// Why continuing would be a guess.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Verdict {
-    /// `wal_level` is not logical any more.
+    /// `wal_level` is no longer logical.
     WalLevel,
     /// The system identifier is another one.
     OtherCluster,
@@ -17,15 +17,17 @@ pub enum Verdict {
     TimelineChanged,
     /// The checkpoint lies beyond the end of the server's WAL: an older state was restored.
     CheckpointAhead,
+    /// The checkpoint lies before what this very process had stored: it was set back.
+    CheckpointWentBack,
     /// There is no slot of that name.
     SlotMissing,
     /// The slot cannot be this relay's: another plugin or database, temporary, or two-phase.
     SlotUnfit,
     /// WAL that the slot needs was removed.
     SlotLost,
-    /// The slot was made anew: what was committed between is not in it.
+    /// The slot was re-created: what was committed in between is not in it.
     SlotRecreated,
-    /// The slot is past what this relay ever authorised: somebody else moved it.
+    /// The slot is past what this relay ever authorised: another process moved it.
     SlotAhead,
     /// There is no publication of that name.
     PublicationMissing,
@@ -33,11 +35,11 @@ pub enum Verdict {
     PublicationRecreated,
     /// Operations, root names, a row filter or a column list of the publication changed.
     PublicationAltered,
-    /// A table is not in the publication any more.
+    /// A table is no longer in the publication.
     TableRemoved,
-    /// A table of the publication was dropped and made anew.
+    /// A table of the publication was dropped and re-created.
     TableRecreated,
-    /// The stream moves on and leaves out what is published.
+    /// The stream moves on without delivering published changes.
     StreamDeaf,
     /// There is no checkpoint for this relay.
     CheckpointMissing,
@@ -47,7 +49,7 @@ pub enum Verdict {
     SchemaUnknown,
     /// The outbox lacks a column that is needed.
     OutboxAltered,
-    /// Postgres fails to send the same row again and again.
+    /// Postgres fails repeatedly to send the same row.
     RowUnsendable,
     /// An event that cannot be published, on a route with `on_poison = "stop"`.
     EventUnpublishable,
@@ -55,11 +57,12 @@ pub enum Verdict {
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Verdict; 21] = [
+    pub const ALL: [Verdict; 22] = [
         Verdict::WalLevel,
         Verdict::OtherCluster,
         Verdict::TimelineChanged,
         Verdict::CheckpointAhead,
+        Verdict::CheckpointWentBack,
         Verdict::SlotMissing,
         Verdict::SlotUnfit,
         Verdict::SlotLost,
@@ -86,6 +89,7 @@ impl Verdict {
             Verdict::OtherCluster => "other_cluster",
             Verdict::TimelineChanged => "timeline_changed",
             Verdict::CheckpointAhead => "checkpoint_ahead",
+            Verdict::CheckpointWentBack => "checkpoint_went_back",
             Verdict::SlotMissing => "slot_missing",
             Verdict::SlotUnfit => "slot_unfit",
             Verdict::SlotLost => "slot_lost",

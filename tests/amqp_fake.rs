@@ -1,9 +1,9 @@
 //! The publisher against a scripted broker: what a real one does rarely, or never.
 //!
 //! Each test tells a broker, in the same process, what to answer. Nothing waits for a fixed time,
-//! except where a deadline is what is tested.
+//! except where a deadline is what is tested; what a deadline did is seen by its words and by the
+//! frames that came, never by a clock.
 
-#[path = "fake_broker/mod.rs"]
 mod fake_broker;
 
 use std::time::Duration;
@@ -13,11 +13,13 @@ use amq_protocol::protocol::{AMQPClass, connection};
 use amq_protocol::types::AMQPValue;
 use fake_broker::{Peer, broker, closed_port, message, options};
 use futures_util::FutureExt;
-use tokio::time::Instant;
 use watership::amqp::options::{Auth, Options, SPREAD_FROM};
 use watership::amqp::publisher::Connection;
+use watership::amqp::reply;
 use watership::error::{Error, Kind};
-use watership::message::{Outcome, Publisher, Ticket};
+use watership::publisher::{Outcome, Publisher, Ticket};
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 /// Runs `script` as the broker (after the handshake) and `client` against it.
 async fn session<S, C>(
@@ -100,11 +102,10 @@ async fn opening_ends_with_the_last_answer_and_waits_for_no_timer() {
         peer.publishes(1).await;
         peer.ack(2, 1, false).await;
     };
-    // With this heartbeat the next timer is seconds away.
-    let options = Options { heartbeat: Duration::from_secs(60), ..options(&["a", "b"]) };
-    let began = Instant::now();
+    // With these the next timer is minutes away, long after the connect timeout.
+    let (heartbeat, confirm_timeout) = (HOUR, HOUR);
+    let options = Options { heartbeat, confirm_timeout, ..options(&["a", "b"]) };
     session(options, script, |mut connection| async move {
-        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
         publish(&mut connection, 0, 1..=1);
         outcomes(&mut connection, 1).await;
     })
@@ -179,7 +180,7 @@ async fn messages_of_an_exchange_share_its_channels_under_load_and_a_sequence_ke
         assert_eq!(loaded(12, 18).len(), 1, "a sequence");
         assert_eq!(loaded(18, 24), [5, 6, 7].into(), "the other exchange has its own");
         let count = |number| publishes.iter().filter(|p| p.channel == number).count() as u64;
-        peer.close_channel(3, 404, "NOT_FOUND").await;
+        peer.close_channel(3, reply::NOT_FOUND, "NOT_FOUND").await;
         for number in [2, 4, 5, 6, 7] {
             peer.ack(number, count(number), true).await;
         }
@@ -203,7 +204,10 @@ async fn messages_of_an_exchange_share_its_channels_under_load_and_a_sequence_ke
 /// <https://github.com/amqp-rs/lapin/issues/246>
 #[tokio::test]
 async fn museum_m14_closed_channel_fails_its_own_publishes_and_is_opened_again() {
-    for (code, text) in [(404, "NOT_FOUND - no exchange 'a'"), (403, "ACCESS_REFUSED")] {
+    for (code, text) in [
+        (reply::NOT_FOUND, "NOT_FOUND - no exchange 'a'"),
+        (reply::ACCESS_REFUSED, "ACCESS_REFUSED"),
+    ] {
         let script = move |mut peer: Peer| async move {
             peer.publishes(6).await;
             peer.ack(2, 1, false).await;
@@ -236,19 +240,20 @@ async fn museum_m14_closed_channel_fails_its_own_publishes_and_is_opened_again()
 async fn publishes_on_their_way_into_a_closed_channel_have_an_outcome_too() {
     let script = |mut peer: Peer| async move {
         peer.publishes(1).await;
-        peer.close_channel(2, 404, "NOT_FOUND").await;
+        peer.close_channel(2, reply::NOT_FOUND, "NOT_FOUND").await;
     };
     session(options(&["a"]), script, |mut connection| async move {
         publish(&mut connection, 0, 1..=1);
         // A single poll writes the first; the broker has no turn before the others are sent.
         let mut all = Vec::new();
         assert!(connection.next_outcomes(&mut all).now_or_never().is_none());
-        assert_eq!(connection.unsent_bytes(), 0);
         publish(&mut connection, 0, 2..=50);
         while all.len() < 50 {
             connection.next_outcomes(&mut all).await.unwrap();
         }
-        let closed = |(_, o): &(_, Outcome)| matches!(o, Outcome::ChannelClosed { code: 404, .. });
+        let closed = |(_, o): &(_, Outcome)| {
+            matches!(o, Outcome::ChannelClosed { code: reply::NOT_FOUND, .. })
+        };
         assert!(all.iter().all(closed), "{all:?}");
     })
     .await;
@@ -262,14 +267,12 @@ async fn missing_confirm_ends_the_session_at_its_deadline() {
         peer.until_gone().await;
     };
     let mut options = options(&["a"]);
-    options.confirm_timeout = Duration::from_millis(80);
+    options.confirm_timeout = Duration::from_secs(2);
     session(options, script, |mut connection| async move {
-        let start = Instant::now();
         publish(&mut connection, 0, 1..=3);
         let error = failure(&mut connection).await;
         assert_eq!(error.kind(), Kind::Unreachable);
         assert!(error.to_string().contains("no confirm for"), "{error}");
-        assert!(start.elapsed() >= Duration::from_millis(80));
     })
     .await;
 }
@@ -280,21 +283,23 @@ async fn blocked_connection_holds_publishes_keeps_beating_and_resumes() {
         peer.publishes(1).await;
         peer.blocked("low on memory").await;
         peer.ack(2, 1, false).await;
-        // Half a second in which nothing but a heartbeat may come, far beyond the deadline.
-        let frame = peer.receive_any().await;
-        assert_eq!(frame, AMQPFrame::Heartbeat);
+        // Nothing but heartbeats may come, one a second, until far beyond the deadline.
+        for _ in 0..3 {
+            assert_eq!(peer.receive_any().await, AMQPFrame::Heartbeat);
+            peer.beat().await;
+        }
         peer.unblocked().await;
         let publishes = peer.publishes(2).await;
         assert_eq!(publishes[1].body, b"hello");
         peer.ack(2, 3, true).await;
     };
     let mut options = options(&["a"]);
-    options.confirm_timeout = Duration::from_millis(100);
-    options.heartbeat = Duration::from_secs(1);
+    options.confirm_timeout = Duration::from_secs(2);
+    options.heartbeat = Duration::from_secs(2);
     session(options, script, |mut connection| async move {
         publish(&mut connection, 0, 1..=1);
         assert_eq!(outcomes(&mut connection, 1).await, confirmed([1]));
-        assert!(connection.is_blocked() && connection.blocked_since().is_some());
+        assert!(connection.is_blocked());
         publish(&mut connection, 0, 2..=3);
         assert_eq!(outcomes(&mut connection, 2).await, confirmed([2, 3]));
         assert!(!connection.is_blocked());
@@ -305,10 +310,10 @@ async fn blocked_connection_holds_publishes_keeps_beating_and_resumes() {
 #[tokio::test]
 async fn broker_that_closes_the_connection_is_quoted_and_answered() {
     for (code, text, kind) in [
-        (320, "CONNECTION_FORCED - shutdown", Kind::Unreachable),
-        (403, "ACCESS_REFUSED", Kind::Refused),
-        (530, "NOT_ALLOWED - vhost deleted", Kind::Refused),
-        (501, "FRAME_ERROR", Kind::Protocol),
+        (reply::CONNECTION_FORCED, "CONNECTION_FORCED - shutdown", Kind::Unreachable),
+        (reply::ACCESS_REFUSED, "ACCESS_REFUSED", Kind::Refused),
+        (reply::NOT_ALLOWED, "NOT_ALLOWED - vhost deleted", Kind::Refused),
+        (reply::FRAME_ERROR, "FRAME_ERROR", Kind::Protocol),
     ] {
         let script = move |mut peer: Peer| async move {
             peer.publishes(1).await;
@@ -319,7 +324,7 @@ async fn broker_that_closes_the_connection_is_quoted_and_answered() {
         session(options(&["a"]), script, |mut connection| async move {
             publish(&mut connection, 0, 1..=1);
             let error = failure(&mut connection).await;
-            assert_eq!(error.kind(), kind);
+            assert_eq!((error.kind(), error.reply_code()), (kind, Some(code)));
             assert!(error.to_string().contains(&format!("{code} {text}")), "{error}");
         })
         .await;
@@ -383,11 +388,8 @@ async fn silent_broker_is_given_up_after_twice_the_heartbeat() {
     let mut options = options(&["a"]);
     options.heartbeat = Duration::from_secs(1);
     session(options, script, |mut connection| async move {
-        let start = Instant::now();
         let error = failure(&mut connection).await;
-        assert!(error.to_string().contains("no sign of life"), "{error}");
-        // The broker was last heard a moment before `start`.
-        assert!((1.5..10.0).contains(&start.elapsed().as_secs_f32()), "{:?}", start.elapsed());
+        assert!(error.to_string().contains("nothing received for"), "{error}");
     })
     .await;
 }
@@ -435,7 +437,8 @@ async fn broker_that_accepts_and_says_nothing_is_left_at_the_connect_timeout() {
 #[tokio::test]
 async fn brokers_are_tried_in_turn_and_all_answers_are_told() {
     let mut options = options(&[]);
-    options.urls = vec![closed_port().await, closed_port().await];
+    let (closed, kept) = (closed_port(), closed_port());
+    options.urls = vec![closed.0, kept.0];
     let error = Connection::open(&options).await.err().unwrap();
     let (first, second) = (options.urls[0].port, options.urls[1].port);
     for port in [first, second] {
@@ -449,7 +452,6 @@ async fn brokers_are_tried_in_turn_and_all_answers_are_told() {
         peer.close_ok().await;
     });
     let connection = Connection::open(&options).await.unwrap();
-    assert_eq!(connection.url(), &url);
     connection.close().await;
     script.await.unwrap();
 }

@@ -1,7 +1,7 @@
 //! Column values as JSON: every rule with its edge values, spelled as Postgres 15 writes them.
 
 use proptest::prelude::*;
-use watership::column::{binary, oid, write_json};
+use watership::column::{Shape, binary, oid};
 use watership::error::Kind;
 
 // Array types, whose OIDs only this table needs.
@@ -131,7 +131,8 @@ const ARRAYS: &[(u32, &str, &str)] = &[
 fn values_become_the_json_of_their_type() {
     for (type_oid, text, expected) in [SCALARS, TIMES, ARRAYS].concat() {
         let mut out = b"#".to_vec();
-        write_json(&mut out, type_oid, text.as_bytes())
+        Shape::of(type_oid)
+            .write(&mut out, text.as_bytes())
             .unwrap_or_else(|error| panic!("{type_oid} {text}: {error}"));
         let written = std::str::from_utf8(&out).unwrap();
         assert_eq!(written, format!("#{expected}"), "type {type_oid}");
@@ -176,7 +177,7 @@ fn what_the_output_function_never_writes_is_refused() {
     for (type_oid, text) in cases {
         let mut out = b"#".to_vec();
         let error =
-            write_json(&mut out, *type_oid, text).expect_err(&text.escape_ascii().to_string());
+            Shape::of(*type_oid).write(&mut out, text).expect_err(&text.escape_ascii().to_string());
         assert_eq!(error.kind(), Kind::Event);
         assert_eq!(out, b"#", "{}", text.escape_ascii());
     }
@@ -186,14 +187,14 @@ fn what_the_output_function_never_writes_is_refused() {
 fn a_numeric_keeps_all_its_digits() {
     let digits = "9".repeat(131_072);
     let mut out = Vec::new();
-    write_json(&mut out, oid::NUMERIC, digits.as_bytes()).unwrap();
+    Shape::of(oid::NUMERIC).write(&mut out, digits.as_bytes()).unwrap();
     assert_eq!(out, format!("\"{digits}\"").as_bytes());
 }
 
 #[test]
 fn a_million_braces_do_not_exhaust_the_stack() {
     let braces = vec![b'{'; 1_000_000];
-    assert!(write_json(&mut Vec::new(), INTS, &braces).is_err());
+    assert!(Shape::of(INTS).write(&mut Vec::new(), &braces).is_err());
 }
 
 /// Types whose output is valid JSON whatever the text is, if it is written at all.
@@ -328,7 +329,7 @@ proptest! {
         text in prop_oneof![tricky(), prop::collection::vec(any::<u8>(), 0..40)],
     ) {
         let mut out = Vec::new();
-        match write_json(&mut out, type_oid, &text) {
+        match Shape::of(type_oid).write(&mut out, &text) {
             Ok(()) => {
                 let text = std::str::from_utf8(&out).unwrap();
                 serde_json::from_str::<&serde_json::value::RawValue>(text).unwrap();
@@ -345,11 +346,11 @@ proptest! {
         elements in prop::collection::vec(prop::option::of(any::<String>()), 0..8)
     ) {
         let mut out = Vec::new();
-        write_json(&mut out, TEXTS, array_text(&elements).as_bytes()).unwrap();
+        Shape::of(TEXTS).write(&mut out, array_text(&elements).as_bytes()).unwrap();
         prop_assert_eq!(&serde_json::from_slice::<Vec<Option<String>>>(&out).unwrap(), &elements);
         for text in elements.iter().flatten() {
             out.clear();
-            write_json(&mut out, oid::TEXT, text.as_bytes()).unwrap();
+            Shape::of(oid::TEXT).write(&mut out, text.as_bytes()).unwrap();
             prop_assert_eq!(&serde_json::from_slice::<String>(&out).unwrap(), text);
         }
     }
@@ -370,7 +371,7 @@ proptest! {
         use base64::Engine;
         let hex: String = value.iter().map(|byte| format!("{byte:02x}")).collect();
         let mut out = Vec::new();
-        write_json(&mut out, oid::BYTEA, format!("\\x{hex}").as_bytes()).unwrap();
+        Shape::of(oid::BYTEA).write(&mut out, format!("\\x{hex}").as_bytes()).unwrap();
         let base64 = serde_json::from_slice::<String>(&out).unwrap();
         prop_assert_eq!(base64::engine::general_purpose::STANDARD.decode(base64).unwrap(), value);
     }

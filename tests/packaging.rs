@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use serde_json::{Map, Value};
-use watership::config::{Config, load};
+use watership::config::Config;
+
+const DOCKERFILE: &str = "packaging/Dockerfile";
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -41,6 +43,7 @@ fn faults(compose: &Value) -> Vec<String> {
         }
         found.extend(dependency_faults(compose, name, service));
         found.extend(mount_faults(compose, name, service));
+        found.extend(build_faults(name, service));
         found.extend(port_faults(name, service));
         for network in list(&service["networks"]) {
             if compose["networks"].get(&network).is_none() {
@@ -97,6 +100,17 @@ fn mount_faults(compose: &Value, name: &str, service: &Value) -> Vec<String> {
     found
 }
 
+fn build_faults(name: &str, service: &Value) -> Vec<String> {
+    let Some(build) = service.get("build") else { return Vec::new() };
+    let context = build["context"].as_str().unwrap_or_default();
+    let dockerfile = build["dockerfile"].as_str().unwrap_or("Dockerfile");
+    // The build copies what .dockerignore lets in, which is written for the root.
+    if context != "." || !root().join(dockerfile).is_file() {
+        return vec![format!("{name}: nothing to build in {context:?} with {dockerfile:?}")];
+    }
+    Vec::new()
+}
+
 /// `127.0.0.1:${NAME:-5432}:5432`: this file is for one machine.
 fn port_faults(name: &str, service: &Value) -> Vec<String> {
     let fits = |port: &str| {
@@ -138,6 +152,11 @@ fn a_broken_compose_file_is_found_out() {
     for (text, fault) in [
         ("services: {a: {restart: 'no'}}", "a: neither image nor build"),
         ("services: {a: {image: x}}", "a: no healthcheck"),
+        ("services: {a: {build: .., restart: 'no'}}", "nothing to build"),
+        (
+            "services: {a: {build: {context: .}, restart: 'no'}}",
+            "a: nothing to build in \".\" with",
+        ),
         ("services: {a: {image: x, restart: 'no', volumes: ['d:/d']}}", "volume d is not declared"),
         ("services: {a: {image: x, restart: 'no', volumes: ['./no:/d']}}", "mounts no, which"),
         ("services: {a: {image: x, restart: 'no', ports: ['5432:5432']}}", "port 5432:5432 is"),
@@ -184,10 +203,9 @@ fn the_relays_compose_configuration_fits_the_compose_file() {
 #[test]
 fn the_relay_accepts_its_compose_configuration() {
     let text = read("config/compose.toml");
-    let raw = load::parse("compose.toml", &text).unwrap_or_else(|e| panic!("{e}"));
-    let raw = load::fill_in(&raw, &|_| Some("secret".into())).unwrap_or_else(|e| panic!("{e}"));
-    let config = Config::from_raw("compose.toml", raw).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(config.name, "shop");
+    let config = Config::parse("compose.toml", &text, &|_| Some("secret".into()))
+        .unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(config.relay.name, "shop");
 }
 
 /// The command lines after the program's name that compose file, image and unit start.
@@ -196,7 +214,7 @@ fn shipped_commands() -> Vec<Vec<String>> {
     let services = &compose["services"];
     let mut found = vec![list(&services["init"]["command"])];
     found.push(list(&services["relay"]["healthcheck"]["test"])[2..].to_vec());
-    let dockerfile = read("Dockerfile").replace("\\\n", " ");
+    let dockerfile = read(DOCKERFILE).replace("\\\n", " ");
     for line in dockerfile.lines().filter_map(|l| l.split_once("CMD [")) {
         let words: Value = serde_json::from_str(&format!("[{}", line.1)).expect("a JSON list");
         let words = list(&words);
@@ -244,16 +262,33 @@ fn prometheus_scrapes_services_that_exist() {
     for config in jobs.iter().flat_map(|job| job["static_configs"].as_array().unwrap()) {
         targets.extend(list(&config["targets"]));
     }
-    assert!(targets.contains("relay:9187"), "{targets:?}");
+    let relay = format!("relay:{}", admin_port());
+    assert!(targets.contains(&relay), "{targets:?} without {relay}");
     for target in targets {
         let (host, _) = target.split_once(':').expect("host:port");
         assert!(services(&compose).contains_key(host), "{target}: no such service");
     }
 }
 
+/// Where the relay of the compose file listens.
+fn admin_port() -> u16 {
+    let config: toml::Table = read("config/compose.toml").parse().expect("it is TOML");
+    let listen = config["admin"]["listen"].as_str().expect("admin.listen");
+    listen.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port")
+}
+
+#[test]
+fn image_and_compose_file_publish_the_port_of_the_admin_server() {
+    let port = admin_port();
+    let published = list(&yaml("docker-compose.yml")["services"]["relay"]["ports"]);
+    assert_eq!(published, [format!("127.0.0.1:${{RELAY_PORT:-{port}}}:{port}")]);
+    let exposed = format!("EXPOSE {port}");
+    assert!(read(DOCKERFILE).lines().any(|line| line == exposed), "no {exposed}");
+}
+
 #[test]
 fn image_is_built_in_stages_and_runs_without_root() {
-    let dockerfile = read("Dockerfile");
+    let dockerfile = read(DOCKERFILE);
     let stages = dockerfile.lines().filter(|l| l.starts_with("FROM ")).count();
     assert_eq!(stages, 2);
     let last = dockerfile.rsplit("FROM ").next().unwrap();
@@ -264,7 +299,7 @@ fn image_is_built_in_stages_and_runs_without_root() {
     let ignored = read(".dockerignore");
     let let_in: BTreeSet<_> = ignored.lines().filter_map(|line| line.strip_prefix('!')).collect();
     assert!(ignored.lines().any(|line| line == "*"));
-    for read in ["Cargo.toml", "Cargo.lock", "src", "sql", "benches", "examples", "tests"] {
+    for read in ["Cargo.toml", "Cargo.lock", "src", "sql", "scripts", "tests"] {
         assert!(let_in.contains(read), ".dockerignore keeps out {read}, which cargo reads");
     }
 }

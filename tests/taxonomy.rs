@@ -1,7 +1,7 @@
 //! What becomes of every failure, as text: `tests/snapshots/*.txt` holds the tables of kinds,
-//! retries and advice, so that a change of any of them is seen in review.
+//! retries and hints, so that a change of any of them is seen in review.
 //!
-//! `WATERSHIP_UPDATE_SNAPSHOTS=1 cargo test --test taxonomy` writes them anew.
+//! `WATERSHIP_UPDATE_SNAPSHOTS=1 cargo test --test taxonomy` writes them again.
 
 use std::fmt::Write as _;
 use std::io;
@@ -49,7 +49,7 @@ fn word(retry: Retry) -> &'static str {
 
 fn line(out: &mut String, name: &str, error: &Error) {
     let (label, retry) = (error.label(), word(error.retry()));
-    let _ = writeln!(out, "{name:<34} {label:<12} {retry:<7} {}", error.what_to_do());
+    let _ = writeln!(out, "{name:<34} {label:<12} {retry:<7} {}", error.hint_or_kind());
 }
 
 #[test]
@@ -74,7 +74,7 @@ const SQLSTATES: &str = "\
     HV000 P0000 P0001 XX000 XX001 XX002 ZZ999";
 
 #[test]
-fn every_sqlstate_has_a_kind_and_advice() {
+fn every_sqlstate_has_a_kind_and_a_hint() {
     let mut out = String::new();
     for code in SQLSTATES.split_whitespace() {
         let error = ServerError { code: code.into(), ..Default::default() };
@@ -88,7 +88,7 @@ fn every_sqlstate_has_a_kind_and_advice() {
 }
 
 #[test]
-fn every_reply_code_has_a_kind_and_advice() {
+fn every_reply_code_has_a_kind_and_a_hint() {
     let mut out = String::new();
     for code in [
         200, 311, 312, 313, 320, 402, 403, 404, 405, 406, 501, 502, 503, 504, 505, 506, 530, 540,
@@ -105,7 +105,7 @@ fn every_reply_code_has_a_kind_and_advice() {
 }
 
 #[test]
-fn every_socket_error_has_a_kind_and_advice() {
+fn every_socket_error_has_a_kind_and_a_hint() {
     use io::ErrorKind as E;
     let mut out = String::new();
     for kind in [
@@ -139,7 +139,7 @@ fn every_socket_error_has_a_kind_and_advice() {
 }
 
 #[test]
-fn every_tls_error_has_a_kind_and_advice() {
+fn every_tls_error_has_a_kind_and_a_hint() {
     use rustls::CertificateError as C;
     use rustls::{AlertDescription, Error as T, InvalidMessage, PeerIncompatible};
     let mut out = String::new();

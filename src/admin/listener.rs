@@ -1,7 +1,7 @@
 //! Accepts connections with two limits: how many at once, and how long each may live.
 //!
-//! The relay's own sockets come out of the same pool of file descriptors; so nobody who connects
-//! to the admin port may take them all, and nobody may hold a place for ever.
+//! The relay's own sockets come out of the same pool of file descriptors, so clients of the admin
+//! port must not take them all, and no client may hold a place indefinitely.
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,11 +15,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Sleep, sleep};
 
-/// Most connections at once; more wait in the listen queue.
+/// Maximum number of connections at once; more wait in the listen queue.
 const CONNECTIONS_MAX: usize = 64;
-/// After this long a connection ends, keep-alive or not; scrapers connect again.
+/// After this time a connection ends, keep-alive or not; scrapers reconnect.
 const LIFE_MAX: Duration = Duration::from_secs(60);
-/// After a failed accept (no file descriptor is free), so that the loop does not spin.
+/// Pause after a failed accept (no free file descriptor), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// A listener with limits.

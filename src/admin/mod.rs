@@ -1,10 +1,10 @@
 //! HTTP for probes, metrics and status: GET /livez, /readyz, /metrics, /status.
 //!
-//! It runs on a thread of its own, so that a storm of scrapes does not slow the data path, and so
-//! that /livez answers when the relay's loop hangs. The same thread does the histograms' upkeep,
-//! which must not depend on somebody scraping, and it is the watchdog: a loop that stays stuck ends
-//! the process, which nobody may be there to probe. Read-only, without authentication: the
-//! configuration allows other than loopback addresses only on demand.
+//! It runs on its own thread, so that a storm of scrapes does not slow the data path and /livez
+//! answers while the relay's loop hangs. The same thread does the histograms' upkeep, which must
+//! not depend on a scraper, and it is the watchdog: it ends a process whose loop stays stuck, since
+//! there may be no supervisor that probes /livez. Read-only, without authentication: the
+//! configuration allows addresses other than loopback only on request.
 
 mod listener;
 
@@ -28,23 +28,21 @@ use listener::Listener;
 /// How often histogram samples are moved into their buckets.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Looks in a row that must find the loop stuck, before the process ends: half a minute more than
-/// `/livez` takes. A process that was frozen does not look meanwhile, and so does not end for it.
+/// Consecutive looks that must find the loop stuck before the process ends: half a minute more
+/// than `/livez` takes. While the process is frozen nobody looks, so it does not end for that.
 const STUCK_LOOKS: u32 = 6;
 
-/// What [`start`] needs to know.
+/// Where it listens.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where to listen; `None` serves nothing and only does the upkeep.
+    /// Address and port; `None` serves nothing and only does the upkeep.
     pub listen: Option<SocketAddr>,
-    /// Ends the process at once, when the relay's loop stays stuck.
-    pub give_up: fn(),
 }
 
 /// The running server. It ends when this is dropped.
 #[derive(Debug)]
 pub struct Admin {
-    /// The address it listens on: with port 0 in the options, the port that was found.
+    /// The address it listens on: with port 0 in the options, the port that was assigned.
     pub address: Option<SocketAddr>,
     _stop: oneshot::Sender<()>,
 }
@@ -55,20 +53,26 @@ struct Shared {
     exporter: Exporter,
 }
 
-/// Binds the address and starts the thread.
+/// Binds the address and starts the thread. `give_up` ends the process at once; it is called when
+/// the relay's loop stays stuck.
 ///
 /// # Errors
-/// [`crate::error::Kind::Config`] when the address cannot be bound.
-pub fn start(options: &Options, status: Arc<Status>, exporter: Exporter) -> Result<Admin> {
+/// [`crate::error::Kind::Config`] when the address cannot be bound,
+/// [`crate::error::Kind::Internal`] when there can be no thread.
+pub fn start(
+    options: &Options,
+    give_up: fn(),
+    status: Arc<Status>,
+    exporter: Exporter,
+) -> Result<Admin> {
     let listener = options.listen.map(bind).transpose()?;
     let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
     let shared = Shared { status, exporter };
     let (stop, stopped) = oneshot::channel();
-    let give_up = options.give_up;
     std::thread::Builder::new()
         .name("admin".into())
         .spawn(move || serve(listener, shared, give_up, stopped))
-        .map_err(|e| Error::config("the admin thread cannot be started").caused_by(e))?;
+        .map_err(|e| Error::internal("the admin thread cannot be started").caused_by(e))?;
     Ok(Admin { address, _stop: stop })
 }
 
@@ -80,10 +84,11 @@ fn bind(address: SocketAddr) -> Result<TcpListener> {
     bound.map_err(|e| {
         let error = Error::config(format!("admin.listen = \"{address}\" cannot be bound: {e}"));
         match e.kind() {
-            std::io::ErrorKind::AddrInUse => {
-                error.hint("another process listens there, perhaps another relay; choose a port")
-            }
-            _ => error.hint("choose an address of this machine and a free port"),
+            std::io::ErrorKind::AddrInUse => error.hint(
+                "another process, perhaps another relay, uses this port; set admin.listen to a \
+                 free one",
+            ),
+            _ => error.hint("set admin.listen to an address of this machine and a free port"),
         }
     })
 }
@@ -97,7 +102,7 @@ fn serve(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
-        Err(error) => return tracing::error!(%error, "the admin server has no runtime"),
+        Err(error) => return tracing::error!(%error, "the admin server cannot be started"),
     };
     runtime.block_on(async {
         let upkeep = upkeep(shared.clone(), give_up);
@@ -119,15 +124,15 @@ async fn upkeep(shared: Shared, give_up: fn()) {
         stuck_looks = if shared.status.is_alive() { 0 } else { stuck_looks + 1 };
         if stuck_looks >= STUCK_LOOKS {
             tracing::error!(
-                hint = "nothing is lost; whoever starts the process again should be told",
-                "the relay's loop has not moved for a minute: the process ends"
+                hint = "no events are lost; make sure a supervisor restarts the process",
+                "the relay's loop has been stuck for a minute; ending the process"
             );
             give_up();
         }
     }
 }
 
-/// Serves until the process ends; for ever silent without a listener.
+/// Serves until the process ends; without a listener it only waits.
 async fn accept(listener: Option<TcpListener>, shared: Shared) {
     let Some(listener) = listener else { return std::future::pending().await };
     let served = match tokio::net::TcpListener::from_std(listener) {
@@ -135,9 +140,9 @@ async fn accept(listener: Option<TcpListener>, shared: Shared) {
         Err(error) => Err(error),
     };
     if let Err(error) = served {
-        tracing::error!(%error, "the admin server ended");
+        tracing::error!(%error, "the admin server stopped");
     }
-    // Without HTTP the upkeep goes on.
+    // The upkeep continues without HTTP.
     std::future::pending().await
 }
 
@@ -151,7 +156,7 @@ fn router(shared: Shared) -> Router {
 }
 
 async fn livez(State(shared): State<Shared>) -> Response {
-    answer(shared.status.is_alive(), "the relay's loop has not moved for 30 s")
+    answer(shared.status.is_alive(), "the relay's loop has been stuck for 30 s")
 }
 
 async fn readyz(State(shared): State<Shared>) -> Response {

@@ -22,7 +22,7 @@ use matching::Takes;
 pub enum Grade {
     /// Confirmed is stored on a majority of several nodes, and stays until it is consumed.
     Safe,
-    /// Nobody could look: AMQP itself shows neither bindings nor policies.
+    /// Not known: AMQP itself shows neither bindings nor policies.
     NotVerified,
     /// Confirmed is stored, but power loss, a lost disk, time or a consumer may take it.
     Weak,
@@ -55,7 +55,7 @@ impl fmt::Display for Grade {
 
 /// A grade and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
+pub struct Graded {
     /// What a confirm is worth.
     pub grade: Grade,
     /// Why; for a queue, its name comes first.
@@ -138,8 +138,8 @@ struct Reach {
 
 impl Survey {
     /// What a confirm is worth for messages of `route` to `exchange` with this routing key.
-    pub fn grade(&self, route: &str, exchange: &str, key: &Key) -> Verdict {
-        let is_unsafe = |reason| Verdict { grade: Grade::Unsafe, reason };
+    pub fn grade(&self, route: &str, exchange: &str, key: &Key) -> Graded {
+        let is_unsafe = |reason| Graded { grade: Grade::Unsafe, reason };
         if !self.exchanges.contains_key(exchange) {
             return is_unsafe(format!("exchange {exchange:?} does not exist"));
         }
@@ -147,7 +147,7 @@ impl Survey {
         if reach.queues.is_empty() {
             return is_unsafe(self.unbound(exchange, key));
         }
-        let graded: Vec<Verdict> = reach.queues.iter().map(|name| self.grade_queue(name)).collect();
+        let graded: Vec<Graded> = reach.queues.iter().map(|name| self.grade_queue(name)).collect();
         let mut grade = graded.iter().map(|v| v.grade).max().unwrap_or(Grade::Unsafe);
         let worst = graded.into_iter().filter(|v| v.grade == grade).map(|v| v.reason);
         let mut reason = worst.collect::<Vec<_>>().join("; ");
@@ -162,10 +162,10 @@ impl Survey {
         {
             grade = grade.max(Grade::Weak);
             reason.push_str(&format!(
-                "; while queue {name:?} is full, the other queues get each retry again"
+                "; while queue {name:?} is full, the other queues receive every retry"
             ));
         }
-        Verdict { grade, reason }
+        Graded { grade, reason }
     }
 
     /// The queues that messages of the route can reach.
@@ -223,12 +223,12 @@ impl Survey {
         format!("no binding of exchange {exchange:?} matches routing key {key:?}; there are {keys}")
     }
 
-    fn grade_queue(&self, name: &str) -> Verdict {
-        let verdict = match self.queues.get(name) {
+    fn grade_queue(&self, name: &str) -> Graded {
+        let graded = match self.queues.get(name) {
             Some(queue) => queue.grade(self.broker_major),
-            None => Verdict { grade: Grade::Unsafe, reason: "it does not exist".into() },
+            None => Graded { grade: Grade::Unsafe, reason: "it does not exist".into() },
         };
-        Verdict { reason: format!("queue {name:?}: {}", verdict.reason), ..verdict }
+        Graded { reason: format!("queue {name:?}: {}", graded.reason), ..graded }
     }
 }
 
@@ -252,24 +252,24 @@ fn shown(key: &Key) -> String {
 
 impl QueueFacts {
     /// The grade and its reasons, the worst first.
-    pub fn grade(&self, broker_major: u32) -> Verdict {
+    pub fn grade(&self, broker_major: u32) -> Graded {
         let mut reasons = self.reasons(broker_major);
         // Stable: reasons of one grade stay in their order.
         reasons.sort_by_key(|(grade, _)| std::cmp::Reverse(*grade));
         let grade = reasons.first().map_or(Grade::Safe, |(grade, _)| *grade);
         let texts: Vec<String> = reasons.into_iter().map(|(_, text)| text).collect();
         let reason = if texts.is_empty() { "quorum queue".into() } else { texts.join(", ") };
-        Verdict { grade, reason }
+        Graded { grade, reason }
     }
 
     fn reasons(&self, broker_major: u32) -> Vec<(Grade, String)> {
         let mut list = Vec::new();
         let mut add = |grade, text: &str| list.push((grade, text.to_owned()));
         if !self.durable {
-            add(Grade::Unsafe, "not durable, a restart of the broker empties it");
+            add(Grade::Unsafe, "not durable: a broker restart loses its messages");
         }
         if self.exclusive || self.auto_delete {
-            add(Grade::Unsafe, "it vanishes with its consumer");
+            add(Grade::Unsafe, "it is deleted with its consumer");
         }
         let overflow = self.overflow();
         if self.kind != "stream" && self.is_limited() && !self.refuses() {
@@ -282,15 +282,17 @@ impl QueueFacts {
         let redelivered = self.delivery_limit(broker_major);
         if let Some(limit) = redelivered.filter(|_| !self.has("dead-letter-exchange")) {
             let text = format!("delivery-limit {limit} without a dead-letter exchange:");
-            add(Grade::Weak, &format!("{text} what is returned too often is dropped"));
+            add(Grade::Weak, &format!("{text} a message that is returned too often is dropped"));
         }
         match self.kind.as_str() {
             "quorum" if self.members.len() == 1 => {
                 add(Grade::Weak, "quorum queue with a single member: its disk is the only copy");
             }
             "quorum" => {}
-            "stream" => add(Grade::Weak, "a stream confirms before fsync, and retention drops"),
-            _ => add(Grade::Weak, "a classic queue is on one node, and confirms before fsync"),
+            "stream" => {
+                add(Grade::Weak, "a stream confirms before fsync, and its retention drops messages")
+            }
+            _ => add(Grade::Weak, "a classic queue lives on one node and confirms before fsync"),
         }
         list
     }
@@ -299,9 +301,9 @@ impl QueueFacts {
     /// default. <https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling>
     fn delivery_limit(&self, broker_major: u32) -> Option<i64> {
         const DEFAULT: i64 = 20;
-        let told = self.value("delivery-limit").and_then(Value::as_i64);
+        let set = self.value("delivery-limit").and_then(Value::as_i64);
         let default = (broker_major >= 4).then_some(DEFAULT);
-        told.or(default).filter(|limit| self.kind == "quorum" && *limit >= 0)
+        set.or(default).filter(|limit| self.kind == "quorum" && *limit >= 0)
     }
 
     fn value(&self, name: &str) -> Option<&Value> {
@@ -397,7 +399,7 @@ mod tests {
         assert_eq!(alone.grade(3).grade, Grade::Weak);
         let transient = QueueFacts { durable: false, ..queue("quorum", "") };
         assert_eq!(transient.grade(3).grade, Grade::Unsafe);
-        // RabbitMQ 4 limits deliveries unless told otherwise.
+        // RabbitMQ 4 limits deliveries by default.
         assert_eq!(queue("quorum", "").grade(4).grade, Grade::Weak);
         assert_eq!(queue("quorum", dead).grade(4).grade, Grade::Safe);
         let endless = r#","arguments":{"x-delivery-limit":-1}"#;
@@ -407,9 +409,9 @@ mod tests {
     #[test]
     fn all_reasons_of_a_queue_are_told_the_worst_first() {
         let more = r#","arguments":{"x-message-ttl":5,"x-max-length":5}"#;
-        let verdict = queue("classic", more).grade(3);
-        assert_eq!(verdict.grade, Grade::Unsafe);
-        let at = |text| verdict.reason.find(text).unwrap_or_else(|| panic!("{}", verdict.reason));
+        let graded = queue("classic", more).grade(3);
+        assert_eq!(graded.grade, Grade::Unsafe);
+        let at = |text| graded.reason.find(text).unwrap_or_else(|| panic!("{}", graded.reason));
         assert!(at("overflow drop-head") < at("expire") && at("expire") < at("classic"));
     }
 
@@ -462,8 +464,8 @@ mod tests {
         let mut two = survey(&[good.clone(), full.clone()]);
         let limited = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish"}"#;
         two.queues.insert("full".into(), queue("quorum", limited));
-        let verdict = grade(&two);
-        assert!(verdict.grade == Grade::Weak && verdict.reason.contains("the other queues get"));
+        let graded = grade(&two);
+        assert!(graded.grade == Grade::Weak && graded.reason.contains("the other queues receive"));
         let mut one = survey(&[full]);
         one.queues = two.queues;
         assert_eq!(grade(&one).grade, Grade::Safe, "alone it may be full");

@@ -13,9 +13,10 @@ use std::collections::VecDeque;
 
 use tokio::time::Instant;
 use uuid::Uuid;
+use xxhash_rust::xxh64::xxh64;
 
 use crate::error::{Error, Result};
-use crate::message::{Outcome, Ticket};
+use crate::publisher::{Outcome, Ticket};
 
 /// The life of a channel. Publishes made before `Open` wait in `waiting`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,13 +31,23 @@ pub(super) enum State {
     Open,
 }
 
-/// One publish that has no outcome yet, or whose elders have none.
+/// A publish, as its confirm or its return finds it again.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sent {
+    pub ticket: Ticket,
+    /// The message id.
+    pub id: Uuid,
+    /// [`target`] of its exchange and routing key.
+    pub target: u64,
+    /// The hash of its route.
+    pub route: u64,
+    /// When.
+    pub at: Instant,
+}
+
+/// One publish that has no outcome yet, or follows one that has none.
 struct Pending {
-    ticket: Ticket,
-    id: Uuid,
-    target: u64,
-    route: u64,
-    sent: Instant,
+    sent: Sent,
     fate: Fate,
 }
 
@@ -49,7 +60,7 @@ enum Fate {
 
 /// How the broker confirms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum Answer {
     Ack,
     Nack,
 }
@@ -89,13 +100,13 @@ impl Channel {
     }
 
     /// Notes a publish; its delivery tag follows from its place.
-    pub fn publish(&mut self, ticket: Ticket, id: Uuid, target: u64, route: u64, sent: Instant) {
-        self.pending.push_back(Pending { ticket, id, target, route, sent, fate: Fate::Waiting });
+    pub fn publish(&mut self, sent: Sent) {
+        self.pending.push_back(Pending { sent, fate: Fate::Waiting });
     }
 
     /// When the oldest unconfirmed publish was made.
     pub fn oldest(&self) -> Option<Instant> {
-        self.pending.front().map(|p| p.sent)
+        self.pending.front().map(|p| p.sent.at)
     }
 
     /// How many publishes have no outcome.
@@ -108,12 +119,14 @@ impl Channel {
         &mut self,
         tag: u64,
         multiple: bool,
-        verdict: Verdict,
+        answer: Answer,
         outcomes: &mut Outcomes,
     ) -> Result<()> {
         self.expect_no_content("a confirm")?;
         if self.state != State::Open {
-            return Err(self.bad(format!("confirm for tag {tag} while it is not open")));
+            return Err(
+                self.bad(format!("confirm for delivery tag {tag} while the channel is not open"))
+            );
         }
         let next = self.base + self.pending.len() as u64;
         // AMQP 0-9-1, basic.ack: tag zero with `multiple` means all so far.
@@ -123,7 +136,8 @@ impl Channel {
         }
         if tag >= next {
             let last = next - 1;
-            return Err(self.bad(format!("confirm for tag {tag}, the last one sent is {last}")));
+            return Err(self
+                .bad(format!("confirm for delivery tag {tag}, but the last one sent is {last}")));
         }
         let at = (tag - self.base) as usize;
         if matches!(self.pending[at].fate, Fate::Settled) {
@@ -131,7 +145,7 @@ impl Channel {
         }
         let from = if multiple { 0 } else { at };
         for pending in self.pending.range_mut(from..=at) {
-            settle(pending, verdict, outcomes);
+            settle(pending, answer, outcomes);
         }
         while self.pending.front().is_some_and(|p| matches!(p.fate, Fate::Settled)) {
             self.pending.pop_front();
@@ -187,11 +201,12 @@ impl Channel {
         id: Option<Uuid>,
         route: u64,
     ) -> Result<()> {
-        let waits =
-            |p: &Pending| matches!(p.fate, Fate::Waiting) && p.target == target && Some(p.id) == id;
+        let waits = |p: &Pending| {
+            matches!(p.fate, Fate::Waiting) && p.sent.target == target && Some(p.sent.id) == id
+        };
         // One event can go to one destination by several routes, and an exchange that looks at
-        // headers returns one of them only. Where the broker changed the headers, any one will do.
-        let exact = self.pending.iter().position(|p| waits(p) && p.route == route);
+        // headers returns only one of them. Where the broker changed the headers, any one will do.
+        let exact = self.pending.iter().position(|p| waits(p) && p.sent.route == route);
         let found = exact.or_else(|| self.pending.iter().position(waits));
         match found {
             Some(at) => {
@@ -199,7 +214,8 @@ impl Channel {
                 Ok(())
             }
             None => Err(self.bad(format!(
-                "returned message with id {id:?} is none of the {} unconfirmed ones",
+                "returned message {} matches none of the {} unconfirmed ones",
+                id.map_or("without an id".into(), |id| id.to_string()),
                 self.unconfirmed()
             ))),
         }
@@ -212,7 +228,7 @@ impl Channel {
                 // A return before the close does not make the publish any more settled.
                 Fate::Waiting | Fate::Returned(_) => {
                     let outcome = Outcome::ChannelClosed { code, text: text.to_owned() };
-                    outcomes.push((pending.ticket, outcome));
+                    outcomes.push((pending.sent.ticket, outcome));
                 }
                 Fate::Settled => {}
             }
@@ -237,43 +253,42 @@ impl Channel {
     }
 }
 
-fn settle(pending: &mut Pending, verdict: Verdict, outcomes: &mut Outcomes) {
-    let outcome = match (std::mem::replace(&mut pending.fate, Fate::Settled), verdict) {
-        (Fate::Settled, Verdict::Ack | Verdict::Nack) => return,
-        (Fate::Waiting, Verdict::Ack) => Outcome::Confirmed,
-        (Fate::Waiting, Verdict::Nack) => Outcome::Nacked,
-        (Fate::Returned(text), Verdict::Ack | Verdict::Nack) => Outcome::Returned(text),
+fn settle(pending: &mut Pending, answer: Answer, outcomes: &mut Outcomes) {
+    let outcome = match (std::mem::replace(&mut pending.fate, Fate::Settled), answer) {
+        (Fate::Settled, Answer::Ack | Answer::Nack) => return,
+        (Fate::Waiting, Answer::Ack) => Outcome::Confirmed,
+        (Fate::Waiting, Answer::Nack) => Outcome::Nacked,
+        (Fate::Returned(text), Answer::Ack | Answer::Nack) => Outcome::Returned(text),
     };
-    outcomes.push((pending.ticket, outcome));
+    outcomes.push((pending.sent.ticket, outcome));
 }
 
-/// What a return is matched by besides the message id: FNV-1a over exchange and routing key.
+/// What a return is matched by in addition to the message id: the hash of exchange and routing key.
 pub(super) fn target(exchange: u64, routing_key: &[u8]) -> u64 {
-    fnv(exchange, routing_key)
+    xxh64(routing_key, exchange)
 }
 
 /// The exchange's part of [`target`].
 pub(super) fn target_exchange(name: &str) -> u64 {
-    const OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
-    // 0xff occurs in no UTF-8 text, so it separates the two parts.
-    fnv(fnv(OFFSET_BASIS, name.as_bytes()), &[0xff])
-}
-
-fn fnv(hash: u64, bytes: &[u8]) -> u64 {
-    const PRIME: u64 = 0x0100_0000_01b3;
-    bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(PRIME))
+    xxh64(name.as_bytes(), 0)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::reply;
     use super::*;
     use proptest::prelude::*;
+
+    fn sent(ticket: u64, id: u128, route: u64) -> Sent {
+        let (ticket, id) = (Ticket(ticket), Uuid::from_u128(id));
+        Sent { ticket, id, target: 7, route, at: Instant::now() }
+    }
 
     fn open(publishes: u64) -> Channel {
         let mut channel = Channel::new(2);
         channel.state = State::Open;
         for n in 1..=publishes {
-            channel.publish(Ticket(n), Uuid::from_u128(n.into()), 7, 0, Instant::now());
+            channel.publish(sent(n, n.into(), 0));
         }
         channel
     }
@@ -292,7 +307,7 @@ mod tests {
             give_back(&mut channel, n).unwrap();
         }
         let mut outcomes = Vec::new();
-        channel.confirm(6, true, Verdict::Ack, &mut outcomes).unwrap();
+        channel.confirm(6, true, Answer::Ack, &mut outcomes).unwrap();
         let expected: Outcomes = (1..=6)
             .map(|n| match n % 2 {
                 0 => (Ticket(n), Outcome::Returned("NO_ROUTE".into())),
@@ -307,7 +322,7 @@ mod tests {
     fn a_return_marks_the_message_of_its_own_route() {
         let mut channel = open(0);
         for route in [1, 2, 3] {
-            channel.publish(Ticket(route), Uuid::nil(), 7, route, Instant::now());
+            channel.publish(sent(route, 0, route));
         }
         let mut give_back = |route| {
             channel.begin_return("NO_ROUTE".into(), 7).unwrap();
@@ -317,7 +332,7 @@ mod tests {
         // Headers that the broker changed: one of the others.
         give_back(99);
         let mut outcomes = Vec::new();
-        channel.confirm(3, true, Verdict::Ack, &mut outcomes).unwrap();
+        channel.confirm(3, true, Answer::Ack, &mut outcomes).unwrap();
         let returned = |n: usize| outcomes[n].1 == Outcome::Returned("NO_ROUTE".into());
         assert_eq!([0, 1, 2].map(returned), [true, true, false]);
     }
@@ -327,14 +342,14 @@ mod tests {
         for (tag, multiple) in [(0, false), (5, false), (2, false), (2, true), (u64::MAX, true)] {
             let mut channel = open(4);
             let mut outcomes = Vec::new();
-            channel.confirm(2, false, Verdict::Ack, &mut outcomes).unwrap();
-            let error = channel.confirm(tag, multiple, Verdict::Ack, &mut outcomes).unwrap_err();
+            channel.confirm(2, false, Answer::Ack, &mut outcomes).unwrap();
+            let error = channel.confirm(tag, multiple, Answer::Ack, &mut outcomes).unwrap_err();
             assert_eq!(error.kind(), crate::error::Kind::Protocol, "{tag} {multiple}");
             assert_eq!(outcomes.len(), 1);
         }
         let mut closed = Channel::new(2);
-        assert!(closed.confirm(1, true, Verdict::Ack, &mut Vec::new()).is_err());
-        assert!(closed.confirm(0, true, Verdict::Ack, &mut Vec::new()).is_err());
+        assert!(closed.confirm(1, true, Answer::Ack, &mut Vec::new()).is_err());
+        assert!(closed.confirm(0, true, Answer::Ack, &mut Vec::new()).is_err());
     }
 
     #[test]
@@ -348,7 +363,7 @@ mod tests {
         assert!(other_key.content_header(0, Some(Uuid::from_u128(1)), 0).is_err());
         let mut interrupted = open(3);
         interrupted.begin_return("NO_ROUTE".into(), 7).unwrap();
-        assert!(interrupted.confirm(1, false, Verdict::Ack, &mut Vec::new()).is_err());
+        assert!(interrupted.confirm(1, false, Answer::Ack, &mut Vec::new()).is_err());
         assert!(open(1).content_body(1).is_err());
         assert!(open(1).content_header(1, None, 0).is_err());
     }
@@ -358,14 +373,14 @@ mod tests {
         let mut channel = open(4);
         give_back(&mut channel, 3).unwrap();
         let mut outcomes = Vec::new();
-        channel.confirm(2, false, Verdict::Nack, &mut outcomes).unwrap();
-        channel.close(404, "NOT_FOUND", &mut outcomes);
+        channel.confirm(2, false, Answer::Nack, &mut outcomes).unwrap();
+        channel.close(reply::NOT_FOUND, "NOT_FOUND", &mut outcomes);
         assert_eq!(outcomes[0], (Ticket(2), Outcome::Nacked));
         let closed: Vec<u64> = outcomes[1..].iter().map(|(ticket, _)| ticket.0).collect();
         assert_eq!(closed, [1, 3, 4]);
         channel.state = State::Open;
-        channel.publish(Ticket(9), Uuid::nil(), 7, 0, Instant::now());
-        channel.confirm(1, false, Verdict::Ack, &mut outcomes).unwrap();
+        channel.publish(sent(9, 0, 0));
+        channel.confirm(1, false, Answer::Ack, &mut outcomes).unwrap();
         assert_eq!(outcomes.last().unwrap(), &(Ticket(9), Outcome::Confirmed));
     }
 
@@ -384,8 +399,8 @@ mod tests {
             let mut expected: Vec<Option<Outcome>> = vec![None; 61];
             let mut outcomes = Vec::new();
             for (tag, multiple, ack) in steps {
-                let verdict = if ack { Verdict::Ack } else { Verdict::Nack };
-                let result = channel.confirm(tag, multiple, verdict, &mut outcomes);
+                let answer = if ack { Answer::Ack } else { Answer::Nack };
+                let result = channel.confirm(tag, multiple, answer, &mut outcomes);
                 prop_assert_eq!(result.is_err(), expected[tag as usize].is_some());
                 if result.is_err() {
                     continue;
@@ -399,10 +414,11 @@ mod tests {
                     });
                 }
             }
-            channel.close(320, "bye", &mut outcomes);
+            channel.close(reply::CONNECTION_FORCED, "bye", &mut outcomes);
             prop_assert_eq!(outcomes.len(), 60);
             for (ticket, outcome) in outcomes {
-                let closed = Outcome::ChannelClosed { code: 320, text: "bye".into() };
+                let code = reply::CONNECTION_FORCED;
+                let closed = Outcome::ChannelClosed { code, text: "bye".into() };
                 prop_assert_eq!(outcome, expected[ticket.0 as usize].take().unwrap_or(closed));
             }
         }

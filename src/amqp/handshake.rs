@@ -1,7 +1,7 @@
 //! From the protocol header to `connection.open-ok`, and the lock queue.
 //!
-//! AMQP 0-9-1, section 2.2.4. The caller bounds the whole by a timeout. A refusal is told with
-//! the broker's own words and what to do about it.
+//! AMQP 0-9-1, section 2.2.4. The caller limits the time of the whole. A refusal is reported in
+//! the broker's own words, with what to do about it.
 
 use std::future::poll_fn;
 
@@ -12,7 +12,7 @@ use super::link::Link;
 use super::options::{Auth, Options, Url};
 use super::reply;
 use super::wire::{self, FRAME_MAX, Incoming};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Code, Error, Kind, Result};
 use crate::fault::{io_error, is_tls};
 use crate::message::PROPERTIES_MAX;
 
@@ -114,19 +114,20 @@ pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
 
 fn lock_error(name: &str, close: &channel::Close) -> Error {
     let text = &close.reply_text;
-    match close.reply_code {
+    let error = match close.reply_code {
         reply::RESOURCE_LOCKED => {
             let relay = name.strip_prefix("watership.").and_then(|n| n.strip_suffix(".lock"));
             let relay = relay.map_or(String::new(), |relay| format!(" named {relay:?}"));
             Error::new(Kind::Busy, format!("another relay{relay} holds the lock queue {name:?}"))
-                .hint("stop the other one, or leave this one waiting as its stand-by")
+                .hint("stop the other relay, or leave this one running as its standby")
         }
         reply::ACCESS_REFUSED => Error::refused(format!("lock queue {name:?}: {text}"))
-            .hint(format!("allow it: set_permissions with configure matching \"{name}\"")),
+            .hint(format!("grant configure permission on {name:?} (rabbitmqctl set_permissions)")),
         reply::PRECONDITION_FAILED => Error::refused(format!("lock queue {name:?}: {text}"))
-            .hint("a queue of that name that is not ours must be deleted or renamed"),
+            .hint("delete or rename the existing queue of that name"),
         code => reply::error(&format!("lock queue {name:?}"), code, text.as_str()),
-    }
+    };
+    error.coded(Code::Reply(close.reply_code))
 }
 
 fn start_ok(
@@ -184,9 +185,9 @@ fn tune_with(tune: &connection::Tune, url: &Url, options: &Options) -> Result<Tu
     };
     if frame_max < FRAME_MIN {
         return Err(Error::refused(format!(
-            "broker allows frames of {frame_max} bytes, at least {FRAME_MIN} are needed"
+            "broker allows frames of at most {frame_max} bytes; {FRAME_MIN} are needed"
         ))
-        .hint("raise frame_max in rabbitmq.conf, its default is 131072"));
+        .hint("raise frame_max in rabbitmq.conf; the default is 131072"));
     }
     let channel_max = if tune.channel_max == 0 { u16::MAX } else { tune.channel_max };
     let heartbeat = url.heartbeat.unwrap_or(options.heartbeat).as_secs().clamp(1, 3600);
@@ -199,9 +200,10 @@ async fn login_refused(link: &mut Link, close: &connection::Close, url: &Url) ->
     close_error(close).with_kind(Kind::Refused).hint(hint)
 }
 
-/// A broker that closes the socket here most likely disliked the password.
+/// A broker that closes the socket here has most likely rejected the password.
 fn silent_refusal(error: Error) -> Error {
-    error.hint("the broker went away during login: see its log, it may refuse the user")
+    error
+        .hint("the broker closed the connection during login, often wrong credentials; see its log")
 }
 
 /// What a `connection.close` of the broker means for us.
@@ -209,7 +211,7 @@ pub(super) fn close_error(close: &connection::Close) -> Error {
     reply::error("broker closed the connection", close.reply_code, close.reply_text.as_str())
 }
 
-/// What arrived although `wanted` was due.
+/// The error for a frame that came in place of `wanted`.
 pub(super) fn unexpected(incoming: &Incoming, wanted: &str) -> Error {
     match incoming {
         Incoming::Method(_, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
@@ -224,7 +226,7 @@ pub(super) fn unexpected(incoming: &Incoming, wanted: &str) -> Error {
 
 async fn say_close_ok(link: &mut Link) {
     put(link, 0, connection::AMQPMethod::CloseOk(connection::CloseOk {}));
-    // The broker has said its last word; whether ours arrives does not matter.
+    // The broker is done with this connection; whether the answer arrives does not matter.
     let _ = poll_fn(|cx| link.poll_write(cx)).await;
 }
 
@@ -236,9 +238,9 @@ fn put_class(link: &mut Link, channel: u16, class: AMQPClass) {
     wire::put_method(link.out(), channel, class);
 }
 
-/// Sends what is in the buffer and waits for the next frame that is no heartbeat.
+/// Sends what is in the buffer and waits for the next frame that is not a heartbeat.
 ///
-/// When writing fails, what the broker said before it went away is read first: it has the reason.
+/// When writing fails, what the broker sent before it closed is read first: it holds the reason.
 async fn receive(link: &mut Link) -> Result<Incoming> {
     let write_error = poll_fn(|cx| link.poll_write(cx)).await.err();
     loop {

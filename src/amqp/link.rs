@@ -105,7 +105,7 @@ impl Link {
         &mut self.out
     }
 
-    /// Frames that overtake what is in the output buffer.
+    /// Frames that go before what is in the output buffer.
     pub fn urgent(&mut self) -> &mut Vec<u8> {
         &mut self.urgent
     }
@@ -120,7 +120,7 @@ impl Link {
     pub fn hold(&mut self, held: bool) {
         self.held = held;
         let timeout = (!held).then_some(self.user_timeout);
-        // Only a guard is lost when the kernel refuses; heartbeats find a dead peer as well.
+        // If the kernel refuses, heartbeats still find a dead peer.
         let _ = set_user_timeout(self.tcp(), timeout);
     }
 
@@ -267,7 +267,7 @@ fn set_user_timeout(_tcp: &TcpStream, _timeout: Option<Duration>) -> io::Result<
 fn tls_error(error: io::Error) -> Error {
     let is_tls = is_tls(&error);
     let error = io_error("TLS handshake with the broker", error);
-    // A port without TLS mostly hangs up on the first bytes.
+    // A port without TLS usually hangs up on the first bytes.
     if is_tls { error } else { error.hint("is TLS enabled on this port?") }
 }
 

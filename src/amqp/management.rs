@@ -24,16 +24,16 @@ use crate::error::{Error, Result};
 use crate::secret::{Secret, redact_url};
 use crate::tls;
 
-/// Longest response, in bytes; a broker with 10,000 bindings on an exchange answers about 2 MB.
+/// Maximum size of a response, in bytes; 10,000 bindings of an exchange are about 2 MB.
 const RESPONSE_MAX: u64 = 16 << 20;
 /// Bounds one request as a whole.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-/// Most exchanges that are looked at, over bindings between exchanges too.
+/// Maximum number of exchanges that are read, including those behind other exchanges.
 const EXCHANGES_MAX: usize = 1_000;
-/// Most queues that are looked at; more on one relay's exchanges are graded as missing.
+/// Maximum number of queues that are read; any further ones are graded as missing.
 const QUEUES_MAX: usize = 5_000;
 
-/// Where the plugin listens, and which vhost is looked at.
+/// Where the plugin listens, and which vhost is read.
 pub struct Management {
     host: String,
     port: u16,
@@ -83,7 +83,7 @@ impl Management {
         let default_port = if tls.is_some() { 15671 } else { 15672 };
         let (host, port) = match address.rsplit_once(':') {
             Some((host, port)) if !port.ends_with(']') => {
-                (host, port.parse().map_err(|_| wrong("the port is no number"))?)
+                (host, port.parse().map_err(|_| wrong("the port is not a number"))?)
             }
             Some(_) | None => (address, default_port),
         };
@@ -194,7 +194,7 @@ impl Management {
     async fn request(&self, path: &str) -> Result<Vec<u8>> {
         let failed = |e: std::io::Error| {
             Error::unreachable(format!("cannot be reached: {e}"))
-                .hint("is rabbitmq_management enabled, and the port right?")
+                .hint("is rabbitmq_management enabled, and is the port right?")
         };
         let socket = TcpStream::connect((&*self.host, self.port)).await.map_err(failed)?;
         match &self.tls {
@@ -237,13 +237,14 @@ fn parse<T: DeserializeOwned>(response: &[u8]) -> Result<Option<T>> {
     match status {
         "200" => serde_json::from_slice(&response[end + 4..])
             .map(Some)
-            .map_err(|e| Error::protocol("the answer is not understood").caused_by(e)),
+            .map_err(|e| Error::protocol("the answer has an unexpected form").caused_by(e)),
         "404" => Ok(None),
         "401" | "403" => Err(Error::refused(format!("status {status}: user or password is wrong"))
             .hint(
-                "the user needs the tag \"monitoring\" or \"management\" and rights in the vhost",
+                "the user needs the tag \"monitoring\" or \"management\", and permissions in the \
+                 vhost",
             )),
-        _ => Err(Error::refused(format!("status {status:.20}"))),
+        _ => Err(Error::refused(format!("unexpected status {status:.20}"))),
     }
 }
 

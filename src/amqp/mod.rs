@@ -8,10 +8,10 @@
 //! | `handshake` | protocol header to `connection.open-ok`, and the lock queue |
 //! | `reply` | what a reply code of the broker means, pure |
 //! | `channel` | the unconfirmed publishes of one channel, pure |
-//! | `publisher` | the connection that sends messages and says what became of each |
+//! | `publisher` | the connection: the `Publisher` of messages to RabbitMQ |
 //! | `topology` | declares or verifies exchanges and queues (lapin) |
-//! | `management` | what only the management API can tell: bindings, policies |
-//! | `audit` | what a confirm is worth, by what `management` read, pure |
+//! | `management` | what only the management API shows: bindings, policies |
+//! | `audit` | what a confirm is worth, by what `management` has read, pure |
 
 pub mod audit;
 mod channel;

@@ -1,8 +1,9 @@
 //! What a broker connection is opened with, and the broker's URL.
 //!
 //! A URL follows the RabbitMQ URI specification (<https://www.rabbitmq.com/docs/uri-spec> and
-//! `/uri-query-parameters`), with two differences that help people: an empty path `/` means the
-//! virtual host `/`, not the one with the empty name, and an unknown parameter is an error.
+//! `/uri-query-parameters`), with two differences that prevent mistakes: an empty path
+//! `/` means the virtual host `/`, not the one with the empty name, and an unknown parameter is an
+//! error.
 //! Nothing here prints a password.
 
 use std::fmt;
@@ -14,13 +15,13 @@ use crate::error::{Error, Result};
 use crate::secret::{Secret, redact_url};
 use crate::tls;
 
-/// Most channels that one connection opens for its exchanges; more exchanges share them.
+/// Maximum number of channels for the exchanges of one connection; further exchanges share them.
 pub const CHANNELS_MAX: usize = 64;
-/// Channels of one exchange. The broker runs each in a process of its own: with one, that process
-/// bounds the rate while other cores are idle.
+/// Channels of one exchange. The broker runs each in a process of its own: a single one would limit
+/// the rate while other cores are idle.
 pub const CHANNELS_PER_EXCHANGE: usize = 4;
-/// Below so many unconfirmed publishes the first channel of an exchange is enough: then a quiet
-/// stream arrives in the order of `send`, across keys too. Nobody is promised that; people like it.
+/// Below this number of unconfirmed publishes the first channel of an exchange is enough: then a
+/// quiet stream arrives in the order of `send`, across keys too. Not promised, but convenient.
 pub const SPREAD_FROM: usize = 256;
 
 /// Everything that [`super::publisher::Connection::open`] needs.
@@ -30,13 +31,13 @@ pub struct Options {
     pub urls: Vec<Url>,
     /// TLS files and level; for `amqps` a level of `Disable` means `VerifyFull`.
     pub tls: tls::Options,
-    /// How the broker learns who we are.
+    /// How we identify ourselves to the broker.
     pub auth: Auth,
     /// Heartbeat timeout in whole seconds, 1 to 3600; sent twice as often.
     pub heartbeat: Duration,
     /// Bounds one attempt as a whole: name, TCP, TLS, handshake, lock queue and channels.
     pub connect_timeout: Duration,
-    /// Longest wait for a confirm; time in which the broker blocks us does not count.
+    /// Maximum wait for a confirm; time in which the broker blocks us does not count.
     pub confirm_timeout: Duration,
     /// The exchanges; a message names one by its index.
     pub exchanges: Vec<String>,
@@ -68,7 +69,7 @@ impl Options {
         }
     }
 
-    /// The TLS options that hold for `url`, or `None` for plain text.
+    /// The TLS options that apply to `url`, or `None` for plain text.
     ///
     /// # Errors
     /// [`crate::error::Kind::Config`] when a TLS level was asked for and the URL is plain text.
@@ -80,7 +81,7 @@ impl Options {
                 return Err(Error::config(format!(
                     "broker URL {url} is plain text, but a TLS level is set"
                 ))
-                .hint("write amqps:// or remove the TLS level"));
+                .hint("use amqps://, or remove the TLS level"));
             }
             (Scheme::Amqps, tls::Mode::Disable) => options.mode = tls::Mode::VerifyFull,
             (Scheme::Amqps, tls::Mode::Require | tls::Mode::VerifyCa | tls::Mode::VerifyFull) => {}
@@ -158,18 +159,18 @@ impl Url {
 
     fn parse_parts(text: &str) -> Result<Self, String> {
         let (scheme, rest) =
-            text.split_once("://").ok_or("has no scheme, amqp:// or amqps:// is needed")?;
+            text.split_once("://").ok_or("has no scheme; use amqp:// or amqps://")?;
         let (scheme, default_port) = match scheme {
             "amqp" => (Scheme::Amqp, 5672),
             "amqps" => (Scheme::Amqps, 5671),
             other => {
-                return Err(format!("scheme {other:?} is unknown, amqp and amqps are allowed"));
+                return Err(format!("scheme {other:?} is unknown; use amqp or amqps"));
             }
         };
         let (rest, query) = rest.split_once('?').map_or((rest, ""), |(r, q)| (r, q));
         // The raw rest of a password would be taken for a port, a vhost or a parameter, and shown.
         if query.contains('@') || rest.split_once('/').is_some_and(|(_, path)| path.contains('@')) {
-            return Err("an '@' stands behind a '/' or a '?': percent-encode it".into());
+            return Err("an '@' follows a '/' or a '?': percent-encode it".into());
         }
         let (authority, vhost) = rest.split_once('/').map_or((rest, ""), |(a, v)| (a, v));
         let (userinfo, host) = authority.rsplit_once('@').map_or(("", authority), |(u, h)| (u, h));
@@ -217,10 +218,14 @@ impl Url {
                 self.auth = Some(match value.to_ascii_lowercase().as_str() {
                     "plain" => Auth::Plain,
                     "external" => Auth::External,
-                    _ => return Err(format!("auth_mechanism {value:?}: plain or external")),
+                    _ => {
+                        return Err(format!(
+                            "auth_mechanism is {value:?}; expected plain or external"
+                        ));
+                    }
                 });
             }
-            other => return Err(format!("parameter {other:?} is unknown, allowed: {PARAMETERS}")),
+            other => return Err(format!("parameter {other:?} is unknown; allowed: {PARAMETERS}")),
         }
         Ok(())
     }
@@ -230,7 +235,7 @@ fn number(name: &str, value: &str, min: u64, max: u64) -> Result<u64, String> {
     match value.parse() {
         Ok(n) if (min..=max).contains(&n) => Ok(n),
         Ok(_) | Err(_) => {
-            Err(format!("{name} is {value:?}, a number from {min} to {max} is needed"))
+            Err(format!("{name} is {value:?}; expected a number from {min} to {max}"))
         }
     }
 }
@@ -252,7 +257,7 @@ fn split_port(host: &str, default: u16) -> Result<(String, u16), String> {
             .parse()
             .ok()
             .filter(|p| *p > 0)
-            .ok_or_else(|| format!("port {text:?} is no number from 1 to 65535"))?,
+            .ok_or_else(|| format!("port {text:?} is not a number from 1 to 65535"))?,
     };
     Ok((decode(name, "host")?, port))
 }
@@ -304,14 +309,17 @@ mod tests {
     fn wrong_urls_are_named_without_their_password() {
         for (text, part) in [
             ("relay:hunter2@h/", "has no scheme"),
-            ("http://relay:hunter2@h/", "scheme \"http\" is unknown, amqp and amqps are allowed"),
+            ("http://relay:hunter2@h/", "scheme \"http\" is unknown; use amqp or amqps"),
             ("amqp://relay:hunter2@/", "has no host"),
-            ("amqp://relay:hunter2/x@h/", "an '@' stands behind a '/' or a '?': percent-encode it"),
-            ("amqp://relay:hunter2?x@h/", "an '@' stands behind a '/' or a '?': percent-encode it"),
-            ("amqp://relay:1234/hunter2@h/v", "an '@' stands behind"),
-            ("amqp://relay:hunter2@h:0/", "port \"0\" is no number from 1 to 65535"),
-            ("amqp://relay:hunter2@h?frame_max=1", "parameter \"frame_max\" is unknown, allowed:"),
-            ("amqp://relay:hunter2@h?heartbeat=0", "heartbeat is \"0\", a number from 1 to 3600"),
+            ("amqp://relay:hunter2/x@h/", "an '@' follows a '/' or a '?': percent-encode it"),
+            ("amqp://relay:hunter2?x@h/", "an '@' follows a '/' or a '?': percent-encode it"),
+            ("amqp://relay:1234/hunter2@h/v", "an '@' follows"),
+            ("amqp://relay:hunter2@h:0/", "port \"0\" is not a number from 1 to 65535"),
+            ("amqp://relay:hunter2@h?frame_max=1", "parameter \"frame_max\" is unknown; allowed:"),
+            (
+                "amqp://relay:hunter2@h?heartbeat=0",
+                "heartbeat is \"0\"; expected a number from 1 to 3600",
+            ),
             ("amqp://relay:hunter2@h/%ff", "virtual host is not UTF-8"),
         ] {
             let error = Url::parse(text).unwrap_err();

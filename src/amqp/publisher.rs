@@ -23,18 +23,20 @@ use std::time::Duration;
 use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, connection};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 
-use super::channel::{Channel, Outcomes, State, Verdict, target, target_exchange};
+use super::channel::{Answer, Channel, Outcomes, Sent, State, target, target_exchange};
 use super::handshake::{self, CONTROL_CHANNEL, Tuned, close_error};
 use super::link::Link;
 use super::options::{CHANNELS_MAX, Options, SPREAD_FROM, Url};
+use super::reply;
 use super::wire::{self, Incoming};
 use crate::error::{Error, Kind, Result};
 use crate::fault::io_error;
-use crate::message::{Message, Outcome, Publisher, ROUTE_HEADER, SHORT_STRING_MAX, Ticket};
+use crate::message::{Message, SHORT_STRING_MAX};
+use crate::publisher::{Outcome, Publisher, Ticket};
 
-/// Longest wait for `connection.close-ok`.
+/// Maximum wait for `connection.close-ok`.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-/// The deadlines are looked at this often within the shortest of them.
+/// How often the deadlines are checked within the shortest of them.
 const TICKS_PER_DEADLINE: u32 = 4;
 
 /// A confirming connection to RabbitMQ.
@@ -82,15 +84,11 @@ impl Connection {
                 Ok(Err(error)) => error,
                 Err(_) => Error::unreachable(format!("no AMQP connection within {limit:?}")),
             };
-            match error.kind() {
-                // The lock belongs to the cluster, and files are the same for every broker.
-                Kind::Busy | Kind::Config => return Err(error.context(format!("broker {url}"))),
-                Kind::Unreachable
-                | Kind::Refused
-                | Kind::Protocol
-                | Kind::Event
-                | Kind::Verdict => errors.push((url, error)),
+            // The lock belongs to the cluster; files and our bugs are the same for every broker.
+            if matches!(error.kind(), Kind::Busy | Kind::Config | Kind::Internal) {
+                return Err(error.context(format!("broker {url}")));
             }
+            errors.push((url, error));
         }
         Err(join_errors(errors))
     }
@@ -98,8 +96,10 @@ impl Connection {
     async fn open_one(options: &Options, url: &Url) -> Result<Self> {
         for name in options.exchanges.iter().chain(&options.lock_queue) {
             if name.len() > SHORT_STRING_MAX {
-                let what = format!("name {name:.60?}… has {} bytes", name.len());
-                return Err(Error::config(format!("{what}, AMQP allows {SHORT_STRING_MAX}")));
+                let what = format!("name {name:.60?}… has {} bytes;", name.len());
+                return Err(Error::config(format!(
+                    "{what} AMQP allows at most {SHORT_STRING_MAX}"
+                )));
             }
         }
         let mut link = Link::connect(url, options).await?;
@@ -177,25 +177,9 @@ impl Connection {
         channel.state = State::Opening;
     }
 
-    /// Since when the broker has blocked this connection, if it does.
-    pub fn blocked_since(&self) -> Option<Instant> {
-        self.blocked_since
-    }
-
-    /// The broker that is connected.
-    pub fn url(&self) -> &Url {
-        &self.url
-    }
-
     /// Publishes without an outcome.
     pub fn unconfirmed(&self) -> usize {
         self.channels.iter().map(Channel::unconfirmed).sum()
-    }
-
-    /// Bytes that wait to be handed to the kernel.
-    pub fn unsent_bytes(&self) -> usize {
-        let waiting: usize = self.channels.iter().map(|c| c.waiting.len()).sum();
-        self.link.unsent() + waiting
     }
 
     fn poll_outcomes(&mut self, cx: &mut Context<'_>, outcomes: &mut Outcomes) -> Poll<Result<()>> {
@@ -206,7 +190,7 @@ impl Connection {
                 Poll::Ready(result) => {
                     self.outstanding -= outcomes.len() - before;
                     if result.is_err() {
-                        // The close-ok that we may owe; nobody waits for it.
+                        // A close-ok may be due; its fate does not matter.
                         let _ = self.link.poll_write(cx);
                     }
                     return Poll::Ready(result);
@@ -216,7 +200,7 @@ impl Connection {
         }
     }
 
-    /// One round: frames that are here, then write, then read. Deadlines are only looked at when
+    /// One round: frames that are here, then write, then read. Deadlines are only checked when
     /// nothing is left to read, so that a pause of our own is not taken for the broker's.
     fn poll_step(&mut self, cx: &mut Context<'_>, outcomes: &mut Outcomes) -> Poll<Result<()>> {
         let before = outcomes.len();
@@ -259,7 +243,7 @@ impl Connection {
         // Twice the negotiated timeout is what the broker itself allows us.
         let silence = now - self.link.last_read;
         if silence > self.heartbeat * 4 {
-            return Err(self.lost(&format!("no sign of life for {silence:.1?}"), None));
+            return Err(self.lost(&format!("nothing received for {silence:.1?}"), None));
         }
         if now - self.link.last_write >= self.heartbeat && self.link.urgent().is_empty() {
             wire::put_heartbeat(self.link.urgent());
@@ -277,7 +261,10 @@ impl Connection {
         match waited {
             Some(waited) if waited > self.confirm_timeout => Err(self
                 .lost(
-                    &format!("no confirm for {waited:.1?} ({} waiting)", self.unconfirmed()),
+                    &format!(
+                        "no confirm for {waited:.1?} ({} messages unconfirmed)",
+                        self.unconfirmed()
+                    ),
                     None,
                 )
                 .hint("are the queue's leader and a majority of its replicas up?")),
@@ -288,7 +275,7 @@ impl Connection {
     fn received(&mut self, frame: Incoming, outcomes: &mut Outcomes) -> Result<()> {
         match frame {
             Incoming::Ack { channel, tag, multiple } => {
-                self.channel(channel)?.confirm(tag, multiple, Verdict::Ack, outcomes)
+                self.channel(channel)?.confirm(tag, multiple, Answer::Ack, outcomes)
             }
             Incoming::Heartbeat => Ok(()),
             Incoming::ContentHeader { channel, body_size, message_id, route } => {
@@ -327,7 +314,7 @@ impl Connection {
         match method {
             basic::AMQPMethod::Nack(nack) => {
                 let (tag, multiple) = (nack.delivery_tag, nack.multiple);
-                self.channel(number)?.confirm(tag, multiple, Verdict::Nack, outcomes)
+                self.channel(number)?.confirm(tag, multiple, Answer::Nack, outcomes)
             }
             basic::AMQPMethod::Return(back) => {
                 let exchange = target_exchange(back.exchange.as_str());
@@ -351,9 +338,13 @@ impl Connection {
             }
             connection::AMQPMethod::Blocked(blocked) => {
                 if self.blocked_since.is_none() {
-                    let hint = "its log and management page name the alarm: memory or disk";
+                    let hint = "the broker log and the management page name the alarm";
                     let reason = blocked.reason.as_str();
-                    tracing::warn!(reason, hint, "the broker takes nothing until it has room");
+                    tracing::warn!(
+                        reason,
+                        hint,
+                        "broker blocked the connection (memory or disk alarm)"
+                    );
                 }
                 self.blocked_since.get_or_insert_with(Instant::now);
                 self.link.hold(true);
@@ -362,7 +353,7 @@ impl Connection {
             connection::AMQPMethod::Unblocked(_) => {
                 if let Some(since) = self.blocked_since.take() {
                     let seconds = since.elapsed().as_secs();
-                    tracing::info!(seconds, "the broker takes messages again");
+                    tracing::info!(seconds, "broker unblocked the connection");
                 }
                 self.deadlines_from = Instant::now();
                 self.link.hold(false);
@@ -390,7 +381,7 @@ impl Connection {
             }
             channel::AMQPMethod::Close(close) => {
                 self.channel(number)?.close(close.reply_code, close.reply_text.as_str(), outcomes);
-                // Behind the publishes that still lie in the buffer: the broker drops those.
+                // After the publishes that are still in the buffer: the broker drops those.
                 let ok = channel::AMQPMethod::CloseOk(channel::CloseOk {});
                 wire::put_method(self.link.out(), number, AMQPClass::Channel(ok));
                 Ok(())
@@ -454,7 +445,7 @@ impl Connection {
 
 impl Publisher for Connection {
     /// # Panics
-    /// When the body is larger than [`Publisher::max_body`] or the exchange is none of ours.
+    /// When the body is larger than [`Publisher::max_body`] or the exchange is not in the options.
     fn send(&mut self, ticket: Ticket, message: &Message) {
         assert!(message.body().len() <= self.max_body, "the caller checks the body's size");
         let exchange = usize::from(message.exchange.0);
@@ -469,8 +460,8 @@ impl Publisher for Connection {
         let (exchange, frame_max) = (&self.exchanges[exchange], self.link.frame_max);
         let target = target(exchange.target, message.routing_key());
         let channel = &mut self.channels[index];
-        let route = wire::route_hash(message.header(ROUTE_HEADER));
-        channel.publish(ticket, message.id, target, route, Instant::now());
+        let (id, route, at) = (message.id, message.route_hash, Instant::now());
+        channel.publish(Sent { ticket, id, target, route, at });
         self.outstanding += 1;
         let out = match channel.state {
             State::Open => self.link.out(),
@@ -499,7 +490,7 @@ impl Publisher for Connection {
     /// deleted the lock queue. What is still in the output buffer is not sent.
     async fn close(mut self) {
         let close = connection::AMQPMethod::Close(connection::Close {
-            reply_code: 200,
+            reply_code: reply::REPLY_SUCCESS,
             reply_text: "bye".into(),
             class_id: 0,
             method_id: 0,
@@ -521,9 +512,9 @@ pub(super) fn join_errors(mut errors: Vec<(&Url, Error)>) -> Error {
     }
     let all_refused = errors.iter().all(|(_, e)| e.kind() == Kind::Refused);
     let kind = if all_refused { Kind::Refused } else { Kind::Unreachable };
-    let hint = errors.iter().find_map(|(_, e)| e.advice().map(str::to_owned));
-    let told: Vec<String> = errors.iter().map(|(url, e)| format!("{url}: {e}")).collect();
-    let error = Error::new(kind, format!("no broker could be used: {}", told.join("; ")));
+    let hint = errors.iter().find_map(|(_, e)| e.hint_text().map(str::to_owned));
+    let each: Vec<String> = errors.iter().map(|(url, e)| format!("{url}: {e}")).collect();
+    let error = Error::new(kind, format!("no usable broker: {}", each.join("; ")));
     match hint {
         Some(hint) => error.hint(hint),
         None => error,

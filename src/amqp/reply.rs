@@ -1,92 +1,199 @@
 //! What a reply code of the broker means: one table, for `connection.close`, `channel.close` and
-//! `basic.return`. Pure. The table knows codes; the texts are shown, never looked into.
+//! `basic.return`, and what the relay decides by such a code. Pure.
+//!
+//! Decisions are made by code. Texts are shown, never looked into, with one exception:
+//! [`size_limit`], a number that RabbitMQ gives nowhere else.
 //!
 //! AMQP 0-9-1, section 1.2 "Reply codes"; <https://www.rabbitmq.com/docs/channels#error-handling>
 
-use crate::error::{Error, Kind};
+use crate::error::{Code, Error, Kind};
 
+/// The peer closes on purpose; no failure.
+pub const REPLY_SUCCESS: u16 = 200;
+/// The message is larger than the broker takes. RabbitMQ says 406 instead.
+pub const CONTENT_TOO_LARGE: u16 = 311;
 /// Unroutable, in `basic.return`.
 pub const NO_ROUTE: u16 = 312;
+/// No consumer is ready; only for "immediate" publishes.
+pub const NO_CONSUMERS: u16 = 313;
+/// The broker or an operator closes the connection.
+pub const CONNECTION_FORCED: u16 = 320;
+/// The virtual host is unknown.
+pub const INVALID_PATH: u16 = 402;
 /// User, password or permission.
 pub const ACCESS_REFUSED: u16 = 403;
 /// The exchange or queue is missing.
 pub const NOT_FOUND: u16 = 404;
-/// Somebody else's exclusive queue.
+/// The queue belongs to another connection.
 pub const RESOURCE_LOCKED: u16 = 405;
 /// Declared differently; for a publish, a message that the broker does not take.
 pub const PRECONDITION_FAILED: u16 = 406;
+/// A frame that cannot be decoded.
+pub const FRAME_ERROR: u16 = 501;
+/// A field with an illegal value.
+pub const SYNTAX_ERROR: u16 = 502;
+/// A method out of place.
+pub const COMMAND_INVALID: u16 = 503;
+/// A channel that is not open.
+pub const CHANNEL_ERROR: u16 = 504;
+/// A frame out of place.
+pub const UNEXPECTED_FRAME: u16 = 505;
+/// The broker is short of a resource.
+pub const RESOURCE_ERROR: u16 = 506;
+/// Forbidden by policy, a limit, or a missing virtual host.
+pub const NOT_ALLOWED: u16 = 530;
+/// A feature that the broker lacks.
+pub const NOT_IMPLEMENTED: u16 = 540;
+/// The broker failed inside.
+pub const INTERNAL_ERROR: u16 = 541;
 
-/// One line of the table: code, its name, what the caller does about it, and our advice.
+/// One line of the table: code, its name, what the caller does about it, and our hint.
 type Line = (u16, &'static str, Kind, &'static str);
 
 /// The table.
+#[rustfmt::skip]
 const REPLIES: &[Line] = &[
-    (200, "reply-success", Kind::Unreachable, "closed on purpose; it is opened again"),
-    (311, "content-too-large", Kind::Event, "lower broker.max_message_size to the broker's limit"),
-    (NO_ROUTE, "no-route", Kind::Refused, "bind a queue whose binding key matches"),
-    (313, "no-consumers", Kind::Protocol, "only \"immediate\" publishes get this; see its log"),
-    (
-        320,
-        "connection-forced",
-        Kind::Unreachable,
-        "the broker or an operator closed it; it is opened again",
-    ),
-    (402, "invalid-path", Kind::Refused, "check the virtual host in broker.url"),
-    (
-        ACCESS_REFUSED,
-        "access-refused",
-        Kind::Refused,
-        "check user, password and the permissions configure, write and read",
-    ),
-    (NOT_FOUND, "not-found", Kind::Refused, "create it, or set broker.topology = \"declare\""),
-    (
-        RESOURCE_LOCKED,
-        "resource-locked",
-        Kind::Busy,
-        "another connection owns this queue; this one waits as its stand-by",
-    ),
-    (
-        PRECONDITION_FAILED,
-        "precondition-failed",
-        Kind::Refused,
-        "change the configuration to what is there, or delete it and declare it anew",
-    ),
-    (501, "frame-error", Kind::Protocol, "a proxy may garble the stream; see the broker's log"),
-    (502, "syntax-error", Kind::Protocol, "the broker did not understand a field; see its log"),
-    (503, "command-invalid", Kind::Protocol, "the broker did not expect this method; see its log"),
-    (504, "channel-error", Kind::Protocol, "the broker does not know this channel; see its log"),
-    (505, "unexpected-frame", Kind::Protocol, "the broker did not expect this frame; see its log"),
-    (
-        506,
-        "resource-error",
-        Kind::Unreachable,
-        "the broker is short of a resource: see its memory, disk and limits",
-    ),
-    (
-        530,
-        "not-allowed",
-        Kind::Refused,
-        "create the virtual host, give the user permissions in it, look at limits",
-    ),
-    (540, "not-implemented", Kind::Refused, "the broker is too old, or lacks a plugin"),
-    (541, "internal-error", Kind::Unreachable, "see the broker's log"),
+    (REPLY_SUCCESS, "reply-success", Kind::Unreachable,
+        "closed on purpose; Watership reconnects"),
+    (CONTENT_TOO_LARGE, "content-too-large", Kind::Event,
+        "lower broker.max_message_size to the broker's limit"),
+    (NO_ROUTE, "no-route", Kind::Refused,
+        "bind a queue whose binding key matches"),
+    (NO_CONSUMERS, "no-consumers", Kind::Protocol,
+        "only \"immediate\" publishes get this reply; see the broker's log"),
+    (CONNECTION_FORCED, "connection-forced", Kind::Unreachable,
+        "the broker or an operator closed the connection; Watership reconnects"),
+    (INVALID_PATH, "invalid-path", Kind::Refused,
+        "check the virtual host in broker.url"),
+    (ACCESS_REFUSED, "access-refused", Kind::Refused,
+        "check user, password and the permissions configure, write and read"),
+    (NOT_FOUND, "not-found", Kind::Refused,
+        "create it, or set broker.topology = \"declare\""),
+    (RESOURCE_LOCKED, "resource-locked", Kind::Busy,
+        "another connection owns this queue; this relay is on standby"),
+    (PRECONDITION_FAILED, "precondition-failed", Kind::Refused,
+        "match the configuration to the existing object, or delete it so it can be redeclared"),
+    (FRAME_ERROR, "frame-error", Kind::Protocol,
+        "a proxy may garble the stream; see the broker's log"),
+    (SYNTAX_ERROR, "syntax-error", Kind::Protocol,
+        "the broker did not understand a field; see its log"),
+    (COMMAND_INVALID, "command-invalid", Kind::Protocol,
+        "the broker did not expect this method; see its log"),
+    (CHANNEL_ERROR, "channel-error", Kind::Protocol,
+        "the broker does not know this channel; see its log"),
+    (UNEXPECTED_FRAME, "unexpected-frame", Kind::Protocol,
+        "the broker did not expect this frame; see its log"),
+    (RESOURCE_ERROR, "resource-error", Kind::Unreachable,
+        "the broker is short of a resource: check its memory, disk and limits"),
+    (NOT_ALLOWED, "not-allowed", Kind::Refused,
+        "create the virtual host, give the user permissions in it, or check the vhost's limits"),
+    (NOT_IMPLEMENTED, "not-implemented", Kind::Refused,
+        "the broker is too old, or lacks a plugin"),
+    (INTERNAL_ERROR, "internal-error", Kind::Unreachable,
+        "see the broker's log"),
 ];
 
-/// The name of a reply code, what the caller does about it, and our advice. A code that no line
-/// names is taken for the broker's own trouble.
+/// The name of a reply code, what the caller does about it, and our hint. A code that is not in
+/// the table ends the connection like any other failure.
 pub fn classify(code: u16) -> (&'static str, Kind, &'static str) {
     match REPLIES.iter().find(|(known, ..)| *known == code) {
-        Some((_, name, kind, advice)) => (name, *kind, advice),
+        Some((_, name, kind, hint)) => (name, *kind, hint),
         None => ("unknown", Kind::Unreachable, "see the broker's log"),
     }
 }
 
-/// The error for a reply: `what` happened, with the broker's own words.
+/// The error for a reply: `what` happened, with the broker's own words and code.
 pub fn error(what: &str, code: u16, text: &str) -> Error {
-    let (name, kind, advice) = classify(code);
+    let (name, kind, hint) = classify(code);
     let space = if what.is_empty() { "" } else { ": " };
     // The broker's text mostly begins with the name, in capitals.
     let begins = text.to_ascii_lowercase().replace('_', "-").starts_with(name);
     let shown = if begins { text.to_owned() } else { format!("{name}, {text}") };
-    Error::new(kind, format!("{what}{space}{code} {shown}")).hint(advice)
+    Error::new(kind, format!("{what}{space}{code} {shown}")).coded(Code::Reply(code)).hint(hint)
+}
+
+/// The broker says that the exchange or queue does not exist.
+pub fn is_missing(error: &Error) -> bool {
+    error.reply_code() == Some(NOT_FOUND)
+}
+
+/// What made the broker close a channel with unconfirmed publishes on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// The exchange is missing or may not be written to: all messages of the route would fail.
+    Destination,
+    /// One of the messages; the broker does not say which.
+    Message,
+    /// Neither: the session is over.
+    Session,
+}
+
+/// What made the broker close a channel that is only published on.
+pub fn channel_closed(code: u16) -> Cause {
+    match code {
+        ACCESS_REFUSED | NOT_FOUND => Cause::Destination,
+        CONTENT_TOO_LARGE | PRECONDITION_FAILED => Cause::Message,
+        _ => Cause::Session,
+    }
+}
+
+/// The broker's own limit for a message, in bytes, out of the text of a 406, which is the only
+/// place that has it: "message size 20 is larger than configured max size 10".
+///
+/// It only saves further channels from being closed, one for each message that is too large; what
+/// becomes of the message itself is decided by the code. So nothing is wrong, only slower, when
+/// the text says something else: then it is absent.
+pub fn size_limit(text: &str) -> Option<usize> {
+    let (_, limit) = text.split_once("max size ")?;
+    let digits: String = limit.chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_code_stands_once_in_the_table() {
+        for (index, (code, name, ..)) in REPLIES.iter().enumerate() {
+            let again = REPLIES[..index].iter().any(|(c, n, ..)| c == code || n == name);
+            assert!(!again, "{code} {name}");
+        }
+    }
+
+    #[test]
+    fn a_closed_channel_is_the_doing_of_the_exchange_of_a_message_or_of_neither() {
+        for (code, cause) in [
+            (ACCESS_REFUSED, Cause::Destination),
+            (NOT_FOUND, Cause::Destination),
+            (PRECONDITION_FAILED, Cause::Message),
+            (CONTENT_TOO_LARGE, Cause::Message),
+            (CHANNEL_ERROR, Cause::Session),
+            (INTERNAL_ERROR, Cause::Session),
+            (999, Cause::Session),
+        ] {
+            assert_eq!(channel_closed(code), cause, "{code}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_is_known_by_its_code_and_not_by_its_text() {
+        assert!(is_missing(&error("exchange \"a\"", NOT_FOUND, "NOT_FOUND - no exchange")));
+        assert!(is_missing(&error("x", NOT_FOUND, "")));
+        assert!(!is_missing(&error("x", ACCESS_REFUSED, "404 does not exist")));
+        assert!(!is_missing(&Error::refused("404 does not exist")));
+    }
+
+    #[test]
+    fn the_brokers_size_limit_is_learnt_from_its_text() {
+        let text = "PRECONDITION_FAILED - message size 2000000 is larger than configured max size \
+                    1048576";
+        assert_eq!(size_limit(text), Some(1_048_576));
+        assert_eq!(
+            size_limit("PRECONDITION_FAILED - message size 9 larger than max size 8"),
+            Some(8)
+        );
+        assert_eq!(size_limit("PRECONDITION_FAILED - invalid expiration"), None);
+        assert_eq!(size_limit("max size 99999999999999999999999"), None);
+    }
 }

@@ -5,8 +5,8 @@
 //! of which kind it is, and it needs no configure permission (AMQP 0-9-1, `exchange.declare` and
 //! `queue.declare`). Bindings cannot be verified over AMQP at all.
 //!
-//! lapin has hung in connect, open and close before, so every step has a time limit of ours, and
-//! its automatic recovery stays off.
+//! lapin has been seen to hang in connect, open and close, so every step has a time limit of ours,
+//! and its automatic recovery stays off.
 
 use std::time::Duration;
 
@@ -22,12 +22,12 @@ use tokio::time::timeout;
 use super::options::{Auth, Options, Url};
 use super::publisher::join_errors;
 use super::reply;
-use crate::error::{Error, Kind, Result};
-use crate::fault::{classify, is_tls, with_advice};
+use crate::error::{Code, Error, Kind, Result};
+use crate::fault::{classify, is_tls, with_hint};
 use crate::tls;
 
 /// Largest frame of this connection, in bytes. lapin keeps 64 of them in memory, and nothing large
-/// is said here; RabbitMQ 4 refuses less.
+/// is sent here; RabbitMQ 4 refuses a smaller one.
 const FRAME_MAX: u32 = 8192;
 
 /// Whether missing things are made.
@@ -135,7 +135,7 @@ pub async fn apply(options: &Options, topology: &Topology) -> Result<()> {
             Ok(connection) => {
                 let result = apply_on(&connection, topology, url, limit).await;
                 // What was to be done is done or has failed; a failed close changes neither.
-                let _ = timeout(limit, connection.close(200, "done".into())).await;
+                let _ = timeout(limit, connection.close(reply::REPLY_SUCCESS, "done".into())).await;
                 return result.map_err(|e| e.context(format!("broker {url}")));
             }
             Err(error) if error.kind() == Kind::Config => return Err(error),
@@ -149,7 +149,7 @@ async fn connect(options: &Options, url: &Url, limit: Duration) -> Result<Connec
     let tls = options.tls_for(url)?.map(|o| tls::client_config(&o)).transpose()?;
     let connector = tls.map(RustlsConnector::from);
     let runtime = lapin::runtime::default_runtime()
-        .map_err(|e| Error::unreachable("no runtime for the broker connection").caused_by(e))?;
+        .map_err(|e| Error::internal("no runtime for the broker connection").caused_by(e))?;
     let name = format!("{} topology", options.connection_name);
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     // The stream is made here and not by lapin, so that all levels of TLS work as they do for the
@@ -298,26 +298,28 @@ fn translate(error: &lapin::Error) -> Error {
         ErrorKind::ProtocolError(broker) => {
             let error = reply::error("", broker.get_id(), broker.get_message().as_str());
             match error.kind() {
-                // Somebody's exclusive queue where ours should be; the lock is taken elsewhere.
-                Kind::Busy => error.with_kind(Kind::Refused).hint("delete it, or rename ours"),
+                // An exclusive queue of another connection; the lock queue is declared elsewhere.
+                Kind::Busy => {
+                    error.with_kind(Kind::Refused).hint("delete it, or configure another name")
+                }
                 _ => error,
             }
         }
         ErrorKind::IOError(io) => {
-            let (kind, advice) = classify(io);
+            let (kind, hint) = classify(io);
             let what = if is_tls(io) { "TLS with the broker" } else { "broker connection failed" };
-            with_advice(Error::new(kind, what).caused_by(error.clone()), advice)
+            with_hint(Error::new(kind, what).caused_by(error.clone()), hint)
         }
         _ => Error::unreachable("broker connection failed").caused_by(error.clone()),
     }
 }
 
-/// Turns "404" into a sentence with what to do.
+/// Turns "not found" into a sentence with what to do.
 fn say_missing(error: Error, what: &str, name: &str, url: &Url) -> Error {
-    if error.kind() == Kind::Refused && error.to_string().contains("404 ") {
-        Error::refused(format!("{what} {name:?} does not exist in vhost {:?}", url.vhost))
-            .hint("create it or set topology = \"declare\"")
-    } else {
-        error
+    if !reply::is_missing(&error) {
+        return error;
     }
+    Error::refused(format!("{what} {name:?} does not exist in vhost {:?}", url.vhost))
+        .coded(Code::Reply(reply::NOT_FOUND))
+        .hint("create it, or set broker.topology = \"declare\"")
 }

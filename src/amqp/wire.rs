@@ -13,7 +13,7 @@ use amq_protocol::protocol::AMQPClass;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::message::{Message, ROUTE_HEADER, text_in_table};
+use crate::message::{Message, ROUTE_HEADER, route_hash};
 
 /// What a client sends first: protocol id, then version 0-9-1.
 pub const PROTOCOL_HEADER: &[u8; 8] = b"AMQP\x00\x00\x09\x01";
@@ -81,7 +81,7 @@ pub enum Incoming {
         /// Bytes in this piece.
         len: u64,
     },
-    /// The broker lives.
+    /// The broker is alive.
     Heartbeat,
 }
 
@@ -105,12 +105,14 @@ pub fn parse(bytes: &[u8], frame_max: usize) -> Result<Option<(Incoming, usize)>
     let len = size.saturating_add(FRAME_OVERHEAD);
     if len > frame_max {
         return Err(Error::protocol(format!(
-            "broker sent a frame of {len} bytes, {frame_max} were agreed"
+            "broker sent a frame of {len} bytes, which exceeds the negotiated {frame_max}"
         )));
     }
     let (Some(payload), Some(end)) = (rest.get(..size), rest.get(size)) else { return Ok(None) };
     if *end != END {
-        return Err(Error::protocol(format!("broker sent a frame that ends with byte {end:#04x}")));
+        return Err(Error::protocol(format!(
+            "broker sent a frame that ends with byte {end:#04x}, not 0xce"
+        )));
     }
     let frame = match kind {
         METHOD => parse_method(channel, payload, &bytes[..len])?,
@@ -127,7 +129,7 @@ fn known_type(kind: u8) -> Result<()> {
         b'A' => Err(Error::protocol("the server does not speak AMQP 0-9-1")
             .hint("is this the AMQP port of a RabbitMQ broker (5672, with TLS 5671)?")),
         other => Err(Error::protocol(format!("broker sent a frame of unknown type {other}"))
-            .hint("is this the AMQP port of a RabbitMQ broker, and is TLS wanted there?")),
+            .hint("is this the AMQP port of a RabbitMQ broker, and does that port expect TLS?")),
     }
 }
 
@@ -143,7 +145,7 @@ fn parse_method(channel: u16, payload: &[u8], frame: &[u8]) -> Result<Incoming> 
     }
     let bad = || {
         let id = payload.get(..4).unwrap_or(payload);
-        Error::protocol(format!("broker sent a method that cannot be read, id {id:?}"))
+        Error::protocol(format!("broker sent an unreadable method, id {id:?}"))
     };
     let (id, arguments) = payload.split_first_chunk::<4>().ok_or_else(bad)?;
     if *id == CONNECTION_START {
@@ -169,7 +171,7 @@ fn parse_start(arguments: &[u8]) -> Option<String> {
 
 /// Reads the property list up to the message id, AMQP 0-9-1 section 4.2.6.1.
 fn parse_content_header(channel: u16, payload: &[u8]) -> Result<Incoming> {
-    let bad = || Error::protocol("broker sent a content header that cannot be read");
+    let bad = || Error::protocol("broker sent an unreadable content header");
     let rest = payload.strip_prefix(&BASIC).ok_or_else(bad)?;
     let (size, rest) = rest.get(2..).and_then(|r| r.split_first_chunk::<8>()).ok_or_else(bad)?;
     let (flags, list) = rest.split_first_chunk::<2>().ok_or_else(bad)?;
@@ -178,16 +180,10 @@ fn parse_content_header(channel: u16, payload: &[u8]) -> Result<Incoming> {
     Ok(Incoming::ContentHeader { channel, body_size, message_id, route })
 }
 
-/// What tells messages of one event to one destination apart: the hash of the route's
-/// name, or of nothing.
-pub fn route_hash(route: Option<&str>) -> u64 {
-    xxhash_rust::xxh64::xxh64(route.unwrap_or_default().as_bytes(), 0)
-}
-
 /// Message id and [`route_hash`]. The outer `None`: the list ends too early. The inner one: there
-/// is no id, or it is no uuid.
+/// has no id, or it is not a uuid.
 fn message_id(flags: u16, mut list: &[u8]) -> Option<(Option<Uuid>, u64)> {
-    let mut route = None;
+    let mut route = "";
     const MESSAGE_ID_BIT: u16 = 7;
     for bit in (MESSAGE_ID_BIT..16).rev().filter(|bit| flags & (1 << bit) != 0) {
         let len = match bit {
@@ -210,11 +206,48 @@ fn message_id(flags: u16, mut list: &[u8]) -> Option<(Option<Uuid>, u64)> {
             return Some((Uuid::try_parse_ascii(list.get(..len)?).ok(), route_hash(route)));
         }
         if bit == 13 {
-            route = text_in_table(list.get(..len)?, ROUTE_HEADER);
+            route = route_of(list.get(..len)?);
         }
         list = list.get(len..)?;
     }
     Some((None, route_hash(route)))
+}
+
+/// The [`ROUTE_HEADER`] of a returned message; empty when it has none, or when a header before it
+/// is of a type that the relay does not write. What the broker sends back is the only place that
+/// says which of an event's messages was returned.
+fn route_of(mut headers: &[u8]) -> &str {
+    while let Some((header, rest)) = next_header(headers) {
+        if header.kind == b'S' && header.name == ROUTE_HEADER.as_bytes() {
+            return std::str::from_utf8(header.value).unwrap_or_default();
+        }
+        headers = rest;
+    }
+    ""
+}
+
+struct Header<'a> {
+    name: &'a [u8],
+    kind: u8,
+    value: &'a [u8],
+}
+
+/// The first header and what follows, AMQP 0-9-1 section 4.2.5.5. Nested tables are not entered.
+fn next_header(headers: &[u8]) -> Option<(Header<'_>, &[u8])> {
+    let (&len, rest) = headers.split_first()?;
+    let (name, rest) = rest.split_at_checked(usize::from(len))?;
+    let (&kind, rest) = rest.split_first()?;
+    let (value, rest) = match kind {
+        b'S' => {
+            let (len, rest) = rest.split_first_chunk::<4>()?;
+            rest.split_at_checked(u32::from_be_bytes(*len) as usize)?
+        }
+        b'l' | b'd' => rest.split_at_checked(8)?,
+        b't' => rest.split_at_checked(1)?,
+        b'V' => (&[][..], rest),
+        _ => return None,
+    };
+    Some((Header { name, kind, value }, rest))
 }
 
 /// Appends method, header and body frames of one mandatory `basic.publish`.
@@ -296,7 +329,7 @@ mod tests {
     use amq_protocol::protocol::basic::{AMQPMethod, Publish, parse_properties};
     use proptest::prelude::*;
 
-    use crate::message::{Builder, ExchangeId, Properties, RouteId};
+    use crate::message::{Builder, ExchangeId, NO_ROUTE_HASH, Properties, RouteId};
 
     fn message(key: &str, header: &str, body: &[u8]) -> Message {
         let properties = Properties {
@@ -308,8 +341,16 @@ mod tests {
         };
         let mut scratch = Vec::new();
         let mut builder = Builder::new(&mut scratch, key, properties).unwrap();
-        builder.header_text("ws-key", header.as_bytes()).unwrap();
-        builder.finish(ExchangeId(0), RouteId(0), |out| out.extend_from_slice(body)).unwrap()
+        // In the order of their names, as the codec writes them.
+        builder.header_void("a").unwrap();
+        builder.header_int("b", 1).unwrap();
+        builder.header_bool("c", true).unwrap();
+        builder.header_key(header).unwrap();
+        builder.header_text(ROUTE_HEADER, header.as_bytes()).unwrap();
+        let write = |out: &mut Vec<u8>| out.extend_from_slice(body);
+        let mut message = builder.finish(ExchangeId(0), RouteId(0), write).unwrap();
+        message.route_hash = route_hash(header);
+        message
     }
 
     fn generated(frame: &AMQPFrame) -> Vec<u8> {
@@ -359,7 +400,7 @@ mod tests {
             let frames = parse_all(&out[frame_len(&out)..], 4096).unwrap();
             prop_assert_eq!(&frames[0], &Incoming::ContentHeader {
                 channel, body_size: body.len() as u64, message_id: Some(message.id),
-                route: route_hash(None),
+                route: message.route_hash,
             });
             let len: u64 = frames[1..].iter().map(|f| match f {
                 Incoming::ContentBody { len, .. } => *len,
@@ -400,7 +441,10 @@ mod tests {
         let mut head = Vec::new();
         put_head(&mut head, METHOD, 0, 4096 - FRAME_OVERHEAD + 1);
         let error = parse(&head, 4096).unwrap_err();
-        assert_eq!(error.to_string(), "broker sent a frame of 4097 bytes, 4096 were agreed");
+        assert_eq!(
+            error.to_string(),
+            "broker sent a frame of 4097 bytes, which exceeds the negotiated 4096"
+        );
         head.clear();
         put_head(&mut head, METHOD, 0, 4096 - FRAME_OVERHEAD);
         assert_eq!(parse(&head, 4096).unwrap(), None);
@@ -421,7 +465,7 @@ mod tests {
             channel: 3,
             body_size: 0,
             message_id: None,
-            route: route_hash(None),
+            route: NO_ROUTE_HASH,
         };
         assert_eq!(frame, expected);
     }

@@ -1,34 +1,35 @@
-//! The broker half of `check`: connection, exchanges, queues; bindings and grades where the
-//! management API is given.
+//! The broker half of `check`: connection, exchanges, queues; bindings and grades if there is a
+//! management URL.
 
 use super::findings::Findings;
-use crate::amqp::audit::{Grade, Survey, Verdict};
+use crate::amqp::audit::{Grade, Graded, Survey};
 use crate::amqp::management::Management;
 use crate::amqp::options::Options;
+use crate::amqp::reply::is_missing;
 use crate::amqp::topology::{self, Binding, Mode, Topology};
 use crate::config::Config;
-use crate::error::{Kind, Result};
-use crate::relay::audit;
+use crate::error::Result;
+use crate::relay::upkeep::route_audit;
 use crate::route::{Action, MessageIdRule, Rule, Select};
 
-/// Adds what it finds; never fails, because a failure is a finding too.
+/// Adds its findings; it never fails, because a failure is a finding too.
 pub(super) async fn check(f: &mut Findings, config: &Config) {
-    let options = config.broker_options();
-    if let Err(error) = topology::apply(&options, &nothing()).await {
+    let options = &config.relay.broker;
+    if let Err(error) = topology::apply(options, &nothing()).await {
         return f.error("broker", &error);
     }
     let urls: Vec<String> = options.urls.iter().map(ToString::to_string).collect();
     f.ok("broker", format!("connected to {}", urls.join(" or ")));
-    check_things(f, config, &options).await;
-    let Some(url) = &config.broker.management_url else {
+    check_topology(f, config, options).await;
+    let Some(url) = &config.relay.audit.management_url else {
         f.warning(
             "bindings",
-            "bindings are not verified: AMQP cannot list them",
+            "bindings cannot be verified: AMQP does not list them",
             "set broker.management_url",
         );
         return grade_by_declares(f, config).await;
     };
-    let graded = match Management::new(url, &options) {
+    let graded = match Management::new(url, options) {
         Ok(management) => check_routes(f, config, &management).await,
         Err(error) => Err(error),
     };
@@ -42,8 +43,8 @@ fn nothing() -> Topology {
 }
 
 /// Verifies exchange by exchange and queue by queue, so that each is a finding.
-async fn check_things(f: &mut Findings, config: &Config, options: &Options) {
-    let topology = &config.topology;
+async fn check_topology(f: &mut Findings, config: &Config, options: &Options) {
+    let topology = &config.relay.topology;
     for exchange in &topology.exchanges {
         let one = Topology { exchanges: vec![exchange.clone()], ..nothing() };
         let what = format!("exchange {:?}", exchange.name);
@@ -60,28 +61,25 @@ fn report(f: &mut Findings, mode: Mode, area: &'static str, what: &str, result: 
     match result {
         Ok(()) => f.ok(area, format!("{what} exists")),
         Err(error) if mode == Mode::Declare && is_missing(&error) => {
-            f.ok(area, format!("{what} does not exist, `watership run` declares it"));
+            f.ok(area, format!("{what} does not exist; `watership run` will declare it"));
         }
         Err(error) => f.error(area, &error),
     }
 }
 
-fn is_missing(error: &crate::error::Error) -> bool {
-    error.kind() == Kind::Refused && error.to_string().contains("does not exist")
-}
-
-/// The queues that a route's exchange feeds, by the names of the routes.
+/// A route and the queues that its messages reach.
 struct Reached<'a> {
     rule: &'a Rule,
     queues: Vec<String>,
 }
 
 async fn check_routes(f: &mut Findings, config: &Config, management: &Management) -> Result<()> {
-    check_bindings(f, &config.topology, management).await?;
-    let exchanges: Vec<String> = config.topology.exchanges.iter().map(|e| e.name.clone()).collect();
+    check_bindings(f, &config.relay.topology, management).await?;
+    let exchanges: Vec<String> =
+        config.relay.topology.exchanges.iter().map(|e| e.name.clone()).collect();
     let survey = management.survey(&exchanges).await?;
     let mut reached = Vec::new();
-    for rule in &config.rules {
+    for rule in &config.relay.rules {
         let Action::Publish { exchange, .. } = &rule.action else { continue };
         let key = rule.known_key();
         grade(f, config, rule, &survey, &survey.grade(&rule.name, exchange, &key));
@@ -91,21 +89,23 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
     Ok(())
 }
 
-/// What is missing was said, thing by thing; this is what it means for each route.
+/// What is missing was reported above; this adds what it means for each route.
 async fn grade_by_declares(f: &mut Findings, config: &Config) {
-    let verdicts = match audit::by_declares(&config.relay_options()).await {
-        Ok(verdicts) => verdicts,
+    let all_graded = match route_audit::by_declares(&config.relay).await {
+        Ok(all_graded) => all_graded,
         Err(error) => return f.error("route", &error),
     };
     let publishes = |rule: &&Rule| matches!(rule.action, Action::Publish { .. });
-    for (rule, Verdict { grade, reason }) in config.rules.iter().filter(publishes).zip(verdicts) {
+    for (rule, Graded { grade, reason }) in
+        config.relay.rules.iter().filter(publishes).zip(all_graded)
+    {
         let what = format!("{:?} is {grade} ({reason})", rule.name);
-        let declares = config.topology.mode == Mode::Declare;
+        let declares = config.relay.topology.mode == Mode::Declare;
         let hint = match grade {
-            Grade::Unsafe if declares => "`watership run` declares what is missing",
-            Grade::Unsafe => "make what is missing; until then the route is held",
+            Grade::Unsafe if declares => "`watership run` will declare what is missing",
+            Grade::Unsafe => "declare what is missing; until then the route is held",
             Grade::Safe | Grade::Weak | Grade::NotVerified => {
-                "what a confirm is worth depends on the queues behind the exchange"
+                "what a confirm guarantees depends on the queues bound to the exchange"
             }
         };
         f.warning("route", what, hint);
@@ -114,20 +114,19 @@ async fn grade_by_declares(f: &mut Findings, config: &Config) {
 
 async fn check_bindings(f: &mut Findings, topology: &Topology, api: &Management) -> Result<()> {
     for Binding { queue, exchange, routing_key } in &topology.bindings {
-        let what = format!("queue {queue:?} to exchange {exchange:?} by {routing_key:?}");
+        let what = format!("queue {queue:?} to exchange {exchange:?} with key {routing_key:?}");
         let there = api.bindings(exchange).await?;
         let bound = there.iter().any(|b| b.queue == *queue && b.routing_key == *routing_key);
         match (bound, topology.mode) {
             (true, Mode::Declare | Mode::Verify) => f.ok("binding", what),
             (false, Mode::Declare) => {
-                f.ok("binding", format!("{what} does not exist, `watership run` declares it"));
+                f.ok("binding", format!("{what} does not exist; `watership run` will declare it"));
             }
             (false, Mode::Verify) => {
                 f.problem(
                     "binding",
                     format!("{what} does not exist"),
-                    "bind it, or set \
-                    broker.topology = \"declare\"",
+                    "bind the queue, or set broker.topology = \"declare\"",
                 );
             }
         }
@@ -135,35 +134,36 @@ async fn check_bindings(f: &mut Findings, topology: &Topology, api: &Management)
     Ok(())
 }
 
-fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, verdict: &Verdict) {
-    let Verdict { grade, reason } = verdict;
+fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, graded: &Graded) {
+    let Graded { grade, reason } = graded;
     let what = format!("{:?} is {grade} ({reason})", rule.name);
     let Action::Publish { exchange, .. } = &rule.action else { return };
     let unreached = survey.queues_of(&rule.name, exchange, &rule.known_key()).is_empty();
-    let declared = config.topology.bindings.iter().any(|b| b.exchange == *exchange);
+    let declared = config.relay.topology.bindings.iter().any(|b| b.exchange == *exchange);
     match grade {
         Grade::Safe => f.ok("route", what),
-        // Before the first run there may be nothing yet; that is said elsewhere.
-        Grade::Unsafe if unreached && declared && config.topology.mode == Mode::Declare => {
-            f.warning("route", what, "`watership run` declares what is missing; check again then");
+        // Before the first run nothing may exist yet; that is reported elsewhere.
+        Grade::Unsafe if unreached && declared && config.relay.topology.mode == Mode::Declare => {
+            let hint = "`watership run` will declare what is missing; run check again after it";
+            f.warning("route", what, hint);
         }
         Grade::Unsafe if unreached => f.problem(
             "route",
             what,
-            "bind a queue by a key that matches; until then the route is held",
+            "bind a queue with a matching key; until then the route is held",
         ),
         Grade::Weak | Grade::NotVerified => {
             f.warning(
                 "route",
                 what,
-                "SAFE is a quorum queue on several nodes, without TTL, and with a dead-letter \
-                 exchange where deliveries are limited (RabbitMQ 4 does that by default)",
+                "for SAFE, use a quorum queue on several nodes, without TTL, and with a \
+                 dead-letter exchange if deliveries are limited (the default of RabbitMQ 4)",
             );
         }
         Grade::Unsafe => f.warning(
             "route",
             what,
-            "confirmed messages can be dropped; set overflow to reject-publish, make it durable",
+            "confirmed messages can be lost; make the queue durable, with overflow reject-publish",
         ),
     }
 }

@@ -16,15 +16,13 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::dev::{Postgres, PostgresOptions, Process, Rabbit, RabbitOptions, StopMode};
+use crate::dev::ledger::{Counts, Ledger};
+use crate::dev::{Postgres, PostgresOptions, Process, Rabbit, RabbitOptions, StopMode, consumer};
 use crate::error::{Error, Result};
 
-mod consumer;
-mod ledger;
 mod shop;
 mod view;
 
-use ledger::{Counts, Ledger};
 use shop::Transactions;
 use view::View;
 
@@ -45,17 +43,17 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// How often progress is looked at, and shown on a terminal.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Show Watership at work on private servers, through two faults
+/// Show Watership at work on private servers, through two faults.
 #[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "Example:\n  watership demo --events 50000\n\n\
-    Starts its own Postgres and RabbitMQ in a temporary directory; touches nothing else.\n\
-    Exit code 0: everything that committed arrived, in order. 1: it did not.")]
+    It starts its own Postgres and RabbitMQ in a temporary directory and touches nothing else.\n\
+    Exit code 0 if every committed event arrived, in order; 1 if not.")]
 pub struct Args {
-    /// How many events the shop commits
+    /// Number of events that the shop commits.
     #[arg(long, value_name = "N", default_value_t = 20_000,
         value_parser = clap::value_parser!(u64).range(100..=10_000_000))]
     pub events: u64,
-    /// Leave the servers and the relay up until Ctrl-C, and print their URLs
+    /// Keep the servers and the relay running until Ctrl-C, and print their URLs.
     #[arg(long)]
     pub keep: bool,
 }
@@ -106,7 +104,7 @@ enum Watched {
     Silent,
 }
 
-const SILENT: &str = "nothing has happened for";
+const SILENT: &str = "no progress for";
 
 /// When the faults happened, since the start of the run.
 #[derive(Debug, Clone, Copy)]
@@ -134,13 +132,13 @@ pub async fn run(args: Args) -> Result<bool> {
     let shop = open_shop(&run, &stack, args.events);
     let (faults, transactions) = stack.live_through(&run, shop, args.events).await?;
     consumer.abort();
-    let verdict = run.ledger().verdict(faults.relay_killed);
-    view::report(&verdict, transactions, &faults);
+    let judgement = run.ledger().judgement(faults.relay_killed);
+    view::report(&judgement, transactions, &faults);
     if args.keep {
         stack.keep().await?;
     }
     stack.end().await?;
-    Ok(verdict.holds())
+    Ok(judgement.holds())
 }
 
 /// Starts the writers; together they commit `events` events.
@@ -211,7 +209,7 @@ impl Stack {
         let mut view = View::new();
         self.reach(run, &mut view, &mut shop, |c| c.committed >= events / 4).await?;
         let relay_killed = run.elapsed();
-        view.note("kill -9 of the relay, and a new one");
+        view.note("kill -9 of the relay; a new one starts");
         self.relay.kill();
         self.relay = start_relay(&self.config)?;
         let mark = run.ledger().counts().delivered;
@@ -219,7 +217,7 @@ impl Stack {
         let relay_back = run.elapsed();
         self.reach(run, &mut view, &mut shop, |c| c.committed >= events / 2).await?;
         let broker_stopped = run.elapsed();
-        view.note("RabbitMQ restarts; the shop goes on");
+        view.note("RabbitMQ restarts; the shop keeps writing");
         self.restart_broker(run, &mut view).await?;
         let mark = run.ledger().counts().delivered;
         self.reach(run, &mut view, &mut shop, back(mark, events)).await?;
@@ -309,7 +307,7 @@ impl Stack {
         match self.relay.ended() {
             None => Ok(()),
             Some(status) => {
-                let text = format!("the relay ended by itself with {status}");
+                let text = format!("the relay ended unexpectedly with {status}");
                 Err(Error::unreachable(text + &self.relay_log()))
             }
         }
@@ -320,7 +318,7 @@ impl Stack {
     }
 
     async fn keep(&mut self) -> Result<()> {
-        println!("\nEverything stays up until Ctrl-C:");
+        println!("\nEverything keeps running until Ctrl-C:");
         println!("  Postgres    {}", self.postgres.url("postgres", DATABASE));
         println!("  RabbitMQ    {}", self.rabbit.url("/"));
         println!("  management  {}", self.rabbit.management_url().unwrap_or_default());
@@ -329,7 +327,7 @@ impl Stack {
         println!("  relay's log {}", self.relay.log().display());
         println!("  try         watership status --config {}", self.config.display());
         let heard = tokio::signal::ctrl_c().await;
-        heard.map_err(|e| Error::config("waiting for Ctrl-C").caused_by(e))
+        heard.map_err(|e| Error::internal("waiting for Ctrl-C").caused_by(e))
     }
 
     /// In this order the relay sees no fault at the end.
@@ -363,10 +361,10 @@ async fn init(config: &Path, admin: &str) -> Result<()> {
     let out = match tokio::time::timeout(STEP_LIMIT, command.output()).await {
         Ok(Ok(out)) => out,
         Ok(Err(e)) => return Err(failed("cannot be started".into()).caused_by(e)),
-        Err(_) => return Err(failed(format!("is not done after {STEP_LIMIT:?}"))),
+        Err(_) => return Err(failed(format!("has not finished after {STEP_LIMIT:?}"))),
     };
     if out.status.success() {
-        println!("  watership init made schema, roles, publication and slot");
+        println!("  watership init created schema, roles, publication and slot");
         return Ok(());
     }
     let said = String::from_utf8_lossy(&out.stderr);

@@ -1,20 +1,20 @@
-//! What `check` found, each with what to do.
+//! What `check` finds, each with what to do about it.
 
 use serde::Serialize;
 
 use super::{End, Out};
-use crate::error::{Error, Kind};
+use crate::error::Error;
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Level {
     Ok,
-    /// The relay runs; something may go wrong later.
+    /// The relay works; something may go wrong later.
     Warning,
-    /// The relay will not run, or messages will not arrive.
+    /// The relay will not work, or messages will not arrive.
     Problem,
-    /// Going on would be a guess: a person has to decide.
+    /// Continuing would be a guess: an operator has to decide.
     Verdict,
 }
 
@@ -24,7 +24,7 @@ pub(super) struct Finding {
     area: &'static str,
     what: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    advice: Option<String>,
+    hint: Option<String>,
 }
 
 /// All findings, printed as they come.
@@ -52,32 +52,24 @@ impl Findings {
         &mut self,
         area: &'static str,
         what: impl Into<String>,
-        advice: impl Into<String>,
+        hint: impl Into<String>,
     ) {
-        self.add(Level::Warning, area, what.into(), Some(advice.into()));
+        self.add(Level::Warning, area, what.into(), Some(hint.into()));
     }
 
     pub(super) fn problem(
         &mut self,
         area: &'static str,
         what: impl Into<String>,
-        advice: impl Into<String>,
+        hint: impl Into<String>,
     ) {
-        self.add(Level::Problem, area, what.into(), Some(advice.into()));
+        self.add(Level::Problem, area, what.into(), Some(hint.into()));
     }
 
-    /// Adds an error under its own kind.
+    /// Adds an error, as a verdict if it is one.
     pub(super) fn error(&mut self, area: &'static str, error: &Error) {
-        let level = match error.kind() {
-            Kind::Verdict => Level::Verdict,
-            Kind::Config
-            | Kind::Unreachable
-            | Kind::Refused
-            | Kind::Busy
-            | Kind::Protocol
-            | Kind::Event => Level::Problem,
-        };
-        self.add(level, area, error.to_string(), error.advice().map(str::to_owned));
+        let level = if error.kind().is_verdict() { Level::Verdict } else { Level::Problem };
+        self.add(level, area, error.to_string(), error.hint_text().map(str::to_owned));
     }
 
     /// How many are worse than a warning.
@@ -85,7 +77,7 @@ impl Findings {
         self.list.iter().filter(|f| f.level >= Level::Problem).count()
     }
 
-    fn add(&mut self, level: Level, area: &'static str, what: String, advice: Option<String>) {
+    fn add(&mut self, level: Level, area: &'static str, what: String, hint: Option<String>) {
         let (word, colour) = match level {
             Level::Ok => ("ok", 32),
             Level::Warning => ("warning", 33),
@@ -94,13 +86,13 @@ impl Findings {
         };
         let word = self.out.coloured(colour, &format!("{word:<8}"));
         self.out.line(&format!("{word} {area:<12} {what}"));
-        if let Some(advice) = &advice {
-            self.out.line(&format!("         {:<12} -> {advice}", ""));
+        if let Some(hint) = &hint {
+            self.out.line(&format!("         {:<12} -> {hint}", ""));
         }
-        self.list.push(Finding { level, area, what, advice });
+        self.list.push(Finding { level, area, what, hint });
     }
 
-    /// Prints the sum and says how the command ends.
+    /// Prints the totals and returns how the command ends.
     pub(super) fn finish(self) -> crate::error::Result<End> {
         let count = |level| self.list.iter().filter(|f| f.level == level).count();
         let worst = self.list.iter().map(|f| f.level).max().unwrap_or(Level::Ok);
@@ -114,7 +106,7 @@ impl Findings {
         Ok(match worst {
             Level::Ok | Level::Warning => End::Fine,
             Level::Problem => End::Failed,
-            Level::Verdict => End::NeedsPerson,
+            Level::Verdict => End::NeedsDecision,
         })
     }
 }

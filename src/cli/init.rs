@@ -1,8 +1,8 @@
-//! `watership init`: prepares the database, in an order in which nothing can be missed.
+//! `watership init`: sets up the database, in an order in which no event can be missed.
 //!
 //! Schema and roles, publication, slot, the checkpoint row at the slot's consistent point, and only
-//! then the grant to applications: a row written before the slot exists is never streamed. What is
-//! there is left as it is, so `init` may be run again.
+//! then the grant to applications: a row written before the slot exists is never streamed. What
+//! exists is left as it is, so `init` may be run again.
 
 use serde::Serialize;
 use tokio_postgres::Client;
@@ -21,8 +21,9 @@ use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
+use crate::relay::check::{position, tables};
 use crate::relay::checkpoint::{self, NewCheckpoint};
-use crate::relay::{position_check, session, table_check};
+use crate::relay::session::{facts, wal};
 use crate::secret::Secret;
 use crate::verdict::Verdict;
 
@@ -30,13 +31,14 @@ use crate::verdict::Verdict;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  \
     watership --config shop.toml init --admin-url 'postgres://postgres:${PW}@127.0.0.1/shop'\n\n\
-    May be run again: what is there is left as it is.")]
+    It may be run again: what exists is left as it is.")]
 pub(super) struct Args {
-    /// Who makes the objects: a superuser, or a role with CREATEROLE, REPLICATION and CREATE that
-    /// owns the captured tables. ${NAME} and ${file:/path} are filled in. Default: source.url.
+    /// The role that creates the objects: a superuser, or one with CREATEROLE, REPLICATION and
+    /// CREATE that owns the captured tables. ${NAME} and ${file:/path} are filled in. Default:
+    /// source.url.
     #[arg(long, value_name = "URL")]
     admin_url: Option<String>,
-    /// Go on although the outbox has rows that are older than the slot; they are never sent.
+    /// Continue even if the outbox holds rows older than the slot; they will never be published.
     #[arg(long)]
     skip_existing: bool,
 }
@@ -58,7 +60,7 @@ struct Step {
     detail: String,
 }
 
-/// The steps, printed as they are done.
+/// All steps, printed as they are done.
 struct Steps {
     list: Vec<Step>,
     out: Out,
@@ -82,16 +84,16 @@ impl Steps {
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
     let admin = admin_options(config, args)?;
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
-    // The limit of 30 s is for the queries of a running relay.
+    // The usual limit of 30 s is meant for the queries of a running relay.
     client.batch_execute("SET statement_timeout = '5min'").await.map_err(postgres_error)?;
     let server = server_facts(&client).await?;
     check_server(config, &server)?;
     check_relay_role(&client, config, &server).await?;
-    if !server.user_may_replicate && read_slot(&client, &config.source.slot).await?.is_none() {
+    if !server.user_may_replicate && read_slot(&client, &config.relay.slot).await?.is_none() {
         let quoted = postgres_protocol::escape::escape_identifier(&server.user);
-        let text = format!("role {:?} may not make the replication slot", server.user);
+        let text = format!("role {:?} may not create the replication slot", server.user);
         return Err(Error::refused(text).hint(format!(
-            "name a superuser in --admin-url, or, as superuser: ALTER ROLE {quoted} REPLICATION"
+            "pass a superuser in --admin-url, or, as a superuser: ALTER ROLE {quoted} REPLICATION"
         )));
     }
 
@@ -103,34 +105,34 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     grants(&mut steps, &mut client).await?;
     broker(&mut steps, config).await?;
     out.line(
-        "\nNext: give the role to your application's user (GRANT watership_app TO …), then \
-              `watership check` and `watership run`.",
+        "\nNext: grant the role to your application's user (GRANT watership_app TO …), then run \
+         `watership check` and `watership run`.",
     );
     out.data(&serde_json::json!({ "steps": steps.list }))?;
     Ok(End::Fine)
 }
 
 fn admin_options(config: &Config, args: &Args) -> Result<Options> {
-    let Some(text) = &args.admin_url else { return Ok(config.source.sql.clone()) };
+    let Some(text) = &args.admin_url else { return Ok(config.relay.sql.clone()) };
     let filled = load::fill_in_text(text).map_err(|e| e.context("--admin-url"))?;
     let admin = Options::parse(&Secret::new(&*filled)).map_err(|e| e.context("--admin-url"))?;
     if admin.password.is_some() && *text == filled {
         print_warning(
-            "a password on the command line is seen by every user of this machine; \
+            "a password on the command line is visible to every user of this machine; \
              use '${NAME}' or '${file:/path}' in --admin-url",
         );
     }
-    if admin.database != config.source.sql.database {
+    if admin.database != config.relay.sql.database {
         return Err(Error::config(format!(
-            "--admin-url names database {:?} and source.url names {:?}",
-            admin.database, config.source.sql.database
+            "--admin-url names database {:?}, but source.url names {:?}",
+            admin.database, config.relay.sql.database
         ))
-        .hint("both have to name the database that holds the outbox"));
+        .hint("both must name the database that holds the outbox"));
     }
     Ok(admin)
 }
 
-/// What would fail later, after half of the steps.
+/// Refuses what would fail later, after half of the steps.
 fn check_server(config: &Config, server: &ServerFacts) -> Result<()> {
     if server.in_recovery {
         return Err(Error::refused(
@@ -140,13 +142,13 @@ fn check_server(config: &Config, server: &ServerFacts) -> Result<()> {
     }
     if server.version_num < 150_000 {
         return Err(Error::refused(format!(
-            "the server is Postgres {}, 15 or later is needed",
+            "the server is Postgres {}; 15 or later is required",
             server.version
         )));
     }
-    if config.source.failover && server.version_num < 170_000 {
+    if config.failover && server.version_num < 170_000 {
         return Err(Error::config(format!(
-            "source.failover = true needs Postgres 17 or later, the server is {}",
+            "source.failover = true requires Postgres 17 or later; the server is {}",
             server.version
         ))
         .hint("set source.failover = false"));
@@ -161,9 +163,10 @@ fn check_server(config: &Config, server: &ServerFacts) -> Result<()> {
     Ok(())
 }
 
-/// The role that the relay connects as must exist and replicate before anything is made.
+/// The role that the relay connects as must exist and be allowed to replicate before anything is
+/// created.
 async fn check_relay_role(client: &Client, config: &Config, server: &ServerFacts) -> Result<()> {
-    let user = &config.source.sql.user;
+    let user = &config.relay.sql.user;
     if *user == server.user {
         return Ok(());
     }
@@ -174,10 +177,10 @@ async fn check_relay_role(client: &Client, config: &Config, server: &ServerFacts
         Some(true) => Ok(()),
         Some(false) => {
             Err(Error::refused(format!("role {user:?} of source.url may not replicate"))
-                .hint(format!("as superuser: ALTER ROLE {quoted} REPLICATION")))
+                .hint(format!("as a superuser: ALTER ROLE {quoted} REPLICATION")))
         }
         None => Err(Error::refused(format!("role {user:?} of source.url does not exist"))
-            .hint(format!("as superuser: CREATE ROLE {quoted} LOGIN REPLICATION PASSWORD '…'"))),
+            .hint(format!("as a superuser: CREATE ROLE {quoted} LOGIN REPLICATION PASSWORD '…'"))),
     }
 }
 
@@ -193,14 +196,14 @@ async fn schema(steps: &mut Steps, client: &mut Client) -> Result<()> {
     Ok(())
 }
 
-/// Lets the role of source.url do what the relay does.
+/// Grants the role of source.url what the relay needs.
 async fn relay_role(
     steps: &mut Steps,
     client: &Client,
     config: &Config,
     server: &ServerFacts,
 ) -> Result<()> {
-    let user = &config.source.sql.user;
+    let user = &config.relay.sql.user;
     let sql = "SELECT pg_catalog.pg_has_role($1::text, 'watership_relay', 'USAGE')";
     let member: bool = client.query_one(sql, &[user]).await.map_err(postgres_error)?.get(0);
     if member {
@@ -210,16 +213,16 @@ async fn relay_role(
     let quoted = postgres_protocol::escape::escape_identifier(user);
     let grant = format!("GRANT watership_relay TO {quoted}");
     let granted = client.batch_execute(&grant).await.map_err(postgres_error);
-    granted.map_err(|e| e.context(&grant).hint(format!("as superuser: {grant}")))?;
+    granted.map_err(|e| e.context(&grant).hint(format!("as a superuser: {grant}")))?;
     let by = if *user == server.user { " (the role that runs init)" } else { "" };
     steps.add(Done::Created, "role", format!("watership_relay granted to {user}{by}"));
     Ok(())
 }
 
 async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Result<Publication> {
-    let name = &config.source.publication;
+    let name = &config.relay.publication;
     let mut wanted = vec![TableName::outbox(), TableName::canary()];
-    for table in &config.source.tables {
+    for table in &config.relay.tables {
         wanted.push(table.parse()?);
     }
     let detail = |tables: &[TableName]| {
@@ -241,7 +244,7 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
                 ))
                 .hint(format!(
                     "ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true), \
-                     or name another one in source.publication"
+                     or set source.publication to another one"
                 )));
             }
             check_identities(client, &wanted, Some(&there)).await?;
@@ -257,7 +260,7 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
         }
     }
     let made = read_publication(client, name).await?;
-    made.ok_or_else(|| Error::protocol(format!("publication {name:?} vanished while init ran")))
+    made.ok_or_else(|| Error::protocol(format!("publication {name:?} was dropped during init")))
 }
 
 /// Refuses tables whose changes could not be told apart, before anything more is published.
@@ -268,20 +271,20 @@ async fn check_identities(
 ) -> Result<()> {
     for table in tables {
         let Some(facts) = read_table(client, table).await? else { continue };
-        table_check::keys_its_changes(&facts, publication)?;
+        tables::keys_its_changes(&facts, publication)?;
     }
     Ok(())
 }
 
-/// From the moment that such a table is published, its application cannot change rows any more.
+/// Once such a table is published, its application can no longer change rows.
 async fn warn_of_missing_identity(client: &Client, tables: &[TableName]) -> Result<()> {
     for table in tables {
         // The identity of a partitioned table is that of its partitions.
         let facts = read_table(client, table).await?.filter(|facts| !facts.partitioned);
         if facts.is_some_and(|facts| facts.identity == ReplicaIdentity::Nothing) {
             print_warning(&format!(
-                "{table} has no replica identity: from now on UPDATE and DELETE fail in the \
-                 application; ALTER TABLE {} REPLICA IDENTITY FULL, or give it a primary key",
+                "{table} has no replica identity: once published, UPDATE and DELETE on it fail; \
+                 add a primary key, or ALTER TABLE {} REPLICA IDENTITY FULL",
                 table.quoted()
             ));
         }
@@ -297,14 +300,14 @@ async fn slot_and_checkpoint(
     server: &ServerFacts,
     publication: &Publication,
 ) -> Result<()> {
-    let name = &config.source.slot;
-    let row = checkpoint::read(client, &config.name).await?;
+    let name = &config.relay.slot;
+    let row = checkpoint::read(client, &config.relay.name).await?;
     if let Some(row) = &row
         && row.slot != *name
     {
         let text = format!(
-            "the checkpoint of relay {:?} belongs to slot {:?}, and source.slot is {name:?}",
-            config.name, row.slot
+            "the checkpoint of relay {:?} belongs to slot {:?}, but source.slot is {name:?}",
+            config.relay.name, row.slot
         );
         return Err(Error::named(Verdict::OtherSlot, text)
             .hint("set source.slot to that slot, or choose another name for a new relay"));
@@ -315,7 +318,11 @@ async fn slot_and_checkpoint(
         (Some(slot), Some(row)) => {
             position(client, config).await?;
             steps.add(Done::Exists, "slot", slot_detail(name, slot.confirmed_flush_lsn));
-            steps.add(Done::Exists, "checkpoint", format!("{} at {}", config.name, row.flush_lsn));
+            steps.add(
+                Done::Exists,
+                "checkpoint",
+                format!("{} at {}", config.relay.name, row.flush_lsn),
+            );
             return agree(steps, client, config).await;
         }
         (None, Some(_)) => return position(client, config).await,
@@ -327,14 +334,14 @@ async fn slot_and_checkpoint(
         }
         (None, None) => {
             refuse_older_rows(steps, client, args).await?;
-            let failover = config.source.failover;
+            let failover = config.failover;
             let point = create_slot_without_gap(client, name, failover, args).await?;
             steps.add(Done::Created, "slot", slot_detail(name, Some(point)));
             point
         }
     };
     let new = NewCheckpoint {
-        name: config.name.clone(),
+        name: config.relay.name.clone(),
         slot: name.clone(),
         publication: publication.name.clone(),
         publication_oid: publication.oid,
@@ -344,31 +351,31 @@ async fn slot_and_checkpoint(
     };
     let created = checkpoint::create(client, &new).await?;
     let done = if created { Done::Created } else { Done::Exists };
-    steps.add(done, "checkpoint", format!("{} at {consistent_point}", config.name));
+    steps.add(done, "checkpoint", format!("{} at {consistent_point}", config.relay.name));
     agree(steps, client, config).await
 }
 
-/// Whether the relay may go on from its checkpoint.
+/// Fails when the relay may not resume from its checkpoint.
 async fn position(client: &Client, config: &Config) -> Result<()> {
-    let found = session::look(client, &config.relay_options()).await?;
-    let history = session::ancestors_for(&config.source.sql, &found).await?;
+    let found = facts::read(client, &config.relay).await?;
+    let history = wal::ancestors_for(&config.relay.sql, &found).await?;
     let (row, slot, server) = found.position();
-    position_check::verify(row, server, slot, &history).map(drop)
+    position::verify(row, server, slot, &history).map(drop)
 }
 
-/// The relay expects the publication as it is now. Where something is doubtful nothing is noted:
-/// the relay says so, and a person decides.
+/// Records the publication as it is now, which the relay expects from then on. Where it is in doubt
+/// nothing is recorded: the relay reports a verdict, and an operator decides.
 async fn agree(steps: &mut Steps, client: &Client, config: &Config) -> Result<()> {
-    let options = config.relay_options();
-    let found = session::look(client, &options).await?;
-    match (found.verify_publication(&options), found.publication()) {
+    let options = &config.relay;
+    let found = facts::read(client, options).await?;
+    match (found.verify_publication(options), found.publication()) {
         (Ok(()), Some(publication)) => {
-            let facts = position_check::facts(publication, &options.wanted());
-            checkpoint::agree(client, &config.name, &facts).await
+            let facts = position::facts(publication, &options.wanted());
+            checkpoint::agree(client, &config.relay.name, &facts).await
         }
-        (Ok(()), None) => Err(Error::protocol("the publication vanished while init ran")),
+        (Ok(()), None) => Err(Error::protocol("the publication was dropped during init")),
         (Err(doubt), _) => {
-            steps.add(Done::Skipped, "publication", format!("not agreed to: {doubt}"));
+            steps.add(Done::Skipped, "publication", format!("not recorded: {doubt}"));
             Ok(())
         }
     }
@@ -379,21 +386,21 @@ fn slot_detail(name: &str, at: Option<Lsn>) -> String {
 }
 
 async fn refuse_shared_slot(client: &Client, config: &Config) -> Result<()> {
-    let sql = "SELECT name FROM watership.checkpoint WHERE slot = $1::text AND name <> $2::text";
-    let slot = &config.source.slot;
-    let row = client.query_opt(sql, &[slot, &config.name]).await.map_err(postgres_error)?;
+    const SQL: &str = include_str!("../../sql/query/checkpoint_of_slot.sql");
+    let slot = &config.relay.slot;
+    let row = client.query_opt(SQL, &[slot, &config.relay.name]).await.map_err(postgres_error)?;
     match row {
         None => Ok(()),
         Some(row) => Err(Error::config(format!(
-            "slot {slot:?} belongs to relay {:?}, and this one is {:?}",
+            "slot {slot:?} belongs to relay {:?}, but this relay is {:?}",
             row.get::<_, String>(0),
-            config.name
+            config.relay.name
         ))
-        .hint("one relay per slot: choose another source.slot, or the same name")),
+        .hint("each relay needs its own slot: set source.slot to a name that is not in use")),
     }
 }
 
-/// A slot without a checkpoint: made by hand, or by an `init` that was interrupted.
+/// A slot without a checkpoint: created by hand, or by an `init` that was interrupted.
 fn check_fresh_slot(slot: &SlotState, server: &ServerFacts) -> Result<Lsn> {
     let name = &slot.name;
     let fits = slot.plugin.as_deref() == Some("pgoutput")
@@ -405,28 +412,28 @@ fn check_fresh_slot(slot: &SlotState, server: &ServerFacts) -> Result<Lsn> {
         Some(point) if fits => Ok(point),
         None if fits && let Some(pid) = slot.active_pid => {
             let text = format!(
-                "slot {name:?} is being made by pid {pid}, perhaps for an `init` \
-                that was interrupted; it waits for open transactions to end"
+                "slot {name:?} is being created by pid {pid}, perhaps for an `init` that was \
+                 interrupted; it waits for open transactions to end"
             );
-            Err(Error::new(Kind::Busy, text).hint("end them, then run init again"))
+            Err(Error::new(Kind::Busy, text).hint("end those transactions, then run init again"))
         }
         Some(_) | None => Err(Error::refused(format!(
-            "slot {name:?} exists and does not fit: {}, wal_status {}; needed is a permanent \
-             pgoutput slot of database {:?}",
+            "slot {name:?} is the wrong kind ({}, wal_status {}); expected a permanent pgoutput \
+             slot of database {:?}",
             slot.kind(),
             slot.wal_status.map_or("none", WalStatus::as_str),
             server.database
         ))
-        .hint("choose another source.slot")),
+        .hint("set source.slot to another name")),
     }
 }
 
-/// Counting stops here; beyond, the number says nothing more.
+/// Counting stops here; a larger number would tell nothing new.
 const COUNT_MAX: i64 = 1_000_000;
 
 async fn count_rows(client: &Client) -> Result<i64> {
-    let sql = "SELECT count(*) FROM (SELECT FROM watership.outbox LIMIT $1::bigint) AS rows";
-    Ok(client.query_one(sql, &[&COUNT_MAX]).await.map_err(postgres_error)?.get(0))
+    const SQL: &str = include_str!("../../sql/query/outbox_count.sql");
+    Ok(client.query_one(SQL, &[&COUNT_MAX]).await.map_err(postgres_error)?.get(0))
 }
 
 async fn refuse_older_rows(steps: &mut Steps, client: &Client, args: &Args) -> Result<()> {
@@ -441,13 +448,13 @@ async fn refuse_older_rows(steps: &mut Steps, client: &Client, args: &Args) -> R
     }
     Err(Error::refused(format!(
         "watership.outbox has {count}{more} rows that are older than the slot; they would never be \
-         sent"
+         published"
     ))
-    .hint("pass --skip-existing to leave them unsent, or empty the outbox first"))
+    .hint("pass --skip-existing to leave them unpublished, or empty the outbox first"))
 }
 
-/// Makes the slot. A row that commits between the count and the slot's consistent point would be
-/// missed without a word; so rows that appeared meanwhile undo it.
+/// Creates the slot. A row that commits between the count and the slot's consistent point would be
+/// missed silently; so if rows have appeared meanwhile, the slot is dropped again.
 async fn create_slot_without_gap(
     client: &Client,
     name: &str,
@@ -459,8 +466,10 @@ async fn create_slot_without_gap(
         return Ok(point);
     }
     drop_slot(client, name).await?;
-    Err(Error::refused("applications write to the outbox while the slot is being made")
-        .hint("stop them and empty the outbox, or pass --skip-existing to leave its rows unsent"))
+    Err(Error::refused("an application wrote to the outbox while the slot was being created").hint(
+        "stop the application and empty the outbox, or pass --skip-existing to leave its rows \
+         unpublished",
+    ))
 }
 
 async fn grants(steps: &mut Steps, client: &mut Client) -> Result<()> {
@@ -473,8 +482,8 @@ async fn grants(steps: &mut Steps, client: &mut Client) -> Result<()> {
 }
 
 async fn broker(steps: &mut Steps, config: &Config) -> Result<()> {
-    let topology = &config.topology;
-    topology::apply(&config.broker_options(), topology).await?;
+    let topology = &config.relay.topology;
+    topology::apply(&config.relay.broker, topology).await?;
     let count = format!(
         "{} exchanges, {} queues, {} bindings",
         topology.exchanges.len(),

@@ -1,7 +1,7 @@
 //! Hands log lines to a thread that writes them to stderr.
 //!
-//! Invariant: whoever logs never waits and never fails because of the log. A pipe that nobody
-//! reads, a full disk or a closed stderr costs lines, which are counted, and nothing else.
+//! Invariant: logging never waits and never fails. A pipe that nobody reads, a full disk or a
+//! closed stderr costs log lines, which are counted, and nothing else.
 
 use std::io::{self, Write};
 use std::sync::OnceLock;
@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Lines that may wait for the thread.
+/// Maximum number of lines that wait for the thread.
 const WAITING_MAX: usize = 4096;
-/// How long the end of the program waits for the last lines.
+/// Maximum wait for the last lines at the end of the program.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// Lines that were dropped or could not be written.
@@ -24,14 +24,14 @@ static DROPPED: AtomicU64 = AtomicU64::new(0);
 
 enum Work {
     Line(Vec<u8>),
-    /// Answer when everything before is written.
+    /// Answer when all lines before it are written.
     Flush(SyncSender<()>),
 }
 
 /// Makes a [`Line`] for each event.
 pub(super) struct ToThread;
 
-/// One line in the making; sent when dropped.
+/// One line while it is written; sent when dropped.
 pub(super) struct Line(Vec<u8>);
 
 impl<'w> MakeWriter<'w> for ToThread {
@@ -58,29 +58,29 @@ impl Drop for Line {
         let Some(queue) = QUEUE.get() else { return };
         match queue.try_send(Work::Line(std::mem::take(&mut self.0))) {
             Ok(()) => {}
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => count(),
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => count_dropped(),
         }
     }
 }
 
-fn count() {
+fn count_dropped() {
     DROPPED.fetch_add(1, Ordering::Relaxed);
     metrics::counter!(SERIES).increment(1);
 }
 
-/// Makes the series.
-pub(super) fn counted() {
+/// Creates the series, so that it is there before the first dropped line.
+pub(super) fn create_metrics() {
     metrics::counter!(SERIES).increment(0);
 }
 
-/// Starts the thread. False when there can be none: then lines are written where they are made.
+/// Starts the thread. False if that fails: then lines are written directly.
 pub(super) fn start() -> bool {
     let (sender, receiver) = mpsc::sync_channel(WAITING_MAX);
     let work = move || {
         while let Ok(work) = receiver.recv() {
             match work {
                 Work::Line(line) => write(&line),
-                // Nobody waits any more: fine.
+                // The waiter may have given up already.
                 Work::Flush(done) => drop(done.try_send(())),
             }
         }
@@ -93,14 +93,14 @@ fn write(line: &[u8]) {
     let mut stderr = io::stderr();
     let before = DROPPED.swap(0, Ordering::Relaxed);
     if before > 0 {
-        let _ = writeln!(stderr, "{before} log lines were dropped: nobody took them in time");
+        let _ = writeln!(stderr, "dropped {before} log lines: stderr was not read in time");
     }
     if stderr.write_all(line).is_err() {
         metrics::counter!(SERIES).increment(1);
     }
 }
 
-/// Waits until the lines so far are written, one second at most.
+/// Waits until the lines so far are written, at most one second.
 pub(super) fn flush() {
     let Some(queue) = QUEUE.get() else { return };
     let (done, written) = mpsc::sync_channel(1);

@@ -1,8 +1,8 @@
-//! Log lines on stderr: text where it is a terminal, JSON elsewhere, or as the configuration says.
+//! Log lines on stderr: text on a terminal, JSON elsewhere, or as the configuration says.
 //!
-//! Other crates log errors only, and lapin nothing: what it meets it returns, and closing a
-//! connection it calls an error. Control characters are escaped by tracing-subscriber, so a name
-//! from outside cannot forge a line.
+//! Other crates log errors only, and lapin nothing: it returns its errors, and logs a closed
+//! connection as one. tracing-subscriber escapes control characters, so a name from outside cannot
+//! forge a line.
 
 use std::io::IsTerminal as _;
 use std::sync::OnceLock;
@@ -15,7 +15,7 @@ use crate::config::{Log, LogFormat};
 
 static JSON: OnceLock<bool> = OnceLock::new();
 
-/// Whether lines are JSON; false before logging was started.
+/// Whether lines are JSON; false before logging is started.
 pub(super) fn is_json() -> bool {
     JSON.get().copied().unwrap_or(false)
 }
@@ -34,9 +34,9 @@ pub(super) fn start(log: &Log) {
     install(json, &format!("error,lapin=off,watership={}", log.level), writer);
 }
 
-/// The recorder is installed: the series of dropped lines is there before the first one.
-pub(super) fn counted() {
-    log_writer::counted();
+/// Creates the metrics of the log; call it when the recorder is installed.
+pub(super) fn create_metrics() {
+    log_writer::create_metrics();
 }
 
 /// Waits for the last lines of `run`.
@@ -44,7 +44,7 @@ pub(super) fn flush() {
     log_writer::flush();
 }
 
-/// For commands that print and end: text, and only what goes wrong beside their output.
+/// For commands that print their result and end: text, and only warnings and errors.
 pub(super) fn start_quiet(log: &Log) {
     let level = match log.level {
         "debug" | "trace" => log.level,
@@ -63,7 +63,7 @@ fn install(json: bool, filter: &str, writer: BoxMakeWriter) {
     } else {
         builder.try_init()
     };
-    // Somebody else's subscriber, in a test: then lines go there.
+    // In a test another subscriber may be installed already; lines go there then.
     if installed.is_ok() {
         let _ = JSON.set(json);
     }

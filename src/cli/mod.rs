@@ -1,7 +1,7 @@
 //! The command line: one file per command. The only place that prints.
 //!
 //! Data goes to stdout, as text or with `--json` as one object; errors and logs go to stderr. A
-//! command returns how it went; `main` turns that into an exit code.
+//! command returns an [`End`]; `main` turns that into an exit code.
 
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -26,15 +26,15 @@ mod resync;
 mod run;
 mod status;
 
-/// How a command ended that did what it was asked.
+/// How a command ended that could do its work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// All is well. Exit code 0.
     Fine,
-    /// What was looked at is not well. Exit code 1.
+    /// It found a problem. Exit code 1.
     Failed,
-    /// A person has to decide. Exit code 3.
-    NeedsPerson,
+    /// It found a verdict, which an operator has to decide. Exit code 3.
+    NeedsDecision,
 }
 
 /// Ships the Postgres outbox and captured tables to RabbitMQ, at least once and in order.
@@ -52,7 +52,7 @@ pub struct Cli {
 }
 
 const EXAMPLE: &str = "\
-Exit codes: 0 fine, 1 failed, 2 usage or configuration, 3 a verdict that needs a person.
+Exit codes: 0 success, 1 failure, 2 usage or configuration, 3 a verdict for you to decide.
 
 Example:
   watership --config shop.toml init --admin-url postgres://postgres@127.0.0.1/shop
@@ -61,28 +61,28 @@ Example:
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Prepare the database (schema, roles, publication, slot, checkpoint, grants), then the broker
+    /// Set up the database (schema, roles, publication, slot, checkpoint, grants), then the broker
     /// (exchanges, queues, bindings).
     Init(init::Args),
-    /// Look at everything the relay needs, and change nothing.
+    /// Check everything the relay needs, and change nothing.
     Check(check::Args),
     /// Run the relay until SIGTERM.
     Run(run::Args),
-    /// List, retry or discard what could not be published.
+    /// List, show, retry or discard events that could not be published.
     Parked(parked::Args),
-    /// Show where the relay stands.
+    /// Show the state of the relay, its checkpoint and its slot.
     Status(status::Args),
-    /// Accept a gap that a verdict named, and set the checkpoint behind it.
+    /// Accept the gap a verdict reported and move the checkpoint past it.
     Resync(resync::Args),
     /// Show Watership at work on private servers, through two faults.
     Demo(demo::Args),
 }
 
-/// Runs the command. `watch_signals` is called by those that end in order, `give_up` when the
-/// relay's loop is stuck; it does not return.
+/// Runs the command. `run` calls `watch_signals` to learn when to stop, and `give_up`, which does
+/// not return, when the relay's loop is stuck.
 ///
 /// # Errors
-/// What the command says.
+/// The command's own.
 pub async fn execute(
     cli: Cli,
     watch_signals: impl FnOnce() -> Result<watch::Receiver<bool>>,
@@ -90,35 +90,39 @@ pub async fn execute(
 ) -> Result<End> {
     let out = Out { json: cli.json };
     match cli.command {
-        Command::Init(args) => init::execute(&warned(&cli.config)?, &args, out).await,
+        Command::Init(args) => init::execute(&load_with_warnings(&cli.config)?, &args, out).await,
         Command::Check(args) => check::execute(&load(&cli.config)?, &args, out).await,
         Command::Run(args) => {
             run::execute(Config::load(&cli.config)?, &args, watch_signals, give_up).await
         }
-        Command::Parked(args) => parked::execute(&warned(&cli.config)?, &args, out).await,
-        // A health check asks every few seconds; the relay itself has told the warnings.
+        Command::Parked(args) => {
+            parked::execute(&load_with_warnings(&cli.config)?, &args, out).await
+        }
+        // A health check runs every few seconds; the relay itself has logged the warnings.
         Command::Status(args) if args.ready => status::ready(&load(&cli.config)?).await,
-        Command::Status(_) => status::execute(&warned(&cli.config)?, out).await,
-        Command::Resync(args) => resync::execute(&warned(&cli.config)?, &args, out).await,
+        Command::Status(_) => status::execute(&load_with_warnings(&cli.config)?, out).await,
+        Command::Resync(args) => {
+            resync::execute(&load_with_warnings(&cli.config)?, &args, out).await
+        }
         Command::Demo(args) => Ok(if demo::run(args).await? { End::Fine } else { End::Failed }),
     }
 }
 
-/// For the commands that print and end: logs are quiet.
+/// For commands that print their result and end: logs are quiet.
 fn load(path: &Path) -> Result<Config> {
     let config = Config::load(path)?;
     logging::start_quiet(&config.log);
     Ok(config)
 }
 
-/// As [`load`]; warnings of the file go to stderr.
-fn warned(path: &Path) -> Result<Config> {
+/// As [`load`]; warnings about the file go to stderr.
+fn load_with_warnings(path: &Path) -> Result<Config> {
     let config = load(path)?;
     config.warnings.iter().for_each(|warning| print_warning(warning));
     Ok(config)
 }
 
-/// Waits for the log's thread to write what it has.
+/// Waits for the log thread to write the lines it has.
 pub fn flush_log() {
     logging::flush();
 }
@@ -126,16 +130,16 @@ pub fn flush_log() {
 /// Prints an error and what to do: as a log line where logs are JSON, as text elsewhere.
 pub fn print_error(error: &Error) {
     if logging::is_json() {
-        let hint = error.advice().unwrap_or_default();
+        let hint = error.hint_text().unwrap_or_default();
         tracing::error!(kind = error.label(), hint, "{error}");
         return logging::flush();
     }
     logging::flush();
     let mut text = format!("error: {error}\n");
-    if let Some(hint) = error.advice() {
+    if let Some(hint) = error.hint_text() {
         text.push_str(&format!("hint: {hint}\n"));
     }
-    // Where stderr is closed there is nobody to tell.
+    // A closed stderr leaves no place to report this.
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
@@ -153,7 +157,7 @@ impl Out {
     /// Prints a line; nothing with `--json`.
     fn line(self, text: &str) {
         if !self.json {
-            // `head` closes the pipe early; that is no failure of ours.
+            // `head` closes the pipe early; that is not our failure.
             let _ = writeln!(std::io::stdout(), "{text}");
         }
     }
@@ -162,13 +166,13 @@ impl Out {
     fn data(self, data: &impl Serialize) -> Result<()> {
         if self.json {
             let text = serde_json::to_string_pretty(data)
-                .map_err(|e| Error::config("the result is not JSON").caused_by(e))?;
+                .map_err(|e| Error::internal("the result is not JSON").caused_by(e))?;
             let _ = writeln!(std::io::stdout(), "{text}");
         }
         Ok(())
     }
 
-    /// `text` in a colour (ANSI number) where stdout is a terminal.
+    /// `text` in a colour (ANSI number) if stdout is a terminal.
     fn coloured(self, colour: u8, text: &str) -> String {
         if std::io::stdout().is_terminal() {
             return format!("\x1b[{colour}m{text}\x1b[0m");

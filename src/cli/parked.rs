@@ -1,4 +1,4 @@
-//! `watership parked`: what could not be published; trying it again, or giving it up.
+//! `watership parked`: lists, retries and discards what could not be published.
 //!
 //! Nothing is published from here. Rows are marked, and the running relay does the rest, in the
 //! order of each key.
@@ -13,15 +13,16 @@ use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::{Mark, Position};
-use crate::relay::parked::Why;
+use crate::relay::parking::row::Why;
 
 /// Options of `parked`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  watership --config shop.toml parked list\n  \
     watership --config shop.toml parked show 17\n  \
     watership --config shop.toml parked retry --key order/42\n  \
-    watership --config shop.toml parked discard 17 --reason 'made by a test, see ticket 311'\n\n\
-    Later messages of a key follow a parked one; retry takes a key as a whole, in order.")]
+    watership --config shop.toml parked discard 17 --reason 'created by a test, ticket 311'\n\n\
+    Later messages with the key of a parked one are parked too. A retry covers the whole key, in \
+    order.")]
 pub(super) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -29,7 +30,7 @@ pub(super) struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// List rows, by position.
+    /// List rows, in the order of the stream.
     List {
         /// Only this route.
         #[arg(long)]
@@ -37,58 +38,58 @@ enum Command {
         /// Only this key, such as order/42.
         #[arg(long)]
         key: Option<String>,
-        /// Which rows.
+        /// Only rows in this state.
         #[arg(long, value_enum, default_value_t = Which::Waiting)]
         state: Which,
-        /// Most rows.
+        /// Maximum number of rows.
         #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
         limit: u32,
     },
     /// Show one row with its contents.
     Show {
-        /// Its number in the list.
+        /// The id in the list.
         id: i64,
     },
-    /// Have the relay try rows again, each with its whole key, in order.
+    /// Have the relay retry rows, each with its whole key, in order.
     #[command(group = clap::ArgGroup::new("which").required(true).multiple(false)
         .args(["ids", "route", "key", "all"]))]
     Retry {
-        /// Numbers in the list.
+        /// The ids in the list.
         ids: Vec<i64>,
-        /// All rows of this route; '' for events that no route selected.
+        /// All rows of this route; '' for events that no route selects.
         #[arg(long)]
         route: Option<String>,
-        /// All rows of this key.
+        /// All rows with this key.
         #[arg(long)]
         key: Option<String>,
         /// All rows.
         #[arg(long)]
         all: bool,
     },
-    /// Give a row up: it is never published.
+    /// Discard a row: it will never be published.
     Discard {
-        /// Its number in the list.
+        /// The id in the list.
         id: i64,
-        /// Why; kept with the row.
+        /// Why; stored with the row.
         #[arg(long)]
         reason: String,
     },
 }
 
-/// Rows in which states.
+/// States of a row, as `--state` names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Which {
-    /// Parked or to be tried again.
+    /// Parked or retrying.
     Waiting,
-    /// Waiting for a person.
+    /// Waiting for you to retry or discard it.
     Parked,
-    /// Waiting for the relay.
+    /// Waiting for the relay to publish it.
     Retrying,
-    /// Published after all.
+    /// Published by a retry.
     Released,
-    /// Given up.
+    /// Never to be published.
     Discarded,
-    /// Any.
+    /// Any of these.
     All,
 }
 
@@ -126,7 +127,7 @@ struct Listed {
 struct Shown {
     #[serde(flatten)]
     row: Listed,
-    advice: &'static str,
+    hint: &'static str,
     committed_at: String,
     parked_at: String,
     /// The raw row; absent when the message was kept.
@@ -137,20 +138,20 @@ struct Shown {
 
 #[derive(Serialize)]
 struct Marked {
-    /// Rows that the relay will try again.
+    /// Rows that the relay will retry.
     retrying: Vec<i64>,
 }
 
 #[derive(Serialize)]
 struct Discarded {
     discarded: i64,
-    /// Rows of its key that still wait.
+    /// Rows with the same key that are still waiting.
     waiting_of_its_key: i64,
 }
 
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
-    let SqlConnection { client, closed: _closed } = sql(&config.source.sql).await?;
-    let name = &config.name;
+    let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
+    let name = &config.relay.name;
     match &args.command {
         Command::List { route, key, state, limit } => {
             let rows = list(&client, name, *state, route, key, i64::from(*limit)).await?;
@@ -160,7 +161,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         Command::Show { id } => show(&client, name, *id, out).await?,
         Command::Retry { ids, route, key, all } => {
             let retrying = retry(&client, name, ids, route, key, *all).await?;
-            out.line(&format!("{} rows will be tried again by the relay", retrying.len()));
+            out.line(&format!("the relay will retry {} rows", retrying.len()));
             out.data(&Marked { retrying })?;
         }
         Command::Discard { id, reason } => discard(&client, name, *id, reason, out).await?,
@@ -226,7 +227,7 @@ fn print_list(rows: &[Listed], out: Out) {
     }
 }
 
-/// A length of time as people say it.
+/// A duration in the unit that suits it.
 fn age(seconds: f64) -> String {
     match seconds {
         s if s < 120.0 => format!("{s:.0} s"),
@@ -237,17 +238,14 @@ fn age(seconds: f64) -> String {
 }
 
 async fn one(client: &Client, name: &str, id: i64) -> Result<Listed> {
-    const LIST: &str = include_str!("../../sql/query/parked_list.sql");
-    // The list's columns, for one row.
-    let sql = LIST.replace("WHERE name = $1", "WHERE id = $6 AND name = $1");
-    let (states, none, limit) = (Which::All.states(), None::<String>, 1_i64);
-    let row = client.query_opt(&sql, &[&name, &states, &none, &none, &limit, &id]).await;
-    row.map_err(postgres_error)?.as_ref().map(listed).transpose()?.ok_or_else(|| no_row(name, id))
+    const SQL: &str = include_str!("../../sql/query/parked_row.sql");
+    let row = client.query_opt(SQL, &[&name, &id]).await.map_err(postgres_error)?;
+    row.as_ref().map(listed).transpose()?.ok_or_else(|| no_row(name, id))
 }
 
 fn no_row(name: &str, id: i64) -> Error {
     Error::refused(format!("relay {name:?} has no parked row {id}"))
-        .hint("`watership parked list --state all` shows the rows that there are")
+        .hint("`watership parked list --state all` lists its rows")
 }
 
 async fn show(client: &Client, name: &str, id: i64, out: Out) -> Result<()> {
@@ -256,9 +254,9 @@ async fn show(client: &Client, name: &str, id: i64, out: Out) -> Result<()> {
     let content = client.query_one(SQL, &[&name, &id]).await.map_err(postgres_error)?;
     let maybe = |i: usize| content.try_get::<_, Option<String>>(i).map_err(postgres_error);
     let body: Option<Vec<u8>> = content.try_get(2).map_err(postgres_error)?;
-    let advice = Why::parse(&row.kind).advice();
+    let hint = Why::parse(&row.kind).hint();
     let shown = Shown {
-        advice,
+        hint,
         committed_at: content.try_get(3).map_err(postgres_error)?,
         parked_at: content.try_get(4).map_err(postgres_error)?,
         event: maybe(0)?.and_then(|json| serde_json::from_str(&json).ok()),
@@ -280,7 +278,7 @@ async fn show(client: &Client, name: &str, id: i64, out: Out) -> Result<()> {
     line("parked", &shown.parked_at);
     line("tries", &row.attempts.to_string());
     line("error", &row.error);
-    line("what to do", shown.advice);
+    line("hint", shown.hint);
     for (name, value) in [("changed by", &row.changed_by), ("note", &row.note)] {
         value.iter().for_each(|value| line(name, value));
     }
@@ -316,20 +314,21 @@ async fn retry(
 async fn discard(client: &Client, name: &str, id: i64, reason: &str, out: Out) -> Result<()> {
     const SQL: &str = include_str!("../../sql/query/parked_discard.sql");
     if reason.trim().is_empty() {
-        return Err(Error::config("--reason is empty; say why the message is given up"));
+        return Err(Error::config("--reason is empty; say why the row is discarded"));
     }
     let found = client.query_opt(SQL, &[&name, &id, &reason]).await.map_err(postgres_error)?;
     let Some(found) = found else {
         let row = one(client, name, id).await?;
-        let text = format!("row {id} is {}; only parked or retrying rows are discarded", row.state);
+        let state = row.state;
+        let text = format!("row {id} is {state}; only parked or retrying rows can be discarded");
         return Err(Error::refused(text));
     };
     let waiting: i64 = found.try_get(0).map_err(postgres_error)?;
-    out.line(&format!("row {id} is discarded"));
+    out.line(&format!("discarded row {id}"));
     if waiting > 0 {
         out.line(&format!(
-            "{waiting} rows of its key still wait; `watership parked list` shows them, \
-             `watership parked retry` releases them"
+            "{waiting} rows with the same key are still waiting; `watership parked list` shows \
+             them, `watership parked retry` publishes them"
         ));
     }
     out.data(&Discarded { discarded: id, waiting_of_its_key: waiting })

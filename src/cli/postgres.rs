@@ -11,16 +11,18 @@ use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
-use crate::relay::position_check::{START_THE_STANDBY, at_risk, held_by_standby};
-use crate::relay::{checkpoint, session, table_check};
+use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
+use crate::relay::check::tables;
+use crate::relay::checkpoint;
+use crate::relay::session::{facts, wal};
 use crate::route::keys_of;
 use crate::verdict::Verdict;
 
 const INIT: &str = "run `watership init`";
 
-/// Adds what it finds; never fails, because a failure is a finding too.
+/// Adds its findings; it never fails, because a failure is a finding too.
 pub(super) async fn check(f: &mut Findings, config: &Config) {
-    let client = match sql(&config.source.sql).await {
+    let client = match sql(&config.relay.sql).await {
         Ok(SqlConnection { client, closed: _ }) => client,
         Err(error) => return f.error("postgres", &error),
     };
@@ -31,19 +33,17 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
 
 async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> {
     let server = server_facts(client).await?;
-    let slot = read_slot(client, &config.source.slot).await?;
+    let slot = read_slot(client, &config.relay.slot).await?;
     check_server(f, config, &server);
     check_capacity(f, &server, slot.as_ref());
     check_encoding(f, client).await?;
     check_role(f, client, &server).await?;
-    let publication = read_publication(client, &config.source.publication).await?;
+    let publication = read_publication(client, &config.relay.publication).await?;
     match &publication {
         Some(publication) => check_publication(f, config, publication),
-        None => f.problem(
-            "publication",
-            format!("{:?} does not exist", config.source.publication),
-            INIT,
-        ),
+        None => {
+            f.problem("publication", format!("{:?} does not exist", config.relay.publication), INIT)
+        }
     }
     check_tables(f, config, client, publication.as_ref()).await?;
     check_slot(f, config, &server, slot.as_ref());
@@ -55,9 +55,9 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
 
 fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts) {
     if server.version_num < 150_000 {
-        f.problem("postgres", format!("version {}", server.version), "15 or later is needed");
+        f.problem("postgres", format!("version {}", server.version), "use Postgres 15 or later");
     } else {
-        f.ok("postgres", format!("{}, Postgres {}", config.source.sql, server.version));
+        f.ok("postgres", format!("{}, Postgres {}", config.relay.sql, server.version));
     }
     if server.wal_level == "logical" {
         f.ok("wal_level", "logical");
@@ -72,14 +72,14 @@ fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts) {
         f.problem(
             "postgres",
             "the server is a standby (in recovery)",
-            "name the primary in source.url",
+            "set source.url to the primary",
         );
     }
     match server.max_slot_wal_keep_size {
-        Some(bytes) => f.ok("disk", format!("a slot may keep {} MiB of WAL", bytes >> 20)),
+        Some(bytes) => f.ok("disk", format!("a slot may retain {} MiB of WAL", bytes >> 20)),
         None => f.warning(
             "disk",
-            "max_slot_wal_keep_size is -1: while the relay is down, WAL fills the disk",
+            "max_slot_wal_keep_size is -1: while the relay is down, WAL can fill the disk",
             "set it to what the disk can hold, and alert on watership_safe_wal_size_bytes",
         ),
     }
@@ -87,7 +87,7 @@ fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts) {
         f.warning(
             "slot",
             format!("idle_replication_slot_timeout: the slot is lost after {limit:?} of downtime"),
-            "set it to 0, or make sure that no downtime is that long",
+            "set it to 0, or make sure that the relay is never down that long",
         );
     }
 }
@@ -98,7 +98,7 @@ fn check_capacity(f: &mut Findings, server: &ServerFacts, slot: Option<&SlotStat
         f.problem(
             "slots",
             format!("all {most} replication slots are in use"),
-            "raise max_replication_slots and restart, or drop a slot that nobody needs",
+            "raise max_replication_slots and restart Postgres, or drop an unused slot",
         );
     } else {
         f.ok("slots", format!("{used} of {most} replication slots in use"));
@@ -109,7 +109,7 @@ fn check_capacity(f: &mut Findings, server: &ServerFacts, slot: Option<&SlotStat
         f.problem(
             "walsenders",
             format!("all {most} walsenders are in use"),
-            "raise max_wal_senders and restart",
+            "raise max_wal_senders and restart Postgres",
         );
     } else {
         f.ok("walsenders", format!("{used} of {most} walsenders in use"));
@@ -122,7 +122,7 @@ async fn check_encoding(f: &mut Findings, client: &Client) -> Result<()> {
     if encoding == "SQL_ASCII" {
         f.problem(
             "encoding",
-            "the database is SQL_ASCII: text is not known to be UTF-8",
+            "the database is SQL_ASCII: its text may not be UTF-8",
             "use a database with encoding UTF8",
         );
     } else {
@@ -140,7 +140,7 @@ async fn check_role(f: &mut Findings, client: &Client, server: &ServerFacts) -> 
         f.problem(
             "role",
             format!("{user} has no REPLICATION attribute"),
-            format!("as superuser: ALTER ROLE {quoted} REPLICATION"),
+            format!("as a superuser: ALTER ROLE {quoted} REPLICATION"),
         );
     }
     let sql = "SELECT pg_has_role(oid, 'USAGE') FROM pg_roles WHERE rolname = 'watership_relay'";
@@ -149,15 +149,15 @@ async fn check_role(f: &mut Findings, client: &Client, server: &ServerFacts) -> 
         Some(true) => f.ok("role", format!("{user} has the rights of watership_relay")),
         Some(false) => f.problem(
             "role",
-            format!("{user} is no member of watership_relay"),
-            format!("{INIT}, or as superuser: GRANT watership_relay TO {quoted}"),
+            format!("{user} is not a member of watership_relay"),
+            format!("{INIT}, or as a superuser: GRANT watership_relay TO {quoted}"),
         ),
         None => f.problem("role", "role watership_relay does not exist", INIT),
     }
     Ok(())
 }
 
-/// True when the schema is complete and may be read.
+/// True when the schema is complete and readable.
 async fn check_schema(f: &mut Findings, client: &Client) -> bool {
     match migrate::pending(client).await {
         Ok(pending) if pending.is_empty() => {
@@ -178,7 +178,7 @@ async fn check_schema(f: &mut Findings, client: &Client) -> bool {
 }
 
 fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Option<&SlotState>) {
-    let name = &config.source.slot;
+    let name = &config.relay.slot;
     let Some(slot) = slot else {
         return f.problem("slot", format!("{name:?} does not exist"), INIT);
     };
@@ -187,19 +187,24 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
     {
         return f.problem(
             "slot",
-            format!("{name:?} does not fit: {}", slot.kind()),
-            format!("needed: pgoutput, {:?}; choose another source.slot", server.database),
+            format!("{name:?} is the wrong kind ({})", slot.kind()),
+            format!(
+                "expected a pgoutput slot of database {:?}; set source.slot to another name",
+                server.database
+            ),
         );
     }
     let mib = slot.retained_bytes >> 20;
-    let reader =
-        slot.active_pid.map_or("nobody reads it".into(), |pid| format!("pid {pid} reads it"));
+    let reader = slot.active_pid.map_or("not in use".into(), |pid| format!("in use by pid {pid}"));
     match slot.wal_status {
         Some(WalStatus::Lost) | None => {
             let reason = slot.invalidation_reason.as_deref().unwrap_or("max_slot_wal_keep_size");
-            let text = format!("{name:?} is lost ({reason}): WAL that it needs was removed");
+            let text = format!("{name:?} is lost ({reason}): WAL it needs was removed");
             let lost = Error::named(Verdict::SlotLost, text);
-            f.error("slot", &lost.hint("events are missing in the WAL; a person has to decide"));
+            f.error(
+                "slot",
+                &lost.hint("events may be lost; `watership resync` shows how to continue"),
+            );
         }
         Some(status @ (WalStatus::Reserved | WalStatus::Extended | WalStatus::Unreserved)) => {
             match at_risk(slot, server.max_slot_wal_keep_size) {
@@ -210,7 +215,7 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
                 ),
                 None => f.ok(
                     "slot",
-                    format!("{name:?} is {}, {reader}, it keeps {mib} MiB of WAL", status.as_str()),
+                    format!("{name:?} is {}, {reader}, retains {mib} MiB of WAL", status.as_str()),
                 ),
             }
         }
@@ -218,10 +223,10 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
     if let Some(held) = held_by_standby(slot) {
         f.warning("slot", held, START_THE_STANDBY);
     }
-    if config.source.failover && !slot.failover {
+    if config.failover && !slot.failover {
         f.warning(
             "slot",
-            format!("{name:?} is no failover slot, and source.failover is true"),
+            format!("{name:?} is not a failover slot, but source.failover is true"),
             format!("over a replication connection: ALTER_REPLICATION_SLOT \"{name}\" (FAILOVER)"),
         );
     }
@@ -230,7 +235,7 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
 fn check_publication(f: &mut Findings, config: &Config, publication: &Publication) {
     let name = &publication.name;
     let quoted = postgres_protocol::escape::escape_identifier(name);
-    let wanted = config.relay_options().wanted();
+    let wanted = config.relay.wanted();
     let canary = TableName::canary().to_string();
     let there: Vec<String> = publication.tables.iter().map(|t| t.table.to_string()).collect();
     let before = f.problems();
@@ -244,14 +249,14 @@ fn check_publication(f: &mut Findings, config: &Config, publication: &Publicatio
     if !there.contains(&canary) {
         f.warning(
             "publication",
-            format!("{name:?} does not have {canary}: a deaf stream is not noticed"),
+            format!("{name:?} lacks {canary}: a stream that skips changes goes unnoticed"),
             format!("{INIT}, or as its owner: ALTER PUBLICATION {quoted} ADD TABLE {canary}"),
         );
     }
     for table in wanted.iter().filter(|table| !there.contains(table) && **table != canary) {
         f.problem(
             "publication",
-            format!("{name:?} does not have {table}"),
+            format!("{name:?} lacks {table}"),
             format!(
                 "{INIT}, or as its owner: ALTER PUBLICATION {quoted} ADD TABLE {}",
                 quoted_table(table)
@@ -261,9 +266,9 @@ fn check_publication(f: &mut Findings, config: &Config, publication: &Publicatio
     for table in there.iter().filter(|table| !wanted.contains(table)) {
         f.warning(
             "publication",
-            format!("{name:?} has {table}, which is not in source.tables"),
+            format!("{name:?} has {table}, which is not in source.tables; its changes are ignored"),
             format!(
-                "list it in source.tables, or ALTER PUBLICATION {quoted} DROP TABLE {}",
+                "add it to source.tables, or ALTER PUBLICATION {quoted} DROP TABLE {}",
                 quoted_table(table)
             ),
         );
@@ -272,11 +277,19 @@ fn check_publication(f: &mut Findings, config: &Config, publication: &Publicatio
         let table = &published.table;
         if let Some(filter) = &published.row_filter {
             let what = format!("{table}: only rows WHERE {filter} are published");
-            f.warning("publication", what, "other rows never become events; is that meant?");
+            f.warning(
+                "publication",
+                what,
+                "other rows never become events; make sure that is intended",
+            );
         }
         if let Some(columns) = &published.columns {
             let what = format!("{table}: only columns {} are published", columns.join(", "));
-            f.warning("publication", what, "other columns are absent in events; is that meant?");
+            f.warning(
+                "publication",
+                what,
+                "other columns are absent from events; make sure that is intended",
+            );
         }
     }
     check_operations(f, publication, &quoted);
@@ -298,12 +311,12 @@ fn check_operations(f: &mut Findings, publication: &Publication, quoted: &str) {
         return;
     }
     let what = format!("{:?} does not publish {}", publication.name, missing.join(", "));
-    let advice =
+    let hint =
         format!("ALTER PUBLICATION {quoted} SET (publish = 'insert, update, delete, truncate')");
     if o.insert {
-        f.warning("publication", what, advice);
+        f.warning("publication", what, hint);
     } else {
-        f.problem("publication", what, advice);
+        f.problem("publication", what, hint);
     }
 }
 
@@ -313,21 +326,21 @@ async fn check_tables(
     client: &Client,
     publication: Option<&Publication>,
 ) -> Result<()> {
-    for name in &config.source.tables {
+    for name in &config.relay.tables {
         let table: TableName = name.parse()?;
         match read_table(client, &table).await? {
             Some(facts) => check_table(f, config, &facts, publication),
             None => f.problem(
                 "table",
                 format!("{name} does not exist"),
-                "create it, or take it out of source.tables",
+                "create it, or remove it from source.tables",
             ),
         }
     }
     Ok(())
 }
 
-/// As it is written in SQL.
+/// The name as SQL needs it.
 fn quoted_table(table: &str) -> String {
     table.parse().map_or_else(|_| table.to_owned(), |name: TableName| name.quoted())
 }
@@ -340,10 +353,10 @@ fn check_table(
 ) {
     let table = &facts.table;
     let before = f.problems();
-    if let Err(error) = table_check::keys_its_changes(facts, publication) {
+    if let Err(error) = tables::keys_its_changes(facts, publication) {
         f.error("table", &error);
     }
-    for (what, hint) in publication.map_or_else(Vec::new, |p| table_check::ids_differ(facts, p)) {
+    for (what, hint) in publication.map_or_else(Vec::new, |p| tables::ids_differ(facts, p)) {
         f.warning("table", what, hint);
     }
     let identity: Option<&[String]> = match &facts.identity {
@@ -352,9 +365,7 @@ fn check_table(
         ReplicaIdentity::Nothing => {
             return f.problem(
                 "table",
-                format!(
-                    "{table} has no replica identity: UPDATE and DELETE fail in the application"
-                ),
+                format!("{table} has no replica identity: UPDATE and DELETE on it fail"),
                 format!(
                     "add a primary key (not DEFERRABLE), or ALTER TABLE {} REPLICA IDENTITY FULL",
                     table.quoted()
@@ -362,8 +373,8 @@ fn check_table(
             );
         }
     };
-    for (route, key) in keys_of(&config.rules, &table.to_string()) {
-        if let Some((what, hint)) = table_check::hides_route_key(facts, route, key) {
+    for (route, key) in keys_of(&config.relay.rules, &table.to_string()) {
+        if let Some((what, hint)) = tables::hides_route_key(facts, route, key) {
             f.problem("table", what, hint);
         }
     }
@@ -374,8 +385,8 @@ fn check_table(
     if facts.primary_key.is_empty() {
         f.warning(
             "table",
-            format!("{table} has no primary key: its changes follow each other in one lane"),
-            "add a primary key, or name key columns in its route",
+            format!("{table} has no primary key: its changes are published one after the other"),
+            "add a primary key, or set key in its route",
         );
     }
 }
@@ -386,14 +397,21 @@ async fn check_checkpoint(
     client: &Client,
     server: &ServerFacts,
 ) -> Result<()> {
-    let Some(row) = checkpoint::read(client, &config.name).await? else {
-        f.problem("checkpoint", format!("relay {:?} has no checkpoint row", config.name), INIT);
-        return Ok(());
-    };
-    if row.slot != config.source.slot {
+    let Some(row) = checkpoint::read(client, &config.relay.name).await? else {
         f.problem(
             "checkpoint",
-            format!("it belongs to slot {:?}, source.slot is {:?}", row.slot, config.source.slot),
+            format!("relay {:?} has no checkpoint row", config.relay.name),
+            INIT,
+        );
+        return Ok(());
+    };
+    if row.slot != config.relay.slot {
+        f.problem(
+            "checkpoint",
+            format!(
+                "it belongs to slot {:?}, but source.slot is {:?}",
+                row.slot, config.relay.slot
+            ),
             "set source.slot to that slot, or choose another name for a new relay",
         );
         return Ok(());
@@ -402,12 +420,12 @@ async fn check_checkpoint(
     if server.wal_level != "logical" {
         return Ok(());
     }
-    let options = config.relay_options();
-    let found = session::look(client, &options).await?;
-    let history = session::ancestors_for(&options.sql, &found).await?;
-    let doubts = found.doubts(&options, &history);
+    let options = &config.relay;
+    let found = facts::read(client, options).await?;
+    let history = wal::ancestors_for(&options.sql, &found).await?;
+    let doubts = found.doubts(options, &history);
     if doubts.is_empty() {
-        f.ok("checkpoint", format!("relay {:?} at {}", config.name, row.flush_lsn));
+        f.ok("checkpoint", format!("relay {:?} at {}", config.relay.name, row.flush_lsn));
     }
     doubts.iter().for_each(|doubt| f.error("checkpoint", doubt));
     Ok(())

@@ -1,7 +1,7 @@
-//! `watership resync`: a person accepts a gap. It is recorded, and the relay may go on behind it.
+//! `watership resync`: an operator accepts a gap. It is recorded, and the relay resumes past it.
 //!
-//! Nothing is published or skipped here: the checkpoint is set to where the stream will really
-//! begin, in a new epoch, together with the record in `watership.resync`.
+//! Nothing is published or skipped here: the checkpoint moves to where the stream will really
+//! begin, in a new epoch, in one transaction with the record in `watership.resync`.
 
 use serde::Serialize;
 use tokio_postgres::types::PgLsn;
@@ -9,46 +9,49 @@ use tokio_postgres::{Client, Transaction};
 
 use super::{End, Out};
 use crate::config::Config;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::publication::Publication;
 use crate::pg::slot::{create_slot, drop_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
+use crate::relay::check::position::facts;
+use crate::relay::check::resync::{Plan, ResumeFrom, plan};
 use crate::relay::checkpoint;
-use crate::relay::position_check::{From, Plan, facts, plan};
-use crate::relay::session::{self, Found};
+use crate::relay::session::facts::{self, StartFacts};
+use crate::relay::session::wal;
+use crate::verdict::Verdict;
 
 /// Options of `resync`.
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  watership --config shop.toml resync    # says what is wrong\n  \
-    watership --config shop.toml resync --accept-gap --reason 'restored the backup of Monday'\n\n\
-    Stop the relay first. What was accepted stands in the table watership.resync.\n\
-    Exit codes: 0 done, or nothing is wrong; 1 refused; 3 something is wrong and not accepted."
+    after_help = "Example:\n  watership --config shop.toml resync    # shows what is wrong\n  \
+    watership --config shop.toml resync --accept-gap --reason 'restored the backup from Monday'\n\n\
+    Stop the relay first. Accepted gaps are recorded in the table watership.resync.\n\
+    Exit codes: 0 accepted, or nothing is wrong; 1 refused; 3 a verdict that is not accepted yet."
 )]
 pub(super) struct Args {
-    /// Accept that events of the named range of the WAL may never be published.
+    /// Accept that events in the reported range of the WAL may never be published.
     #[arg(long, requires = "reason")]
     accept_gap: bool,
-    /// Why; recorded.
+    /// Why you accept it; recorded.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
-    /// Who accepts it; recorded. Default: the database role.
+    /// Your name; recorded. Default: the database role.
     #[arg(long, value_name = "NAME")]
     by: Option<String>,
-    /// Where the stream begins again: where the checkpoint is, where the slot is, or now, with a
-    /// new slot. Default: the one that loses least.
+    /// Where to resume: at the checkpoint, at the slot, or now, with a new slot. Default: the one
+    /// that loses least.
     #[arg(long, value_name = "PLACE")]
-    from: Option<From>,
-    /// Also when nothing is found wrong; needs --from.
+    from: Option<ResumeFrom>,
+    /// Move the checkpoint even if nothing is wrong; needs --from.
     #[arg(long, requires = "from")]
     anyway: bool,
 }
 
-impl clap::ValueEnum for From {
+impl clap::ValueEnum for ResumeFrom {
     fn value_variants<'a>() -> &'a [Self] {
-        &[From::Checkpoint, From::Slot, From::Now]
+        &[ResumeFrom::Checkpoint, ResumeFrom::Slot, ResumeFrom::Now]
     }
 
     fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
@@ -56,7 +59,7 @@ impl clap::ValueEnum for From {
     }
 }
 
-/// What was done, or would be.
+/// What was done, or would be done.
 #[derive(Debug, Serialize)]
 struct Report {
     name: String,
@@ -76,18 +79,18 @@ struct Report {
 }
 
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
-    let SqlConnection { mut client, closed: _closed } = sql(&config.source.sql).await?;
-    let options = config.relay_options();
-    let found = session::look(&client, &options).await?;
-    let history = session::ancestors_for(&options.sql, &found).await?;
-    let doubts = found.doubts(&options, &history);
-    if let Some(error) = doubts.iter().position(|doubt| doubt.kind() != Kind::Verdict) {
+    let SqlConnection { mut client, closed: _closed } = sql(&config.relay.sql).await?;
+    let options = &config.relay;
+    let found = facts::read(&client, options).await?;
+    let history = wal::ancestors_for(&options.sql, &found).await?;
+    let doubts = found.doubts(options, &history);
+    if let Some(error) = doubts.iter().position(|doubt| !doubt.kind().is_verdict()) {
         return Err(doubts.into_iter().nth(error).expect("it was found"));
     }
     let mut report = Report {
-        name: config.name.clone(),
+        name: config.relay.name.clone(),
         accepted: false,
-        verdicts: doubts.iter().filter_map(|d| d.name().map(|name| name.name())).collect(),
+        verdicts: doubts.iter().filter_map(Error::verdict).map(Verdict::name).collect(),
         errors: doubts.iter().map(ToString::to_string).collect(),
         from: None,
         gap_from: None,
@@ -110,81 +113,89 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     report.gap_from = Some(row.flush_lsn.to_string());
     report.resumed_at = plan.begin.map(|lsn| lsn.to_string());
     if !args.accept_gap {
-        out.line(&format!("would        {}", told(config, &plan, row.flush_lsn)));
-        out.line("\nNothing was changed. To accept it: --accept-gap --reason '…'");
+        out.line(&format!("would        {}", describe_plan(config, &plan, row.flush_lsn)));
+        out.line("\nNothing was changed. To accept the gap: --accept-gap --reason '…'");
         out.data(&report)?;
-        return Ok(End::NeedsPerson);
+        return Ok(End::NeedsDecision);
     }
     accept(&mut client, config, args, &found, &plan, &mut report).await?;
-    tell(config, &report, &plan, out);
+    print_result(config, &report, &plan, out);
     out.data(&report)?;
     Ok(End::Fine)
 }
 
 fn nothing_wrong(config: &Config, args: &Args, report: &Report, out: Out) -> Result<End> {
-    let name = &config.name;
+    let name = &config.relay.name;
     if args.accept_gap {
         return Err(Error::refused(format!(
             "nothing is wrong with the position of relay {name:?}"
         ))
-        .hint("there is no gap to accept: start it with `watership run`"));
+        .hint("there is no gap to accept: start the relay with `watership run`"));
     }
     out.line(&format!("ok           nothing is wrong with the position of relay {name:?}"));
     out.data(report)?;
     Ok(End::Fine)
 }
 
-fn told(config: &Config, plan: &Plan, stood: Lsn) -> String {
-    let slot = &config.source.slot;
+fn describe_plan(config: &Config, plan: &Plan, checkpoint: Lsn) -> String {
+    let slot = &config.relay.slot;
     match (plan.from, plan.begin) {
-        (From::Checkpoint, _) => format!("go on where the checkpoint is, at {stood}"),
-        (From::Slot, begin) => {
+        (ResumeFrom::Checkpoint, _) => format!("resume at the checkpoint, {checkpoint}"),
+        (ResumeFrom::Slot, begin) => {
             let begin = begin.unwrap_or(Lsn::ZERO);
-            format!("go on where slot {slot:?} is, at {begin}; the checkpoint is at {stood}")
+            format!("resume at slot {slot:?}, {begin}; the checkpoint is at {checkpoint}")
         }
-        (From::Now, _) => {
-            format!("make slot {slot:?} anew and go on from then; the checkpoint is at {stood}")
+        (ResumeFrom::Now, _) => {
+            format!("recreate slot {slot:?} and resume there; the checkpoint is at {checkpoint}")
         }
     }
 }
 
-/// Makes the slot where that is needed, then row and record in one transaction.
+/// Where the relay resumes, and what it may have missed by then.
+struct Resumed {
+    from: ResumeFrom,
+    commit_lsn: Lsn,
+    flush_lsn: Lsn,
+    gap_to: Lsn,
+}
+
+/// Creates the slot if needed, then writes row and record in one transaction.
 async fn accept(
     client: &mut Client,
     config: &Config,
     args: &Args,
-    found: &Found,
+    found: &StartFacts,
     plan: &Plan,
     report: &mut Report,
 ) -> Result<()> {
     let (row, slot, server) = found.position();
-    let name = &config.source.slot;
+    let name = &config.relay.slot;
     let publication = found
         .publication()
-        .ok_or_else(|| Error::protocol("a publication that is missing was not noticed"))?;
+        .ok_or_else(|| Error::internal("verification passed without a publication"))?;
     let (commit_lsn, flush_lsn) = match (plan.from, plan.begin) {
-        (From::Checkpoint, _) => (row.position.mark.lsn(), row.flush_lsn),
-        (From::Slot, Some(begin)) => (begin, begin),
-        (From::Slot | From::Now, _) => {
+        (ResumeFrom::Checkpoint, _) => (row.position.mark.lsn(), row.flush_lsn),
+        (ResumeFrom::Slot, Some(begin)) => (begin, begin),
+        (ResumeFrom::Slot | ResumeFrom::Now, _) => {
             if slot.is_some() {
                 drop_slot(client, name).await?;
             }
-            let failover = config.source.failover && server.version_num >= 170_000;
+            let failover = config.failover && server.version_num >= 170_000;
             let begin = create_slot(client, name, failover).await?;
             report.slot_created = true;
             (begin, begin)
         }
     };
-    // Where the position is kept, what was left out lies between it and now.
-    let gap_to = if plan.from == From::Checkpoint { server.wal_lsn } else { flush_lsn };
+    // When the position stays, the gap is what lies between it and now.
+    let gap_to = if plan.from == ResumeFrom::Checkpoint { server.wal_lsn } else { flush_lsn };
+    let resumed = Resumed { from: plan.from, commit_lsn, flush_lsn, gap_to };
     report.gap_to = Some(gap_to.to_string());
     report.resumed_at = Some(flush_lsn.to_string());
     let tx = client.transaction().await.map_err(postgres_error)?;
-    let epoch = move_checkpoint(&tx, config, found, publication, commit_lsn, flush_lsn).await?;
-    checkpoint::agree(&tx, &config.name, &facts(publication, &config.relay_options().wanted()))
-        .await?;
+    let epoch = move_checkpoint(&tx, config, found, publication, &resumed).await?;
+    checkpoint::agree(&tx, &config.relay.name, &facts(publication, &config.relay.wanted())).await?;
     report.epoch = Some(epoch);
-    record(&tx, config, args, found, (plan.from, flush_lsn, gap_to), report).await?;
+    record(&tx, config, args, found, &resumed, report).await?;
     tx.commit().await.map_err(postgres_error)?;
     report.accepted = true;
     Ok(())
@@ -193,10 +204,9 @@ async fn accept(
 async fn move_checkpoint(
     tx: &Transaction<'_>,
     config: &Config,
-    found: &Found,
+    found: &StartFacts,
     publication: &Publication,
-    commit_lsn: Lsn,
-    flush_lsn: Lsn,
+    resumed: &Resumed,
 ) -> Result<u32> {
     const SQL: &str = include_str!("../../sql/query/checkpoint_resync.sql");
     let (row, _, server) = found.position();
@@ -204,10 +214,10 @@ async fn move_checkpoint(
         .query_opt(
             SQL,
             &[
-                &config.name,
+                &config.relay.name,
                 &row.session_no,
-                &checkpoint::to_sql(commit_lsn.0),
-                &checkpoint::to_sql(flush_lsn.0),
+                &checkpoint::to_sql(resumed.commit_lsn.0),
+                &checkpoint::to_sql(resumed.flush_lsn.0),
                 &server.system_identifier.to_string(),
                 &i64::from(server.timeline),
                 &publication.name,
@@ -216,7 +226,7 @@ async fn move_checkpoint(
         )
         .await
         .map_err(postgres_error)?;
-    let epoch = moved.ok_or_else(|| checkpoint::taken_over(&config.name))?;
+    let epoch = moved.ok_or_else(|| checkpoint::taken_over(&config.relay.name))?;
     let epoch: i64 = epoch.try_get(0).map_err(postgres_error)?;
     u32::try_from(epoch).map_err(|_| Error::protocol("watership.checkpoint.epoch is out of range"))
 }
@@ -225,8 +235,8 @@ async fn record(
     tx: &Transaction<'_>,
     config: &Config,
     args: &Args,
-    found: &Found,
-    (from, resumed_at, gap_to): (From, Lsn, Lsn),
+    found: &StartFacts,
+    resumed: &Resumed,
     report: &mut Report,
 ) -> Result<()> {
     const SQL: &str = include_str!("../../sql/query/resync_record.sql");
@@ -237,15 +247,15 @@ async fn record(
         .query_one(
             SQL,
             &[
-                &config.name,
+                &config.relay.name,
                 &who,
                 &reason,
                 &report.verdicts,
                 &PgLsn::from(row.flush_lsn.0),
-                &PgLsn::from(gap_to.0),
-                &from.name(),
-                &PgLsn::from(resumed_at.0),
-                &config.source.slot,
+                &PgLsn::from(resumed.gap_to.0),
+                &resumed.from.name(),
+                &PgLsn::from(resumed.flush_lsn.0),
+                &config.relay.slot,
                 &report.slot_created,
                 &i64::from(server.timeline),
                 &i64::from(report.epoch.unwrap_or_default()),
@@ -259,14 +269,14 @@ async fn record(
     Ok(())
 }
 
-fn tell(config: &Config, report: &Report, plan: &Plan, out: Out) {
+fn print_result(config: &Config, report: &Report, plan: &Plan, out: Out) {
     let line = |what: &str, text: String| out.line(&format!("{what:<12} {text}"));
     let shown = |text: &Option<String>| text.clone().unwrap_or_default();
     line("accepted", format!("{} to {}", shown(&report.gap_from), shown(&report.gap_to)));
-    let slot = &config.source.slot;
-    let made = if report.slot_created { " (made anew)" } else { "" };
+    let slot = &config.relay.slot;
+    let created = if report.slot_created { " (recreated)" } else { "" };
     let at = shown(&report.resumed_at);
-    line("goes on", format!("at {at}, from {}, slot {slot:?}{made}", plan.from.name()));
+    line("resumes", format!("at {at}, from {}, slot {slot:?}{created}", plan.from.name()));
     line("epoch", report.epoch.unwrap_or_default().to_string());
     let (at, who) = (shown(&report.at), shown(&report.who));
     line("recorded", format!("in watership.resync, by {who} at {at}"));

@@ -9,14 +9,14 @@ use crate::admin;
 use crate::config::Config;
 use crate::error::Result;
 use crate::metrics::{self, Metrics};
+use crate::relay::session::supervisor;
 use crate::relay::status::Status;
-use crate::relay::supervisor;
 
 /// Options of `run`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  watership --config shop.toml run\n\n\
-    SIGTERM or SIGINT: takes nothing new, waits for confirms, stores the checkpoint, ends. A \
-    second one ends at once.")]
+    On SIGTERM or SIGINT it takes no new events, waits for confirms, stores the checkpoint and \
+    exits. A second signal exits at once.")]
 pub(super) struct Args {}
 
 pub(super) async fn execute(
@@ -30,25 +30,24 @@ pub(super) async fn execute(
     let shutdown = watch_signals()?;
 
     let exporter = metrics::install()?;
-    logging::counted();
+    logging::create_metrics();
     let labels = config.route_labels();
     let metrics = Arc::new(Metrics::new(&labels));
     let names = labels.into_iter().map(|label| label.name).collect();
-    let status = Status::new(&config.name, names);
-    let options = admin::Options { listen: config.listen, give_up };
-    let admin = admin::start(&options, Arc::clone(&status), exporter)?;
+    let status = Status::new(&config.relay.name, names);
+    let admin = admin::start(&config.admin, give_up, Arc::clone(&status), exporter)?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
-        name = config.name,
-        source = %config.source.sql,
-        slot = config.source.slot,
-        broker = ?config.broker.urls,
-        routes = config.rules.len(),
+        name = config.relay.name,
+        source = %config.relay.sql,
+        slot = config.relay.slot,
+        broker = ?config.relay.broker.urls,
+        routes = config.relay.rules.len(),
         admin = admin.address.map(|address| address.to_string()),
         "watership starts"
     );
-    supervisor::run(config.relay_options(), metrics, status, shutdown).await?;
-    tracing::info!("watership ends");
+    supervisor::run(config.relay, metrics, status, shutdown).await?;
+    tracing::info!("stopped");
     logging::flush();
     Ok(End::Fine)
 }

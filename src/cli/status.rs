@@ -1,4 +1,4 @@
-//! `watership status`: where the relay stands, from the database and, if it runs, from itself.
+//! `watership status`: the state of the relay, from the database and, if it runs, from itself.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -19,16 +19,16 @@ use crate::relay::checkpoint::{self, Row};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  watership --config shop.toml status\n  \
     watership --config shop.toml status --ready    # a container's health check\n\n\
-    Exit codes: 0 fine, 1 not running, not ready, or no slot or checkpoint, 3 the slot is lost.")]
+    Exit codes: 0 fine; 1 not running, not ready, or no slot or checkpoint; 3 the slot is lost.")]
 pub(super) struct Args {
-    /// Only ask /readyz; prints nothing but an error.
+    /// Only ask /readyz; print nothing unless it is an error.
     #[arg(long)]
     pub(super) ready: bool,
 }
 
 /// Bounds a request to the relay's own HTTP port.
 const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
-/// Longest answer of the relay, in bytes.
+/// Maximum size of the relay's answer, in bytes.
 const HTTP_MAX: u64 = 1 << 20;
 
 /// What is printed with `--json`.
@@ -37,7 +37,7 @@ struct Report {
     name: String,
     checkpoint: Option<Checkpoint>,
     slot: Option<Slot>,
-    /// What the running relay says on /status; absent when it cannot be reached.
+    /// The running relay's /status; absent when it cannot be reached.
     relay: Option<serde_json::Value>,
 }
 
@@ -61,10 +61,10 @@ struct Slot {
 }
 
 pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
-    let SqlConnection { client, closed: _closed } = sql(&config.source.sql).await?;
-    let row = checkpoint::read(&client, &config.name).await?;
-    let slot = read_slot(&client, &config.source.slot).await?;
-    let answer = match config.listen {
+    let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
+    let row = checkpoint::read(&client, &config.relay.name).await?;
+    let slot = read_slot(&client, &config.relay.slot).await?;
+    let answer = match config.admin.listen {
         Some(address) => own_status(config, address).await.map(Some),
         None => Ok(None),
     };
@@ -77,7 +77,7 @@ pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
         Err(error) => (None, Some(error.to_string())),
     };
     let report = Report {
-        name: config.name.clone(),
+        name: config.relay.name.clone(),
         checkpoint: row.as_ref().map(Checkpoint::from),
         slot: slot.as_ref().map(Slot::from),
         relay,
@@ -89,31 +89,32 @@ pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
 
 fn end(row: Option<&Row>, slot: Option<&SlotState>) -> End {
     match (row, slot) {
-        (Some(_), Some(slot)) if slot.wal_status == Some(WalStatus::Lost) => End::NeedsPerson,
+        (Some(_), Some(slot)) if slot.wal_status == Some(WalStatus::Lost) => End::NeedsDecision,
         (Some(_), Some(_)) => End::Fine,
         (None, _) | (_, None) => End::Failed,
     }
 }
 
-/// What this relay says on /status, and not another one that has the port.
+/// The /status of this relay; an error if another relay uses the port.
 async fn own_status(config: &Config, address: SocketAddr) -> Result<serde_json::Value> {
     let (_, body) = get(address, "/status").await?;
-    let status: serde_json::Value = serde_json::from_str(&body)
-        .map_err(|e| Error::protocol(format!("what answers at {address}")).caused_by(e))?;
-    let (name, own) = (text(&status["name"]), &config.name);
+    let status: serde_json::Value = serde_json::from_str(&body).map_err(|e| {
+        Error::protocol(format!("the answer from {address} is not a relay's /status")).caused_by(e)
+    })?;
+    let (name, own) = (text(&status["name"]), &config.relay.name);
     if name == *own {
         return Ok(status);
     }
-    let what = format!("at {address} answers the relay {name:?}, not {own:?}");
-    Err(Error::config(what).hint("give each relay on this machine an admin.listen of its own"))
+    let what = format!("the relay at {address} is {name:?}, not {own:?}");
+    Err(Error::config(what).hint("give each relay on this machine its own admin.listen"))
 }
 
 /// Exit code 0 when this relay is ready.
 ///
 /// # Errors
-/// When nobody answers, another relay does, or this one says why it is not ready.
+/// When there is no answer, another relay answers, or this one is not ready.
 pub(super) async fn ready(config: &Config) -> Result<End> {
-    let address = config.listen.ok_or_else(|| {
+    let address = config.admin.listen.ok_or_else(|| {
         Error::config("admin.listen is empty, so there is no /readyz").hint("set admin.listen")
     })?;
     own_status(config, address).await?;
@@ -187,11 +188,12 @@ fn table(config: &Config, report: &Report, silence: Option<String>, out: Out) {
             }
             if let Some(ms) = relay["circuit"]["next_try_ms"].as_u64() {
                 let tries = text(&relay["circuit"]["tries"]);
-                line("next try", format!("in {ms} ms, {tries} tries failed"));
+                line("next try", format!("in {ms} ms, after {tries} failed tries"));
             }
             if let Some(pid) = relay["standing_by"]["slot_holder"]["pid"].as_i64() {
                 let client = relay["standing_by"]["slot_holder"]["client"].as_str();
-                line("waits for", format!("pid {pid}, {}", client.unwrap_or("a local client")));
+                let client = client.unwrap_or("a local client");
+                line("waits for", format!("the slot, in use by pid {pid}, {client}"));
             }
             for route in relay["routes"].as_array().into_iter().flatten() {
                 let grade = text(&route["grade"]).to_uppercase().replace('_', " ");
@@ -204,7 +206,7 @@ fn table(config: &Config, report: &Report, silence: Option<String>, out: Out) {
             if relay["parked"]["rows"].as_u64().is_some_and(|rows| rows > 0) {
                 let parked = &relay["parked"];
                 let (rows, keys) = (text(&parked["rows"]), text(&parked["keys"]));
-                line("parked", format!("{rows} rows of {keys} keys; `watership parked list`"));
+                line("parked", format!("{rows} rows of {keys} keys; see `watership parked list`"));
             }
             for blocked in relay["parked"]["blocked"].as_array().into_iter().flatten() {
                 line("blocked", format!("route {}: {}", text(&blocked[0]), text(&blocked[1])));
@@ -212,7 +214,7 @@ fn table(config: &Config, report: &Report, silence: Option<String>, out: Out) {
         }
         None => match silence {
             Some(why) => line("state", format!("not running: {why}")),
-            None => line("state", "not known, admin.listen is empty".into()),
+            None => line("state", "unknown: admin.listen is empty".into()),
         },
     }
     match &report.checkpoint {
@@ -224,10 +226,10 @@ fn table(config: &Config, report: &Report, silence: Option<String>, out: Out) {
         None => line("checkpoint", "none; run `watership init`".into()),
     }
     let Some(slot) = &report.slot else {
-        return line("slot", format!("{} does not exist", config.source.slot));
+        return line("slot", format!("{} does not exist", config.relay.slot));
     };
-    let reader = slot.active_pid.map_or("nobody".into(), |pid| format!("pid {pid}"));
-    line("slot", format!("{}, read by {reader}", slot.name));
+    let reader = slot.active_pid.map_or("not in use".into(), |pid| format!("in use by pid {pid}"));
+    line("slot", format!("{}, {reader}", slot.name));
     line("wal status", slot.wal_status.unwrap_or("none").to_owned());
     line("lag", format!("{} bytes", slot.lag_bytes));
     line("retained WAL", format!("{} bytes", slot.retained_bytes));

@@ -522,7 +522,7 @@ mod tests {
         let types = Types::default();
         let error = types.text(20_003, b"x").unwrap_err();
         assert_eq!(error.to_string(), "type 20003 cannot be rendered from binary");
-        assert!(error.advice().unwrap().contains("source.binary = false"));
+        assert!(error.hint_text().unwrap().contains("source.binary = false"));
         // Cut short, too long, or of another shape.
         for (type_oid, value) in [
             (oid::INT4, &b"\0\0\0"[..]),

@@ -1,7 +1,7 @@
 //! A `bytea` value's text form as a base64 string.
 //!
 //! Decoded and encoded through a small buffer: a value of hundreds of megabytes takes no memory
-//! besides the output.
+//! except for the output.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;

@@ -1,6 +1,6 @@
 //! The OIDs of the built-in types that JSON treats specially, and of the built-in array types.
 //!
-//! They are fixed for ever (`src/include/catalog/pg_type.dat`). Types of extensions and users have
+//! They never change (`src/include/catalog/pg_type.dat`). Types of extensions and users have
 //! other OIDs in every database and are text here.
 
 /// `bool`.

@@ -4,31 +4,32 @@
 //! something that is captured. So nothing that is captured is poison by configuration.
 
 use std::collections::BTreeSet;
+use std::mem::discriminant;
 
-use super::raw;
-use super::value::Problems;
+use super::table::Table;
 use crate::route::{
     Action, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
 };
 
-/// Largest `nack_limit`.
-const NACKS_MAX: u64 = 1_000_000;
+/// Maximum of `nack_limit`.
+const NACKS_MAX: u32 = 1_000_000;
 
 /// The rules of the file, or the default rules when it has none.
-pub(super) fn rules(p: &mut Problems, routes: &[raw::Route], tables: &[String]) -> Vec<Rule> {
+pub(super) fn rules(root: &mut Table<'_>, tables: &[String]) -> Vec<Rule> {
+    const ROUTE: &str = "route";
+    let routes = root.tables(ROUTE);
     if routes.is_empty() {
         return default_rules();
     }
-    let found: Vec<Option<Rule>> =
-        routes.iter().enumerate().map(|(index, route)| rule(p, index, route)).collect();
+    let found: Vec<Option<Rule>> = routes.into_iter().map(|mut t| rule(&mut t)).collect();
     let complete = found.iter().all(Option::is_some);
     let rules: Vec<Rule> = found.into_iter().flatten().collect();
     // The checks across routes would repeat the problems of a single one.
     if complete {
         if let Err(error) = Router::new(&rules) {
-            p.error("route", &error);
+            root.error(ROUTE, &error);
         }
-        check_tables(p, &rules, tables);
+        check_tables(root, &rules, tables);
     }
     rules
 }
@@ -46,86 +47,96 @@ pub(super) fn exchanges(rules: &[Rule]) -> Vec<&str> {
     list
 }
 
-fn rule(p: &mut Problems, index: usize, raw: &raw::Route) -> Option<Rule> {
-    let at = if raw.name.is_empty() {
-        format!("route[{index}]")
-    } else {
-        format!("route {:?}", raw.name)
-    };
-    if raw.name.is_empty() || raw.name.len() > crate::message::SHORT_STRING_MAX {
-        p.value(&format!("{at}: name"), format!("{:?}", raw.name), "1 to 255 bytes");
+/// `None` when there is a problem with what it selects or does.
+fn rule(t: &mut Table<'_>) -> Option<Rule> {
+    const NAME: &str = "name";
+    const DROP: &str = "drop";
+    let name = t.short_string(NAME);
+    if !name.is_empty() {
+        t.call_it(&format!("route {name:?}"));
     }
-    let select = match (raw.outbox.aggregate_type.as_str(), raw.table.as_str()) {
+    let owner = t.text("owner", "");
+    let select = select(t);
+    let drop = t.flag(DROP, false);
+    let first = t.asked();
+    let action = publishing(t, select.as_ref(), !drop);
+    let action = if drop { Some(Action::Drop) } else { action };
+    // What a route asks for to publish is of no use to one that drops.
+    let unused = t.given_since(first);
+    if drop && !unused.is_empty() {
+        let (path, unused) = (t.path(DROP), unused.join(", "));
+        t.problem(DROP, format!("{path} = true ignores {unused}; remove one or the other"));
+    }
+    Some(Rule { name, owner, select: select?, action: action? })
+}
+
+fn select(t: &mut Table<'_>) -> Option<Select> {
+    const TABLE: &str = "table";
+    let outbox = "such as { aggregate_type = \"order\" }";
+    let aggregate_type = t.table("outbox", outbox).text("aggregate_type", "");
+    let table = t.text(TABLE, "");
+    match (aggregate_type.as_str(), table.as_str()) {
         ("", "") => {
-            p.other(format!(
-                "{at} selects nothing; allowed: outbox = {{ aggregate_type = \"order\" }} or \
-                 table = \"schema.table\", with \"*\" for all"
-            ));
-            return None;
+            let path = t.path("");
+            t.problem(
+                TABLE,
+                format!(
+                    "{path}selects nothing; expected outbox = {{ aggregate_type = \"order\" }} or \
+                     table = \"schema.table\", with \"*\" for all"
+                ),
+            );
+            None
         }
-        (aggregate_type, "") => Select::Outbox { aggregate_type: aggregate_type.to_owned() },
-        ("", table) => Select::Table { name: table.to_owned() },
+        (_, "") => Some(Select::Outbox { aggregate_type }),
+        ("", _) => Some(Select::Table { name: table }),
         (_, _) => {
-            p.other(format!("{at} selects an outbox and a table; make two routes of it"));
-            return None;
+            let path = t.path("");
+            t.problem(TABLE, format!("{path}selects an outbox and a table; split it in two"));
+            None
         }
-    };
-    let action = if raw.drop { dropping(p, &at, raw) } else { publishing(p, &at, raw, &select) };
-    Some(Rule { name: raw.name.clone(), owner: raw.owner.clone(), select, action: action? })
-}
-
-fn dropping(p: &mut Problems, at: &str, raw: &raw::Route) -> Option<Action> {
-    let plain = raw::Route::default();
-    let set = [
-        ("exchange", raw.exchange != plain.exchange),
-        ("routing_key", raw.routing_key != plain.routing_key),
-        ("key", raw.key != plain.key),
-        ("ordering", raw.ordering != plain.ordering),
-        ("message_id", raw.message_id != plain.message_id),
-        ("on_poison", raw.on_poison != plain.on_poison),
-        ("on_unroutable", raw.on_unroutable != plain.on_unroutable),
-        ("nack_limit", raw.nack_limit != plain.nack_limit),
-    ];
-    let set: Vec<&str> = set.iter().filter(|(_, set)| *set).map(|(key, _)| *key).collect();
-    if !set.is_empty() {
-        let keys = set.join(", ");
-        p.other(format!("{at} drops, and has {keys}, which it would not use; keep one of them"));
-        return None;
     }
-    Some(Action::Drop)
 }
 
-fn publishing(p: &mut Problems, at: &str, raw: &raw::Route, select: &Select) -> Option<Action> {
+/// All keys of a route that publishes; without `select` or an exchange there is none.
+fn publishing(t: &mut Table<'_>, select: Option<&Select>, publishes: bool) -> Option<Action> {
+    const EXCHANGE: &str = "exchange";
+    let exchange = if publishes { t.short_string(EXCHANGE) } else { t.text(EXCHANGE, "") };
+    let routing_key = t.text("routing_key", "");
+    let key = t.list("key");
     let orderings = [("keyed", Ordering::Keyed), ("pipelined", Ordering::Pipelined)];
-    let ordering = p.word(&format!("{at}: ordering"), &raw.ordering, &orderings);
+    let ordering = t.word("ordering", &orderings);
     let ids = [("event", MessageIdRule::Event), ("route", MessageIdRule::Route)];
-    let message_id = p.word(&format!("{at}: message_id"), &raw.message_id, &ids);
-    if raw.exchange.is_empty() || raw.exchange.len() > crate::message::SHORT_STRING_MAX {
-        p.value(&format!("{at}: exchange"), format!("{:?}", raw.exchange), "1 to 255 bytes");
-        return None;
-    }
-    let routing_key = match (raw.routing_key.as_str(), select) {
-        ("", Select::Outbox { .. }) => "{aggregate_type}.{event_type}",
-        ("", Select::Table { .. }) => "{schema}.{table}.{op}",
-        (given, _) => given,
-    };
+    let message_id = t.word("message_id", &ids);
     let policies = [("park", OnPoison::Park), ("block", OnPoison::Block), ("stop", OnPoison::Stop)];
-    let on_poison = p.word(&format!("{at}: on_poison"), &raw.on_poison, &policies);
-    let unroutable = [("hold", false), ("park", true)];
-    let park_unroutable = p.word(&format!("{at}: on_unroutable"), &raw.on_unroutable, &unroutable);
-    let nack_limit = p.number(&format!("{at}: nack_limit"), raw.nack_limit, 0, NACKS_MAX);
-    let nack_limit = u32::try_from(nack_limit).ok().filter(|limit| *limit > 0);
-    Some(Action::Publish {
-        exchange: raw.exchange.clone(),
-        routing_key: routing_key.to_owned(),
+    let on_poison = t.word("on_poison", &policies);
+    let park_unroutable = t.word("on_unroutable", &[("hold", false), ("park", true)]);
+    let nack_limit = t.number("nack_limit", 0, 0..=NACKS_MAX);
+    let nack_limit = (nack_limit > 0).then_some(nack_limit);
+    let select = select?;
+    let routing_key =
+        if routing_key.is_empty() { default_routing_key(select) } else { routing_key };
+    let policy = Policy { on_poison, park_unroutable, nack_limit };
+    (!exchange.is_empty()).then_some(Action::Publish {
+        exchange,
+        routing_key,
         ordering,
         message_id,
-        key: raw.key.clone(),
-        policy: Policy { on_poison, park_unroutable, nack_limit },
+        key,
+        policy,
     })
 }
 
-fn check_tables(p: &mut Problems, rules: &[Rule], tables: &[String]) {
+/// That of the default rule for events of the same kind.
+fn default_routing_key(select: &Select) -> String {
+    let same = |rule: &Rule| discriminant(&rule.select) == discriminant(select);
+    let key = default_rules().into_iter().find(same).and_then(|rule| match rule.action {
+        Action::Publish { routing_key, .. } => Some(routing_key),
+        Action::Drop => None,
+    });
+    key.unwrap_or_default()
+}
+
+fn check_tables(root: &Table<'_>, rules: &[Rule], tables: &[String]) {
     let routed: BTreeSet<&str> = rules
         .iter()
         .filter_map(|rule| match &rule.select {
@@ -135,17 +146,24 @@ fn check_tables(p: &mut Problems, rules: &[Rule], tables: &[String]) {
         .collect();
     if !routed.contains("*") {
         for table in tables.iter().filter(|table| !routed.contains(table.as_str())) {
-            p.other(format!(
-                "table {table:?} is captured and no route selects it; add a [[route]] with \
-                 table = {table:?} (and drop = true to drop its changes)"
-            ));
+            root.problem(
+                "route",
+                format!(
+                    "table {table:?} is captured and no route selects it; add a [[route]] with \
+                     table = {table:?} (and drop = true to drop its changes)"
+                ),
+            );
         }
     }
     for table in routed.iter().filter(|name| **name != "*") {
         if !tables.iter().any(|captured| captured == table) {
-            p.other(format!(
-                "a route selects table {table:?}, which is not captured; add it to source.tables"
-            ));
+            root.problem(
+                "route",
+                format!(
+                    "a route selects table {table:?}, which is not captured; add it to \
+                     source.tables"
+                ),
+            );
         }
     }
 }

@@ -1,123 +1,114 @@
-//! Reading single values: durations, sizes, names; and collecting what is wrong with them.
+//! Keys with one value: names, numbers, words, durations such as `100ms` and sizes such as `16MiB`.
 //!
-//! Pure. Every problem names the key, the value and what is allowed.
+//! A value that is not what it may be is reported with what is expected; the default stands in.
 
 use std::fmt::Display;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use crate::error::{Error, Result};
+use super::table::Table;
+use crate::message::SHORT_STRING_MAX;
 
-/// What is wrong, in the order in which it was found; so that all is reported at once.
-#[derive(Default)]
-pub(super) struct Problems {
-    list: Vec<String>,
-    hint: Option<String>,
-}
+/// Maximum length of a Postgres identifier, in bytes (`NAMEDATALEN` - 1).
+const NAME_MAX: usize = 63;
 
-impl Problems {
-    /// Adds a problem with the value of `key`.
-    pub(super) fn value(&mut self, key: &str, value: impl Display, allowed: impl Display) {
-        self.list.push(format!("{key} = {value} is not allowed; allowed: {allowed}"));
-    }
-
-    /// Adds a problem in free words; `what` begins with the key.
-    pub(super) fn other(&mut self, what: impl Into<String>) {
-        self.list.push(what.into());
-    }
-
-    /// Adds the text of `error` under `key`, and keeps its hint if it is the first one.
-    pub(super) fn error(&mut self, key: &str, error: &Error) {
-        self.list.push(format!("{key}: {error}"));
-        if self.hint.is_none() {
-            self.hint = error.advice().map(str::to_owned);
+impl Table<'_> {
+    /// A name that goes into identifiers of Postgres and AMQP; `extra` are further characters.
+    pub(super) fn name(&mut self, key: &'static str, default: &str, extra: &str) -> String {
+        let text = self.text(key, default);
+        let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || extra.contains(c);
+        if text.is_empty() || text.len() > NAME_MAX || !text.chars().all(fits) {
+            let extra: Vec<String> = extra.chars().map(|c| format!("{c:?}")).collect();
+            let extra = extra.join(", ");
+            let expected = format!("1 to {NAME_MAX} characters out of a to z, 0 to 9, {extra}");
+            self.invalid(key, format!("{text:?}"), expected);
         }
+        text
     }
 
-    /// One error with every problem in it, or nothing.
-    pub(super) fn into_result(self, file: &str) -> Result<()> {
-        let error = match self.list.as_slice() {
-            [] => return Ok(()),
-            [one] => Error::config(format!("{file}: {one}")),
-            many => Error::config(format!(
-                "{file} has {} problems:\n  - {}",
-                many.len(),
-                many.join("\n  - ")
-            )),
-        };
-        Err(match self.hint {
-            Some(hint) => error.hint(hint),
-            None => error,
+    /// A name in AMQP, which must be there.
+    pub(super) fn short_string(&mut self, key: &'static str) -> String {
+        let text = self.text(key, "");
+        if text.is_empty() || text.len() > SHORT_STRING_MAX {
+            self.invalid(key, format!("{text:?}"), "1 to 255 bytes");
+        }
+        text
+    }
+
+    /// True or false.
+    pub(super) fn flag(&mut self, key: &'static str, default: bool) -> bool {
+        let Some(value) = self.ask(key) else { return default };
+        value.get_ref().as_bool().unwrap_or_else(|| {
+            self.wrong_type(key, value, "true or false, without quotes");
+            default
         })
     }
 
-    /// A duration such as `100ms` within `min..=max`; `min` when it is wrong.
+    /// A whole number.
+    pub(super) fn number<T>(&mut self, key: &'static str, default: T, range: RangeInclusive<T>) -> T
+    where
+        T: Copy + PartialOrd + Display + TryFrom<i128>,
+    {
+        let Some(value) = self.ask(key) else { return default };
+        let Some(number) = value.get_ref().as_integer() else {
+            self.wrong_type(key, value, "a whole number, without quotes");
+            return default;
+        };
+        let parsed = i128::from_str_radix(number.as_str(), number.radix()).ok();
+        let parsed = parsed.and_then(|number| T::try_from(number).ok());
+        parsed.filter(|number| range.contains(number)).unwrap_or_else(|| {
+            self.invalid(key, number, format!("{} to {}", range.start(), range.end()));
+            default
+        })
+    }
+
+    /// A duration such as `100ms`.
     pub(super) fn duration(
         &mut self,
-        key: &str,
-        text: &str,
-        min: Duration,
-        max: Duration,
+        key: &'static str,
+        default: Duration,
+        range: RangeInclusive<Duration>,
     ) -> Duration {
-        let value = parse_duration(text).filter(|d| (min..=max).contains(d));
-        value.unwrap_or_else(|| {
-            let allowed = format!(
-                "{} to {}, written as a number with ms, s, m, h or d",
-                show_duration(min),
-                show_duration(max)
-            );
-            self.value(key, format!("{text:?}"), allowed);
-            min
+        let text = self.string(key, "a duration in quotes, such as \"30s\"");
+        let Some(text) = text else { return default };
+        parse_duration(&text).filter(|duration| range.contains(duration)).unwrap_or_else(|| {
+            let [min, max] = [range.start(), range.end()].map(|limit| show_duration(*limit));
+            let expected = format!("{min} to {max}, written as a number with ms, s, m, h or d");
+            self.invalid(key, format!("{text:?}"), expected);
+            default
         })
     }
 
-    /// A size such as `16MiB` within `min..=max`, in bytes; `min` when it is wrong.
-    pub(super) fn size(&mut self, key: &str, text: &str, min: u64, max: u64) -> usize {
-        let value = parse_size(text).filter(|n| (min..=max).contains(n));
-        let value = value.unwrap_or_else(|| {
-            let allowed = format!(
-                "{} to {}, written as a number with B, KiB, MiB or GiB",
-                show_size(min),
-                show_size(max)
-            );
-            self.value(key, format!("{text:?}"), allowed);
-            min
-        });
-        usize::try_from(value).unwrap_or(usize::MAX)
+    /// A size such as `16MiB`, in bytes.
+    pub(super) fn size(
+        &mut self,
+        key: &'static str,
+        default: usize,
+        range: RangeInclusive<u64>,
+    ) -> usize {
+        let Some(text) = self.string(key, "a size in quotes, such as \"16MiB\"") else {
+            return default;
+        };
+        let size = parse_size(&text).filter(|size| range.contains(size));
+        size.and_then(|size| usize::try_from(size).ok()).unwrap_or_else(|| {
+            let [min, max] = [range.start(), range.end()].map(|limit| show_size(*limit));
+            let expected = format!("{min} to {max}, written as a number with B, KiB, MiB or GiB");
+            self.invalid(key, format!("{text:?}"), expected);
+            default
+        })
     }
 
-    /// A number within `min..=max`; `min` when it is wrong.
-    pub(super) fn number(&mut self, key: &str, value: u64, min: u64, max: u64) -> usize {
-        if !(min..=max).contains(&value) {
-            self.value(key, value, format!("{min} to {max}"));
-        }
-        usize::try_from(value.clamp(min, max)).unwrap_or(usize::MAX)
-    }
-
-    /// One of a list of words; the first when it is wrong.
-    pub(super) fn word<T: Copy>(&mut self, key: &str, text: &str, words: &[(&str, T)]) -> T {
+    /// One of a list of words; the first is the default.
+    pub(super) fn word<T: Copy>(&mut self, key: &'static str, words: &[(&str, T)]) -> T {
+        let Some(text) = self.string(key, "a string") else { return words[0].1 };
         if let Some((_, value)) = words.iter().find(|(word, _)| *word == text) {
             return *value;
         }
         let list: Vec<String> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
-        self.value(key, format!("{text:?}"), list.join(", "));
+        self.invalid(key, format!("{text:?}"), list.join(", "));
         words[0].1
     }
-
-    /// A name that goes into Postgres and AMQP identifiers.
-    pub(super) fn name(&mut self, key: &str, text: &str, extra: &str) -> String {
-        let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || extra.contains(c);
-        if text.is_empty() || text.len() > NAME_MAX || !text.chars().all(fits) {
-            let extra: Vec<String> = extra.chars().map(|c| format!("{c:?}")).collect();
-            let allowed =
-                format!("1 to {NAME_MAX} of the letters a to z, digits and {}", extra.join(", "));
-            self.value(key, format!("{text:?}"), allowed);
-        }
-        text.to_owned()
-    }
 }
-
-/// Longest Postgres identifier, in bytes (`NAMEDATALEN` - 1).
-const NAME_MAX: usize = 63;
 
 const UNITS: [(&str, u64); 5] =
     [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
@@ -130,14 +121,23 @@ fn parse_duration(text: &str) -> Option<Duration> {
 
 fn show_duration(duration: Duration) -> String {
     let millis = u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    if millis == 0 {
+        return "0s".into();
+    }
     let fits = |(_, factor): &&(&str, u64)| millis.is_multiple_of(*factor);
     let (unit, factor) = UNITS.iter().rev().find(fits).unwrap_or(&UNITS[0]);
     format!("{}{unit}", millis / factor)
 }
 
+/// As the file has it.
+pub(super) fn quoted(duration: Duration) -> String {
+    format!("\"{}\"", show_duration(duration))
+}
+
 const SIZES: [(&str, u64); 5] =
     [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("", 1)];
 
+/// In bytes; a number without a unit is bytes too.
 fn parse_size(text: &str) -> Option<u64> {
     let (number, unit) =
         text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
@@ -183,20 +183,7 @@ mod tests {
             assert_eq!(parse_size(text), value, "{text}");
         }
         assert_eq!(show_duration(ms(60_000)), "1m");
+        assert_eq!(show_duration(Duration::ZERO), "0s");
         assert_eq!(show_size(16 << 20), "16MiB");
-    }
-
-    #[test]
-    fn all_problems_are_told_at_once() {
-        let mut problems = Problems::default();
-        problems.duration("a.b", "5", Duration::from_millis(1), Duration::from_secs(10));
-        problems.word("c", "x", &[("wal", 1), ("poll", 2)]);
-        let text = problems.into_result("w.toml").unwrap_err().to_string();
-        assert_eq!(
-            text,
-            "w.toml has 2 problems:\n  - a.b = \"5\" is not allowed; allowed: 1ms to 10s, written \
-             as a number with ms, s, m, h or d\n  - c = \"x\" is not allowed; allowed: \"wal\", \
-             \"poll\""
-        );
     }
 }

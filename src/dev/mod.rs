@@ -1,4 +1,5 @@
-//! Private Postgres and RabbitMQ from local binaries, for the demo and the tests.
+//! Private Postgres and RabbitMQ from local binaries, for the demo and the tests; with them what
+//! both judge a run by, the [`ledger`] and its [`consumer`].
 //!
 //! Everything a process starts here lives in one temporary directory, on free loopback ports, with
 //! its own data and its own cookie; it never touches a server that was there before.
@@ -9,19 +10,22 @@
 //! `pids/` and removes the directory. Servers are plain child processes, tied to no runtime, so
 //! that one server can serve the tests of many runtimes.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::error::{Error, Result};
 
+pub mod consumer;
+pub mod ledger;
 mod postgres;
 mod rabbit;
 
@@ -311,14 +315,20 @@ const PORTS: std::ops::Range<u16> = 20_000..32_000;
 /// Draws before giving up.
 const PORT_DRAWS: u32 = 100;
 
-/// A loopback port that nobody listens on at this moment.
+/// A loopback port that nobody listens on at this moment, and that this process gives to nobody
+/// else: a server may bind it much later, or stop and bind it again.
 ///
 /// # Errors
 /// When the loopback interface has none.
 pub fn free_port() -> Result<u16> {
-    let is_free = |port: &u16| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut is_free = |port: &u16| {
+        let free = std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok();
+        free && given.insert(*port)
+    };
     let mut draws = (0..PORT_DRAWS).map(|_| fastrand::u16(PORTS));
-    draws.find(is_free).ok_or_else(|| {
+    draws.find(&mut is_free).ok_or_else(|| {
         Error::unreachable(format!("no free port among {PORT_DRAWS} tried in {PORTS:?}"))
     })
 }
@@ -328,7 +338,7 @@ pub fn free_port() -> Result<u16> {
 /// # Errors
 /// When the system does not say.
 pub fn this_program() -> Result<PathBuf> {
-    std::env::current_exe().map_err(|e| Error::config("finding this program").caused_by(e))
+    std::env::current_exe().map_err(|e| Error::internal("finding this program").caused_by(e))
 }
 
 /// A command with a clean environment: what `PG*` or `RABBITMQ_*` the caller has set is not for

@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 
 use super::{INSTALL_HINT, POLL, Process, Signal, broken, clean_command, free_port, own_directory};
-use super::{search_path, send, tail, versions, wait_ready};
+use super::{search_path, send, versions, wait_ready};
 use crate::error::{Error, Result};
 
 /// How long a start may take; recovery after a crash included.
@@ -319,11 +319,6 @@ impl Postgres {
     /// The major version.
     pub fn major(&self) -> u32 {
         self.programs.major
-    }
-
-    /// The end of the server's log.
-    pub fn log_tail(&self) -> String {
-        tail(&self.directory.join("log"))
     }
 }
 

@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::{INSTALL_HINT, Process, Signal, broken, clean_command, free_port, own_directory};
-use super::{search_path, tail, versions, wait_ready};
+use super::{search_path, versions, wait_ready};
 use crate::error::{Error, Result};
 
 /// How long a start may take: 7 s on two idle cores, several times that on busy ones.
@@ -290,11 +290,6 @@ impl Rabbit {
     /// The process id of the node's own port mapper.
     pub fn epmd_pid(&self) -> u32 {
         self.epmd.pid()
-    }
-
-    /// The end of the node's log.
-    pub fn log_tail(&self) -> String {
-        tail(&self.directory.join("log/server"))
     }
 }
 

@@ -22,7 +22,7 @@ use crate::position::Lsn;
 
 /// UUIDv5 namespace of captured events. Changing it would change every id.
 const CAPTURED: Uuid = Uuid::from_u128(0x7d1c_9c5e_5b0a_4f6e_9a58_3f1e_7a77_5e01);
-/// UUIDv5 namespace of what one event and one route make besides their first message.
+/// UUIDv5 namespace of the further messages that one route makes of one event.
 const PART: Uuid = Uuid::from_u128(0x1c1f_87a4_8f43_4b6b_8c3e_64c3_9d4c_5e02);
 
 /// The namespace of a cluster's changes: of its system identifier (`IDENTIFY_SYSTEM`) and the
@@ -45,7 +45,7 @@ pub struct Ids {
     given: Vec<Uuid>,
 }
 
-/// What a change's id is made of, besides its row.
+/// What a change's id is made of, in addition to its row.
 #[derive(Debug, Clone, Copy)]
 pub struct Source {
     /// See [`namespace`].

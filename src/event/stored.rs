@@ -287,7 +287,7 @@ fn load_table(stored: StoredTable) -> Result<Table> {
         database: database.into(),
         oid,
         version,
-        full_name: format!("{schema}.{name}"),
+        full_name: format!("{schema}.{name}").into(),
         schema,
         name,
         columns: columns.collect(),

@@ -28,7 +28,7 @@ struct ParkedKind {
 }
 
 /// Why messages are parked; the label `kind`.
-pub const PARKED_KINDS: [&str; 7] =
+const PARKED_KINDS: [&str; 7] =
     ["too_large", "invalid", "no_route", "unroutable", "nacked", "refused", "follows"];
 
 impl ParkedMetrics {

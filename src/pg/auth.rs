@@ -38,8 +38,8 @@ pub(super) fn has_transaction_timeout(server_version: &str) -> bool {
     major.parse::<u32>().is_ok_and(|major| major >= 17)
 }
 
-/// A walsender waits as long as it takes; its statements never time out. Its warnings must come:
-/// one of them tells of changes that it leaves out.
+/// A walsender waits as long as it takes; its statements never time out. Its warnings are needed:
+/// one of them reports changes that it leaves out.
 const REPLICATION_SETTINGS: &str = " -c statement_timeout=0 -c lock_timeout=0 \
      -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
      -c client_min_messages=warning";
@@ -73,8 +73,9 @@ pub(super) async fn start_up(wire: &mut Wire, options: &Options, replication: bo
     if replication {
         parameters.push(("replication", "database"));
     }
-    frontend::startup_message(parameters, wire.output())
-        .map_err(|e| Error::config("a zero byte in user, database or name").caused_by(e))?;
+    frontend::startup_message(parameters, wire.output()).map_err(|e| {
+        Error::config("user, database or application name contains a zero byte").caused_by(e)
+    })?;
     match asked_proof(wire).await? {
         Proof::None => admit_without_proof(options),
         Proof::Md5(salt) => {
@@ -99,27 +100,32 @@ async fn asked_proof(wire: &mut Wire) -> Result<Proof> {
             | Message::AuthenticationScmCredential
             | Message::AuthenticationGss
             | Message::AuthenticationSspi,
-        ) => Err(Error::refused("the server asks for Kerberos, GSSAPI or SSPI; not supported")
-            .hint("let pg_hba.conf ask this role for scram-sha-256")),
+        ) => Err(Error::refused(
+            "the server asks for Kerberos, GSSAPI or SSPI, which are not supported",
+        )
+        .hint("use scram-sha-256 for this role in pg_hba.conf")),
         other => Err(wire.unexpected(other, "authenticating")),
     }
 }
 
 /// The error for a server that asks for the password itself.
 pub(super) fn refuse_clear_text() -> Error {
-    Error::refused("the server asks for a clear-text password; it is never sent")
-        .hint("let pg_hba.conf ask this role for scram-sha-256 instead of `password`")
+    Error::refused("the server asks for a clear-text password, which is never sent")
+        .hint("use scram-sha-256 instead of `password` for this role in pg_hba.conf")
 }
 
-/// Whether a server may let us in without any proof.
+/// Whether a server may let us in without authentication.
 pub(super) fn admit_without_proof(options: &Options) -> Result<()> {
     if options.channel_binding == ChannelBinding::Require {
-        return Err(Error::refused("the server asks for no proof, so there is no channel binding")
-            .hint("let pg_hba.conf ask for scram-sha-256, or drop channel_binding=require"));
+        let text = "the server requires no authentication, so channel binding is impossible";
+        return Err(Error::refused(text)
+            .hint("use scram-sha-256 in pg_hba.conf, or drop channel_binding=require"));
     }
     if options.require_scram {
-        return Err(Error::refused("the server asks for no proof; require_auth=scram-sha-256")
-            .hint("let pg_hba.conf ask for scram-sha-256, or drop require_auth"));
+        let text = "the server requires no authentication, but require_auth=scram-sha-256 is set";
+        return Err(
+            Error::refused(text).hint("use scram-sha-256 in pg_hba.conf, or drop require_auth")
+        );
     }
     Ok(())
 }
@@ -127,14 +133,18 @@ pub(super) fn admit_without_proof(options: &Options) -> Result<()> {
 /// Whether an md5 hash may be sent.
 pub(super) fn admit_md5(options: &Options) -> Result<()> {
     if options.channel_binding == ChannelBinding::Require || options.require_scram {
-        return Err(Error::refused("the server asks for md5; scram-sha-256 is required"));
+        return Err(Error::refused(
+            "the server asks for an md5 password hash, but the URL requires scram-sha-256",
+        ));
     }
     if !options.allow_md5 {
-        return Err(Error::refused("the server asks for an md5 password hash; md5 is not allowed")
-            .hint(
-                "set password_encryption=scram-sha-256 on the server and the password again, or \
-                 allow md5 with allow_md5=true in the URL",
-            ));
+        return Err(Error::refused(
+            "the server asks for an md5 password hash, which is not allowed",
+        )
+        .hint(
+            "set password_encryption=scram-sha-256 on the server and then the password again, \
+                 or allow md5 with allow_md5=true in the URL",
+        ));
     }
     Ok(())
 }
@@ -143,7 +153,7 @@ pub(super) fn admit_md5(options: &Options) -> Result<()> {
 pub(super) fn password(options: &Options) -> Result<&Secret> {
     options.password.as_ref().ok_or_else(|| {
         Error::config(format!("the server asks for the password of {:?}", options.user))
-            .hint("the URL holds none")
+            .hint("the URL has no password")
     })
 }
 
@@ -170,7 +180,7 @@ async fn scram(wire: &mut Wire, options: &Options, body: &AuthenticationSaslBody
 }
 
 /// The mechanism and its binding. When we could bind and the server does not offer it, we say so
-/// (`y`): a server that did offer it notices that somebody cut the list.
+/// (`y`): a server that did offer it then knows that the list was tampered with.
 ///
 /// <https://www.rfc-editor.org/rfc/rfc5802#section-6>
 fn choose(

@@ -6,7 +6,7 @@
 //! reads the first answer of the server before tokio-postgres does.
 //!
 //! Invariant: the connection is driven by a task of its own, so the end of it (57P01 at a server
-//! shutdown) is seen at once, also while nobody queries.
+//! shutdown) is seen at once, even while no query runs.
 
 use std::convert::Infallible;
 use std::future::{Ready, poll_fn};
@@ -24,12 +24,12 @@ use tokio_postgres::{AsyncMessage, Client, Connection};
 use super::auth;
 use super::connect::{ChannelBinding, Options};
 use super::socket::Socket;
-use super::sqlstate::postgres_error;
+use super::sqlstate::{login_error, postgres_error};
 use crate::error::{Error, Result};
 
-/// Limits of a session, so that no statement of ours holds anything for ever. Longer work sets
-/// its own with `SET LOCAL`. Being idle is no fault: an end of the role's choosing would look
-/// like one.
+/// Limits of a session, so that no statement of ours holds a lock indefinitely. Longer work sets
+/// its own with `SET LOCAL`. Idle sessions are allowed: a limit that the role sets for them would
+/// look like a failure.
 const LIMITS: &str = " -c statement_timeout=30s -c lock_timeout=5s \
      -c idle_in_transaction_session_timeout=60s -c idle_session_timeout=0";
 
@@ -38,7 +38,7 @@ const LIMITS: &str = " -c statement_timeout=30s -c lock_timeout=5s \
 pub struct SqlConnection {
     /// Runs the queries.
     pub client: Client,
-    /// Tells when the connection ends.
+    /// Resolves when the connection ends.
     pub closed: Closed,
 }
 
@@ -62,7 +62,7 @@ pub async fn sql(options: &Options) -> Result<SqlConnection> {
     let limit = options.connect_timeout;
     let opened = timeout(limit, open(options)).await.unwrap_or_else(|_| {
         Err(Error::unreachable(format!("no connection within {} s", limit.as_secs()))
-            .hint("connect_timeout in the URL is the limit"))
+            .hint("the limit is connect_timeout in the URL"))
     });
     let (client, connection) =
         opened.map_err(|error| error.context(format!("Postgres {options}")))?;
@@ -101,7 +101,7 @@ async fn open(options: &Options) -> Result<(Client, Driver)> {
         config.password(password.expose());
     }
     let guard = Guard { socket, options: options.clone(), first: First::Awaited(Vec::new()) };
-    config.connect_raw(guard, Established).await.map_err(postgres_error)
+    config.connect_raw(guard, Established).await.map_err(login_error)
 }
 
 /// Drives the connection until it ends. Ends by itself when the client is dropped.
@@ -116,7 +116,7 @@ async fn drive(mut connection: Driver, ended: mpsc::Sender<Error>) {
             None => break Error::unreachable("the connection to Postgres is closed"),
         }
     };
-    // Nobody waits any more when the session is over: fine.
+    // The session may be over already; then there is no receiver.
     let _ = ended.try_send(error);
 }
 
@@ -133,7 +133,7 @@ impl TlsConnect<Guard> for Established {
     }
 }
 
-/// The socket with an eye on the first message of the server, which asks for the proof.
+/// The socket, which checks the first message of the server before it hands it on.
 struct Guard {
     socket: Socket,
     options: Options,
@@ -141,7 +141,7 @@ struct Guard {
 }
 
 enum First {
-    /// Its first bytes so far, not handed on yet.
+    /// The first bytes so far, not handed on yet.
     Awaited(Vec<u8>),
     /// Judged; these bytes are to be handed on.
     Judged(Vec<u8>),

@@ -1,6 +1,6 @@
-//! Where Postgres is and how to enter it: the options of a connection URL.
+//! How to reach Postgres and log in: the options of a connection URL.
 //!
-//! Invariants: what weakens security is asked for by name. TLS is verify-full except on a unix
+//! Invariants: what weakens security must be asked for by name. TLS is verify-full except on a unix
 //! socket or loopback; md5 needs `allow_md5=true`; a clear-text password is never sent. No text
 //! made here shows the password, and errors about a URL show it redacted only.
 //!
@@ -16,9 +16,6 @@ use percent_encoding::percent_decode_str;
 use crate::error::{Error, Result};
 use crate::secret::{Secret, redact_url};
 use crate::tls::{self, Mode};
-
-pub use super::client::{SqlConnection, sql};
-pub use super::sqlstate::postgres_error;
 
 /// The query parameters that a URL may have.
 const PARAMETERS: [&str; 17] = [
@@ -43,7 +40,7 @@ const PARAMETERS: [&str; 17] = [
 
 const DEFAULT_PORT: u16 = 5432;
 const DEFAULT_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Half-open connections are noticed after this long, even when nobody reads.
+/// Half-open connections are detected after this long, even without a read.
 const DEFAULT_TCP_USER_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Where the server listens.
@@ -105,13 +102,9 @@ impl Options {
     pub fn parse(url: &Secret) -> Result<Self> {
         parse(url.expose()).map_err(|error| error.context(redact_url(url.expose())))
     }
-
-    /// The URL without the password.
-    pub fn display(&self) -> String {
-        self.to_string()
-    }
 }
 
+/// The URL without the password.
 impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { user, port, database, .. } = self;
@@ -142,7 +135,7 @@ impl Parts {
         self.parameters.iter().find(|(known, _)| *known == name).map(|(_, value)| value.as_str())
     }
 
-    /// The query parameter, or what stands before the query; empty counts as absent.
+    /// The query parameter, or the part before the query; empty counts as absent.
     fn either<'a>(&'a self, name: &str, before: &'a str) -> Option<&'a str> {
         self.parameter(name).or(Some(before)).filter(|value| !value.is_empty())
     }
@@ -158,14 +151,14 @@ impl Parts {
 }
 
 fn not_allowed(name: &str, value: &str, allowed: &str) -> Error {
-    Error::config(format!("{name}={value:?} is not allowed; allowed: {allowed}"))
+    Error::config(format!("{name}={value:?} is invalid; allowed: {allowed}"))
 }
 
 fn parse(url: &str) -> Result<Options> {
     let parts = split(url)?;
     let host = host(&parts)?;
     let user = parts.either("user", &parts.user).map(str::to_owned);
-    let user = user.ok_or_else(|| Error::config("the URL names no user"))?;
+    let user = user.ok_or_else(|| Error::config("the URL has no user"))?;
     let database = parts.either("dbname", &parts.database).unwrap_or(&user).to_owned();
     let password = parts.parameter("password").or(parts.password.as_deref());
     let tls = tls_options(&parts, &host)?;
@@ -189,12 +182,13 @@ fn parse(url: &str) -> Result<Options> {
     })
 }
 
-/// Cuts the URL into its parts. Errors show no part before the `@`: a password with a raw `/`
+/// Splits the URL into its parts. Errors show no part before the `@`: a password with a raw `/`
 /// would be taken for something else.
 fn split(url: &str) -> Result<Parts> {
     let rest = url.strip_prefix("postgres://").or_else(|| url.strip_prefix("postgresql://"));
     let rest = rest.ok_or_else(|| {
-        Error::config("not a Postgres URL").hint("postgres://user:password@host:5432/database")
+        Error::config("not a Postgres URL")
+            .hint("the form is postgres://user:password@host:5432/database")
     })?;
     let (front, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, database) = front.split_once('/').unwrap_or((front, ""));
@@ -251,14 +245,13 @@ fn decode(text: &str) -> Result<String> {
     Ok(decoded.into_owned())
 }
 
-/// A slot belongs to one server; behind a failover the name follows the primary.
-const SEVERAL_HOSTS: &str = "the URL names several hosts; one is allowed";
+/// A slot belongs to one server; after a failover the name must lead to the new primary.
+const SEVERAL_HOSTS: &str = "the URL names several hosts; only one is allowed";
 
 fn host(parts: &Parts) -> Result<Host> {
     let host = parts.either("host", &parts.host).ok_or_else(|| {
-        Error::config("the URL names no host").hint(
-            "a unix socket is named by its directory: postgres://user@/db?host=/run/postgresql",
-        )
+        Error::config("the URL has no host")
+            .hint("for a unix socket, give its directory: postgres://user@/db?host=/run/postgresql")
     })?;
     if host.contains(',') {
         return Err(Error::config(SEVERAL_HOSTS));
@@ -275,14 +268,14 @@ fn port(parts: &Parts) -> Result<u16> {
         // The text is not shown: it is a piece of the password when that holds a raw '/'.
         Some(text) => text.parse().ok().filter(|port| *port > 0).ok_or_else(|| {
             Error::config("the port is not a number from 1 to 65535")
-                .hint("special characters in user and password have to be percent-encoded")
+                .hint("special characters in user and password must be percent-encoded")
         }),
     }
 }
 
 fn number(parts: &Parts, name: &str) -> Result<Option<u64>> {
     let Some(text) = parts.parameter(name) else { return Ok(None) };
-    // One hour in ms; libpq's 0 (wait for ever) is not offered: every wait has a limit.
+    // One hour in ms; libpq's 0 (no limit) is not offered: every wait has a limit.
     let value = text.parse().ok().filter(|n| (1..=3_600_000).contains(n));
     value.map(Some).ok_or_else(|| not_allowed(name, text, "1 to 3600000"))
 }
@@ -319,14 +312,14 @@ fn tls_options(parts: &Parts, host: &Host) -> Result<tls::Options> {
             return Err(Error::config("ssl and sslmode are both given; sslmode is enough"));
         }
         Some("disable") => Mode::Disable,
-        // As libpq: who names a root wants it used.
+        // As in libpq: a root that is given is meant to be used.
         Some("require") if root_cert.is_some() => Mode::VerifyCa,
         Some("require") => Mode::Require,
         Some("verify-ca") => Mode::VerifyCa,
         Some("verify-full") => Mode::VerifyFull,
         Some(weak @ ("prefer" | "allow")) => {
             let error = not_allowed("sslmode", weak, "disable, require, verify-ca, verify-full");
-            return Err(error.hint("it falls back to plain text when somebody interferes"));
+            return Err(error.hint("it falls back to plain text if an attacker interferes"));
         }
         Some(other) => {
             let allowed = "disable, require, verify-ca, verify-full";
@@ -343,12 +336,12 @@ fn tls_options(parts: &Parts, host: &Host) -> Result<tls::Options> {
     if parts.parameter("sslrootcert") == Some("system")
         && matches!(mode, Mode::Require | Mode::VerifyCa)
     {
-        let text = "sslrootcert=system says nothing without the host's name: anybody has a \
-                    certificate of a public authority";
+        let text = "sslrootcert=system proves nothing unless the host name is checked: anyone can \
+                    get a certificate from a public authority";
         return Err(Error::config(text).hint("set sslmode=verify-full"));
     }
     if mode != Mode::Disable && matches!(host, Host::Unix(_)) {
-        return Err(Error::config("TLS over a unix socket; Postgres has none there")
+        return Err(Error::config("Postgres has no TLS on a unix socket")
             .hint("set sslmode=disable, or name a host"));
     }
     Ok(tls::Options { mode, root_cert, client_cert, client_key })
@@ -417,7 +410,7 @@ mod tests {
         }
         let o = options("postgres://r@[::1]:5/db");
         assert_eq!((o.host.clone(), o.port), (Host::Tcp("::1".into()), 5));
-        assert_eq!(o.display(), "postgres://r@[::1]:5/db");
+        assert_eq!(o.to_string(), "postgres://r@[::1]:5/db");
     }
 
     #[test]
@@ -448,7 +441,7 @@ mod tests {
             ("postgres://h/x", "no user"),
             ("postgres://r@/x", "no host"),
             ("postgres://r@a,b/x", "several hosts"),
-            ("postgres://r@h/x?sslmode=require&sslrootcert=system", "says nothing without"),
+            ("postgres://r@h/x?sslmode=require&sslrootcert=system", "proves nothing unless"),
             ("postgres://r@a:1,b:2/x", "several hosts"),
             ("postgres://r@/x?host=a,b", "several hosts"),
             ("postgres://r@h:0/x", "1 to 65535"),
@@ -476,7 +469,7 @@ mod tests {
     #[test]
     fn no_text_shows_the_password() {
         let o = options("postgres://r:hunter2@h/x");
-        assert!(!format!("{o} {o:?} {}", o.display()).contains("hunter2"));
+        assert!(!format!("{o} {o:?}").contains("hunter2"));
         for url in [
             "postgres://r:hunter2@h:x/x",
             "postgres://r:hunter2/z@h/x",

@@ -5,8 +5,8 @@
 //! lock, so two `watership init` at once are one after the other. A file that was run by hand
 //! registered itself without a checksum and counts as done.
 //!
-//! Here is no publication, no slot and no checkpoint row: those are made by `watership init` in
-//! between, see [`grant_applications`].
+//! Publication, slot and checkpoint row are not made here but by `watership init`, before it calls
+//! [`grant_applications`].
 
 use sha2::{Digest, Sha256};
 use tokio_postgres::{Client, GenericClient, Transaction};
@@ -74,6 +74,7 @@ struct Record {
 /// [`crate::error::Kind::Verdict`] when a file differs from what was run, or when the database is
 /// newer than this program; otherwise what the server says, with the file's name.
 pub async fn apply(client: &mut Client) -> Result<Vec<Applied>> {
+    const CHECKSUM: &str = include_str!("../../sql/query/migration_checksum.sql");
     let tx = locked(client).await?;
     let mut applied = Vec::new();
     for migration in pending(&tx).await? {
@@ -81,12 +82,9 @@ pub async fn apply(client: &mut Client) -> Result<Vec<Applied>> {
         tx.batch_execute(migration.sql).await.map_err(failed)?;
         // The table is the owner's, and a member need not inherit the owner's rights.
         tx.batch_execute("SET LOCAL ROLE watership_owner").await.map_err(failed)?;
-        tx.execute(
-            "UPDATE watership.migration SET checksum = $2 WHERE version = $1",
-            &[&migration.version, &checksum(migration.sql)],
-        )
-        .await
-        .map_err(failed)?;
+        tx.execute(CHECKSUM, &[&migration.version, &checksum(migration.sql)])
+            .await
+            .map_err(failed)?;
         tx.batch_execute("RESET ROLE").await.map_err(failed)?;
         applied.push(Applied { version: migration.version, name: migration.name });
     }
@@ -126,13 +124,13 @@ async fn locked(client: &mut Client) -> Result<Transaction<'_>> {
 }
 
 async fn records(client: &impl GenericClient) -> Result<Vec<Record>> {
+    const READ: &str = include_str!("../../sql/query/migration_read.sql");
     let table = "SELECT pg_catalog.to_regclass('watership.migration') IS NOT NULL";
     let there: bool = client.query_one(table, &[]).await.map_err(postgres_error)?.get(0);
     if !there {
         return Ok(Vec::new());
     }
-    let sql = "SELECT version, name, checksum FROM watership.migration ORDER BY version";
-    let rows = client.query(sql, &[]).await.map_err(postgres_error)?;
+    let rows = client.query(READ, &[]).await.map_err(postgres_error)?;
     let record = |row: tokio_postgres::Row| Record {
         version: row.get(0),
         name: row.get(1),
@@ -147,25 +145,25 @@ fn verify(done: &[Record]) -> Result<()> {
         let Some(known) = MIGRATIONS.iter().find(|m| m.version == record.version) else {
             let newest = MIGRATIONS.last().map_or(0, |m| m.version);
             let text = format!(
-                "the schema in the database is at version {} ({file}), and this program knows \
-                 versions up to {newest}",
+                "the schema in the database is at version {} ({file}), but this program only \
+                 knows versions up to {newest}",
                 record.version
             );
             return Err(Error::named(Verdict::SchemaUnknown, text)
-                .hint("use the newer watership that made this schema"));
+                .hint("use the newer watership that installed this schema"));
         };
         let ours = checksum(known.sql);
         let differs = record.checksum.as_ref().is_some_and(|theirs| *theirs != ours);
         if differs || record.name != known.name {
             let text = format!(
-                "{file} was run in this database with checksum {}, and this program has {} with \
+                "{file} was run in this database with checksum {}, but this program has {} with \
                  checksum {ours}",
                 record.checksum.as_deref().unwrap_or("unknown"),
                 known.name
             );
             return Err(Error::named(Verdict::SchemaUnknown, text).hint(
-                "a migration never changes after its release: use the watership that made this \
-                 schema, or compare the file with the database by hand",
+                "a migration never changes after its release: use the watership that installed \
+                 this schema, or compare the file with the database by hand",
             ));
         }
     }
@@ -219,6 +217,6 @@ mod tests {
         let error = verify(&[record(9999, "9999_later", None)]).unwrap_err();
         assert_eq!(error.kind(), Kind::Verdict);
         assert!(error.to_string().contains("version 9999"), "{error}");
-        assert!(error.advice().unwrap().contains("newer watership"));
+        assert!(error.hint_text().unwrap().contains("newer watership"));
     }
 }

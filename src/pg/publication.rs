@@ -1,8 +1,8 @@
 //! The publication and the tables in it, seen through ordinary SQL.
 //!
-//! What a publication leaves out is lost without a word, so everything that can leave something
-//! out is read: tables, operations, row filters, column lists. Names come from configuration and
-//! are always quoted here; nobody else builds such a statement.
+//! What a publication leaves out is lost silently, so everything that can leave something out is
+//! read: tables, operations, row filters, column lists. Names come from configuration and are
+//! always quoted here; no other file builds such a statement.
 
 use std::fmt;
 use std::str::FromStr;
@@ -367,7 +367,9 @@ fn identity(
         "i" => ReplicaIdentity::Index(chosen),
         "f" => ReplicaIdentity::Full,
         "n" => ReplicaIdentity::Nothing,
-        other => return Err(Error::protocol(format!("replica identity {other:?} of {table}"))),
+        other => {
+            return Err(Error::protocol(format!("unknown replica identity {other:?} of {table}")));
+        }
     };
     Ok((identity, primary_key))
 }

@@ -20,8 +20,8 @@ use crate::position::Lsn;
 
 /// Length limit of a name in Postgres (`NAMEDATALEN` - 1), in bytes.
 const NAME_MAX: usize = 63;
-/// Status updates wait here while the socket takes nothing; above this, new ones are left out.
-/// Positions are cumulative, so the next one makes up for it.
+/// Bytes of status updates that wait while the socket takes nothing; above this, new ones are left
+/// out. Positions are cumulative, so a later one makes up for it.
 const UNSENT_MAX: usize = 16 * 1024;
 /// How long `close` waits for the server.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
@@ -41,13 +41,11 @@ pub struct SystemId {
     pub dbname: String,
 }
 
-/// What START_REPLICATION asks pgoutput for, besides the publications.
+/// What START_REPLICATION asks of pgoutput in addition to the publications.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StreamOptions {
     /// Column values in binary form: lets rows pass whose text form is above 1 GB.
     pub binary: bool,
-    /// `pg_logical_emit_message` records too (Postgres 14 and later).
-    pub messages: bool,
 }
 
 /// One message of the replication stream.
@@ -93,16 +91,6 @@ impl ReplicationConnection {
         Ok(Self { wire })
     }
 
-    /// The major version of the server, for example 15.
-    ///
-    /// # Errors
-    /// [`Kind::Protocol`] when the server reported none.
-    pub fn server_major(&self) -> Result<u32> {
-        let version = self.wire.server_version();
-        let digits = version.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
-        digits.parse().map_err(|_| Error::protocol(format!("server_version {version:?}")))
-    }
-
     /// IDENTIFY_SYSTEM.
     ///
     /// # Errors
@@ -117,41 +105,6 @@ impl ReplicationConnection {
         })
     }
 
-    /// Creates a logical slot for pgoutput and returns its consistent point: changes committed
-    /// after it are streamed. Waits for the transactions that are open now; the caller limits it.
-    ///
-    /// `failover` (Postgres 17 and later) lets standbys keep a copy of the slot.
-    ///
-    /// # Errors
-    /// [`Kind::Verdict`] when `wal_level` is not logical, [`Kind::Refused`] when the slot exists or
-    /// all slots are in use, [`Kind::Config`] for a name or an option that cannot be.
-    pub async fn create_slot(&mut self, name: &str, failover: bool) -> Result<Lsn> {
-        let name = slot_name(name)?;
-        let options = match (self.server_major()?, failover) {
-            (17.., true) => "(SNAPSHOT 'nothing', FAILOVER true)",
-            (15.., false) => "(SNAPSHOT 'nothing')",
-            (0..15, false) => "NOEXPORT_SNAPSHOT",
-            (major @ 0..17, true) => {
-                return Err(Error::config(format!(
-                    "failover slots need Postgres 17 or later; the server is {major}"
-                )));
-            }
-        };
-        let command = format!("CREATE_REPLICATION_SLOT \"{name}\" LOGICAL pgoutput {options}");
-        let rows = self.wire.query(&command).await.map_err(|e| about(e, "slot", name))?;
-        field(&rows, 1, "consistent_point")
-    }
-
-    /// Drops a slot.
-    ///
-    /// # Errors
-    /// [`Kind::Busy`] while somebody reads it, [`Kind::Verdict`] when there is none of that name.
-    pub async fn drop_slot(&mut self, name: &str) -> Result<()> {
-        let name = slot_name(name)?;
-        let dropped = self.wire.query(&format!("DROP_REPLICATION_SLOT \"{name}\"")).await;
-        dropped.map(drop).map_err(|e| about(e, "slot", name))
-    }
-
     /// The history file of a timeline: one line per ancestor, `timeline switch-LSN reason`.
     ///
     /// # Errors
@@ -161,18 +114,6 @@ impl ReplicationConnection {
         field(&rows, 1, "content")
     }
 
-    /// The value of a setting, for example `wal_sender_timeout`, with its unit as SHOW prints it.
-    ///
-    /// # Errors
-    /// [`Kind::Config`] for a name that is none, else the server's.
-    pub async fn show(&mut self, name: &str) -> Result<String> {
-        if name.is_empty() || !name.bytes().all(|b| b.is_ascii_lowercase() || b"_.".contains(&b)) {
-            return Err(Error::config(format!("setting {name:?}; allowed: a-z, '_' and '.'")));
-        }
-        let rows = self.wire.query(&format!("SHOW {name}")).await?;
-        field(&rows, 0, name)
-    }
-
     /// START_REPLICATION with `proto_version '1'`: whole transactions, in commit order.
     ///
     /// The server begins at `from` or at the slot's confirmed position, whichever is later. It
@@ -180,7 +121,7 @@ impl ReplicationConnection {
     /// first. [`Lsn::ZERO`] means the slot's position.
     ///
     /// # Errors
-    /// [`Kind::Verdict`] when the slot is missing or lost, [`Kind::Busy`] when somebody reads it,
+    /// [`Kind::Verdict`] when the slot is missing or lost, [`Kind::Busy`] when it has a reader,
     /// with its pid in the text. A missing publication is an error of the stream, not of this call.
     pub async fn start(
         mut self,
@@ -214,7 +155,7 @@ impl ReplicationStream {
     ///
     /// # Errors
     /// Sticky: the server's error, [`Kind::Unreachable`] when it ended the stream,
-    /// [`Kind::Protocol`] for a frame that is none.
+    /// [`Kind::Protocol`] for a malformed frame.
     pub fn try_next(&mut self) -> Result<Option<Frame>> {
         match self.wire.try_copy()? {
             Some(body) => decode(body).map(Some).map_err(|e| self.wire.fail(e)),
@@ -284,7 +225,7 @@ const STATUS_LEN: u32 = 1 + 3 * 8 + 8 + 1;
 /// # Errors
 /// [`Kind::Protocol`] when it is cut short or of an unknown kind.
 pub fn decode(mut body: Bytes) -> Result<Frame> {
-    let short = |e| Error::protocol("a replication message is cut short").caused_by(e);
+    let short = |e| Error::protocol("truncated replication message").caused_by(e);
     match body.try_get_u8().map_err(short)? {
         b'w' => {
             let wal_start = Lsn(body.try_get_u64().map_err(short)?);
@@ -298,7 +239,7 @@ pub fn decode(mut body: Bytes) -> Result<Frame> {
             reply_requested: body.try_get_u8().map_err(short)? != 0,
         }),
         tag => Err(Error::protocol(format!(
-            "replication message '{}'; allowed: 'w', 'k'",
+            "unknown replication message '{}'; expected 'w' or 'k'",
             char::from(tag).escape_default()
         ))),
     }
@@ -332,9 +273,6 @@ fn start_command(
     if options.binary {
         command.push_str(", binary 'true'");
     }
-    if options.messages {
-        command.push_str(", messages 'true'");
-    }
     command.push(')');
     Ok(command)
 }
@@ -345,13 +283,15 @@ fn slot_name(name: &str) -> Result<&str> {
     if fits && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_') {
         return Ok(name);
     }
-    Err(Error::config(format!("slot name {name:?}; allowed: 1 to 63 of a-z, 0-9 and '_'")))
+    Err(Error::config(format!(
+        "slot name {name:?} is invalid; allowed: 1 to 63 of a-z, 0-9 and '_'"
+    )))
 }
 
 fn identifier(name: &str) -> Result<String> {
     if !(1..=NAME_MAX).contains(&name.len()) || name.contains('\0') {
         let allowed = "allowed: 1 to 63 bytes without a zero byte";
-        return Err(Error::config(format!("publication name {name:?}; {allowed}")));
+        return Err(Error::config(format!("publication name {name:?} is invalid; {allowed}")));
     }
     Ok(format!("\"{}\"", name.replace('"', "\"\"")))
 }
@@ -363,20 +303,18 @@ fn literal(text: &str) -> String {
 fn field<T: std::str::FromStr>(rows: &Rows, column: usize, name: &str) -> Result<T> {
     let text = rows.first().and_then(|row| row.get(column)).and_then(Option::as_ref);
     let value = text.and_then(|text| text.parse().ok());
-    value.ok_or_else(|| Error::protocol(format!("the server answered {name} = {text:?}")))
+    value.ok_or_else(|| {
+        let text = text.map_or("nothing".into(), |text| format!("{text:?}"));
+        Error::protocol(format!("the server answered {text} for {name}"))
+    })
 }
 
-/// Names the thing, except where the peer is away: then it is not about the thing.
+/// Names the thing, except where the peer is away: then the error is not about the thing.
 fn about(error: Error, thing: &str, name: &str) -> Error {
-    match error.kind() {
-        Kind::Unreachable => error,
-        Kind::Config
-        | Kind::Refused
-        | Kind::Busy
-        | Kind::Protocol
-        | Kind::Event
-        | Kind::Verdict => error.context(format!("{thing} {name:?}")),
+    if error.kind() == Kind::Unreachable {
+        return error;
     }
+    error.context(format!("{thing} {name:?}"))
 }
 
 #[cfg(test)]
@@ -436,12 +374,12 @@ mod tests {
 
     #[test]
     fn publication_names_are_identifiers_inside_a_literal() {
-        let options = StreamOptions { binary: true, messages: true };
+        let options = StreamOptions { binary: true };
         let command = start_command("s", Lsn(16), &["plain", "a\"b,'c\\;ä"], options).unwrap();
         assert_eq!(
             command,
             "START_REPLICATION SLOT \"s\" LOGICAL 0/10 (proto_version '1', publication_names \
-             '\"plain\",\"a\"\"b,''c\\;ä\"', binary 'true', messages 'true')"
+             '\"plain\",\"a\"\"b,''c\\;ä\"', binary 'true')"
         );
         let none = StreamOptions::default();
         for bad in [&[""][..], &["a\0"], &[], &["ok", &"x".repeat(64)]] {

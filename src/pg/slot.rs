@@ -1,8 +1,9 @@
-//! The replication slot and the server it lives on, seen through ordinary SQL.
+//! The replication slot and the server it lives on, through ordinary SQL: reads both, creates and
+//! drops slots for `init`, `resync` and the demo.
 //!
-//! Here is only what the server says, for Postgres 15 and later: columns that came later
-//! (`invalidation_reason`, `failover`, `synced`, `inactive_since`) are read through JSON, so one
-//! query fits every version. Nothing here decides whether a slot is good; nothing drops one.
+//! For Postgres 15 and later: columns that came later (`invalidation_reason`, `failover`, `synced`)
+//! are read through JSON, so one query fits every version. Only what the server says: whether a
+//! slot may be used is decided in `relay/position_check`.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -25,7 +26,7 @@ pub enum WalStatus {
     Extended,
     /// Over `max_slot_wal_keep_size`: the next checkpoint may remove what the slot needs.
     Unreserved,
-    /// Removed: the slot is of no use any more.
+    /// Removed: the slot is unusable.
     Lost,
 }
 
@@ -50,7 +51,7 @@ impl FromStr for WalStatus {
             .find(|status| status.as_str() == text)
             .ok_or_else(|| {
                 Error::protocol(format!(
-                    "wal_status {text:?} is none of reserved, extended, unreserved, lost"
+                    "wal_status is {text:?}; expected reserved, extended, unreserved or lost"
                 ))
             })
     }
@@ -87,8 +88,8 @@ pub struct SlotState {
     pub failover: bool,
     /// Whether this is a standby's copy; from Postgres 17.
     pub synced: bool,
-    /// Standbys' slots that `synchronized_standby_slots` names and nobody reads: the server sends
-    /// nothing of a failover slot that they do not have. From Postgres 17.
+    /// Standbys' slots in `synchronized_standby_slots` that have no reader: the server sends
+    /// nothing from a failover slot until they have it. From Postgres 17.
     pub waits_for: Vec<String>,
     /// Transactions decoded since the slot was made or the server crashed; 0 where nothing is
     /// known.
@@ -100,9 +101,9 @@ pub struct SlotState {
 }
 
 impl SlotState {
-    /// What it is, for people: plugin, database, and how long it lives.
+    /// Plugin, database and lifetime in words.
     pub fn kind(&self) -> String {
-        let plugin = self.plugin.as_deref().unwrap_or("none, it is physical");
+        let plugin = self.plugin.as_deref().unwrap_or("none (physical slot)");
         let database = self.database.as_deref().unwrap_or("none");
         let (temporary, two_phase) = (self.temporary, self.two_phase);
         format!(
@@ -205,7 +206,7 @@ pub async fn create_slot(client: &impl GenericClient, name: &str, failover: bool
 /// Drops a slot.
 ///
 /// # Errors
-/// What the server says: somebody reads it, or there is none.
+/// What the server says: the slot has a reader, or does not exist.
 pub async fn drop_slot(client: &impl GenericClient, name: &str) -> Result<()> {
     let sql = "SELECT pg_catalog.pg_drop_replication_slot($1::text)";
     let dropped = client.execute(sql, &[&name]).await;
@@ -242,11 +243,11 @@ pub struct ServerFacts {
     pub max_slot_wal_keep_size: Option<u64>,
     /// After how long without a reader a slot is lost (from Postgres 18); absent for never.
     pub idle_replication_slot_timeout: Option<Duration>,
-    /// After how long without an answer a reader is cut off; absent for never.
+    /// After how long without an answer the server disconnects a reader; absent for never.
     pub wal_sender_timeout: Option<Duration>,
-    /// The database we are in.
+    /// The database of the session.
     pub database: String,
-    /// The role we are.
+    /// The role of the session.
     pub user: String,
     /// Whether that role may replicate (REPLICATION, or superuser).
     pub user_may_replicate: bool,
@@ -311,7 +312,7 @@ pub async fn max_slot_wal_keep_size(client: &impl GenericClient) -> Result<Optio
 pub async fn insert_lsn(client: &impl GenericClient) -> Result<Lsn> {
     let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()";
     let row = client.query_one(sql, &[]).await.map_err(postgres_error)?;
-    lsn(&row, 0).ok_or_else(|| Error::protocol("the server has no end of WAL"))
+    lsn(&row, 0).ok_or_else(|| Error::protocol("the server reports no end of WAL"))
 }
 
 /// A numeric setting in bytes or milliseconds; absent when it is negative or this version has none.

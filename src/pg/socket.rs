@@ -49,8 +49,8 @@ impl Socket {
     /// Opens the stream and, where asked for, TLS. The caller limits the time.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Unreachable`] when nobody answers, [`crate::error::Kind::Refused`]
-    /// when the server has no TLS or shows a certificate that does not pass,
+    /// [`crate::error::Kind::Unreachable`] when the server does not answer,
+    /// [`crate::error::Kind::Refused`] when it has no TLS or its certificate does not pass,
     /// [`crate::error::Kind::Config`] when a certificate file is wrong.
     pub async fn open(options: &Options) -> Result<Self> {
         let name = match &options.host {
@@ -59,7 +59,7 @@ impl Socket {
                 let stream = UnixStream::connect(&path).await;
                 return stream
                     .map(Socket::Unix)
-                    .map_err(|e| Error::unreachable(format!("{}", path.display())).caused_by(e));
+                    .map_err(|e| io_error(&path.display().to_string(), e));
             }
             Host::Tcp(name) => name,
         };
@@ -70,11 +70,6 @@ impl Socket {
                 open_tls(tcp, name, &options.tls).await
             }
         }
-    }
-
-    /// Whether the stream is encrypted.
-    pub fn is_tls(&self) -> bool {
-        matches!(self, Socket::Tls(_))
     }
 
     /// The `tls-server-end-point` channel binding: the hash of the server's certificate. None
@@ -90,18 +85,18 @@ impl Socket {
 async fn open_tcp(name: &str, options: &Options) -> Result<TcpStream> {
     let resolved = lookup_host((name, options.port)).await;
     let resolved = resolved
-        .map_err(|e| Error::unreachable(format!("host name {name:?}")).caused_by(e))?
+        .map_err(|e| Error::unreachable(format!("host {name:?} cannot be resolved")).caused_by(e))?
         .take(ADDRESSES_MAX)
         .collect::<Vec<_>>();
     // An address that swallows packets must leave time for the others.
     let share = options.connect_timeout / u32::try_from(resolved.len()).unwrap_or(1).max(1);
-    let mut last = Error::unreachable(format!("host name {name:?} has no address"));
+    let mut last = Error::unreachable(format!("host {name:?} has no address"));
     for address in resolved {
         let connected = timeout(share, TcpStream::connect(address)).await;
         match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(stream) => {
                 configure(&stream, options)
-                    .map_err(|e| Error::unreachable(format!("{address}")).caused_by(e))?;
+                    .map_err(|e| Error::unreachable("setting socket options").caused_by(e))?;
                 return Ok(stream);
             }
             Err(e) => last = io_error(&address.to_string(), e),
@@ -110,7 +105,7 @@ async fn open_tcp(name: &str, options: &Options) -> Result<TcpStream> {
     Err(last)
 }
 
-/// A client that only reads never notices a half-open connection: the kernel has to.
+/// A client that only reads cannot detect a half-open connection: the kernel has to.
 fn configure(stream: &TcpStream, options: &Options) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
@@ -144,11 +139,11 @@ async fn open_tls(mut tcp: TcpStream, name: &str, options: &tls::Options) -> Res
         b'S' => {}
         b'N' => {
             return Err(Error::refused("the server does not support TLS")
-                .hint("set ssl=on on the server, or ask for sslmode=disable"));
+                .hint("set ssl=on on the server, or use sslmode=disable"));
         }
         other => {
             return Err(Error::protocol(format!(
-                "the answer to an SSLRequest is {other:#04x}; allowed: 'S', 'N'"
+                "the answer to an SSLRequest is {other:#04x}; expected 'S' or 'N'"
             )));
         }
     }

@@ -1,7 +1,8 @@
-//! What an error from the server means for us: one table, keyed by SQLSTATE.
+//! What an error from the server means for us: one table, keyed by SQLSTATE, and the names of the
+//! codes by which others decide.
 //!
 //! Both connections (ordinary SQL and replication) end here, so that the same answer from the
-//! server always has the same kind and the same advice. The table knows codes, not texts: server
+//! server always has the same kind and the same hint. The table knows codes, not texts: server
 //! messages are translated by `lc_messages`.
 //!
 //! Codes: <https://www.postgresql.org/docs/current/errcodes-appendix.html>
@@ -12,8 +13,21 @@ use postgres_protocol::message::backend::ErrorFields;
 use tokio_postgres::error::DbError;
 use tokio_postgres::fallible_iterator::FallibleIterator;
 
-use crate::error::{Error, Kind};
+use crate::error::{Code, Error, Kind};
 use crate::fault::io_error;
+#[cfg(feature = "relay")]
+use crate::fault::is_tls;
+
+/// Another process uses it: the slot has a reader.
+pub const OBJECT_IN_USE: &str = "55006";
+/// It is not in the state that the command needs: the slot is lost, `wal_level` is too low.
+pub const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
+/// No table of that name.
+pub const UNDEFINED_TABLE: &str = "42P01";
+/// No schema of that name.
+pub const INVALID_SCHEMA_NAME: &str = "3F000";
+/// The server failed inside.
+pub const INTERNAL_ERROR: &str = "XX000";
 
 /// The fields of an error response that we use.
 ///
@@ -26,7 +40,7 @@ pub struct ServerError {
     pub message: String,
     /// Secondary text. May hold row data for the classes 22 and 23.
     pub detail: Option<String>,
-    /// The server's own advice.
+    /// The server's own hint.
     pub hint: Option<String>,
     /// The source file that reports it, such as `pgoutput.c`; never translated.
     pub file: String,
@@ -60,15 +74,15 @@ impl ServerError {
 
     /// The error that a caller sees.
     pub fn to_error(&self) -> Error {
-        let (kind, advice) = classify(&self.code);
+        let (kind, hint) = classify(&self.code);
         let mut what = format!("{} (SQLSTATE {})", self.message, self.code);
         if let Some(detail) = &self.detail
             && !carries_row_data(&self.code)
         {
             what = format!("{what}: {detail}");
         }
-        let error = Error::new(kind, what).coded(&*self.code);
-        match (advice, &self.hint) {
+        let error = Error::new(kind, what).coded(Code::Sqlstate(self.code.clone()));
+        match (hint, &self.hint) {
             (Some(ours), Some(server)) => error.hint(format!("{ours}; the server says: {server}")),
             (Some(ours), None) => error.hint(ours),
             (None, Some(server)) => error.hint(server.clone()),
@@ -79,23 +93,57 @@ impl ServerError {
 
 /// The error of an ordinary SQL connection, by the same table.
 pub fn postgres_error(error: tokio_postgres::Error) -> Error {
+    match failure(error) {
+        Failure::Known(error) => error,
+        Failure::Io(cause) => io_error("talking to Postgres", cause),
+        // A parameter or a column of another type than we ask for.
+        Failure::Other(text, cause) => Error::internal(text).caused_by(cause),
+    }
+}
+
+/// The error of an ordinary SQL connection that is being opened on a socket that is open already.
+///
+/// What kind of failure it is, tokio-postgres keeps to itself. But its own refusals (an unknown
+/// mechanism) have no I/O error below them, and an I/O error that no socket makes comes from an
+/// answer that does not fit the login: a server that does not know the password, for example.
+#[cfg(feature = "relay")]
+pub fn login_error(error: tokio_postgres::Error) -> Error {
+    let refused = || {
+        Error::refused("authentication with Postgres failed")
+            .hint("is this the Postgres server itself, or a proxy that answers for it?")
+    };
+    match failure(error) {
+        Failure::Known(error) => error,
+        Failure::Io(cause) if cause.kind() == io::ErrorKind::InvalidInput && !is_tls(&cause) => {
+            refused().caused_by(cause)
+        }
+        Failure::Io(cause) => io_error("logging in to Postgres", cause),
+        Failure::Other(_, cause) => refused().caused_by(cause),
+    }
+}
+
+/// What tokio-postgres lets see of a failure.
+enum Failure {
+    /// What the server says, or an end of the connection.
+    Known(Error),
+    /// An I/O error, ours among them; the codec reports malformed messages as such.
+    Io(io::Error),
+    /// Its own text, and the cause.
+    Other(String, Box<dyn std::error::Error + Send + Sync>),
+}
+
+fn failure(error: tokio_postgres::Error) -> Failure {
     if let Some(db) = error.as_db_error() {
-        return server_error(db).to_error();
+        return Failure::Known(server_error(db).to_error());
     }
     if error.is_closed() {
-        return Error::unreachable("the connection to Postgres is closed");
+        return Failure::Known(Error::unreachable("the connection to Postgres is closed"));
     }
-    // The kind is private there; its fixed text is the only sign of it.
     let text = error.to_string();
-    let Some(cause) = error.into_source() else {
-        return Error::protocol("Postgres sent something that the protocol does not allow here");
-    };
-    if text == "authentication error" {
-        return Error::refused("authentication with Postgres").caused_by(cause);
-    }
-    match cause.downcast::<io::Error>() {
-        Ok(cause) => io_error("talking to Postgres", *cause),
-        Err(cause) => Error::protocol(text).caused_by(cause),
+    match error.into_source().map(|cause| cause.downcast::<io::Error>()) {
+        None => Failure::Known(Error::protocol(format!("Postgres: {text}"))),
+        Some(Ok(cause)) => Failure::Io(*cause),
+        Some(Err(cause)) => Failure::Other(text, cause),
     }
 }
 
@@ -115,75 +163,76 @@ fn carries_row_data(code: &str) -> bool {
     code.starts_with("22") || code.starts_with("23")
 }
 
-/// The table: what the caller does about an SQLSTATE, and our advice. The last line of a class is
+/// The table: what the caller does about an SQLSTATE, and our hint. The last line of a class is
 /// for all of its codes that are not named.
 pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
     let class = code.get(..2).unwrap_or_default();
-    match (class, code) {
+    let (kind, hint) = match (class, code) {
         (_, "08P01") => {
-            (Kind::Refused, Some("if this is a connection pooler, name the Postgres server itself"))
+            (Kind::Refused, "if this is a connection pooler, connect to the Postgres server itself")
         }
-        ("08", _) => (Kind::Unreachable, Some("the connection broke; it is opened again")),
-        ("0A", _) => {
-            (Kind::Refused, Some("this server is too old, or lacks a feature that is set"))
-        }
+        ("08", _) => (Kind::Unreachable, "connection lost; Watership reconnects"),
+        ("0A", _) => (
+            Kind::Refused,
+            "this server is too old, or lacks a feature that the configuration needs",
+        ),
         (_, "25006") => (
             Kind::Unreachable,
-            Some("this server is a standby: name the primary in the URL, or wait for promotion"),
+            "this server is a standby; put the primary in the URL, or wait for its promotion",
         ),
-        (_, "25P03" | "25P04" | "57P05") => (
-            Kind::Unreachable,
-            Some("a time limit of the server ended the session; it is opened again"),
-        ),
-        (_, "28P01") => (Kind::Refused, Some("check user and password in the URL")),
-        ("28", _) => (
-            Kind::Refused,
-            Some("check user and password in the URL, and the server's pg_hba.conf"),
-        ),
-        (_, "3D000") => (Kind::Refused, Some("check the database name in the URL")),
-        (_, "3F000") | ("42", "42P01" | "42883" | "42703") => {
-            (Kind::Refused, Some("is the schema installed in this database? `watership init` does"))
+        (_, "25P03" | "25P04" | "57P05") => {
+            (Kind::Unreachable, "a server timeout ended the session; Watership reconnects")
         }
-        ("40", _) | (_, "55P03") => (Kind::Busy, Some("somebody held a lock; it is tried again")),
-        (_, "55006") => (Kind::Busy, Some("another relay reads the slot; this one waits")),
+        (_, "28P01") => (Kind::Refused, "check user and password in the URL"),
+        ("28", _) => {
+            (Kind::Refused, "check user and password in the URL, and the server's pg_hba.conf")
+        }
+        (_, "3D000") => (Kind::Refused, "check the database name in the URL"),
+        (_, INVALID_SCHEMA_NAME | UNDEFINED_TABLE | "42883" | "42703") => {
+            (Kind::Refused, "run `watership init` to install the schema in this database")
+        }
+        ("40", _) | (_, "55P03") => (Kind::Busy, "another session holds a lock; Watership retries"),
+        (_, OBJECT_IN_USE) => {
+            (Kind::Busy, "another relay reads the slot; this relay is on standby")
+        }
         (_, "42501") => {
-            (Kind::Refused, Some("the role lacks a privilege: replication needs LOGIN REPLICATION"))
+            (Kind::Refused, "the role lacks a privilege; replication needs LOGIN and REPLICATION")
         }
-        (_, "42704") => (
-            Kind::Verdict,
-            Some("a slot or publication that was there is gone: `watership check` says which"),
-        ),
-        (_, "53400") => {
-            (Kind::Refused, Some("raise max_replication_slots, or drop slots that nobody reads"))
+        (_, "42704") => {
+            (Kind::Verdict, "a slot or publication no longer exists; `watership check` shows which")
         }
+        (_, "53400") => (Kind::Refused, "raise max_replication_slots, or drop unused slots"),
         (_, "53300") => {
-            (Kind::Unreachable, Some("raise max_connections or max_wal_senders if this lasts"))
+            (Kind::Unreachable, "if this lasts, raise max_connections or max_wal_senders")
         }
-        (_, "53100") => (Kind::Unreachable, Some("the server's disk is full")),
-        ("53", _) => (Kind::Unreachable, Some("the server is short of a resource")),
-        (_, "55000") => (
+        (_, "53100") => (Kind::Unreachable, "the server's disk is full"),
+        ("53", _) => {
+            (Kind::Unreachable, "the server has run out of a resource; see the Postgres log")
+        }
+        (_, OBJECT_NOT_IN_PREREQUISITE_STATE) => (
             Kind::Verdict,
-            Some("the slot is lost or wal_level is not logical: `watership check` says which"),
+            "the slot is lost, or wal_level is not logical; `watership check` shows which",
         ),
         (_, "57014") => {
-            (Kind::Unreachable, Some("a timeout or an operator cancelled it; it is tried again"))
+            (Kind::Unreachable, "cancelled by a timeout or an operator; Watership retries")
         }
         (_, "57P01" | "57P02" | "57P03") => (
             Kind::Unreachable,
-            Some("the server stops, starts or ended the session; it is tried again"),
+            "the server is shutting down or starting up, or ended the session; Watership retries",
         ),
-        (_, "57P04") => (Kind::Refused, Some("the database was dropped: check the URL")),
+        (_, "57P04") => (Kind::Refused, "the database was dropped; check the URL"),
         (_, "58P01") => (
             Kind::Refused,
-            Some("a file of the server is missing, WAL perhaps: see its log and `watership check`"),
+            "a server file is missing, perhaps WAL; see the Postgres log and `watership check`",
         ),
-        ("58", _) => (Kind::Unreachable, Some("the server's storage failed: see its log")),
-        ("XX", _) => (Kind::Protocol, Some("the server failed within: see its log")),
-        ("54", _) => (Kind::Refused, Some("a limit of the server was met")),
-        ("22" | "23", _) => (Kind::Refused, Some("the server did not take a value: see its log")),
-        ("42", _) => (Kind::Refused, Some("does the schema fit this version? `watership init`")),
-        _ => (Kind::Refused, None),
-    }
+        ("58", _) => (Kind::Unreachable, "the server's storage failed; see the Postgres log"),
+        ("XX", _) => (Kind::Protocol, "internal server error; see the Postgres log"),
+        ("54", _) => (Kind::Refused, "a server limit was reached"),
+        ("22" | "23", _) => (Kind::Refused, "the server rejected a value; see the Postgres log"),
+        ("42", _) => (Kind::Refused, "the schema may not match this version; run `watership init`"),
+        _ => return (Kind::Refused, None),
+    };
+    (kind, Some(hint))
 }
 
 #[cfg(test)]
@@ -228,7 +277,7 @@ mod tests {
         let error =
             ServerError { code: "28P01".into(), hint: Some("try".into()), ..Default::default() };
         let error = error.to_error();
-        let advice = error.advice().unwrap();
-        assert!(advice.contains("password") && advice.ends_with("try"), "{advice}");
+        let hint = error.hint_text().unwrap();
+        assert!(hint.contains("password") && hint.ends_with("try"), "{hint}");
     }
 }

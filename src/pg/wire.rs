@@ -23,8 +23,8 @@ use tokio_postgres::fallible_iterator::FallibleIterator;
 use super::auth;
 use super::connect::Options;
 use super::socket::Socket;
-use super::sqlstate::ServerError;
-use crate::error::{Error, Kind, Result};
+use super::sqlstate::{OBJECT_NOT_IN_PREREQUISITE_STATE, ServerError};
+use crate::error::{Code, Error, Kind, Result};
 use crate::fault::io_error;
 
 /// One read takes at most this much: starts low, doubles while reads come back full.
@@ -51,16 +51,17 @@ enum State {
     Busy,
     /// START_REPLICATION was answered: only CopyData flows.
     Copy,
-    /// Nothing works any more, for this reason.
+    /// Unusable, for this reason.
     Failed(Failure),
 }
 
-/// An error that can be told again and again.
+/// An error that every later call returns again.
 #[derive(Debug)]
 struct Failure {
     kind: Kind,
     what: String,
     hint: Option<String>,
+    code: Option<Code>,
 }
 
 impl Failure {
@@ -68,14 +69,18 @@ impl Failure {
         Self {
             kind: error.kind(),
             what: error.to_string(),
-            hint: error.advice().map(str::to_owned),
+            hint: error.hint_text().map(str::to_owned),
+            code: error.code().cloned(),
         }
     }
 
     fn to_error(&self) -> Error {
-        let error = Error::new(self.kind, self.what.clone());
-        match &self.hint {
-            Some(hint) => error.hint(hint.clone()),
+        let mut error = Error::new(self.kind, self.what.clone());
+        if let Some(hint) = &self.hint {
+            error = error.hint(hint.clone());
+        }
+        match &self.code {
+            Some(code) => error.coded(code.clone()),
             None => error,
         }
     }
@@ -105,7 +110,7 @@ impl Wire {
         let opened = timeout(limit, Self::open(options, replication)).await;
         let opened = opened.unwrap_or_else(|_| {
             Err(Error::unreachable(format!("no connection within {} s", limit.as_secs()))
-                .hint("connect_timeout in the URL is the limit"))
+                .hint("the limit is connect_timeout in the URL"))
         });
         opened.map_err(|error| error.context(format!("Postgres {options}")))
     }
@@ -159,7 +164,7 @@ impl Wire {
     pub(super) fn fail(&mut self, error: Error) -> Error {
         if !matches!(self.state, State::Failed(_)) {
             self.state = State::Failed(Failure::of(&error));
-            // What came after the failure has no meaning any more.
+            // What came after the failure is meaningless.
             self.input.clear();
         }
         error
@@ -266,7 +271,7 @@ impl Wire {
         }
     }
 
-    /// `None` for what may come at any time and asks for no answer.
+    /// `None` for what may come at any time and needs no answer.
     ///
     /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-ASYNC>
     fn sort(&mut self, tag: u8, mut message: BytesMut) -> Result<Option<Reply>> {
@@ -279,7 +284,11 @@ impl Wire {
         let parsed = match Message::parse(&mut message) {
             Ok(Some(parsed)) => parsed,
             Ok(None) => unreachable!("the message is complete"),
-            Err(e) => return Err(self.fail(Error::protocol("message from server").caused_by(e))),
+            Err(e) => {
+                return Err(
+                    self.fail(Error::protocol("unreadable message from the server").caused_by(e))
+                );
+            }
         };
         match parsed {
             Message::NoticeResponse(body) => self.notice(&body)?,
@@ -299,19 +308,20 @@ impl Wire {
     /// same code comes from elsewhere too, for example while the server waits for a standby; the
     /// text is translated, the name of the file is not.
     fn notice(&mut self, body: &NoticeResponseBody) -> Result<()> {
-        const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
         let notice = ServerError::read(body.fields());
-        let notice = notice.map_err(|e| self.fail(Error::protocol("notice").caused_by(e)))?;
+        let notice = notice.map_err(|e| {
+            self.fail(Error::protocol("unreadable notice from the server").caused_by(e))
+        })?;
         tracing::debug!(message = notice.message, code = notice.code, "notice from Postgres");
         if matches!(self.state, State::Copy)
             && notice.code == OBJECT_NOT_IN_PREREQUISITE_STATE
             && notice.file == "pgoutput.c"
         {
             let detail = notice.detail.as_deref().unwrap_or_default();
-            let text = format!("changes are missing in the stream: {}: {detail}", notice.message);
-            return Err(self.fail(Error::verdict(text).hint(
-                "the publication was dropped or re-created: events of that time were not \
-                 published; create it with `watership init`, then decide about the gap",
+            let text = format!("changes are missing from the stream: {}: {detail}", notice.message);
+            return Err(self.fail(Error::undecided(text).hint(
+                "the publication was dropped or re-created: changes made in that period were not \
+                 published; create it with `watership init`, then decide whether to accept the gap",
             )));
         }
         Ok(())
@@ -333,7 +343,9 @@ impl Wire {
             Reply::Message(Message::ErrorResponse(body)) => {
                 match ServerError::read(body.fields()) {
                     Ok(error) => error.to_error(),
-                    Err(e) => Error::protocol("error response").caused_by(e),
+                    Err(e) => {
+                        Error::protocol("unreadable error response from the server").caused_by(e)
+                    }
                 }
             }
             Reply::Message(_) | Reply::CopyBoth => {
@@ -347,7 +359,7 @@ impl Wire {
     ///
     /// # Errors
     /// The server's error by the table in `sqlstate.rs` (the connection stays usable unless it was
-    /// fatal); [`Kind::Protocol`] when an earlier command was cancelled.
+    /// fatal); [`Kind::Internal`] when an earlier command was cancelled.
     pub async fn query(&mut self, sql: &str) -> Result<Rows> {
         self.begin(sql)?;
         let mut rows = Rows::new();
@@ -356,10 +368,14 @@ impl Wire {
             match self.reply().await? {
                 Reply::Message(Message::DataRow(body)) => {
                     if rows.len() == ROWS_MAX {
-                        return Err(self.fail(Error::protocol("more than 10000 rows")));
+                        return Err(self.fail(Error::protocol(format!(
+                            "a query returned more than {ROWS_MAX} rows"
+                        ))));
                     }
                     let row = columns(&body);
-                    rows.push(row.map_err(|e| self.fail(Error::protocol("row").caused_by(e)))?);
+                    rows.push(row.map_err(|e| {
+                        self.fail(Error::protocol("unreadable row from the server").caused_by(e))
+                    })?);
                 }
                 Reply::Message(
                     Message::RowDescription(_)
@@ -372,8 +388,12 @@ impl Wire {
                 }
                 Reply::Message(Message::ErrorResponse(body)) => {
                     let error = ServerError::read(body.fields());
-                    let error = error
-                        .map_err(|e| self.fail(Error::protocol("error response").caused_by(e)))?;
+                    let error = error.map_err(|e| {
+                        self.fail(
+                            Error::protocol("unreadable error response from the server")
+                                .caused_by(e),
+                        )
+                    })?;
                     if error.fatal {
                         return Err(self.fail(error.to_error()));
                     }
@@ -388,13 +408,13 @@ impl Wire {
         self.check()?;
         match self.state {
             State::Idle => {}
-            State::Busy => return Err(self.fail(Error::protocol("a command was cancelled"))),
+            State::Busy => return Err(self.fail(Error::internal("a command was cancelled"))),
             State::Copy | State::Failed(_) => {
-                return Err(Error::protocol("a query on a connection that replicates"));
+                return Err(Error::internal("a query on a connection that replicates"));
             }
         }
         frontend::query(sql, &mut self.output)
-            .map_err(|e| Error::protocol("a command holds a zero byte").caused_by(e))?;
+            .map_err(|e| Error::internal("a command holds a zero byte").caused_by(e))?;
         self.state = State::Busy;
         Ok(())
     }
@@ -402,7 +422,7 @@ impl Wire {
     /// Runs a command that switches to CopyBoth (START_REPLICATION).
     ///
     /// # Errors
-    /// As [`Wire::query`]; the connection is of no use afterwards.
+    /// As [`Wire::query`]; the connection is unusable afterwards.
     pub async fn start_copy(&mut self, command: &str) -> Result<()> {
         self.begin(command)?;
         match self.reply().await? {
@@ -446,15 +466,15 @@ impl Wire {
         }
     }
 
-    /// Says goodbye and waits until the server has closed, at most for `limit`; so that what the
-    /// session held (an active slot) is free when this returns. Best effort.
+    /// Ends the session and waits until the server has closed, for at most `limit`; then what the
+    /// session held (an active slot) is free. Best effort.
     pub async fn close(mut self, limit: Duration) {
         if matches!(self.state, State::Copy) {
             frontend::copy_done(&mut self.output);
         }
         frontend::terminate(&mut self.output);
         let ended = timeout(limit, async {
-            // What the server still sends has to be read, or it never reads our goodbye.
+            // What the server still sends must be read, or it never reads our terminate message.
             while self.fill().await.is_ok() {
                 self.input.clear();
             }

@@ -3,28 +3,15 @@
 //! Invariant: received ≥ settled ≥ stored ≥ advanced, each monotonic. `Progress` asserts it at
 //! every move: what is told to the source was stored before, what is stored was settled before.
 
-mod admission;
-pub mod audit;
-pub mod canary;
+pub mod check;
 pub mod checkpoint;
-pub mod circuit;
-pub mod lanes;
 pub mod observed;
 mod options;
-mod outcomes;
-pub mod parked;
 pub mod parking;
-pub mod phantoms;
-pub mod position_check;
-pub mod progress;
-mod retries;
 pub mod session;
 pub mod status;
-pub mod supervisor;
-pub mod table_check;
-pub mod unsendable;
 pub mod upkeep;
-pub mod watermark;
+pub mod window;
 
 use std::future::Future;
 use std::pin::Pin;
@@ -32,44 +19,53 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 
 use crate::envelope::Envelope;
 use crate::error::{Error, Result};
-use crate::message::{Outcome, Publisher, Ticket};
 use crate::metrics::Metrics;
 use crate::position::Lsn;
-use crate::relay::admission::Made;
-use crate::relay::canary::Canary;
+use crate::publisher::{Outcome, Publisher, Ticket};
+use crate::relay::checkpoint::progress::{Idle, Progress};
 use crate::relay::checkpoint::{Looking, Store, Storing};
-use crate::relay::lanes::Lanes;
 use crate::relay::observed::Observed;
 use crate::relay::parking::Parking;
-use crate::relay::phantoms::Published;
-use crate::relay::progress::{Idle, Progress};
+use crate::relay::session::phantoms::Published;
 use crate::relay::status::Status;
-use crate::relay::watermark::Watermark;
+use crate::relay::upkeep::canary::Canary;
+use crate::relay::window::Window;
+use crate::relay::window::admission::Made;
+use crate::relay::window::lanes::Lanes;
+use crate::relay::window::remembered::{Confirms, Remembered};
 use crate::route::{Plans, Router};
-use crate::source::{Item, Source};
+use crate::source::{Item, Note, Source};
 
-pub use options::{Options, Tuning, Window};
+pub use options::{Options, Tuning, WindowLimits};
 
 /// Items taken from the source at once; keeps the loop responsive.
 const BATCH_MAX: usize = 512;
 /// Longest time between two ticks: connections are kept alive by them, and probes look at them.
 const TICK_MAX: Duration = Duration::from_secs(1);
+/// How long the end of a session without a broker may wait for its last checkpoint.
+const LAST_STORE_LIMIT: Duration = Duration::from_secs(1);
 
-/// One session's engine between a source and a publisher.
-pub struct Relay<S, P> {
+/// One session's engine between a source and a publisher, with a store of its progress.
+pub struct Relay<S, P, C> {
     source: S,
     publisher: P,
-    store: Store,
+    store: C,
     router: Arc<Router>,
     plans: Plans,
+    /// Notes of the source that are settled and not stored.
+    notes: Vec<Note>,
     envelope: Envelope,
     tuning: Tuning,
-    window: Watermark,
+    window: Window,
     lanes: Lanes,
+    /// What was confirmed in this session and may not be covered by a checkpoint.
+    confirms: Confirms,
+    /// The same of earlier sessions.
+    remembered: Remembered,
     progress: Progress,
     idle: Idle,
     batch: Vec<Item>,
@@ -96,19 +92,21 @@ pub struct Relay<S, P> {
 }
 
 /// What a [`Relay`] is made of.
-pub struct Parts<S, P> {
+pub struct Parts<S, P, C> {
     /// Where events come from.
     pub source: S,
     /// Where messages go.
     pub publisher: P,
     /// Where progress is kept.
-    pub store: Store,
+    pub store: C,
     /// What the store says now.
     pub progress: Progress,
     /// What is parked.
     pub parking: Parking,
     /// Routes.
     pub router: Arc<Router>,
+    /// What they decided of the tables as they were described last.
+    pub plans: Plans,
     /// Metrics handles.
     pub metrics: Arc<Metrics>,
     /// What `/status` shows.
@@ -117,6 +115,17 @@ pub struct Parts<S, P> {
     pub canary: Arc<Canary>,
     /// What earlier sessions published.
     pub published: Published,
+    /// What earlier sessions got confirms for.
+    pub remembered: Remembered,
+}
+
+/// What a process carries from one session to the next.
+#[derive(Debug, Default)]
+pub struct Kept {
+    /// What was published lately.
+    pub published: Published,
+    /// What was confirmed and may not be covered by a checkpoint.
+    pub remembered: Remembered,
 }
 
 /// Whether the relay is asked to end.
@@ -130,9 +139,9 @@ enum Ending {
     },
 }
 
-impl<S: Source, P: Publisher> Relay<S, P> {
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// An engine that has not begun; `name` is the `app_id` of its messages.
-    pub fn new(parts: Parts<S, P>, name: &str, tuning: &Tuning) -> Self {
+    pub fn new(parts: Parts<S, P, C>, name: &str, tuning: &Tuning) -> Self {
         let Parts {
             source,
             publisher,
@@ -140,21 +149,26 @@ impl<S: Source, P: Publisher> Relay<S, P> {
             progress,
             parking,
             router,
+            plans,
             metrics,
             status,
             canary,
             published,
+            remembered,
         } = parts;
         Self {
             source,
             publisher,
             store,
-            plans: Plans::new(&router),
+            plans,
+            notes: Vec::new(),
             router,
             envelope: Envelope::new(name),
             tuning: *tuning,
-            window: Watermark::new(),
+            window: Window::new(),
             lanes: Lanes::new(),
+            confirms: Confirms::new(),
+            remembered,
             idle: Idle::new(tuning.idle_interval, Instant::now().into_std()),
             progress,
             batch: Vec::new(),
@@ -205,8 +219,12 @@ impl<S: Source, P: Publisher> Relay<S, P> {
                     self.drain(None);
                 }
                 done = self.publisher.next_outcomes(&mut self.outcomes) => {
-                    done?;
-                    self.settle_outcomes()?;
+                    // What was confirmed before the connection broke is confirmed.
+                    let settled = self.settle_outcomes();
+                    if let Err(lost) = done.and(settled) {
+                        self.store_last().await;
+                        return Err(lost);
+                    }
                 }
                 stored = pending(&mut self.storing), if self.storing.is_some() => {
                     self.storing = None;
@@ -226,10 +244,12 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         }
     }
 
-    /// Closes both ends in order; best effort. Returns what was published lately.
-    pub async fn close(self) -> Published {
+    /// Closes both ends in order; best effort. Returns what the next session starts from.
+    pub async fn close(self) -> Kept {
+        let released = self.released().into_iter();
+        let remembered = self.remembered.after(&self.confirms, &self.window, released);
         tokio::join!(self.publisher.close(), self.source.close());
-        self.published
+        Kept { published: self.published, remembered }
     }
 
     /// Progress so far.
@@ -278,14 +298,45 @@ impl<S: Source, P: Publisher> Relay<S, P> {
         let due = self.progress.is_due() || self.drained();
         let idle = self.storing.is_none() && self.looking.is_none();
         if due && idle && self.has_unstored() {
-            let (position, flush) = self.progress.begin_storing();
-            let writes = self.parking.take_writes(position);
-            self.storing = Some(self.store.store(position, flush, writes));
+            self.begin_storing();
         }
     }
 
+    fn begin_storing(&mut self) {
+        let (position, flush) = self.progress.begin_storing();
+        let mut riders = self.parking.take_riders(position);
+        riders.extend(checkpoint::rider::of_notes(std::mem::take(&mut self.notes)));
+        self.storing = Some(Box::pin(self.store.store(position, flush, riders)));
+    }
+
+    /// The broker is lost: stores what is settled, so that it is not sent again. Not for long: it
+    /// may be Postgres that is away, too.
+    async fn store_last(&mut self) {
+        let failed = match timeout(LAST_STORE_LIMIT, self.store_settled()).await {
+            Ok(stored) => stored.err(),
+            Err(_) => Some(Error::unreachable(format!("not within {LAST_STORE_LIMIT:?}"))),
+        };
+        if let Some(error) = failed {
+            tracing::info!(error = %error, "the last checkpoint of the session was not stored");
+        }
+    }
+
+    /// Stores everything that is settled. Cancel-safe: the loop continues where it stopped.
+    async fn store_settled(&mut self) -> Result<()> {
+        while self.storing.is_some() || self.has_unstored() {
+            if self.storing.is_none() {
+                self.begin_storing();
+            }
+            let stored = pending(&mut self.storing).await;
+            self.storing = None;
+            self.stored(stored?).await?;
+        }
+        Ok(())
+    }
+
     fn has_unstored(&self) -> bool {
-        self.progress.has_unstored() || self.parking.has_writes(self.progress.settled_position())
+        let settled = self.progress.settled_position();
+        self.progress.has_unstored() || self.parking.has_riders(settled) || !self.notes.is_empty()
     }
 
     async fn stored(&mut self, wal_end: Lsn) -> Result<()> {
@@ -342,7 +393,7 @@ impl<S: Source, P: Publisher> Relay<S, P> {
     }
 
     /// Draining, and everything in the window is settled, as is every parked row on its way that
-    /// is out or may still go: what a held route keeps would wait for ever.
+    /// is out or may still go: what a held route keeps would wait without end.
     fn drained(&self) -> bool {
         let retried = self.parking.on_their_way() == 0 || self.lanes.is_stuck();
         matches!(self.ending, Ending::Draining { .. }) && self.window.is_empty() && retried

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::metrics::Metrics;
-use crate::relay::lanes::Lanes;
+use crate::relay::checkpoint::progress::Progress;
 use crate::relay::parking::Parking;
-use crate::relay::progress::Progress;
+use crate::relay::window::lanes::Lanes;
 use crate::source::Seen;
 
 /// What one session has told so far.

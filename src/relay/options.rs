@@ -1,20 +1,25 @@
-//! What a relay is told: where both ends are, what goes where, and its limits.
+//! The options of a relay: both ends, routes, limits and intervals.
+//!
+//! There are no defaults here: `config` has each key with its default and what is allowed.
 
 use std::time::Duration;
 
 use crate::pg::publication::TableName;
-use crate::relay::audit::AuditOptions;
 use crate::relay::parking::Limits;
+use crate::relay::upkeep::route_audit::AuditOptions;
 use crate::route::Rule;
+use crate::source::SourceKind;
 use crate::source::transaction::OutboxTable;
 use crate::{amqp, pg};
 
-/// Everything that a relay needs to know.
+/// All options of a relay.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Name of the relay: its checkpoint row, its lock queue, the `app_id` of its messages.
     pub name: String,
-    /// Where Postgres is.
+    /// What it reads from.
+    pub kind: SourceKind,
+    /// How to reach Postgres and log in.
     pub sql: pg::connect::Options,
     /// Replication slot.
     pub slot: String,
@@ -22,15 +27,15 @@ pub struct Options {
     pub publication: String,
     /// The outbox.
     pub outbox: OutboxTable,
-    /// Captured tables besides the outbox, `schema.table`.
+    /// Captured tables in addition to the outbox, `schema.table`.
     pub tables: Vec<String>,
-    /// Whether values come in binary form: lets rows pass whose text form is above 1 GB.
+    /// Whether values come in binary form: allows rows whose text form exceeds 1 GB.
     pub binary: bool,
-    /// Where the broker is. `exchanges` and `lock_queue` are filled in by the relay.
+    /// How to reach the broker and log in. The relay fills in `exchanges` and `lock_queue`.
     pub broker: amqp::options::Options,
-    /// What is declared or verified at the start of a session.
+    /// Exchanges, queues and bindings to declare or verify at the start of a session.
     pub topology: amqp::topology::Topology,
-    /// How the broker is looked at from the side.
+    /// How the broker is audited.
     pub audit: AuditOptions,
     /// Routes.
     pub rules: Vec<Rule>,
@@ -58,32 +63,20 @@ impl Options {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tuning {
     /// Limits of what is in memory.
-    pub window: Window,
-    /// Longest time between progress and its checkpoint.
+    pub window: WindowLimits,
+    /// Maximum time between progress and its checkpoint.
     pub checkpoint_interval: Duration,
-    /// Longest time that a shutdown waits for what is in the window.
+    /// Maximum time that a shutdown waits for the messages in the window.
     pub drain_timeout: Duration,
     /// How often an idle stream may advance the slot when little WAL was written.
     pub idle_interval: Duration,
-    /// Limits of what is parked; beyond them messages wait in the window.
+    /// Limits of what is parked; above them messages wait in the window.
     pub parked: Limits,
-}
-
-impl Default for Tuning {
-    fn default() -> Self {
-        Self {
-            window: Window { events: 8192, bytes: 16 << 20, unconfirmed: 2048 },
-            checkpoint_interval: Duration::from_millis(100),
-            drain_timeout: Duration::from_secs(10),
-            idle_interval: Duration::from_secs(30),
-            parked: Limits::default(),
-        }
-    }
 }
 
 /// Limits of what is in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Window {
+pub struct WindowLimits {
     /// Entries between the oldest unsettled one and the newest, commits included.
     pub events: usize,
     /// Bytes of their messages.

@@ -11,16 +11,14 @@ use tokio::sync::Notify;
 use crate::amqp::audit::Grade;
 use crate::error::{Error, Kind};
 use crate::pg::slot::SlotState;
-use crate::relay::circuit::{self, Circuit};
-use crate::relay::lanes::Lanes;
+use crate::pg::sqlstate::OBJECT_IN_USE;
+use crate::relay::checkpoint::progress::Progress;
 use crate::relay::parking::Parking;
-use crate::relay::progress::Progress;
+use crate::relay::session::circuit::{self, Circuit};
+use crate::relay::window::lanes::Lanes;
 
 /// A streaming loop that has not ticked for this long is stuck.
 const STUCK: Duration = Duration::from_secs(30);
-
-/// SQLSTATE object_in_use: somebody reads the slot.
-const SLOT_IN_USE: &str = "55006";
 
 /// The shared cell.
 #[derive(Debug)]
@@ -120,7 +118,7 @@ pub struct Holder {
     pub client: Option<String>,
 }
 
-/// What a stand-by waits for.
+/// What a standby relay waits for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct StandingBy {
     /// What is held: the error of the last try.
@@ -168,7 +166,7 @@ pub struct Snapshot {
     pub last_error: Option<Trouble>,
     /// Whether sessions work, and when the next one is tried.
     pub circuit: circuit::View,
-    /// What a stand-by waits for; absent in every other state.
+    /// What a standby relay waits for; absent in every other state.
     pub standing_by: Option<StandingBy>,
     /// Position up to which everything was received.
     pub received: Option<String>,
@@ -252,8 +250,9 @@ impl Status {
         let mut inner = self.lock();
         inner.last_error = Some(Trouble::new(error, Some(wait)));
         inner.circuit.open(error.label(), Some(wait), Instant::now());
-        // A lock on a table is no other relay.
-        let busy = error.kind() == Kind::Busy && matches!(error.code(), None | Some(SLOT_IN_USE));
+        // A lock on a table is not another relay.
+        let of_relay = error.sqlstate().is_none_or(|code| code == OBJECT_IN_USE);
+        let busy = error.kind() == Kind::Busy && of_relay;
         inner.enter(if busy { State::StandingBy } else { State::Waiting });
     }
 
@@ -446,9 +445,9 @@ impl Trouble {
     fn new(error: &Error, wait: Option<Duration>) -> Self {
         Self {
             kind: error.label(),
-            verdict: error.name().map(crate::verdict::Verdict::name),
+            verdict: error.verdict().map(crate::verdict::Verdict::name),
             error: error.to_string(),
-            hint: error.what_to_do().to_owned(),
+            hint: error.hint_or_kind().to_owned(),
             next_try_ms: wait.and_then(|w| u64::try_from(w.as_millis()).ok()),
         }
     }

@@ -5,7 +5,7 @@
 //! wrong. Where a change does not say which row it is about, it waits for everything before it in
 //! its table, and everything after it waits for it.
 
-use xxhash_rust::xxh64::{Xxh64, xxh64};
+use xxhash_rust::xxh64::Xxh64;
 
 use super::plan::TablePlan;
 use crate::event::{Change, OldRow, OutboxRow, Row, Table, Value};
@@ -29,8 +29,8 @@ pub enum Lanes {
         /// Hash of route and table.
         group: u64,
     },
-    /// After everything before it in its table, before everything after it: a truncate, a change
-    /// that does not say which row it is about.
+    /// After everything before it in its table, before everything after it: a truncate, and a
+    /// change that does not say which row it is about.
     Barrier {
         /// Hash of route and table.
         group: u64,
@@ -38,12 +38,6 @@ pub enum Lanes {
 }
 
 // The hashes are stored with parked rows: they must be the same on every machine, always.
-
-/// Where the hashes of a route begin: its name, because parked lanes outlive a restart in which the
-/// routes' numbers change.
-pub(super) fn seed(route: &str) -> u64 {
-    xxh64(route.as_bytes(), 0)
-}
 
 pub(super) fn outbox_lane(seed: u64, row: &OutboxRow) -> u64 {
     let mut hasher = Xxh64::new(seed);
@@ -61,7 +55,9 @@ pub(super) fn table_hasher(seed: u64, table: &Table) -> Xxh64 {
 
 /// The group of a table's rows: by its OID, because a table that is renamed is still that table.
 pub(super) fn group(seed: u64, table: &Table) -> u64 {
-    xxh64(&table.oid.to_le_bytes(), seed)
+    let mut hasher = Xxh64::new(seed);
+    hasher.update(&table.oid.to_le_bytes());
+    hasher.digest()
 }
 
 impl TablePlan {

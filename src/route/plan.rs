@@ -13,10 +13,7 @@ use super::lanes::{self, Lanes};
 use super::{MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template};
 use crate::column;
 use crate::event::{Content, Event, Table};
-use crate::message::{ExchangeId, RouteId};
-
-/// Tables whose plans are kept; beyond, they are made again.
-const TABLES_MAX: usize = 10_000;
+use crate::message::{ExchangeId, RouteId, route_hash};
 
 /// A route's plan.
 #[derive(Debug)]
@@ -72,8 +69,10 @@ struct Rules {
 #[derive(Debug)]
 pub struct Plans {
     outbox: Rules,
-    /// By OID, with the description that they were made of.
-    tables: HashMap<u32, (Arc<Table>, Rules)>,
+    /// By OID.
+    tables: HashMap<u32, Rules>,
+    /// Names of the key's columns of each table, by OID, as it was described last.
+    keys: HashMap<u32, Vec<String>>,
 }
 
 impl std::fmt::Debug for TablePlan {
@@ -129,9 +128,11 @@ impl TablePlan {
         }
     }
 
-    fn key_columns(&self) -> Vec<(&str, u32, i32)> {
+    fn lanes_hang_on(&self) -> (&str, Vec<(&str, u32, i32)>) {
         let columns = self.key.iter().map(|column| &self.table.columns[*column]);
-        columns.map(|column| (&*column.name, column.type_oid, column.type_modifier)).collect()
+        let columns =
+            columns.map(|column| (&*column.name, column.type_oid, column.type_modifier)).collect();
+        (&self.table.full_name, columns)
     }
 }
 
@@ -147,7 +148,7 @@ impl Rules {
     fn of_table(router: &Router, table: &Arc<Table>) -> Self {
         Self::new(router, |select| match select {
             Select::Table { name } => {
-                (name == "*" || *name == table.full_name).then_some((None, Some(table)))
+                (name == "*" || **name == *table.full_name).then_some((None, Some(table)))
             }
             Select::Outbox { .. } => None,
         })
@@ -194,12 +195,13 @@ impl Rules {
         })
     }
 
-    /// The key's columns on each route: with another type the text of their values may be another.
-    fn keys(&self) -> Vec<Vec<(&str, u32, i32)>> {
+    /// What the hashes of its lanes are made of, besides values: the table's name, and of the key's
+    /// columns on each route name and type, because another type may have another text.
+    fn lanes_hang_on(&self) -> Vec<(&str, Vec<(&str, u32, i32)>)> {
         self.rules
             .iter()
             .filter_map(|(_, planned)| match planned {
-                Planned::Publish(plan) => plan.table.as_ref().map(TablePlan::key_columns),
+                Planned::Publish(plan) => plan.table.as_ref().map(TablePlan::lanes_hang_on),
                 Planned::Drop(_) => None,
             })
             .collect()
@@ -207,9 +209,25 @@ impl Rules {
 }
 
 impl Plans {
-    /// No table has been seen.
-    pub fn new(router: &Router) -> Self {
-        Self { outbox: Rules::of_outbox(router), tables: HashMap::new() }
+    /// `keys` are the names of the key's columns of each table, by OID, as it was described where
+    /// the stream resumes.
+    pub fn new(router: &Router, keys: HashMap<u32, Vec<String>>) -> Self {
+        Self { outbox: Rules::of_outbox(router), tables: HashMap::new(), keys }
+    }
+
+    /// From here on the table is described so. Where the lanes of its rows may be others now, by
+    /// another key, another name of the table, or another text of the same values, its next event
+    /// waits for all before it.
+    pub fn describe(&mut self, router: &Router, table: &Arc<Table>) {
+        let key = key_names(table, &table.key);
+        let mut rules = Rules::of_table(router, table);
+        let stored = self.keys.insert(table.oid, key.clone());
+        let other_key = stored.is_some_and(|stored| stored != key);
+        let other_lanes = self.tables.get(&table.oid).is_some_and(|before| {
+            before.barrier || before.lanes_hang_on() != rules.lanes_hang_on()
+        });
+        rules.barrier = other_key || other_lanes;
+        self.tables.insert(table.oid, rules);
     }
 
     /// Everything that is to be done with the event; empty means that no rule selects it.
@@ -229,7 +247,7 @@ impl Plans {
         }
     }
 
-    /// As [`Self::decide`] for one event that stands by itself, such as a parked one: nothing is
+    /// As [`Self::decide`] for one event on its own, such as a parked one: nothing is
     /// kept, and its table's description is compared with no other.
     pub fn decide_alone(&self, router: &Router, event: &Event, mut each: impl FnMut(Decision<'_>)) {
         match &event.content {
@@ -241,24 +259,14 @@ impl Plans {
         }
     }
 
-    /// The rules of a table, as it is described now.
+    /// The rules of a table. A description that is the stored one was not announced.
     fn of_table(&mut self, router: &Router, table: &Arc<Table>) -> &mut Rules {
-        if self.tables.len() >= TABLES_MAX && !self.tables.contains_key(&table.oid) {
-            self.tables.clear();
-        }
-        let made = || (table.clone(), Rules::of_table(router, table));
-        let (described, rules) = self.tables.entry(table.oid).or_insert_with(made);
-        if !Arc::ptr_eq(described, table) {
-            if **described != **table {
-                let mut now = Rules::of_table(router, table);
-                let renamed = described.full_name != table.full_name;
-                now.barrier = rules.barrier || renamed || now.keys() != rules.keys();
-                *rules = now;
-            }
-            *described = table.clone();
-        }
-        rules
+        self.tables.entry(table.oid).or_insert_with(|| Rules::of_table(router, table))
     }
+}
+
+fn key_names(table: &Table, key: &[usize]) -> Vec<String> {
+    key.iter().map(|column| table.columns[*column].name.clone()).collect()
 }
 
 /// The lanes of an event that no route selects, among others of its kind: its own key's.
@@ -278,7 +286,7 @@ pub fn unrouted(event: &Event) -> Plan {
         policy: Policy::default(),
         routing_key: Template::default(),
         key: Vec::new(),
-        seed: lanes::seed(""),
+        seed: route_hash(""),
     };
     let table = matches!(event.content, Content::Change(_)).then_some(&event.table);
     Plan::new(Arc::new(route), table)

@@ -5,9 +5,10 @@ pub mod transaction;
 pub mod wal;
 
 use std::future::Future;
+use std::sync::Arc;
 
 use crate::error::Result;
-use crate::event::Event;
+use crate::event::{Event, Table};
 use crate::position::{Lsn, Mark, Position};
 
 /// One step of the source, in source order.
@@ -17,6 +18,9 @@ pub enum Item {
     Event(Event, Receipt),
     /// The end of a transaction: everything before it has been handed on.
     Commit(Receipt),
+    /// From here on changes of this captured table are described so; another description than the
+    /// one that was stored last, or than the one before in this stream.
+    Described(Arc<Table>, Receipt),
     /// Nothing is open and everything up to here was handed on; the WAL has grown by something
     /// that is not ours.
     Idle(Receipt),
@@ -28,12 +32,21 @@ pub enum Item {
 pub struct Receipt {
     position: Position,
     flush: Option<Mark>,
+    notes: Vec<Note>,
+}
+
+/// What a source wants to find again when it resumes: it must be durable exactly with the position
+/// that covers it, so it travels with a receipt and rides on the checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// How a captured table is described from here on.
+    Described(Arc<Table>),
 }
 
 impl Receipt {
     /// Only sources make receipts.
     pub(crate) fn new(position: Position, flush: Option<Mark>) -> Self {
-        Self { position, flush }
+        Self { position, flush, notes: Vec::new() }
     }
 
     /// Of a source that is idle: it covers no change, so its position is the lowest; receipts merge
@@ -52,11 +65,24 @@ impl Receipt {
         self.flush
     }
 
+    /// With something to be found again.
+    #[must_use]
+    pub(crate) fn with_note(mut self, note: Note) -> Self {
+        self.notes.push(note);
+        self
+    }
+
+    /// What is to be durable with the position, in source order; once.
+    pub fn take_notes(&mut self) -> Vec<Note> {
+        std::mem::take(&mut self.notes)
+    }
+
     /// Takes in the receipt of the next entry in source order.
-    pub fn absorb(&mut self, later: Receipt) {
+    pub fn absorb(&mut self, mut later: Receipt) {
         assert!(later.position >= self.position, "receipts come back in source order");
         self.position = later.position;
         self.flush = later.flush.or(self.flush);
+        self.notes.append(&mut later.notes);
     }
 }
 
@@ -82,7 +108,7 @@ pub struct Canary {
     pub end: Lsn,
 }
 
-/// Hands on committed changes in order. Production: the WAL, and polling; and a simulator.
+/// Hands on committed changes in order. Production: [`AnySource`]; and a simulator.
 pub trait Source {
     /// Appends at least one item to `batch`, and about `room` at most.
     ///
@@ -109,4 +135,62 @@ pub trait Source {
 
     /// Ends the connection in order.
     fn close(self) -> impl Future<Output = ()>;
+}
+
+/// What a relay reads from. A kind decides how a session starts, what its position is compared
+/// with, and what there is to look after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SourceKind {
+    /// The write-ahead log, through a replication slot.
+    Wal,
+}
+
+impl SourceKind {
+    /// All of them.
+    pub const ALL: [SourceKind; 1] = [SourceKind::Wal];
+
+    /// As it is called in the configuration and in the checkpoint row.
+    pub fn name(self) -> &'static str {
+        match self {
+            SourceKind::Wal => "wal",
+        }
+    }
+}
+
+/// A source of any kind: what production runs.
+pub enum AnySource {
+    /// See [`wal::Wal`].
+    Wal(wal::Wal),
+}
+
+impl Source for AnySource {
+    async fn next(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<()> {
+        match self {
+            AnySource::Wal(source) => source.next(room, batch).await,
+        }
+    }
+
+    async fn advance(&mut self, flush: Mark) -> Result<()> {
+        match self {
+            AnySource::Wal(source) => source.advance(flush).await,
+        }
+    }
+
+    async fn keep_alive(&mut self) -> Result<()> {
+        match self {
+            AnySource::Wal(source) => source.keep_alive().await,
+        }
+    }
+
+    fn seen(&self) -> Seen {
+        match self {
+            AnySource::Wal(source) => source.seen(),
+        }
+    }
+
+    async fn close(self) {
+        match self {
+            AnySource::Wal(source) => source.close().await,
+        }
+    }
 }

@@ -19,7 +19,7 @@ use crate::event::id::{self, Ids};
 use crate::event::{Change, Content, Event, Table};
 use crate::pg::pgoutput::{self, Message, Relation, Tuple};
 use crate::position::{Lsn, Mark, Position};
-use crate::source::{Canary, Item, Receipt, Seen};
+use crate::source::{Canary, Item, Note, Receipt, Seen};
 use describe::{Described, Role};
 use rows::{Values, complete, old_row, outbox_row};
 
@@ -32,7 +32,7 @@ mod tests;
 #[cfg(test)]
 mod tests_identity;
 
-pub use options::{CapturedTable, Options, OutboxNames, OutboxTable, Timelines};
+pub use options::{CapturedTable, Former, Options, OutboxNames, OutboxTable, Timelines};
 
 /// Relations described by one stream; more would be a leak on somebody's side.
 const RELATIONS_MAX: usize = 100_000;
@@ -134,7 +134,7 @@ impl Assembler {
                 self.begin(final_lsn, commit_time, xid)
             }
             Message::Commit { commit_lsn, end_lsn, .. } => self.commit(commit_lsn, end_lsn, out),
-            Message::Relation(relation) => self.relation(&relation),
+            Message::Relation(relation) => self.relation(&relation, out),
             Message::Update { relation, old, new } => {
                 let change = |values: &Values<'_>| {
                     let old = old.as_ref().map(|old| old_row(old, values)).transpose()?;
@@ -160,7 +160,7 @@ impl Assembler {
             let text = format!("Begin of {commit_lsn} inside the transaction {}", open.commit_lsn);
             return Err(Error::protocol(text));
         }
-        // The invariant of this file rests on it, and a server that breaks it is none to follow.
+        // The invariant of this file rests on it, and a server that breaks it cannot be followed.
         if commit_lsn <= self.last_begun {
             let text = format!("Begin of {commit_lsn} after that of {}", self.last_begun);
             return Err(Error::protocol(text));
@@ -190,7 +190,7 @@ impl Assembler {
             self.seen.canary = Some(Canary { number, end: end_lsn });
         }
         self.state = State::Idle;
-        // What we wrote ourselves is no progress: its checkpoint would be the next such write.
+        // What we wrote ourselves is not progress: its checkpoint would be the next such write.
         if transaction.own > 0 && transaction.own == transaction.ordinal {
             out.push(Item::Idle(Receipt::idle(end_lsn.into())));
         } else {
@@ -298,14 +298,19 @@ impl Assembler {
         Ok(())
     }
 
-    fn relation(&mut self, relation: &Relation<'_>) -> Result<()> {
+    fn relation(&mut self, relation: &Relation<'_>, out: &mut Vec<Item>) -> Result<()> {
         let is_older = match &self.state {
             State::Open(transaction) => transaction.commit_lsn < self.options.catalog_at,
             State::Idle => true,
         };
         let mut described = describe::describe(relation, &self.options, is_older)?;
         if let Some(root) = self.root.take() {
-            self.partition(&root, relation, is_older)?;
+            self.partition(&root, relation, is_older, out)?;
+        }
+        if self.tables.len() >= RELATIONS_MAX {
+            // The server describes a relation again before it uses it only after an invalidation,
+            // so forgetting is not possible; a new session is.
+            return Err(Error::protocol(format!("more than {RELATIONS_MAX} tables in one stream")));
         }
         if matches!(described.role, Role::Captured(_)) {
             if !is_older && !describe::names_every_row(&described.table, &self.options) {
@@ -317,11 +322,7 @@ impl Assembler {
             if self.has_unlike(relation.id) {
                 described.table = describe::without_identity(&described.table);
             }
-        }
-        if self.tables.len() >= RELATIONS_MAX {
-            // The server describes a relation again before it uses it only after an invalidation,
-            // so forgetting is not possible; a new session is.
-            return Err(Error::protocol(format!("more than {RELATIONS_MAX} tables in one stream")));
+            self.announce(&described.table, out);
         }
         self.tables.insert(relation.id, described);
         Ok(())
@@ -333,6 +334,7 @@ impl Assembler {
         root: &Arc<Table>,
         partition: &Relation<'_>,
         is_older: bool,
+        out: &mut Vec<Item>,
     ) -> Result<()> {
         let pair = (root.oid, partition.id);
         if describe::sends_like_root(root, partition, &self.options) {
@@ -343,15 +345,31 @@ impl Assembler {
             return Err(just_changed(&format!("{}.{}", partition.namespace, partition.name)));
         }
         let unlike = self.has_unlike(root.oid);
+        let table = if unlike { describe::without_identity(root) } else { Arc::clone(root) };
+        self.announce(&table, out);
         if let Some(described) = self.tables.get_mut(&root.oid) {
-            described.table =
-                if unlike { describe::without_identity(root) } else { Arc::clone(root) };
+            described.table = table;
         }
         Ok(())
     }
 
     fn has_unlike(&self, root: u32) -> bool {
         self.unlike.range((root, 0)..=(root, u32::MAX)).next().is_some()
+    }
+
+    /// Hands on a description that differs from the one before it in this stream, or from the
+    /// stored one.
+    fn announce(&self, table: &Arc<Table>, out: &mut Vec<Item>) {
+        let State::Open(transaction) = &self.state else { return };
+        let is_known = match self.tables.get(&table.oid) {
+            Some(before) => before.table.version == table.version && before.table.key == table.key,
+            None => describe::is_former(table, &self.options),
+        };
+        if !is_known {
+            let receipt = self.receipt(self.position(transaction), None);
+            let receipt = receipt.with_note(Note::Described(table.clone()));
+            out.push(Item::Described(table.clone(), receipt));
+        }
     }
 
     fn open_transaction(&self) -> Result<Transaction> {
@@ -406,7 +424,7 @@ impl Assembler {
         Counted { transaction, position, lsn, settled }
     }
 
-    /// A change that was counted, of a table of our own: it is no news to anybody.
+    /// A change that was counted, of a table of our own: nothing is sent for it.
     fn own_change(&mut self, relation: u32, new: Option<&Tuple<'_>>) {
         if let State::Open(transaction) = &mut self.state {
             transaction.own += 1;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Result};
 use crate::pg::replication::{Frame, ReplicationStream};
 use crate::position::{Lsn, Mark};
 use crate::source::transaction::Assembler;
@@ -36,7 +36,7 @@ pub struct Timing {
     /// How long it may take to answer. A walsender that replays a large transaction of which
     /// nothing is published looks at replies only when the last one is older than half of
     /// `wal_sender_timeout` (walsender.c, `WalSndUpdateProgress`). Who gives it up sooner makes the
-    /// next session replay the same, for ever. Dead paths are noticed by TCP_USER_TIMEOUT.
+    /// next session replay the same, without end. Dead paths are noticed by TCP_USER_TIMEOUT.
     pub reply_limit: Duration,
 }
 
@@ -162,22 +162,13 @@ impl Wal {
 /// A stream that began and then has something missing has lost its publication: the slot cannot go
 /// while it is read. Up to Postgres 17 that is an error, later a warning.
 fn named(error: Error) -> Error {
-    match (error.kind(), error.name()) {
-        (Kind::Verdict, None) => Error::named(Verdict::PublicationMissing, &error).hint(format!(
-            "create it with `watership init` if it is gone; changes committed without it are not \
-             streamed; to accept the gap: {RESYNC}"
-        )),
-        (Kind::Verdict, Some(_))
-        | (
-            Kind::Config
-            | Kind::Unreachable
-            | Kind::Refused
-            | Kind::Busy
-            | Kind::Protocol
-            | Kind::Event,
-            _,
-        ) => error,
+    if !error.kind().is_verdict() || error.verdict().is_some() {
+        return error;
     }
+    Error::named(Verdict::PublicationMissing, &error).hint(format!(
+        "create it with `watership init` if it is gone; changes committed without it are not \
+         streamed; to accept the gap: {RESYNC}"
+    ))
 }
 
 enum Taken {

@@ -6,32 +6,39 @@ use amq_protocol::frame::{AMQPContentHeader, AMQPFrame, WriteContext, gen_frame,
 use amq_protocol::protocol::basic::AMQPProperties;
 use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, connection};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use uuid::Uuid;
 use watership::amqp::options::{Options, Url};
+use watership::amqp::reply;
 use watership::message::{Builder, ExchangeId, Message, Properties, RouteId};
+
+/// Who has waited for so long waits in vain.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A listener and the URL that leads to it.
 pub async fn broker() -> (Url, TcpListener) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("the fake broker works");
     let port = listener.local_addr().expect("the fake broker works").port();
-    (
-        Url::parse(&format!("amqp://guest:guest@127.0.0.1:{port}/%2f"))
-            .expect("the fake broker works"),
-        listener,
-    )
+    (url(port), listener)
 }
 
-/// The URL of a port where nobody listens.
-pub async fn closed_port() -> Url {
-    broker().await.0
+/// The URL of a port where nobody listens, as long as the socket is there.
+pub fn closed_port() -> (Url, TcpSocket) {
+    let socket = TcpSocket::new_v4().expect("the fake broker works");
+    socket.bind(([127, 0, 0, 1], 0).into()).expect("the fake broker works");
+    (url(socket.local_addr().expect("the fake broker works").port()), socket)
+}
+
+fn url(port: u16) -> Url {
+    Url::parse(&format!("amqp://guest:guest@127.0.0.1:{port}/%2f")).expect("the fake broker works")
 }
 
 /// Options with these exchanges.
 pub fn options(exchanges: &[&str]) -> Options {
     let exchanges = exchanges.iter().map(|e| (*e).to_owned()).collect();
     // The scripts count the frames of one channel.
-    Options { exchanges, channels_per_exchange: 1, ..Options::new(Vec::new()) }
+    let (channels_per_exchange, connect_timeout) = (1, LIMIT);
+    Options { exchanges, channels_per_exchange, connect_timeout, ..Options::new(Vec::new()) }
 }
 
 /// A message whose id and routing key follow from `n`.
@@ -158,7 +165,7 @@ impl Peer {
     /// `basic.return` with its content, the body in two pieces.
     pub async fn give_back(&mut self, publish: &Published) {
         let back = basic::Return {
-            reply_code: 312,
+            reply_code: reply::NO_ROUTE,
             reply_text: "NO_ROUTE".into(),
             exchange: publish.exchange.as_str().into(),
             routing_key: publish.routing_key.as_str().into(),
@@ -183,6 +190,11 @@ impl Peer {
     pub async fn nack(&mut self, channel: u16, delivery_tag: u64, multiple: bool) {
         let nack = basic::Nack { delivery_tag, multiple, requeue: false };
         self.basic(channel, basic::AMQPMethod::Nack(nack)).await;
+    }
+
+    /// Sends a heartbeat.
+    pub async fn beat(&mut self) {
+        self.send(AMQPFrame::Heartbeat).await;
     }
 
     pub async fn blocked(&mut self, reason: &str) {
@@ -243,7 +255,7 @@ impl Peer {
         }
     }
 
-    /// The next frame that is no heartbeat.
+    /// The next frame that is not a heartbeat.
     pub async fn receive(&mut self) -> AMQPFrame {
         loop {
             let frame = self.receive_any().await;
@@ -261,9 +273,9 @@ impl Peer {
                 return frame;
             }
             let read = self.stream.read_buf(&mut self.input);
-            let read = tokio::time::timeout(Duration::from_secs(20), read).await;
+            let read = tokio::time::timeout(LIMIT, read).await;
             assert_ne!(
-                read.expect("frame within 20 s").expect("the fake broker works"),
+                read.expect("a frame comes").expect("the fake broker works"),
                 0,
                 "client closed the socket"
             );

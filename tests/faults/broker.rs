@@ -5,51 +5,26 @@ use std::time::Duration;
 use lapin::Channel;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions,
-    QueueDeclareOptions, QueueDeleteOptions,
+    QueueDeleteOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::FieldTable;
 use serde_json::Value;
 use tokio::time::Instant;
-use watership::dev::Signal;
+use watership::dev::{Rabbit, Signal};
 
-use crate::class::Class;
-use crate::crash_relay::{EXCHANGE, POLL, QUEUE};
-use crate::crash_support::{Scene, full};
-use crate::ground::{
-    STEADY, first_confirm, own_node, plain, recovered_after, throughout, vhost_on,
+use crate::report::Class;
+use crate::support::full;
+use crate::support::judge::Judged;
+use crate::support::relay::{EXCHANGE, QUEUE, Window};
+use crate::support::scene::{Place, Scene, plain, recovered_after};
+use crate::support::servers::{
+    Vhost, execute, first_confirm, own_database, own_node, own_vhost, rabbit, vhost_on,
 };
-use crate::support::{Vhost, own_database, own_vhost, rabbit};
+use crate::support::topology::{bind, declare, empty, held, quiet, unbind};
+use crate::support::waiting::{Patience, throughout};
+use crate::support::writers::{Load, STEADY};
 
 const UNREACHABLE: &str = "watership_reconnects_total{cause=\"unreachable\"}";
-/// A relay works again so soon after others are served; alone on a machine within a second.
-const BACK: Duration = Duration::from_secs(5);
-
-/// A route is held.
-pub fn held(status: &Value) -> bool {
-    !status["held"].as_array().is_none_or(Vec::is_empty)
-}
-
-/// Takes the one queue away from the exchange.
-pub async fn unbind(channel: &Channel) {
-    let done =
-        channel.queue_unbind(QUEUE.into(), EXCHANGE.into(), "#".into(), FieldTable::default());
-    done.await.expect("the queue is unbound");
-}
-
-/// Gives it back.
-pub async fn bind(channel: &Channel) {
-    let (options, none) = (Default::default(), FieldTable::default());
-    let done = channel.queue_bind(QUEUE.into(), EXCHANGE.into(), "#".into(), options, none);
-    done.await.expect("the queue is bound");
-}
-
-/// Makes the one queue anew, as the relay would.
-pub async fn declare(channel: &Channel) {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-    let options = QueueDeclareOptions { durable: true, ..Default::default() };
-    channel.queue_declare(QUEUE.into(), options, arguments).await.expect("declared");
-}
 
 /// A run on the shared node, in which events flow.
 async fn flowing(title: &str, settings: &str) -> (Vhost, Scene) {
@@ -79,13 +54,72 @@ async fn broker_d01_kill_nine_of_the_node() {
     scene.relay().logs(&["session ended", "unreachable"]).await;
     let before = scene.relay().confirmed().await;
     node.start_again().await.expect("the node starts again");
-    let took = recovered_after(&mut scene, first_confirm(url.clone()), before).await;
-    assert!(took < BACK, "back {took:?} after the broker");
+    recovered_after(&mut scene, first_confirm(url.clone()), before).await;
     scene.relay().counts(UNREACHABLE, 1).await;
     scene.confirmed_more(500).await;
     scene.consume();
     scene.enough();
     class.survived(&scene.judge().await);
+}
+
+/// Messages of a backlog that may be without a confirm at once: few, so that it shows when more
+/// than those are sent again.
+const UNCONFIRMED: u32 = 100;
+
+/// 60,000 events flow as fast as they can when the broker is lost; returns how many came twice.
+async fn lost_in_full_flow(title: &str, lose: impl AsyncFnOnce(&mut Rabbit)) -> Judged {
+    const EVENTS: u32 = 60_000;
+    let (mut node, database) = (own_node().await, own_database().await);
+    let url = vhost_on(&node).await;
+    first_confirm(url.clone()).await;
+    let window = Window { unconfirmed: UNCONFIRMED, ..Window::default() };
+    let (here, broker) = (&*database.url, &*url);
+    let place = Place {
+        title,
+        database: here,
+        broker,
+        relay_database: here,
+        relay_broker: broker,
+        window,
+        settings: "",
+    };
+    let mut scene = Scene::at(place).await;
+    scene.write(Load { events: EVENTS, rate: 0, rows: 50 });
+    scene.written().await;
+    scene.relay().start();
+    // See D1 for the reason why not at once.
+    scene.confirmed_more(5_000).await;
+    scene.fault(title);
+    lose(&mut node).await;
+    scene.relay().logs(&["session ended", "unreachable"]).await;
+    let before = scene.relay().confirmed().await;
+    assert!(before < u64::from(EVENTS) / 2, "{before} were confirmed: it was lost too late");
+    if node.pid().is_none() {
+        node.start_again().await.expect("the node starts again");
+    }
+    recovered_after(&mut scene, first_confirm(url.clone()), before).await;
+    scene.consume();
+    scene.judge().await
+}
+
+#[tokio::test]
+async fn broker_d01_kill_nine_in_full_flow_repeats_only_what_had_no_confirm() {
+    let class = Class::new("D1", "broker_d01_kill_nine_in_full_flow");
+    let judged = lost_in_full_flow("kill -9 of the broker", async |node| node.kill().await).await;
+    assert!(judged.duplicates <= u64::from(UNCONFIRMED), "{judged:?}");
+    class.survived(&judged);
+}
+
+#[tokio::test]
+async fn broker_d03_connection_closed_in_full_flow_repeats_only_what_had_no_confirm() {
+    let class = Class::new("D3", "broker_d03_connection_closed_in_full_flow");
+    let close = async |node: &mut Rabbit| {
+        let closed = node.ctl(&["close_all_connections", "--global", "a test"]).await;
+        closed.expect("all connections are closed");
+    };
+    let judged = lost_in_full_flow("all connections closed", close).await;
+    assert!(judged.duplicates <= u64::from(UNCONFIRMED), "{judged:?}");
+    class.survived(&judged);
 }
 
 #[tokio::test]
@@ -107,8 +141,7 @@ async fn broker_d02_orderly_restart() {
     assert!(says("CONNECTION_FORCED") || says("Connection reset by peer"), "{log}");
     let before = scene.relay().confirmed().await;
     node.start_again().await.expect("the node starts again");
-    let took = recovered_after(&mut scene, first_confirm(url.clone()), before).await;
-    assert!(took < BACK, "back {took:?} after the broker");
+    recovered_after(&mut scene, first_confirm(url.clone()), before).await;
     scene.confirmed_more(500).await;
     scene.consume();
     scene.enough();
@@ -131,30 +164,33 @@ async fn broker_d03_connection_closed_by_an_operator() {
     class.survived(&scene.judge().await);
 }
 
-/// Closes the publishing connections in this vhost; returns how many there were.
-pub async fn close_relays(vhost: &str) -> usize {
-    let deadline = Instant::now() + Duration::from_secs(30);
+/// The publishing connections in this vhost, as paths of the management API, whose list lags
+/// behind by seconds.
+pub async fn relays(vhost: &str) -> Vec<String> {
+    let list = rabbit().await.management("GET", "/api/connections", "").await.expect("a list");
+    let list: Vec<Value> = serde_json::from_str(&list).expect("JSON");
+    let mine = |c: &&Value| {
+        // Only the relay holds a lock queue; consumers and judges present themselves as lapin.
+        c["vhost"] == vhost && c["client_properties"]["product"] == "watership"
+    };
+    let names = list.iter().filter(mine).filter_map(|c| c["name"].as_str());
+    let path = |name: &str| name.replace(' ', "%20").replace('>', "%3E").replace(':', "%3A");
+    names.map(|name| format!("/api/connections/{}", path(name))).collect()
+}
+
+/// Closes the publishing connections in this vhost.
+pub async fn close_relays(vhost: &str) {
+    let mut patience = Patience::new();
     loop {
-        let list = rabbit().await.management("GET", "/api/connections", "").await.expect("a list");
-        let list: Vec<Value> = serde_json::from_str(&list).expect("JSON");
-        let mine = |c: &&Value| {
-            // Only the relay holds a lock queue; consumers and judges present themselves as lapin.
-            c["vhost"] == vhost && c["client_properties"]["product"] == "watership"
-        };
-        let names: Vec<&str> =
-            list.iter().filter(mine).filter_map(|c| c["name"].as_str()).collect();
-        for name in &names {
-            let name = name.replace(' ', "%20").replace('>', "%3E").replace(':', "%3A");
-            let closed =
-                rabbit().await.management("DELETE", &format!("/api/connections/{name}"), "").await;
+        let relays = relays(vhost).await;
+        for path in &relays {
+            let closed = rabbit().await.management("DELETE", path, "").await;
             closed.expect("the connection is closed");
         }
-        // The list of the management plugin lags behind by seconds.
-        if !names.is_empty() {
-            return names.len();
+        if !relays.is_empty() {
+            return;
         }
-        assert!(Instant::now() < deadline, "no connection of the relay in {list:?}");
-        tokio::time::sleep(POLL).await;
+        patience.more((), || format!("a connection of a relay in {vhost}")).await;
     }
 }
 
@@ -175,6 +211,7 @@ async fn broker_d04_exchange_deleted_and_made_again() {
         })
         .await;
     assert_eq!(scene.relay().counted("watership_route_held").await, 1);
+    scene.relay().reaches("nothing is out", quiet).await;
     scene.relay().stays(Duration::from_secs(2), held).await;
     let before = scene.relay().confirmed().await;
     let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
@@ -199,6 +236,7 @@ async fn broker_d08_queue_unbound() {
     unbind(&channel).await;
     scene.relay().reaches("the route is held", held).await;
     assert!(scene.relay().counted("watership_messages_returned_total").await > 0);
+    scene.relay().reaches("nothing is out", quiet).await;
     scene.relay().stays(Duration::from_secs(2), held).await;
     let before = scene.relay().confirmed().await;
     bind(&channel).await;
@@ -227,7 +265,6 @@ async fn broker_d08_queue_deleted_under_load_and_made_again() {
     // What a queue holds goes with it, and that is the operator's loss, as is what is on its way to
     // it, which the broker confirms or forgets. So nothing is, and it is emptied first.
     unbind(&channel).await;
-    let quiet = |status: &serde_json::Value| held(status) && status["in_flight"] == 0;
     scene.relay().reaches("the route is held and nothing is out", quiet).await;
     empty(&channel).await;
     let deleted = channel.queue_delete(QUEUE.into(), QueueDeleteOptions::default());
@@ -248,20 +285,6 @@ async fn broker_d08_queue_deleted_under_load_and_made_again() {
     class.survived(&judged);
 }
 
-/// Waits until nothing is ready in the one queue.
-async fn empty(channel: &Channel) {
-    let passive = QueueDeclareOptions { passive: true, ..Default::default() };
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        let queue = channel.queue_declare(QUEUE.into(), passive, FieldTable::default()).await;
-        if queue.expect("the queue is there").message_count() == 0 {
-            return;
-        }
-        assert!(Instant::now() < deadline, "the queue is not empty within a minute");
-        tokio::time::sleep(POLL).await;
-    }
-}
-
 /// What a consumer takes in a second.
 const TAKEN: u32 = 3_000;
 
@@ -276,7 +299,7 @@ async fn broker_d10_nacks_of_a_full_queue_with_a_slow_consumer() {
     let mut scene = plain("D10", &database.url, &vhost.url, "").await;
     let events: u32 = if full() { 60_000 } else { 12_000 };
     for hundred in 0..events / 6_000 {
-        crate::ground::execute(&database.url, &rows(hundred * 6, 6)).await;
+        execute(&database.url, &rows(hundred * 6, 6)).await;
     }
     scene.fault("a queue of 200 that rejects");
     let (_connection, channel) = vhost.connect().await;
@@ -285,13 +308,12 @@ async fn broker_d10_nacks_of_a_full_queue_with_a_slow_consumer() {
     let begin = Instant::now();
     scene.relay().start();
     scene.delivered(events.into()).await;
-    let rate = f64::from(events) / begin.elapsed().as_secs_f64();
+    let seconds = begin.elapsed().as_secs_f64();
     let nacks = scene.relay().counted("watership_messages_nacked_total").await;
-    class.note("events_per_second", rate.round());
+    // It follows the consumer, which takes 3,000 a second: a figure, and no promise of this test.
+    class.note("events_per_second", (f64::from(events) / seconds).round());
     class.note("nacks", nacks);
     assert!(nacks > 0, "the queue was never full");
-    // It follows the consumer; with room for a machine that does other things besides.
-    assert!(rate >= 0.5 * f64::from(TAKEN), "{rate} events a second");
     scene.relay().says_nothing();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "a nacked message is in no queue");
@@ -362,17 +384,21 @@ async fn alarm(class: Class, on: &[&str], off: &[&str]) {
     let blocked = |status: &Value| status["broker_blocked"] == true;
     scene.relay().reaches("the relay is blocked", blocked).await;
     assert_eq!(scene.relay().counted("watership_broker_blocked ").await, 1);
-    let streaming = |status: &Value| blocked(status) && status["state"] == "streaming";
-    scene.relay().stays(Duration::from_secs(6), streaming).await;
+    // What was out may still be confirmed, and nothing else is.
+    let out = scene.relay().status().await["in_flight"].as_u64().expect("a number");
+    let most = scene.relay().confirmed().await + out;
+    throughout(Duration::from_secs(6), "one session, blocked", async || {
+        let status = scene.relay().status().await;
+        assert!(scene.relay().confirmed().await <= most, "{status}");
+        blocked(&status) && status["state"] == "streaming"
+    })
+    .await;
     let before = scene.relay().confirmed().await;
     node.ctl(off).await.expect("the alarm is off");
     scene.recovered(Instant::now(), before).await;
     assert_eq!(scene.relay().status().await["sessions"], 1, "an alarm does not end the session");
     scene.flowing(500).await;
-    scene
-        .relay()
-        .logs(&["the broker takes nothing until it has room", "takes messages again"])
-        .await;
+    scene.relay().logs(&["broker blocked the connection", "broker unblocked the connection"]).await;
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "an alarm loses no confirm, so nothing comes twice");
@@ -381,7 +407,7 @@ async fn alarm(class: Class, on: &[&str], off: &[&str]) {
 
 #[tokio::test]
 async fn broker_d18_frozen_until_given_up() {
-    let class = Class::new("D18", "broker_d18_frozen_until_given_up");
+    let mut class = Class::new("D18", "broker_d18_frozen_until_given_up");
     let (mut node, database) = (own_node().await, own_database().await);
     let url = vhost_on(&node).await;
     let mut scene = plain("D18", &database.url, &url, "").await;
@@ -392,10 +418,7 @@ async fn broker_d18_frozen_until_given_up() {
     let begin = Instant::now();
     node.signal(Signal::Stop);
     scene.relay().logs(&["session ended"]).await;
-    let given_up = begin.elapsed();
-    assert!(given_up < Duration::from_secs(12), "twice the heartbeat are 10 s, not {given_up:?}");
-    let mut class = class;
-    class.note("given_up_ms", u64::try_from(given_up.as_millis()).unwrap_or(u64::MAX));
+    class.took("given_up_ms", begin.elapsed());
     throughout(Duration::from_secs(2), "not ready", async || {
         scene.relay().page("/readyz").await != "ready"
     })

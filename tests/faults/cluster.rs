@@ -3,18 +3,17 @@
 use std::path::Path;
 use std::process::Command;
 
-use tokio::time::Instant;
 use watership::dev::{Postgres, StopMode};
 
-use crate::class::Class;
-use crate::crash_relay::{LIMIT, POLL};
-use crate::crash_support::client;
-use crate::framing::Protocol;
-use crate::ground::{execute, led, own_postgres, text};
 use crate::pg::EMIT_ONE;
-use crate::proxy::{How, Proxy};
-use crate::relay_support::{Setup, Stage, kinds};
-use crate::support::{Database, own_vhost};
+use crate::report::Class;
+use crate::support::framing::Protocol;
+use crate::support::inbox::kinds;
+use crate::support::proxy::{How, Proxy};
+use crate::support::scene::led;
+use crate::support::servers::{Database, client, execute, own_postgres, own_vhost, text};
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::until;
 
 fn run(program: &str, arguments: &[&Path]) {
     let done = Command::new(program).args(arguments).status().expect("the program runs");
@@ -57,11 +56,8 @@ async fn pg_a08_failover_to_a_standby_without_the_slot() {
     scene.delivered(1).await;
     let end = text(&url, "SELECT pg_current_wal_lsn()").await;
     let behind = standby.url("postgres", "shop");
-    let deadline = Instant::now() + LIMIT;
-    while text(&behind, &format!("pg_last_wal_replay_lsn() < '{end}'")).await == "true" {
-        assert!(Instant::now() < deadline, "the standby does not follow");
-        tokio::time::sleep(POLL).await;
-    }
+    let follows = format!("pg_last_wal_replay_lsn() >= '{end}'");
+    until("the standby follows", async || text(&behind, &follows).await == "true").await;
     scene.fault("failover");
     primary.kill().await;
     execute(&behind, "SELECT pg_promote()").await;
@@ -69,7 +65,7 @@ async fn pg_a08_failover_to_a_standby_without_the_slot() {
     let confirmed = scene.relay().confirmed().await;
     proxy.redirect(standby.port());
     proxy.cut(How::Reset);
-    // It publishes nothing that it cannot place, and says what a person has to decide.
+    // It publishes nothing that it cannot place, and says what someone must decide.
     assert_eq!(scene.relay().ended().await, 3, "{}", scene.relay().log());
     let log = scene.relay().log_text();
     assert!(log.contains("hint: ") && log.contains("timeline"), "{log}");

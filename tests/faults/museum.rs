@@ -9,15 +9,16 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use crate::class::Class;
-use crate::crash_relay::Window;
-use crate::crash_support::{Scene, client};
-use crate::framing::wal_tag;
-use crate::ground::{execute, text, throughout};
 use crate::network::Net;
-use crate::proxy::{Action, Direction, Flow, Trigger};
-use crate::relay_support::{Setup, Stage, kinds, until};
-use crate::support::{own_database, own_vhost};
+use crate::report::Class;
+use crate::support::framing::{is_ack, wal_tag};
+use crate::support::inbox::kinds;
+use crate::support::proxy::{Action, Direction, Flow, Trigger};
+use crate::support::relay::Window;
+use crate::support::scene::Scene;
+use crate::support::servers::{client, execute, own_database, own_vhost, text};
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::{throughout, until};
 
 const SLOT: &str =
     "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE database = current_database()";
@@ -130,7 +131,7 @@ async fn unconfirmed(class: Class, title: &str, fresh: bool) {
     }
     net.rabbit.trigger(Trigger {
         direction: Direction::ToRelay,
-        matches: crate::framing::is_ack,
+        matches: is_ack,
         nth: 1,
         action: Action::StallBefore,
         for_ever: false,
@@ -328,7 +329,7 @@ async fn museum_m17_missing_confirm_in_a_silent_loop() {
     net.scene.fault("publishes arrive, heartbeats too, confirms never");
     net.rabbit.trigger(Trigger {
         direction: Direction::ToRelay,
-        matches: crate::framing::is_ack,
+        matches: is_ack,
         nth: 1,
         action: Action::Drop,
         for_ever: true,

@@ -5,13 +5,15 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::time::Instant;
 
-use crate::class::Class;
-use crate::crash_support::full;
-use crate::framing::Protocol;
-use crate::ground::{STEADY, led, own_postgres, throughout};
 use crate::network::Net;
-use crate::proxy::{Accept, Direction, Flow, How, Proxy};
-use crate::support::own_vhost;
+use crate::report::Class;
+use crate::support::framing::Protocol;
+use crate::support::full;
+use crate::support::proxy::{Accept, Direction, Flow, How, Proxy};
+use crate::support::scene::led;
+use crate::support::servers::{own_postgres, own_vhost, rabbit};
+use crate::support::waiting::throughout;
+use crate::support::writers::STEADY;
 
 const DEAD: Flow = Flow {
     stalled: false,
@@ -23,17 +25,14 @@ const DEAD: Flow = Flow {
 };
 
 /// Half-open: packets vanish both ways until the relay has given the connection up.
-async fn half_open(class: Class, before_postgres: bool, limit: Duration) {
-    let mut class = class;
+async fn half_open(mut class: Class, before_postgres: bool) {
     let mut net = Net::flowing("C3", "").await;
     net.scene.fault("half-open");
     let proxy = if before_postgres { &net.postgres } else { &net.rabbit };
     proxy.flows(DEAD);
     let begin = Instant::now();
     net.scene.relay().logs(&["session ended"]).await;
-    let took = begin.elapsed();
-    class.note("given_up_ms", u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
-    assert!(took < limit, "given up after {took:?}");
+    class.took("given_up_ms", begin.elapsed());
     proxy.heal();
     net.over(class).await;
 }
@@ -41,14 +40,13 @@ async fn half_open(class: Class, before_postgres: bool, limit: Duration) {
 #[tokio::test]
 async fn network_c03_half_open_before_rabbitmq() {
     let class = Class::new("C3", "network_c03_half_open_before_rabbitmq");
-    half_open(class, false, Duration::from_secs(13)).await;
+    half_open(class, false).await;
 }
 
 #[tokio::test]
 async fn network_c03_half_open_before_postgres() {
-    let class = Class::new("C3", "network_c03_half_open_before_postgres");
+    let mut class = Class::new("C3", "network_c03_half_open_before_postgres");
     // The relay answers at a third of the server's patience and gives up a silent server later.
-    let mut class = class;
     let server = own_postgres(&["wal_sender_timeout = '4s'"]).await;
     let url = server.url("postgres", "shop");
     let vhost = own_vhost().await;
@@ -63,9 +61,7 @@ async fn network_c03_half_open_before_postgres() {
     proxy.flows(DEAD);
     let begin = Instant::now();
     scene.relay().logs(&["session ended"]).await;
-    let took = begin.elapsed();
-    class.note("given_up_ms", u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
-    assert!(took < Duration::from_secs(45), "given up after {took:?}");
+    class.took("given_up_ms", begin.elapsed());
     proxy.heal();
     let before = scene.relay().confirmed().await;
     scene.recovered(Instant::now(), before).await;
@@ -104,10 +100,10 @@ async fn network_c03_stalled_for_less_than_anybodys_patience() {
 #[tokio::test]
 async fn network_c06_little_bandwidth() {
     let Some(class) = Class::long("C6", "network_c06_little_bandwidth") else { return };
-    let server = own_postgres(&["wal_sender_timeout = '2s'"]).await;
+    let server = own_postgres(&["wal_sender_timeout = '5s'"]).await;
     let url = server.url("postgres", "shop");
     let vhost = own_vhost().await;
-    let rabbit = Proxy::before(crate::support::rabbit().await.port(), Protocol::Amqp).await;
+    let rabbit = Proxy::before(rabbit().await.port(), Protocol::Amqp).await;
     let through = rabbit.url(&vhost.url);
     let mut scene = led("C6", (&url, &url), (&vhost.url, &through), "").await;
     scene.consume();
@@ -116,8 +112,7 @@ async fn network_c06_little_bandwidth() {
     scene.flowing(300).await;
     scene.fault("100 kB/s to the broker");
     rabbit.flow(Direction::ToServer, Flow { bandwidth: Some(100_000), ..Flow::default() });
-    let seconds = if full() { 20 } else { 6 };
-    throughout(Duration::from_secs(seconds), "one session, streaming", async || {
+    throughout(Duration::from_secs(20), "one session, streaming", async || {
         let status = scene.relay().status().await;
         status["sessions"] == 1 && status["state"] == "streaming"
     })
@@ -155,10 +150,9 @@ async fn network_c11_flapping() {
         let before = net.scene.relay().confirmed().await;
         net.scene.recovered(Instant::now(), before).await;
     }
-    let sessions = net.scene.relay().status().await["sessions"].as_u64().unwrap_or(u64::MAX);
-    let rate = sessions as f64 / begin.elapsed().as_secs_f64();
-    class.note("sessions_per_second", (rate * 10.0).round() / 10.0);
-    assert!(rate < 10.0, "{sessions} sessions in {:?}", begin.elapsed());
+    // How often it tries is for the report: that it waits longer each time, backoff.rs tests.
+    class.note("sessions", net.scene.relay().status().await["sessions"].clone());
+    class.took("ms", begin.elapsed());
     net.scene.relay().logs(&["session ended", "kind=\"unreachable\""]).await;
     net.scene.enough();
     class.survived(&net.scene.judge().await);
@@ -171,14 +165,12 @@ async fn network_c04_confirms_stalled_while_publishes_arrive() {
     net.scene.fault("nothing comes back for 3 s");
     net.rabbit.flow(Direction::ToRelay, Flow { stalled: true, ..Flow::default() });
     let full = |status: &Value| status["in_flight"].as_u64() >= Some(150);
-    // Confirms that were on their way still arrive.
-    throughout(Duration::from_secs(1), "it lives", async || {
-        net.scene.relay().check();
-        true
+    net.scene.relay().reaches("every key waits for its confirm", full).await;
+    throughout(Duration::from_secs(3), "one session that waits", async || {
+        let status = net.scene.relay().status().await;
+        status["sessions"] == 1 && status["state"] == "streaming" && status["in_flight"] != 0
     })
     .await;
-    net.scene.relay().reaches("every key waits for its confirm", full).await;
-    net.scene.relay().stays(Duration::from_secs(3), full).await;
     net.rabbit.heal();
     net.back().await;
     net.scene.relay().says_nothing();

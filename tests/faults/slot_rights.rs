@@ -5,10 +5,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 use watership::dev::{Postgres, PostgresOptions};
 
-use crate::class::Class;
-use crate::crash_support::Scene;
-use crate::ground::{STEADY, execute, led, text};
-use crate::support::own_vhost;
+use crate::report::Class;
+use crate::support::scene::{Scene, led};
+use crate::support::servers::{execute, own_vhost, text};
+use crate::support::writers::STEADY;
 
 /// A server that wants a password from the role `relay`, and a run of that role.
 async fn flowing(title: &str) -> (Postgres, String, Scene) {
@@ -53,7 +53,7 @@ async fn slot_b11_replication_revoked_while_it_streams() {
     scene.fault("NOREPLICATION");
     execute(&url, "ALTER ROLE relay NOREPLICATION").await;
     scene.flowing(500).await;
-    assert_eq!(scene.relay().status().await["sessions"], 1, "a running stream goes on");
+    assert_eq!(scene.relay().status().await["sessions"], 1, "a running stream continues");
     end_sessions(&url).await;
     scene.relay().logs(&["session ended", "REPLICATION"]).await;
     let up = |status: &serde_json::Value| status["last_error"]["error"].is_string();

@@ -8,13 +8,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 use watership::dev::{Postgres, StopMode};
 
-use crate::class::Class;
-use crate::crash_relay::{LIMIT, POLL};
-use crate::crash_support::Scene;
-use crate::framing::Protocol;
-use crate::ground::{STEADY, first_row, led, own_postgres, text};
-use crate::proxy::{Action, Direction, How, Proxy, Trigger};
-use crate::support::own_vhost;
+use crate::report::Class;
+use crate::support::framing::Protocol;
+use crate::support::proxy::{Action, Direction, How, Proxy, Trigger};
+use crate::support::scene::{Scene, led};
+use crate::support::servers::{first_row, own_postgres, own_vhost, text};
+use crate::support::waiting::until;
+use crate::support::writers::STEADY;
 
 /// A standby that has a copy of the slot, and a relay that is led to its primary by a proxy.
 struct Pair {
@@ -42,13 +42,12 @@ async fn pair(title: &str) -> Pair {
     let behind = standby.url("postgres", "shop");
     let synced = "SELECT count(*) = 1 FROM pg_replication_slots \
         WHERE synced AND NOT temporary AND invalidation_reason IS NULL";
-    let deadline = Instant::now() + LIMIT;
-    while text(&behind, synced).await != "true" {
-        assert!(Instant::now() < deadline, "the slot is not synchronised within {LIMIT:?}");
+    until("the slot is synchronised", async || {
         // The primary's slot has to move before the standby can keep its copy.
         primary.execute("SELECT pg_log_standby_snapshot()").await.expect("it is logged");
-        tokio::time::sleep(POLL).await;
-    }
+        text(&behind, synced).await == "true"
+    })
+    .await;
     Pair { primary, standby, proxy, scene }
 }
 
@@ -165,6 +164,8 @@ async fn standby_a16_held_back_by_a_standby_that_is_down() {
     pair.scene.relay().logs(&texts).await;
     assert_eq!(pair.scene.relay().counted("watership_slot_held_by_standby").await, 1);
     // Nothing comes, and nothing is wrong: the session lives on, no verdict of a deaf stream.
+    let out = |status: &serde_json::Value| told(status) && status["in_flight"] == 0;
+    pair.scene.relay().reaches("nothing is out", out).await;
     pair.scene.relay().stays(Duration::from_secs(6), told).await;
     let before = pair.scene.relay().confirmed().await;
     pair.standby.start_again().await.expect("it starts");

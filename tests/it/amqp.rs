@@ -1,28 +1,29 @@
 //! The publisher and the topology against a real broker.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lapin::options::{BasicGetOptions, QueueDeclareOptions, QueueDeleteOptions};
 use uuid::Uuid;
 use watership::amqp::options::{Options, Url};
 use watership::amqp::publisher::Connection;
+use watership::amqp::reply;
 use watership::amqp::topology::{
     self, Argument, Binding, Exchange, Mode, Queue, QueueKind, Topology,
 };
 use watership::error::{Error, Kind};
-use watership::message::{
-    Builder, ExchangeId, Message, Outcome, Properties, Publisher, RouteId, Ticket,
-};
+use watership::message::{Builder, ExchangeId, Message, Properties, RouteId};
+use watership::publisher::{Outcome, Publisher, Ticket};
 
-use crate::support::{self, Vhost};
+use crate::support::servers::{self, Vhost};
+use crate::support::waiting::LIMIT;
 
 const WINDOW: usize = 1000;
 
 fn options(vhost: &Vhost, exchanges: &[&str]) -> Options {
     let mut options = Options::new(vec![Url::parse(&vhost.url).expect("a good URL")]);
     options.exchanges = exchanges.iter().map(|e| (*e).to_owned()).collect();
-    options.connect_timeout = Duration::from_secs(60);
+    options.connect_timeout = LIMIT;
     options
 }
 
@@ -86,7 +87,7 @@ async fn depth(vhost: &Vhost, queue: &str) -> u32 {
 
 #[tokio::test]
 async fn ten_thousand_publishes_to_a_quorum_queue_are_confirmed_and_stored() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &["events"]);
     let topology = Topology {
         exchanges: vec![direct("events")],
@@ -107,7 +108,7 @@ async fn ten_thousand_publishes_to_a_quorum_queue_are_confirmed_and_stored() {
 /// <https://github.com/amqp-rs/lapin/issues/254>
 #[tokio::test]
 async fn museum_m15_returned_are_exactly_the_unroutable_ones_among_fifty_thousand() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &["events"]);
     let topology = Topology {
         exchanges: vec![direct("events")],
@@ -134,7 +135,7 @@ async fn museum_m15_returned_are_exactly_the_unroutable_ones_among_fifty_thousan
 
 #[tokio::test]
 async fn missing_exchange_concerns_its_own_messages_only_until_it_is_there() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &["here", "missing"]);
     let topology = Topology {
         exchanges: vec![direct("here")],
@@ -150,7 +151,7 @@ async fn missing_exchange_concerns_its_own_messages_only_until_it_is_there() {
         for (n, outcome) in outcomes.iter().enumerate() {
             match (n % 2, outcome) {
                 (0, Outcome::Confirmed) => {}
-                (1, Outcome::ChannelClosed { code: 404, text }) => {
+                (1, Outcome::ChannelClosed { code: reply::NOT_FOUND, text }) => {
                     assert!(text.contains("no exchange 'missing'"), "{text}");
                 }
                 (n, outcome) => panic!("{n}: {outcome:?}"),
@@ -171,8 +172,8 @@ async fn missing_exchange_concerns_its_own_messages_only_until_it_is_there() {
 /// <https://github.com/amqp-rs/lapin/issues/246>
 #[tokio::test]
 async fn museum_m14_forbidden_exchange_closes_its_channel_and_says_so() {
-    let vhost = support::own_vhost().await;
-    let node = support::rabbit().await;
+    let vhost = servers::own_vhost().await;
+    let node = servers::rabbit().await;
     let options_guest = options(&vhost, &["open", "secret"]);
     let topology = Topology {
         exchanges: vec![direct("open"), direct("secret")],
@@ -196,18 +197,21 @@ async fn museum_m14_forbidden_exchange_closes_its_channel_and_says_so() {
     let messages = [message(0, "q", 1, b"x"), message(1, "q", 2, b"x"), message(0, "q", 3, b"x")];
     let outcomes = publish_all(&mut connection, &messages).await;
     assert_eq!((&outcomes[0], &outcomes[2]), (&Outcome::Confirmed, &Outcome::Confirmed));
-    assert!(matches!(outcomes[1], Outcome::ChannelClosed { code: 403, .. }), "{outcomes:?}");
+    assert!(
+        matches!(outcomes[1], Outcome::ChannelClosed { code: reply::ACCESS_REFUSED, .. }),
+        "{outcomes:?}"
+    );
     connection.close().await;
 
     options.lock_queue = Some("other.lock".into());
     let error = refused(&options).await;
     assert!(error.to_string().contains("lock queue \"other.lock\": ACCESS_REFUSED"), "{error}");
-    assert!(error.advice().unwrap().contains("configure"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("configure"), "{error:?}");
 }
 
 #[tokio::test]
 async fn full_queue_that_rejects_nacks_and_its_nacks_are_not_success() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &[""]);
     let full = Queue {
         kind: QueueKind::Classic,
@@ -230,7 +234,7 @@ async fn full_queue_that_rejects_nacks_and_its_nacks_are_not_success() {
 
 #[tokio::test]
 async fn second_relay_of_the_same_name_is_turned_away_until_the_first_has_closed() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let mut options = options(&vhost, &["amq.topic"]);
     options.lock_queue = Some("watership.shop.lock".into());
     let first = Connection::open(&options).await.unwrap();
@@ -245,12 +249,12 @@ async fn second_relay_of_the_same_name_is_turned_away_until_the_first_has_closed
 
 #[tokio::test]
 async fn wrong_password_and_wrong_vhost_are_told_apart() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let mut wrong = options(&vhost, &[]);
     wrong.urls[0].password = watership::secret::Secret::new("hunter2");
     let error = refused(&wrong).await;
     assert!(error.to_string().contains("403 ACCESS_REFUSED"), "{error}");
-    assert!(error.advice().unwrap().contains("user \"guest\" and its password"), "{error:?}");
+    assert!(error.hint_text().unwrap().contains("user \"guest\" and its password"), "{error:?}");
     assert!(!format!("{error:?}").contains("hunter2"));
     let error = topology::apply(&wrong, &Topology::default()).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Refused, "{error:?}");
@@ -259,7 +263,10 @@ async fn wrong_password_and_wrong_vhost_are_told_apart() {
     wrong.urls[0].vhost = "nowhere".into();
     let error = refused(&wrong).await;
     assert!(error.to_string().contains("530 NOT_ALLOWED - vhost nowhere not found"), "{error}");
-    assert!(error.advice().unwrap().contains("create the virtual host \"nowhere\""), "{error:?}");
+    assert!(
+        error.hint_text().unwrap().contains("create the virtual host \"nowhere\""),
+        "{error:?}"
+    );
     let error = topology::apply(&wrong, &Topology::default()).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Refused, "{error:?}");
 }
@@ -267,7 +274,7 @@ async fn wrong_password_and_wrong_vhost_are_told_apart() {
 #[tokio::test]
 async fn bodies_of_every_size_around_a_frame_arrive_intact() {
     const FRAME: usize = 131_072 - 8;
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &[""]);
     let topology = Topology { queues: vec![queue("big")], ..Topology::default() };
     topology::apply(&options, &topology).await.unwrap();
@@ -297,7 +304,7 @@ async fn alarm_longer_than_the_confirm_deadline_holds_publishes_and_lets_them_go
     let node = Rabbit::start(RabbitOptions::default()).await.unwrap();
     let vhost = Vhost { name: "/".into(), url: node.url("/") };
     let mut options = options(&vhost, &[""]);
-    options.confirm_timeout = Duration::from_secs(3);
+    options.confirm_timeout = Duration::from_secs(8);
     let topology = Topology { queues: vec![queue("q")], ..Topology::default() };
     topology::apply(&options, &topology).await.unwrap();
     let mut connection = Connection::open(&options).await.unwrap();
@@ -320,7 +327,7 @@ async fn alarm_longer_than_the_confirm_deadline_holds_publishes_and_lets_them_go
         }
     }
     connection.send(Ticket(3), &message(0, "q", 3, b"x"));
-    let blocked = connection.blocked_since().unwrap();
+    let blocked = Instant::now();
     while blocked.elapsed() < options.confirm_timeout * 3 / 2 {
         let poll = connection.next_outcomes(&mut outcomes);
         if let Ok(result) = tokio::time::timeout(Duration::from_millis(20), poll).await {
@@ -357,7 +364,7 @@ async fn stopped_broker_ends_the_session_with_its_reason() {
 
 #[tokio::test]
 async fn verify_names_what_is_missing_and_declare_quotes_what_differs() {
-    let vhost = support::own_vhost().await;
+    let vhost = servers::own_vhost().await;
     let options = options(&vhost, &[]);
     let mut topology = Topology {
         mode: Mode::Verify,
@@ -369,7 +376,7 @@ async fn verify_names_what_is_missing_and_declare_quotes_what_differs() {
     assert_eq!(missing.kind(), Kind::Refused);
     let text = format!("exchange \"events\" does not exist in vhost {:?}", vhost.name);
     assert!(missing.to_string().ends_with(&text), "{missing}");
-    assert!(missing.advice().unwrap().contains("topology = \"declare\""));
+    assert!(missing.hint_text().unwrap().contains("topology = \"declare\""));
 
     topology.mode = Mode::Declare;
     for _ in 0..2 {

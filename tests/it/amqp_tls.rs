@@ -8,10 +8,10 @@ use watership::amqp::publisher::Connection;
 use watership::amqp::topology::{self, Topology};
 use watership::dev::{Rabbit, RabbitOptions};
 use watership::error::{Kind, Result};
-use watership::message::Publisher;
+use watership::publisher::Publisher;
 use watership::tls::{self, Mode};
 
-use crate::relay_support::until;
+use crate::support::waiting::until;
 
 type Authority = Issuer<'static, KeyPair>;
 

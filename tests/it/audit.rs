@@ -2,8 +2,9 @@
 
 use serde_json::Value;
 
-use crate::relay_support::{Running, Setup, Stage, until};
-use crate::support::{Vhost, own_database, own_vhost, rabbit};
+use crate::support::servers::{Vhost, own_database, own_vhost, rabbit};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
 
 const ROUTES: &str = "[[route]]\nname = \"orders\"\nowner = \"team-orders\"\n\
     outbox = { aggregate_type = \"order\" }\nexchange = \"watership\"\n\
@@ -117,7 +118,7 @@ async fn without_the_management_api_nothing_is_verified_but_what_is_missing_is_s
     stage.channel.queue_delete("all".into(), delete).await.expect("it is deleted");
     graded(&relay, "orders", "team-orders", "unsafe", "queue \"all\" does not exist").await;
     graded(&relay, "bills", "", "not_verified", reason).await;
-    // The audit looks from the side: the session goes on.
+    // The audit looks from the side: the session continues.
     assert_eq!(relay.status().await["sessions"], 1);
 }
 

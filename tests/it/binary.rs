@@ -5,10 +5,12 @@ use std::fmt::Write as _;
 use watership::column::binary::Types;
 use watership::column::oid;
 
-use crate::crash_support::full;
-use crate::relay_support::{Message, Setup, Stage, until};
 use crate::relay_types::VALUES;
-use crate::support::own_database;
+use crate::support::full;
+use crate::support::inbox::Message;
+use crate::support::servers::own_database;
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::until;
 
 /// Column, type, SQL value: what the documented types do not show.
 const MORE: &[(&str, &str, &str)] = &[
@@ -232,7 +234,8 @@ async fn a_type_made_while_a_binary_session_runs_is_read_and_nothing_is_parked()
     let stage = Stage::new(Setup { sql, tables: &tables, settings, ..Setup::default() }).await;
     let relay = stage.start().await;
     stage.execute("INSERT INTO moods VALUES (1)").await;
-    stage.inbox.count(1).await;
+    // Settled and stored, so that the next session does not repeat it.
+    stage.settled().await;
     stage
         .execute("CREATE TYPE mood AS ENUM ('sad', 'ok'); ALTER TABLE moods ADD COLUMN m mood")
         .await;

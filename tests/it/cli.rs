@@ -3,20 +3,14 @@
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use watership::dev::{self, Postgres, PostgresOptions};
 
-use crate::support::{Database, Vhost, own_database, own_vhost, postgres, rabbit};
-
-/// How long a command, or a relay's start, may take on a loaded machine.
-const LIMIT: Duration = Duration::from_secs(60);
-/// Grain of waiting for a relay.
-const POLL: Duration = Duration::from_millis(50);
+use crate::support::relay;
+use crate::support::servers::{Database, Vhost, own_database, own_vhost, postgres, rabbit};
+use crate::support::waiting::{LIMIT, until};
 
 /// How a command ended.
 #[derive(Debug)]
@@ -76,35 +70,35 @@ async fn mistakes_in_the_file_are_told_with_place_value_and_remedy() {
     let least = "source.url = 'postgres://relay@127.0.0.1/shop'\nbroker.url = 'amqp://r:x@h1'\n";
     for (text, expected) in [
         (
-            "name = \"shop\"\n[sorce]\nurl = \"x\"\n".to_owned(),
-            "error: FILE:2:2: unknown key \"sorce\"\n  |\n2 | [sorce]\n  |  ^^^^^\n\
+            format!("{least}[sorce]\nurl = \"x\"\n"),
+            "error: FILE:3:2: unknown key \"sorce\"\n  |\n3 | [sorce]\n  |  ^^^^^\n\
              hint: did you mean \"source\"?\n",
         ),
         (
-            "[relay]\nmax_windw_bytes = \"1MiB\"\n".to_owned(),
-            "error: FILE:2:1: unknown key \"max_windw_bytes\"\n  |\n\
-             2 | max_windw_bytes = \"1MiB\"\n  | ^^^^^^^^^^^^^^^\n\
+            format!("{least}[relay]\nmax_windw_bytes = \"1MiB\"\n"),
+            "error: FILE:4:1: unknown key \"max_windw_bytes\"\n  |\n\
+             4 | max_windw_bytes = \"1MiB\"\n  | ^^^^^^^^^^^^^^^\n\
              hint: did you mean \"max_window_bytes\"?\n",
         ),
         (
-            "[relay]\ndrain_timeout = 10\n".to_owned(),
-            "error: FILE:2:17: integer found, expected a string\n  |\n\
-             2 | drain_timeout = 10\n  |                 ^^\n\
-             hint: durations and sizes are strings, such as \"30s\" or \"16MiB\"\n",
+            format!("{least}[relay]\ndrain_timeout = 10\n"),
+            "error: FILE:4:17: relay.drain_timeout is an integer; expected a duration in quotes, \
+             such as \"30s\"\n  |\n4 | drain_timeout = 10\n  |                 ^^\n",
         ),
         (
             format!("{least}relay.drain_timeout = '10 sec'\n"),
-            "error: FILE: relay.drain_timeout = \"10 sec\" is not allowed; allowed: 1ms to 1h, \
+            "error: FILE:3:23: relay.drain_timeout = \"10 sec\" is invalid; expected 1ms to 1h, \
              written as a number with ms, s, m, h or d\n",
         ),
         (
             "source.url = 'mysql://u:pw@h/x'\nbroker.url = 'amqp://r:x@127.0.0.1'\n".to_owned(),
-            "error: FILE: source.url: mysql://u:***@h/x: not a Postgres URL\n\
-             hint: postgres://user:password@host:5432/database\n",
+            "error: FILE:1:14: source.url: mysql://u:***@h/x: not a Postgres URL\n\
+             hint: the form is postgres://user:password@host:5432/database\n",
         ),
         (
-            "source.url = '${WATERSHIP_TEST_UNSET}'\n".to_owned(),
-            "error: FILE: source.url: environment variable WATERSHIP_TEST_UNSET is not set\n\
+            format!("{least}source.password = '${{WATERSHIP_TEST_UNSET}}'\n"),
+            "error: FILE:3:19: source.password: environment variable WATERSHIP_TEST_UNSET is not \
+             set\n\
              hint: set it, or give a default with ${NAME:-default}; $${ is a literal ${\n",
         ),
     ] {
@@ -119,8 +113,8 @@ async fn mistakes_in_the_file_are_told_with_place_value_and_remedy() {
 async fn a_missing_file_is_told_with_its_name() {
     let ran = watership(&PathBuf::from("/nowhere/w.toml"), &["run"]).await;
     let expected = "error: config file /nowhere/w.toml does not exist\n\
-                    hint: write one (config/watership.toml lists every key), or name it with \
-                    --config FILE\n";
+                    hint: create it (config/watership.toml lists every key), or pass --config \
+                    FILE\n";
     assert_eq!((ran.code, ran.err.as_str()), (2, expected));
 }
 
@@ -235,7 +229,7 @@ async fn a_missing_exchange_is_named_with_what_to_do() {
         assert_eq!(ran.code, 1, "{name}: {ran:?}");
         let told = format!("{}{}", ran.out, ran.err);
         assert!(told.contains("exchange \"watership\" does not exist in vhost"), "{name}: {told}");
-        assert!(told.contains("set topology = \"declare\""), "{name}: {told}");
+        assert!(told.contains("set broker.topology = \"declare\""), "{name}: {told}");
     }
 }
 
@@ -272,39 +266,22 @@ async fn a_server_without_logical_wal_and_a_wrong_password_are_told_clearly() {
     }
 }
 
-/// A relay that runs, with its HTTP port.
+/// A relay that runs.
 struct Running {
     child: Child,
-    port: u16,
 }
 
 impl Running {
     async fn start(config: &PathBuf, port: u16) -> Self {
         let child = command(config, &["run"]).spawn().expect("the program starts");
-        let mut running = Self { child, port };
-        let mut again = tokio::time::interval(POLL);
-        let ready = async {
-            while !running.get("/readyz").await.starts_with("HTTP/1.0 200") {
-                let ended = running.child.try_wait().expect("its state is known");
-                assert!(ended.is_none(), "the relay ended: {ended:?}");
-                again.tick().await;
-            }
-        };
-        tokio::time::timeout(LIMIT, ready).await.expect("the relay becomes ready");
+        let mut running = Self { child };
+        until("the relay is ready", async || {
+            let ended = running.child.try_wait().expect("its state is known");
+            assert!(ended.is_none(), "the relay ended: {ended:?}");
+            relay::get(port, "/readyz").await.0 == 200
+        })
+        .await;
         running
-    }
-
-    /// The whole answer; empty when nobody listens.
-    async fn get(&self, path: &str) -> String {
-        let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)).await else {
-            return String::new();
-        };
-        let request = format!("GET {path} HTTP/1.0\r\n\r\n");
-        let mut answer = String::new();
-        if stream.write_all(request.as_bytes()).await.is_ok() {
-            let _ = stream.read_to_string(&mut answer).await;
-        }
-        answer
     }
 
     async fn stop(self) -> Ran {
@@ -369,7 +346,7 @@ async fn no_output_of_any_command_shows_a_password() {
     note(second, 2);
     let mut pages = String::new();
     for path in ["/livez", "/readyz", "/status", "/metrics", "/nothing"] {
-        pages.push_str(&relay.get(path).await);
+        pages.push_str(&relay::get(admin, path).await.1);
     }
     note(relay.stop().await, 0);
     assert!(pages.contains("watership_messages_confirmed_total{route=\"outbox\""), "{pages}");
@@ -407,23 +384,18 @@ async fn a_plain_role_relays_after_init_by_an_admin() {
     let check = watership(&file, &["check"]).await;
     assert_eq!(check.code, 0, "{check:?}");
 
-    let relay = Running::start(&file, admin).await;
+    let running = Running::start(&file, admin).await;
     let sql = "SELECT watership.emit('order', '1', 'made', '{}')";
     client.batch_execute(sql).await.expect("an event");
     let confirmed = "watership_messages_confirmed_total{route=\"outbox\",owner=\"\"} 1";
-    let mut again = tokio::time::interval(POLL);
-    let arrived = async {
-        while !relay.get("/metrics").await.contains(confirmed) {
-            again.tick().await;
-        }
-    };
-    tokio::time::timeout(LIMIT, arrived).await.expect("the event is confirmed");
-    let ended = relay.stop().await;
+    let arrived = async || relay::get(admin, "/metrics").await.1.contains(confirmed);
+    until("the event is confirmed", arrived).await;
+    let ended = running.stop().await;
     assert_eq!(ended.code, 0, "{ended:?}");
     client.batch_execute(&format!("REVOKE watership_relay FROM {role}")).await.expect("revoked");
     let check = watership(&file, &["check"]).await;
     assert_eq!(check.code, 1, "{check:?}");
-    assert!(check.out.contains(&format!("{role} is no member of watership_relay")), "{check:?}");
+    assert!(check.out.contains(&format!("{role} is not a member of watership_relay")), "{check:?}");
 }
 
 #[tokio::test]
@@ -442,7 +414,7 @@ async fn a_health_check_does_not_take_another_relays_answer_for_its_own() {
     let relay = Running::start(&own, admin).await;
     assert_eq!(watership(&own, &["status", "--ready"]).await.code, 0);
     let ran = watership(&other, &["status", "--ready"]).await;
-    assert!(ran.err.contains("answers the relay \"own\", not \"other\""), "{ran:?}");
+    assert!(ran.err.contains("is \"own\", not \"other\""), "{ran:?}");
     assert_eq!(ran.code, 2, "{ran:?}");
     let ran = watership(&other, &["status"]).await;
     assert!(ran.out.contains("not running: ") && !ran.out.contains("streaming"), "{ran:?}");

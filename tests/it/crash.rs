@@ -1,14 +1,15 @@
 //! The real binary, killed again and again under load. `tests/faults` has the other faults.
 //!
 //! Every test asserts the same at the end (`Scene::finish`): nothing lost, nothing that never
-//! committed, first arrivals of each key in order, no more duplicates than the window and 100 ms
-//! of events per fault. The long ones run when WATERSHIP_FULL is set.
+//! committed, first arrivals of each key in order. The long ones run when WATERSHIP_FULL is set.
 
 use tokio::time::Instant;
 
-use crate::crash_relay::Window;
-use crate::crash_support::{Load, Scene, full};
-use crate::support::{own_database, own_vhost};
+use crate::support::full;
+use crate::support::relay::Window;
+use crate::support::scene::Scene;
+use crate::support::servers::{own_database, own_vhost};
+use crate::support::writers::Load;
 
 #[tokio::test]
 async fn a_relay_killed_again_and_again_loses_nothing_and_keeps_the_order() {

@@ -3,14 +3,12 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal, StopMode};
 
-use crate::support;
-
-/// How long the watchdog may take to clean up.
-const CLEAN_LIMIT: Duration = Duration::from_secs(30);
+use crate::support::servers;
+use crate::support::waiting::{LIMIT, until};
 
 async fn sql(url: &str, text: &str) -> Vec<tokio_postgres::Row> {
     let connected = tokio_postgres::connect(url, tokio_postgres::NoTls).await;
@@ -77,7 +75,7 @@ async fn a_stopped_postgres_answers_again_after_cont() {
     let silence = tokio::time::timeout(Duration::from_millis(300), &mut query).await;
     assert!(silence.is_err(), "a frozen server must not answer");
     server.signal(Signal::Cont);
-    let answer = tokio::time::timeout(Duration::from_secs(20), query).await;
+    let answer = tokio::time::timeout(LIMIT, query).await;
     assert_eq!(answer.expect("an answer").expect("a row").len(), 1);
 }
 
@@ -118,17 +116,17 @@ async fn rabbit_keeps_its_queues_over_stop_kill_and_start_again() {
 
 #[tokio::test]
 async fn each_test_has_its_own_database_and_vhost() {
-    let (one, two) = (support::own_database().await, support::own_database().await);
+    let (one, two) = (servers::own_database().await, servers::own_database().await);
     one.connect().await.batch_execute("CREATE TABLE t ()").await.expect("a table");
     two.connect().await.batch_execute("CREATE TABLE t ()").await.expect("the same name");
     assert_ne!(one.name, two.name);
-    let (one, two) = (support::own_vhost().await, support::own_vhost().await);
+    let (one, two) = (servers::own_vhost().await, servers::own_vhost().await);
     assert_ne!(one.name, two.name);
     let (connection, channel) = one.connect().await;
     assert!(connection.status().connected() && channel.status().connected());
     assert_eq!(publish_and_count(&one.url, "q", b"one").await, 0);
     assert_eq!(publish_and_count(&two.url, "q", b"one").await, 0);
-    let url = support::rabbit().await.management_url().expect("management runs");
+    let url = servers::rabbit().await.management_url().expect("management runs");
     assert!(url.starts_with("http://guest:guest@127.0.0.1:"));
 }
 
@@ -149,11 +147,8 @@ async fn a_killed_parent_leaves_no_process_and_no_file() {
 
     parent.kill().expect("killed with -9");
     parent.wait().expect("reaped");
-    let deadline = Instant::now() + CLEAN_LIMIT;
-    while pids.iter().any(|&pid| runs(pid)) || Path::new(home).exists() {
-        assert!(Instant::now() < deadline, "{home} or one of {pids:?} is still there");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    let gone = async || !pids.iter().any(|&pid| runs(pid)) && !Path::new(home).exists();
+    until(&format!("{home} and all of {pids:?} are gone"), gone).await;
 }
 
 /// Not a test: the process that `a_killed_parent_leaves_no_process_and_no_file` kills.

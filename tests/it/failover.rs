@@ -2,9 +2,10 @@
 
 use watership::dev::{Postgres, StopMode};
 
-use crate::relay_support::{Running, Setup, Stage, until};
-use crate::relay_verdicts::{database_of, private};
-use crate::support::{Database, own_vhost};
+use crate::support::inbox::Message;
+use crate::support::servers::{Database, database_of, own_vhost, private_postgres};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
 
 /// A relay on a primary, and its standby.
 struct Pair {
@@ -16,7 +17,7 @@ struct Pair {
 
 impl Pair {
     async fn new(settings: &str, conf: &str) -> Self {
-        let mut primary = private(&[], None).await;
+        let mut primary = private_postgres(&[], None).await;
         let mut standby = primary.standby(conf).await.expect("a standby");
         standby.start_again().await.expect("the standby starts");
         let setup = Setup { settings, ..Setup::default() };
@@ -35,7 +36,7 @@ impl Pair {
         for n in 0..PHANTOMS {
             self.emit(&format!("phantom-{n}")).await;
         }
-        let published = |all: &[crate::relay_support::Message]| {
+        let published = |all: &[Message]| {
             all.iter().filter(|m| m.kind().starts_with("phantom")).count() == PHANTOMS
         };
         self.stage.inbox.wait("what the standby does not have", published).await;
@@ -54,7 +55,7 @@ const PHANTOMS: usize = 5;
 #[tokio::test]
 async fn after_a_failover_the_stream_goes_on_from_a_synchronised_slot_and_counts_phantoms() {
     // Earlier versions synchronise no logical slots: see the test below.
-    if private(&[], None).await.major() < 17 {
+    if private_postgres(&[], None).await.major() < 17 {
         return;
     }
     let mut pair = Pair::new("source.failover = true", "sync_replication_slots = on").await;
@@ -78,7 +79,7 @@ async fn after_a_failover_the_stream_goes_on_from_a_synchronised_slot_and_counts
     drop(standby);
     pair.fail_over().await;
     pair.emit("after").await;
-    let arrived = |all: &[crate::relay_support::Message]| all.iter().any(|m| m.kind() == "after");
+    let arrived = |all: &[Message]| all.iter().any(|m| m.kind() == "after");
     let got = pair.stage.inbox.wait("the event on the new timeline", arrived).await;
     let of = |kind: &str| got.iter().filter(|m| m.kind() == kind).count();
     assert_eq!((of("after"), of("last") >= 1), (1, true));
@@ -109,7 +110,7 @@ async fn after_a_failover_without_the_slot_a_person_decides() {
     let texts = ["timeline_changed: ", "a failover, without the slot", "watership resync"];
     pair.relay.ended().await.expect_code(3).expect_text(&texts);
     let resync = ["resync", "--accept-gap", "--reason", "failover"];
-    pair.stage.run(&resync).await.expect_code(0).expect_text(&["made anew"]);
+    pair.stage.run(&resync).await.expect_code(0).expect_text(&["recreated"]);
     let relay = pair.stage.start().await;
     let sql = "SELECT watership.emit('t', '1', 'after', '1')";
     pair.stage.execute(sql).await;

@@ -4,31 +4,30 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::time::{Instant, timeout};
-use watership::dev::{Postgres, PostgresOptions, Rabbit, RabbitOptions, Signal, StopMode};
+use tokio::time::Instant;
+use watership::dev::{Postgres, Rabbit, RabbitOptions, Signal, StopMode};
 
-use crate::crash_relay::Window;
-use crate::crash_support::{Load, Scene};
-use crate::relay_support::{Running, Setup, Stage, kinds, until};
-use crate::relay_verdicts::{database_of, private};
-use crate::support::{Vhost, own_vhost};
+use crate::support::inbox::kinds;
+use crate::support::relay::Window;
+use crate::support::scene::Scene;
+use crate::support::servers::{Vhost, database_of, own_vhost, private_postgres};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::{throughout, until};
+use crate::support::writers::Load;
 
-/// A fast shutdown takes no longer, whatever the broker does.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(3);
 const WINDOW: Window = Window { events: 512, unconfirmed: 256 };
 
 async fn fast_shutdown(server: &mut Postgres, how: &str) {
     let begin = Instant::now();
-    server.stop(StopMode::Fast).await.expect("stops");
-    let took = begin.elapsed();
-    println!("fast shutdown of Postgres {how}: {took:.2?}");
-    assert!(took <= SHUTDOWN_LIMIT, "{how}: {took:?}");
+    server.stop(StopMode::Fast).await.expect("the relay holds up no shutdown");
+    println!("fast shutdown of Postgres {how}: {:.2?}", begin.elapsed());
     server.start_again().await.expect("starts again");
 }
 
 #[tokio::test]
-async fn postgres_shuts_down_within_3_seconds_whatever_the_broker_does() {
-    let mut server = Postgres::start(PostgresOptions::default()).await.expect("a private server");
+async fn postgres_shuts_down_whatever_the_broker_does() {
+    // A walsender that waits without a limit at a shutdown: only the relay can let it end.
+    let mut server = private_postgres(&["wal_sender_timeout = 0"], None).await;
     let mut node = Rabbit::start(RabbitOptions::default()).await.expect("a private node");
     server.create_database("shop").await.expect("a database");
     let url = server.url("postgres", "shop");
@@ -74,23 +73,20 @@ async fn postgres_shuts_down_within_3_seconds_whatever_the_broker_does() {
     scene.finish().await;
 }
 
-/// A server that gives up a silent walsender after 2 s, and longer than that.
-const TIMEOUT: &str = "wal_sender_timeout = '2s'";
-const LONGER: Duration = Duration::from_secs(7);
+/// A server that gives up a silent walsender after 5 s, and longer than that.
+const TIMEOUT: &str = "wal_sender_timeout = '5s'";
+const LONGER: Duration = Duration::from_secs(16);
 /// The tick, which keeps the connection alive, must not depend on the checkpoints.
 const SMALL: &str = "relay.max_window_events = 50\nrelay.checkpoint_interval = \"1m\"";
 
-/// Watches for a while that the session goes on although nothing is taken from it.
+/// Watches for a while that the session continues although nothing is taken from it.
 async fn stays_paused(relay: &Running, stage: &Stage) {
     until("intake pauses", async || relay.metric("watership_window_paused").await == Some(1.0))
         .await;
     let pid =
         format!("SELECT active_pid FROM pg_replication_slots WHERE slot_name = '{}'", stage.slot);
     let before = stage.text(&pid).await;
-    let ended = timeout(LONGER, async {
-        until("the session ends", async || relay.status().await["sessions"] != 1).await;
-    });
-    assert!(ended.await.is_err(), "{}", relay.status().await);
+    throughout(LONGER, "one session", async || relay.status().await["sessions"] == 1).await;
     assert_eq!(stage.text(&pid).await, before, "it is the same walsender");
     assert_eq!(relay.metric("watership_window_paused").await, Some(1.0));
 }
@@ -100,7 +96,7 @@ const MANY: &str = "INSERT INTO watership.outbox (aggregate_type, aggregate_id, 
 
 #[tokio::test]
 async fn keepalives_are_answered_while_the_broker_is_blocked() {
-    let server = private(&[TIMEOUT], None).await;
+    let server = private_postgres(&[TIMEOUT], None).await;
     let node = Rabbit::start(RabbitOptions::default()).await.expect("a private node");
     let vhost = Vhost { name: "/".into(), url: node.url("/") };
     let setup = Setup { settings: SMALL, ..Setup::default() };
@@ -117,7 +113,7 @@ async fn keepalives_are_answered_while_the_broker_is_blocked() {
 
 #[tokio::test]
 async fn keepalives_are_answered_while_a_held_route_pauses_the_intake() {
-    let server = private(&[TIMEOUT], None).await;
+    let server = private_postgres(&[TIMEOUT], None).await;
     let setup = Setup { settings: SMALL, ..Setup::default() };
     let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;
     let relay = stage.start().await;
@@ -153,7 +149,7 @@ async fn limits_that_are_set_on_the_role_do_not_disturb() {
         "idle_in_transaction_session_timeout = '1ms'",
         "idle_session_timeout = '200ms'",
         // The statement that lifts it has to end before.
-        "transaction_timeout = '100ms'",
+        "transaction_timeout = '2s'",
     ] {
         let (name, _) = limit.split_once(' ').expect("a setting");
         // transaction_timeout came with 17.
@@ -173,7 +169,7 @@ async fn limits_that_are_set_on_the_role_do_not_disturb() {
     stage.inbox.count(20_000).await;
     stage.execute("BEGIN; LOCK TABLE watership.checkpoint IN ACCESS EXCLUSIVE MODE").await;
     stage.execute("SELECT watership.emit('t', '1', 'late', '1')").await;
-    stage.execute("SELECT pg_sleep(0.3); COMMIT").await;
+    stage.execute("SELECT pg_sleep(3); COMMIT").await;
     stage.settled().await;
     let status = relay.status().await;
     assert_eq!(status["sessions"], 1, "{status}");
@@ -183,7 +179,7 @@ async fn limits_that_are_set_on_the_role_do_not_disturb() {
 
 #[tokio::test]
 async fn a_synchronous_standby_that_is_away_keeps_no_session_from_its_start() {
-    let server = private(&[], None).await;
+    let server = private_postgres(&[], None).await;
     let stage = Stage::on(database_of(&server), own_vhost().await, Setup::default()).await;
     // From now on each COMMIT waits for a standby that nobody ever saw, unless it is asked not to.
     stage.execute("ALTER SYSTEM SET synchronous_standby_names = 'away'").await;

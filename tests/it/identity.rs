@@ -5,9 +5,10 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use serde_json::Value;
 use watership::dev::StopMode;
 
-use crate::relay_support::{Message, Running, Setup, Stage, until};
-use crate::relay_verdicts::{database_of, private};
-use crate::support::own_vhost;
+use crate::support::inbox::Message;
+use crate::support::servers::{database_of, own_vhost, private_postgres};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
 
 /// The configuration of another relay of the stage: its own name, slot and publication.
 fn another(stage: &Stage, name: &str, tables: &[&str]) -> String {
@@ -351,7 +352,7 @@ async fn a_replay_after_alterations_gives_the_ids_and_bodies_of_before() {
 #[tokio::test]
 async fn after_a_volume_was_restored_no_id_is_used_for_another_change() {
     const ROWS: usize = 30;
-    let mut server = private(&["autovacuum = off"], None).await;
+    let mut server = private_postgres(&["autovacuum = off"], None).await;
     let sql = "CREATE TABLE public.items (id int PRIMARY KEY, life int, n int)";
     let tables = ["public.items"];
     let settings = "outbox.maintain = false";
@@ -462,7 +463,7 @@ async fn a_truncate_that_is_cut_between_its_tables_goes_on_with_the_same_ids() {
 
 #[tokio::test]
 async fn prepared_transactions_savepoints_and_long_copies_have_the_same_ids_in_two_relays() {
-    let server = private(&["max_prepared_transactions = 5"], None).await;
+    let server = private_postgres(&["max_prepared_transactions = 5"], None).await;
     let setup = Setup {
         sql: TWO_TABLES,
         tables: &["public.orders", "public.invoices"],

@@ -5,7 +5,9 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::{Value, json};
 
-use crate::relay_support::{Message, Running, Setup, Stage, until};
+use crate::support::inbox::Message;
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
 
 /// What a change says of its row: operation, `key`, `before` and `after`.
 fn change(message: &Message) -> Value {

@@ -9,10 +9,6 @@ mod audit;
 mod binary;
 mod cli;
 mod crash;
-#[allow(dead_code, reason = "shared with the other test binaries")]
-mod crash_relay;
-#[allow(dead_code, reason = "shared with the other test binaries")]
-mod crash_support;
 mod dev;
 mod failover;
 mod harmless;
@@ -27,10 +23,10 @@ mod relay;
 mod relay_faults;
 mod relay_operation;
 mod relay_routes;
-mod relay_support;
 mod relay_types;
 mod relay_verdicts;
 mod slot;
 mod sql;
+#[path = "../support/mod.rs"]
 mod support;
 mod two_relays;

@@ -6,8 +6,10 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 use watership::dev::{Rabbit, RabbitOptions};
 
-use crate::relay_support::{Message, Running, Setup, Stage, kinds, until};
-use crate::support::{Vhost, own_database};
+use crate::support::inbox::{Message, kinds};
+use crate::support::servers::{Vhost, own_database};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
 
 const SMALL: &str = "broker.max_message_size = \"1KiB\"\nrelay.checkpoint_interval = \"20ms\"";
 
@@ -82,7 +84,7 @@ async fn a_message_that_is_too_large_is_parked_and_its_key_follows_while_others_
     assert!(error.starts_with("its body has 2002 bytes, the limit is 1024"), "{error}");
     let shown = parked(&stage, &["show", &list[0]["id"].to_string()]).await;
     assert_eq!(shown["event"]["content"]["outbox"]["event_type"], "large");
-    assert!(shown["advice"].as_str().is_some_and(|text| text.contains("max_message_size")));
+    assert!(shown["hint"].as_str().is_some_and(|text| text.contains("max_message_size")));
 
     // Nothing has changed: a retry parks it again, and nothing overtakes.
     assert_eq!(parked(&stage, &["retry", "--all"]).await["retrying"], json!([1, 2]));
@@ -195,7 +197,7 @@ async fn a_discarded_message_is_never_published_and_what_followed_it_is() {
     until_rows(&stage, &["parked too_large", "parked follows"]).await;
     stage.run(&["parked", "discard", "1", "--reason", " "]).await.expect_code(2);
     let ended = stage.run(&["parked", "discard", "1", "--reason", "made by a test"]).await;
-    ended.expect_code(0).expect_text(&["1 rows of its key still wait"]);
+    ended.expect_code(0).expect_text(&["1 rows with the same key are still waiting"]);
     let ended = stage.run(&["parked", "discard", "1", "--reason", "again"]).await;
     ended.expect_code(1).expect_text(&["row 1 is discarded"]);
     stage.run(&["parked", "show", "77"]).await.expect_code(1).expect_text(&["no parked row 77"]);
@@ -418,30 +420,32 @@ async fn a_key_that_stays_busy_is_released_by_one_retry() {
     let text = stage.configuration().replace("1KiB", "1MiB");
     stage.replace_configuration(&text);
     let relay = stage.start().await;
-    let enough = std::sync::atomic::AtomicBool::new(false);
-    let writer = async {
-        // Slower than one key can be published, one message at a time.
-        let mut tick = tokio::time::interval(std::time::Duration::from_millis(25));
-        let mut number = 0;
-        while !enough.load(std::sync::atomic::Ordering::Relaxed) {
-            tick.tick().await;
-            number += 1;
-            emit(&stage, "order", "1", &format!("{number:04}")).await;
+    let count = async |state: &str| -> u32 {
+        let sql = format!("SELECT count(*) FROM watership.parked WHERE state IN ({state})");
+        stage.text(&sql).await.parse().expect("a number")
+    };
+    let event = |number: u32| format!("{number:04}");
+    let mut last = 0;
+    while last < 50 {
+        last += 1;
+        emit(&stage, "order", "1", &event(last)).await;
+    }
+    until("the key is busy", async || count("'parked'").await == last + 1).await;
+    parked(&stage, &["retry", "--key", "order/1"]).await;
+    // It stays busy: for each two that leave, another one comes.
+    let mut released = 0;
+    until("nothing is left", async || {
+        let now = count("'released'").await;
+        if now >= released + 2 {
+            (released, last) = (now, last + 1);
+            emit(&stage, "order", "1", &event(last)).await;
         }
-        number
-    };
-    let person = async {
-        let some = "(SELECT count(*) > 50 FROM watership.parked)";
-        until("the key is busy", async || stage.holds(some).await).await;
-        parked(&stage, &["retry", "--key", "order/1"]).await;
-        let none = "(SELECT count(*) = 0 FROM watership.parked \
-            WHERE state IN ('parked', 'retrying'))";
-        until("nothing is left", async || stage.holds(none).await).await;
-        enough.store(true, std::sync::atomic::Ordering::Relaxed);
-    };
-    let (last, ()) = tokio::join!(writer, person);
+        count("'parked', 'retrying'").await == 0
+    })
+    .await;
+    let expected: Vec<String> = (0..=last).map(event).collect();
+    stage.inbox.count(expected.len()).await;
     let got = stage.settled().await;
-    let expected: Vec<String> = (0..=last).map(|number| format!("{number:04}")).collect();
     assert_eq!(of_key(&got, "order/1"), expected);
     relay.stop().await.expect_code(0);
 }

@@ -1,29 +1,27 @@
 //! The WAL stream over our own connection: slots, positions, errors that stick, odd segments.
 
-use std::time::Duration;
-
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 use watership::dev::{Postgres, PostgresOptions, StopMode};
 use watership::error::{Kind, Result};
-use watership::pg::connect::{self, Options};
+use watership::pg::client;
+use watership::pg::connect::Options;
 use watership::pg::replication::{Frame, ReplicationConnection, ReplicationStream, StreamOptions};
+use watership::pg::slot::{create_slot, drop_slot};
 use watership::position::Lsn;
 use watership::secret::Secret;
 
-use crate::support;
-
-/// What should happen at once may take this long on a busy machine.
-const SOON: Duration = Duration::from_secs(20);
+use crate::support::servers;
+use crate::support::waiting::LIMIT;
 
 fn options(url: &str) -> Options {
     Options::parse(&Secret::new(url)).expect("a good URL")
 }
 
 /// A database with a table, a publication of it and a slot.
-async fn published() -> (support::Database, tokio_postgres::Client, ReplicationConnection) {
-    let database = support::own_database().await;
+async fn published() -> (servers::Database, tokio_postgres::Client, ReplicationConnection) {
+    let database = servers::own_database().await;
     let client = database.connect().await;
     let sql = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE PUBLICATION p FOR TABLE t";
     client.batch_execute(sql).await.expect("done");
@@ -36,7 +34,7 @@ async fn next(stream: &mut ReplicationStream) -> Result<Frame> {
         if let Some(frame) = stream.try_next()? {
             return Ok(frame);
         }
-        timeout(SOON, stream.fill()).await.expect("something arrives")?;
+        timeout(LIMIT, stream.fill()).await.expect("something arrives")?;
     }
 }
 
@@ -64,19 +62,18 @@ async fn a_slot_streams_an_insert_and_takes_the_flush_position() {
         .unwrap();
     assert_eq!(system.system_id.to_string(), row.get::<_, String>(0));
     assert_eq!((system.timeline, &system.dbname), (1, &database.name));
-    let point = session.create_slot(&slot, false).await.unwrap();
+    let point = create_slot(&client, &slot, false).await.unwrap();
     assert!(point > Lsn::ZERO);
-    let error = session.create_slot(&slot, false).await.unwrap_err();
+    let error = create_slot(&client, &slot, false).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Refused);
     assert!(error.to_string().contains(&slot), "{error}");
 
-    let options = StreamOptions { messages: true, ..Default::default() };
-    let mut stream = session.start(&slot, Lsn::ZERO, &["p"], options).await.unwrap();
-    let sql = "INSERT INTO t VALUES (1, 'x'); SELECT pg_logical_emit_message(false, 'w', 'm')";
-    client.batch_execute(sql).await.unwrap();
+    let none = StreamOptions::default();
+    let mut stream = session.start(&slot, Lsn::ZERO, &["p"], none).await.unwrap();
+    client.batch_execute("INSERT INTO t VALUES (1, 'x')").await.unwrap();
     let (tags, end) = transaction(&mut stream).await;
-    assert_eq!(tags.replace('M', ""), "BRIC");
-    assert!(end > point && stream.last_received().elapsed() < SOON);
+    assert_eq!(tags, "BRIC");
+    assert!(end > point);
 
     stream.status_update(end, end, true);
     stream.flush().await.unwrap();
@@ -92,7 +89,7 @@ async fn a_slot_streams_an_insert_and_takes_the_flush_position() {
 
 #[tokio::test]
 async fn publication_names_of_any_kind_are_found() {
-    let (database, client, mut session) = published().await;
+    let (database, client, session) = published().await;
     let slot = format!("slot_{}", database.name);
     let names = ["a\"b", "a,b", "a;b", "a\\b", "it's", "grüße 🐇", "Upper", &"x".repeat(63)];
     for name in names {
@@ -102,7 +99,7 @@ async fn publication_names_of_any_kind_are_found() {
             .await
             .unwrap();
     }
-    session.create_slot(&slot, false).await.unwrap();
+    create_slot(&client, &slot, false).await.unwrap();
     let names: Vec<&str> = names.iter().map(|n| &**n).collect();
     let started = session.start(&slot, Lsn::ZERO, &names, StreamOptions::default()).await;
     let mut stream = started.unwrap();
@@ -112,9 +109,9 @@ async fn publication_names_of_any_kind_are_found() {
 
 #[tokio::test]
 async fn slot_missing_busy_and_free_again() {
-    let (database, client, mut session) = published().await;
+    let (database, client, session) = published().await;
     let slot = format!("slot_{}", database.name);
-    session.create_slot(&slot, false).await.unwrap();
+    create_slot(&client, &slot, false).await.unwrap();
     let none = StreamOptions::default();
     let held = session.start(&slot, Lsn::ZERO, &["p"], none).await.unwrap();
 
@@ -130,12 +127,12 @@ async fn slot_missing_busy_and_free_again() {
         .await
         .unwrap();
     assert!(error.to_string().contains(&row.get::<_, String>(0)), "{error}");
-    let mut third = ReplicationConnection::connect(&options).await.unwrap();
-    assert_eq!(third.drop_slot(&slot).await.unwrap_err().kind(), Kind::Busy);
+    let third = ReplicationConnection::connect(&options).await.unwrap();
+    assert_eq!(drop_slot(&client, &slot).await.unwrap_err().kind(), Kind::Busy);
 
     held.close().await;
-    third.drop_slot(&slot).await.unwrap();
-    assert_eq!(third.drop_slot(&slot).await.unwrap_err().kind(), Kind::Verdict);
+    drop_slot(&client, &slot).await.unwrap();
+    assert_eq!(drop_slot(&client, &slot).await.unwrap_err().kind(), Kind::Verdict);
     let error = third.start(&slot, Lsn::ZERO, &["p"], none).await.err().unwrap();
     assert_eq!(error.kind(), Kind::Verdict, "{error:?}");
     assert!(error.to_string().contains(&slot), "{error}");
@@ -143,12 +140,12 @@ async fn slot_missing_busy_and_free_again() {
 
 #[tokio::test]
 async fn a_missing_publication_is_a_sticky_verdict_up_to_17() {
-    let (database, client, mut session) = published().await;
-    if session.server_major().unwrap() >= 18 {
+    if servers::postgres().await.major() >= 18 {
         return;
     }
+    let (database, client, session) = published().await;
     let slot = format!("slot_{}", database.name);
-    session.create_slot(&slot, false).await.unwrap();
+    create_slot(&client, &slot, false).await.unwrap();
     let none = StreamOptions::default();
     let mut stream = session.start(&slot, Lsn::ZERO, &["absent"], none).await.unwrap();
     client.batch_execute("INSERT INTO t VALUES (1, 'x')").await.unwrap();
@@ -170,8 +167,8 @@ async fn wal_level_replica_is_a_verdict() {
     let conf = vec!["wal_level = replica".into()];
     let server = Postgres::start(PostgresOptions { conf, ..Default::default() }).await.unwrap();
     let options = options(&server.url("postgres", "postgres"));
-    let mut session = ReplicationConnection::connect(&options).await.unwrap();
-    let error = session.create_slot("s", false).await.unwrap_err();
+    let sql = client::sql(&options).await.unwrap();
+    let error = create_slot(&sql.client, "s", false).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Verdict, "{error:?}");
     assert!(error.to_string().contains("wal_level"), "{error}");
 }
@@ -181,11 +178,11 @@ async fn a_server_that_stops_is_seen_at_once_on_both_connections() {
     let mut server = Postgres::start(PostgresOptions::default()).await.unwrap();
     let options = options(&server.url("postgres", "postgres"));
     server.execute("CREATE PUBLICATION p").await.unwrap();
-    let mut session = ReplicationConnection::connect(&options).await.unwrap();
-    session.create_slot("s", false).await.unwrap();
+    let session = ReplicationConnection::connect(&options).await.unwrap();
+    let mut sql = client::sql(&options).await.unwrap();
+    create_slot(&sql.client, "s", false).await.unwrap();
     let none = StreamOptions::default();
     let mut stream = session.start("s", Lsn::ZERO, &["p"], none).await.unwrap();
-    let mut sql = connect::sql(&options).await.unwrap();
 
     let answer_keepalives = async {
         loop {
@@ -201,7 +198,7 @@ async fn a_server_that_stops_is_seen_at_once_on_both_connections() {
             }
         }
     };
-    let (stopped, streamed, closed) = timeout(SOON, async {
+    let (stopped, streamed, closed) = timeout(LIMIT, async {
         tokio::join!(server.stop(StopMode::Fast), answer_keepalives, sql.closed.wait())
     })
     .await
@@ -216,9 +213,9 @@ async fn a_server_that_stops_is_seen_at_once_on_both_connections() {
 
 #[tokio::test]
 async fn a_terminated_walsender_is_unreachable() {
-    let (database, client, mut session) = published().await;
+    let (database, client, session) = published().await;
     let slot = format!("slot_{}", database.name);
-    session.create_slot(&slot, false).await.unwrap();
+    create_slot(&client, &slot, false).await.unwrap();
     let none = StreamOptions::default();
     let mut stream = session.start(&slot, Lsn::ZERO, &["p"], none).await.unwrap();
     let sql =
@@ -235,9 +232,9 @@ async fn a_terminated_walsender_is_unreachable() {
 
 #[tokio::test]
 async fn a_dropped_fill_loses_nothing() {
-    let (database, client, mut session) = published().await;
+    let (database, client, session) = published().await;
     let slot = format!("slot_{}", database.name);
-    session.create_slot(&slot, false).await.unwrap();
+    create_slot(&client, &slot, false).await.unwrap();
     let none = StreamOptions::default();
     let mut stream = session.start(&slot, Lsn::ZERO, &["p"], none).await.unwrap();
     let sql = "INSERT INTO t SELECT i, repeat('x', i % 500) FROM generate_series(1, 20000) i";
@@ -258,12 +255,12 @@ async fn a_dropped_fill_loses_nothing() {
             }
         }
     };
-    timeout(SOON, all).await.expect("all rows arrive");
+    timeout(LIMIT, all).await.expect("all rows arrive");
 }
 
 #[tokio::test]
 async fn a_cancelled_command_poisons_the_connection() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let mut session = ReplicationConnection::connect(&options(&database.url)).await.unwrap();
     tokio::select! {
         biased;
@@ -272,7 +269,7 @@ async fn a_cancelled_command_poisons_the_connection() {
     }
     let error = session.identify_system().await.unwrap_err();
     assert!(error.to_string().contains("cancelled"), "{error}");
-    assert_eq!(session.show("timezone").await.unwrap_err().to_string(), error.to_string());
+    assert_eq!(session.timeline_history(2).await.unwrap_err().to_string(), error.to_string());
 }
 
 #[tokio::test]
@@ -292,13 +289,12 @@ async fn one_byte_segments_make_the_same_frames() {
         script.extend([0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3]);
         script.extend(b"N\0\0\0\x06S\0\0d\0\0\0\x05?c\0\0\0\x04");
         for byte in script {
-            // The client leaves at the frame that is none.
+            // The client leaves at the frame that is broken.
             let _ = stream.write_all(&[byte]).await;
             tokio::task::yield_now().await;
         }
     });
     let session = ReplicationConnection::connect(&options(&url)).await.unwrap();
-    assert_eq!(session.server_major().unwrap(), 15);
     let none = StreamOptions::default();
     let mut stream = session.start("s", Lsn::ZERO, &["p"], none).await.unwrap();
     let Frame::XLogData { wal_start, wal_end, sent_at, data } = next(&mut stream).await.unwrap()
@@ -311,20 +307,4 @@ async fn one_byte_segments_make_the_same_frames() {
     assert_eq!(next(&mut stream).await.unwrap_err().to_string(), error.to_string());
     drop(stream);
     server.await.unwrap();
-}
-
-#[tokio::test]
-async fn a_failover_slot_needs_17() {
-    let (database, client, mut session) = published().await;
-    let slot = format!("slot_{}", database.name);
-    let created = session.create_slot(&slot, true).await;
-    if session.server_major().unwrap() < 17 {
-        let error = created.unwrap_err();
-        assert_eq!(error.kind(), Kind::Config);
-        assert!(error.to_string().contains("17 or later"), "{error}");
-        return;
-    }
-    created.unwrap();
-    let sql = "SELECT failover FROM pg_replication_slots WHERE slot_name = $1";
-    assert!(client.query_one(sql, &[&slot]).await.unwrap().get::<_, bool>(0));
 }

@@ -1,11 +1,14 @@
 //! Doubts about the position on real servers: each is named, ends the relay with code 3, and is
-//! resolved by `watership resync`, after which the relay goes on in a new epoch.
+//! resolved by `watership resync`, after which the relay continues in a new epoch.
 
 use serde_json::Value;
 
-use crate::relay_support::{Running, Setup, Stage, kinds, until};
-use crate::relay_verdicts::{database_of, private};
-use crate::support::{Database, own_database, own_vhost, postgres};
+use crate::support::inbox::kinds;
+use crate::support::servers::{
+    Database, database_of, own_database, own_vhost, postgres, private_postgres,
+};
+use crate::support::stage::{Running, Setup, Stage, configuration, run};
+use crate::support::waiting::until;
 
 /// A stage with the captured table `items`, on which one event has passed.
 async fn stage(settings: &str) -> Stage {
@@ -88,11 +91,11 @@ async fn a_slot_made_anew_is_not_mistaken_for_an_advanced_one() {
     let stage = stage("").await;
     let slot = &stage.slot;
     stage.execute(&emit("lost")).await;
-    let anew = format!(
+    let recreate = format!(
         "SELECT pg_drop_replication_slot('{slot}'); \
          SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')"
     );
-    stage.execute(&anew).await;
+    stage.execute(&recreate).await;
     resolve(&stage, "slot_recreated", "slot").await;
 }
 
@@ -109,7 +112,8 @@ async fn an_advanced_slot_is_resolved_where_it_is() {
 
 #[tokio::test]
 async fn a_slot_whose_wal_was_removed_is_resolved_with_a_new_one() {
-    let server = private(&["max_slot_wal_keep_size = '16MB'", "min_wal_size = '32MB'"], None).await;
+    let server =
+        private_postgres(&["max_slot_wal_keep_size = '16MB'", "min_wal_size = '32MB'"], None).await;
     let stage = stage_on(database_of(&server), "").await;
     until("the slot is lost", async || {
         stage.execute("SELECT pg_logical_emit_message(true, 'a', '')").await;
@@ -126,7 +130,7 @@ async fn a_slot_that_was_idle_for_too_long_is_lost_and_says_why() {
     if postgres().await.major() < 18 {
         return;
     }
-    let server = private(&["idle_replication_slot_timeout = '1s'"], None).await;
+    let server = private_postgres(&["idle_replication_slot_timeout = '1s'"], None).await;
     let stage = stage_on(database_of(&server), "").await;
     until("the slot is lost", async || {
         stage.execute("CHECKPOINT").await;
@@ -168,7 +172,7 @@ async fn a_publication_made_anew_is_resolved_behind_it() {
     let missing = stage.run(&["resync", "--accept-gap", "--reason", "x"]).await;
     missing.expect_code(1).expect_text(&["publication_missing: ", "watership init"]);
     let made = stage.run(&["init"]).await;
-    made.expect_code(0).expect_text(&["created  publication", "not agreed to"]);
+    made.expect_code(0).expect_text(&["created  publication", "not recorded"]);
     resolve(&stage, "publication_recreated", "now").await;
     assert!(!kinds(&stage.settled_now().await).contains(&"lost"));
 }
@@ -180,7 +184,7 @@ async fn a_table_taken_out_under_a_running_relay_is_a_verdict_even_when_it_is_ba
     stage.execute("ALTER PUBLICATION watership DROP TABLE items").await;
     stage.execute("INSERT INTO items VALUES (1)").await;
     ends_with(relay, "table_removed").await;
-    stage.run(&["init"]).await.expect_code(0).expect_text(&["not agreed to: table_removed"]);
+    stage.run(&["init"]).await.expect_code(0).expect_text(&["not recorded: table_removed"]);
     resolve(&stage, "table_removed", "checkpoint").await;
 }
 
@@ -188,9 +192,9 @@ async fn a_table_taken_out_under_a_running_relay_is_a_verdict_even_when_it_is_ba
 async fn a_table_made_anew_under_a_running_relay_is_a_verdict() {
     let stage = stage("").await;
     let relay = stage.start().await;
-    let anew = "BEGIN; DROP TABLE items; CREATE TABLE items (id int PRIMARY KEY, note text); \
+    let recreate = "BEGIN; DROP TABLE items; CREATE TABLE items (id int PRIMARY KEY, note text); \
         ALTER PUBLICATION watership ADD TABLE items; COMMIT";
-    stage.execute(anew).await;
+    stage.execute(recreate).await;
     ends_with(relay, "table_recreated").await;
     resolve(&stage, "table_recreated", "checkpoint").await;
 }
@@ -227,10 +231,47 @@ async fn an_altered_publication_is_a_verdict_and_a_further_table_is_none() {
     relay.stop().await.expect_code(0);
 }
 
+/// Sets the checkpoint back under a running relay, which ends with a verdict; a person has it go
+/// on, and a relay that is started afterwards finds nothing wrong.
+async fn went_back(set_back: &str, new_session: bool) {
+    let stage = stage("").await;
+    let relay = stage.start().await;
+    stage.execute(&emit("seen")).await;
+    stage.settled().await;
+    stage.execute(&format!("UPDATE watership.checkpoint SET {set_back}")).await;
+    if new_session {
+        let slots = format!("pg_replication_slots WHERE slot_name = '{}'", stage.slot);
+        stage.execute(&format!("SELECT pg_terminate_backend(active_pid) FROM {slots}")).await;
+    }
+    let ended = relay.ended().await;
+    let begins = "checkpoint_went_back: ";
+    ended.expect_code(3).expect_text(&[begins, "--anyway --from checkpoint"]);
+    let asked = ["resync", "--accept-gap", "--reason", "x", "--anyway", "--from", "checkpoint"];
+    stage.run(&asked).await.expect_code(0);
+    let relay = stage.start().await;
+    assert_goes_on(&stage).await;
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_went_back_is_a_verdict_of_the_next_session() {
+    went_back("mark = 1", true).await;
+}
+
+#[tokio::test]
+async fn a_checkpoint_of_an_earlier_session_is_a_verdict_of_the_next_session() {
+    went_back("session_no = session_no - 1", true).await;
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_went_back_is_noticed_while_the_relay_runs() {
+    went_back("mark = 1", false).await;
+}
+
 #[tokio::test]
 async fn the_canary_comes_through_and_is_neither_event_nor_progress() {
     // Alone on its server: WAL of others is something to advance for.
-    let server = private(&["autovacuum = off"], None).await;
+    let server = private_postgres(&["autovacuum = off"], None).await;
     let settings = "relay.canary_interval = \"1s\"\noutbox.maintain = false";
     let setup = Setup { settings, ..Setup::default() };
     let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;
@@ -240,9 +281,13 @@ async fn the_canary_comes_through_and_is_neither_event_nor_progress() {
         stage.holds("(SELECT coalesce(max(number), 0) >= 10 FROM watership.canary)").await
     })
     .await;
-    let age = relay.metric("watership_canary_age_seconds").await.expect("a series");
-    assert!(age < 5.0, "{age}");
-    assert!(relay.status().await["canary_age_seconds"].as_f64().expect("a number") < 5.0);
+    // Its age falls again whenever one comes through.
+    let fresh = |age: f64| age < 5.0;
+    until("a canary has just come through", async || {
+        relay.metric("watership_canary_age_seconds").await.is_some_and(fresh)
+            && relay.status().await["canary_age_seconds"].as_f64().is_some_and(fresh)
+    })
+    .await;
     assert_eq!(relay.metric("watership_changes_received_total").await, Some(0.0));
     assert_eq!(relay.metric("watership_transactions_total").await, Some(0.0));
     assert_eq!(relay.metric("watership_checkpoints_total").await, Some(0.0));
@@ -271,7 +316,7 @@ async fn a_stream_that_leaves_out_the_canary_is_deaf_and_the_slot_stays() {
     ended.expect_code(3).expect_text(&["stream_deaf: ", "has not brought canary", "--anyway"]);
     assert_eq!(stage.text("SELECT flush_lsn FROM watership.checkpoint").await, before);
     let arguments = ["resync", "--accept-gap", "--reason", "x", "--anyway", "--from", "now"];
-    stage.run(&arguments).await.expect_code(0).expect_text(&["made anew"]);
+    stage.run(&arguments).await.expect_code(0).expect_text(&["recreated"]);
 }
 
 #[tokio::test]
@@ -280,7 +325,7 @@ async fn an_installation_without_the_canary_in_its_publication_runs_and_is_told(
     stage.execute("DELETE FROM watership.publication_seen").await;
     stage.execute("ALTER PUBLICATION watership DROP TABLE watership.canary").await;
     let told = stage.run(&["check"]).await;
-    told.expect_code(0).expect_text(&["does not have watership.canary", "watership init"]);
+    told.expect_code(0).expect_text(&["lacks watership.canary", "watership init"]);
     let relay = stage.start().await;
     stage.execute(&emit("e")).await;
     assert_eq!(kinds(&stage.settled().await), ["e"]);
@@ -291,7 +336,7 @@ async fn an_installation_without_the_canary_in_its_publication_runs_and_is_told(
 
 #[tokio::test]
 async fn a_slot_in_danger_is_told_in_status_metric_and_log() {
-    let server = private(&["max_slot_wal_keep_size = '64MB'"], None).await;
+    let server = private_postgres(&["max_slot_wal_keep_size = '64MB'"], None).await;
     let stage = Stage::on(database_of(&server), own_vhost().await, Setup::default()).await;
     let relay = stage.start().await;
     let safe = relay.status().await["slot"]["warning"].clone();
@@ -315,17 +360,13 @@ async fn a_slot_in_danger_is_told_in_status_metric_and_log() {
 
 #[tokio::test]
 async fn init_makes_a_failover_slot_where_the_server_can() {
-    let server = private(&[], None).await;
+    let server = private_postgres(&[], None).await;
     let setup = Setup { settings: "source.failover = true", ..Setup::default() };
     if server.major() < 17 {
-        let (config, _) = crate::relay_support::configuration(
-            &server.url("postgres", "postgres"),
-            "shop",
-            &own_vhost().await,
-            &setup,
-        );
-        let refused = crate::relay_support::run(&config, &["init"]).await;
-        refused.expect_code(2).expect_text(&["source.failover = true needs Postgres 17"]);
+        let (config, _) =
+            configuration(&server.url("postgres", "postgres"), "shop", &own_vhost().await, &setup);
+        let refused = run(&config, &["init"]).await;
+        refused.expect_code(2).expect_text(&["source.failover = true requires Postgres 17"]);
         return;
     }
     let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;
@@ -347,7 +388,7 @@ async fn making_a_slot_waits_for_transactions_that_are_open_for_long() {
     };
     let resync = stage.run(&["resync", "--accept-gap", "--reason", "x"]);
     let (ended, ()) = tokio::join!(resync, release);
-    ended.expect_code(0).expect_text(&["made anew"]);
+    ended.expect_code(0).expect_text(&["recreated"]);
 }
 
 /// A relay does not start, and says this.

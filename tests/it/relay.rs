@@ -4,7 +4,9 @@ use lapin::types::AMQPValue;
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use crate::relay_support::{Message, Setup, Stage, kinds, until};
+use crate::support::inbox::{Message, kinds};
+use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::until;
 
 /// Odd white space, key order, digits that no float holds, and characters of every length.
 const ODD: &str = "{ \"z\" : 1,\t\"a\":[1,2 ], \"n\": 12345678901234567890.50,\n \

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::relay_support::{Message, Setup, Stage, kinds};
+use crate::support::inbox::{Message, kinds};
+use crate::support::stage::{Setup, Stage};
 
 const ITEMS: &str = "CREATE TABLE public.items (id int PRIMARY KEY, name text, big text)";
 

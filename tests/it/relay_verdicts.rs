@@ -1,22 +1,13 @@
 //! What makes a relay end by itself: the exit code, and a text that says what to do.
 
-use watership::dev::{Postgres, PostgresOptions, StopMode};
+use watership::dev::StopMode;
 
-use crate::relay_support::{Setup, Stage, configuration, kinds, run, until};
-use crate::support::{Database, own_vhost};
+use crate::support::inbox::kinds;
+use crate::support::servers::{database_of, own_vhost, private_postgres};
+use crate::support::stage::{Setup, Stage, configuration, run};
+use crate::support::waiting::until;
 
 const TEXT: &str = "SELECT watership.emit('t', '1', 'e', '1')";
-
-/// The database `postgres` of a private server.
-pub fn database_of(server: &Postgres) -> Database {
-    Database { url: server.url("postgres", "postgres"), name: "postgres".into() }
-}
-
-pub async fn private(conf: &[&str], hba: Option<Vec<String>>) -> Postgres {
-    let conf = conf.iter().map(|line| (*line).to_owned()).collect();
-    let options = PostgresOptions { conf, hba, ..Default::default() };
-    Postgres::start(options).await.expect("a private server")
-}
 
 #[tokio::test]
 async fn a_slot_that_somebody_else_advanced_is_a_verdict_that_names_the_gap() {
@@ -101,7 +92,7 @@ async fn events_of_a_time_without_publication_are_a_verdict_even_when_it_is_back
 
 #[tokio::test]
 async fn a_server_set_back_to_wal_level_replica_is_a_verdict() {
-    let mut server = private(&[], None).await;
+    let mut server = private_postgres(&[], None).await;
     let stage = Stage::on(database_of(&server), own_vhost().await, Setup::default()).await;
     stage.execute(&format!("SELECT pg_drop_replication_slot('{}')", stage.slot)).await;
     server.append("postgresql.conf", "wal_level = replica\n").expect("conf");
@@ -113,7 +104,7 @@ async fn a_server_set_back_to_wal_level_replica_is_a_verdict() {
 
 #[tokio::test]
 async fn another_cluster_behind_the_url_is_a_verdict() {
-    let server = private(&[], None).await;
+    let server = private_postgres(&[], None).await;
     let stage = Stage::on(database_of(&server), own_vhost().await, Setup::default()).await;
     let identifier = stage.text("SELECT system_identifier FROM pg_control_system()").await;
     stage.execute("UPDATE watership.checkpoint SET system_identifier = '42'").await;
@@ -125,7 +116,7 @@ async fn another_cluster_behind_the_url_is_a_verdict() {
 async fn a_wrong_password_ends_the_first_start_with_a_hint() {
     let line = |user: &str, method: &str| format!("host all {user} 127.0.0.1/32 {method}");
     let hba = vec![line("postgres", "trust"), line("relay", "scram-sha-256")];
-    let server = private(&["password_encryption = 'scram-sha-256'"], Some(hba)).await;
+    let server = private_postgres(&["password_encryption = 'scram-sha-256'"], Some(hba)).await;
     server.execute("CREATE ROLE relay LOGIN REPLICATION PASSWORD 'right'").await.expect("a role");
     let url = format!("postgres://relay:wrong-canary@127.0.0.1:{}/postgres", server.port());
     let setup = Setup { source_url: &url, ..Setup::default() };
@@ -141,7 +132,7 @@ async fn scram_over_verified_tls_carries_events_for_a_role_that_owns_nothing() {
         "host all postgres 127.0.0.1/32 trust".into(),
         "hostssl all relay 127.0.0.1/32 scram-sha-256".into(),
     ];
-    let mut server = private(&["password_encryption = 'scram-sha-256'"], Some(hba)).await;
+    let mut server = private_postgres(&["password_encryption = 'scram-sha-256'"], Some(hba)).await;
     let [ca, ..] = crate::pg_wire::certify(&server, &rcgen::PKCS_ECDSA_P256_SHA256);
     server.append("postgresql.conf", "ssl = on\n").expect("conf");
     server.stop(StopMode::Fast).await.expect("stops");

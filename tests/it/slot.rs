@@ -9,11 +9,11 @@ use watership::pg::publication::{
 };
 use watership::pg::slot::{WalStatus, create_slot, read_slot, server_facts};
 
-use crate::support;
+use crate::support::servers;
 
 #[tokio::test]
 async fn a_new_slot_is_told_as_it_is() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let client = database.connect().await;
     let name = database.name.as_str();
     assert_eq!(read_slot(&client, name).await.unwrap(), None);
@@ -63,11 +63,11 @@ async fn a_lost_slot_says_so() {
 
 #[tokio::test]
 async fn the_server_tells_its_facts_to_any_role() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let admin = database.connect().await;
     let user = format!("{}_plain", database.name);
     admin.batch_execute(&format!("CREATE ROLE {user} LOGIN")).await.unwrap();
-    let server = support::postgres().await;
+    let server = servers::postgres().await;
     let url = server.url(&user, &database.name);
     let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
     tokio::spawn(connection);
@@ -86,7 +86,7 @@ async fn the_server_tells_its_facts_to_any_role() {
 
 #[tokio::test]
 async fn a_publication_is_read_back_with_all_that_it_leaves_out() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let client = database.connect().await;
     let hostile = TableName::new("s\"; --", "größe, 'x'.\\");
     let plain = TableName::new("public", "plain");
@@ -135,7 +135,7 @@ async fn a_publication_is_read_back_with_all_that_it_leaves_out() {
 
 #[tokio::test]
 async fn each_replica_identity_is_told() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let client = database.connect().await;
     client
         .batch_execute(

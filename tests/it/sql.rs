@@ -10,11 +10,11 @@ use watership::error::Kind;
 use watership::outbox::{NewEvent, Payload, emit};
 use watership::pg::migrate;
 
-use crate::support::{self, Database};
+use crate::support::servers::{self, Database};
 
 /// A database with the schema in it and open to applications, and a superuser's connection.
 pub async fn installed() -> (Database, Client) {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let mut client = database.connect().await;
     migrate::apply(&mut client).await.expect("the schema");
     migrate::grant_applications(&mut client).await.expect("the grants");
@@ -30,7 +30,7 @@ pub async fn login_as(database: &Database, admin: &Client, group: &str) -> Clien
 }
 
 async fn connect_as(database: &Database, user: &str) -> Client {
-    let url = support::postgres().await.url(user, &database.name);
+    let url = servers::postgres().await.url(user, &database.name);
     let (client, connection) = tokio_postgres::connect(&url, NoTls).await.expect("a connection");
     tokio::spawn(connection);
     client
@@ -311,7 +311,7 @@ async fn a_hostile_search_path_changes_nothing() {
 
 #[tokio::test]
 async fn applying_twice_or_at_once_installs_once() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let (mut one, mut two) = (database.connect().await, database.connect().await);
     assert_eq!(migrate::pending(&one).await.unwrap().len(), migrate::MIGRATIONS.len());
     let (first, second) = tokio::join!(migrate::apply(&mut one), migrate::apply(&mut two));
@@ -344,7 +344,7 @@ async fn a_changed_or_unknown_migration_needs_a_person() {
 
 #[tokio::test]
 async fn files_run_by_hand_with_psql_count_as_done() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("sql");
     let mut files: Vec<PathBuf> =
         std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -352,7 +352,7 @@ async fn files_run_by_hand_with_psql_count_as_done() {
     files.sort();
     assert_eq!(files.len(), migrate::MIGRATIONS.len(), "each numbered file is a migration");
     files.push(folder.join("grant.sql"));
-    let own = support::postgres().await.bin_dir().join("psql");
+    let own = servers::postgres().await.bin_dir().join("psql");
     let psql = if own.exists() { own } else { PathBuf::from("psql") };
     for file in &files {
         let mut command = Command::new(&psql);
@@ -369,7 +369,7 @@ async fn files_run_by_hand_with_psql_count_as_done() {
 
 #[tokio::test]
 async fn an_administrator_without_superuser_can_install() {
-    let database = support::own_database().await;
+    let database = servers::own_database().await;
     let root = database.connect().await;
     let admin = format!("{}_admin", database.name);
     root.batch_execute(&format!(

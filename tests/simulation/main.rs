@@ -6,6 +6,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod runs;
+mod store;
 mod world;
 
 use std::collections::{HashMap, HashSet};
@@ -13,40 +15,74 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use store::MemoryStore;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use watership::metrics::{Metrics, RouteLabel};
 use watership::position::{Lsn, Mark, Position};
-use watership::relay::canary::Canary;
-use watership::relay::checkpoint::{MemoryStore, Store};
-use watership::relay::parked::RowState;
+use watership::relay::checkpoint::Row;
+use watership::relay::checkpoint::own::OwnCheckpoint;
+use watership::relay::checkpoint::progress::Progress;
+use watership::relay::parking::row::RowState;
 use watership::relay::parking::{Known, Limits, Parking};
-use watership::relay::phantoms::Published;
-use watership::relay::progress::Progress;
 use watership::relay::status::Status;
-use watership::relay::{Parts, Relay, Tuning, Window};
-use watership::route::{Action, Ordering, Router, default_rules};
+use watership::relay::upkeep::canary::Canary;
+use watership::relay::{Kept, Parts, Relay, Tuning, WindowLimits};
+use watership::route::{Action, Ordering, Plans, Router, default_rules};
 use world::{Faults, Shared, SimPublisher, SimSource, World};
 
 const EVENTS: u32 = 600;
 const KEYS: u32 = 40;
-const WINDOW: Window = Window { events: 256, bytes: 1 << 20, unconfirmed: 64 };
+const WINDOW: WindowLimits = WindowLimits { events: 256, bytes: 1 << 20, unconfirmed: 64 };
 const INTERVAL: Duration = Duration::from_millis(100);
+/// Longest simulated time from the loss of the broker to the end of the session: the last
+/// checkpoint has a second, and the clock of this runtime has a grain of a millisecond.
+const LAST_STORE: Duration = Duration::from_millis(1002);
+const TUNING: Tuning = Tuning {
+    window: WINDOW,
+    checkpoint_interval: INTERVAL,
+    drain_timeout: Duration::from_secs(10),
+    idle_interval: Duration::from_secs(30),
+    parked: Limits { rows: 10_000, keys: 1_000 },
+};
 /// Simulated time after which a run that is not done is stuck.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 
-/// What a run did, besides being right.
+/// What a run did.
 #[derive(Debug, Default)]
 struct Report {
     duplicates: usize,
     allowed: usize,
     sessions: u32,
     runs: u32,
+    /// Sessions that ended with the broker.
+    broker_lost: u32,
+    /// Messages that a session remembered when it began.
+    remembered: usize,
+    /// Checkpoints that went back under a process that knew better.
+    went_back: u32,
+}
+
+/// What a process remembers from session to session.
+#[derive(Default)]
+struct Process {
+    kept: Kept,
+    own: OwnCheckpoint,
+}
+
+/// How a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Done,
+    BrokerLost,
+    Crashed,
 }
 
 struct Run {
     world: Shared,
-    store: Arc<MemoryStore>,
+    store: MemoryStore,
+    process: Process,
+    session_no: i64,
     report: Report,
     crashes_left: u32,
     ordering: Ordering,
@@ -56,13 +92,15 @@ struct Run {
 impl Run {
     fn new(seed: u64, faults: Faults, ordering: Ordering) -> Self {
         let world = World::new(seed, EVENTS, KEYS, faults);
-        let latency = Duration::from_millis(world.borrow_mut().rng.u64(0..30));
-        let store = Arc::new(MemoryStore { latency, ..MemoryStore::default() });
+        let latency = if faults.slow_store { 8_000..9_000 } else { 0..30 };
+        let latency = Duration::from_millis(world.borrow_mut().rng.u64(latency));
+        let store = MemoryStore::new(latency);
         let (report, crashes_left) = (Report::default(), faults.crashes);
         // Some runs park without a limit, some run into it.
         let rows = if world.borrow_mut().rng.bool() { 10_000 } else { 20 };
         let limits = Limits { rows, keys: 1_000 };
-        Self { world, store, report, crashes_left, ordering, limits }
+        let (process, session_no) = (Process::default(), 0);
+        Self { world, store, process, session_no, report, crashes_left, ordering, limits }
     }
 
     fn checkpoint(&self) -> (Position, Mark) {
@@ -70,10 +108,51 @@ impl Run {
         self.store.rows.lock().unwrap().last().copied().unwrap_or((start, Mark(1000)))
     }
 
-    /// One session: until everything is stored, a lost connection or a crash.
-    async fn session(&mut self) {
-        self.report.sessions += 1;
+    /// Takes the checkpoint over as a session does. When it went back, the process ends, and a
+    /// person has a new one go on where the row is, in a new epoch.
+    fn take_over(&mut self) -> (Position, Mark) {
+        let mark = self.process.own.last_known();
+        let (mut position, flush) = self.checkpoint();
+        if mark.is_some_and(|mark| mark.verify(&self.row()).is_err()) {
+            self.report.went_back += 1;
+            position.epoch += 1;
+            self.store.rows.lock().unwrap().push((position, flush));
+            self.process = Process::default();
+            self.nothing_is_remembered();
+        }
+        self.session_no += 1;
+        let before = self.process.kept.remembered.len();
+        self.process.own.took(&self.row(), &mut self.process.kept.remembered);
+        if self.process.kept.remembered.len() < before {
+            self.nothing_is_remembered();
+        }
+        self.report.remembered += self.process.kept.remembered.len();
+        (position, flush)
+    }
+
+    fn row(&self) -> Row {
         let (position, flush) = self.checkpoint();
+        Row {
+            position,
+            flush_lsn: flush.lsn(),
+            session_no: self.session_no,
+            slot: String::new(),
+            system_id: 7,
+            timeline: 1,
+            publication: String::new(),
+            publication_oid: 1,
+        }
+    }
+
+    /// All that arrived beyond the checkpoint may come again.
+    fn nothing_is_remembered(&mut self) {
+        self.report.allowed += self.world.borrow().uncovered(self.checkpoint().0);
+    }
+
+    /// One session: until everything is stored, a lost connection or a crash.
+    async fn session(&mut self) -> Ended {
+        self.report.sessions += 1;
+        let (position, flush) = self.take_over();
         let mut rules = default_rules();
         if let Action::Publish { ordering, policy, .. } = &mut rules[0].action {
             *ordering = self.ordering;
@@ -83,47 +162,115 @@ impl Run {
             .iter()
             .map(|r| RouteLabel { name: r.name.clone(), owner: r.owner.clone() })
             .collect();
+        let Kept { published, remembered } = std::mem::take(&mut self.process.kept);
         let parts = Parts {
             source: SimSource::new(&self.world, &self.store, position, flush.lsn()),
             publisher: SimPublisher::new(&self.world),
-            store: Store::Memory(self.store.clone()),
+            store: self.store.clone(),
             progress: Progress::new(position, flush),
             parking: Parking::new(self.limits, self.store.index(), self.known(position)),
             router: Arc::new(Router::new(&rules).unwrap()),
+            plans: Plans::new(&Router::new(&rules).unwrap(), HashMap::new()),
             metrics: Arc::new(Metrics::new(&labels)),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),
-            published: Published::default(),
+            published,
+            remembered,
         };
-        let mut tuning =
-            Tuning { window: WINDOW, checkpoint_interval: INTERVAL, ..Tuning::default() };
-        tuning.parked = self.limits;
-        tuning.idle_interval = Duration::from_millis(300);
+        let idle_interval = Duration::from_millis(300);
+        let tuning = Tuning { parked: self.limits, idle_interval, ..TUNING };
         let mut relay = Relay::new(parts, "sim", &tuning);
         let (_stop, shutdown) = watch::channel(false);
         let operator = self.operator();
         let done = self.done();
         let crash = self.crash();
-        tokio::select! {
-            _ = relay.run(shutdown) => {}
-            () = done => {}
+        let ended = tokio::select! {
+            lost = relay.run(shutdown) => {
+                lost.expect_err("nobody asked it to end");
+                Ended::BrokerLost
+            }
+            () = done => Ended::Done,
             () = operator => unreachable!("the operator never ends"),
-            () = crash => self.crashes_left -= 1,
+            () = crash => Ended::Crashed,
+        };
+        let (stored, stored_flush) = relay.progress().stored_checkpoint();
+        self.process.own.stored(stored, stored_flush.lsn());
+        match ended {
+            Ended::BrokerLost => self.process.kept = relay.close().await,
+            Ended::Done | Ended::Crashed => drop(relay),
         }
-        drop(relay);
-        self.report.allowed += self.world.borrow().uncovered(self.checkpoint().0);
+        self.count_doubts(ended);
+        ended
+    }
+
+    /// How many messages may come again because of the end of this session.
+    fn count_doubts(&mut self, ended: Ended) {
+        let faults = self.world.borrow().faults;
+        match ended {
+            Ended::Done => {}
+            Ended::Crashed => {
+                self.crashes_left = self.crashes_left.saturating_sub(1);
+                self.process = Process::default();
+                self.nothing_is_remembered();
+            }
+            Ended::BrokerLost => {
+                self.report.broker_lost += 1;
+                let world = self.world.borrow();
+                let late = world.lost_at.expect("it was lost").elapsed();
+                assert!(late <= LAST_STORE, "the session ended {late:?} after the broker was lost");
+                let in_doubt = world.in_doubt.len();
+                drop(world);
+                assert!(in_doubt <= WINDOW.unconfirmed, "{in_doubt} are in doubt");
+                self.report.allowed += in_doubt;
+                // What is settled was not stored; and the messages of a pipelined route follow each
+                // other, whatever their keys are.
+                if faults.slow_store || self.ordering == Ordering::Pipelined {
+                    self.nothing_is_remembered();
+                }
+            }
+        }
         // A row that arrived and is not marked as released is published again.
         let again = self.store.index();
         let parked = self.store.parked.lock().unwrap();
         let seen = |id| self.world.borrow().has_seen(id);
         self.report.allowed += again.iter().filter(|row| seen(parked[&row.key].id)).count();
-        drop(parked);
-        // The slot was saved at an earlier moment: after a crash of the server it goes back.
-        let mut world = self.world.borrow_mut();
-        if world.rng.bool() {
-            let saved = world.slot.0;
-            let back = world.rng.u64(1000..=saved);
-            world.slot = Lsn(back);
+    }
+
+    /// What happens between two sessions.
+    async fn pause(&mut self) {
+        let (faults, dice) = {
+            let mut world = self.world.borrow_mut();
+            // The slot was saved at an earlier moment: after a crash of the server it goes back.
+            if world.rng.bool() {
+                let saved = world.slot.0;
+                let back = world.rng.u64(1000..=saved);
+                world.slot = Lsn(back);
+            }
+            (world.faults, [world.rng.f64(), world.rng.f64(), world.rng.f64()])
+        };
+        if dice[0] < faults.takeover {
+            let first = std::mem::take(&mut self.process);
+            self.nothing_is_remembered();
+            self.crashes_left += 1;
+            self.session().await;
+            self.process = first;
+            self.nothing_is_remembered();
+        }
+        if dice[1] < faults.resync {
+            let (mut position, flush) = self.checkpoint();
+            (position.epoch, self.session_no) = (position.epoch + 1, self.session_no + 1);
+            self.store.rows.lock().unwrap().push((position, flush));
+        }
+        if dice[2] < faults.restore {
+            let mut rows = self.store.rows.lock().unwrap();
+            let kept = self.world.borrow_mut().rng.usize(0..=rows.len());
+            rows.truncate(kept);
+            drop(rows);
+            let flush = self.checkpoint().1;
+            let mut world = self.world.borrow_mut();
+            world.slot = world.slot.min(flush.lsn());
+            drop(world);
+            self.nothing_is_remembered();
         }
     }
 
@@ -193,16 +340,20 @@ impl Run {
         let numbers: HashMap<_, _> =
             world.log.iter().flat_map(|t| &t.events).map(|e| (e.id, (e.key, e.n))).collect();
         let mut last: HashMap<u32, u32> = HashMap::new();
+        let mut newest: HashMap<u32, u32> = HashMap::new();
         for id in &world.arrived {
+            let (key, n) = numbers[id];
+            newest.insert(key, n);
             if !first.insert(*id) {
                 self.report.duplicates += 1;
                 continue;
             }
-            let (key, n) = numbers[id];
             let before = last.insert(key, n).unwrap_or(0);
             assert!(!with_order || n == before + 1, "key {key}: {n} arrived after {before}");
         }
         assert_eq!(first.len(), numbers.len(), "lost events");
+        // A consumer that keeps only what came last of a key ends up with the last state.
+        assert!(!with_order || newest == last, "an earlier event was the last to arrive");
         assert!(
             self.report.duplicates <= self.report.allowed,
             "{} duplicates, {} were not covered by a checkpoint at a fault",
@@ -232,6 +383,7 @@ fn finished(seed: u64, faults: Faults, ordering: Ordering) -> Run {
         let sessions = timeout(LIMIT, async {
             while !run.is_done() {
                 run.session().await;
+                run.pause().await;
             }
         });
         sessions.await.expect("the run makes progress");
@@ -252,6 +404,9 @@ fn seeds(count: u64, faults: Faults, ordering: Ordering) -> Report {
                 total.duplicates += report.duplicates;
                 total.allowed += report.allowed;
                 total.sessions += report.sessions;
+                total.broker_lost += report.broker_lost;
+                total.remembered += report.remembered;
+                total.went_back += report.went_back;
                 total.runs += 1;
             }
             Err(panic) => {
@@ -261,131 +416,4 @@ fn seeds(count: u64, faults: Faults, ordering: Ordering) -> Report {
         }
     }
     total
-}
-
-fn crashing() -> Faults {
-    Faults { crash_within: Duration::from_millis(600), crashes: 6, ..Faults::default() }
-}
-
-#[test]
-fn without_a_fault_every_event_arrives_once_and_in_order() {
-    let total = seeds(100, Faults::default(), Ordering::Keyed);
-    assert_eq!(total.duplicates, 0);
-}
-
-#[test]
-fn a_crash_at_any_moment_loses_nothing_and_repeats_only_what_no_checkpoint_covered() {
-    let total = seeds(300, crashing(), Ordering::Keyed);
-    assert!(total.duplicates > 0, "the crashes must hurt, or they test nothing");
-    let per_session = total.allowed / total.sessions as usize;
-    assert!(per_session <= WINDOW.events * 2, "{per_session} uncovered events at a fault");
-}
-
-#[test]
-fn selective_nacks_do_not_reorder_a_key() {
-    let total = seeds(200, Faults { nack: 0.1, ..Faults::default() }, Ordering::Keyed);
-    assert_eq!(total.duplicates, 0);
-}
-
-#[test]
-fn a_lost_confirm_ends_the_session_and_nothing_is_lost() {
-    let faults = Faults { confirm_lost: 0.005, ..Faults::default() };
-    let total = seeds(200, faults, Ordering::Keyed);
-    assert!(total.sessions > total.runs);
-}
-
-#[test]
-fn an_unbound_queue_holds_the_route_and_it_resumes_by_itself() {
-    let faults = Faults { unbound: 0.003, ..Faults::default() };
-    let total = seeds(200, faults, Ordering::Keyed);
-    assert_eq!((total.duplicates, total.sessions), (0, total.runs));
-}
-
-#[test]
-fn all_faults_together() {
-    let faults = Faults {
-        nack: 0.05,
-        confirm_lost: 0.002,
-        cut: 0.003,
-        unbound: 0.001,
-        poison: 0.005,
-        ..crashing()
-    };
-    seeds(300, faults, Ordering::Keyed);
-}
-
-#[test]
-fn a_pipelined_route_keeps_order_while_there_is_no_nack() {
-    let faults = Faults { cut: 0.003, ..crashing() };
-    seeds(100, faults, Ordering::Pipelined);
-}
-
-#[test]
-fn the_checker_sees_how_nacks_reorder_a_pipelined_route() {
-    let faults = Faults { nack: 0.1, ..Faults::default() };
-    let reordered = |seed: &u64| {
-        let mut run = finished(*seed, faults, Ordering::Pipelined);
-        run.check(false);
-        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run.check(true))).is_err()
-    };
-    assert_eq!((0..5).filter(reordered).count(), 5);
-}
-
-#[test]
-fn poison_is_parked_and_its_key_stays_in_order_through_retries() {
-    let total = seeds(200, Faults { poison: 0.01, ..Faults::default() }, Ordering::Keyed);
-    assert_eq!((total.duplicates, total.sessions), (0, total.runs));
-}
-
-#[test]
-fn parking_survives_crashes_at_any_moment() {
-    seeds(300, Faults { poison: 0.01, ..crashing() }, Ordering::Keyed);
-}
-
-#[test]
-fn unroutable_messages_are_parked_with_all_that_follow_them() {
-    let faults = Faults { unroutable: 0.01, nack: 0.02, ..crashing() };
-    seeds(300, faults, Ordering::Keyed);
-}
-
-#[test]
-fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let world = World::new(5, EVENTS, KEYS, Faults::default());
-        let store = Arc::new(MemoryStore::default());
-        let start = Position { epoch: 1, mark: Mark(1000), ..Position::default() };
-        let rules = default_rules();
-        let label = RouteLabel { name: "outbox".into(), owner: String::new() };
-        let parts = Parts {
-            source: SimSource::new(&world, &store, start, Lsn(1000)),
-            publisher: SimPublisher::new(&world),
-            store: Store::Memory(store.clone()),
-            progress: Progress::new(start, Mark(1000)),
-            parking: Parking::default(),
-            router: Arc::new(Router::new(&rules).unwrap()),
-            metrics: Arc::new(Metrics::new(&[label])),
-            status: Status::new("sim", Vec::new()),
-            canary: Canary::new(Duration::ZERO),
-            published: Published::default(),
-        };
-        let tuning = Tuning { window: WINDOW, checkpoint_interval: INTERVAL, ..Tuning::default() };
-        let mut relay = Relay::new(parts, "sim", &tuning);
-        let (stop, shutdown) = watch::channel(false);
-        let asked = async {
-            sleep(Duration::from_millis(150)).await;
-            stop.send(true).unwrap();
-            std::future::pending::<()>().await;
-        };
-        tokio::select! { result = relay.run(shutdown) => result.unwrap(), () = asked => {} }
-        let (position, flush) = *store.rows.lock().unwrap().last().expect("a checkpoint");
-        let world = world.borrow();
-        assert!(!world.arrived.is_empty());
-        assert_eq!(world.uncovered(position), 0, "all that arrived is covered");
-        assert_eq!(world.slot, flush.lsn(), "the source was told");
-    });
 }

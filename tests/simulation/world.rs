@@ -6,18 +6,19 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes};
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 use watership::error::{Error, Result};
-use watership::message::{Message, Outcome, Publisher, Ticket};
+use watership::message::Message;
 use watership::position::{Lsn, Mark, Position};
-use watership::relay::checkpoint::MemoryStore;
+use watership::publisher::{Outcome, Publisher, Ticket};
 use watership::source::transaction::{Assembler, Options, OutboxTable, Timelines};
 use watership::source::{Item, Receipt, Seen, Source};
+
+use crate::store::MemoryStore;
 
 const OUTBOX: u32 = 16_384;
 
@@ -56,6 +57,13 @@ pub struct Faults {
     pub poison: f64,
     /// No queue is bound for this message, this time.
     pub unroutable: f64,
+    /// What comes between two sessions, by session: another relay has the checkpoint for a while, a
+    /// person has it go on in a new epoch, an older state of it is restored.
+    pub takeover: f64,
+    pub resync: f64,
+    pub restore: f64,
+    /// A checkpoint takes longer than the end of a session waits for it.
+    pub slow_store: bool,
 }
 
 /// Everything outside of the relay.
@@ -65,6 +73,10 @@ pub struct World {
     /// Ids in order of arrival.
     pub arrived: Vec<Uuid>,
     seen: HashSet<Uuid>,
+    /// What arrived in this session and whose confirm the relay has not got.
+    pub in_doubt: HashSet<Uuid>,
+    /// When the broker was lost, last.
+    pub lost_at: Option<Instant>,
     /// Transactions at the start of the log that arrived whole.
     whole: usize,
     pub slot: Lsn,
@@ -112,6 +124,8 @@ impl World {
             log,
             arrived: Vec::new(),
             seen: HashSet::new(),
+            in_doubt: HashSet::new(),
+            lost_at: None,
             whole: 0,
             slot: Lsn(1000),
             faults,
@@ -126,6 +140,7 @@ impl World {
     fn arrive(&mut self, id: Uuid) {
         self.arrived.push(id);
         self.seen.insert(id);
+        self.in_doubt.insert(id);
     }
 
     /// How far a server may be told to forget: the first transaction of which something has
@@ -161,7 +176,7 @@ impl World {
 /// The replication stream of one session.
 pub struct SimSource {
     world: Shared,
-    store: Arc<MemoryStore>,
+    store: MemoryStore,
     assembler: Assembler,
     frames: VecDeque<Bytes>,
     /// LSN of the last frame: in a real stream each change has one of its own.
@@ -172,11 +187,11 @@ pub struct SimSource {
 
 impl SimSource {
     /// As a server does: from the requested position or the slot's, whichever is later.
-    pub fn new(world: &Shared, store: &Arc<MemoryStore>, stored: Position, flush: Lsn) -> Self {
+    pub fn new(world: &Shared, store: &MemoryStore, stored: Position, flush: Lsn) -> Self {
         let from = flush.max(world.borrow().slot);
         let next = world.borrow().log.partition_point(|t| t.end_lsn <= from);
         let options = Options {
-            epoch: 1,
+            epoch: stored.epoch,
             system_id: 7,
             timelines: Timelines::new(1, Vec::new()),
             resume_after: stored,
@@ -269,13 +284,14 @@ impl Source for SimSource {
 pub struct SimPublisher {
     world: Shared,
     sent: VecDeque<(Ticket, Uuid)>,
-    answers: Vec<(Instant, Ticket, Outcome)>,
+    answers: Vec<(Instant, Ticket, Uuid, Outcome)>,
     broken_at: Option<Instant>,
 }
 
 impl SimPublisher {
     pub fn new(world: &Shared) -> Self {
         let (sent, answers) = Default::default();
+        world.borrow_mut().in_doubt.clear();
         Self { world: world.clone(), sent, answers, broken_at: None }
     }
 
@@ -297,15 +313,15 @@ impl SimPublisher {
                 world.unbound_until = Some(now + Duration::from_secs(12));
             }
             if world.unbound_until.is_some_and(|until| now < until) {
-                self.answers.push((answer_at, ticket, Outcome::Returned("NO_ROUTE".into())));
+                self.answers.push((answer_at, ticket, id, Outcome::Returned("NO_ROUTE".into())));
                 continue;
             }
             if world.rng.f64() < faults.unroutable {
-                self.answers.push((answer_at, ticket, Outcome::Returned("NO_ROUTE".into())));
+                self.answers.push((answer_at, ticket, id, Outcome::Returned("NO_ROUTE".into())));
                 continue;
             }
             if world.rng.f64() < faults.nack {
-                self.answers.push((answer_at, ticket, Outcome::Nacked));
+                self.answers.push((answer_at, ticket, id, Outcome::Nacked));
                 continue;
             }
             world.arrive(id);
@@ -314,8 +330,23 @@ impl SimPublisher {
                 self.broken_at.get_or_insert(now + Duration::from_secs(30));
                 continue;
             }
-            self.answers.push((answer_at, ticket, Outcome::Confirmed));
+            self.answers.push((answer_at, ticket, id, Outcome::Confirmed));
         }
+    }
+
+    /// Hands on the answers that are here.
+    fn hand_on(&mut self, now: Instant, outcomes: &mut Vec<(Ticket, Outcome)>) {
+        let mut world = self.world.borrow_mut();
+        self.answers.retain(|(at, ticket, id, outcome)| {
+            let due = *at <= now;
+            if due {
+                outcomes.push((*ticket, outcome.clone()));
+                if *outcome == Outcome::Confirmed {
+                    world.in_doubt.remove(id);
+                }
+            }
+            !due
+        });
     }
 }
 
@@ -328,17 +359,13 @@ impl Publisher for SimPublisher {
         loop {
             self.handle();
             let now = Instant::now();
+            let before = outcomes.len();
+            // What came before the connection broke comes together with the error.
+            self.hand_on(now.min(self.broken_at.unwrap_or(now)), outcomes);
             if self.broken_at.is_some_and(|at| at <= now) {
+                self.world.borrow_mut().lost_at = Some(now);
                 return Err(Error::unreachable("simulated connection loss"));
             }
-            let before = outcomes.len();
-            self.answers.retain(|(at, ticket, outcome)| {
-                let due = *at <= now;
-                if due {
-                    outcomes.push((*ticket, outcome.clone()));
-                }
-                !due
-            });
             if outcomes.len() > before {
                 return Ok(());
             }

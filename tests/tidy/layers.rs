@@ -1,15 +1,25 @@
-//! Who may import whom, and which crates and calls belong to which files (ARCHITECTURE.md).
+//! Who may import whom, and which crates and calls belong to which files (docs/architecture.md).
 
 use super::code::{Code, is_word};
 use super::shape::Exception;
 
 /// Nouns: known to all, they know only each other.
 const NOUNS: &[&str] = &[
-    "error", "fault", "position", "message", "event", "backoff", "metrics", "secret", "tls",
-    "column", "verdict",
+    "error",
+    "fault",
+    "position",
+    "message",
+    "publisher",
+    "event",
+    "backoff",
+    "metrics",
+    "secret",
+    "tls",
+    "column",
+    "verdict",
 ];
 
-/// A module of the library and the modules it may import besides itself.
+/// A module of the library and the modules it may import in addition to itself.
 const LAYERS: &[(&[&str], &[&[&str]])] = &[
     (NOUNS, &[NOUNS]),
     (&["pg", "amqp"], &[PROTOCOL_NOUNS]),
@@ -26,8 +36,18 @@ const LAYERS: &[(&[&str], &[&[&str]])] = &[
 ];
 
 /// What the two ends may know: nothing about events or metrics of routes.
-const PROTOCOL_NOUNS: &[&str] =
-    &["error", "fault", "position", "message", "secret", "tls", "backoff", "metrics", "verdict"];
+const PROTOCOL_NOUNS: &[&str] = &[
+    "error",
+    "fault",
+    "position",
+    "message",
+    "publisher",
+    "secret",
+    "tls",
+    "backoff",
+    "metrics",
+    "verdict",
+];
 const PURE: &[&str] = &["route", "envelope"];
 const APPLICATIONS: &[&str] = &["outbox", "inbox"];
 const TOP: &[&str] = &["source", "relay", "admin", "config", "dev"];
@@ -36,6 +56,7 @@ const TOP: &[&str] = &["source", "relay", "admin", "config", "dev"];
 const PURE_FILES: &[&str] = &[
     "event",
     "message",
+    "publisher",
     "position",
     "backoff",
     "route",
@@ -43,10 +64,18 @@ const PURE_FILES: &[&str] = &[
     "column",
     "pg/pgoutput",
     "source/transaction",
-    "relay/lanes",
-    "relay/watermark",
-    "relay/circuit",
-    "relay/unsendable",
+    "relay/check",
+    "relay/checkpoint/own",
+    "relay/checkpoint/progress",
+    "relay/checkpoint/rider",
+    "relay/parking/order",
+    "relay/parking/row",
+    "relay/session/circuit",
+    "relay/session/phantoms",
+    "relay/session/unsendable",
+    "relay/window/lanes",
+    "relay/window/remembered",
+    "relay/window/ring",
     "amqp/reply",
     "amqp/audit",
 ];
@@ -142,7 +171,7 @@ pub fn homes(files: &[Code], home: &Home) -> Vec<String> {
     let mut found = Vec::new();
     for file in files.iter().filter(|f| f.is_src() && !f.is_in(home.modules)) {
         for word in home.words {
-            // Where the own program lies is no setting.
+            // The path of the own program is not a setting.
             let setting = |at: &usize| !file.masked[*at..].starts_with("env::current_exe");
             for at in file.words(word).filter(setting) {
                 if home.tests_too || !file.is_test(at) {
@@ -162,6 +191,25 @@ pub fn environment(files: &[Code]) -> Vec<String> {
         for (at, path) in file.paths("std") {
             if path == "env" && !file.is_test(at) {
                 found.push(format!("{}: std::env belongs into config/load", file.at(at)));
+            }
+        }
+    }
+    found
+}
+
+/// SQL in Rust on tables of our own. It lives in `sql/query`, one statement a file, where a change
+/// of the schema finds it. A lookup in the catalog may stand where its one user is.
+pub fn inline_sql(files: &[Code]) -> Vec<String> {
+    const BEFORE: &[&str] = &["FROM", "INTO", "UPDATE", "JOIN"];
+    let mut found = Vec::new();
+    for file in files.iter().filter(|f| f.is_src()) {
+        for (at, _) in file.text.match_indices("watership.") {
+            let line = file.text[..at].rsplit('\n').next().unwrap_or_default();
+            let before = file.text[..at].trim_end_matches(|c: char| c == '\\' || c.is_whitespace());
+            let word = before.rsplit(|c| !is_word(c)).next().unwrap_or_default();
+            let comment = line.trim_start().starts_with("//");
+            if !comment && !file.is_test(at) && BEFORE.contains(&word.to_uppercase().as_str()) {
+                found.push(format!("{}: this statement belongs into sql/query", file.at(at)));
             }
         }
     }
@@ -191,7 +239,7 @@ pub fn pure_files_seen(files: &[Code]) -> usize {
 /// Calls of `sleep` in test code, other than the grain of a wait that ends on what it sees.
 pub fn sleeps(files: &[Code], exceptions: &[Exception]) -> Vec<String> {
     let mut found = Vec::new();
-    for file in files.iter().filter(|f| f.is_rust() && !f.path.starts_with("examples/")) {
+    for file in files.iter().filter(|f| f.is_rust() && !f.path.starts_with("tests/bench/")) {
         for at in file.words("sleep") {
             let called = file.masked[at..].trim_start_matches(is_word).starts_with('(');
             let excepted = exceptions.iter().any(|e| e.covers(file, at));

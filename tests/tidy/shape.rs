@@ -1,4 +1,4 @@
-//! Sizes, names, words and documents.
+//! Sizes, names and words of the code.
 
 use super::code::{Code, body, closing, is_word};
 
@@ -8,8 +8,6 @@ const FUNCTION_LINES_MAX: usize = 70;
 const FILE_LINES_MAX: usize = 550;
 /// Longest line of code, in characters.
 const LINE_CHARS_MAX: usize = 100;
-/// Longest README and ARCHITECTURE, in lines.
-const DOCUMENT_LINES_MAX: usize = 250;
 
 /// Names that say nothing.
 const BANNED_NAMES: &[&str] =
@@ -132,32 +130,6 @@ pub fn migration_holes(files: &[Code]) -> Vec<String> {
         let wanted = format!("{:04}", index + 1);
         if number != wanted {
             found.push(format!("{}: expected number {wanted} here", file.path));
-        }
-    }
-    found
-}
-
-pub fn long_documents(files: &[Code]) -> Vec<String> {
-    let documents = files.iter().filter(|f| ["README.md", "ARCHITECTURE.md"].contains(&&*f.path));
-    let long = documents.filter(|f| f.text.lines().count() > DOCUMENT_LINES_MAX);
-    let count = |f: &Code| f.text.lines().count();
-    long.map(|f| format!("{}: {} lines, at most {DOCUMENT_LINES_MAX}", f.path, count(f))).collect()
-}
-
-pub fn missing_documents(files: &[Code]) -> Vec<String> {
-    let there = |name: &str| files.iter().any(|f| f.path == name);
-    let wanted = ["CHANGELOG.md", "LICENSE-MIT", "LICENSE-APACHE"];
-    wanted.iter().filter(|name| !there(name)).map(|name| format!("{name} is missing")).collect()
-}
-
-/// Line numbers in documents are wrong after the next commit.
-pub fn line_references(files: &[Code]) -> Vec<String> {
-    let mut found = Vec::new();
-    for file in files.iter().filter(|f| f.path.ends_with(".md")) {
-        for (at, text) in file.text.match_indices(".rs:") {
-            if file.text[at + text.len()..].starts_with(|c: char| c.is_ascii_digit()) {
-                found.push(format!("{}: cites a line number, name the item", file.at(at)));
-            }
         }
     }
     found

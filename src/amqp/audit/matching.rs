@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value};
 
 use super::Key;
+use crate::message::ROUTE_HEADER;
 
 /// How many of a route's messages a binding takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -24,7 +25,7 @@ pub(super) fn topic(binding_key: &str, key: &Key) -> Takes {
     takes(&topic_elements(binding_key), &dotted(key))
 }
 
-/// Of the headers that a binding asks for, only `ws-route` is known beforehand.
+/// Of the headers that a binding asks for, only the route is known in advance.
 pub(super) fn headers(arguments: &Map<String, Value>, route: &str) -> Takes {
     let any =
         arguments.get("x-match").and_then(Value::as_str).is_some_and(|m| m.starts_with("any"));
@@ -33,8 +34,8 @@ pub(super) fn headers(arguments: &Map<String, Value>, route: &str) -> Takes {
         return if any { Takes::None } else { Takes::All };
     }
     let each = asked.map(|(name, value)| match name.as_str() {
-        "ws-route" if value.as_str() == Some(route) => Takes::All,
-        "ws-route" => Takes::None,
+        ROUTE_HEADER if value.as_str() == Some(route) => Takes::All,
+        ROUTE_HEADER => Takes::None,
         _ => Takes::Some,
     });
     let each = if any { each.max() } else { each.min() };

@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use super::Run;
-use super::ledger::Mark;
+use crate::dev::ledger::Mark;
 use crate::error::{Error, Result};
 
 /// Writers, each on its own connection.
@@ -21,7 +21,7 @@ pub(super) const WRITERS: u64 = 8;
 const ORDERS: u64 = 25;
 /// Most events in one transaction.
 const MOST_EVENTS: u64 = 5;
-/// One transaction in so many is rolled back.
+/// One transaction in this many is rolled back.
 const ROLLBACK_EVERY: u64 = 10;
 
 /// The shop's own table; the events go to the outbox in the same transaction.

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::ledger::{Counts, Verdict};
 use super::shop::Transactions;
 use super::{Faults, TICK};
+use crate::dev::ledger::{Counts, Judgement};
 
 /// How often progress is shown where it cannot be rewritten in place.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -30,7 +30,7 @@ impl View {
         }
         self.last = Some(Instant::now());
         let line = format!(
-            "{:5.1} s  committed {:>7}  delivered {:>7}  on the way {:>6}  duplicates {}",
+            "{:5.1} s  committed {:>7}  delivered {:>7}  in flight {:>6}  duplicates {}",
             elapsed.as_secs_f64(),
             counts.committed,
             counts.delivered,
@@ -59,9 +59,9 @@ impl View {
 }
 
 /// The summary.
-pub(super) fn report(verdict: &Verdict, transactions: Transactions, faults: &Faults) {
-    let counts = verdict.counts;
-    let seconds = verdict.span.as_secs_f64().max(0.001);
+pub(super) fn report(judgement: &Judgement, transactions: Transactions, faults: &Faults) {
+    let counts = judgement.counts;
+    let seconds = judgement.span.as_secs_f64().max(0.001);
     let ms = |d: Duration| d.as_secs_f64() * 1000.0;
     println!();
     println!(
@@ -69,28 +69,28 @@ pub(super) fn report(verdict: &Verdict, transactions: Transactions, faults: &Fau
         counts.committed, transactions.committed, transactions.rolled_back
     );
     println!("delivered         {}", counts.delivered);
-    println!("lost              {}", verdict.lost);
-    println!("never committed   {}", verdict.unexpected);
+    println!("lost              {}", judgement.lost);
+    println!("never committed   {}", judgement.unexpected);
     println!(
         "duplicates        {} ({} of them redelivered by the broker)",
         counts.duplicates, counts.redelivered
     );
-    println!("order violations  {} (of {} keys)", counts.violations, verdict.keys);
+    println!("order violations  {} (of {} keys)", counts.violations, judgement.keys);
     if counts.altered > 0 {
         println!("altered           {}", counts.altered);
     }
     println!(
         "events/s          {:.0} (over the whole run with its faults; {} in the best second)",
         counts.delivered as f64 / seconds,
-        verdict.best_second
+        judgement.best_second
     );
-    if let Some((p50, p99)) = verdict.calm {
+    if let Some((p50, p99)) = judgement.calm {
         println!(
             "latency           p50 {:.1} ms, p99 {:.1} ms (commit to consumer, before the faults); \
              longest {:.1} s",
             ms(p50),
             ms(p99),
-            verdict.longest.as_secs_f64()
+            judgement.longest.as_secs_f64()
         );
     }
     println!(
@@ -103,6 +103,6 @@ pub(super) fn report(verdict: &Verdict, transactions: Transactions, faults: &Fau
     );
     println!(
         "{}",
-        if verdict.holds() { "OK: nothing lost, everything in order" } else { "FAILED" }
+        if judgement.holds() { "OK: nothing lost, everything in order" } else { "FAILED" }
     );
 }

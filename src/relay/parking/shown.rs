@@ -1,9 +1,9 @@
-//! What people see of it: counts by route, lane and age. Pure.
+//! What others see of it: counts by route, lane and age, and what was released unwritten. Pure.
 
 use std::collections::BTreeMap;
 
 use super::{Blocked, Parking};
-use crate::relay::parked::{Row, Why};
+use crate::relay::parking::row::{Row, RowState, Why};
 
 impl Parking {
     /// Names of the routes that have blocked rows.
@@ -13,6 +13,11 @@ impl Parking {
             routes.entry(&*key.route).or_insert(row);
         }
         routes
+    }
+
+    /// Rows that were published before a checkpoint passed them: nothing durable tells of them.
+    pub fn released_unwritten(&self) -> impl Iterator<Item = &Row> {
+        self.pending.values().filter(|row| row.state == RowState::Released)
     }
 
     /// Rows that are not released, as (route, why): how many.

@@ -6,10 +6,10 @@ use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::{Mark, Position};
 use crate::relay::checkpoint::to_sql;
-use crate::relay::parked::{
+use crate::relay::parking::Known;
+use crate::relay::parking::row::{
     Indexed, Key, Raw, Row, RowState, Why, keys_to_json, lanes_from_columns,
 };
-use crate::relay::parking::Known;
 
 /// What was found when the table was looked at.
 #[derive(Debug)]

@@ -2,8 +2,9 @@
 
 use super::{Follows, Known, Limits, Next, Parked, Parking, Place};
 use crate::position::{Mark, Position};
-use crate::relay::parked::{Key, Raw, Row, RowState, Why};
-use crate::relay::watermark::{EntryId, Watermark};
+use crate::relay::checkpoint::rider::Rider;
+use crate::relay::parking::row::{Changed, Key, Raw, Row, RowState, Why};
+use crate::relay::window::{EntryId, Window};
 use crate::route::{Lanes, OnPoison};
 use crate::source::Receipt;
 use uuid::Uuid;
@@ -41,7 +42,7 @@ fn of_table(lane: u64) -> Lanes {
 }
 
 fn entry() -> EntryId {
-    Watermark::new().push(Receipt::new(Position::default(), None), 1, 0)
+    Window::new().push(Receipt::new(Position::default(), None), 1, 0)
 }
 
 fn park(parking: &mut Parking, row: Row) -> Parked {
@@ -57,9 +58,25 @@ fn sub(position: Position, sub: u32) -> Key {
     Key { position: Position { sub, ..position }, route: "orders".into(), part: 0 }
 }
 
+fn rows(riders: Vec<Rider>) -> Vec<Row> {
+    let rows = |rider| match rider {
+        Rider::Parked(rows) => rows,
+        Rider::Unparked(_) | Rider::Described(_) => Vec::new(),
+    };
+    riders.into_iter().flat_map(rows).collect()
+}
+
+fn changes(riders: Vec<Rider>) -> Vec<Changed> {
+    let changes = |rider| match rider {
+        Rider::Unparked(changes) => changes,
+        Rider::Parked(_) | Rider::Described(_) => Vec::new(),
+    };
+    riders.into_iter().flat_map(changes).collect()
+}
+
 /// Marks everything that is stored as a person would.
 fn retry_all(parking: &mut Parking) {
-    let indexed = |(key, waiting): (&Key, &super::Waiting)| crate::relay::parked::Indexed {
+    let indexed = |(key, waiting): (&Key, &super::Waiting)| crate::relay::parking::row::Indexed {
         key: key.clone(),
         state: RowState::Retrying,
         why: waiting.why,
@@ -99,12 +116,12 @@ fn a_truncate_follows_its_table_and_its_table_follows_it() {
 fn a_row_is_written_with_the_first_checkpoint_that_passes_it_and_not_before() {
     let mut parking = Parking::default();
     assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Parked::Settled);
-    assert!(!parking.has_writes(at(9)));
-    assert!(parking.take_writes(at(9)).is_empty());
-    assert!(parking.has_writes(at(10)) && parking.pending_bytes() > 0);
-    assert_eq!(parking.take_writes(at(10)).rows.len(), 1);
+    assert!(!parking.has_riders(at(9)));
+    assert!(parking.take_riders(at(9)).is_empty());
+    assert!(parking.has_riders(at(10)) && parking.pending_bytes() > 0);
+    assert_eq!(rows(parking.take_riders(at(10))).len(), 1);
     assert_eq!((parking.pending_bytes(), parking.counts()), (0, (1, 0)));
-    assert!(!parking.has_writes(at(99)));
+    assert!(!parking.has_riders(at(99)));
 }
 
 #[test]
@@ -116,7 +133,7 @@ fn at_the_limit_poison_waits_in_the_window_and_is_parked_when_there_is_room() {
     assert_eq!(park(&mut parking, row(12, lane(2), Why::Follows)), Parked::Blocked);
     assert!(parking.unblock().is_empty());
     assert_eq!(parking.blocked_routes().len(), 1);
-    parking.take_writes(at(10));
+    parking.take_riders(at(10));
     // A person discards the stored row.
     parking.reload(Vec::new());
     assert_eq!(parking.unblock().len(), 1, "there is room for one");
@@ -134,7 +151,7 @@ fn beyond_the_most_keys_poison_stays_blocked_and_parked_keys_go_on() {
         assert!(parking.unblock().is_empty(), "a tick later it is still one key too many");
     }
     assert_eq!(park(&mut parking, row(12, lane(1), Why::Follows)), Parked::Settled);
-    parking.take_writes(at(12));
+    parking.take_riders(at(12));
     // A person discards the stored rows.
     parking.reload(Vec::new());
     assert_eq!(parking.unblock().len(), 1, "there is room for one key");
@@ -145,7 +162,7 @@ fn a_lane_is_live_again_when_its_last_row_is_on_its_way() {
     let mut parking = Parking::default();
     park(&mut parking, row(10, lane(1), Why::TooLarge));
     park(&mut parking, row(11, lane(1), Why::Follows));
-    parking.take_writes(at(11));
+    parking.take_riders(at(11));
     retry_all(&mut parking);
     park(&mut parking, row(12, lane(1), Why::Follows));
     let Some(Next::Read(keys)) = parking.next_retry(none_held) else {
@@ -164,7 +181,7 @@ fn a_lane_is_live_again_when_its_last_row_is_on_its_way() {
     parking.confirmed(first);
     parking.confirmed(second);
     let released: Vec<Key> =
-        parking.take_writes(at(11)).changes.into_iter().map(|change| change.key).collect();
+        changes(parking.take_riders(at(11))).into_iter().map(|change| change.key).collect();
     assert_eq!(released, [key(10), key(11)]);
 }
 
@@ -174,13 +191,13 @@ fn a_row_that_fails_again_stops_the_rows_behind_it() {
     for (lsn, why) in [(10, Why::TooLarge), (11, Why::Follows), (12, Why::Follows)] {
         park(&mut parking, row(lsn, lane(1), why));
     }
-    parking.take_writes(at(12));
+    parking.take_riders(at(12));
     retry_all(&mut parking);
     parking.refused(&key(10), Why::TooLarge, "still too large".into());
     assert!(parking.next_retry(none_held).is_none());
-    let writes = parking.take_writes(at(12));
-    assert!(writes.changes.iter().all(|change| change.state == RowState::Parked));
-    assert_eq!(writes.changes.len(), 3);
+    let changed = changes(parking.take_riders(at(12)));
+    assert!(changed.iter().all(|change| change.state == RowState::Parked));
+    assert_eq!(changed.len(), 3);
     assert_eq!(parking.counts(), (3, 0));
 }
 
@@ -189,12 +206,12 @@ fn a_row_behind_a_parked_one_of_another_lane_waits_for_it() {
     let mut parking = Parking::default();
     park(&mut parking, row(10, of_table(1), Why::TooLarge));
     park(&mut parking, row(11, Lanes::Two { lanes: [1, 2], group: 7 }, Why::Follows));
-    parking.take_writes(at(11));
+    parking.take_riders(at(11));
     // Only the second is marked: by hand, past the command line.
     let mut found: Vec<_> = Vec::new();
     for (key, waiting) in &parking.rows {
         let second = key.position == at(11);
-        found.push(crate::relay::parked::Indexed {
+        found.push(crate::relay::parking::row::Indexed {
             key: key.clone(),
             state: if second { RowState::Retrying } else { RowState::Parked },
             why: waiting.why,
@@ -213,9 +230,9 @@ fn what_an_earlier_session_parked_is_known_until_the_checkpoint_has_passed_it() 
     let known = Known { ids: [(id, "orders".into(), 0)].into(), until: Mark(10) };
     let mut parking = Parking::new(Limits::default(), Vec::new(), known);
     assert!(parking.is_known(id, "orders", 0) && !parking.is_known(id, "other", 0));
-    parking.take_writes(at(10));
+    parking.take_riders(at(10));
     assert!(parking.is_known(id, "orders", 0));
-    parking.take_writes(at(11));
+    parking.take_riders(at(11));
     assert!(!parking.is_known(id, "orders", 0) && parking.is_idle());
 }
 
@@ -225,21 +242,21 @@ fn a_parked_truncate_of_a_second_table_is_written_with_the_checkpoint_that_passe
     let mut second = row(10, Lanes::Barrier { group: 7 }, Why::Unroutable);
     second.key = sub(at(10), 1);
     park(&mut parking, second);
-    assert!(!parking.has_writes(at(10)), "the first table is settled, the second is not");
+    assert!(!parking.has_riders(at(10)), "the first table is settled, the second is not");
     let both = Position { sub: 1, ..at(10) };
-    assert!(parking.has_writes(both));
-    assert_eq!(parking.take_writes(both).rows.len(), 1);
+    assert!(parking.has_riders(both));
+    assert_eq!(rows(parking.take_riders(both)).len(), 1);
 }
 
 #[test]
 fn what_was_parked_behind_a_row_after_a_person_asked_for_it_goes_with_it() {
     let mut parking = Parking::default();
     park(&mut parking, row(10, lane(1), Why::TooLarge));
-    parking.take_writes(at(10));
+    parking.take_riders(at(10));
     // A person marks the row; before that is seen, another one is written behind it.
     park(&mut parking, row(11, lane(1), Why::Follows));
-    parking.take_writes(at(11));
-    let found = |(lsn, state, why)| crate::relay::parked::Indexed {
+    parking.take_riders(at(11));
+    let found = |(lsn, state, why)| crate::relay::parking::row::Indexed {
         key: key(lsn),
         state,
         why,
@@ -252,8 +269,8 @@ fn what_was_parked_behind_a_row_after_a_person_asked_for_it_goes_with_it() {
     parking.reload([marked, behind].map(found).to_vec());
     let Some(Next::Read(keys)) = parking.next_retry(none_held) else { panic!("one is to be read") };
     assert_eq!(keys, [key(10)], "of the other it is not written yet that it is to be tried");
-    let writes = parking.take_writes(at(11));
-    let changed: Vec<_> = writes.changes.iter().map(|c| (c.key.clone(), c.state)).collect();
+    let changed = changes(parking.take_riders(at(11)));
+    let changed: Vec<_> = changed.iter().map(|c| (c.key.clone(), c.state)).collect();
     assert_eq!(changed, [(key(11), RowState::Retrying)]);
     let Some(Next::Read(keys)) = parking.next_retry(none_held) else {
         panic!("both are to be read")
@@ -268,7 +285,7 @@ fn rows_of_a_held_route_leave_the_others_room() {
     let mut other = row(11, lane(2), Why::TooLarge);
     other.key.route = "other".into();
     park(&mut parking, other);
-    parking.take_writes(at(11));
+    parking.take_riders(at(11));
     retry_all(&mut parking);
     let Some(Next::Read(keys)) = parking.next_retry(|route| route == "orders") else {
         panic!("one is to be read")
@@ -283,7 +300,7 @@ fn what_comes_behind_an_unrouted_row_on_its_way_waits_for_its_confirm() {
     let mut first = row(10, lane(1), Why::NoRoute);
     first.key = unrouted(10);
     park(&mut parking, first);
-    parking.take_writes(at(10));
+    parking.take_riders(at(10));
     retry_all(&mut parking);
     let number = parking.load(&unrouted(10), 1);
     assert!(parking.has_unrouted() && !parking.is_idle());
@@ -297,7 +314,7 @@ fn what_comes_behind_an_unrouted_row_on_its_way_waits_for_its_confirm() {
 
 #[test]
 fn bytes_that_are_on_their_way_leave_less_for_the_next_read() {
-    let large = |lsn| crate::relay::parked::Indexed {
+    let large = |lsn| crate::relay::parking::row::Indexed {
         key: key(lsn),
         state: RowState::Retrying,
         why: Why::TooLarge,

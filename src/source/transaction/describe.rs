@@ -36,7 +36,7 @@ pub(super) enum Role {
     Captured(Vec<usize>),
     /// The canary; where its columns are, if they can be found.
     Canary(Option<CanaryColumns>),
-    /// One of our own tables besides these.
+    /// Another of our own tables.
     Own,
     /// In the publication, but nobody asked for it.
     Unwanted,
@@ -55,15 +55,15 @@ pub(super) fn describe(
         .map(|column| Column::new(column.name, column.type_oid, column.type_modifier))
         .collect();
     let captured = captured(options, &full_name, relation.id);
-    let identity = identity(relation);
+    let (identity, version) = (identity(relation), version(relation));
     let table = Arc::new(Table {
         database: options.database.clone(),
         oid: relation.id,
-        version: version(relation),
+        version,
         schema: schema.to_owned(),
         name: name.to_owned(),
-        key: key(relation.replica_identity, &identity, &columns, captured, is_older),
-        full_name,
+        key: key(relation.replica_identity, &identity, &columns, version, captured, is_older),
+        full_name: full_name.into(),
         columns,
         identity,
     });
@@ -117,14 +117,24 @@ pub(super) fn sends_like_root(root: &Table, partition: &Relation<'_>, options: &
     }
 }
 
-/// The same table, if nothing is known of what its changes say about old rows.
+/// The same table, if nothing is known of what its changes say about old rows: another description.
 pub(super) fn without_identity(table: &Table) -> Arc<Table> {
-    Arc::new(Table { identity: Identity::Nothing, ..table.clone() })
+    let (identity, version) = (Identity::Nothing, !table.version);
+    Arc::new(Table { identity, version, ..table.clone() })
 }
 
 /// Whether a partition's rows come under the name of this table.
 pub(super) fn is_root(table: &Table, options: &Options) -> bool {
     captured(options, &table.full_name, table.oid).is_some_and(|captured| captured.partitioned)
+}
+
+/// Whether it is the description that was stored last.
+pub(super) fn is_former(table: &Table, options: &Options) -> bool {
+    let captured = captured(options, &table.full_name, table.oid);
+    captured.and_then(|captured| captured.former.as_ref()).is_some_and(|former| {
+        let key = table.key.iter().map(|column| &table.columns[*column].name);
+        former.version == table.version && key.eq(&former.key)
+    })
 }
 
 /// By name, or by OID: a table that was renamed is still captured, and the next comparison with
@@ -151,17 +161,28 @@ fn key(
     kind: ReplicaIdentity,
     identity: &Identity,
     columns: &[Column],
+    version: u64,
     captured: Option<&CapturedTable>,
     is_older: bool,
 ) -> Vec<usize> {
-    let named = || {
-        let captured = captured?;
-        let index = |name: &String| columns.iter().position(|column| column.name == *name);
-        let key = captured.primary_key.iter().map(index).collect::<Option<_>>();
-        let mut key: Vec<usize> =
-            key.or_else(|| if is_older { renamed(columns, captured) } else { None })?;
+    let index = |name: &String| columns.iter().position(|column| column.name == *name);
+    let of = |names: &[String]| -> Option<Vec<usize>> {
+        let mut key: Vec<usize> = names.iter().map(index).collect::<Option<_>>()?;
         key.sort_unstable();
         Some(key)
+    };
+    let named = || -> Option<Vec<usize>> {
+        let captured = captured?;
+        let now = of(&captured.primary_key);
+        if !is_older {
+            return now;
+        }
+        // The same description has the same key as before, whatever the catalog says by now.
+        match &captured.former {
+            Some(former) if former.version == version => of(&former.key),
+            Some(former) => now.or_else(|| renamed(columns, captured)).or_else(|| of(&former.key)),
+            None => now.or_else(|| renamed(columns, captured)),
+        }
     };
     match (kind, identity) {
         // The primary key as it was when this was written: a column may have another name now.
@@ -181,13 +202,14 @@ fn key(
 fn renamed(columns: &[Column], captured: &CapturedTable) -> Option<Vec<usize>> {
     let leading = &captured.leading;
     let place = |name: &String| leading.iter().position(|column| column == name);
-    let key: Vec<usize> = captured.primary_key.iter().map(place).collect::<Option<_>>()?;
+    let mut key: Vec<usize> = captured.primary_key.iter().map(place).collect::<Option<_>>()?;
     let count = key.iter().max()? + 1;
     let is_same = |(now, then): (&String, &Column)| {
         let then_there = columns.iter().any(|column| column.name == *now);
         *now == then.name || !(then_there || leading.contains(&then.name))
     };
     let same = leading.iter().zip(columns).take(count).all(is_same);
+    key.sort_unstable();
     (same && columns.len() >= count).then_some(key)
 }
 

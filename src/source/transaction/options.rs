@@ -105,6 +105,18 @@ pub struct CapturedTable {
     pub partitioned: bool,
     /// Neither updates nor deletes are published, so it does not matter which row they are about.
     pub inserts_only: bool,
+    /// How the stream described it at the position that is resumed.
+    pub former: Option<Former>,
+}
+
+/// What is kept of a description.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Former {
+    /// See [`crate::event::Table`].
+    pub version: u64,
+    /// Names of the key's columns then. Under replica identity FULL an older description can name
+    /// columns that the catalog calls otherwise today.
+    pub key: Vec<String>,
 }
 
 /// Which timeline an LSN lies on.

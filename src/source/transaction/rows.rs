@@ -90,7 +90,7 @@ impl Values<'_> {
                     Ok(Cow::Borrowed(text)) => event::Value::Text(self.data.slice_ref(text)),
                     Ok(Cow::Owned(text)) => event::Value::Text(Bytes::from(text)),
                     Err(error) => event::Value::Unreadable(Box::new(Unreadable {
-                        why: error.text_with_advice(),
+                        why: error.text_with_hint(),
                         // A copy: a slice would keep the whole message of the stream.
                         bytes: (bytes.len() <= KEPT_MAX).then(|| Bytes::copy_from_slice(bytes)),
                     })),

@@ -36,7 +36,7 @@ fn apply(assembler: &mut Assembler, messages: &[Bytes]) -> Vec<Item> {
 fn events(items: Vec<Item>) -> Vec<Event> {
     let event = |item| match item {
         Item::Event(event, _) => Some(event),
-        Item::Commit(_) | Item::Idle(_) => None,
+        Item::Commit(_) | Item::Idle(_) | Item::Described(..) => None,
     };
     items.into_iter().filter_map(event).collect()
 }

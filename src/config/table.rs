@@ -1,0 +1,326 @@
+//! One table of the file while it is read. A key is asked for once, with its default and what is
+//! allowed, right where its value goes; that line is all the code knows about the key.
+//!
+//! Invariant: a key that nobody asked for is an error. A [`Table`] looks for them when it is
+//! dropped, and borrows the [`Document`], so that the document cannot be finished before.
+//!
+//! An empty string or list means "not set". A wrong value is reported and replaced by the
+//! default, so that reading continues and finds the other problems.
+
+use std::cell::{Cell, RefCell};
+use std::fmt::Display;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::load::{self, Lookup};
+use super::problems::{Problem, Problems, Span, nearest};
+use crate::error::{Error, Result};
+use crate::secret::Secret;
+
+/// The file while it is read.
+pub(super) struct Document<'f> {
+    lookup: Lookup<'f>,
+    problems: RefCell<Problems>,
+    holds_password: Cell<bool>,
+}
+
+impl<'f> Document<'f> {
+    pub(super) fn new(lookup: Lookup<'f>) -> Self {
+        Self { lookup, problems: RefCell::default(), holds_password: Cell::new(false) }
+    }
+
+    /// The table of the keys that are in no other.
+    pub(super) fn root(&'f self, found: &'f Spanned<DeTable<'f>>) -> Table<'f> {
+        Table::new(self, String::new(), Some(found.get_ref()), None)
+    }
+
+    /// Whether a password was read that stands in the file itself.
+    pub(super) fn holds_password(&self) -> bool {
+        self.holds_password.get()
+    }
+
+    /// # Errors
+    /// [`crate::error::Kind::Config`] with everything that is wrong.
+    pub(super) fn finish(self, file: &str, text: &str) -> Result<()> {
+        self.problems.into_inner().into_result(file, text)
+    }
+}
+
+/// TOML that cannot be read at all; the parser stops at the first mistake.
+pub(super) fn syntax_error(file: &str, text: &str, error: &toml::de::Error) -> Error {
+    let what = error.message().lines().next().unwrap_or_default().to_owned();
+    let at = Some(error.span().unwrap_or(0..0));
+    Problem { at, what, hint: None, excerpt: true }.to_error(file, text)
+}
+
+/// One table; an absent one has every key at its default.
+pub(super) struct Table<'f> {
+    document: &'f Document<'f>,
+    /// Stands before a key in a problem: `relay.`, `route "orders": `.
+    prefix: String,
+    found: Option<&'f DeTable<'f>>,
+    /// Where it stands, for problems with keys that it lacks.
+    at: Option<Span>,
+    /// The keys that were asked for.
+    known: Vec<&'f str>,
+}
+
+/// A value of a table whose keys are free.
+pub(super) enum Scalar {
+    Text(String),
+    Int(i64),
+    Bool(bool),
+}
+
+impl<'f> Table<'f> {
+    fn new(
+        document: &'f Document<'f>,
+        prefix: String,
+        found: Option<&'f DeTable<'f>>,
+        at: Option<Span>,
+    ) -> Self {
+        Self { document, prefix, found, at, known: Vec::new() }
+    }
+
+    /// The table below `key`; `example` shows how it is written.
+    pub(super) fn table(&mut self, key: &'static str, example: &str) -> Table<'f> {
+        let prefix = format!("{}.", self.path(key));
+        let mut found = (None, self.at.clone());
+        if let Some(value) = self.ask(key) {
+            match value.get_ref() {
+                DeValue::Table(table) => found = (Some(table), Some(value.span())),
+                _ => self.wrong_type(key, value, &format!("a table, {example}")),
+            }
+        }
+        Table::new(self.document, prefix, found.0, found.1)
+    }
+
+    /// The table `[key]`.
+    pub(super) fn section(&mut self, key: &'static str) -> Table<'f> {
+        self.table(key, &format!("written [{key}], once, with its keys below it"))
+    }
+
+    /// The tables of the list `[[key]]`.
+    pub(super) fn tables(&mut self, key: &'static str) -> Vec<Table<'f>> {
+        let Some(value) = self.ask(key) else { return Vec::new() };
+        let expected = format!("a list of tables: write [[{key}]] for each");
+        let DeValue::Array(items) = value.get_ref() else {
+            self.wrong_type(key, value, &expected);
+            return Vec::new();
+        };
+        let mut tables = Vec::new();
+        for (index, item) in items.iter().enumerate() {
+            let path = self.path(&format!("{key}[{index}]"));
+            match item.get_ref() {
+                DeValue::Table(table) => {
+                    let prefix = format!("{path}.");
+                    tables.push(Table::new(self.document, prefix, Some(table), Some(item.span())));
+                }
+                _ => self.wrong_type(&format!("{key}[{index}]"), item, &expected),
+            }
+        }
+        tables
+    }
+
+    /// Problems call this table `name` from now on.
+    pub(super) fn call_it(&mut self, name: &str) {
+        self.prefix = format!("{name}: ");
+    }
+
+    /// What the file has in it, for tables whose keys are free.
+    pub(super) fn keys(&self) -> Vec<&'f str> {
+        self.found.into_iter().flat_map(|table| table.keys()).map(|key| &**key.get_ref()).collect()
+    }
+
+    /// The number of keys that were asked for so far.
+    pub(super) fn asked(&self) -> usize {
+        self.known.len()
+    }
+
+    /// The keys that the file has, among those asked for since [`Table::asked`] was `from`.
+    pub(super) fn given_since(&self, from: usize) -> Vec<&'f str> {
+        self.known[from..].iter().copied().filter(|key| self.value(key).is_some()).collect()
+    }
+
+    /// Any text; without the key it is `default`.
+    pub(super) fn text(&mut self, key: &'static str, default: &str) -> String {
+        self.string(key, "a string").unwrap_or_else(|| default.to_owned())
+    }
+
+    /// Text that must be there; `None` when it is not, which is a problem then.
+    pub(super) fn required_url(&mut self, key: &'static str, example: &str) -> Option<String> {
+        let urls = self.urls(key, example)?;
+        if urls.len() > 1 {
+            self.problem(key, format!("{} is a list; one URL is allowed", self.path(key)));
+        }
+        urls.into_iter().next()
+    }
+
+    /// One URL or a list of them; `None` when there is a problem with one, or none at all.
+    pub(super) fn urls(&mut self, key: &'static str, example: &str) -> Option<Vec<String>> {
+        let texts = match self.ask(key) {
+            None => Vec::new(),
+            Some(value) => match value.get_ref() {
+                DeValue::Array(_) => self.strings(key, value)?,
+                _ => vec![self.fill(key, value, "a string or a list of strings")?],
+            },
+        };
+        let texts: Vec<String> = texts.into_iter().filter(|text| !text.is_empty()).collect();
+        if texts.is_empty() {
+            self.problem(key, format!("{} is not set; expected {example}", self.path(key)));
+            return None;
+        }
+        Some(texts)
+    }
+
+    /// A URL that need not be there.
+    pub(super) fn url(&mut self, key: &'static str) -> Option<Secret> {
+        self.string(key, "a string").filter(|text| !text.is_empty()).map(Secret::new)
+    }
+
+    /// A password that need not be there.
+    pub(super) fn password(&mut self, key: &'static str) -> Option<Secret> {
+        let written = self.value(key).and_then(|value| value.get_ref().as_str());
+        if written.is_some_and(load::is_literal) {
+            self.document.holds_password.set(true);
+        }
+        self.url(key)
+    }
+
+    /// A list of texts.
+    pub(super) fn list(&mut self, key: &'static str) -> Vec<String> {
+        let Some(value) = self.ask(key) else { return Vec::new() };
+        self.strings(key, value).unwrap_or_default()
+    }
+
+    /// A text, a whole number, true or false; `None` when there is a problem with it.
+    pub(super) fn scalar(&mut self, key: &'f str) -> Option<Scalar> {
+        let value = self.ask(key)?;
+        let expected = "a string, a whole number, true or false";
+        match value.get_ref() {
+            DeValue::String(_) => self.fill(key, value, expected).map(Scalar::Text),
+            DeValue::Boolean(yes) => Some(Scalar::Bool(*yes)),
+            DeValue::Integer(number) => {
+                let parsed = i64::from_str_radix(number.as_str(), number.radix()).ok();
+                if parsed.is_none() {
+                    self.invalid(key, number, format!("{} to {}", i64::MIN, i64::MAX));
+                }
+                parsed.map(Scalar::Int)
+            }
+            DeValue::Float(_) | DeValue::Datetime(_) | DeValue::Array(_) | DeValue::Table(_) => {
+                self.wrong_type(key, value, expected);
+                None
+            }
+        }
+    }
+
+    /// The value of `key` is not what it may be.
+    pub(super) fn invalid(&self, key: &str, value: impl Display, expected: impl Display) {
+        let path = self.path(key);
+        self.problem(key, format!("{path} = {value} is invalid; expected {expected}"));
+    }
+
+    /// A problem with `key`, in words that name it.
+    pub(super) fn problem(&self, key: &str, what: impl Into<String>) {
+        self.report(self.place(key), what.into(), None, false);
+    }
+
+    /// A problem with `key` in the words of `error`, with its hint.
+    pub(super) fn error(&self, key: &str, error: &Error) {
+        let what = format!("{}: {error}", self.path(key));
+        self.report(self.place(key), what, error.hint_text().map(str::to_owned), false);
+    }
+
+    /// The key with the table before it.
+    pub(super) fn path(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
+    fn place(&self, key: &str) -> Option<Span> {
+        self.value(key).map(Spanned::span).or_else(|| self.at.clone())
+    }
+
+    fn value(&self, key: &str) -> Option<&'f Spanned<DeValue<'f>>> {
+        self.found.and_then(|table| table.get(key))
+    }
+
+    pub(super) fn ask(&mut self, key: &'f str) -> Option<&'f Spanned<DeValue<'f>>> {
+        self.known.push(key);
+        self.value(key)
+    }
+
+    pub(super) fn string(&mut self, key: &'static str, expected: &str) -> Option<String> {
+        let value = self.ask(key)?;
+        self.fill(key, value, expected)
+    }
+
+    fn strings(&self, key: &str, value: &'f Spanned<DeValue<'f>>) -> Option<Vec<String>> {
+        const EXPECTED: &str = "a list of strings, such as [\"…\"]";
+        let Some(items) = value.get_ref().as_array() else {
+            self.wrong_type(key, value, EXPECTED);
+            return None;
+        };
+        let items = items.iter().enumerate();
+        let filled: Vec<_> =
+            items.map(|(n, item)| self.fill(&format!("{key}[{n}]"), item, EXPECTED)).collect();
+        filled.into_iter().collect()
+    }
+
+    /// The text of a string with its variables filled in.
+    fn fill(&self, key: &str, value: &Spanned<DeValue<'f>>, expected: &str) -> Option<String> {
+        let Some(text) = value.get_ref().as_str() else {
+            self.wrong_type(key, value, expected);
+            return None;
+        };
+        if load::has_literal_password(text) {
+            self.document.holds_password.set(true);
+        }
+        match load::fill_in(text, self.document.lookup) {
+            Ok(filled) => Some(filled),
+            Err(error) => {
+                let what = format!("{}: {error}", self.path(key));
+                let hint = error.hint_text().map(str::to_owned);
+                self.report(Some(value.span()), what, hint, false);
+                None
+            }
+        }
+    }
+
+    /// The value is not shown: it may be a password in the wrong place.
+    pub(super) fn wrong_type(&self, key: &str, value: &Spanned<DeValue<'f>>, expected: &str) {
+        let found = match value.get_ref() {
+            DeValue::String(_) => "a string",
+            DeValue::Integer(_) => "an integer",
+            DeValue::Float(_) => "a float",
+            DeValue::Boolean(_) => "true or false",
+            DeValue::Datetime(_) => "a date or time",
+            DeValue::Array(_) => "a list",
+            DeValue::Table(_) => "a table",
+        };
+        let what = format!("{} is {found}; expected {expected}", self.path(key));
+        self.report(Some(value.span()), what, None, true);
+    }
+
+    fn report(&self, at: Option<Span>, what: String, hint: Option<String>, excerpt: bool) {
+        self.document.problems.borrow_mut().add(Problem { at, what, hint, excerpt });
+    }
+}
+
+impl Drop for Table<'_> {
+    fn drop(&mut self) {
+        let Some(found) = self.found else { return };
+        for key in found.keys() {
+            let name: &str = key.get_ref();
+            if self.known.contains(&name) {
+                continue;
+            }
+            let hint = match nearest(name, &self.known) {
+                Some(known) => format!("did you mean {known:?}?"),
+                None => format!("known keys here: {}", self.known.join(", ")),
+            };
+            let what = format!("unknown key {name:?}");
+            self.report(Some(key.span()), what, Some(hint), true);
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! What must hold before a session starts, and while it runs. Pure: others read, these compare.
+
+pub mod position;
+pub mod resync;
+pub mod slot_risk;
+pub mod tables;
+#[cfg(test)]
+mod tests;

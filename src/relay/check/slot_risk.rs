@@ -1,0 +1,47 @@
+//! What may soon go wrong with a slot that works. Pure.
+
+use crate::pg::slot::{SlotState, WalStatus};
+
+/// What to do about [`held_by_standby`].
+pub const START_THE_STANDBY: &str =
+    "start the standby, or take its slot out of synchronized_standby_slots";
+
+/// Why nothing comes although all is well here: the server waits for a standby.
+pub fn held_by_standby(slot: &SlotState) -> Option<String> {
+    let names = slot.waits_for.join(", ");
+    (!names.is_empty()).then(|| {
+        format!(
+            "slot {:?} waits for standby slots that nobody reads ({names}): Postgres sends no \
+             change before those standbys have it",
+            slot.name
+        )
+    })
+}
+
+/// Why WAL that the slot needs may soon be removed.
+pub fn at_risk(slot: &SlotState, max_slot_wal_keep_size: Option<u64>) -> Option<String> {
+    let name = &slot.name;
+    let mib = slot.retained_bytes >> 20;
+    let low = slot
+        .safe_wal_size
+        .zip(max_slot_wal_keep_size)
+        .filter(|(safe, most)| u64::try_from(*safe).unwrap_or(0) < most / 4);
+    match (slot.wal_status, low) {
+        (Some(WalStatus::Lost), _) => Some(format!("slot {name:?} is lost")),
+        (Some(WalStatus::Unreserved), _) => Some(format!(
+            "slot {name:?} is unreserved: it keeps {mib} MiB, and the next checkpoint may remove \
+             WAL that it needs"
+        )),
+        (Some(WalStatus::Reserved | WalStatus::Extended) | None, Some((safe, most))) => {
+            let (safe, most) = (safe.max(0) >> 20, most >> 20);
+            Some(format!(
+                "slot {name:?} may be lost after {safe} MiB more of WAL: less than a quarter of \
+                 max_slot_wal_keep_size ({most} MiB) is left"
+            ))
+        }
+        (Some(WalStatus::Extended), None) => {
+            Some(format!("slot {name:?} is extended: it keeps {mib} MiB, more than max_wal_size"))
+        }
+        (Some(WalStatus::Reserved) | None, None) => None,
+    }
+}

@@ -1,0 +1,122 @@
+//! What rides on a checkpoint: things that must be durable exactly with a position. Pure.
+//!
+//! Invariant: a rider is written in the transaction of the first checkpoint that covers it, and
+//! only if that checkpoint is: each statement asks for the session and the position that were just
+//! written. To add a rider: a variant here, and its statement in `sql/query/rider_*.sql`.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::event::Table;
+use crate::relay::parking::row::{Changed, Row, changes_to_json, rows_to_json};
+use crate::source::Note;
+
+/// One of them: all of its kind that go with one checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Rider {
+    /// Messages that were parked; a row that is there already stays as it is.
+    Parked(Vec<Row>),
+    /// What became of parked rows that are there.
+    Unparked(Vec<Changed>),
+    /// How captured tables are described from here on; the later of two for one table counts.
+    Described(Vec<Arc<Table>>),
+}
+
+/// The kinds, in the order of their statements.
+pub const STATEMENTS: [&str; 3] = [
+    include_str!("../../../sql/query/rider_parked.sql"),
+    include_str!("../../../sql/query/rider_unparked.sql"),
+    include_str!("../../../sql/query/rider_described.sql"),
+];
+
+impl Rider {
+    /// Index of its statement in [`STATEMENTS`].
+    pub fn statement(&self) -> usize {
+        match self {
+            Rider::Parked(_) => 0,
+            Rider::Unparked(_) => 1,
+            Rider::Described(_) => 2,
+        }
+    }
+
+    /// Its content as a JSON array, the parameter of its statement next to the position.
+    pub fn to_json(&self) -> String {
+        match self {
+            Rider::Parked(rows) => rows_to_json(rows),
+            Rider::Unparked(changes) => changes_to_json(changes),
+            Rider::Described(tables) => {
+                let latest = |(at, table): &(usize, &Arc<Table>)| {
+                    !tables[at + 1..].iter().any(|later| later.oid == table.oid)
+                };
+                let rows = tables.iter().enumerate().filter(latest);
+                let rows: Vec<JsonTable<'_>> =
+                    rows.map(|(_, table)| JsonTable::of(table)).collect();
+                serde_json::to_string(&rows).expect("names and numbers are JSON")
+            }
+        }
+    }
+}
+
+/// The riders that notes of a source become.
+pub fn of_notes(notes: Vec<Note>) -> Option<Rider> {
+    let described = |note| match note {
+        Note::Described(table) => table,
+    };
+    (!notes.is_empty()).then(|| Rider::Described(notes.into_iter().map(described).collect()))
+}
+
+#[derive(Serialize)]
+struct JsonTable<'a> {
+    relation: u32,
+    /// Postgres has no unsigned numbers; the bits are the same.
+    version: i64,
+    schema_name: &'a str,
+    table_name: &'a str,
+    key: Vec<&'a str>,
+}
+
+impl<'a> JsonTable<'a> {
+    fn of(table: &'a Table) -> Self {
+        Self {
+            relation: table.oid,
+            version: table.version as i64,
+            schema_name: &table.schema,
+            table_name: &table.name,
+            key: table.key.iter().map(|column| &*table.columns[*column].name).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{Column, Identity};
+
+    #[test]
+    fn of_two_descriptions_of_one_table_the_later_is_written() {
+        let table = |oid, version, name: &str| {
+            Arc::new(Table {
+                database: "shop".into(),
+                oid,
+                version,
+                schema: "public".into(),
+                name: "t".into(),
+                full_name: "public.t".into(),
+                columns: vec![Column::new(name, 23, -1)],
+                key: vec![0],
+                identity: Identity::Full,
+            })
+        };
+        let tables = [table(1, 7, "id"), table(2, u64::MAX, "id"), table(1, 8, "new_id")];
+        let rider = of_notes(tables.map(Note::Described).into()).expect("there are notes");
+        let row = |relation, version, key| {
+            format!(
+                "{{\"relation\":{relation},\"version\":{version},\"schema_name\":\"public\",\
+                 \"table_name\":\"t\",\"key\":[\"{key}\"]}}"
+            )
+        };
+        assert_eq!(rider.to_json(), format!("[{},{}]", row(2, -1, "id"), row(1, 8, "new_id")));
+        assert_eq!(of_notes(Vec::new()), None);
+    }
+}

@@ -1,0 +1,537 @@
+//! Which lanes are parked, and what waits to be written, retried or published. Pure.
+//!
+//! Invariant: **nothing overtakes a parked message of its lane.** While a lane has an unreleased
+//! row, later messages of the lane become rows behind it. A retry takes rows from the front of
+//! their lanes only; once the last row of a lane is on its way, what comes next is published
+//! behind it. Order is by position, never by the order of insertion.
+//!
+//! A row that is parked counts as settled at once, but it is written in the same transaction as
+//! the first checkpoint that passes it, so nothing durable ever passes a row that is not.
+
+mod bounds;
+mod order;
+mod retries;
+pub mod row;
+mod shown;
+pub mod store;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::position::Position;
+use crate::relay::checkpoint::rider::Rider;
+use crate::relay::parking::row::{Changed, Indexed, Key, ROW_BYTES_MAX, Row, RowState, Why};
+use crate::relay::window::EntryId;
+use crate::route::{Lanes, OnPoison};
+use order::{Blocking, Set, sets};
+
+pub use bounds::{Known, Limits};
+
+/// Most rows of a route that are on their way again at once.
+pub const RETRYING_MAX: usize = 256;
+/// The same of all routes.
+const LOADED_MAX: usize = 2048;
+/// Most bytes of them.
+const RETRYING_BYTES: usize = 4 << 20;
+
+/// Where a row is that is neither released nor on its way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In the database.
+    Stored,
+    /// In memory, and settled: the next checkpoint that passes it writes it.
+    Pending,
+    /// In memory, and not settled: it may not be parked now, or never.
+    Blocked,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Waiting {
+    lanes: Lanes,
+    state: RowState,
+    why: Why,
+    place: Place,
+    bytes: usize,
+    parked_at: f64,
+}
+
+#[derive(Debug)]
+struct Blocked {
+    row: Row,
+    entry: EntryId,
+    policy: OnPoison,
+}
+
+/// A row that is on its way again.
+#[derive(Debug)]
+struct Loaded {
+    key: Key,
+    waiting: Waiting,
+    /// Messages of it without a confirm: an event that no route selected may have several now.
+    open: usize,
+}
+
+/// What a message that comes now must follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Follows {
+    state: RowState,
+    place: Place,
+}
+
+/// What became of a message that was given to [`Parking::park`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parked {
+    /// It will be written: its entry is settled.
+    Settled,
+    /// It waits in memory: its entry stays open.
+    Blocked,
+}
+
+/// The next row to try again.
+#[derive(Debug)]
+pub enum Next {
+    /// Read these from the database first.
+    Read(Vec<Key>),
+    /// It is in memory, not written yet.
+    Pending(Row),
+    /// It is in memory and its entry is open.
+    Blocked(Row, EntryId),
+}
+
+/// All of it.
+#[derive(Debug, Default)]
+pub struct Parking {
+    limits: Limits,
+    rows: BTreeMap<Key, Waiting>,
+    lanes: HashMap<u64, BTreeSet<Key>>,
+    tables: HashMap<u64, BTreeSet<Key>>,
+    barriers: HashMap<u64, BTreeSet<Key>>,
+    pending: BTreeMap<Key, Row>,
+    pending_bytes: usize,
+    blocked: BTreeMap<Key, Blocked>,
+    loaded: HashMap<u64, Loaded>,
+    next_number: u64,
+    /// Changes that are not written yet; a later one of a row replaces the earlier.
+    changes: BTreeMap<Key, Changed>,
+    /// Unreleased rows as the database has them.
+    stored: BTreeMap<Key, RowState>,
+    /// Rows beyond the checkpoint, of any state: a replay neither parks nor publishes them again.
+    known: Known,
+    /// Waiting rows of events that no route selected, and those of them on their way.
+    unrouted: usize,
+    unrouted_loaded: usize,
+}
+
+impl Parking {
+    /// What the database has at the start of a session.
+    pub fn new(limits: Limits, found: Vec<Indexed>, known: Known) -> Self {
+        let mut parking = Self { limits, known, ..Self::default() };
+        parking.reload(found);
+        parking
+    }
+
+    /// Nothing is parked: the way of almost every event.
+    pub fn is_idle(&self) -> bool {
+        self.rows.is_empty()
+            && self.loaded.is_empty()
+            && self.known.ids.is_empty()
+            && self.stored.is_empty()
+    }
+
+    /// Earlier sessions parked messages beyond the checkpoint.
+    pub fn has_known(&self) -> bool {
+        !self.known.ids.is_empty()
+    }
+
+    /// An earlier session parked this message beyond the checkpoint.
+    pub fn is_known(&self, id: Uuid, route: &str, part: u16) -> bool {
+        self.has_known() && self.known.ids.contains(&(id, route.into(), part))
+    }
+
+    /// An event that no route selected is parked, so its key is on all routes.
+    pub fn has_unrouted(&self) -> bool {
+        self.unrouted + self.unrouted_loaded > 0 || self.has_known()
+    }
+
+    /// What the message must follow: the last row before it in its lanes, if there is one.
+    pub fn follows(&self, key: &Key, lanes: Lanes) -> Option<Follows> {
+        if self.rows.is_empty() && self.loaded.is_empty() {
+            return None;
+        }
+        let before = |set: Option<&BTreeSet<Key>>| set?.range(..key).next_back().cloned();
+        let lane = |lane: &u64| before(self.lanes.get(lane));
+        let barrier = |group: &u64| before(self.barriers.get(group));
+        let last = match lanes {
+            Lanes::Free => None,
+            Lanes::One { lane: l, group } => lane(&l).max(group.as_ref().and_then(barrier)),
+            Lanes::Two { lanes: [a, b], group } => lane(&a).max(lane(&b)).max(barrier(&group)),
+            Lanes::Barrier { group } => before(self.tables.get(&group)),
+        };
+        let Some(last) = last else {
+            // What the routes make of it now stands in other lanes than the row does, so what comes
+            // next of its key waits until it is confirmed.
+            let on_its_way = key.route.is_empty() && self.unrouted_loaded_in(lanes);
+            return on_its_way
+                .then_some(Follows { state: RowState::Retrying, place: Place::Pending });
+        };
+        let waiting = self.rows[&last];
+        Some(Follows { state: waiting.state, place: waiting.place })
+    }
+
+    /// Takes a message that cannot be published, or that follows one.
+    pub fn park(
+        &mut self,
+        mut row: Row,
+        entry: EntryId,
+        policy: OnPoison,
+        follows: Option<Follows>,
+        now: f64,
+    ) -> Parked {
+        if let Some(follows) = follows.filter(|_| row.why == Why::Follows) {
+            row.state = follows.state;
+        }
+        let behind_blocked = follows.is_some_and(|f| f.place == Place::Blocked);
+        let key = row.key.clone();
+        let blocked = policy == OnPoison::Block || behind_blocked || self.is_full(&row);
+        let place = if blocked { Place::Blocked } else { Place::Pending };
+        let (lanes, state, why, bytes) = (row.lanes, row.state, row.why, row.size());
+        self.insert(&key, Waiting { lanes, state, why, place, bytes, parked_at: now });
+        if blocked {
+            self.blocked.insert(key, Blocked { row, entry, policy });
+            return Parked::Blocked;
+        }
+        self.pending_bytes += bytes;
+        self.pending.insert(key, row);
+        Parked::Settled
+    }
+
+    /// Parks what was blocked by a limit that has room again; returns the entries to settle.
+    pub fn unblock(&mut self) -> Vec<EntryId> {
+        let mut settled = Vec::new();
+        let mut lanes_blocked = Blocking::default();
+        let keys: Vec<Key> = self.blocked.keys().cloned().collect();
+        for key in keys {
+            let Blocked { row, policy, .. } = &self.blocked[&key];
+            if *policy == OnPoison::Block || lanes_blocked.holds(row.lanes) || self.is_full(row) {
+                lanes_blocked.add(row.lanes);
+                continue;
+            }
+            let Blocked { row, entry, .. } = self.blocked.remove(&key).expect("it was just read");
+            self.rows.get_mut(&key).expect("blocked rows are rows").place = Place::Pending;
+            self.pending_bytes += row.size();
+            self.pending.insert(key, row);
+            settled.push(entry);
+        }
+        settled
+    }
+
+    fn is_full(&self, row: &Row) -> bool {
+        let rows = self.rows.len() - self.blocked.len() + self.loaded.len();
+        // What is blocked is not parked: its key may still be one too many.
+        let parked = |keys: &BTreeSet<Key>| keys.iter().any(|key| !self.blocked.contains_key(key));
+        let is_new = |lane: &u64| !self.lanes.get(lane).is_some_and(parked);
+        let new_lane = match row.lanes {
+            Lanes::One { lane, .. } => is_new(&lane),
+            Lanes::Two { lanes: [a, b], .. } => is_new(&a) || is_new(&b),
+            Lanes::Free | Lanes::Barrier { .. } => false,
+        };
+        let lanes = || self.lanes.values().filter(|keys| parked(keys)).take(self.limits.keys);
+        let lanes_full = || lanes().count() >= self.limits.keys;
+        rows >= self.limits.rows || row.size() > ROW_BYTES_MAX || (new_lane && lanes_full())
+    }
+
+    /// What rides on a checkpoint at `settled`.
+    pub fn take_riders(&mut self, settled: Position) -> Vec<Rider> {
+        if settled.mark > self.known.until {
+            self.known.ids.clear();
+        }
+        let mut rows = Vec::new();
+        while let Some(entry) = self.pending.first_entry() {
+            if entry.key().position > settled {
+                break;
+            }
+            let (key, row) = entry.remove_entry();
+            self.pending_bytes -= row.size();
+            if let Some(waiting) = self.rows.get_mut(&key) {
+                waiting.place = Place::Stored;
+            }
+            if matches!(row.state, RowState::Parked | RowState::Retrying) {
+                self.stored.insert(key, row.state);
+            }
+            rows.push(row);
+        }
+        let changes: Vec<Changed> = std::mem::take(&mut self.changes).into_values().collect();
+        for change in &changes {
+            match change.state {
+                RowState::Parked | RowState::Retrying => {
+                    self.stored.insert(change.key.clone(), change.state);
+                }
+                RowState::Released | RowState::Discarded => {
+                    self.stored.remove(&change.key);
+                }
+            }
+        }
+        let mut riders = Vec::new();
+        if !rows.is_empty() {
+            riders.push(Rider::Parked(rows));
+        }
+        if !changes.is_empty() {
+            riders.push(Rider::Unparked(changes));
+        }
+        riders
+    }
+
+    /// There is something that would ride on a checkpoint at `settled`.
+    pub fn has_riders(&self, settled: Position) -> bool {
+        let due = self.pending.first_key_value().is_some_and(|(k, _)| k.position <= settled);
+        due || !self.changes.is_empty()
+    }
+
+    /// How many unreleased rows the database has: (parked, retrying).
+    pub fn counts(&self) -> (usize, usize) {
+        let parked = self.stored.values().filter(|state| **state == RowState::Parked).count();
+        (parked, self.stored.len() - parked)
+    }
+
+    /// Takes over what people changed. Not while a write is under way.
+    pub fn reload(&mut self, found: Vec<Indexed>) {
+        let before = std::mem::take(&mut self.stored);
+        for row in found {
+            let is_new = !before.contains_key(&row.key);
+            self.stored.insert(row.key.clone(), row.state);
+            let Indexed { key, state, why, lanes, bytes, parked_at } = row;
+            // A change of ours that is not written yet is newer than what was read.
+            if self.changes.contains_key(&key) {
+                continue;
+            }
+            if let Some(waiting) = self.rows.get_mut(&key) {
+                waiting.state = state;
+            } else if is_new {
+                let place = Place::Stored;
+                self.insert(&key, Waiting { lanes, state, why, place, bytes, parked_at });
+            }
+        }
+        for (key, _) in before {
+            let is_stored = |w: &Waiting| w.place == Place::Stored;
+            if !self.stored.contains_key(&key) && self.rows.get(&key).is_some_and(is_stored) {
+                self.remove(&key);
+            }
+        }
+        self.follow_retries();
+    }
+
+    /// Rows with which nothing is wrong take over the state of the row before them in their lane:
+    /// a retry is about whole keys, and some of these were written after a person asked for it.
+    fn follow_retries(&mut self) {
+        let follows = |(key, waiting): (&Key, &Waiting)| {
+            (waiting.why == Why::Follows && waiting.state == RowState::Parked).then(|| key.clone())
+        };
+        for key in self.rows.iter().filter_map(follows).collect::<Vec<Key>>() {
+            let waiting = self.rows[&key];
+            let before = self.follows(&key, waiting.lanes);
+            if before.is_some_and(|before| before.state != RowState::Retrying) {
+                continue;
+            }
+            self.rows.get_mut(&key).expect("it was just read").state = RowState::Retrying;
+            match waiting.place {
+                Place::Blocked => {}
+                Place::Stored | Place::Pending => self.change(key, RowState::Retrying, None),
+            }
+        }
+    }
+
+    /// The next rows to try again: they head all of their lanes, or only such rows stand before
+    /// them. Those of a `held` route would only lie in memory.
+    pub fn next_retry(&mut self, held: impl Fn(&str) -> bool) -> Option<Next> {
+        if self.rows.is_empty() || self.loaded.len() >= LOADED_MAX {
+            return None;
+        }
+        let mut blocking = Blocking::default();
+        let mut bytes: usize = self.loaded.values().map(|loaded| loaded.waiting.bytes).sum();
+        let mut chosen = Vec::new();
+        let mut on_their_way: HashMap<Arc<str>, usize> = HashMap::new();
+        for loaded in self.loaded.values() {
+            *on_their_way.entry(loaded.key.route.clone()).or_default() += 1;
+        }
+        for (key, waiting) in &self.rows {
+            // Until it is written that it is to be tried again, it cannot be read.
+            let unwritten = waiting.place == Place::Stored && self.changes.contains_key(key);
+            let stands = waiting.state != RowState::Retrying
+                || unwritten
+                || held(&key.route)
+                || blocking.holds(waiting.lanes);
+            let of_route = on_their_way.get(&key.route).copied().unwrap_or(0);
+            let full = of_route >= RETRYING_MAX || bytes > RETRYING_BYTES;
+            if stands || full {
+                blocking.add(waiting.lanes);
+                continue;
+            }
+            match waiting.place {
+                Place::Stored => {
+                    bytes += waiting.bytes;
+                    *on_their_way.entry(key.route.clone()).or_default() += 1;
+                    chosen.push(key.clone());
+                }
+                // Behind rows that are still to be read: their turn comes.
+                Place::Pending | Place::Blocked if !chosen.is_empty() => {
+                    blocking.add(waiting.lanes)
+                }
+                Place::Pending => return self.pending.get(key).cloned().map(Next::Pending),
+                Place::Blocked if waiting.why == Why::Follows => {
+                    let blocked = &self.blocked[key];
+                    return Some(Next::Blocked(blocked.row.clone(), blocked.entry));
+                }
+                Place::Blocked => blocking.add(waiting.lanes),
+            }
+        }
+        (!chosen.is_empty()).then_some(Next::Read(chosen))
+    }
+
+    /// The row still waits to be tried again.
+    pub fn is_retrying(&self, key: &Key) -> bool {
+        self.rows.get(key).is_some_and(|waiting| waiting.state == RowState::Retrying)
+    }
+
+    /// The row is on its way with `open` messages; returns its number.
+    pub fn load(&mut self, key: &Key, open: usize) -> u64 {
+        let waiting = self.remove(key).expect("only a waiting row is loaded");
+        let number = self.next_number;
+        self.next_number += 1;
+        self.unrouted_loaded += usize::from(key.route.is_empty());
+        self.loaded.insert(number, Loaded { key: key.clone(), waiting, open });
+        number
+    }
+
+    fn unload(&mut self, number: u64) -> Option<Loaded> {
+        let loaded = self.loaded.remove(&number)?;
+        self.unrouted_loaded -= usize::from(loaded.key.route.is_empty());
+        Some(loaded)
+    }
+
+    fn unrouted_loaded_in(&self, lanes: Lanes) -> bool {
+        if self.unrouted_loaded == 0 {
+            return false;
+        }
+        let mut before = Blocking::default();
+        let unrouted = self.loaded.values().filter(|l| l.key.route.is_empty());
+        unrouted.for_each(|l| before.add(l.waiting.lanes));
+        before.holds(lanes)
+    }
+
+    /// A blocked row is published after all; its entry settles with its message.
+    pub fn unload_blocked(&mut self, key: &Key) {
+        self.remove(key);
+        self.blocked.remove(key);
+    }
+
+    /// One message of a loaded row was confirmed.
+    pub fn confirmed(&mut self, number: u64) {
+        // Another of its messages may have failed meanwhile; then the row waits again.
+        let Some(loaded) = self.loaded.get_mut(&number) else { return };
+        loaded.open -= 1;
+        if loaded.open == 0 {
+            let Loaded { key, .. } = self.unload(number).expect("it was just read");
+            self.change(key, RowState::Released, None);
+        }
+    }
+
+    /// A loaded row failed again, or follows one that did: it waits for a person again.
+    pub fn failed(&mut self, number: u64, why: Option<(Why, String)>) {
+        // With several messages the first failure speaks for the row; a row is published again as
+        // a whole, and its messages keep their ids.
+        let Some(Loaded { key, mut waiting, .. }) = self.unload(number) else { return };
+        waiting.state = RowState::Parked;
+        if let Some((why, _)) = &why {
+            waiting.why = *why;
+        }
+        waiting.place =
+            if self.pending.contains_key(&key) { Place::Pending } else { Place::Stored };
+        self.insert(&key, waiting);
+        self.change(key, RowState::Parked, why);
+        self.park_followers();
+    }
+
+    /// A row that was to be tried again failed before it was on its way.
+    pub fn refused(&mut self, key: &Key, why: Why, error: String) {
+        let number = self.load(key, 1);
+        self.failed(number, Some((why, error)));
+    }
+
+    /// What waits behind a parked row waits for a person, too.
+    fn park_followers(&mut self) {
+        let mut parked = Blocking::default();
+        let mut changed = Vec::new();
+        for (key, waiting) in &mut self.rows {
+            if waiting.state == RowState::Retrying && parked.holds(waiting.lanes) {
+                waiting.state = RowState::Parked;
+                changed.push((key.clone(), waiting.place));
+            }
+            if waiting.state == RowState::Parked {
+                parked.add(waiting.lanes);
+            }
+        }
+        for (key, place) in changed {
+            match place {
+                Place::Blocked => {}
+                Place::Stored | Place::Pending => self.change(key, RowState::Parked, None),
+            }
+        }
+    }
+
+    /// Notes a change of a row where it is: in memory, or to be written.
+    fn change(&mut self, key: Key, state: RowState, why: Option<(Why, String)>) {
+        let Some(row) = self.pending.get_mut(&key) else {
+            self.changes.insert(key.clone(), Changed { key, state, why });
+            return;
+        };
+        row.state = state;
+        if let Some((why, error)) = why {
+            (row.why, row.error) = (why, error);
+            row.attempts += 1;
+        }
+    }
+
+    /// Rows that are on their way again.
+    pub fn on_their_way(&self) -> usize {
+        self.loaded.len()
+    }
+
+    /// Bytes that wait to be written and belong to no entry of the window.
+    pub fn pending_bytes(&self) -> usize {
+        self.pending_bytes
+    }
+
+    fn insert(&mut self, key: &Key, waiting: Waiting) {
+        for set in sets(waiting.lanes) {
+            self.map(set).entry(set.hash()).or_default().insert(key.clone());
+        }
+        self.unrouted += usize::from(key.route.is_empty());
+        self.rows.insert(key.clone(), waiting);
+    }
+
+    fn remove(&mut self, key: &Key) -> Option<Waiting> {
+        let waiting = self.rows.remove(key)?;
+        self.unrouted -= usize::from(key.route.is_empty());
+        for set in sets(waiting.lanes) {
+            let map = self.map(set);
+            let keys = map.get_mut(&set.hash()).expect("a row stands in its lanes");
+            keys.remove(key);
+            if keys.is_empty() {
+                map.remove(&set.hash());
+            }
+        }
+        Some(waiting)
+    }
+
+    fn map(&mut self, set: Set) -> &mut HashMap<u64, BTreeSet<Key>> {
+        match set {
+            Set::Lane(_) => &mut self.lanes,
+            Set::Table(_) => &mut self.tables,
+            Set::Barriers(_) => &mut self.barriers,
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Parked rows that people want tried again: read, made into messages, and put into their lanes
+//! in order. Nobody else publishes them.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::envelope::message_id;
+use crate::error::{Error, Result};
+use crate::message::{Message, Parts};
+use crate::position::Position;
+use crate::publisher::Publisher;
+use crate::relay::checkpoint::Store;
+use crate::relay::parking::Next;
+use crate::relay::parking::row::{Raw, Row, Why, shorten};
+use crate::relay::parking::store::Found;
+use crate::relay::window::admission::fits;
+use crate::relay::window::lanes::{About, Owner};
+use crate::relay::window::remembered::MessageKey;
+use crate::relay::{Ending, Relay};
+use crate::route::{Decision, Lanes, Ordering};
+use crate::source::Source;
+
+/// How often the table is asked whether people changed something, while it has rows.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
+    /// Begins to look at the table, or to read rows, when there is a reason. Not while a write is
+    /// under way: what is read must be what we know plus what people did.
+    pub(in crate::relay) fn start_looking(&mut self) {
+        let ending = !matches!(self.ending, Ending::No);
+        if !self.retry_due || self.looking.is_some() || self.storing.is_some() || ending {
+            return;
+        }
+        self.retry_due = false;
+        if self.parking.is_idle() {
+            return;
+        }
+        let holds = self.lanes.holds();
+        let held: Vec<_> = holds.map(|(id, _)| self.router.by_id(id).label.clone()).collect();
+        loop {
+            match self.parking.next_retry(|route| held.iter().any(|name| **name == *route)) {
+                Some(Next::Read(keys)) => {
+                    self.looking = Some(Box::pin(self.store.read(keys)));
+                    return;
+                }
+                Some(Next::Pending(row)) => self.retry(row),
+                Some(Next::Blocked(row, entry)) => {
+                    let messages = self.messages_of(&row);
+                    let Ok(messages) = messages else { break };
+                    self.parking.unload_blocked(&row.key);
+                    // The entry waits for one: the row.
+                    self.window.becomes(entry, messages.len());
+                    let (about, now) = (about(&row), Instant::now().into_std());
+                    for (message, lanes) in messages {
+                        let owner = Owner::Window(entry);
+                        self.remembered.sends(message.route, lanes);
+                        self.lanes.admit(message, about.clone(), lanes, owner, now);
+                    }
+                }
+                None => break,
+            }
+        }
+        if Instant::now() >= self.look_at {
+            self.look_at = Instant::now() + LOOK_EVERY;
+            self.looking = Some(Box::pin(self.store.look(self.parking.counts())));
+        }
+    }
+
+    /// What the look has found.
+    pub(in crate::relay) fn found(&mut self, found: Found) {
+        self.retry_due = true;
+        match found {
+            Found::Same => {}
+            Found::Index(rows) => self.parking.reload(rows),
+            Found::Rows(rows) => {
+                if rows.is_empty() {
+                    // Somebody was faster: what we know is old. No count is as large as this.
+                    self.retry_due = false;
+                    self.looking = Some(Box::pin(self.store.look((usize::MAX, 0))));
+                }
+                rows.into_iter().for_each(|row| self.retry(row));
+            }
+        }
+    }
+
+    /// Puts a row into its lanes, if nothing has come between; else it is parked again.
+    fn retry(&mut self, row: Row) {
+        if !self.parking.is_retrying(&row.key) {
+            return;
+        }
+        match self.messages_of(&row) {
+            Ok(messages) => {
+                let number = self.parking.load(&row.key, messages.len().max(1));
+                if messages.is_empty() {
+                    // By now a route drops it.
+                    self.parking.confirmed(number);
+                }
+                let (about, now) = (about(&row), Instant::now().into_std());
+                for (message, lanes) in messages {
+                    self.metrics.parked.retried.increment(1);
+                    let owner = Owner::Parked(number);
+                    self.remembered.sends(message.route, lanes);
+                    self.lanes.admit(message, about.clone(), lanes, owner, now);
+                }
+            }
+            Err((why, error)) => {
+                tracing::warn!(
+                    route = &*row.key.route,
+                    key = row.key_text,
+                    position = %row.key.position,
+                    kind = %why,
+                    error = %error,
+                    "a parked message cannot be published yet; it is parked again"
+                );
+                self.parking.refused(&row.key, why, shorten(&error));
+            }
+        }
+    }
+
+    /// Messages that were parked and published before a checkpoint passed them. A row of an event
+    /// that no route selected has several, and is not among them.
+    pub(in crate::relay) fn released(&self) -> Vec<(MessageKey, Position)> {
+        let rows = self.parking.released_unwritten();
+        let message = |row: &Row| {
+            let route = self.router.by_name(&row.key.route)?;
+            let part = row.key.part;
+            let id = match &row.raw {
+                Raw::Event(_) => message_id(row.id, route, part),
+                Raw::Message { .. } => row.id,
+            };
+            Some((MessageKey { id, route: route.id, part }, row.key.position))
+        };
+        rows.filter_map(message).collect()
+    }
+
+    /// The messages of a parked row under the routes as they are now.
+    fn messages_of(&mut self, row: &Row) -> Result<Vec<(Message, Lanes)>, (Why, Error)> {
+        let max_body = self.max_body();
+        let route = self.router.by_name(&row.key.route);
+        if route.is_none() && !row.key.route.is_empty() {
+            let text = format!("there is no route {:?} any more", row.key.route);
+            let hint = "add the route again, or discard the row";
+            return Err((Why::NoRoute, Error::event(text).hint(hint)));
+        }
+        let event = match (&row.raw, route) {
+            (Raw::Event(json), _) => {
+                crate::event::stored::from_json(json, row.id, row.key.position)
+                    .map_err(|error| (Why::Invalid, error))?
+            }
+            (Raw::Message { routing_key, properties, body }, Some(route)) => {
+                let parts = Parts { key: &row.key_text, routing_key, properties, body };
+                let message = Message::from_parts(&parts, route.exchange, route.id, row.id);
+                let mut message = message.map_err(|error| (Why::Invalid, error))?;
+                message.part = row.key.part;
+                message.in_sequence = route.ordering == Ordering::Pipelined;
+                message.route_hash = route.hash();
+                return Ok(vec![(fits(message, max_body)?, row.lanes)]);
+            }
+            (Raw::Message { .. }, None) => {
+                return Err((Why::Invalid, Error::event("the stored row names no route")));
+            }
+        };
+        // A row that no route selected becomes what all routes make of it now.
+        let part = row.key.part;
+        let (mut made, mut selected) = (Vec::new(), false);
+        self.plans.decide_alone(&self.router, &event, |decision| match decision {
+            Decision::Drop(_) => selected |= route.is_none(),
+            Decision::Publish(plan, lanes) if route.is_none_or(|r| r.id == plan.route.id) => {
+                made.push(self.envelope.message(&event, plan, part).map(|made| (made, lanes)));
+            }
+            Decision::Publish(..) => {}
+        });
+        let mut messages = Vec::new();
+        for made in made {
+            let (message, lanes) = made.map_err(|error| (Why::Invalid, error))?;
+            messages.push((fits(message, max_body)?, lanes));
+        }
+        if messages.is_empty() && !selected {
+            let text = format!("route {:?} does not select it", row.key.route);
+            return Err((Why::NoRoute, Error::event(text).hint(Why::NoRoute.hint())));
+        }
+        Ok(messages)
+    }
+}
+
+fn about(row: &Row) -> About {
+    About {
+        position: row.key.position,
+        source: row.source.as_str().into(),
+        committed_at_us: row.committed_at_us,
+    }
+}

@@ -1,0 +1,162 @@
+//! One life of the connections to both ends.
+//!
+//! Order of the start: the broker's lock queue is held before anything is read, so that no other
+//! relay of this name is still publishing; then the source is prepared, by its kind: the checkpoint
+//! is read, compared with the server, and taken over, and reading starts where it says.
+
+pub(in crate::relay) mod catalog;
+pub mod circuit;
+pub mod facts;
+pub mod phantoms;
+pub mod supervisor;
+pub mod unsendable;
+pub mod wal;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::amqp::publisher::Connection;
+use crate::error::{Error, Kind, Result};
+use crate::metrics::Metrics;
+use crate::pg::client::Closed;
+use crate::publisher::Publisher as _;
+use crate::relay::check::position::Failover;
+use crate::relay::checkpoint::own::OwnCheckpoint;
+use crate::relay::checkpoint::progress::Progress;
+use crate::relay::checkpoint::{PostgresStore, Row};
+use crate::relay::parking::Parking;
+use crate::relay::status::Status;
+use crate::relay::upkeep::canary::Canary;
+use crate::relay::{Kept, Options, Parts, Relay};
+use crate::route::{Plans, Router};
+use crate::source::{AnySource, SourceKind};
+
+/// An open session, ready to run.
+pub struct Session {
+    /// The engine.
+    pub relay: Relay<AnySource, Connection, PostgresStore>,
+    /// Tells when the SQL connection ends: a shutdown of the server is seen at once.
+    pub closed: Closed,
+}
+
+/// What all sessions of a process share.
+#[derive(Clone)]
+pub struct Shared {
+    /// Metrics handles.
+    pub metrics: Arc<Metrics>,
+    /// What `/status` shows.
+    pub status: Arc<Status>,
+    /// What was written to be seen in the stream.
+    pub canary: Arc<Canary>,
+    /// What the process itself last took or stored of its checkpoint.
+    pub own: Arc<OwnCheckpoint>,
+}
+
+/// Opens all three connections and starts the stream.
+///
+/// The broker comes first, because its lock queue decides who may continue: a standby asks nothing
+/// of Postgres, and changes nothing in the broker.
+///
+/// # Errors
+/// Whatever stands in the way; verdicts of [`position`] among them.
+pub async fn open(
+    options: &Options,
+    router: &Arc<Router>,
+    shared: &Shared,
+    kept: &mut Kept,
+) -> Result<Session> {
+    let mut broker = options.broker.clone();
+    broker.exchanges = router.exchanges().to_vec();
+    broker.lock_queue = Some(format!("watership.{}.lock", options.name));
+    let mut publisher = count_busy(Connection::open(&broker).await, &shared.metrics.lock_busy)?;
+    let preparing = async {
+        match options.kind {
+            SourceKind::Wal => wal::prepare(options, &broker, shared, &mut kept.remembered).await,
+        }
+    };
+    let prepared = while_kept_alive(&mut publisher, preparing).await;
+    let Prepared { source, keys, store, parking, row, failover, canary, closed } = match prepared {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            publisher.close().await;
+            return Err(error);
+        }
+    };
+    if let Some(failover) = failover {
+        let phantoms = kept.published.take_beyond(failover.switch);
+        shared.metrics.wal.phantom_suspected.increment(phantoms);
+        tracing::warn!(
+            timeline = failover.timeline,
+            switch = %failover.switch,
+            from = %failover.flush_lsn,
+            phantoms,
+            epoch = row.position.epoch,
+            "a standby was promoted: the stream continues from its slot in a new epoch; phantoms \
+             are events that were published and then rolled back"
+        );
+    }
+    tracing::info!(
+        session = row.session_no,
+        position = %row.position,
+        flush_lsn = %row.flush_lsn,
+        slot = options.slot,
+        remembered = kept.remembered.len(),
+        "streaming"
+    );
+    let parts = Parts {
+        source,
+        publisher,
+        store,
+        progress: Progress::new(row.position, row.flush_lsn.into()),
+        parking,
+        router: router.clone(),
+        plans: Plans::new(router, keys),
+        metrics: shared.metrics.clone(),
+        status: shared.status.clone(),
+        canary: shared.canary.clone(),
+        published: std::mem::take(&mut kept.published),
+        remembered: std::mem::take(&mut kept.remembered),
+    };
+    shared.canary.begin(row.flush_lsn, canary, std::time::Instant::now());
+    Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed })
+}
+
+/// Does `work` while the broker connection, which publishes nothing yet, is kept alive.
+async fn while_kept_alive<T>(
+    publisher: &mut Connection,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let mut outcomes = Vec::new();
+    tokio::select! { biased;
+        ended = publisher.next_outcomes(&mut outcomes) => match ended {
+            Err(error) => Err(error),
+            Ok(()) => Err(Error::protocol("the broker confirmed what was never published")),
+        },
+        done = work => done,
+    }
+}
+
+/// Counts an attempt that failed because another relay is active.
+fn count_busy<T>(result: Result<T>, busy: &metrics::Counter) -> Result<T> {
+    if result.as_ref().is_err_and(|error| error.kind() == Kind::Busy) {
+        busy.increment(1);
+    }
+    result
+}
+
+/// The source's half of a session, of whatever kind it is.
+struct Prepared {
+    source: AnySource,
+    /// Names of the key's columns of each captured table, by OID, where the stream resumes.
+    keys: HashMap<u32, Vec<String>>,
+    store: PostgresStore,
+    parking: Parking,
+    /// The checkpoint, taken over.
+    row: Row,
+    /// The server that was left for its promoted standby.
+    failover: Option<Failover>,
+    /// Whether the canary is in the publication.
+    canary: bool,
+    /// Reports the end of the SQL connection.
+    closed: Closed,
+}

@@ -1,0 +1,257 @@
+//! The start of a session that reads the WAL: slot, publication and timeline are compared with the
+//! checkpoint before it is taken over, and the stream begins where it says.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use tokio_postgres::Client;
+
+use super::facts::{self, StartFacts};
+use super::{Prepared, Shared, catalog, count_busy};
+use crate::amqp::{self, topology};
+use crate::error::{Code, Error, Kind, Result};
+use crate::pg;
+use crate::pg::client::{SqlConnection, sql};
+use crate::pg::publication::{Publication, TableName};
+use crate::pg::replication::{ReplicationConnection, ReplicationStream, StreamOptions};
+use crate::pg::slot::{ServerFacts, insert_lsn};
+use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
+use crate::position::Lsn;
+use crate::relay::Options;
+use crate::relay::check::position::{self, Failover, Start};
+use crate::relay::checkpoint::own::OwnCheckpoint;
+use crate::relay::checkpoint::{self, PostgresStore, Row};
+use crate::relay::parking::{Parking, store as parked};
+use crate::relay::window::remembered::Remembered;
+use crate::source::AnySource;
+use crate::source::transaction::{self, Assembler, Timelines};
+use crate::source::wal::{Timing, Wal};
+use crate::verdict::Verdict;
+
+/// Connects to Postgres, takes the checkpoint over, and starts the stream where it says.
+///
+/// # Errors
+/// Whatever stands in the way; verdicts of [`position`] among them.
+pub(super) async fn prepare(
+    options: &Options,
+    broker: &amqp::options::Options,
+    shared: &Shared,
+    remembered: &mut Remembered,
+) -> Result<Prepared> {
+    let busy = &shared.metrics.slot_busy;
+    let (SqlConnection { client, closed }, mut replication, ()) = tokio::try_join!(
+        sql(&options.sql),
+        ReplicationConnection::connect(&options.sql),
+        topology::apply(broker, &options.topology)
+    )?;
+    let client = Arc::new(client);
+    // Whether a standby has the checkpoint does not matter, and it may be away for long.
+    client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
+    let (timelines, system_id) = timelines(&mut replication).await?;
+    let taken = take_over(&client, options, &timelines, &shared.own, remembered).await;
+    let taken = count_busy(taken, busy)?;
+    let row = &taken.row;
+    if system_id != row.system_id {
+        let text = "the replication connection reaches another cluster than the SQL connection";
+        return Err(Error::named(Verdict::OtherCluster, text)
+            .hint("source.url must name one server, not a load balancer"));
+    }
+    let stream = stream(&client, replication, options, &taken, timelines).await;
+    let (stream, assembler, keys) = count_busy(stream, busy)?;
+    let timing = Timing::new(taken.server.wal_sender_timeout);
+    let source = AnySource::Wal(Wal::new(stream, assembler, timing, row.flush_lsn));
+    let found = parked::index(&client, &options.name).await?;
+    let known = parked::known(&client, &options.name, row.position).await?;
+    let parking = Parking::new(options.tuning.parked, found, known);
+    let own = shared.own.clone();
+    let store = PostgresStore::new(client, &options.name, row.session_no, own).await?;
+    let TakenOver { row, failover, canary, .. } = taken;
+    Ok(Prepared { source, keys, store, parking, row, failover, canary, closed })
+}
+
+struct TakenOver {
+    row: Row,
+    server: ServerFacts,
+    publication: Publication,
+    failover: Option<Failover>,
+    /// Whether the canary is in the publication.
+    canary: bool,
+}
+
+/// Reads the checkpoint, makes sure that it may be started from, and takes it over.
+async fn take_over(
+    client: &Client,
+    options: &Options,
+    timelines: &Timelines,
+    own: &OwnCheckpoint,
+    remembered: &mut Remembered,
+) -> Result<TakenOver> {
+    let (name, last_known) = (&options.name, own.last_known());
+    let found = facts::read(client, options).await?;
+    let (stored, slot, server) = found.position();
+    if server.timeline != timelines.current() {
+        // Promoted between two looks: the history is that of before.
+        let (then, now) = (timelines.current(), server.timeline);
+        let text = format!("the server was promoted (timeline {then} to {now}) during start-up");
+        return Err(
+            Error::unreachable(text).hint("none needed: the next session uses the new timeline")
+        );
+    }
+    found.verify_own(last_known)?;
+    let failover = match found.verify(options, timelines.history())? {
+        Start::AsStored => None,
+        Start::Failover(failover) => Some(failover),
+    };
+    let publication = found
+        .publication()
+        .ok_or_else(|| Error::internal("verification passed without a publication"))?;
+    position::carries(publication, &options.wanted())?;
+    // Before the checkpoint is taken: what cannot work must not replace what does.
+    catalog::read_tables(client, options, publication).await?;
+    if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
+        // Before the checkpoint is taken: a relay on another broker or vhost, which has another
+        // lock, continues undisturbed.
+        let text = format!("slot {:?} is read by pid {pid}", options.slot);
+        return Err(Error::new(Kind::Busy, text)
+            .coded(Code::Sqlstate(OBJECT_IN_USE.into()))
+            .hint("another relay reads the slot; this relay is on standby"));
+    }
+    if let Some(failover) = &failover {
+        let followed = checkpoint::follow(client, name, stored, failover).await?;
+        followed.ok_or_else(|| checkpoint::taken_over(name))?;
+    }
+    let row = checkpoint::take_session(client, name, publication.oid).await?;
+    own.took(&row, remembered);
+    let canary = agree(client, options, &found, publication).await?;
+    let (publication, server) = (publication.clone(), found.into_server());
+    Ok(TakenOver { row, server, publication, failover, canary })
+}
+
+/// Records the publication as it is now, and reports what is odd about it. Returns whether the
+/// canary is in it.
+async fn agree(
+    client: &Client,
+    options: &Options,
+    found: &StartFacts,
+    publication: &Publication,
+) -> Result<bool> {
+    let wanted = options.wanted();
+    let unwanted = publication.tables.iter().map(|published| published.table.to_string());
+    let unwanted: Vec<String> = unwanted.filter(|table| !wanted.contains(table)).collect();
+    if !unwanted.is_empty() {
+        let publication = &options.publication;
+        tracing::warn!(
+            publication,
+            tables = ?unwanted,
+            "tables in the publication but not in source.tables; their changes are ignored"
+        );
+    }
+    let facts = position::facts(publication, &wanted);
+    if found.agreed() != Some(&facts) {
+        tracing::info!(
+            publication = options.publication,
+            tables = ?facts.tables.iter().map(|t| t.table.to_string()).collect::<Vec<_>>(),
+            "recorded the current publication"
+        );
+        checkpoint::agree(client, &options.name, &facts).await?;
+    }
+    // From the second on, a canary is an update of its row.
+    let updates = publication.operations.update;
+    let canary = updates && facts.tables.iter().any(|t| t.table == TableName::canary());
+    if !canary && !options.canary_interval.is_zero() {
+        tracing::warn!(
+            publication = options.publication,
+            updates,
+            "watership.canary is not in the publication, or its updates are not, so a deaf stream \
+             is not noticed: run `watership init`, and let the publication publish updates"
+        );
+    }
+    Ok(canary)
+}
+
+async fn stream(
+    client: &Client,
+    replication: ReplicationConnection,
+    options: &Options,
+    taken: &TakenOver,
+    timelines: Timelines,
+) -> Result<(ReplicationStream, Assembler, HashMap<u32, Vec<String>>)> {
+    let row = &taken.row;
+    // The place comes first: what is changed in between is then read, or newer.
+    let catalog_at = insert_lsn(client).await?;
+    let types = if options.binary { Some(catalog::user_types(client).await?) } else { None };
+    let captured = catalog::captured(client, options, &taken.publication).await?;
+    let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));
+    let keys = keys.collect();
+    let assembler = Assembler::new(transaction::Options {
+        epoch: row.position.epoch,
+        system_id: row.system_id,
+        timelines,
+        resume_after: row.position,
+        database: taken.server.database.as_str().into(),
+        outbox: options.outbox.clone(),
+        captured,
+        catalog_at,
+        types,
+        canary: options.name.clone(),
+    });
+    let publications = [&*options.publication];
+    let asked = StreamOptions { binary: options.binary };
+    let stream = replication.start(&options.slot, row.flush_lsn, &publications, asked).await?;
+    Ok((stream, assembler, keys))
+}
+
+/// The timeline that the server is on with its ancestors, and the system identifier.
+async fn timelines(replication: &mut ReplicationConnection) -> Result<(Timelines, u64)> {
+    let system = replication.identify_system().await?;
+    let history = match system.timeline {
+        0 | 1 => Vec::new(),
+        timeline => parse_history(&replication.timeline_history(timeline).await?)?,
+    };
+    Ok((Timelines::new(system.timeline, history), system.system_id))
+}
+
+/// The ancestors of the server's timeline, for commands that only look; empty where not needed.
+///
+/// # Errors
+/// The server's.
+pub async fn ancestors_for(
+    options: &pg::connect::Options,
+    found: &StartFacts,
+) -> Result<Vec<(u32, Lsn)>> {
+    if !found.is_elsewhere() || found.position().2.wal_level != "logical" {
+        return Ok(Vec::new());
+    }
+    let mut replication = ReplicationConnection::connect(options).await?;
+    let (timelines, _) = timelines(&mut replication).await?;
+    replication.close().await;
+    Ok(timelines.history().to_vec())
+}
+
+/// Lines of `timeline <tab> switch LSN <tab> reason`, oldest first, with comments.
+///
+/// <https://www.postgresql.org/docs/current/protocol-replication.html>, TIMELINE_HISTORY.
+fn parse_history(content: &str) -> Result<Vec<(u32, Lsn)>> {
+    let line = |line: &str| {
+        let wrong = || Error::protocol(format!("timeline history line {line:?}"));
+        let mut fields = line.split_whitespace();
+        let timeline = fields.next().and_then(|f| f.parse().ok()).ok_or_else(wrong)?;
+        let switch = fields.next().ok_or_else(wrong)?.parse()?;
+        Ok((timeline, switch))
+    };
+    let is_entry = |l: &&str| !l.trim().is_empty() && !l.trim_start().starts_with('#');
+    content.lines().filter(is_entry).map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_a_timeline_history() {
+        let text = "# comment\n1\t0/15D68C0\tno recovery target specified\n\n2\t0/3000000\tx y\n";
+        let history = parse_history(text).unwrap();
+        assert_eq!(history, [(1, Lsn(0x15D_68C0)), (2, Lsn(0x300_0000))]);
+        assert!(parse_history("1 nonsense").is_err());
+    }
+}

@@ -1,0 +1,295 @@
+//! The in-band canary: a numbered row that goes through the publication like any event.
+//!
+//! The upkeep writes it, the source reports the last one that came through the stream. A stream
+//! that has moved past a canary without bringing it leaves out what is published: it is deaf.
+//! Postgres 18 does that, without an error, when the publication was dropped for a while.
+//!
+//! Rows of the canary are never events and never progress. While canaries are written, an idle
+//! stream advances no further than the last one that came: what lies behind it is not proven.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::error::Error;
+use crate::position::Lsn;
+use crate::source::Canary as Seen;
+use crate::verdict::{RESYNC, Verdict};
+
+/// In addition to three intervals: how long a canary may take at least.
+const GRACE: Duration = Duration::from_secs(30);
+/// Canaries that are remembered while the stream is far behind; the oldest says everything.
+const PENDING_MAX: usize = 64;
+/// More WAL than one write of ours can be is somebody else's.
+const SPAN_MAX: u64 = 16 * 1024;
+
+/// The cell between the upkeep, which writes, and the loop, which sees.
+#[derive(Debug)]
+pub struct Canary(Mutex<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    interval: Duration,
+    /// The publication of the running session has the table.
+    listening: bool,
+    /// Where the session began.
+    began: (Lsn, Instant),
+    /// Written and not yet seen, oldest first.
+    pending: VecDeque<Written>,
+    last_written: Option<Instant>,
+    /// The last one of this session.
+    last_seen: Option<Seen>,
+    /// When what was seen last had been written.
+    fresh_at: Option<Instant>,
+    /// WAL that canaries took and that was not asked for yet, in bytes.
+    own_bytes: u64,
+}
+
+/// A canary that was committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    /// Its number.
+    pub number: u64,
+    /// The end of WAL after its commit.
+    pub end: Lsn,
+    /// About how much WAL it took, in bytes.
+    pub span: u64,
+    /// When it was committed.
+    pub at: Instant,
+}
+
+impl Canary {
+    /// One that is written every `interval`; zero means never.
+    pub fn new(interval: Duration) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Inner {
+            interval,
+            listening: false,
+            began: (Lsn::ZERO, Instant::now()),
+            pending: VecDeque::new(),
+            last_written: None,
+            last_seen: None,
+            fresh_at: None,
+            own_bytes: 0,
+        })))
+    }
+
+    /// A session begins at `flush`; `published` says whether the canary comes through it.
+    pub fn begin(&self, flush: Lsn, published: bool, now: Instant) {
+        let mut inner = self.lock();
+        inner.listening = published && !inner.interval.is_zero();
+        inner.began = (flush, now);
+        inner.last_seen = None;
+        // An earlier session passed it, or a failover rolled it away.
+        inner.pending.clear();
+    }
+
+    /// The session ended.
+    pub fn end(&self) {
+        self.lock().listening = false;
+    }
+
+    /// Whether one is to be written now.
+    pub fn is_due(&self, now: Instant) -> bool {
+        let inner = self.lock();
+        let waited = inner.last_written.map(|at| now.saturating_duration_since(at));
+        // The upkeep looks in a little early or late.
+        inner.listening && waited.is_none_or(|waited| waited + TOLERANCE >= inner.interval)
+    }
+
+    /// One was committed.
+    pub fn wrote(&self, written: Written) {
+        let mut inner = self.lock();
+        inner.last_written = Some(written.at);
+        inner.own_bytes += written.span.min(SPAN_MAX);
+        // The stream can be faster than the answer to the write; and what lies before the session
+        // does not come in it.
+        let came = inner.last_seen.is_some_and(|seen| seen.number >= written.number);
+        if came {
+            inner.fresh_at = inner.fresh_at.max(Some(written.at));
+        }
+        let came = came || written.end <= inner.began.0;
+        if !came && inner.pending.len() < PENDING_MAX {
+            inner.pending.push_back(written);
+        }
+    }
+
+    /// What the source saw last.
+    pub fn seen(&self, seen: Option<Seen>, now: Instant) {
+        let Some(seen) = seen else { return };
+        let mut inner = self.lock();
+        if inner.last_seen == Some(seen) {
+            return;
+        }
+        inner.last_seen = Some(seen);
+        let mut fresh_at = None;
+        while let Some(written) = inner.pending.front().filter(|w| w.number <= seen.number) {
+            fresh_at = Some(written.at);
+            inner.pending.pop_front();
+        }
+        // Another process may have written it.
+        inner.fresh_at = Some(fresh_at.unwrap_or(now));
+    }
+
+    /// How old the newest state is that came through the stream; absent without canary.
+    pub fn age(&self, now: Instant) -> Option<Duration> {
+        let inner = self.lock();
+        let since = inner.fresh_at.unwrap_or(inner.began.1);
+        inner.listening.then(|| now.saturating_duration_since(since))
+    }
+
+    /// Time since one came through a stream of this process, also while none runs.
+    pub fn silence(&self, now: Instant) -> Option<Duration> {
+        self.lock().fresh_at.map(|at| now.saturating_duration_since(at))
+    }
+
+    /// WAL that canaries took since the last call, in bytes.
+    pub fn take_own_bytes(&self) -> u64 {
+        std::mem::take(&mut self.lock().own_bytes)
+    }
+
+    /// How far an idle stream may advance; absent when nothing limits it. When no canary can be
+    /// written the limit falls: a canary must not pin WAL.
+    pub fn limit(&self, now: Instant) -> Option<Lsn> {
+        let inner = self.lock();
+        let (began, begun_at) = inner.began;
+        let last = inner.last_written.map_or(begun_at, |at| at.max(begun_at));
+        let expected = now.saturating_duration_since(last) < inner.patience();
+        (inner.listening && expected).then(|| inner.last_seen.map_or(began, |seen| seen.end))
+    }
+
+    /// The verdict about a stream that received everything up to `received` from the server.
+    pub fn verdict(&self, received: Lsn, now: Instant) -> Option<Error> {
+        let inner = self.lock();
+        let missed = inner.pending.front().filter(|_| inner.listening)?;
+        let waited = now.saturating_duration_since(missed.at);
+        if missed.end >= received || waited < inner.patience() {
+            return None;
+        }
+        let from = inner.last_seen.map_or(inner.began.0, |seen| seen.end);
+        let text = format!(
+            "the stream is at {received} and has not brought canary {} of {}, committed {} s ago: \
+             it leaves out what is published; events committed between {from} and {received} may \
+             be missing",
+            missed.number,
+            missed.end,
+            waited.as_secs()
+        );
+        Some(Error::named(Verdict::StreamDeaf, text).hint(format!(
+            "look into the server's log, and at the publication with `watership check`; to accept \
+             the gap and go on with a new slot: {RESYNC} --from now --anyway"
+        )))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().expect("nobody panics while holding the canary")
+    }
+}
+
+/// The upkeep's clock and ours differ by less.
+const TOLERANCE: Duration = Duration::from_millis(100);
+
+impl Inner {
+    fn patience(&self) -> Duration {
+        self.interval * 3 + GRACE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(10);
+
+    fn written(number: u64, end: u64, at: Instant) -> Written {
+        Written { number, end: Lsn(end), span: 100, at }
+    }
+
+    fn listening(at: Instant) -> Arc<Canary> {
+        let canary = Canary::new(INTERVAL);
+        canary.begin(Lsn(50), true, at);
+        canary
+    }
+
+    #[test]
+    fn a_stream_that_moves_past_a_canary_without_it_is_deaf_after_a_while() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let canary = listening(start);
+        canary.wrote(written(7, 100, start));
+        assert!(canary.verdict(Lsn(1000), after(59)).is_none(), "too early");
+        assert!(canary.verdict(Lsn(100), after(3600)).is_none(), "a backlog is not deafness");
+        let error = canary.verdict(Lsn(1000), after(61)).expect("deaf");
+        assert_eq!(error.verdict(), Some(Verdict::StreamDeaf));
+        for text in ["stream_deaf: ", "canary 7 of 0/64", "between 0/32 and 0/3E8"] {
+            assert!(error.to_string().contains(text), "{error}");
+        }
+        canary.seen(Some(Seen { number: 7, end: Lsn(90) }), after(61));
+        assert!(canary.verdict(Lsn(1000), after(3600)).is_none(), "it came");
+    }
+
+    #[test]
+    fn a_canary_that_came_before_its_write_was_answered_is_not_waited_for() {
+        let start = Instant::now();
+        let late = start + Duration::from_secs(3600);
+        let canary = listening(start);
+        canary.seen(Some(Seen { number: 7, end: Lsn(90) }), start);
+        canary.wrote(written(7, 100, start));
+        assert!(canary.verdict(Lsn(1000), late).is_none(), "it came");
+        canary.begin(Lsn(200), true, start);
+        canary.wrote(written(8, 200, start));
+        assert!(canary.verdict(Lsn(1000), late).is_none(), "it lies before the session");
+        canary.wrote(written(9, 300, start));
+        assert!(canary.verdict(Lsn(1000), late).is_some());
+    }
+
+    #[test]
+    fn only_the_own_session_is_judged() {
+        let start = Instant::now();
+        let late = start + Duration::from_secs(100);
+        let canary = listening(start);
+        canary.wrote(written(1, 100, start));
+        canary.begin(Lsn(50), true, late);
+        assert!(canary.verdict(Lsn(1000), late).is_none(), "it was the last session's");
+        canary.wrote(written(2, 200, start));
+        assert!(canary.verdict(Lsn(1000), late).is_some());
+        canary.begin(Lsn(50), false, late);
+        canary.wrote(written(3, 300, start));
+        assert!(canary.verdict(Lsn(1000), late).is_none(), "it is not published");
+        canary.begin(Lsn(50), true, late);
+        canary.wrote(written(4, 400, start));
+        canary.end();
+        assert!(canary.verdict(Lsn(1000), late).is_none() && !canary.is_due(late));
+    }
+
+    #[test]
+    fn an_idle_stream_stops_at_the_last_canary_as_long_as_they_are_written() {
+        let start = Instant::now();
+        let canary = listening(start);
+        assert_eq!(canary.limit(start), Some(Lsn(50)), "the first one is on its way");
+        let late = start + Duration::from_secs(61);
+        assert_eq!(canary.limit(late), None, "none could be written");
+        canary.wrote(written(1, 100, start));
+        assert_eq!(canary.limit(start), Some(Lsn(50)), "none came: no further than the start");
+        canary.seen(Some(Seen { number: 1, end: Lsn(95) }), start);
+        assert_eq!(canary.limit(start), Some(Lsn(95)));
+        assert_eq!(canary.limit(late), None, "a canary that cannot be written pins nothing");
+        let off = Canary::new(Duration::ZERO);
+        off.begin(Lsn(50), true, start);
+        assert!(!off.is_due(start) && off.limit(start).is_none() && off.age(start).is_none());
+    }
+
+    #[test]
+    fn the_age_is_that_of_the_write_and_not_of_the_arrival() {
+        let start = Instant::now();
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let canary = listening(start);
+        assert!(canary.is_due(start));
+        canary.wrote(written(1, 100, start));
+        assert!(!canary.is_due(after(9)) && canary.is_due(after(10)));
+        canary.seen(Some(Seen { number: 1, end: Lsn(95) }), after(4));
+        assert_eq!(canary.age(after(6)), Some(Duration::from_secs(6)));
+        canary.seen(Some(Seen { number: 1, end: Lsn(95) }), after(20));
+        assert_eq!(canary.age(after(20)), Some(Duration::from_secs(20)), "nothing new came");
+        assert_eq!((canary.take_own_bytes(), canary.take_own_bytes()), (100, 0));
+    }
+}

@@ -1,0 +1,269 @@
+//! Intake: what the source hands on becomes entries of the window and messages in lanes, or rows
+//! that are parked.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use crate::error::{Error, Kind, Result};
+use crate::event::{Content, Event, id};
+use crate::message::Message;
+use crate::position::Position;
+use crate::publisher::Publisher;
+use crate::relay::checkpoint::Store;
+use crate::relay::parking::Parked;
+use crate::relay::parking::row::{Key, Row, Why};
+use crate::relay::window::EntryId;
+use crate::relay::window::lanes::{About, Owner};
+use crate::relay::window::remembered::MessageKey;
+use crate::relay::{Ending, Relay};
+use crate::route::{Decision, Lanes, OnPoison, Plan, unrouted_lanes};
+use crate::source::{Item, Receipt, Source};
+use crate::verdict::Verdict;
+
+/// What became of an event on one route.
+pub(in crate::relay) enum Made {
+    /// It may be sent when its lanes let it.
+    Message(Message, Lanes),
+    /// It is parked; with what its route wants for poison.
+    Row(Box<Row>, OnPoison),
+}
+
+/// Of the first lines about parked messages each is logged, then one in every [`LOGGED_EVERY`].
+const LOGGED_FIRST: u64 = 20;
+const LOGGED_EVERY: u64 = 1000;
+
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
+    pub(in crate::relay) fn admit_batch(&mut self) {
+        let now = tokio::time::Instant::now().into_std();
+        let mut batch = std::mem::take(&mut self.batch);
+        for item in batch.drain(..) {
+            if matches!(self.ending, Ending::Draining { .. }) {
+                // A poison event came before: nothing after it may be settled.
+                break;
+            }
+            let admitted = match item {
+                Item::Event(event, receipt) => self.admit(&event, receipt, now),
+                Item::Commit(receipt) => {
+                    self.metrics.wal.transactions.increment(1);
+                    self.push(receipt, 0, 0);
+                    Ok(())
+                }
+                Item::Idle(receipt) => {
+                    self.idle.reached(receipt);
+                    Ok(())
+                }
+                Item::Described(table, receipt) => {
+                    self.plans.describe(&self.router, &table);
+                    self.push(receipt, 0, 0);
+                    Ok(())
+                }
+            };
+            if let Err(poison) = admitted {
+                self.drain(Some(poison_verdict(poison)));
+            }
+        }
+        self.batch = batch;
+        self.settle_prefix();
+    }
+
+    /// Routes one event, gives its messages to the lanes, and parks what cannot be published.
+    fn admit(&mut self, event: &Event, receipt: Receipt, now: Instant) -> Result<()> {
+        // All messages are made before the first is admitted: a verdict is about the whole event.
+        self.made.clear();
+        let mut selected = false;
+        let max_body = self.max_body();
+        for decision in self.plans.decide(&self.router, event) {
+            selected = true;
+            match decision {
+                Decision::Drop(rule) => {
+                    self.metrics.routes[usize::from(rule.0)].dropped.increment(1);
+                }
+                Decision::Publish(plan, lanes) => {
+                    let made = self.envelope.message(event, plan, 0);
+                    let made = made.map_err(|error| (Why::Invalid, error));
+                    self.made.push(match made.and_then(|m| fits(m, max_body)) {
+                        Ok(message) => Made::Message(message, lanes),
+                        Err((why, error)) => poison(event, plan, lanes, why, error)?,
+                    });
+                }
+            }
+        }
+        if !selected {
+            let row =
+                Row::of_event(event, None, unrouted_lanes(event), Why::NoRoute, &no_route(event));
+            self.made.push(Made::Row(Box::new(row), OnPoison::Park));
+        }
+        if !self.parking.is_idle() {
+            self.follow_parked(event);
+        }
+        let size = |made: &Made| match made {
+            Made::Message(message, _) => message.size(),
+            Made::Row(row, _) => row.size(),
+        };
+        let bytes = self.made.iter().map(size).sum();
+        let count = u16::try_from(self.made.len()).expect("RULES_MAX fits");
+        let position = receipt.position();
+        let entry = self.push(receipt, count, bytes);
+        self.published.event(event.position.mark);
+        let mut made = std::mem::take(&mut self.made);
+        for made in made.drain(..) {
+            match made {
+                Made::Message(message, lanes) => {
+                    self.metrics.routes[usize::from(message.route.0)].received.increment(1);
+                    if self.is_left_out(&message, position, lanes, entry) {
+                        continue;
+                    }
+                    let about = About {
+                        position: event.position,
+                        source: event.table.full_name.clone(),
+                        committed_at_us: event.committed_at_us,
+                    };
+                    self.lanes.admit(message, about, lanes, Owner::Window(entry), now);
+                }
+                Made::Row(row, policy) => self.park(*row, entry, policy),
+            }
+        }
+        self.made = made;
+        Ok(())
+    }
+
+    /// The broker confirmed the message to an earlier session, and its turn has come: it is settled
+    /// and not sent.
+    fn is_left_out(
+        &mut self,
+        message: &Message,
+        position: Position,
+        lanes: Lanes,
+        entry: EntryId,
+    ) -> bool {
+        if self.remembered.is_empty() {
+            return false;
+        }
+        let key = MessageKey::of(message);
+        if !self.remembered.leaves_out(key, position, lanes) {
+            return false;
+        }
+        self.confirms.add(entry, key);
+        self.window.settle(entry);
+        true
+    }
+
+    /// Something is parked: makes rows of the messages that must follow it, and leaves out what an
+    /// earlier session parked already.
+    fn follow_parked(&mut self, event: &Event) {
+        let follows = Error::event("it follows an earlier message of its key");
+        if self.parking.has_unrouted() {
+            let unrouted = Key { position: event.position, route: "".into(), part: 0 };
+            let lanes = unrouted_lanes(event);
+            let known = self.parking.is_known(event.id, "", 0);
+            if known || self.parking.follows(&unrouted, lanes).is_some() {
+                self.made.clear();
+                if !known {
+                    let row = Row::of_event(event, None, lanes, Why::Follows, &follows);
+                    self.made.push(Made::Row(Box::new(row), OnPoison::Park));
+                }
+                return;
+            }
+        }
+        let mut made = std::mem::take(&mut self.made);
+        made.retain_mut(|made| {
+            let (message, lanes) = match made {
+                Made::Message(message, lanes) => (message, *lanes),
+                Made::Row(row, _) => {
+                    return !self.parking.is_known(event.id, &row.key.route, row.key.part);
+                }
+            };
+            let route = self.router.by_id(message.route);
+            let part = message.part;
+            let key = Key { position: event.position, route: route.label.clone(), part };
+            // Hashing the route's id for each event would be seen in the rate.
+            if self.parking.has_known() {
+                let ids = [event.id, id::of_route(event.id, &route.name), message.id];
+                if ids.iter().any(|id| self.parking.is_known(*id, &route.name, part)) {
+                    return false;
+                }
+            }
+            if self.parking.follows(&key, lanes).is_some() {
+                let table = matches!(event.content, Content::Change(_)).then_some(&event.table);
+                let plan = Plan::new(route.clone(), table);
+                let mut row = Row::of_event(event, Some(&plan), lanes, Why::Follows, &follows);
+                row.key.part = part;
+                *made = Made::Row(Box::new(row), OnPoison::Park);
+            }
+            true
+        });
+        self.made = made;
+    }
+
+    /// Parks a message whose entry is in the window.
+    pub(in crate::relay) fn park(&mut self, row: Row, entry: EntryId, policy: OnPoison) {
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let follows = self.parking.follows(&row.key, row.lanes);
+        self.metrics.parked.count(&row.key.route, row.why.as_str());
+        self.parked += 1;
+        if self.parked <= LOGGED_FIRST || self.parked.is_multiple_of(LOGGED_EVERY) {
+            tracing::warn!(
+                route = &*row.key.route,
+                key = row.key_text,
+                position = %row.key.position,
+                kind = %row.why,
+                error = row.error,
+                hint = row.why.hint(),
+                parked = self.parked,
+                "a message cannot be published; it is parked"
+            );
+        }
+        match self.parking.park(row, entry, policy, follows, clock.as_secs_f64()) {
+            Parked::Settled => self.window.settle(entry),
+            Parked::Blocked => {}
+        }
+    }
+
+    /// Largest body that the publisher takes, or that the broker was seen to take.
+    pub(in crate::relay) fn max_body(&self) -> usize {
+        self.publisher.max_body().min(self.broker_max_body)
+    }
+
+    fn push(&mut self, receipt: Receipt, messages: u16, bytes: usize) -> EntryId {
+        self.idle.busy();
+        self.progress.received(receipt.position());
+        self.window.push(receipt, messages, bytes)
+    }
+}
+
+/// The message, if the broker takes one of its size.
+pub(in crate::relay) fn fits(message: Message, max: usize) -> Result<Message, (Why, Error)> {
+    let len = message.body().len();
+    if len <= max {
+        return Ok(message);
+    }
+    let text = format!("its body has {len} bytes, the limit is {max}");
+    let hint = "raise broker.max_message_size if the broker takes more";
+    Err((Why::TooLarge, Error::event(text).hint(hint)))
+}
+
+fn poison(event: &Event, plan: &Plan, lanes: Lanes, why: Why, error: Error) -> Result<Made> {
+    match plan.route.policy.on_poison {
+        OnPoison::Stop => Err(error.context(format!("event {} ({})", event.id, event.position))),
+        policy @ (OnPoison::Park | OnPoison::Block) => {
+            let row = Row::of_event(event, Some(plan), lanes, why, &error);
+            Ok(Made::Row(Box::new(row), policy))
+        }
+    }
+}
+
+fn no_route(event: &Event) -> Error {
+    let what = match &event.content {
+        Content::Outbox(row) => format!("aggregate type {:?}", &*row.aggregate_type),
+        Content::Change(_) => format!("table {:?}", event.table.full_name),
+    };
+    Error::event(format!("no route selects {what}"))
+        .hint("add a [[route]] for it, or one with drop = true to drop and count such events")
+}
+
+/// An event that its route does not want parked stops the relay.
+fn poison_verdict(error: Error) -> Error {
+    if error.kind() != Kind::Event {
+        return error;
+    }
+    error.context("this event cannot be published").as_verdict(Verdict::EventUnpublishable)
+}

@@ -1,0 +1,197 @@
+//! What became of each publish: confirmed, to be tried again, held, or parked.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use crate::amqp::reply::{self, Cause};
+use crate::error::{Error, Result};
+use crate::message::RouteId;
+use crate::metrics::RouteMetrics;
+use crate::publisher::{Outcome, Publisher, Ticket};
+use crate::relay::Relay;
+use crate::relay::checkpoint::Store;
+use crate::relay::parking::row::{Key, Row, RowState, Why, raw_message, shorten};
+use crate::relay::window::lanes::{Confirmed, Owner, Slot};
+use crate::route::OnPoison;
+use crate::source::Source;
+use crate::verdict::Verdict;
+
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
+    /// Every outcome of the publisher, each exactly once.
+    ///
+    /// # Errors
+    /// When the broker closed a channel for another reason than its messages: the session is over.
+    pub(in crate::relay) fn settle_outcomes(&mut self) -> Result<()> {
+        let mut over = None;
+        let now = tokio::time::Instant::now().into_std();
+        let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut outcomes = std::mem::take(&mut self.outcomes);
+        // A probe was out on a channel that was closed: it is the one to blame.
+        let blamed = outcomes.iter().any(|(ticket, outcome)| {
+            let Outcome::ChannelClosed { code, .. } = outcome else { return false };
+            reply::channel_closed(*code) == Cause::Destination && self.lanes.is_probe(*ticket)
+        });
+        for (ticket, outcome) in outcomes.drain(..) {
+            match outcome {
+                Outcome::Confirmed => self.confirmed(ticket, clock),
+                Outcome::Nacked => self.nacked(ticket, now),
+                Outcome::Returned(text) => self.returned(ticket, &text, now),
+                Outcome::ChannelClosed { code, text } => match reply::channel_closed(code) {
+                    Cause::Destination if blamed && !self.lanes.is_held(ticket) => {
+                        self.lanes.again(ticket);
+                    }
+                    Cause::Destination => self.hold(ticket, text, now),
+                    Cause::Message => self.refused(ticket, &text, now),
+                    Cause::Session => {
+                        // What other messages became is still good.
+                        over = Some(reply::error("broker closed a channel", code, &text));
+                    }
+                },
+            }
+        }
+        self.outcomes = outcomes;
+        self.settle_prefix();
+        over.map_or(Ok(()), Err)
+    }
+
+    fn confirmed(&mut self, ticket: Ticket, clock: Duration) {
+        let Confirmed { key, owner, committed_at_us, released } = self.lanes.confirmed(ticket);
+        match owner {
+            Owner::Window(entry) => {
+                self.confirms.add(entry, key);
+                self.window.settle(entry);
+            }
+            Owner::Parked(number) => {
+                self.parking.confirmed(number);
+                self.retry_due = true;
+            }
+        }
+        let metrics = self.route_metrics(key.route);
+        metrics.confirmed.increment(1);
+        let committed = Duration::from_micros(u64::try_from(committed_at_us).unwrap_or(0));
+        metrics.commit_to_confirm.record(clock.saturating_sub(committed).as_secs_f64());
+        self.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
+        if released {
+            let route = &*self.router.by_id(key.route).name;
+            tracing::info!(route, "the destination works again, the route continues");
+        }
+    }
+
+    /// Tried again without a limit at the head of its lane, unless the route has one and the queue
+    /// takes other messages of the route.
+    fn nacked(&mut self, ticket: Ticket, now: Instant) {
+        let route = self.lanes.slot(ticket).message.route;
+        self.route_metrics(route).nacked.increment(1);
+        let nacked = self.lanes.nacked(ticket, now);
+        let limit = self.router.by_id(route).policy.nack_limit;
+        if nacked.others_pass && limit.is_some_and(|limit| nacked.times >= limit) {
+            let text = format!("the broker refused it {} times and took others", nacked.times);
+            let slots = self.lanes.evict_nacked(ticket);
+            self.park_evicted(slots, Why::Nacked, &Error::event(text));
+        }
+    }
+
+    fn returned(&mut self, ticket: Ticket, text: &str, now: Instant) {
+        let route = self.lanes.slot(ticket).message.route;
+        self.route_metrics(route).returned.increment(1);
+        if self.router.by_id(route).policy.park_unroutable {
+            let slots = self.lanes.evict(ticket);
+            let error = Error::event(format!("no queue is bound for it: {text}"));
+            self.park_evicted(slots, Why::Unroutable, &error);
+        } else {
+            self.hold(ticket, format!("unroutable: {text}"), now);
+        }
+    }
+
+    /// The broker closed the channel because of one of its messages, and does not say which.
+    fn refused(&mut self, ticket: Ticket, text: &str, now: Instant) {
+        if let Some(limit) = reply::size_limit(text) {
+            // What comes next is compared before it is sent: no second channel is lost.
+            self.broker_max_body = self.broker_max_body.min(limit);
+        }
+        if !self.lanes.is_accused(ticket) {
+            self.lanes.suspect(ticket);
+            return;
+        }
+        self.lanes.acquit();
+        let error = Error::event(format!("the broker refused it: {text}"));
+        let route = self.router.by_id(self.lanes.slot(ticket).message.route);
+        if route.policy.on_poison == OnPoison::Stop {
+            self.hold(ticket, error.to_string(), now);
+            self.drain(Some(error.as_verdict(Verdict::EventUnpublishable)));
+            return;
+        }
+        let slots = self.lanes.evict(ticket);
+        self.park_evicted(slots, Why::Refused, &error);
+    }
+
+    fn hold(&mut self, ticket: Ticket, reason: String, now: Instant) {
+        let route = self.lanes.slot(ticket).message.route;
+        if self.lanes.hold(ticket, reason.clone(), now) {
+            let route = &*self.router.by_id(route).name;
+            tracing::error!(
+                route,
+                reason,
+                "the destination is broken: the route is held and probed, nothing is lost"
+            );
+        }
+    }
+
+    /// Parks messages that were evicted together: the first for `why`, the others follow it.
+    fn park_evicted(&mut self, slots: Vec<Slot>, why: Why, error: &Error) {
+        let follows = Error::event("it follows an earlier message of its key");
+        for (index, slot) in slots.into_iter().enumerate() {
+            let (why, error) = if index == 0 { (why, error) } else { (Why::Follows, &follows) };
+            match slot.owner {
+                Owner::Window(entry) => {
+                    let policy = match why {
+                        Why::Refused => self.router.by_id(slot.message.route).policy.on_poison,
+                        // The route asks for these to be parked; and what follows, follows.
+                        Why::Unroutable | Why::Nacked | Why::Follows => OnPoison::Park,
+                        Why::TooLarge | Why::Invalid | Why::NoRoute => {
+                            unreachable!("these are seen before a message is sent")
+                        }
+                    };
+                    let row = self.evicted_row(&slot, why, error);
+                    self.park(row, entry, policy);
+                }
+                Owner::Parked(number) => {
+                    let failed = (index == 0).then(|| (why, shorten(error)));
+                    self.parking.failed(number, failed);
+                }
+            }
+        }
+    }
+
+    fn evicted_row(&self, slot: &Slot, why: Why, error: &Error) -> Row {
+        let route = self.router.by_id(slot.message.route);
+        Row {
+            key: Key {
+                position: slot.about.position,
+                route: route.label.clone(),
+                part: slot.message.part,
+            },
+            state: RowState::Parked,
+            why,
+            error: shorten(error),
+            attempts: 1,
+            id: slot.message.id,
+            source: slot.about.source.to_string(),
+            key_text: slot.message.key_text().to_owned(),
+            committed_at_us: slot.about.committed_at_us,
+            lanes: slot.keys,
+            raw: raw_message(&slot.message),
+        }
+    }
+
+    pub(in crate::relay) fn settle_prefix(&mut self) {
+        if let Some(mut receipt) = self.window.take_settled() {
+            self.progress.settled(&receipt);
+            self.notes.append(&mut receipt.take_notes());
+            self.confirms.prune(&self.window);
+        }
+    }
+
+    pub(in crate::relay) fn route_metrics(&self, route: RouteId) -> &RouteMetrics {
+        &self.metrics.routes[usize::from(route.0)]
+    }
+}

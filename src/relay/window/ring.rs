@@ -1,0 +1,169 @@
+//! The window: everything received and not yet settled, in source order. Pure.
+//!
+//! Invariant: a source advances only past settled events. Entries stand in source order and
+//! leave only from the front, so receipts come back as the settled prefix; a receipt is not
+//! `Clone`, so there is no other way to get one. Commits are entries too: a transaction is over
+//! when everything before its commit is.
+
+use std::collections::VecDeque;
+
+use crate::position::Position;
+use crate::source::Receipt;
+
+/// Number of an entry; grows by one with each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct EntryId(u64);
+
+/// The ring of unsettled entries. All operations are O(1).
+#[derive(Debug, Default)]
+pub struct Window {
+    entries: VecDeque<Entry>,
+    first: u64,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Entry {
+    receipt: Receipt,
+    /// Messages that are not settled yet; 0 means that the entry is settled.
+    open: u16,
+    bytes: usize,
+}
+
+impl Window {
+    /// An empty window.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds the next entry in source order, with the number of its messages and their size.
+    pub fn push(&mut self, receipt: Receipt, messages: u16, bytes: usize) -> EntryId {
+        self.entries.push_back(Entry { receipt, open: messages, bytes });
+        self.bytes += bytes;
+        EntryId(self.first + self.entries.len() as u64 - 1)
+    }
+
+    /// One message of the entry is settled.
+    ///
+    /// # Panics
+    /// When the entry has no unsettled message: an outcome was counted twice.
+    pub fn settle(&mut self, id: EntryId) {
+        let index = id.0.checked_sub(self.first).expect("a settled entry stays settled");
+        let entry = &mut self.entries[usize::try_from(index).expect("the ring fits in memory")];
+        assert!(entry.open > 0, "each message settles once");
+        entry.open -= 1;
+    }
+
+    /// One unsettled message of the entry has become `open`: as many as the present routes make.
+    ///
+    /// # Panics
+    /// When the entry has no unsettled message.
+    pub fn becomes(&mut self, id: EntryId, messages: usize) {
+        let index = id.0.checked_sub(self.first).expect("a settled entry stays settled");
+        let entry = &mut self.entries[usize::try_from(index).expect("the ring fits in memory")];
+        assert!(entry.open > 0, "each message settles once");
+        entry.open += u16::try_from(messages).expect("RULES_MAX fits");
+        entry.open -= 1;
+    }
+
+    /// Where the entry stands in the source; absent once it has left with the settled prefix.
+    pub fn position(&self, id: EntryId) -> Option<Position> {
+        let index = usize::try_from(id.0.checked_sub(self.first)?).ok()?;
+        self.entries.get(index).map(|entry| entry.receipt.position())
+    }
+
+    /// Takes the settled prefix off and gives back what covers it.
+    pub fn take_settled(&mut self) -> Option<Receipt> {
+        let mut covered: Option<Receipt> = None;
+        while self.entries.front().is_some_and(|entry| entry.open == 0) {
+            let entry = self.entries.pop_front().expect("there is a front");
+            self.first += 1;
+            self.bytes -= entry.bytes;
+            match &mut covered {
+                None => covered = Some(entry.receipt),
+                Some(receipt) => receipt.absorb(entry.receipt),
+            }
+        }
+        covered
+    }
+
+    /// Entries in the window.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// True when everything received is settled.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Size of the messages in the window.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::position::Mark;
+
+    fn receipt(lsn: u64, ordinal: u64, flush: Option<u64>) -> Receipt {
+        let position = Position { epoch: 1, mark: Mark(lsn), ordinal, sub: 0 };
+        Receipt::new(position, flush.map(Mark))
+    }
+
+    #[test]
+    fn a_later_confirm_does_not_pass_an_earlier_open_event() {
+        let mut window = Window::new();
+        let first = window.push(receipt(10, 1, None), 1, 100);
+        let second = window.push(receipt(10, 2, None), 2, 100);
+        window.push(receipt(10, 2, Some(12)), 0, 0);
+        window.settle(second);
+        window.settle(second);
+        assert_eq!(window.take_settled(), None);
+        assert_eq!(window.position(second), Some(receipt(10, 2, None).position()));
+        window.settle(first);
+        assert_eq!(window.take_settled(), Some(receipt(10, 2, Some(12))));
+        assert_eq!(window.position(second), None, "it has left");
+        assert!(window.is_empty());
+        assert_eq!(window.bytes(), 0);
+    }
+
+    #[test]
+    fn a_message_that_has_become_two_or_none_is_counted_as_such() {
+        let mut window = Window::new();
+        let two = window.push(receipt(10, 1, None), 1, 0);
+        let none = window.push(receipt(10, 2, None), 1, 0);
+        window.becomes(two, 2);
+        window.becomes(none, 0);
+        window.settle(two);
+        assert_eq!(window.take_settled(), None);
+        window.settle(two);
+        assert_eq!(window.take_settled(), Some(receipt(10, 2, None)));
+    }
+
+    #[test]
+    fn inside_a_transaction_nothing_may_be_flushed() {
+        let mut window = Window::new();
+        window.push(receipt(10, 1, Some(12)), 0, 0);
+        let event = window.push(receipt(20, 1, None), 1, 1);
+        let commit = receipt(20, 1, Some(22));
+        window.push(commit, 0, 0);
+        let covered = window.take_settled().unwrap();
+        assert_eq!(covered.flush(), Some(Mark(12)));
+        window.settle(event);
+        assert_eq!(window.take_settled().unwrap().flush(), Some(Mark(22)));
+    }
+
+    #[test]
+    #[should_panic(expected = "each message settles once")]
+    fn an_outcome_cannot_count_twice() {
+        let mut window = Window::new();
+        let first = window.push(receipt(10, 1, None), 1, 0);
+        let second = window.push(receipt(10, 2, None), 1, 0);
+        window.settle(second);
+        window.settle(second);
+        window.settle(first);
+    }
+}

@@ -1,0 +1,69 @@
+//! Any bytes as a pgoutput message: decoded, and everything in it walked.
+//!
+//! Run:
+//! `cargo +nightly fuzz run --fuzz-dir tests/fuzz pgoutput_decode -- -max_total_time=60`
+
+#![no_main]
+
+use std::hint::black_box;
+
+use libfuzzer_sys::fuzz_target;
+use watership::pg::pgoutput::{Message, Tuple, Value, decode};
+
+fuzz_target!(|data: &[u8]| {
+    match decode(data) {
+        Ok(message) => walk(message),
+        Err(error) => {
+            assert!(error.offset <= data.len());
+            black_box(error.to_string());
+        }
+    }
+});
+
+/// Touches every byte that the message gives out: the sanitizer sees a read outside.
+fn walk(message: Message<'_>) {
+    match message {
+        Message::Begin { .. } | Message::Commit { .. } => {}
+        Message::Origin { name, .. } => touch(name.as_bytes()),
+        Message::Relation(relation) => {
+            touch(relation.namespace.as_bytes());
+            touch(relation.name.as_bytes());
+            let count = relation.columns().len();
+            let walked = relation.columns().inspect(|column| touch(column.name.as_bytes()));
+            assert_eq!(walked.count(), count);
+        }
+        Message::Type { namespace, name, .. } => {
+            touch(namespace.as_bytes());
+            touch(name.as_bytes());
+        }
+        Message::Insert { new, .. } => walk_tuple(&new),
+        Message::Update { old, new, .. } => {
+            old.iter().for_each(|old| walk_tuple(&old.tuple));
+            walk_tuple(&new);
+        }
+        Message::Delete { old, .. } => walk_tuple(&old.tuple),
+        Message::Truncate(truncate) => {
+            black_box(truncate.relations().fold(0, |sum, id| sum ^ id));
+        }
+        Message::Logical { prefix, content, .. } => {
+            touch(prefix.as_bytes());
+            touch(content);
+        }
+    }
+}
+
+fn walk_tuple(tuple: &Tuple<'_>) {
+    let mut walked = 0;
+    for value in tuple.columns() {
+        walked += 1;
+        match value {
+            Value::Null | Value::Unchanged => {}
+            Value::Text(value) | Value::Binary(value) => touch(value),
+        }
+    }
+    assert_eq!(walked, tuple.len());
+}
+
+fn touch(bytes: &[u8]) {
+    black_box(bytes.iter().fold(0u8, |sum, byte| sum ^ byte));
+}

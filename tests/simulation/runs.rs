@@ -1,0 +1,184 @@
+//! The runs: each a world with its faults, over many seeds.
+
+use super::*;
+
+fn crashing() -> Faults {
+    Faults { crash_within: Duration::from_millis(600), crashes: 6, ..Faults::default() }
+}
+
+#[test]
+fn without_a_fault_every_event_arrives_once_and_in_order() {
+    let total = seeds(100, Faults::default(), Ordering::Keyed);
+    assert_eq!(total.duplicates, 0);
+}
+
+#[test]
+fn a_crash_at_any_moment_loses_nothing_and_repeats_only_what_no_checkpoint_covered() {
+    let total = seeds(300, crashing(), Ordering::Keyed);
+    assert!(total.duplicates > 0, "the crashes must hurt, or they test nothing");
+    let per_session = total.allowed / total.sessions as usize;
+    assert!(per_session <= WINDOW.events * 2, "{per_session} uncovered events at a fault");
+}
+
+#[test]
+fn selective_nacks_do_not_reorder_a_key() {
+    let total = seeds(200, Faults { nack: 0.1, ..Faults::default() }, Ordering::Keyed);
+    assert_eq!(total.duplicates, 0);
+}
+
+#[test]
+fn a_lost_confirm_ends_the_session_and_nothing_is_lost() {
+    let faults = Faults { confirm_lost: 0.005, ..Faults::default() };
+    let total = seeds(200, faults, Ordering::Keyed);
+    assert!(total.sessions > total.runs);
+}
+
+fn broker_lost() -> Faults {
+    Faults { cut: 0.004, confirm_lost: 0.002, ..Faults::default() }
+}
+
+#[test]
+fn after_the_broker_was_lost_only_what_had_no_confirm_is_sent_again() {
+    let total = seeds(300, broker_lost(), Ordering::Keyed);
+    assert!(total.duplicates > 0 && total.remembered > 0, "{total:?}");
+    // Without a memory each loss would cost what was confirmed beyond the settled prefix, too.
+    assert!(total.remembered > total.allowed, "{total:?}");
+}
+
+#[test]
+fn a_checkpoint_that_takes_too_long_does_not_hold_up_the_end_of_the_session() {
+    let faults = Faults { slow_store: true, ..broker_lost() };
+    let total = seeds(100, faults, Ordering::Keyed);
+    assert!(total.broker_lost > 0 && total.remembered > 0, "{total:?}");
+}
+
+#[test]
+fn what_is_remembered_is_forgotten_when_another_relay_had_the_checkpoint() {
+    let crash_within = Duration::from_millis(300);
+    let faults = Faults { takeover: 0.5, crash_within, ..broker_lost() };
+    let total = seeds(300, faults, Ordering::Keyed);
+    assert!(total.broker_lost > total.runs && total.remembered > 0, "{total:?}");
+}
+
+#[test]
+fn what_is_remembered_is_forgotten_in_a_new_epoch() {
+    let faults = Faults { resync: 0.5, ..broker_lost() };
+    let total = seeds(300, faults, Ordering::Keyed);
+    assert!(total.broker_lost > total.runs && total.remembered > 0, "{total:?}");
+}
+
+#[test]
+fn a_checkpoint_that_is_restored_under_a_relay_is_a_verdict_and_nothing_is_lost() {
+    let faults = Faults { restore: 0.5, ..broker_lost() };
+    let total = seeds(300, faults, Ordering::Keyed);
+    assert!(total.went_back > total.runs / 2, "{total:?}");
+}
+
+#[test]
+fn parking_survives_the_loss_of_the_broker() {
+    let poison = Faults { poison: 0.01, nack: 0.02, ..broker_lost() };
+    let unroutable = Faults { unroutable: 0.01, nack: 0.02, ..broker_lost() };
+    for faults in [poison, unroutable] {
+        let total = seeds(150, faults, Ordering::Keyed);
+        assert!(total.broker_lost > total.runs && total.remembered > 0, "{total:?}");
+    }
+}
+
+#[test]
+fn an_unbound_queue_holds_the_route_and_it_resumes_by_itself() {
+    let faults = Faults { unbound: 0.003, ..Faults::default() };
+    let total = seeds(200, faults, Ordering::Keyed);
+    assert_eq!((total.duplicates, total.sessions), (0, total.runs));
+}
+
+#[test]
+fn all_faults_together() {
+    let faults = Faults {
+        nack: 0.05,
+        confirm_lost: 0.002,
+        cut: 0.003,
+        unbound: 0.001,
+        poison: 0.005,
+        takeover: 0.1,
+        ..crashing()
+    };
+    seeds(300, faults, Ordering::Keyed);
+}
+
+#[test]
+fn a_pipelined_route_keeps_order_while_there_is_no_nack() {
+    let faults = Faults { cut: 0.003, ..crashing() };
+    seeds(100, faults, Ordering::Pipelined);
+}
+
+#[test]
+fn the_checker_sees_how_nacks_reorder_a_pipelined_route() {
+    let faults = Faults { nack: 0.1, ..Faults::default() };
+    let reordered = |seed: &u64| {
+        let mut run = finished(*seed, faults, Ordering::Pipelined);
+        run.check(false);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run.check(true))).is_err()
+    };
+    assert_eq!((0..5).filter(reordered).count(), 5);
+}
+
+#[test]
+fn poison_is_parked_and_its_key_stays_in_order_through_retries() {
+    let total = seeds(200, Faults { poison: 0.01, ..Faults::default() }, Ordering::Keyed);
+    assert_eq!((total.duplicates, total.sessions), (0, total.runs));
+}
+
+#[test]
+fn parking_survives_crashes_at_any_moment() {
+    seeds(300, Faults { poison: 0.01, ..crashing() }, Ordering::Keyed);
+}
+
+#[test]
+fn unroutable_messages_are_parked_with_all_that_follow_them() {
+    let faults = Faults { unroutable: 0.01, nack: 0.02, ..crashing() };
+    seeds(300, faults, Ordering::Keyed);
+}
+
+#[test]
+fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let world = World::new(5, EVENTS, KEYS, Faults::default());
+        let store = MemoryStore::default();
+        let start = Position { epoch: 1, mark: Mark(1000), ..Position::default() };
+        let rules = default_rules();
+        let label = RouteLabel { name: "outbox".into(), owner: String::new() };
+        let parts = Parts {
+            source: SimSource::new(&world, &store, start, Lsn(1000)),
+            publisher: SimPublisher::new(&world),
+            store: store.clone(),
+            progress: Progress::new(start, Mark(1000)),
+            parking: Parking::default(),
+            router: Arc::new(Router::new(&rules).unwrap()),
+            plans: Plans::new(&Router::new(&rules).unwrap(), HashMap::new()),
+            metrics: Arc::new(Metrics::new(&[label])),
+            status: Status::new("sim", Vec::new()),
+            canary: Canary::new(Duration::ZERO),
+            published: Default::default(),
+            remembered: Default::default(),
+        };
+        let tuning = TUNING;
+        let mut relay = Relay::new(parts, "sim", &tuning);
+        let (stop, shutdown) = watch::channel(false);
+        let asked = async {
+            sleep(Duration::from_millis(150)).await;
+            stop.send(true).unwrap();
+            std::future::pending::<()>().await;
+        };
+        tokio::select! { result = relay.run(shutdown) => result.unwrap(), () = asked => {} }
+        let (position, flush) = *store.rows.lock().unwrap().last().expect("a checkpoint");
+        let world = world.borrow();
+        assert!(!world.arrived.is_empty());
+        assert_eq!(world.uncovered(position), 0, "all that arrived is covered");
+        assert_eq!(world.slot, flush.lsn(), "the source was told");
+    });
+}

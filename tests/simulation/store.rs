@@ -1,0 +1,118 @@
+//! The checkpoint row and the parked rows, in memory.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::time::sleep;
+use watership::error::Result;
+use watership::event::Table;
+use watership::position::{Lsn, Mark, Position};
+use watership::relay::checkpoint::Store;
+use watership::relay::checkpoint::rider::Rider;
+use watership::relay::parking::row::{Indexed, Key, Row, RowState};
+use watership::relay::parking::store::Found;
+
+/// Every checkpoint that was written, and how long a write takes. A clone is the same store: it
+/// outlives the session that writes it.
+#[derive(Debug, Clone, Default)]
+pub struct MemoryStore {
+    /// The rows, oldest first.
+    pub rows: Arc<Mutex<Vec<(Position, Mark)>>>,
+    /// The parked rows, of any state.
+    pub parked: Arc<Mutex<BTreeMap<Key, Row>>>,
+    /// How captured tables were described last, by OID.
+    pub described: Arc<Mutex<BTreeMap<u32, Arc<Table>>>>,
+    /// Half of it passes before the row is there, half after: a crash can fall on either side.
+    latency: Duration,
+}
+
+impl MemoryStore {
+    pub fn new(latency: Duration) -> Self {
+        Self { latency, ..Self::default() }
+    }
+
+    /// The unreleased rows.
+    pub fn index(&self) -> Vec<Indexed> {
+        let parked = self.parked.lock().unwrap();
+        let indexed = |row: &Row| Indexed {
+            key: row.key.clone(),
+            state: row.state,
+            why: row.why,
+            lanes: row.lanes,
+            bytes: row.size(),
+            parked_at: 0.0,
+        };
+        parked.values().filter(|row| is_unreleased(row)).map(indexed).collect()
+    }
+
+    fn write(&self, position: Position, flush: Mark, riders: Vec<Rider>) {
+        self.rows.lock().unwrap().push((position, flush));
+        let mut parked = self.parked.lock().unwrap();
+        for rider in riders {
+            match rider {
+                Rider::Parked(rows) => {
+                    for row in rows {
+                        parked.entry(row.key.clone()).or_insert(row);
+                    }
+                }
+                Rider::Unparked(changes) => {
+                    for change in changes {
+                        let row = parked.get_mut(&change.key);
+                        if let Some(row) = row.filter(|row| is_unreleased(row)) {
+                            row.state = change.state;
+                        }
+                    }
+                }
+                Rider::Described(tables) => {
+                    let mut described = self.described.lock().unwrap();
+                    described.extend(tables.into_iter().map(|table| (table.oid, table)));
+                }
+            }
+        }
+    }
+
+    fn contents(&self, keys: &[Key]) -> Vec<Row> {
+        let parked = self.parked.lock().unwrap();
+        let row = |key| parked.get(key).filter(|row| row.state == RowState::Retrying).cloned();
+        keys.iter().filter_map(row).collect()
+    }
+}
+
+impl Store for MemoryStore {
+    fn store(
+        &self,
+        position: Position,
+        flush: Mark,
+        riders: Vec<Rider>,
+    ) -> impl Future<Output = Result<Lsn>> + 'static {
+        let store = self.clone();
+        async move {
+            sleep(store.latency / 2).await;
+            store.write(position, flush, riders);
+            sleep(store.latency / 2).await;
+            Ok(flush.lsn())
+        }
+    }
+
+    fn look(&self, _expected: (usize, usize)) -> impl Future<Output = Result<Found>> + 'static {
+        let store = self.clone();
+        async move {
+            sleep(store.latency).await;
+            Ok(Found::Index(store.index()))
+        }
+    }
+
+    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Found>> + 'static {
+        let store = self.clone();
+        async move {
+            sleep(store.latency).await;
+            Ok(Found::Rows(store.contents(&keys)))
+        }
+    }
+}
+
+fn is_unreleased(row: &Row) -> bool {
+    matches!(row.state, RowState::Parked | RowState::Retrying)
+}
