@@ -128,11 +128,17 @@ impl TablePlan {
         }
     }
 
-    fn lanes_hang_on(&self) -> (&str, Vec<(&str, u32, i32)>) {
-        let columns = self.key.iter().map(|column| &self.table.columns[*column]);
-        let columns =
-            columns.map(|column| (&*column.name, column.type_oid, column.type_modifier)).collect();
-        (&self.table.full_name, columns)
+    /// A hash of what the hashes of its lanes are made of, apart from values: the table's name, and
+    /// names and types of the key's columns, because another type may have another text.
+    fn lanes_hang_on(&self) -> u64 {
+        let mut hasher = self.hasher.clone();
+        for column in &self.key {
+            let column = &self.table.columns[*column];
+            hasher.update(&column.name_json);
+            hasher.update(&column.type_oid.to_le_bytes());
+            hasher.update(&column.type_modifier.to_le_bytes());
+        }
+        hasher.digest()
     }
 }
 
@@ -195,9 +201,8 @@ impl Rules {
         })
     }
 
-    /// What the hashes of its lanes are made of, besides values: the table's name, and of the key's
-    /// columns on each route name and type, because another type may have another text.
-    fn lanes_hang_on(&self) -> Vec<(&str, Vec<(&str, u32, i32)>)> {
+    /// See [`TablePlan::lanes_hang_on`]; of each route.
+    fn lanes_hang_on(&self) -> Vec<u64> {
         self.rules
             .iter()
             .filter_map(|(_, planned)| match planned {

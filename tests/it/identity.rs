@@ -333,7 +333,7 @@ async fn a_replay_after_alterations_gives_the_ids_and_bodies_of_before() {
     }
     let before = settled(&stage, &["shop"]).await;
     relay.stop().await.expect_code(0);
-    // What a database or a role prefers is no part of a value.
+    // What a database or a role prefers does not change the text of a value.
     let odd = "ALTER DATABASE \"DB\" SET quote_all_identifiers = on; \
         ALTER DATABASE \"DB\" SET search_path = 'public'";
     stage.execute(&odd.replace("DB", &stage.database.name)).await;

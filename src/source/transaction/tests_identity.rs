@@ -167,7 +167,7 @@ fn a_toasted_key_that_did_not_change_comes_from_the_old_row() {
             other => panic!("{other:?}"),
         })
         .collect();
-    // What is outside the identity stays unknown, and the same key is no old row.
+    // What is outside the identity stays unknown, and an unchanged key gives no old row.
     assert_eq!(rows[0], (false, [text("long"), text("b"), Value::Unchanged].into()));
     assert_eq!(rows[1], (true, [text("long"), text("b"), text("x")].into()));
 }
