@@ -439,3 +439,20 @@ async fn a_publication_of_inserts_alone_does_not_care_for_the_identity() {
     assert_eq!(relay.status().await["sessions"], 1, "no session ended for it");
     relay.stop().await.expect_code(0);
 }
+
+#[tokio::test]
+async fn a_primary_key_added_to_a_table_with_full_is_the_key_of_what_comes_after() {
+    let sql =
+        "CREATE TABLE plain (id int NOT NULL, n int); ALTER TABLE plain REPLICA IDENTITY FULL";
+    let stage = stage(sql, &["public.plain"]).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO plain VALUES (1, 1)").await;
+    assert_eq!(stage.settled().await[0].json()["key"], json!({}));
+    stage.execute("ALTER TABLE plain ADD PRIMARY KEY (id)").await;
+    until("another session", async || relay.status().await["sessions"].as_u64() > Some(1)).await;
+    stage.execute("UPDATE plain SET n = 2").await;
+    let got = stage.settled().await;
+    let last = got.last().expect("the update").json();
+    assert_eq!((&last["op"], &last["key"]), (&json!("update"), &json!({"id": 1})));
+    relay.stop().await.expect_code(0);
+}

@@ -1,17 +1,43 @@
 //! What a session reads of the catalog: the captured tables, and the types of users.
 
 use std::collections::HashMap;
+use std::sync::Mutex;
 
 use tokio_postgres::Client;
 
 use crate::column::binary::{Types, UserType};
 use crate::error::{Error, Result};
-use crate::pg::publication::{Publication, TableFacts, TableName, read_table};
+use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName, read_table};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::check::tables;
 use crate::relay::{Options, checkpoint};
 use crate::route::keys_of;
 use crate::source::transaction::CapturedTable;
+
+/// The primary keys that the session was started with, by the table's OID. The stream does not show
+/// that one was added or replaced, unless it is the replica identity.
+#[derive(Debug, Default)]
+pub(in crate::relay) struct StartedWith(Mutex<HashMap<u32, Vec<String>>>);
+
+impl StartedWith {
+    /// A session starts with these.
+    pub(super) fn set(&self, captured: &HashMap<String, CapturedTable>) {
+        let keys = captured.values().map(|table| (table.oid, table.primary_key.clone()));
+        *self.0.lock().expect("nobody panics while holding the keys") = keys.collect();
+    }
+
+    /// An error when a key is another one now.
+    pub(in crate::relay) fn compare(&self, tables: &[TableFacts]) -> Option<Error> {
+        let keys = self.0.lock().expect("nobody panics while holding the keys");
+        let changed = |facts: &&TableFacts| {
+            let shown = matches!(facts.identity, ReplicaIdentity::Key(_));
+            !shown && keys.get(&facts.oid).is_some_and(|key| *key != facts.primary_key)
+        };
+        let table = &tables.iter().find(changed)?.table;
+        let text = format!("the primary key of {table} has changed");
+        Some(Error::protocol(text).hint("none needed: the next session reads it again"))
+    }
+}
 
 /// The tables of `source.tables`.
 pub(super) async fn captured(

@@ -179,7 +179,7 @@ fn key(
         }
         // The same description has the same key as before, whatever the catalog says by now.
         match &captured.former {
-            Some(former) if former.version == version => of(&former.key),
+            Some(former) if former.version == version && !former.key.is_empty() => of(&former.key),
             Some(former) => now.or_else(|| renamed(columns, captured)).or_else(|| of(&former.key)),
             None => now.or_else(|| renamed(columns, captured)),
         }
