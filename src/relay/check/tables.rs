@@ -138,11 +138,11 @@ pub fn hides_route_key(
     }
     let column = facts.identity.lacks(key)?;
     let text = format!(
-        "route {route:?} uses column {column:?} of {table} as key, and it is not in the replica \
+        "route {route:?} uses column {column:?} of {table} as key, but it is not in the replica \
          identity: each UPDATE and DELETE waits for the whole table, and a DELETE does not show \
          the key"
     );
-    Some((text, format!("ALTER TABLE {quoted} REPLICA IDENTITY FULL, or another key")))
+    Some((text, format!("ALTER TABLE {quoted} REPLICA IDENTITY FULL, or choose another key")))
 }
 
 /// Where another publication of the same table could give the same change another id: a consumer of
