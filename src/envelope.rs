@@ -249,13 +249,26 @@ fn key_row(change: &Change) -> Option<&Row> {
     }
 }
 
-/// The columns that name the row, of those that were sent. A delete whose old row does not have the
-/// key is named by what it has.
-fn key_columns<'a>(table: &'a TablePlan, change: &Change) -> &'a [usize] {
-    match (change, &table.table.identity) {
-        (Change::Delete { .. }, Identity::Columns(sent)) if !table.identity_has_key => sent,
-        _ => &table.key,
-    }
+/// The columns that name the row. A delete whose old row does not have the key is named by what it
+/// has.
+fn key_columns<'a>(table: &'a TablePlan, change: &'a Change) -> impl Iterator<Item = usize> + 'a {
+    let old = match change {
+        Change::Delete { old: OldRow::Key(row) } => Some(row),
+        Change::Delete { old: OldRow::Full(_) }
+        | Change::Insert { .. }
+        | Change::Update { .. }
+        | Change::Truncate => None,
+    };
+    sent_columns(&table.key, old)
+}
+
+/// These columns; of an old row that is only an identity, all that were sent where one of these was
+/// not. No column of an identity can be null: what is null was not sent.
+fn sent_columns<'a>(wanted: &'a [usize], old: Option<&'a Row>) -> impl Iterator<Item = usize> + 'a {
+    let is_sent = move |column: &usize| old.is_none_or(|row| row[*column] != Value::Null);
+    let all = old.filter(|_| wanted.is_empty() || !wanted.iter().all(is_sent));
+    let count = all.map_or(wanted.len(), |row| row.len());
+    (0..count).map(move |i| if all.is_some() { i } else { wanted[i] }).filter(is_sent)
 }
 
 /// `/value/value` of the key columns; for people and logs, not for parsing.
@@ -266,7 +279,7 @@ fn write_key_text(
     change: &Change,
 ) -> Result<()> {
     let Some(row) = key_row(change) else { return Ok(()) };
-    for &column in key_columns(plan, change) {
+    for column in key_columns(plan, change) {
         out.push('/');
         if let Value::Text(text) = &row[column] {
             let text = std::str::from_utf8(text).map_err(|_| {
@@ -308,10 +321,7 @@ fn write_change(
     let _ = write!(Text(out), "\"{}\",\"xid\":{}}}", event.position.mark.lsn(), event.xid);
     out.extend_from_slice(b",\"key\":");
     match key_row(change) {
-        Some(row) => {
-            let sent = |column: &usize| !is_unsent(table, change, row, *column);
-            write_row(out, table, row, key_columns(plan, change).iter().copied().filter(sent))?;
-        }
+        Some(row) => write_row(out, table, row, key_columns(plan, change))?,
         None => out.extend_from_slice(b"null"),
     }
     let (before, after) = match change {
@@ -324,13 +334,12 @@ fn write_change(
     match (before, &table.identity) {
         (None, _) => out.extend_from_slice(b"null"),
         (Some(OldRow::Full(row)), _) => write_row(out, table, row, 0..row.len())?,
-        (Some(OldRow::Key(row)), Identity::Columns(sent)) => {
-            let there = |column: &usize| row[*column] != Value::Null;
-            write_row(out, table, row, sent.iter().copied().filter(there))?;
-        }
-        (Some(OldRow::Key(row)), Identity::Full | Identity::Nothing) => {
-            let there = |column: &usize| row[*column] != Value::Null;
-            write_row(out, table, row, (0..row.len()).filter(there))?;
+        (Some(OldRow::Key(row)), identity) => {
+            let wanted: &[usize] = match identity {
+                Identity::Columns(columns) => columns,
+                Identity::Full | Identity::Nothing => &[],
+            };
+            write_row(out, table, row, sent_columns(wanted, Some(row)))?;
         }
     }
     out.extend_from_slice(b",\"after\":");
@@ -347,13 +356,6 @@ fn write_change(
     out.extend_from_slice(committed_at.as_bytes());
     out.extend_from_slice(b"\"}");
     Ok(())
-}
-
-/// A null that stands for a column that was not sent: no identity by columns can hold nulls.
-fn is_unsent(table: &Table, change: &Change, row: &Row, column: usize) -> bool {
-    let by_columns = matches!(change, Change::Delete { old: OldRow::Key(_) })
-        || (matches!(change, Change::Delete { .. }) && table.key.contains(&column));
-    by_columns && row[column] == Value::Null
 }
 
 /// Lets `write!` append to bytes.

@@ -15,10 +15,8 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Options;
 use crate::pg::migrate;
-use crate::pg::publication::{
-    Operations, add_tables, create_publication, read_publication, read_table,
-};
 use crate::pg::publication::{Publication, ReplicaIdentity, TableName};
+use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
@@ -271,11 +269,9 @@ async fn check_identities(
     tables: &[TableName],
     publication: Option<&Publication>,
 ) -> Result<()> {
-    let operations = publication.map_or(Operations::ALL, |publication| publication.operations);
     for table in tables {
         let Some(facts) = read_table(client, table).await? else { continue };
-        let published = publication.and_then(|p| p.tables.iter().find(|t| t.table == *table));
-        tables::keys_its_changes(&facts, operations, published)?;
+        tables::keys_its_changes(&facts, publication)?;
     }
     Ok(())
 }

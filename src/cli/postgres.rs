@@ -7,7 +7,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::migrate;
-use crate::pg::publication::{Operations, Publication, ReplicaIdentity, TableFacts, TableName};
+use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName};
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
@@ -353,9 +353,7 @@ fn check_table(
 ) {
     let table = &facts.table;
     let before = f.problems();
-    let published = publication.and_then(|p| p.tables.iter().find(|t| t.table == *table));
-    let operations = publication.map_or(Operations::ALL, |publication| publication.operations);
-    if let Err(error) = tables::keys_its_changes(facts, operations, published) {
+    if let Err(error) = tables::keys_its_changes(facts, publication) {
         f.error("table", &error);
     }
     for (what, hint) in publication.map_or_else(Vec::new, |p| tables::ids_differ(facts, p)) {
@@ -369,26 +367,15 @@ fn check_table(
                 "table",
                 format!("{table} has no replica identity: UPDATE and DELETE on it fail"),
                 format!(
-                    "add a primary key, or ALTER TABLE {} REPLICA IDENTITY FULL",
+                    "add a primary key (not DEFERRABLE), or ALTER TABLE {} REPLICA IDENTITY FULL",
                     table.quoted()
                 ),
             );
         }
     };
     for (route, key) in keys_of(&config.relay.rules, &table.to_string()) {
-        if let Some(column) = facts.identity.lacks(key) {
-            f.problem(
-                "table",
-                format!(
-                    "route {route:?} uses column {column:?} of {table} as key, but it is not in \
-                     the replica identity: each UPDATE and DELETE waits for the whole table, and \
-                     a DELETE does not show the key"
-                ),
-                format!(
-                    "ALTER TABLE {} REPLICA IDENTITY FULL, or choose another key",
-                    table.quoted()
-                ),
-            );
+        if let Some((what, hint)) = tables::hides_route_key(facts, route, key) {
+            f.problem("table", what, hint);
         }
     }
     if f.problems() == before {

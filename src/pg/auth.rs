@@ -19,13 +19,14 @@ use super::wire::{Reply, Wire};
 use crate::error::{Error, Result};
 use crate::secret::Secret;
 
-/// Settings of every session of ours, replication or not: values come as ISO 8601 and exact, and
-/// nothing of `public` is found by an unqualified name.
+/// Settings of every session of ours, replication or not: values come as ISO 8601 and exact, their
+/// text does not depend on what the role or the database prefers (it is part of ids), and nothing
+/// of `public` is found by an unqualified name.
 ///
 /// A space in a value has to be escaped with a backslash, as in the server's command line.
 pub(super) const SETTINGS: &str = "-c search_path=pg_catalog -c DateStyle=ISO,YMD \
      -c IntervalStyle=iso_8601 -c TimeZone=UTC -c extra_float_digits=3 -c bytea_output=hex \
-     -c idle_session_timeout=0";
+     -c lc_monetary=C -c quote_all_identifiers=off -c idle_session_timeout=0";
 
 /// The same for a setting that came with Postgres 17, which earlier servers do not know: a role's
 /// own limit must not end the decoding of a long transaction.

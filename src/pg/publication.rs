@@ -78,8 +78,18 @@ pub struct Publication {
     pub all_tables: bool,
     /// What it publishes.
     pub operations: Operations,
+    /// Whether it publishes stored generated columns (Postgres 18 and later).
+    #[serde(default)]
+    pub generated: bool,
     /// Its tables, sorted by name; of a partitioned one the root where `via_root` is set.
     pub tables: Vec<PublishedTable>,
+}
+
+impl Publication {
+    /// A table of it.
+    pub fn table(&self, name: &TableName) -> Option<&PublishedTable> {
+        self.tables.iter().find(|published| published.table == *name)
+    }
 }
 
 /// The operations that a publication publishes.
@@ -124,8 +134,10 @@ pub async fn read_publication(
     client: &impl GenericClient,
     name: &str,
 ) -> Result<Option<Publication>> {
-    let sql = "SELECT oid, pubviaroot, puballtables, pubinsert, pubupdate, pubdelete, pubtruncate \
-        FROM pg_catalog.pg_publication WHERE pubname = $1::text";
+    // Postgres before 18 has no pubgencols.
+    let sql = "SELECT oid, pubviaroot, puballtables, pubinsert, pubupdate, pubdelete, pubtruncate, \
+            coalesce(to_jsonb(p) ->> 'pubgencols', 'n') = 's' \
+        FROM pg_catalog.pg_publication AS p WHERE pubname = $1::text";
     let Some(row) = client.query_opt(sql, &[&name]).await.map_err(postgres_error)? else {
         return Ok(None);
     };
@@ -140,6 +152,7 @@ pub async fn read_publication(
             delete: row.get(5),
             truncate: row.get(6),
         },
+        generated: row.get(7),
         tables: read_tables(client, name).await?,
     }))
 }
@@ -210,7 +223,7 @@ fn quoted_list(tables: &[TableName]) -> String {
 /// What a table writes to the WAL to say which row an UPDATE or DELETE changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReplicaIdentity {
-    /// DEFAULT with a primary key: its columns, in key order.
+    /// DEFAULT with a primary key that is not deferrable: its columns, in key order.
     Key(Vec<String>),
     /// The columns of the unique index that USING INDEX names, in its order.
     Index(Vec<String>),
@@ -247,21 +260,38 @@ pub struct TableFacts {
     pub leaves: Vec<(TableName, ReplicaIdentity)>,
     /// The columns of its primary key, in key order; empty without one.
     pub primary_key: Vec<String>,
+    /// Its columns, in order.
+    pub columns: Vec<String>,
+    /// Those of them that are generated.
+    pub generated: Vec<String>,
+    /// Its columns before the first that is generated or was dropped, in order. Without a column
+    /// list these have had the same places in every description of the table, under any name.
+    pub leading: Vec<String>,
     /// Whether the current role may read it.
     pub may_select: bool,
 }
 
-/// Columns of a relation `c` for [`identity`]: its `relreplident`, and the columns of its primary
-/// key and of the index that REPLICA IDENTITY USING INDEX names.
-const IDENTITY: &str = "c.relreplident::text, k.key, k.chosen";
+/// Columns of a relation `c` for [`identity`]: its `relreplident`, the columns of its primary key
+/// and of the index that REPLICA IDENTITY USING INDEX names, and whether DEFAULT means the primary
+/// key: a deferrable one does not count (relcache.c, `RelationGetIndexList`).
+const IDENTITY: &str = "c.relreplident::text, k.key, k.chosen, k.immediate";
 /// Where they come from.
 const OF_INDEXES: &str = "CROSS JOIN LATERAL (SELECT \
         array_agg(a.attname::text ORDER BY p.place) FILTER (WHERE i.indisprimary) AS key, \
-        array_agg(a.attname::text ORDER BY p.place) FILTER (WHERE i.indisreplident) AS chosen \
+        array_agg(a.attname::text ORDER BY p.place) FILTER (WHERE i.indisreplident) AS chosen, \
+        bool_and(i.indimmediate) FILTER (WHERE i.indisprimary) AS immediate \
     FROM pg_catalog.pg_index AS i \
     CROSS JOIN LATERAL unnest(i.indkey::int2[]) WITH ORDINALITY AS p (attnum, place) \
     JOIN pg_catalog.pg_attribute AS a ON a.attrelid = c.oid AND a.attnum = p.attnum \
     WHERE i.indrelid = c.oid AND p.place <= i.indnkeyatts) AS k";
+/// The columns, the generated ones, and those before the first that is generated or was dropped.
+const COLUMNS: &str = "CROSS JOIN LATERAL (SELECT \
+        array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE NOT a.attisdropped) AS names, \
+        array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE a.attgenerated <> '') AS made, \
+        array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE a.attnum < a.gap) AS leading \
+    FROM (SELECT *, coalesce(min(attnum) FILTER (WHERE attisdropped OR attgenerated <> '') \
+            OVER (), 32767) AS gap \
+        FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum > 0) AS a) AS a";
 
 /// The facts about a table; absent when there is no ordinary or partitioned table of that name.
 ///
@@ -274,16 +304,17 @@ pub async fn read_table(
     // A table that is dropped at this instant has no privileges: null.
     let sql = format!(
         "SELECT {IDENTITY}, c.oid, c.relkind = 'p', \
-            coalesce(has_table_privilege(c.oid, 'SELECT'), false) \
+            coalesce(has_table_privilege(c.oid, 'SELECT'), false), a.names, a.made, a.leading \
         FROM pg_catalog.pg_class AS c \
-        JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace {OF_INDEXES} \
+        JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace {OF_INDEXES} {COLUMNS} \
         WHERE n.nspname = $1::text AND c.relname = $2::text AND c.relkind IN ('r', 'p')"
     );
     let row = client.query_opt(&sql, &[&table.schema, &table.name]).await;
     let Some(row) = row.map_err(postgres_error)? else { return Ok(None) };
     let (identity, primary_key) = identity(&row, table)?;
-    let oid = row.try_get(3).map_err(postgres_error)?;
-    let partitioned = row.try_get(4).map_err(postgres_error)?;
+    let oid = row.try_get(4).map_err(postgres_error)?;
+    let partitioned = row.try_get(5).map_err(postgres_error)?;
+    let names = |i| row.try_get::<_, Option<Vec<String>>>(i).map_err(postgres_error);
     Ok(Some(TableFacts {
         table: table.clone(),
         oid,
@@ -291,7 +322,10 @@ pub async fn read_table(
         identity,
         leaves: if partitioned { read_leaves(client, oid).await? } else { Vec::new() },
         primary_key,
-        may_select: row.try_get(5).map_err(postgres_error)?,
+        columns: names(7)?.unwrap_or_default(),
+        generated: names(8)?.unwrap_or_default(),
+        leading: names(9)?.unwrap_or_default(),
+        may_select: row.try_get(6).map_err(postgres_error)?,
     }))
 }
 
@@ -304,12 +338,12 @@ async fn read_leaves(
         FROM pg_catalog.pg_partition_tree($1::oid) AS t \
         JOIN pg_catalog.pg_class AS c ON c.oid = t.relid \
         JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace {OF_INDEXES} \
-        WHERE t.isleaf AND c.relkind = 'r' ORDER BY 4, 5"
+        WHERE t.isleaf AND c.relkind = 'r' ORDER BY 5, 6"
     );
     let rows = client.query(&sql, &[&root]).await.map_err(postgres_error)?;
     let leaf = |row: &tokio_postgres::Row| {
         let name = |i| row.try_get::<_, String>(i).map_err(postgres_error);
-        let table = TableName::new(name(3)?, name(4)?);
+        let table = TableName::new(name(4)?, name(5)?);
         let (identity, _) = identity(row, &table)?;
         Ok((table, identity))
     };
@@ -324,10 +358,11 @@ fn identity(
     let names = |i| row.try_get::<_, Option<Vec<String>>>(i).map_err(postgres_error);
     let primary_key = names(1)?.unwrap_or_default();
     let chosen = names(2)?.unwrap_or_default();
+    let immediate = row.try_get::<_, Option<bool>>(3).map_err(postgres_error)?;
     let identity = match row.try_get(0).map_err(postgres_error)? {
-        "d" if primary_key.is_empty() => ReplicaIdentity::Nothing,
-        "d" => ReplicaIdentity::Key(primary_key.clone()),
-        // If the chosen index has been dropped, the table has no identity.
+        "d" if immediate == Some(true) => ReplicaIdentity::Key(primary_key.clone()),
+        "d" => ReplicaIdentity::Nothing,
+        // The chosen index may have been dropped since: then there is no identity.
         "i" if chosen.is_empty() => ReplicaIdentity::Nothing,
         "i" => ReplicaIdentity::Index(chosen),
         "f" => ReplicaIdentity::Full,

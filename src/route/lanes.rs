@@ -53,6 +53,13 @@ pub(super) fn table_hasher(seed: u64, table: &Table) -> Xxh64 {
     hasher
 }
 
+/// The group of a table's rows: by its OID, because a table that is renamed is still that table.
+pub(super) fn group(seed: u64, table: &Table) -> u64 {
+    let mut hasher = Xxh64::new(seed);
+    hasher.update(&table.oid.to_le_bytes());
+    hasher.digest()
+}
+
 impl TablePlan {
     /// The lanes of a change of the table.
     pub(super) fn lanes(&self, change: &Change) -> Lanes {

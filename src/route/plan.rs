@@ -61,7 +61,7 @@ enum Planned {
 struct Rules {
     /// With the aggregate type, where only one is selected.
     rules: Vec<(Option<String>, Planned)>,
-    /// The key of the table is another one than before: the next event waits for all before it.
+    /// The table's rows may stand in other lanes than before: the next event waits for all of it.
     barrier: bool,
 }
 
@@ -120,12 +120,25 @@ impl TablePlan {
         source_json.extend_from_slice(b",\"commit_lsn\":");
         Self {
             identity_has_key: table.identity.covers(&key),
-            group: hasher.digest(),
+            group: lanes::group(route.seed, &table),
             hasher,
             key,
             source_json,
             table,
         }
+    }
+
+    /// A hash of what the hashes of its lanes are made of, apart from values: the table's name, and
+    /// names and types of the key's columns, because another type may have another text.
+    fn lanes_hang_on(&self) -> u64 {
+        let mut hasher = self.hasher.clone();
+        for column in &self.key {
+            let column = &self.table.columns[*column];
+            hasher.update(&column.name_json);
+            hasher.update(&column.type_oid.to_le_bytes());
+            hasher.update(&column.type_modifier.to_le_bytes());
+        }
+        hasher.digest()
     }
 }
 
@@ -187,6 +200,17 @@ impl Rules {
             Planned::Drop(id) => Decision::Drop(*id),
         })
     }
+
+    /// See [`TablePlan::lanes_hang_on`]; of each route.
+    fn lanes_hang_on(&self) -> Vec<u64> {
+        self.rules
+            .iter()
+            .filter_map(|(_, planned)| match planned {
+                Planned::Publish(plan) => plan.table.as_ref().map(TablePlan::lanes_hang_on),
+                Planned::Drop(_) => None,
+            })
+            .collect()
+    }
 }
 
 impl Plans {
@@ -196,14 +220,18 @@ impl Plans {
         Self { outbox: Rules::of_outbox(router), tables: HashMap::new(), keys }
     }
 
-    /// From here on the table is described so. With another key than before its next event waits
-    /// for all before it, because the lanes of its rows are others now.
+    /// From here on the table is described so. Where the lanes of its rows may be others now, by
+    /// another key, another name of the table, or another text of the same values, its next event
+    /// waits for all before it.
     pub fn describe(&mut self, router: &Router, table: &Arc<Table>) {
         let key = key_names(table, &table.key);
         let mut rules = Rules::of_table(router, table);
-        let waits = self.tables.get(&table.oid).is_some_and(|before| before.barrier);
-        let before = self.keys.insert(table.oid, key.clone());
-        rules.barrier = waits || before.is_some_and(|before| before != key);
+        let stored = self.keys.insert(table.oid, key.clone());
+        let other_key = stored.is_some_and(|stored| stored != key);
+        let other_lanes = self.tables.get(&table.oid).is_some_and(|before| {
+            before.barrier || before.lanes_hang_on() != rules.lanes_hang_on()
+        });
+        rules.barrier = other_key || other_lanes;
         self.tables.insert(table.oid, rules);
     }
 

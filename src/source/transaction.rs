@@ -8,7 +8,7 @@
 //! configuration can change between two attempts, the count must not. The sub-ordinal numbers the
 //! tables of one truncate.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -53,6 +53,10 @@ pub struct Assembler {
     canary: Option<u64>,
     /// Commit LSN of the last transaction that began.
     last_begun: Lsn,
+    /// The root that was described last; the description of the partition comes right after it.
+    root: Option<Arc<Table>>,
+    /// Roots with partitions that do not send what the root is said to send.
+    unlike: BTreeSet<(u32, u32)>,
 }
 
 #[derive(Debug)]
@@ -99,7 +103,8 @@ impl Assembler {
         let timeline = options.timelines.current();
         let namespace = (timeline, id::namespace(options.system_id, timeline));
         let (state, canary, last_begun) = (State::Idle, None, Lsn::ZERO);
-        Self { options, state, tables, seen, ids, namespace, canary, last_begun }
+        let (root, unlike) = Default::default();
+        Self { options, state, tables, seen, ids, namespace, canary, last_begun, root, unlike }
     }
 
     /// What came so far; how far the server is, is not known here.
@@ -134,9 +139,7 @@ impl Assembler {
                 let change = |values: &Values<'_>| {
                     let old = old.as_ref().map(|old| old_row(old, values)).transpose()?;
                     let mut new = values.row(&new)?;
-                    if let Some(old) = &old {
-                        complete(values.table, old, &mut new);
-                    }
+                    let old = old.filter(|old| complete(values.table, old, &mut new));
                     Ok(Change::Update { old, new })
                 };
                 self.change(at(relation), Some(&new), change, out)
@@ -163,6 +166,7 @@ impl Assembler {
             return Err(Error::protocol(text));
         }
         self.last_begun = commit_lsn;
+        self.root = None;
         self.state = State::Open(Transaction {
             commit_lsn,
             committed_at_us: commit_time.saturating_add(POSTGRES_EPOCH_US),
@@ -279,6 +283,7 @@ impl Assembler {
         out: &mut Vec<Item>,
     ) -> Result<()> {
         let first = self.count_change(lsn)?;
+        self.root = None;
         for (sub, relation) in relations.enumerate() {
             let counted = if sub == 0 { first } else { self.count_sub(lsn)? };
             let Described { table, role } = described(&self.tables, relation)?;
@@ -294,41 +299,77 @@ impl Assembler {
     }
 
     fn relation(&mut self, relation: &Relation<'_>, out: &mut Vec<Item>) -> Result<()> {
-        let described = describe::describe(relation, &self.options)?;
-        if let (Role::Captured(_), State::Open(transaction)) = (&described.role, &self.state)
-            && transaction.commit_lsn >= self.options.catalog_at
-            && !describe::names_every_row(&described.table, &self.options)
-        {
-            // What this session read of the catalog is older: the next one compares, and refuses
-            // what cannot work.
-            let name = &described.table.full_name;
-            let text = format!("the key or the replica identity of {name} has just changed");
-            return Err(Error::protocol(text).hint("none needed: the next session reads it again"));
+        let is_older = match &self.state {
+            State::Open(transaction) => transaction.commit_lsn < self.options.catalog_at,
+            State::Idle => true,
+        };
+        let mut described = describe::describe(relation, &self.options, is_older)?;
+        if let Some(root) = self.root.take() {
+            self.partition(&root, relation, is_older, out)?;
         }
         if self.tables.len() >= RELATIONS_MAX {
             // The server describes a relation again before it uses it only after an invalidation,
             // so forgetting is not possible; a new session is.
             return Err(Error::protocol(format!("more than {RELATIONS_MAX} tables in one stream")));
         }
-        if let (Role::Captured(_), State::Open(transaction)) = (&described.role, &self.state)
-            && self.is_new(&described.table)
-        {
-            let table = described.table.clone();
-            let receipt = self.receipt(self.position(transaction), None);
-            let receipt = receipt.with_note(Note::Described(table.clone()));
-            out.push(Item::Described(table, receipt));
+        if matches!(described.role, Role::Captured(_)) {
+            if !is_older && !describe::names_every_row(&described.table, &self.options) {
+                return Err(just_changed(&described.table.full_name));
+            }
+            if describe::is_root(&described.table, &self.options) {
+                self.root = Some(described.table.clone());
+            }
+            if self.has_unlike(relation.id) {
+                described.table = describe::without_identity(&described.table);
+            }
+            self.announce(&described.table, out);
         }
         self.tables.insert(relation.id, described);
         Ok(())
     }
 
-    /// It differs from the description before it in this stream, or from the stored one.
-    fn is_new(&self, table: &Table) -> bool {
-        let before = match self.tables.get(&table.oid) {
-            Some(before) => Some(before.table.version),
-            None => describe::former_version(table, &self.options),
+    /// A partition was described, right after its root.
+    fn partition(
+        &mut self,
+        root: &Arc<Table>,
+        partition: &Relation<'_>,
+        is_older: bool,
+        out: &mut Vec<Item>,
+    ) -> Result<()> {
+        let pair = (root.oid, partition.id);
+        if describe::sends_like_root(root, partition, &self.options) {
+            self.unlike.remove(&pair);
+        } else if is_older {
+            self.unlike.insert(pair);
+        } else {
+            return Err(just_changed(&format!("{}.{}", partition.namespace, partition.name)));
+        }
+        let unlike = self.has_unlike(root.oid);
+        let table = if unlike { describe::without_identity(root) } else { Arc::clone(root) };
+        self.announce(&table, out);
+        if let Some(described) = self.tables.get_mut(&root.oid) {
+            described.table = table;
+        }
+        Ok(())
+    }
+
+    fn has_unlike(&self, root: u32) -> bool {
+        self.unlike.range((root, 0)..=(root, u32::MAX)).next().is_some()
+    }
+
+    /// Hands on a description that differs from the one before it in this stream, or from the
+    /// stored one.
+    fn announce(&self, table: &Arc<Table>, out: &mut Vec<Item>) {
+        let State::Open(transaction) = &self.state else { return };
+        let is_known = match self.tables.get(&table.oid) {
+            Some(before) => before.table.version == table.version && before.table.key == table.key,
+            None => describe::is_former(table, &self.options),
         };
-        before != Some(table.version)
+        if !is_known {
+            let receipt = self.receipt(self.position(transaction), None);
+            let receipt = receipt.with_note(Note::Described(table.clone()));
+            out.push(Item::Described(table.clone(), receipt));
+        }
     }
 
     fn open_transaction(&self) -> Result<Transaction> {
@@ -453,6 +494,13 @@ fn id_source(namespace: &mut (u32, Uuid), options: &Options, counted: &Counted) 
         committed_at_us: counted.transaction.committed_at_us,
         xid: counted.transaction.xid,
     }
+}
+
+/// What this session read of the catalog is older than the stream: the next one compares them, and
+/// refuses what cannot work.
+fn just_changed(table: &str) -> Error {
+    Error::protocol(format!("the key or the replica identity of {table} has just changed"))
+        .hint("none needed: the next session reads it again")
 }
 
 fn described(tables: &HashMap<u32, Described>, relation: u32) -> Result<&Described> {

@@ -187,7 +187,11 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         resume_after: Position::default(),
         captured: HashMap::from([(
             "public.wide".into(),
-            CapturedTable { oid: 0x4008, primary_key: vec!["column_0".into()], former: None },
+            CapturedTable {
+                oid: 0x4008,
+                primary_key: vec!["column_0".into()],
+                ..Default::default()
+            },
         )]),
         database: "shop".into(),
         outbox: OutboxTable::default(),

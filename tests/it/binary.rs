@@ -137,10 +137,13 @@ async fn binary_and_text_mode_make_the_same_messages_byte_for_byte() {
         "{TYPES} CREATE TABLE public.everything (id int8 PRIMARY KEY, {}); \
          ALTER TABLE public.everything REPLICA IDENTITY FULL; \
          CREATE TABLE public.chance (id int PRIMARY KEY, eight float8, four float4, n numeric, \
-         at timestamptz, span interval, list float8[])",
+         at timestamptz, span interval, list float8[]); \
+         CREATE TABLE public.indexed (id int PRIMARY KEY, n numeric NOT NULL, at timestamptz NOT \
+         NULL, list text[] NOT NULL, UNIQUE (list, at, n, id)); \
+         ALTER TABLE public.indexed REPLICA IDENTITY USING INDEX indexed_list_at_n_id_key",
         columns.join(", ")
     );
-    let tables = ["public.everything", "public.chance"];
+    let tables = ["public.everything", "public.chance", "public.indexed"];
     let stage = Stage::new(Setup { sql: &sql, tables: &tables, ..Setup::default() }).await;
     // A second slot at the same place, to go the same way again.
     let (slot, copy) = (&stage.slot, format!("{}_copy", stage.slot));
@@ -152,6 +155,10 @@ async fn binary_and_text_mode_make_the_same_messages_byte_for_byte() {
         "INSERT INTO everything (id) VALUES (2)",
         "UPDATE everything SET id = 3 WHERE id = 1",
         "DELETE FROM everything",
+        "INSERT INTO indexed SELECT g, g / 8.0, 'epoch'::timestamptz + g * interval '1 us', \
+         ARRAY[g, NULL] FROM generate_series(1, 20) AS g",
+        "UPDATE indexed SET n = -n, list = '{}' WHERE id % 2 = 0",
+        "DELETE FROM indexed",
         &*random_rows(ROWS),
         "SELECT watership.emit('t', '1', 'j', '{\"b\": 1.0,  \"a\": \"ü\"}', '{\"t\": \"x\"}')",
         "SELECT watership.emit_bytes('t', '1', 'bytes', '\\x5c00ff'::bytea, 'x/y')",
@@ -179,7 +186,7 @@ async fn binary_and_text_mode_make_the_same_messages_byte_for_byte() {
     // Lanes overtake each other.
     text.sort_by_key(|message| message.text("ws-position"));
     binary.sort_by_key(|message| message.text("ws-position"));
-    assert_eq!(text.len(), 5 + ROWS as usize + 2);
+    assert_eq!(text.len(), 5 + 50 + ROWS as usize + 2);
     assert_eq!(binary.len(), text.len());
     for (text, binary) in text.iter().zip(&binary) {
         assert_eq!(text.body, binary.body, "text mode is on the left");

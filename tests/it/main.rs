@@ -12,6 +12,8 @@ mod crash;
 mod dev;
 mod failover;
 mod harmless;
+mod identity;
+mod keys;
 mod maintain;
 mod parking;
 mod pg_stream;

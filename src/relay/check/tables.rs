@@ -9,22 +9,23 @@ use crate::pg::publication::{
     Operations, Publication, PublishedTable, ReplicaIdentity, TableFacts, TableName,
 };
 
-/// Refuses a table whose changes cannot be told apart by its key.
+/// Refuses a table whose changes cannot be told apart by its key. Without a publication it is that
+/// which `init` makes.
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] with the statement that repairs it.
-pub fn keys_its_changes(
-    facts: &TableFacts,
-    operations: Operations,
-    published: Option<&PublishedTable>,
-) -> Result<()> {
+pub fn keys_its_changes(facts: &TableFacts, publication: Option<&Publication>) -> Result<()> {
+    let operations = publication.map_or(Operations::ALL, |publication| publication.operations);
+    let published = publication.and_then(|publication| publication.table(&facts.table));
+    let generated = publication.is_some_and(|publication| publication.generated);
     if operations.update || operations.delete {
         identity_has_key(&facts.table, &facts.identity, &facts.primary_key)?;
         for (leaf, identity) in &facts.leaves {
             same_as_root(facts, leaf, identity)?;
         }
     }
-    columns_have_key(facts, published)
+    columns_have_key(facts, published)?;
+    key_is_sent(facts, published, generated)
 }
 
 /// An index that lacks a column of the primary key: a DELETE does not say which row went, and an
@@ -96,15 +97,60 @@ fn columns_have_key(facts: &TableFacts, published: Option<&PublishedTable>) -> R
     ))
 }
 
+/// A generated column in the key, which Postgres leaves out of the stream: no event says all of it.
+fn key_is_sent(
+    facts: &TableFacts,
+    published: Option<&PublishedTable>,
+    generated: bool,
+) -> Result<()> {
+    let key = match &facts.identity {
+        ReplicaIdentity::Index(columns) if facts.primary_key.is_empty() => columns,
+        _ => &facts.primary_key,
+    };
+    let list = published.and_then(|published| published.columns.as_ref());
+    let is_sent = |column: &String| list.map_or(generated, |list| list.contains(column));
+    let mut missing = key.iter().filter(|column| facts.generated.contains(column));
+    let Some(column) = missing.find(|column| !is_sent(column)) else { return Ok(()) };
+    let table = &facts.table;
+    let text = format!(
+        "column {column:?} of the key of {table} is generated and not published: no event would \
+         say which row it is about"
+    );
+    Err(Error::refused(text).hint(
+        "give the table a key of ordinary columns; from Postgres 18 on, ALTER PUBLICATION ... SET \
+         (publish_generated_columns = stored) is enough",
+    ))
+}
+
+/// What keeps a route from finding its key in every change of the table, with what to do.
+pub fn hides_route_key(
+    facts: &TableFacts,
+    route: &str,
+    key: &[String],
+) -> Option<(String, String)> {
+    let (table, quoted) = (&facts.table, facts.table.quoted());
+    if let Some(column) = key.iter().find(|column| !facts.columns.contains(column)) {
+        let text = format!(
+            "route {route:?} uses column {column:?} as key, which {table} does not have: its \
+             changes follow each other in one lane, and have no key"
+        );
+        return Some((text, "name other columns in the route's key".to_owned()));
+    }
+    let column = facts.identity.lacks(key)?;
+    let text = format!(
+        "route {route:?} uses column {column:?} of {table} as key, but it is not in the replica \
+         identity: each UPDATE and DELETE waits for the whole table, and a DELETE does not show \
+         the key"
+    );
+    Some((text, format!("ALTER TABLE {quoted} REPLICA IDENTITY FULL, or choose another key")))
+}
+
 /// Where another publication of the same table could give the same change another id: a consumer of
 /// both could not recognise it. With what to do.
 pub fn ids_differ(facts: &TableFacts, publication: &Publication) -> Vec<(String, &'static str)> {
     let table = &facts.table;
     let mut found = Vec::new();
-    let mut tables = publication.tables.iter();
-    let Some(published) = tables.find(|published| published.table == facts.table) else {
-        return found;
-    };
+    let Some(published) = publication.table(table) else { return found };
     let identity = match &facts.identity {
         ReplicaIdentity::Key(columns) | ReplicaIdentity::Index(columns) => Some(columns),
         ReplicaIdentity::Full | ReplicaIdentity::Nothing => None,
@@ -122,6 +168,13 @@ pub fn ids_differ(facts: &TableFacts, publication: &Publication) -> Vec<(String,
             );
             found.push((text, "list the columns of the replica identity, or give it a key"));
         }
+    }
+    if identity.is_none() && publication.generated && !facts.generated.is_empty() {
+        let text = format!(
+            "{table}: ids are made of all columns, the generated ones included; a relay with a \
+             publication that leaves those out gives the same changes other ids"
+        );
+        found.push((text, "give the table a primary key or another index as replica identity"));
     }
     let rewritten = publication.operations.update && published.row_filter.is_some();
     if rewritten {
@@ -183,6 +236,9 @@ mod tests {
             identity,
             leaves: Vec::new(),
             primary_key: names(primary_key),
+            columns: names(&["id", "email", "note"]),
+            generated: Vec::new(),
+            leading: Vec::new(),
             may_select: true,
         }
     }
@@ -198,7 +254,8 @@ mod tests {
             name: "w".into(),
             via_root: true,
             all_tables: false,
-            operations: Operations { insert: true, update: true, delete: true, truncate: true },
+            operations: Operations::ALL,
+            generated: false,
             tables: vec![PublishedTable {
                 oid: 1,
                 entry: Some(3),
@@ -211,9 +268,7 @@ mod tests {
 
     #[test]
     fn a_table_is_refused_when_a_change_would_not_say_which_row_it_is_about() {
-        let plain = publication(None, None);
-        let all = plain.operations;
-        let refused = |facts: &TableFacts| keys_its_changes(facts, all, None).err();
+        let refused = |facts: &TableFacts| keys_its_changes(facts, None).err();
         let fine = [
             table(key(&["id"]), &["id"]),
             table(ReplicaIdentity::Full, &["id"]),
@@ -240,20 +295,38 @@ mod tests {
             let text = error.text_with_hint();
             assert!(text.contains(hint), "{text}");
         }
-        let inserts = Operations { update: false, delete: false, ..all };
-        assert!(keys_its_changes(&table(index(&["email"]), &["id"]), inserts, None).is_ok());
+        let operations = Operations { update: false, delete: false, ..Operations::ALL };
+        let inserts = Publication { operations, ..publication(None, None) };
+        assert!(keys_its_changes(&table(index(&["email"]), &["id"]), Some(&inserts)).is_ok());
     }
 
     #[test]
     fn a_column_list_without_the_key_is_refused() {
         let facts = table(key(&["id"]), &["id"]);
-        let checked = |columns: &[&str]| {
-            let publication = publication(Some(columns), None);
-            keys_its_changes(&facts, publication.operations, publication.tables.first())
-        };
+        let checked =
+            |columns: &[&str]| keys_its_changes(&facts, Some(&publication(Some(columns), None)));
         assert!(checked(&["id", "note"]).is_ok());
         let error = checked(&["note"]).unwrap_err();
         assert!(error.to_string().contains("without column \"id\""), "{error}");
+    }
+
+    #[test]
+    fn a_generated_column_in_the_key_is_refused_unless_it_is_published() {
+        let generated = names(&["hash"]);
+        let with_key = TableFacts { generated, ..table(key(&["id", "hash"]), &["id", "hash"]) };
+        let by_index = TableFacts { identity: index(&["hash"]), primary_key: vec![], ..with_key };
+        let beside = TableFacts { primary_key: names(&["id"]), ..by_index.clone() };
+        let beside = TableFacts { identity: index(&["hash", "id"]), ..beside };
+        let with_key = TableFacts { primary_key: names(&["id", "hash"]), ..beside.clone() };
+        let stored = Publication { generated: true, ..publication(None, None) };
+        for facts in [&with_key, &by_index] {
+            let error = keys_its_changes(facts, None).unwrap_err();
+            assert!(error.to_string().starts_with("column \"hash\" of the key"), "{error}");
+            assert!(keys_its_changes(facts, Some(&stored)).is_ok());
+            let listed = publication(Some(&["id", "hash"]), None);
+            assert!(keys_its_changes(facts, Some(&listed)).is_ok());
+        }
+        assert!(keys_its_changes(&beside, None).is_ok(), "the key itself is sent");
     }
 
     #[test]
@@ -268,5 +341,20 @@ mod tests {
         assert_eq!(found(&keyed, &publication(None, Some("(n > 1)"))), 1);
         assert_eq!(found(&root(key(&["id"]), ReplicaIdentity::Full), &publication(None, None)), 1);
         assert_eq!(found(&root(key(&["id"]), key(&["id"])), &publication(None, None)), 0);
+        let stored = Publication { generated: true, ..publication(None, None) };
+        assert_eq!(found(&full, &stored), 0);
+        assert_eq!(found(&TableFacts { generated: names(&["note"]), ..full }, &stored), 1);
+    }
+
+    #[test]
+    fn a_route_whose_key_a_change_may_not_show_is_named() {
+        let told = |identity, route_key: &[&str]| {
+            let hidden = hides_route_key(&table(identity, &["id"]), "r", &names(route_key));
+            hidden.map(|(text, _)| text).unwrap_or_default()
+        };
+        assert_eq!(told(key(&["id"]), &["id"]), "");
+        assert_eq!(told(ReplicaIdentity::Full, &["email"]), "");
+        assert!(told(key(&["id"]), &["email"]).contains("not in the replica identity"));
+        assert!(told(ReplicaIdentity::Full, &["mail"]).contains("which public.t does not have"));
     }
 }

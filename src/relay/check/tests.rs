@@ -75,6 +75,7 @@ fn publication() -> Publication {
         via_root: true,
         all_tables: false,
         operations: Operations { insert: true, update: true, delete: true, truncate: true },
+        generated: false,
         tables: vec![table(1, "a"), table(2, "b")],
     }
 }

@@ -1,17 +1,43 @@
 //! What a session reads of the catalog: the captured tables, and the types of users.
 
 use std::collections::HashMap;
+use std::sync::Mutex;
 
 use tokio_postgres::Client;
 
 use crate::column::binary::{Types, UserType};
 use crate::error::{Error, Result};
-use crate::pg::publication::{Publication, TableFacts, TableName, read_table};
+use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName, read_table};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::check::tables;
 use crate::relay::{Options, checkpoint};
 use crate::route::keys_of;
 use crate::source::transaction::CapturedTable;
+
+/// The primary keys that the session was started with, by the table's OID. The stream does not show
+/// that one was added or replaced, unless it is the replica identity.
+#[derive(Debug, Default)]
+pub(in crate::relay) struct StartedWith(Mutex<HashMap<u32, Vec<String>>>);
+
+impl StartedWith {
+    /// A session starts with these.
+    pub(super) fn set(&self, captured: &HashMap<String, CapturedTable>) {
+        let keys = captured.values().map(|table| (table.oid, table.primary_key.clone()));
+        *self.0.lock().expect("nobody panics while holding the keys") = keys.collect();
+    }
+
+    /// An error when a key is another one now.
+    pub(in crate::relay) fn compare(&self, tables: &[TableFacts]) -> Option<Error> {
+        let keys = self.0.lock().expect("nobody panics while holding the keys");
+        let changed = |facts: &&TableFacts| {
+            let shown = matches!(facts.identity, ReplicaIdentity::Key(_));
+            !shown && keys.get(&facts.oid).is_some_and(|key| *key != facts.primary_key)
+        };
+        let table = &tables.iter().find(changed)?.table;
+        let text = format!("the primary key of {table} has changed");
+        Some(Error::protocol(text).hint("none needed: the next session reads it again"))
+    }
+}
 
 /// The tables of `source.tables`.
 pub(super) async fn captured(
@@ -20,24 +46,25 @@ pub(super) async fn captured(
     publication: &Publication,
 ) -> Result<HashMap<String, CapturedTable>> {
     let mut captured = HashMap::new();
+    let operations = publication.operations;
     let mut described = checkpoint::described(client, &options.name).await?;
     for facts in read_tables(client, options, publication).await? {
         let table = &facts.table.to_string();
         for (route, key) in keys_of(&options.rules, table) {
-            if let Some(column) = facts.identity.lacks(key) {
-                tracing::warn!(
-                    route,
-                    table,
-                    column,
-                    "the route's key is not in the table's replica identity: each UPDATE and \
-                     DELETE waits for everything before it in the table; ALTER TABLE ... REPLICA \
-                     IDENTITY FULL, or choose another key"
-                );
+            if let Some((what, hint)) = tables::hides_route_key(&facts, route, key) {
+                tracing::warn!(hint, "{what}");
             }
         }
-        let (oid, primary_key) = (facts.oid, facts.primary_key);
-        let former = described.remove(&oid);
-        captured.insert(table.clone(), CapturedTable { oid, primary_key, former });
+        let list = publication.table(&facts.table).and_then(|table| table.columns.as_ref());
+        let known = CapturedTable {
+            oid: facts.oid,
+            primary_key: facts.primary_key,
+            leading: if list.is_none() { facts.leading } else { Vec::new() },
+            partitioned: facts.partitioned,
+            inserts_only: !operations.update && !operations.delete,
+            former: described.remove(&facts.oid),
+        };
+        captured.insert(table.clone(), known);
     }
     Ok(captured)
 }
@@ -59,8 +86,7 @@ pub(in crate::relay) async fn read_tables(
             Error::refused(format!("captured table {table} does not exist"))
                 .hint("create it, or remove it from source.tables")
         })?;
-        let published = publication.tables.iter().find(|published| published.table == name);
-        tables::keys_its_changes(&facts, publication.operations, published)?;
+        tables::keys_its_changes(&facts, Some(publication))?;
         found.push(facts);
     }
     Ok(found)

@@ -50,6 +50,8 @@ pub struct Shared {
     pub canary: Arc<Canary>,
     /// What the process itself last took or stored of its checkpoint.
     pub own: Arc<OwnCheckpoint>,
+    /// The keys that the session was started with.
+    pub(in crate::relay) keys: Arc<catalog::StartedWith>,
 }
 
 /// Opens all three connections and starts the stream.

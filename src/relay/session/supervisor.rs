@@ -44,8 +44,8 @@ pub async fn run(
 ) -> Result<()> {
     let router = Arc::new(Router::new(&options.rules)?);
     let canary = Canary::new(options.canary_interval);
-    let own = Arc::new(OwnCheckpoint::default());
-    let shared = Shared { metrics: metrics.clone(), status: status.clone(), canary, own };
+    let (own, keys) = (Arc::new(OwnCheckpoint::default()), Arc::default());
+    let shared = Shared { metrics: metrics.clone(), status: status.clone(), canary, own, keys };
     let (doubt, mut doubts) = mpsc::channel(1);
     let upkeep = tokio::spawn(upkeep::run(options.clone(), shared.clone(), doubt));
     let mut kept = Kept::default();

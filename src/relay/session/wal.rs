@@ -56,7 +56,7 @@ pub(super) async fn prepare(
         return Err(Error::named(Verdict::OtherCluster, text)
             .hint("source.url must name one server, not a load balancer"));
     }
-    let stream = stream(&client, replication, options, &taken, timelines).await;
+    let stream = stream(&client, replication, options, &taken, timelines, &shared.keys).await;
     let (stream, assembler, keys) = count_busy(stream, busy)?;
     let timing = Timing::new(taken.server.wal_sender_timeout);
     let source = AnySource::Wal(Wal::new(stream, assembler, timing, row.flush_lsn));
@@ -175,12 +175,14 @@ async fn stream(
     options: &Options,
     taken: &TakenOver,
     timelines: Timelines,
+    started_with: &catalog::StartedWith,
 ) -> Result<(ReplicationStream, Assembler, HashMap<u32, Vec<String>>)> {
     let row = &taken.row;
     // The place comes first: what is changed in between is then read, or newer.
     let catalog_at = insert_lsn(client).await?;
     let types = if options.binary { Some(catalog::user_types(client).await?) } else { None };
     let captured = catalog::captured(client, options, &taken.publication).await?;
+    started_with.set(&captured);
     let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));
     let keys = keys.collect();
     let assembler = Assembler::new(transaction::Options {

@@ -222,7 +222,7 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
     }
     let Some(publication) = found.publication() else { return Ok(None) };
     match catalog::read_tables(client, options, publication).await {
-        Ok(_) => Ok(None),
+        Ok(tables) => Ok(shared.keys.compare(&tables)),
         // The next session refuses to start, and says what to alter.
         Err(error) if error.kind() == Kind::Refused => Ok(Some(error)),
         Err(error) => Err(error),

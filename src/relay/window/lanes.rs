@@ -471,3 +471,5 @@ pub use hold::{PROBE_FIRST, PROBE_LIMIT};
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_rows;

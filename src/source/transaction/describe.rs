@@ -42,7 +42,12 @@ pub(super) enum Role {
     Unwanted,
 }
 
-pub(super) fn describe(relation: &Relation<'_>, options: &Options) -> Result<Described> {
+/// `is_older` says that what was read of the catalog is younger than this description.
+pub(super) fn describe(
+    relation: &Relation<'_>,
+    options: &Options,
+    is_older: bool,
+) -> Result<Described> {
     let (schema, name) = (relation.namespace, relation.name);
     let full_name = format!("{schema}.{name}");
     let columns: Vec<Column> = relation
@@ -57,7 +62,7 @@ pub(super) fn describe(relation: &Relation<'_>, options: &Options) -> Result<Des
         version,
         schema: schema.to_owned(),
         name: name.to_owned(),
-        key: key(relation.replica_identity, &identity, &columns, version, captured),
+        key: key(relation.replica_identity, &identity, &columns, version, captured, is_older),
         full_name: full_name.into(),
         columns,
         identity,
@@ -82,12 +87,54 @@ pub(super) fn describe(relation: &Relation<'_>, options: &Options) -> Result<Des
 pub(super) fn names_every_row(table: &Table, options: &Options) -> bool {
     let Some(captured) = captured(options, &table.full_name, table.oid) else { return true };
     let known = captured.primary_key.is_empty() || !table.key.is_empty();
-    known && (table.identity == Identity::Nothing || table.identity.covers(&table.key))
+    let carried = captured.inserts_only
+        || table.identity == Identity::Nothing
+        || table.identity.covers(&table.key);
+    known && carried
 }
 
-/// The version of the description that was stored last.
-pub(super) fn former_version(table: &Table, options: &Options) -> Option<u64> {
-    captured(options, &table.full_name, table.oid)?.former.as_ref().map(|former| former.version)
+/// Whether a partition, described right after its root, sends of an old row at least what the root
+/// is said to send. The stream names the root in every change, never the partition.
+pub(super) fn sends_like_root(root: &Table, partition: &Relation<'_>, options: &Options) -> bool {
+    let Some(captured) = captured(options, &root.full_name, root.oid) else { return true };
+    if captured.inserts_only || partition.replica_identity == ReplicaIdentity::Full {
+        return true;
+    }
+    // In a truncate of several tables another table may come after a root.
+    let is_partition = partition.columns().count() == root.columns.len()
+        && partition.columns().all(|column| root.column(column.name).is_some());
+    if !is_partition {
+        return true;
+    }
+    let flagged = |column: &usize| {
+        let name = &*root.columns[*column].name;
+        partition.columns().any(|column| column.key && column.name == name)
+    };
+    match &root.identity {
+        Identity::Full => false,
+        Identity::Columns(columns) => columns.iter().chain(&root.key).all(flagged),
+        Identity::Nothing => root.key.iter().all(flagged),
+    }
+}
+
+/// The same table, if nothing is known of what its changes say about old rows: another description.
+pub(super) fn without_identity(table: &Table) -> Arc<Table> {
+    let (identity, version) = (Identity::Nothing, !table.version);
+    Arc::new(Table { identity, version, ..table.clone() })
+}
+
+/// Whether a partition's rows come under the name of this table.
+pub(super) fn is_root(table: &Table, options: &Options) -> bool {
+    captured(options, &table.full_name, table.oid).is_some_and(|captured| captured.partitioned)
+}
+
+/// Whether it is the description that was stored last.
+pub(super) fn is_former(table: &Table, options: &Options) -> bool {
+    let captured = captured(options, &table.full_name, table.oid);
+    captured.and_then(|captured| captured.former.as_ref()).is_some_and(|former| {
+        let key = table.key.iter().map(|column| &table.columns[*column].name);
+        former.version == table.version && key.eq(&former.key)
+    })
 }
 
 /// By name, or by OID: a table that was renamed is still captured, and the next comparison with
@@ -116,6 +163,7 @@ fn key(
     columns: &[Column],
     version: u64,
     captured: Option<&CapturedTable>,
+    is_older: bool,
 ) -> Vec<usize> {
     let index = |name: &String| columns.iter().position(|column| column.name == *name);
     let of = |names: &[String]| -> Option<Vec<usize>> {
@@ -125,21 +173,44 @@ fn key(
     };
     let named = || -> Option<Vec<usize>> {
         let captured = captured?;
-        let former = captured.former.as_ref();
-        // The same description has the same key as before, whatever the catalog says by now.
-        if let Some(former) = former.filter(|former| former.version == version) {
-            return of(&former.key);
+        let now = of(&captured.primary_key);
+        if !is_older {
+            return now;
         }
-        of(&captured.primary_key).or_else(|| of(&former?.key))
+        // The same description has the same key as before, whatever the catalog says by now.
+        match &captured.former {
+            Some(former) if former.version == version && !former.key.is_empty() => of(&former.key),
+            Some(former) => now.or_else(|| renamed(columns, captured)).or_else(|| of(&former.key)),
+            None => now.or_else(|| renamed(columns, captured)),
+        }
     };
     match (kind, identity) {
         // The primary key as it was when this was written: a column may have another name now.
         (ReplicaIdentity::Default, Identity::Columns(flagged)) => flagged.clone(),
-        (ReplicaIdentity::Index, Identity::Columns(flagged)) => {
-            named().filter(|key| !key.is_empty()).unwrap_or_else(|| flagged.clone())
-        }
+        (ReplicaIdentity::Index, Identity::Columns(flagged)) => match named() {
+            Some(key) if !key.is_empty() => key,
+            // The key has other names by now, and the next session reads them.
+            None if !is_older => Vec::new(),
+            Some(_) | None => flagged.clone(),
+        },
         _ => named().unwrap_or_default(),
     }
+}
+
+/// The key of a description from before its columns were renamed: by their places. Absent where a
+/// column before them has changed in another way than by its name.
+fn renamed(columns: &[Column], captured: &CapturedTable) -> Option<Vec<usize>> {
+    let leading = &captured.leading;
+    let place = |name: &String| leading.iter().position(|column| column == name);
+    let mut key: Vec<usize> = captured.primary_key.iter().map(place).collect::<Option<_>>()?;
+    let count = key.iter().max()? + 1;
+    let is_same = |(now, then): (&String, &Column)| {
+        let then_there = columns.iter().any(|column| column.name == *now);
+        *now == then.name || !(then_there || leading.contains(&then.name))
+    };
+    let same = leading.iter().zip(columns).take(count).all(is_same);
+    key.sort_unstable();
+    (same && columns.len() >= count).then_some(key)
 }
 
 /// The same for the same description, in every session.

@@ -90,7 +90,7 @@ impl Default for OutboxTable {
 }
 
 /// What the catalog says of a captured table.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct CapturedTable {
     /// Under another name it is still this one: the stream has the name of its time, and the next
     /// comparison with the catalog decides about it.
@@ -98,6 +98,13 @@ pub struct CapturedTable {
     /// The columns of its primary key. Under most replica identities the stream flags other columns
     /// or all of them, so it cannot tell.
     pub primary_key: Vec<String>,
+    /// Its first columns, which have had the same places in every description that is older than
+    /// this, whatever they were called; empty where that is not certain.
+    pub leading: Vec<String>,
+    /// It has partitions, which log their rows with identities of their own.
+    pub partitioned: bool,
+    /// Neither updates nor deletes are published, so it does not matter which row they are about.
+    pub inserts_only: bool,
     /// How the stream described it at the position that is resumed.
     pub former: Option<Former>,
 }

@@ -183,16 +183,18 @@ pub(super) fn outbox_row(
 
 pub(super) fn old_row(old: &OldTuple<'_>, values: &Values<'_>) -> Result<OldRow> {
     let row = values.row(&old.tuple)?;
-    Ok(match old.kind {
-        OldKind::Key => OldRow::Key(row),
-        OldKind::Full => OldRow::Full(row),
+    Ok(match (old.kind, &values.table.identity) {
+        (OldKind::Full, Identity::Full | Identity::Columns(_)) => OldRow::Full(row),
+        // A partition says it for its root, and may have sent less.
+        (OldKind::Key, _) | (OldKind::Full, Identity::Nothing) => OldRow::Key(row),
     })
 }
 
 /// Puts values that an update did not touch, and that were therefore not sent with the new row,
 /// into it from the old one where that has them: of an identity that is TOASTed Postgres sends the
-/// old row even when it has not changed (heapam.c, `ExtractReplicaIdentity`).
-pub(super) fn complete(table: &Table, old: &OldRow, new: &mut Row) {
+/// old row even when it has not changed (heapam.c, `ExtractReplicaIdentity`), and a partition with
+/// FULL always does. Returns whether the old row says more than the new one.
+pub(super) fn complete(table: &Table, old: &OldRow, new: &mut Row) -> bool {
     let mut take = |column: usize| {
         if new[column] == Value::Unchanged {
             match &old.row()[column] {
@@ -202,8 +204,14 @@ pub(super) fn complete(table: &Table, old: &OldRow, new: &mut Row) {
         }
     };
     match (old, &table.identity) {
-        (OldRow::Full(row), _) => (0..row.len()).for_each(&mut take),
-        (OldRow::Key(_), Identity::Columns(columns)) => columns.iter().copied().for_each(&mut take),
-        (OldRow::Key(_), Identity::Full | Identity::Nothing) => {}
+        (OldRow::Full(row), _) => {
+            (0..row.len()).for_each(&mut take);
+            true
+        }
+        (OldRow::Key(row), Identity::Columns(columns)) => {
+            columns.iter().copied().for_each(&mut take);
+            columns.iter().any(|column| row[*column] != new[*column])
+        }
+        (OldRow::Key(_), Identity::Full | Identity::Nothing) => true,
     }
 }

@@ -22,7 +22,7 @@ fn assembler(resume_after: Position) -> Assembler {
         types: None,
         captured: HashMap::from([(
             "public.t".into(),
-            CapturedTable { oid: RENAMED_ID, primary_key: Vec::new(), former: None },
+            CapturedTable { oid: RENAMED_ID, primary_key: Vec::new(), ..Default::default() },
         )]),
         canary: "shop".into(),
     });

@@ -3,13 +3,13 @@
 use bytes::BufMut;
 
 use super::*;
-use crate::event::{Identity, OldRow, Row, Value};
+use crate::event::{Identity, Value};
 
 const TABLE: u32 = 20_000;
 
 fn assembler(primary_key: &[&str]) -> Assembler {
     let primary_key = primary_key.iter().map(|name| (*name).to_owned()).collect();
-    let captured = CapturedTable { oid: TABLE, primary_key, former: None };
+    let captured = CapturedTable { oid: TABLE, primary_key, ..Default::default() };
     Assembler::new(Options {
         epoch: 1,
         system_id: 7,
@@ -163,14 +163,102 @@ fn a_toasted_key_that_did_not_change_comes_from_the_old_row() {
     let rows: Vec<_> = events
         .iter()
         .map(|event| match &event.content {
-            Content::Change(Change::Update { old: Some(old), new }) => (old.clone(), new.clone()),
+            Content::Change(Change::Update { old, new }) => (old.is_some(), new.clone()),
             other => panic!("{other:?}"),
         })
         .collect();
-    let expected: Row = [text("long"), text("b"), Value::Unchanged].into();
-    assert!(matches!(rows[0].0, OldRow::Key(_)));
-    assert_eq!(rows[0].1, expected, "what is outside the identity stays unknown");
-    assert_eq!(rows[1].1, [text("long"), text("b"), text("x")].into());
+    // What is outside the identity stays unknown, and an unchanged key gives no old row.
+    assert_eq!(rows[0], (false, [text("long"), text("b"), Value::Unchanged].into()));
+    assert_eq!(rows[1], (true, [text("long"), text("b"), text("x")].into()));
+}
+
+/// A root and its partition, described one after the other as a session finds them.
+fn root_and_partition(root: u8, partition: u8, flagged: &[&str]) -> [Bytes; 2] {
+    let columns = ["id", "email", "note"];
+    let own: &[&str] = if root == b'f' { &columns } else { &["id"] };
+    let mut leaf = relation(partition, &["note", "email", "id"], flagged).to_vec();
+    leaf[1..5].copy_from_slice(&(TABLE + 1).to_be_bytes());
+    [relation(root, &columns, own), leaf.into()]
+}
+
+#[test]
+fn a_partition_that_sends_less_than_its_root_ends_the_session_or_is_read_as_what_it_sends() {
+    let full = ["id", "email", "note"];
+    for (root, partition, flagged, fits) in [
+        (b'd', b'd', &["id"][..], true),
+        (b'd', b'f', &full, true),
+        (b'd', b'i', &["email", "id"], true),
+        (b'd', b'i', &["email"], false),
+        (b'd', b'n', &[], false),
+        (b'f', b'f', &full, true),
+        (b'f', b'd', &["id"], false),
+    ] {
+        for inserts_only in [false, true] {
+            let [root, partition] = root_and_partition(root, partition, flagged);
+            let mut assembler = assembler(&["id"]);
+            let captured = assembler.options.captured.get_mut("public.t").expect("it is captured");
+            (captured.partitioned, captured.inserts_only) = (true, inserts_only);
+            assembler.options.catalog_at = Lsn(100);
+            let mut out = Vec::new();
+            for message in [begin(100), root.clone()] {
+                assembler.apply(Lsn(1), &message, &mut out).expect("a message");
+            }
+            let result = assembler.apply(Lsn(1), &partition, &mut out);
+            assert_eq!(result.is_ok(), fits || inserts_only, "{partition:?}");
+            // What is older than the catalog is over: it is read as it is.
+            assembler.options.catalog_at = Lsn(1_000);
+            let deleted = delete(b'K', &[None, Some("a"), None]);
+            let row = events(apply(&mut assembler, &[root.clone(), partition, deleted]));
+            let known = row[0].table.identity != Identity::Nothing;
+            assert_eq!(known, fits || inserts_only);
+            // As soon as the partition sends enough, and not before.
+            let deleted = delete(b'K', &[Some("1"), None, None]);
+            let row = events(apply(&mut assembler, &[root.clone(), deleted.clone()]));
+            assert_eq!(row[0].table.identity != Identity::Nothing, known);
+            let [_, fine] = root_and_partition(b'd', b'f', &full);
+            let row = events(apply(&mut assembler, &[root, fine, deleted]));
+            assert_ne!(row[0].table.identity, Identity::Nothing);
+        }
+    }
+}
+
+#[test]
+fn another_table_that_is_described_after_a_root_is_no_partition_of_it() {
+    let mut assembler = assembler(&["id"]);
+    assembler.options.captured.get_mut("public.t").expect("it is captured").partitioned = true;
+    assembler.options.catalog_at = Lsn(100);
+    let [root, _] = root_and_partition(b'f', b'd', &["id"]);
+    let mut other = relation(b'd', &["id", "email", "mark"], &["id"]).to_vec();
+    other[1..5].copy_from_slice(&(TABLE + 1).to_be_bytes());
+    apply(&mut assembler, &[begin(100), root, other.into()]);
+    assert!(assembler.unlike.is_empty());
+}
+
+#[test]
+fn a_key_that_was_renamed_since_is_found_by_its_place_where_that_is_certain() {
+    let seen = |columns: &[&str], leading: &[&str], catalog_at: u64| {
+        let mut assembler = assembler(&["now"]);
+        let captured = assembler.options.captured.get_mut("public.t").expect("it is captured");
+        captured.leading = leading.iter().map(|name| (*name).to_owned()).collect();
+        assembler.options.catalog_at = Lsn(catalog_at);
+        let row: Vec<Option<&str>> = columns.iter().map(|_| Some("1")).collect();
+        let messages = [begin(100), relation(b'f', columns, columns), insert(&row)];
+        let mut out = Vec::new();
+        for message in messages {
+            assembler.apply(Lsn(1), &message, &mut out).ok()?;
+        }
+        Some(events(out)[0].table.key.clone())
+    };
+    let (found, unknown, ends) = (|place| Some(vec![place]), Some(vec![]), None);
+    assert_eq!(seen(&["note", "then"], &["note", "now"], 101), found(1));
+    assert_eq!(seen(&["old note", "then"], &["note", "now"], 101), found(1));
+    assert_eq!(seen(&["note", "now"], &["note", "now"], 101), found(1));
+    // A column before it was generated then, or a column list left it out.
+    assert_eq!(seen(&["then"], &["note", "now"], 101), unknown);
+    assert_eq!(seen(&["then", "note"], &["note", "now"], 101), unknown);
+    // One before it was dropped, or this session has not seen all that was done to the table.
+    assert_eq!(seen(&["gone", "note", "then"], &[], 101), unknown);
+    assert_eq!(seen(&["note", "then"], &["note", "now"], 100), ends);
 }
 
 #[test]
@@ -180,10 +268,11 @@ fn a_key_that_the_session_does_not_know_ends_it_and_an_older_one_does_not() {
         assembler.options.catalog_at = catalog_at;
         let mut out = Vec::new();
         assembler.apply(Lsn(1), &begin(100), &mut out).expect("Begin");
-        for (columns, flagged) in
-            [(&["new_id", "email"], &["new_id", "email"][..]), (&["id", "email"], &["email"])]
-        {
-            let identity = if flagged.len() == 2 { b'f' } else { b'i' };
+        for (identity, columns, flagged) in [
+            (b'f', &["new_id", "email"], &["new_id", "email"][..]),
+            (b'i', &["new_id", "email"], &["new_id", "email"]),
+            (b'i', &["id", "email"], &["email"]),
+        ] {
             let result = assembler.apply(Lsn(1), &relation(identity, columns, flagged), &mut out);
             assert_eq!(result.is_err(), ends, "{columns:?}");
         }

@@ -14,7 +14,7 @@ use crate::source::Receipt;
 use proptest::prelude::*;
 use uuid::Uuid;
 
-fn message(id: u128, route: u16) -> Message {
+pub(super) fn message(id: u128, route: u16) -> Message {
     let properties = Properties {
         content_type: "text/plain",
         message_id: Uuid::from_u128(id),
@@ -27,13 +27,18 @@ fn message(id: u128, route: u16) -> Message {
     builder.finish(ExchangeId(0), RouteId(route), |_| {}).unwrap()
 }
 
-fn about() -> About {
+pub(super) fn about() -> About {
     About { position: Position::default(), source: "s.t".into(), committed_at_us: 0 }
 }
 
-fn entry() -> EntryId {
+pub(super) fn entry() -> EntryId {
     let receipt = Receipt::new(Position::default(), Some(Mark(1)));
     Window::new().push(receipt, 1, 0)
+}
+
+/// Some time to begin with.
+pub(super) fn now() -> Instant {
+    Instant::now()
 }
 
 struct Bench {
@@ -43,7 +48,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        Self { lanes: Lanes::new(), now: Instant::now() }
+        Self { lanes: Lanes::new(), now: now() }
     }
 
     fn admit(&mut self, id: u128, keys: Keys) {
