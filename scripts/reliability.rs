@@ -214,8 +214,9 @@ back, and compares what a consumer received with what the database holds at the 
 committed and never arrived. *Order violation*: an event arrived for the first time after a later \
 event of its key had. *Recovery*: from the end of the fault (if a server was down: from its first \
 answer to another client) to the relay's next confirm, with debug builds on a machine that runs \
-several such tests at once. *Duplicates*: the most that one fault caused, and the promised \
-bound.\n";
+several such tests at once. *Duplicates*: the most that one fault caused, and the bound \
+for a machine that stores its checkpoints in time. Recoveries and duplicates are figures of these \
+runs: a slow machine makes them worse, and no test fails because of them.\n";
 
 const COLUMNS: &str = "\
 | class | what goes wrong | runs passed | recovery p50 ms | max ms | events | lost | order | \

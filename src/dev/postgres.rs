@@ -106,7 +106,7 @@ impl Postgres {
         let mut conf = format!(
             "listen_addresses = '127.0.0.1'\nport = {}\nunix_socket_directories = '{}'\n\
              wal_level = logical\nmax_connections = 300\nmax_wal_senders = 100\n\
-             max_replication_slots = 100\nfsync = {fsync}\nfull_page_writes = {fsync}\n\
+             max_replication_slots = 500\nfsync = {fsync}\nfull_page_writes = {fsync}\n\
              shared_buffers = 64MB\nmax_wal_size = 1GB\nautovacuum_naptime = 10s\n\
              dynamic_shared_memory_type = mmap\n\
              log_line_prefix = '%m [%p] %q%u@%d '\ntimezone = 'UTC'\n",

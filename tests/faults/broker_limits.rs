@@ -247,7 +247,7 @@ async fn broker_d14_confirms_that_never_come() {
 pub async fn never_confirmed(class: Class, title: &str) {
     let (database, vhost) = (own_database().await, own_vhost().await);
     let proxy = Proxy::before(rabbit().await.port(), Protocol::Amqp).await;
-    let settings = "broker.heartbeat = \"1s\"\nbroker.confirm_timeout = \"3s\"";
+    let settings = "broker.heartbeat = \"3s\"\nbroker.confirm_timeout = \"7s\"";
     let broker = (&*vhost.url, &*proxy.url(&vhost.url));
     let mut scene = led(title, (&database.url, &database.url), broker, settings).await;
     scene.consume();
@@ -279,7 +279,7 @@ async fn broker_d14_one_confirm_lost() {
     let Some(class) = Class::long("D14", "broker_d14_one_confirm_lost") else { return };
     let (database, vhost) = (own_database().await, own_vhost().await);
     let proxy = Proxy::before(rabbit().await.port(), Protocol::Amqp).await;
-    let settings = "broker.heartbeat = \"1s\"\nbroker.confirm_timeout = \"3s\"";
+    let settings = "broker.heartbeat = \"3s\"\nbroker.confirm_timeout = \"7s\"";
     let broker = (&*vhost.url, &*proxy.url(&vhost.url));
     let mut scene = led("D14 one", (&database.url, &database.url), broker, settings).await;
     scene.consume();

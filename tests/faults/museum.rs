@@ -324,7 +324,7 @@ async fn museum_m17_missing_confirm_in_a_silent_loop() {
     let Some(class) = Class::long("M17", "museum_m17_missing_confirm_in_a_silent_loop") else {
         return;
     };
-    let settings = "broker.heartbeat = \"1s\"\nbroker.confirm_timeout = \"3s\"";
+    let settings = "broker.heartbeat = \"3s\"\nbroker.confirm_timeout = \"7s\"";
     let mut net = Net::flowing("M17", settings).await;
     net.scene.fault("publishes arrive, heartbeats too, confirms never");
     net.rabbit.trigger(Trigger {

@@ -366,7 +366,7 @@ async fn init_makes_a_failover_slot_where_the_server_can() {
         let (config, _) =
             configuration(&server.url("postgres", "postgres"), "shop", &own_vhost().await, &setup);
         let refused = run(&config, &["init"]).await;
-        refused.expect_code(2).expect_text(&["source.failover = true requires Postgres 17"]);
+        refused.expect_code(2).expect_text(&["source.failover = true needs Postgres 17"]);
         return;
     }
     let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;

@@ -6,13 +6,13 @@ use crate::support::stage::{Setup, Stage};
 use crate::support::waiting::until;
 
 /// Answers of the relay to the server within which a thing that must not happen would happen.
-const ANSWERS: u32 = 5;
+const ANSWERS: u32 = 3;
 
 /// <https://github.com/confluentinc/bottledwater-pg/pull/73>
 #[tokio::test]
 async fn museum_m12_an_idle_slot_advances_under_foreign_wal_and_rests_when_only_we_write() {
-    // The relay answers every second, so that time is seen to pass.
-    let server = private_postgres(&["wal_sender_timeout = '3s'", "autovacuum = off"], None).await;
+    // The relay answers every two seconds, so that time is seen to pass.
+    let server = private_postgres(&["wal_sender_timeout = '6s'", "autovacuum = off"], None).await;
     let settings = "relay.idle_interval = \"1s\"\noutbox.maintain = false";
     let setup = Setup { settings, ..Setup::default() };
     let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;

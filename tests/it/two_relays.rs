@@ -174,7 +174,7 @@ async fn a_stand_by_asks_nothing_of_postgres_but_its_upkeep() {
 #[tokio::test]
 async fn a_relay_that_lost_its_place_reports_nothing_of_the_session_that_ended() {
     let routes = routes("keyed");
-    let settings = "broker.heartbeat = \"1s\"";
+    let settings = "broker.heartbeat = \"2s\"";
     let stage = Stage::new(Setup { routes: &routes, settings, ..Setup::default() }).await;
     let mut first = stage.start().await;
     // No route selects it: it is parked. The other's route has no queue: it is held.

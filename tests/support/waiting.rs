@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-/// Who has waited for so long without seeing anything move waits in vain.
+/// A wait that has seen nothing move for this long fails.
 pub const LIMIT: Duration = Duration::from_secs(120);
-/// Grain of looking at what is in this process, or at one page of a relay.
+/// Between two looks at something in this process, or at a page of a relay.
 pub const POLL: Duration = Duration::from_millis(10);
-/// Grain of looking at what asks a server.
+/// Between two looks that ask a server.
 const ASK: Duration = Duration::from_millis(50);
 /// Even a wait that sees progress ends after this.
 pub const LONGEST: Duration = Duration::from_secs(1200);
@@ -28,11 +28,11 @@ impl<P: PartialEq + std::fmt::Debug> Patience<P> {
         Self { seen: None, begin, deadline: begin + LIMIT }
     }
 
-    /// Returns after a moment, to look again. `seen` is how far it is; `()` where only the end can
-    /// be seen.
+    /// Returns after a moment, so that the caller looks again. `seen` is how far things have come;
+    /// `()` where only the end can be seen.
     ///
     /// # Panics
-    /// When that has not changed for [`LIMIT`]; `what` says what did not happen.
+    /// When `seen` has not changed for [`LIMIT`]; `what` says what did not happen.
     pub async fn more(&mut self, seen: P, what: impl FnOnce() -> String) {
         let now = Instant::now();
         if self.seen.as_ref() != Some(&seen) {
@@ -63,7 +63,7 @@ pub async fn within<T>(what: &str, done: impl Future<Output = T>) -> T {
     timeout(LIMIT, done).await.unwrap_or_else(|_| panic!("{what}: not within {LIMIT:?}"))
 }
 
-/// Looks again and again for so long, and fails when `holds` does not hold.
+/// Looks again and again for `time`, and fails as soon as `holds` is false.
 pub async fn throughout(time: Duration, what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + time;
     while Instant::now() < deadline {
