@@ -94,7 +94,11 @@ async fn pg_a10_an_old_copy_of_the_data() {
     server.stop(StopMode::Fast).await.expect("stops");
     copy(&old, &server);
     server.start_again().await.expect("starts");
-    // The checkpoint went back together with the data: what is committed now is published.
+    // The checkpoint went back together with the data. The process that lived through it says so.
+    relay.ended().await.expect_code(3).expect_text(&["checkpoint_went_back: ", "hint: "]);
+    let asked = ["resync", "--accept-gap", "--reason", "x", "--anyway", "--from", "checkpoint"];
+    stage.run(&asked).await.expect_code(0);
+    let relay = stage.start().await;
     stage.sql = client(&stage.database.url).await.expect("a connection");
     stage.execute(&emit("after")).await;
     let got = stage.settled().await;
