@@ -51,19 +51,20 @@ impl Hold {
 
 impl Lanes {
     /// The destination is broken: the message's route is held, and the message waits at the head
-    /// of its lane. Returns whether the hold is new.
+    /// of its lane. Returns whether the reason is new: that of a new hold, or of one whose probe
+    /// failed otherwise than the message before it.
     pub fn hold(&mut self, ticket: Ticket, reason: String, now: Instant) -> bool {
         let id = self.landed(ticket);
         let (route, order) = (self.at(id).message.route, self.at(id).order);
         self.aside.insert((route, order), id);
         match self.holds.get_mut(&route) {
             Some(hold) => {
-                if hold.probing == Some(id) {
-                    hold.probing = None;
-                    hold.reason = reason;
-                    hold.schedule(now);
+                if hold.probing != Some(id) {
+                    return false;
                 }
-                false
+                hold.probing = None;
+                hold.schedule(now);
+                std::mem::replace(&mut hold.reason, reason) != hold.reason
             }
             None => {
                 self.holds.insert(route, Hold::new(reason, now));

@@ -9,7 +9,7 @@ use crate::message::{Builder, ExchangeId, Message, Properties, RouteId};
 use crate::position::{Mark, Position};
 use crate::publisher::Ticket;
 use crate::relay::window::{EntryId, Window};
-use crate::route::Lanes as Keys;
+use crate::route::LaneKeys;
 use crate::source::Receipt;
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -51,11 +51,11 @@ impl Bench {
         Self { lanes: Lanes::new(), now: now() }
     }
 
-    fn admit(&mut self, id: u128, keys: Keys) {
+    fn admit(&mut self, id: u128, keys: LaneKeys) {
         self.admit_on(0, id, keys);
     }
 
-    fn admit_on(&mut self, route: u16, id: u128, keys: Keys) {
+    fn admit_on(&mut self, route: u16, id: u128, keys: LaneKeys) {
         self.lanes.admit(message(id, route), about(), keys, Owner::Window(entry()), self.now);
     }
 
@@ -73,21 +73,21 @@ impl Bench {
     }
 }
 
-fn one(lane: u64) -> Keys {
-    Keys::One { lane, group: None }
+fn one(lane: u64) -> LaneKeys {
+    LaneKeys::One { lane, group: None }
 }
 
-fn row(lane: u64) -> Keys {
-    Keys::One { lane, group: Some(1) }
+fn row(lane: u64) -> LaneKeys {
+    LaneKeys::One { lane, group: Some(1) }
 }
 
 #[test]
 fn what_waits_behind_an_evicted_message_leaves_with_it_and_nothing_else_does() {
-    let one = |lane| Keys::One { lane, group: Some(9) };
+    let one = |lane| LaneKeys::One { lane, group: Some(9) };
     let mut bench = Bench::new();
     bench.admit(1, one(1));
     bench.admit(2, one(2));
-    bench.admit(3, Keys::Two { lanes: [1, 2], group: 9 });
+    bench.admit(3, LaneKeys::Two { lanes: [1, 2], group: 9 });
     bench.admit(4, one(2));
     bench.admit(5, one(3));
     let sent = bench.send();
@@ -103,17 +103,17 @@ fn what_waits_behind_an_evicted_message_leaves_with_it_and_nothing_else_does() {
 
 #[test]
 fn a_barrier_behind_an_evicted_message_takes_all_behind_it_along() {
-    let one = |lane| Keys::One { lane, group: Some(9) };
+    let one = |lane| LaneKeys::One { lane, group: Some(9) };
     let mut bench = Bench::new();
     bench.admit(1, one(1));
     bench.admit(2, one(2));
-    bench.admit(3, Keys::Barrier { group: 9 });
+    bench.admit(3, LaneKeys::Barrier { group: 9 });
     bench.admit(4, one(3));
     let sent = bench.send();
     let gone = bench.lanes.evict(sent[0].0);
     assert_eq!(gone.iter().map(|slot| slot.message.id.as_u128()).collect::<Vec<_>>(), [1, 3, 4]);
     bench.lanes.confirmed(sent[1].0);
-    bench.admit(5, Keys::Barrier { group: 9 });
+    bench.admit(5, LaneKeys::Barrier { group: 9 });
     assert_eq!(bench.ids(), [5]);
 }
 
@@ -121,7 +121,7 @@ fn a_barrier_behind_an_evicted_message_takes_all_behind_it_along() {
 fn suspects_go_alone_and_the_largest_first() {
     let mut bench = Bench::new();
     for id in 1..=3 {
-        bench.admit(id, Keys::Free);
+        bench.admit(id, LaneKeys::Free);
     }
     let sent = bench.send();
     sent.iter().for_each(|(ticket, _)| bench.lanes.suspect(*ticket));
@@ -185,7 +185,7 @@ fn a_key_change_waits_for_both_keys_and_both_wait_for_it() {
     let mut bench = Bench::new();
     bench.admit(1, row(7));
     bench.admit(2, row(8));
-    bench.admit(3, Keys::Two { lanes: [7, 8], group: 1 });
+    bench.admit(3, LaneKeys::Two { lanes: [7, 8], group: 1 });
     bench.admit(4, row(7));
     bench.admit(5, row(8));
     let sent = bench.send();
@@ -204,7 +204,7 @@ fn a_key_change_waits_for_both_keys_and_both_wait_for_it() {
 fn a_truncate_is_a_barrier_for_its_table_only() {
     let mut bench = Bench::new();
     bench.admit(1, row(7));
-    bench.admit(2, Keys::Barrier { group: 1 });
+    bench.admit(2, LaneKeys::Barrier { group: 1 });
     bench.admit(3, row(8));
     bench.admit(4, one(9));
     let sent = bench.send();
@@ -232,7 +232,7 @@ fn a_held_route_is_probed_by_its_first_message_and_others_go_on() {
     let probe = bench.send();
     assert_eq!(probe.len(), 1);
     assert_eq!(probe[0].1, 1);
-    bench.lanes.hold(probe[0].0, "still no queue".into(), bench.now);
+    assert!(bench.lanes.hold(probe[0].0, "no exchange".into(), bench.now), "another reason");
     assert!(bench.send().is_empty());
     bench.now += PROBE_FIRST;
     let probe = bench.send();
@@ -248,12 +248,12 @@ enum Outcome {
     Hold,
 }
 
-fn keys() -> impl Strategy<Value = Keys> {
+fn keys() -> impl Strategy<Value = LaneKeys> {
     prop_oneof![
         8 => (0..4_u64).prop_map(row),
         2 => (0..4_u64, 1..4_u64)
-            .prop_map(|(a, d)| Keys::Two { lanes: [a, (a + d) % 4], group: 1 }),
-        1 => Just(Keys::Barrier { group: 1 }),
+            .prop_map(|(a, d)| LaneKeys::Two { lanes: [a, (a + d) % 4], group: 1 }),
+        1 => Just(LaneKeys::Barrier { group: 1 }),
     ]
 }
 
@@ -262,12 +262,12 @@ fn outcome() -> impl Strategy<Value = Outcome> {
     prop_oneof![6 => Just(Confirm), 2 => Just(Nack), 1 => Just(Hold)]
 }
 
-fn touches(keys: Keys) -> Vec<u64> {
+fn touches(keys: LaneKeys) -> Vec<u64> {
     match keys {
-        Keys::One { lane, .. } => vec![lane],
-        Keys::Two { lanes, .. } => lanes.to_vec(),
-        Keys::Barrier { .. } => (0..4).collect(),
-        Keys::Free => vec![],
+        LaneKeys::One { lane, .. } => vec![lane],
+        LaneKeys::Two { lanes, .. } => lanes.to_vec(),
+        LaneKeys::Barrier { .. } => (0..4).collect(),
+        LaneKeys::Free => vec![],
     }
 }
 
@@ -320,7 +320,7 @@ proptest! {
 #[test]
 fn a_probe_that_was_on_a_closed_channel_is_sent_again_and_the_route_probed_on() {
     let mut bench = Bench::new();
-    bench.admit(1, Keys::Free);
+    bench.admit(1, LaneKeys::Free);
     let first = bench.send()[0].0;
     bench.lanes.hold(first, "no queue".into(), bench.now);
     bench.now += PROBE_FIRST;
@@ -342,7 +342,7 @@ fn a_probe_that_was_on_a_closed_channel_is_sent_again_and_the_route_probed_on() 
 fn a_reload_behind_a_truncate_is_evicted_in_one_pass() {
     let mut bench = Bench::new();
     bench.admit(0, row(1));
-    bench.admit(1, Keys::Barrier { group: 1 });
+    bench.admit(1, LaneKeys::Barrier { group: 1 });
     // Each of them once is a part of a second; each of them for each is many minutes.
     let reload = 80_000;
     (0..reload).for_each(|n| bench.admit(2 + n, row(2 + n as u64)));
@@ -358,7 +358,7 @@ fn a_reload_behind_a_truncate_is_evicted_in_one_pass() {
 fn continues_after(outage: Duration, answer: Duration) -> (Duration, u32) {
     let mut bench = Bench::new();
     let begin = bench.now;
-    bench.admit(1, Keys::Free);
+    bench.admit(1, LaneKeys::Free);
     let mut out = bench.send()[0].0;
     bench.lanes.hold(out, "no queue".into(), begin);
     for probes in 1.. {
