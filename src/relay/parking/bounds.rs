@@ -1,11 +1,15 @@
 //! How much may be parked, and what an earlier session parked beyond the checkpoint.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use uuid::Uuid;
 
 use crate::position::Mark;
+use crate::relay::parking::Parking;
+use crate::relay::parking::row::{ParkedKey, ParkedRow, ROW_BYTES_MAX};
+use crate::route::LaneKeys;
 
 /// Limits of `watership.parked`, for one relay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,4 +34,37 @@ pub struct Known {
     pub ids: HashSet<(Uuid, Arc<str>, u16)>,
     /// Mark of the last one.
     pub until: Mark,
+}
+
+impl Parking {
+    /// Whether there is no room for this row.
+    ///
+    /// A row that is pending and lies after this one takes no place from it: it cannot be written
+    /// before this one is, so waiting for it would never end. The limits may therefore be
+    /// exceeded by as many rows as the window holds.
+    pub(super) fn is_full(&self, row: &ParkedRow) -> bool {
+        if row.size() > ROW_BYTES_MAX {
+            return true;
+        }
+        let after = (Bound::Excluded(&row.key), Bound::Unbounded);
+        let rows = self.rows.len() - self.blocked.len() + self.loaded.len();
+        if let Some(more) = rows.checked_sub(self.limits.rows)
+            && self.pending.range::<ParkedKey, _>(after).take(more + 1).count() <= more
+        {
+            return true;
+        }
+        // What is blocked is not parked: its key may still be one too many.
+        let takes_place = |key: &ParkedKey| {
+            !self.blocked.contains_key(key) && (*key <= row.key || !self.pending.contains_key(key))
+        };
+        let parked = |keys: &BTreeSet<ParkedKey>| keys.iter().any(takes_place);
+        let is_new = |lane: &u64| !self.lanes.get(lane).is_some_and(parked);
+        let new_lane = match row.lanes {
+            LaneKeys::One { lane, .. } => is_new(&lane),
+            LaneKeys::Two { lanes: [a, b], .. } => is_new(&a) || is_new(&b),
+            LaneKeys::Free | LaneKeys::Barrier { .. } => false,
+        };
+        let lanes = || self.lanes.values().filter(|keys| parked(keys)).take(self.limits.keys);
+        new_lane && lanes().count() >= self.limits.keys
+    }
 }

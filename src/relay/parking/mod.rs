@@ -24,9 +24,9 @@ use uuid::Uuid;
 
 use crate::position::Position;
 use crate::relay::checkpoint::rider::Rider;
-use crate::relay::parking::row::{Changed, Indexed, Key, ROW_BYTES_MAX, Row, RowState, Why};
+use crate::relay::parking::row::{Changed, Indexed, ParkedKey, ParkedRow, RowState, Why};
 use crate::relay::window::EntryId;
-use crate::route::{Lanes, OnPoison};
+use crate::route::{LaneKeys, OnPoison};
 use order::{Blocking, Set, sets};
 
 pub use bounds::{Known, Limits};
@@ -51,7 +51,7 @@ enum Place {
 
 #[derive(Debug, Clone, Copy)]
 struct Waiting {
-    lanes: Lanes,
+    lanes: LaneKeys,
     state: RowState,
     why: Why,
     place: Place,
@@ -61,7 +61,7 @@ struct Waiting {
 
 #[derive(Debug)]
 struct Blocked {
-    row: Row,
+    row: ParkedRow,
     entry: EntryId,
     policy: OnPoison,
 }
@@ -69,7 +69,7 @@ struct Blocked {
 /// A row that is on its way again.
 #[derive(Debug)]
 struct Loaded {
-    key: Key,
+    key: ParkedKey,
     waiting: Waiting,
     /// Messages of it without a confirm: an event that no route selected may have several now.
     open: usize,
@@ -84,7 +84,7 @@ pub struct Follows {
 
 /// What became of a message that was given to [`Parking::park`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Parked {
+pub enum Disposition {
     /// It will be written: its entry is settled.
     Settled,
     /// It waits in memory: its entry stays open.
@@ -95,30 +95,30 @@ pub enum Parked {
 #[derive(Debug)]
 pub enum Next {
     /// Read these from the database first.
-    Read(Vec<Key>),
+    Read(Vec<ParkedKey>),
     /// It is in memory, not written yet.
-    Pending(Row),
+    Pending(ParkedRow),
     /// It is in memory and its entry is open.
-    Blocked(Row, EntryId),
+    Blocked(ParkedRow, EntryId),
 }
 
 /// All of it.
 #[derive(Debug, Default)]
 pub struct Parking {
     limits: Limits,
-    rows: BTreeMap<Key, Waiting>,
-    lanes: HashMap<u64, BTreeSet<Key>>,
-    tables: HashMap<u64, BTreeSet<Key>>,
-    barriers: HashMap<u64, BTreeSet<Key>>,
-    pending: BTreeMap<Key, Row>,
+    rows: BTreeMap<ParkedKey, Waiting>,
+    lanes: HashMap<u64, BTreeSet<ParkedKey>>,
+    tables: HashMap<u64, BTreeSet<ParkedKey>>,
+    barriers: HashMap<u64, BTreeSet<ParkedKey>>,
+    pending: BTreeMap<ParkedKey, ParkedRow>,
     pending_bytes: usize,
-    blocked: BTreeMap<Key, Blocked>,
+    blocked: BTreeMap<ParkedKey, Blocked>,
     loaded: HashMap<u64, Loaded>,
     next_number: u64,
     /// Changes that are not written yet; a later one of a row replaces the earlier.
-    changes: BTreeMap<Key, Changed>,
+    changes: BTreeMap<ParkedKey, Changed>,
     /// Unreleased rows as the database has them.
-    stored: BTreeMap<Key, RowState>,
+    stored: BTreeMap<ParkedKey, RowState>,
     /// Rows beyond the checkpoint, of any state: a replay neither parks nor publishes them again.
     known: Known,
     /// Waiting rows of events that no route selected, and those of them on their way.
@@ -158,18 +158,18 @@ impl Parking {
     }
 
     /// What the message must follow: the last row before it in its lanes, if there is one.
-    pub fn follows(&self, key: &Key, lanes: Lanes) -> Option<Follows> {
+    pub fn follows(&self, key: &ParkedKey, lanes: LaneKeys) -> Option<Follows> {
         if self.rows.is_empty() && self.loaded.is_empty() {
             return None;
         }
-        let before = |set: Option<&BTreeSet<Key>>| set?.range(..key).next_back().cloned();
+        let before = |set: Option<&BTreeSet<ParkedKey>>| set?.range(..key).next_back().cloned();
         let lane = |lane: &u64| before(self.lanes.get(lane));
         let barrier = |group: &u64| before(self.barriers.get(group));
         let last = match lanes {
-            Lanes::Free => None,
-            Lanes::One { lane: l, group } => lane(&l).max(group.as_ref().and_then(barrier)),
-            Lanes::Two { lanes: [a, b], group } => lane(&a).max(lane(&b)).max(barrier(&group)),
-            Lanes::Barrier { group } => before(self.tables.get(&group)),
+            LaneKeys::Free => None,
+            LaneKeys::One { lane: l, group } => lane(&l).max(group.as_ref().and_then(barrier)),
+            LaneKeys::Two { lanes: [a, b], group } => lane(&a).max(lane(&b)).max(barrier(&group)),
+            LaneKeys::Barrier { group } => before(self.tables.get(&group)),
         };
         let Some(last) = last else {
             // What the routes make of it now stands in other lanes than the row does, so what comes
@@ -185,12 +185,12 @@ impl Parking {
     /// Takes a message that cannot be published, or that follows one.
     pub fn park(
         &mut self,
-        mut row: Row,
+        mut row: ParkedRow,
         entry: EntryId,
         policy: OnPoison,
         follows: Option<Follows>,
         now: f64,
-    ) -> Parked {
+    ) -> Disposition {
         if let Some(follows) = follows.filter(|_| row.why == Why::Follows) {
             row.state = follows.state;
         }
@@ -202,18 +202,18 @@ impl Parking {
         self.insert(&key, Waiting { lanes, state, why, place, bytes, parked_at: now });
         if blocked {
             self.blocked.insert(key, Blocked { row, entry, policy });
-            return Parked::Blocked;
+            return Disposition::Blocked;
         }
         self.pending_bytes += bytes;
         self.pending.insert(key, row);
-        Parked::Settled
+        Disposition::Settled
     }
 
     /// Parks what was blocked by a limit that has room again; returns the entries to settle.
     pub fn unblock(&mut self) -> Vec<EntryId> {
         let mut settled = Vec::new();
         let mut lanes_blocked = Blocking::default();
-        let keys: Vec<Key> = self.blocked.keys().cloned().collect();
+        let keys: Vec<ParkedKey> = self.blocked.keys().cloned().collect();
         for key in keys {
             let Blocked { row, policy, .. } = &self.blocked[&key];
             if *policy == OnPoison::Block || lanes_blocked.holds(row.lanes) || self.is_full(row) {
@@ -227,21 +227,6 @@ impl Parking {
             settled.push(entry);
         }
         settled
-    }
-
-    fn is_full(&self, row: &Row) -> bool {
-        let rows = self.rows.len() - self.blocked.len() + self.loaded.len();
-        // What is blocked is not parked: its key may still be one too many.
-        let parked = |keys: &BTreeSet<Key>| keys.iter().any(|key| !self.blocked.contains_key(key));
-        let is_new = |lane: &u64| !self.lanes.get(lane).is_some_and(parked);
-        let new_lane = match row.lanes {
-            Lanes::One { lane, .. } => is_new(&lane),
-            Lanes::Two { lanes: [a, b], .. } => is_new(&a) || is_new(&b),
-            Lanes::Free | Lanes::Barrier { .. } => false,
-        };
-        let lanes = || self.lanes.values().filter(|keys| parked(keys)).take(self.limits.keys);
-        let lanes_full = || lanes().count() >= self.limits.keys;
-        rows >= self.limits.rows || row.size() > ROW_BYTES_MAX || (new_lane && lanes_full())
     }
 
     /// What rides on a checkpoint at `settled`.
@@ -327,10 +312,10 @@ impl Parking {
     /// Rows with which nothing is wrong take over the state of the row before them in their lane:
     /// a retry is about whole keys, and some of these were written after a person asked for it.
     fn follow_retries(&mut self) {
-        let follows = |(key, waiting): (&Key, &Waiting)| {
+        let follows = |(key, waiting): (&ParkedKey, &Waiting)| {
             (waiting.why == Why::Follows && waiting.state == RowState::Parked).then(|| key.clone())
         };
-        for key in self.rows.iter().filter_map(follows).collect::<Vec<Key>>() {
+        for key in self.rows.iter().filter_map(follows).collect::<Vec<ParkedKey>>() {
             let waiting = self.rows[&key];
             let before = self.follows(&key, waiting.lanes);
             if before.is_some_and(|before| before.state != RowState::Retrying) {
@@ -392,12 +377,12 @@ impl Parking {
     }
 
     /// The row still waits to be tried again.
-    pub fn is_retrying(&self, key: &Key) -> bool {
+    pub fn is_retrying(&self, key: &ParkedKey) -> bool {
         self.rows.get(key).is_some_and(|waiting| waiting.state == RowState::Retrying)
     }
 
     /// The row is on its way with `open` messages; returns its number.
-    pub fn load(&mut self, key: &Key, open: usize) -> u64 {
+    pub fn load(&mut self, key: &ParkedKey, open: usize) -> u64 {
         let waiting = self.remove(key).expect("only a waiting row is loaded");
         let number = self.next_number;
         self.next_number += 1;
@@ -412,7 +397,7 @@ impl Parking {
         Some(loaded)
     }
 
-    fn unrouted_loaded_in(&self, lanes: Lanes) -> bool {
+    fn unrouted_loaded_in(&self, lanes: LaneKeys) -> bool {
         if self.unrouted_loaded == 0 {
             return false;
         }
@@ -423,7 +408,7 @@ impl Parking {
     }
 
     /// A blocked row is published after all; its entry settles with its message.
-    pub fn unload_blocked(&mut self, key: &Key) {
+    pub fn unload_blocked(&mut self, key: &ParkedKey) {
         self.remove(key);
         self.blocked.remove(key);
     }
@@ -456,7 +441,7 @@ impl Parking {
     }
 
     /// A row that was to be tried again failed before it was on its way.
-    pub fn refused(&mut self, key: &Key, why: Why, error: String) {
+    pub fn refused(&mut self, key: &ParkedKey, why: Why, error: String) {
         let number = self.load(key, 1);
         self.failed(number, Some((why, error)));
     }
@@ -483,7 +468,7 @@ impl Parking {
     }
 
     /// Notes a change of a row where it is: in memory, or to be written.
-    fn change(&mut self, key: Key, state: RowState, why: Option<(Why, String)>) {
+    fn change(&mut self, key: ParkedKey, state: RowState, why: Option<(Why, String)>) {
         let Some(row) = self.pending.get_mut(&key) else {
             self.changes.insert(key.clone(), Changed { key, state, why });
             return;
@@ -505,7 +490,7 @@ impl Parking {
         self.pending_bytes
     }
 
-    fn insert(&mut self, key: &Key, waiting: Waiting) {
+    fn insert(&mut self, key: &ParkedKey, waiting: Waiting) {
         for set in sets(waiting.lanes) {
             self.map(set).entry(set.hash()).or_default().insert(key.clone());
         }
@@ -513,7 +498,7 @@ impl Parking {
         self.rows.insert(key.clone(), waiting);
     }
 
-    fn remove(&mut self, key: &Key) -> Option<Waiting> {
+    fn remove(&mut self, key: &ParkedKey) -> Option<Waiting> {
         let waiting = self.rows.remove(key)?;
         self.unrouted -= usize::from(key.route.is_empty());
         for set in sets(waiting.lanes) {
@@ -527,7 +512,7 @@ impl Parking {
         Some(waiting)
     }
 
-    fn map(&mut self, set: Set) -> &mut HashMap<u64, BTreeSet<Key>> {
+    fn map(&mut self, set: Set) -> &mut HashMap<u64, BTreeSet<ParkedKey>> {
         match set {
             Set::Lane(_) => &mut self.lanes,
             Set::Table(_) => &mut self.tables,

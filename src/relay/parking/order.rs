@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use crate::route::Lanes;
+use crate::route::LaneKeys;
 
 /// A set in which a row stands.
 #[derive(Debug, Clone, Copy)]
@@ -21,14 +21,14 @@ impl Set {
     }
 }
 
-pub(super) fn sets(lanes: Lanes) -> impl Iterator<Item = Set> {
+pub(super) fn sets(lanes: LaneKeys) -> impl Iterator<Item = Set> {
     let sets = match lanes {
-        Lanes::Free => [None; 3],
-        Lanes::One { lane, group } => [Some(Set::Lane(lane)), group.map(Set::Table), None],
-        Lanes::Two { lanes: [a, b], group } => {
+        LaneKeys::Free => [None; 3],
+        LaneKeys::One { lane, group } => [Some(Set::Lane(lane)), group.map(Set::Table), None],
+        LaneKeys::Two { lanes: [a, b], group } => {
             [Some(Set::Lane(a)), Some(Set::Lane(b)), Some(Set::Table(group))]
         }
-        Lanes::Barrier { group } => [Some(Set::Table(group)), Some(Set::Barriers(group)), None],
+        LaneKeys::Barrier { group } => [Some(Set::Table(group)), Some(Set::Barriers(group)), None],
     };
     sets.into_iter().flatten()
 }
@@ -42,7 +42,7 @@ pub(super) struct Blocking {
 }
 
 impl Blocking {
-    pub(super) fn add(&mut self, lanes: Lanes) {
+    pub(super) fn add(&mut self, lanes: LaneKeys) {
         for set in sets(lanes) {
             match set {
                 Set::Lane(lane) => self.lanes.insert(lane),
@@ -52,16 +52,16 @@ impl Blocking {
         }
     }
 
-    pub(super) fn holds(&self, lanes: Lanes) -> bool {
+    pub(super) fn holds(&self, lanes: LaneKeys) -> bool {
         match lanes {
-            Lanes::Free => false,
-            Lanes::One { lane, group } => {
+            LaneKeys::Free => false,
+            LaneKeys::One { lane, group } => {
                 self.lanes.contains(&lane) || group.is_some_and(|g| self.barriers.contains(&g))
             }
-            Lanes::Two { lanes: [a, b], group } => {
+            LaneKeys::Two { lanes: [a, b], group } => {
                 self.lanes.contains(&a) || self.lanes.contains(&b) || self.barriers.contains(&group)
             }
-            Lanes::Barrier { group } => self.tables.contains(&group),
+            LaneKeys::Barrier { group } => self.tables.contains(&group),
         }
     }
 }

@@ -12,13 +12,13 @@ use crate::position::Position;
 use crate::publisher::Publisher;
 use crate::relay::checkpoint::Store;
 use crate::relay::parking::Next;
-use crate::relay::parking::row::{Raw, Row, Why, shorten};
+use crate::relay::parking::row::{ParkedRow, Raw, Why, shorten};
 use crate::relay::parking::store::Found;
 use crate::relay::window::admission::fits;
 use crate::relay::window::lanes::{About, Owner};
 use crate::relay::window::remembered::MessageKey;
 use crate::relay::{Ending, Relay};
-use crate::route::{Decision, Lanes, Ordering};
+use crate::route::{Decision, LaneKeys, Ordering};
 use crate::source::Source;
 
 /// How often the table is asked whether people changed something, while it has rows.
@@ -29,55 +29,60 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// under way: what is read must be what we know plus what people did.
     pub(in crate::relay) fn start_looking(&mut self) {
         let ending = !matches!(self.ending, Ending::No);
-        if !self.retry_due || self.looking.is_some() || self.storing.is_some() || ending {
+        if !self.parked.retry_due
+            || self.parked.looking.is_some()
+            || self.durable.storing.is_some()
+            || ending
+        {
             return;
         }
-        self.retry_due = false;
-        if self.parking.is_idle() {
+        self.parked.retry_due = false;
+        if self.parked.parking.is_idle() {
             return;
         }
-        let holds = self.lanes.holds();
-        let held: Vec<_> = holds.map(|(id, _)| self.router.by_id(id).label.clone()).collect();
+        let holds = self.flight.lanes.holds();
+        let held: Vec<_> =
+            holds.map(|(id, _)| self.making.router.by_id(id).label.clone()).collect();
         loop {
-            match self.parking.next_retry(|route| held.iter().any(|name| **name == *route)) {
+            match self.parked.parking.next_retry(|route| held.iter().any(|name| **name == *route)) {
                 Some(Next::Read(keys)) => {
-                    self.looking = Some(Box::pin(self.store.read(keys)));
+                    self.parked.looking = Some(Box::pin(self.store.read(keys)));
                     return;
                 }
                 Some(Next::Pending(row)) => self.retry(row),
                 Some(Next::Blocked(row, entry)) => {
                     let messages = self.messages_of(&row);
                     let Ok(messages) = messages else { break };
-                    self.parking.unload_blocked(&row.key);
+                    self.parked.parking.unload_blocked(&row.key);
                     // The entry waits for one: the row.
-                    self.window.becomes(entry, messages.len());
+                    self.flight.window.becomes(entry, messages.len());
                     let (about, now) = (about(&row), Instant::now().into_std());
                     for (message, lanes) in messages {
                         let owner = Owner::Window(entry);
-                        self.remembered.sends(message.route, lanes);
-                        self.lanes.admit(message, about.clone(), lanes, owner, now);
+                        self.flight.remembered.sends(message.route, lanes);
+                        self.flight.lanes.admit(message, about.clone(), lanes, owner, now);
                     }
                 }
                 None => break,
             }
         }
-        if Instant::now() >= self.look_at {
-            self.look_at = Instant::now() + LOOK_EVERY;
-            self.looking = Some(Box::pin(self.store.look(self.parking.counts())));
+        if Instant::now() >= self.parked.look_at {
+            self.parked.look_at = Instant::now() + LOOK_EVERY;
+            self.parked.looking = Some(Box::pin(self.store.look(self.parked.parking.counts())));
         }
     }
 
     /// What the look has found.
     pub(in crate::relay) fn found(&mut self, found: Found) {
-        self.retry_due = true;
+        self.parked.retry_due = true;
         match found {
             Found::Same => {}
-            Found::Index(rows) => self.parking.reload(rows),
+            Found::Index(rows) => self.parked.parking.reload(rows),
             Found::Rows(rows) => {
                 if rows.is_empty() {
                     // Somebody was faster: what we know is old. No count is as large as this.
-                    self.retry_due = false;
-                    self.looking = Some(Box::pin(self.store.look((usize::MAX, 0))));
+                    self.parked.retry_due = false;
+                    self.parked.looking = Some(Box::pin(self.store.look((usize::MAX, 0))));
                 }
                 rows.into_iter().for_each(|row| self.retry(row));
             }
@@ -85,23 +90,23 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     /// Puts a row into its lanes, if nothing has come between; else it is parked again.
-    fn retry(&mut self, row: Row) {
-        if !self.parking.is_retrying(&row.key) {
+    fn retry(&mut self, row: ParkedRow) {
+        if !self.parked.parking.is_retrying(&row.key) {
             return;
         }
         match self.messages_of(&row) {
             Ok(messages) => {
-                let number = self.parking.load(&row.key, messages.len().max(1));
+                let number = self.parked.parking.load(&row.key, messages.len().max(1));
                 if messages.is_empty() {
                     // By now a route drops it.
-                    self.parking.confirmed(number);
+                    self.parked.parking.confirmed(number);
                 }
                 let (about, now) = (about(&row), Instant::now().into_std());
                 for (message, lanes) in messages {
-                    self.metrics.parked.retried.increment(1);
+                    self.seen.metrics.parked.retried.increment(1);
                     let owner = Owner::Parked(number);
-                    self.remembered.sends(message.route, lanes);
-                    self.lanes.admit(message, about.clone(), lanes, owner, now);
+                    self.flight.remembered.sends(message.route, lanes);
+                    self.flight.lanes.admit(message, about.clone(), lanes, owner, now);
                 }
             }
             Err((why, error)) => {
@@ -113,7 +118,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     error = %error,
                     "a parked message cannot be published yet; it is parked again"
                 );
-                self.parking.refused(&row.key, why, shorten(&error));
+                self.parked.parking.refused(&row.key, why, shorten(&error));
             }
         }
     }
@@ -121,9 +126,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Messages that were parked and published before a checkpoint passed them. A row of an event
     /// that no route selected has several, and is not among them.
     pub(in crate::relay) fn released(&self) -> Vec<(MessageKey, Position)> {
-        let rows = self.parking.released_unwritten();
-        let message = |row: &Row| {
-            let route = self.router.by_name(&row.key.route)?;
+        let rows = self.parked.parking.released_unwritten();
+        let message = |row: &ParkedRow| {
+            let route = self.making.router.by_name(&row.key.route)?;
             let part = row.key.part;
             let id = match &row.raw {
                 Raw::Event(_) => message_id(row.id, route, part),
@@ -135,9 +140,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     /// The messages of a parked row under the routes as they are now.
-    fn messages_of(&mut self, row: &Row) -> Result<Vec<(Message, Lanes)>, (Why, Error)> {
+    fn messages_of(&mut self, row: &ParkedRow) -> Result<Vec<(Message, LaneKeys)>, (Why, Error)> {
         let max_body = self.max_body();
-        let route = self.router.by_name(&row.key.route);
+        let route = self.making.router.by_name(&row.key.route);
         if route.is_none() && !row.key.route.is_empty() {
             let text = format!("there is no route {:?} any more", row.key.route);
             let hint = "add the route again, or discard the row";
@@ -164,10 +169,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         // A row that no route selected becomes what all routes make of it now.
         let part = row.key.part;
         let (mut made, mut selected) = (Vec::new(), false);
-        self.plans.decide_alone(&self.router, &event, |decision| match decision {
+        self.making.plans.decide_alone(&self.making.router, &event, |decision| match decision {
             Decision::Drop(_) => selected |= route.is_none(),
             Decision::Publish(plan, lanes) if route.is_none_or(|r| r.id == plan.route.id) => {
-                made.push(self.envelope.message(&event, plan, part).map(|made| (made, lanes)));
+                made.push(
+                    self.making.envelope.message(&event, plan, part).map(|made| (made, lanes)),
+                );
             }
             Decision::Publish(..) => {}
         });
@@ -184,7 +191,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 }
 
-fn about(row: &Row) -> About {
+fn about(row: &ParkedRow) -> About {
     About {
         position: row.key.position,
         source: row.source.as_str().into(),

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::event::{Event, stored};
 use crate::message::Message;
 use crate::position::Position;
-use crate::route::{Lanes, Plan, unrouted};
+use crate::route::{LaneKeys, Plan, unrouted};
 
 /// Most bytes of one row. No document is larger than [`stored::STORED_MAX`]; a body of this size
 /// is below the 1 GiB that Postgres takes, also in base64.
@@ -25,7 +25,7 @@ const ERROR_CHARS: usize = 1000;
 
 /// Which message of which event; the primary key. Sorts by position.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Key {
+pub struct ParkedKey {
     /// Place of the event.
     pub position: Position,
     /// Name of the route; empty when no route selected the event.
@@ -167,9 +167,9 @@ pub enum Raw {
 
 /// A row.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row {
+pub struct ParkedRow {
     /// Which message.
-    pub key: Key,
+    pub key: ParkedKey,
     /// What it waits for.
     pub state: RowState,
     /// Why it is here.
@@ -187,23 +187,23 @@ pub struct Row {
     /// Commit time, in microseconds since 1970-01-01 UTC.
     pub committed_at_us: i64,
     /// What it must not overtake.
-    pub lanes: Lanes,
+    pub lanes: LaneKeys,
     /// What it is made of.
     pub raw: Raw,
 }
 
-impl Row {
+impl ParkedRow {
     /// The row of an event of which no message can be made, or which follows one.
     pub fn of_event(
         event: &Event,
         plan: Option<&Plan>,
-        lanes: Lanes,
+        lanes: LaneKeys,
         why: Why,
         error: &Error,
     ) -> Self {
         let route = plan.map_or_else(|| "".into(), |plan| plan.route.label.clone());
         Self {
-            key: Key { position: event.position, route, part: 0 },
+            key: ParkedKey { position: event.position, route, part: 0 },
             state: RowState::Parked,
             why,
             error: shorten(error),
@@ -280,7 +280,7 @@ pub fn shorten(error: &Error) -> String {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changed {
     /// Which row.
-    pub key: Key,
+    pub key: ParkedKey,
     /// Its new state.
     pub state: RowState,
     /// Why a new try failed.
@@ -288,8 +288,8 @@ pub struct Changed {
 }
 
 /// Rows as a JSON array, for `rider_parked.sql`.
-pub fn rows_to_json(rows: &[Row]) -> String {
-    let rows: Vec<JsonRow<'_>> = rows.iter().map(Row::to_json).collect();
+pub fn rows_to_json(rows: &[ParkedRow]) -> String {
+    let rows: Vec<JsonRow<'_>> = rows.iter().map(ParkedRow::to_json).collect();
     serde_json::to_string(&rows).expect("rows are numbers, strings and documents")
 }
 
@@ -306,7 +306,7 @@ pub fn changes_to_json(changes: &[Changed]) -> String {
 }
 
 /// Keys as a JSON array, for `parked_rows.sql`.
-pub fn keys_to_json(keys: &[Key]) -> String {
+pub fn keys_to_json(keys: &[ParkedKey]) -> String {
     let keys: Vec<JsonKey> = keys.iter().map(JsonKey::of).collect();
     serde_json::to_string(&keys).expect("keys are numbers and strings")
 }
@@ -315,13 +315,13 @@ pub fn keys_to_json(keys: &[Key]) -> String {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Indexed {
     /// Which row.
-    pub key: Key,
+    pub key: ParkedKey,
     /// What it waits for.
     pub state: RowState,
     /// Why it is here.
     pub why: Why,
     /// What it must not overtake.
-    pub lanes: Lanes,
+    pub lanes: LaneKeys,
     /// About how many bytes it has.
     pub bytes: usize,
     /// When it was parked, in seconds since 1970-01-01 UTC.
@@ -330,14 +330,14 @@ pub struct Indexed {
 
 /// Lanes as columns: hashes of the keys, hash of the table, whether it is a truncate. Postgres has
 /// no unsigned numbers; the bits are the same.
-pub fn lanes_to_columns(lanes: Lanes) -> (Vec<i64>, Option<i64>, bool) {
+pub fn lanes_to_columns(lanes: LaneKeys) -> (Vec<i64>, Option<i64>, bool) {
     match lanes {
-        Lanes::Free => (Vec::new(), None, false),
-        Lanes::One { lane, group } => (vec![lane as i64], group.map(|g| g as i64), false),
-        Lanes::Two { lanes, group } => {
+        LaneKeys::Free => (Vec::new(), None, false),
+        LaneKeys::One { lane, group } => (vec![lane as i64], group.map(|g| g as i64), false),
+        LaneKeys::Two { lanes, group } => {
             (lanes.iter().map(|l| *l as i64).collect(), Some(group as i64), false)
         }
-        Lanes::Barrier { group } => (Vec::new(), Some(group as i64), true),
+        LaneKeys::Barrier { group } => (Vec::new(), Some(group as i64), true),
     }
 }
 
@@ -345,13 +345,13 @@ pub fn lanes_to_columns(lanes: Lanes) -> (Vec<i64>, Option<i64>, bool) {
 ///
 /// # Errors
 /// [`crate::error::Kind::Protocol`] when the columns do not belong together.
-pub fn lanes_from_columns(lanes: &[i64], group: Option<i64>, barrier: bool) -> Result<Lanes> {
+pub fn lanes_from_columns(lanes: &[i64], group: Option<i64>, barrier: bool) -> Result<LaneKeys> {
     let group = group.map(|g| g as u64);
     match (lanes, group, barrier) {
-        ([], None, false) => Ok(Lanes::Free),
-        ([lane], group, false) => Ok(Lanes::One { lane: *lane as u64, group }),
-        ([a, b], Some(group), false) => Ok(Lanes::Two { lanes: [*a as u64, *b as u64], group }),
-        ([], Some(group), true) => Ok(Lanes::Barrier { group }),
+        ([], None, false) => Ok(LaneKeys::Free),
+        ([lane], group, false) => Ok(LaneKeys::One { lane: *lane as u64, group }),
+        ([a, b], Some(group), false) => Ok(LaneKeys::Two { lanes: [*a as u64, *b as u64], group }),
+        ([], Some(group), true) => Ok(LaneKeys::Barrier { group }),
         _ => Err(Error::protocol(format!(
             "watership.parked: {} lanes, table {group:?}, barrier {barrier} do not go together",
             lanes.len()
@@ -370,7 +370,7 @@ struct JsonKey {
 }
 
 impl JsonKey {
-    fn of(key: &Key) -> Self {
+    fn of(key: &ParkedKey) -> Self {
         let Position { epoch, mark, ordinal, sub } = key.position;
         let route = key.route.to_string();
         Self { epoch, mark: mark.0, ordinal, sub, route, part: key.part }
@@ -415,11 +415,11 @@ mod tests {
     #[test]
     fn lanes_survive_the_trip_through_the_database() {
         for lanes in [
-            Lanes::Free,
-            Lanes::One { lane: u64::MAX, group: None },
-            Lanes::One { lane: 1, group: Some(u64::MAX - 1) },
-            Lanes::Two { lanes: [1, u64::MAX], group: 3 },
-            Lanes::Barrier { group: 1 << 63 },
+            LaneKeys::Free,
+            LaneKeys::One { lane: u64::MAX, group: None },
+            LaneKeys::One { lane: 1, group: Some(u64::MAX - 1) },
+            LaneKeys::Two { lanes: [1, u64::MAX], group: 3 },
+            LaneKeys::Barrier { group: 1 << 63 },
         ] {
             let (keys, group, barrier) = lanes_to_columns(lanes);
             assert_eq!(lanes_from_columns(&keys, group, barrier).unwrap(), lanes);

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::{Blocked, Parking};
-use crate::relay::parking::row::{Row, RowState, Why};
+use crate::relay::parking::row::{ParkedRow, RowState, Why};
 
 impl Parking {
     /// Names of the routes that have blocked rows.
-    pub fn blocked_routes(&self) -> BTreeMap<&str, &Row> {
+    pub fn blocked_routes(&self) -> BTreeMap<&str, &ParkedRow> {
         let mut routes = BTreeMap::new();
         for (key, Blocked { row, .. }) in &self.blocked {
             routes.entry(&*key.route).or_insert(row);
@@ -16,7 +16,7 @@ impl Parking {
     }
 
     /// Rows that were published before a checkpoint passed them: nothing durable tells of them.
-    pub fn released_unwritten(&self) -> impl Iterator<Item = &Row> {
+    pub fn released_unwritten(&self) -> impl Iterator<Item = &ParkedRow> {
         self.pending.values().filter(|row| row.state == RowState::Released)
     }
 

@@ -8,7 +8,7 @@ use crate::position::{Mark, Position};
 use crate::relay::checkpoint::to_sql;
 use crate::relay::parking::Known;
 use crate::relay::parking::row::{
-    Indexed, Key, Raw, Row, RowState, Why, keys_to_json, lanes_from_columns,
+    Indexed, ParkedKey, ParkedRow, Raw, RowState, Why, keys_to_json, lanes_from_columns,
 };
 
 /// What was found when the table was looked at.
@@ -19,7 +19,7 @@ pub enum Found {
     /// Something has changed: all unreleased rows.
     Index(Vec<Indexed>),
     /// The contents that were asked for.
-    Rows(Vec<Row>),
+    Rows(Vec<ParkedRow>),
 }
 
 /// The unreleased rows, unless there are as many as `expected` (parked, retrying).
@@ -86,14 +86,14 @@ pub async fn known(client: &Client, name: &str, position: Position) -> Result<Kn
 ///
 /// # Errors
 /// The server's.
-pub async fn rows(client: &Client, name: &str, keys: &[Key]) -> Result<Found> {
+pub async fn rows(client: &Client, name: &str, keys: &[ParkedKey]) -> Result<Found> {
     const SQL: &str = include_str!("../../../sql/query/parked_rows.sql");
     let keys = keys_to_json(keys);
     let rows = client.query(SQL, &[&name, &keys]).await.map_err(postgres_error)?;
     rows.iter().map(from_sql).collect::<Result<_>>().map(Found::Rows)
 }
 
-fn from_sql(row: &SqlRow) -> Result<Row> {
+fn from_sql(row: &SqlRow) -> Result<ParkedRow> {
     let get = Columns(row);
     let event: Option<String> = row.try_get(17).map_err(postgres_error)?;
     let raw = match event {
@@ -105,7 +105,7 @@ fn from_sql(row: &SqlRow) -> Result<Row> {
         },
     };
     let attempts: i32 = row.try_get(9).map_err(postgres_error)?;
-    Ok(Row {
+    Ok(ParkedRow {
         key: get.key()?,
         state: RowState::parse(&get.text(6)?)?,
         why: Why::parse(&get.text(7)?),
@@ -129,14 +129,14 @@ struct Columns<'a>(&'a SqlRow);
 
 impl Columns<'_> {
     /// The first six: epoch, mark, ordinal, sub, route, part.
-    fn key(&self) -> Result<Key> {
+    fn key(&self) -> Result<ParkedKey> {
         let position = Position {
             epoch: u32::try_from(self.int(0)?).map_err(|_| out_of_range("epoch"))?,
             mark: self.mark(1)?,
             ordinal: u64::try_from(self.int(2)?).map_err(|_| out_of_range("ordinal"))?,
             sub: u32::try_from(self.int(3)?).map_err(|_| out_of_range("sub"))?,
         };
-        Ok(Key { position, route: self.text(4)?.into(), part: self.part(5)? })
+        Ok(ParkedKey { position, route: self.text(4)?.into(), part: self.part(5)? })
     }
 
     fn mark(&self, index: usize) -> Result<Mark> {

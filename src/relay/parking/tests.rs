@@ -1,11 +1,11 @@
 //! Parking against its rules: what follows what, what is written when, what may be tried again.
 
-use super::{Follows, Known, Limits, Next, Parked, Parking, Place};
+use super::{Disposition, Follows, Known, Limits, Next, Parking, Place};
 use crate::position::{Mark, Position};
 use crate::relay::checkpoint::rider::Rider;
-use crate::relay::parking::row::{Changed, Key, Raw, Row, RowState, Why};
+use crate::relay::parking::row::{Changed, ParkedKey, ParkedRow, Raw, RowState, Why};
 use crate::relay::window::{EntryId, Window};
-use crate::route::{Lanes, OnPoison};
+use crate::route::{LaneKeys, OnPoison};
 use crate::source::Receipt;
 use uuid::Uuid;
 
@@ -13,12 +13,12 @@ fn at(lsn: u64) -> Position {
     Position { epoch: 1, mark: Mark(lsn), ordinal: 1, sub: 0 }
 }
 
-fn key(lsn: u64) -> Key {
-    Key { position: at(lsn), route: "orders".into(), part: 0 }
+fn key(lsn: u64) -> ParkedKey {
+    ParkedKey { position: at(lsn), route: "orders".into(), part: 0 }
 }
 
-fn row(lsn: u64, lanes: Lanes, why: Why) -> Row {
-    Row {
+fn row(lsn: u64, lanes: LaneKeys, why: Why) -> ParkedRow {
+    ParkedRow {
         key: key(lsn),
         state: RowState::Parked,
         why,
@@ -33,19 +33,19 @@ fn row(lsn: u64, lanes: Lanes, why: Why) -> Row {
     }
 }
 
-fn lane(lane: u64) -> Lanes {
-    Lanes::One { lane, group: None }
+fn lane(lane: u64) -> LaneKeys {
+    LaneKeys::One { lane, group: None }
 }
 
-fn of_table(lane: u64) -> Lanes {
-    Lanes::One { lane, group: Some(7) }
+fn of_table(lane: u64) -> LaneKeys {
+    LaneKeys::One { lane, group: Some(7) }
 }
 
 fn entry() -> EntryId {
     Window::new().push(Receipt::new(Position::default(), None), 1, 0)
 }
 
-fn park(parking: &mut Parking, row: Row) -> Parked {
+fn park(parking: &mut Parking, row: ParkedRow) -> Disposition {
     let follows = parking.follows(&row.key, row.lanes);
     parking.park(row, entry(), OnPoison::Park, follows, 0.0)
 }
@@ -54,11 +54,11 @@ fn none_held(_: &str) -> bool {
     false
 }
 
-fn sub(position: Position, sub: u32) -> Key {
-    Key { position: Position { sub, ..position }, route: "orders".into(), part: 0 }
+fn sub(position: Position, sub: u32) -> ParkedKey {
+    ParkedKey { position: Position { sub, ..position }, route: "orders".into(), part: 0 }
 }
 
-fn rows(riders: Vec<Rider>) -> Vec<Row> {
+fn rows(riders: Vec<Rider>) -> Vec<ParkedRow> {
     let rows = |rider| match rider {
         Rider::Parked(rows) => rows,
         Rider::Unparked(_) | Rider::Described(_) => Vec::new(),
@@ -76,14 +76,15 @@ fn changes(riders: Vec<Rider>) -> Vec<Changed> {
 
 /// Marks everything that is stored as a person would.
 fn retry_all(parking: &mut Parking) {
-    let indexed = |(key, waiting): (&Key, &super::Waiting)| crate::relay::parking::row::Indexed {
-        key: key.clone(),
-        state: RowState::Retrying,
-        why: waiting.why,
-        lanes: waiting.lanes,
-        bytes: 1,
-        parked_at: 0.0,
-    };
+    let indexed =
+        |(key, waiting): (&ParkedKey, &super::Waiting)| crate::relay::parking::row::Indexed {
+            key: key.clone(),
+            state: RowState::Retrying,
+            why: waiting.why,
+            lanes: waiting.lanes,
+            bytes: 1,
+            parked_at: 0.0,
+        };
     let stored = parking.rows.iter().filter(|(_, w)| w.place == Place::Stored);
     let found = stored.map(indexed).collect();
     parking.reload(found);
@@ -96,9 +97,9 @@ fn later_messages_of_a_parked_lane_follow_and_others_do_not() {
     let follows = Some(Follows { state: RowState::Parked, place: Place::Pending });
     assert_eq!(parking.follows(&key(11), lane(1)), follows);
     assert_eq!(parking.follows(&key(11), lane(2)), None);
-    assert_eq!(parking.follows(&key(11), Lanes::Free), None);
+    assert_eq!(parking.follows(&key(11), LaneKeys::Free), None);
     assert_eq!(parking.follows(&key(9), lane(1)), None, "it stands before the first parked one");
-    assert_eq!(parking.follows(&key(11), Lanes::Two { lanes: [2, 1], group: 7 }), follows);
+    assert_eq!(parking.follows(&key(11), LaneKeys::Two { lanes: [2, 1], group: 7 }), follows);
 }
 
 #[test]
@@ -106,16 +107,16 @@ fn a_truncate_follows_its_table_and_its_table_follows_it() {
     let mut parking = Parking::default();
     park(&mut parking, row(10, of_table(1), Why::Invalid));
     assert!(parking.follows(&key(11), of_table(2)).is_none());
-    assert!(parking.follows(&key(11), Lanes::Barrier { group: 7 }).is_some());
-    park(&mut parking, row(11, Lanes::Barrier { group: 7 }, Why::Follows));
+    assert!(parking.follows(&key(11), LaneKeys::Barrier { group: 7 }).is_some());
+    park(&mut parking, row(11, LaneKeys::Barrier { group: 7 }, Why::Follows));
     assert!(parking.follows(&key(12), of_table(2)).is_some());
-    assert!(parking.follows(&key(12), Lanes::One { lane: 2, group: Some(8) }).is_none());
+    assert!(parking.follows(&key(12), LaneKeys::One { lane: 2, group: Some(8) }).is_none());
 }
 
 #[test]
 fn a_row_is_written_with_the_first_checkpoint_that_passes_it_and_not_before() {
     let mut parking = Parking::default();
-    assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Parked::Settled);
+    assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Disposition::Settled);
     assert!(!parking.has_riders(at(9)));
     assert!(parking.take_riders(at(9)).is_empty());
     assert!(parking.has_riders(at(10)) && parking.pending_bytes() > 0);
@@ -128,9 +129,9 @@ fn a_row_is_written_with_the_first_checkpoint_that_passes_it_and_not_before() {
 fn at_the_limit_poison_waits_in_the_window_and_is_parked_when_there_is_room() {
     let limits = Limits { rows: 1, keys: 10 };
     let mut parking = Parking::new(limits, Vec::new(), Known::default());
-    assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Parked::Settled);
-    assert_eq!(park(&mut parking, row(11, lane(2), Why::TooLarge)), Parked::Blocked);
-    assert_eq!(park(&mut parking, row(12, lane(2), Why::Follows)), Parked::Blocked);
+    assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Disposition::Settled);
+    assert_eq!(park(&mut parking, row(11, lane(2), Why::TooLarge)), Disposition::Blocked);
+    assert_eq!(park(&mut parking, row(12, lane(2), Why::Follows)), Disposition::Blocked);
     assert!(parking.unblock().is_empty());
     assert_eq!(parking.blocked_routes().len(), 1);
     parking.take_riders(at(10));
@@ -142,15 +143,30 @@ fn at_the_limit_poison_waits_in_the_window_and_is_parked_when_there_is_room() {
 }
 
 #[test]
+fn a_row_is_written_though_later_ones_that_wait_for_it_have_taken_all_places() {
+    for limits in [Limits { rows: 1, keys: 10 }, Limits { rows: 10, keys: 1 }] {
+        let mut parking = Parking::new(limits, Vec::new(), Known::default());
+        assert_eq!(park(&mut parking, row(20, lane(2), Why::Unroutable)), Disposition::Settled);
+        // It was sent before 20 and came back after it; 20 cannot be written before it is.
+        let earlier = park(&mut parking, row(10, lane(1), Why::Unroutable));
+        assert_eq!(earlier, Disposition::Settled);
+        // What comes after both finds no room.
+        let later = park(&mut parking, row(30, lane(3), Why::Unroutable));
+        assert_eq!(later, Disposition::Blocked);
+        assert_eq!(rows(parking.take_riders(at(20))).len(), 2);
+    }
+}
+
+#[test]
 fn beyond_the_most_keys_poison_stays_blocked_and_parked_keys_go_on() {
     let limits = Limits { rows: 10, keys: 1 };
     let mut parking = Parking::new(limits, Vec::new(), Known::default());
-    assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Parked::Settled);
-    assert_eq!(park(&mut parking, row(11, lane(2), Why::TooLarge)), Parked::Blocked);
+    assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Disposition::Settled);
+    assert_eq!(park(&mut parking, row(11, lane(2), Why::TooLarge)), Disposition::Blocked);
     for _ in 0..3 {
         assert!(parking.unblock().is_empty(), "a tick later it is still one key too many");
     }
-    assert_eq!(park(&mut parking, row(12, lane(1), Why::Follows)), Parked::Settled);
+    assert_eq!(park(&mut parking, row(12, lane(1), Why::Follows)), Disposition::Settled);
     parking.take_riders(at(12));
     // A person discards the stored rows.
     parking.reload(Vec::new());
@@ -180,7 +196,7 @@ fn a_lane_is_live_again_when_its_last_row_is_on_its_way() {
     assert!(parking.follows(&key(13), lane(1)).is_none());
     parking.confirmed(first);
     parking.confirmed(second);
-    let released: Vec<Key> =
+    let released: Vec<ParkedKey> =
         changes(parking.take_riders(at(11))).into_iter().map(|change| change.key).collect();
     assert_eq!(released, [key(10), key(11)]);
 }
@@ -205,7 +221,7 @@ fn a_row_that_fails_again_stops_the_rows_behind_it() {
 fn a_row_behind_a_parked_one_of_another_lane_waits_for_it() {
     let mut parking = Parking::default();
     park(&mut parking, row(10, of_table(1), Why::TooLarge));
-    park(&mut parking, row(11, Lanes::Two { lanes: [1, 2], group: 7 }, Why::Follows));
+    park(&mut parking, row(11, LaneKeys::Two { lanes: [1, 2], group: 7 }, Why::Follows));
     parking.take_riders(at(11));
     // Only the second is marked: by hand, past the command line.
     let mut found: Vec<_> = Vec::new();
@@ -239,7 +255,7 @@ fn what_an_earlier_session_parked_is_known_until_the_checkpoint_has_passed_it() 
 #[test]
 fn a_parked_truncate_of_a_second_table_is_written_with_the_checkpoint_that_passes_it() {
     let mut parking = Parking::default();
-    let mut second = row(10, Lanes::Barrier { group: 7 }, Why::Unroutable);
+    let mut second = row(10, LaneKeys::Barrier { group: 7 }, Why::Unroutable);
     second.key = sub(at(10), 1);
     park(&mut parking, second);
     assert!(!parking.has_riders(at(10)), "the first table is settled, the second is not");
@@ -296,7 +312,7 @@ fn rows_of_a_held_route_leave_the_others_room() {
 #[test]
 fn what_comes_behind_an_unrouted_row_on_its_way_waits_for_its_confirm() {
     let mut parking = Parking::default();
-    let unrouted = |lsn| Key { position: at(lsn), route: "".into(), part: 0 };
+    let unrouted = |lsn| ParkedKey { position: at(lsn), route: "".into(), part: 0 };
     let mut first = row(10, lane(1), Why::NoRoute);
     first.key = unrouted(10);
     park(&mut parking, first);
