@@ -10,7 +10,8 @@ use uuid::Uuid;
 use crate::column;
 use crate::error::{Error, Result};
 use crate::event::{
-    Change, Column, Content, Event, Identity, OldRow, OutboxRow, Payload, Row, Table, Value, id,
+    Change, Column, Content, Event, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table, Value,
+    id,
 };
 use crate::message::{Builder, Message, Properties, ROUTE_HEADER};
 use crate::route::{MessageIdRule, Ordering, Plan, Route, TablePlan};
@@ -72,8 +73,8 @@ impl Envelope {
         self.key.clear();
         let _ = write!(self.key, "{}/{}", row.aggregate_type, row.aggregate_id);
         let default = match &row.payload {
-            Payload::Json(_) => JSON,
-            Payload::Hex(_) | Payload::Broken(_) => BYTES,
+            OutboxPayload::Json(_) => JSON,
+            OutboxPayload::Hex(_) | OutboxPayload::Broken(_) => BYTES,
         };
         let properties = Properties {
             content_type: row.content_type.as_deref().unwrap_or(default),
@@ -171,10 +172,10 @@ enum Body<'a> {
 }
 
 impl<'a> Body<'a> {
-    fn of(payload: &'a Payload) -> Result<Self> {
+    fn of(payload: &'a OutboxPayload) -> Result<Self> {
         match payload {
-            Payload::Json(json) => Ok(Body::Verbatim(json)),
-            Payload::Hex(text) => {
+            OutboxPayload::Json(json) => Ok(Body::Verbatim(json)),
+            OutboxPayload::Hex(text) => {
                 let digits = text
                     .strip_prefix(b"\\x")
                     .filter(|d| d.len().is_multiple_of(2) && d.iter().all(u8::is_ascii_hexdigit));
@@ -183,7 +184,7 @@ impl<'a> Body<'a> {
                         .hint("the replication session must run with bytea_output = hex")
                 })
             }
-            Payload::Broken(broken) => Err(Error::event(broken.why.clone())
+            OutboxPayload::Broken(broken) => Err(Error::event(broken.why.clone())
                 .hint("no retry can fix the row: discard it, and restore the outbox's checks")),
         }
     }

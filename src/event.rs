@@ -56,7 +56,7 @@ pub struct OutboxRow {
     /// What happened to it, such as `created`.
     pub event_type: ByteString,
     /// The body, verbatim.
-    pub payload: Payload,
+    pub payload: OutboxPayload,
     /// MIME type; absent means the payload's default.
     pub content_type: Option<ByteString>,
     /// The application's headers: a JSON object as text.
@@ -67,7 +67,7 @@ pub struct OutboxRow {
 
 /// The body of an outbox event.
 #[derive(Debug, Clone)]
-pub enum Payload {
+pub enum OutboxPayload {
     /// Column `payload`: JSON text as the application wrote it.
     Json(Bytes),
     /// Column `data`: Postgres' hex text (`\x…`) of the bytes; decoded into the body.

@@ -18,7 +18,7 @@ use crate::event::Event;
 use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX, route_hash};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
-pub use lanes::Lanes;
+pub use lanes::LaneKeys;
 pub use plan::{Decision, Plan, Plans, TablePlan, unrouted, unrouted_lanes};
 
 /// Most rules that a configuration may have.

@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 ///
 /// <https://www.postgresql.org/docs/current/libpq-ssl.html#LIBPQ-SSL-PROTECTION>
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Mode {
+pub enum SslMode {
     /// No TLS.
     #[default]
     Disable,
@@ -37,7 +37,7 @@ pub enum Mode {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Options {
     /// How much is checked.
-    pub mode: Mode,
+    pub mode: SslMode,
     /// PEM file with the trusted roots; the system's roots when absent.
     pub root_cert: Option<PathBuf>,
     /// PEM file with the client's certificate chain.
@@ -53,19 +53,19 @@ pub struct Options {
 /// [`crate::error::Kind::Config`] naming the file that cannot be read or holds no certificate.
 ///
 /// # Panics
-/// When called with [`Mode::Disable`].
+/// When called with [`SslMode::Disable`].
 pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
-    assert!(options.mode != Mode::Disable, "no TLS configuration without TLS");
+    assert!(options.mode != SslMode::Disable, "no TLS configuration without TLS");
     let provider = Arc::new(ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|e| Error::internal("setting the TLS versions").caused_by(e))?;
     let builder = match options.mode {
-        Mode::Disable | Mode::Require => {
+        SslMode::Disable | SslMode::Require => {
             let verifier = Lenient { provider, inner: None };
             builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
         }
-        Mode::VerifyCa => {
+        SslMode::VerifyCa => {
             let roots = Arc::new(roots(options.root_cert.as_deref())?);
             let inner = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
                 .build()
@@ -73,7 +73,7 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
             let verifier = Lenient { provider, inner: Some(inner) };
             builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
         }
-        Mode::VerifyFull => builder.with_root_certificates(roots(options.root_cert.as_deref())?),
+        SslMode::VerifyFull => builder.with_root_certificates(roots(options.root_cert.as_deref())?),
     };
     let config = match (&options.client_cert, &options.client_key) {
         (None, None) => builder.with_no_client_auth(),

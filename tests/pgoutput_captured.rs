@@ -5,7 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "a test may fail by it")]
 
 use watership::pg::pgoutput::{
-    Column, Message, OldKind, OldTuple, ReplicaIdentity, Tuple, Value, decode,
+    OldKind, OldTuple, RelationColumn, ReplicaIdentity, ReplicationMessage, Tuple, TupleValue,
+    decode,
 };
 use watership::position::Lsn;
 
@@ -17,19 +18,19 @@ fn bytes(hex: &str) -> Vec<u8> {
     pairs.map(|pair| u8::from_str_radix(pair, 16).unwrap()).collect()
 }
 
-fn values<'a>(tuple: &Tuple<'a>) -> Vec<Value<'a>> {
+fn values<'a>(tuple: &Tuple<'a>) -> Vec<TupleValue<'a>> {
     assert_eq!(tuple.columns().len(), tuple.len());
     tuple.columns().collect()
 }
 
-fn text(value: &str) -> Value<'_> {
-    Value::Text(value.as_bytes())
+fn text(value: &str) -> TupleValue<'_> {
+    TupleValue::Text(value.as_bytes())
 }
 
 #[test]
 fn begin_commit_and_origin() {
     let data = bytes("4200000000015310f0000303d2439f0f06000002dc");
-    let begin = Message::Begin {
+    let begin = ReplicationMessage::Begin {
         final_lsn: Lsn(0x0153_10F0),
         commit_time: 0x0003_03d2_439f_0f06,
         xid: 732,
@@ -37,7 +38,7 @@ fn begin_commit_and_origin() {
     assert_eq!(decode(&data), Ok(begin));
 
     let data = bytes("430000000000015310f00000000001531120000303d2439f0f06");
-    let commit = Message::Commit {
+    let commit = ReplicationMessage::Commit {
         commit_lsn: Lsn(0x0153_10F0),
         end_lsn: Lsn(0x0153_1120),
         commit_time: 0x0003_03d2_439f_0f06,
@@ -45,14 +46,14 @@ fn begin_commit_and_origin() {
     assert_eq!(decode(&data), Ok(commit));
 
     let data = bytes("4f00000001023456786265726c696e00");
-    let origin = Message::Origin { commit_lsn: Lsn(0x1_0234_5678), name: "berlin" };
+    let origin = ReplicationMessage::Origin { commit_lsn: Lsn(0x1_0234_5678), name: "berlin" };
     assert_eq!(decode(&data), Ok(origin));
 }
 
 #[test]
 fn a_type_comes_before_the_relation_that_uses_it() {
     let data = bytes("590000400273686f70006d6f6f6400");
-    let mood = Message::Type { id: 0x4002, namespace: "shop", name: "mood" };
+    let mood = ReplicationMessage::Type { id: 0x4002, namespace: "shop", name: "mood" };
     assert_eq!(decode(&data), Ok(mood));
 
     let data = bytes(
@@ -60,10 +61,13 @@ fn a_type_comes_before_the_relation_that_uses_it() {
          19ffffffff00706169640000000010ffffffff00707269636500000006a4000a0006006d0000004002ffffffff\
          006e6f74650000000019ffffffff",
     );
-    let Ok(Message::Relation(orders)) = decode(&data) else { panic!("{:?}", decode(&data)) };
+    let Ok(ReplicationMessage::Relation(orders)) = decode(&data) else {
+        panic!("{:?}", decode(&data))
+    };
     assert_eq!((orders.id, orders.namespace, orders.name), (ORDERS, "shop", "orders"));
     assert_eq!(orders.replica_identity, ReplicaIdentity::Default);
-    let column = |key, name, type_oid, type_modifier| Column { key, name, type_oid, type_modifier };
+    let column =
+        |key, name, type_oid, type_modifier| RelationColumn { key, name, type_oid, type_modifier };
     let expected = [
         column(true, "id", 20, -1),
         column(false, "größe", 25, -1),
@@ -78,10 +82,14 @@ fn a_type_comes_before_the_relation_that_uses_it() {
 #[test]
 fn a_table_may_have_no_columns() {
     let data = bytes("52000040137075626c6963006261726500640000");
-    let Ok(Message::Relation(bare)) = decode(&data) else { panic!("{:?}", decode(&data)) };
+    let Ok(ReplicationMessage::Relation(bare)) = decode(&data) else {
+        panic!("{:?}", decode(&data))
+    };
     assert_eq!((bare.name, bare.columns().len()), ("bare", 0));
     let data = bytes("49000040134e0000");
-    let Ok(Message::Insert { new, .. }) = decode(&data) else { panic!("{:?}", decode(&data)) };
+    let Ok(ReplicationMessage::Insert { new, .. }) = decode(&data) else {
+        panic!("{:?}", decode(&data))
+    };
     assert!(new.is_empty() && new.columns().next().is_none());
 }
 
@@ -92,7 +100,7 @@ fn an_insert_holds_every_value() {
          04676c61647400000bb8",
     );
     data.extend_from_slice(&[b'x'; 3000]);
-    let Ok(Message::Insert { relation, new }) = decode(&data) else {
+    let Ok(ReplicationMessage::Insert { relation, new }) = decode(&data) else {
         panic!("{:?}", decode(&data))
     };
     let note = "x".repeat(3000);
@@ -106,11 +114,11 @@ fn an_update_leaves_unchanged_toast_out() {
         "55000040074e0006740000000131740000000573c3bcc39f740000000166740000000531322e353074000000\
          04676c616475",
     );
-    let Ok(Message::Update { relation, old, new }) = decode(&data) else {
+    let Ok(ReplicationMessage::Update { relation, old, new }) = decode(&data) else {
         panic!("{:?}", decode(&data))
     };
     let mut expected = ["1", "süß", "f", "12.50", "glad", ""].map(text);
-    expected[5] = Value::Unchanged;
+    expected[5] = TupleValue::Unchanged;
     assert_eq!((relation, old, values(&new)), (ORDERS, None, expected.to_vec()));
 }
 
@@ -120,10 +128,12 @@ fn a_key_change_carries_the_old_key() {
         "55000040074b00067400000001316e6e6e6e6e4e0006740000000132740000000573c3bcc39f740000000166\
          740000000531322e35307400000004676c616475",
     );
-    let Ok(Message::Update { old: Some(OldTuple { kind, tuple }), new, .. }) = decode(&data) else {
+    let Ok(ReplicationMessage::Update { old: Some(OldTuple { kind, tuple }), new, .. }) =
+        decode(&data)
+    else {
         panic!("{:?}", decode(&data))
     };
-    let mut expected = [Value::Null; 6];
+    let mut expected = [TupleValue::Null; 6];
     expected[0] = text("1");
     assert_eq!((kind, values(&tuple)), (OldKind::Key, expected.to_vec()));
     assert_eq!(values(&new)[0], text("2"));
@@ -135,30 +145,32 @@ fn full_identity_carries_the_whole_old_row() {
         "520000400e7075626c69630066756c6c5f69640066000201610000000017ffffffff0162000000\
                       0019ffffffff",
     );
-    let Ok(Message::Relation(full)) = decode(&data) else { panic!("{:?}", decode(&data)) };
+    let Ok(ReplicationMessage::Relation(full)) = decode(&data) else {
+        panic!("{:?}", decode(&data))
+    };
     assert_eq!(full.replica_identity, ReplicaIdentity::Full);
     assert!(full.columns().all(|column| column.key));
 
     let data = bytes("550000400e4f00027400000001316e4e00027400000001317400000002c3a9");
-    let Ok(Message::Update { relation, old: Some(old), new }) = decode(&data) else {
+    let Ok(ReplicationMessage::Update { relation, old: Some(old), new }) = decode(&data) else {
         panic!("{:?}", decode(&data))
     };
     assert_eq!((relation, old.kind), (FULL_ID, OldKind::Full));
-    assert_eq!(values(&old.tuple), [text("1"), Value::Null]);
+    assert_eq!(values(&old.tuple), [text("1"), TupleValue::Null]);
     assert_eq!(values(&new), [text("1"), text("é")]);
 }
 
 #[test]
 fn a_delete_holds_the_key_or_the_row() {
     let data = bytes("44000040074b00067400000001326e6e6e6e6e");
-    let Ok(Message::Delete { relation, old }) = decode(&data) else {
+    let Ok(ReplicationMessage::Delete { relation, old }) = decode(&data) else {
         panic!("{:?}", decode(&data))
     };
     assert_eq!((relation, old.kind, old.tuple.len()), (ORDERS, OldKind::Key, 6));
-    assert_eq!(values(&old.tuple)[..2], [text("2"), Value::Null]);
+    assert_eq!(values(&old.tuple)[..2], [text("2"), TupleValue::Null]);
 
     let data = bytes("440000400e4f00027400000001317400000002c3a9");
-    let Ok(Message::Delete { relation, old }) = decode(&data) else {
+    let Ok(ReplicationMessage::Delete { relation, old }) = decode(&data) else {
         panic!("{:?}", decode(&data))
     };
     assert_eq!((relation, old.kind), (FULL_ID, OldKind::Full));
@@ -168,7 +180,9 @@ fn a_delete_holds_the_key_or_the_row() {
 #[test]
 fn one_truncate_names_all_its_tables() {
     let data = bytes("540000000203000040070000400e");
-    let Ok(Message::Truncate(truncate)) = decode(&data) else { panic!("{:?}", decode(&data)) };
+    let Ok(ReplicationMessage::Truncate(truncate)) = decode(&data) else {
+        panic!("{:?}", decode(&data))
+    };
     assert!(truncate.cascade && truncate.restart_identity);
     assert_eq!(truncate.relations().collect::<Vec<_>>(), [ORDERS, FULL_ID]);
 }
@@ -176,7 +190,7 @@ fn one_truncate_names_all_its_tables() {
 #[test]
 fn logical_messages_inside_and_outside_a_transaction() {
     let data = bytes("4d010000000001532c3877617465727368697000000000077b2261223a317d");
-    let inside = Message::Logical {
+    let inside = ReplicationMessage::Logical {
         transactional: true,
         lsn: Lsn(0x0153_2C38),
         prefix: "watership",
@@ -185,7 +199,7 @@ fn logical_messages_inside_and_outside_a_transaction() {
     assert_eq!(decode(&data), Ok(inside));
 
     let data = bytes("4d000000000001532ca0000000000200ff");
-    let outside = Message::Logical {
+    let outside = ReplicationMessage::Logical {
         transactional: false,
         lsn: Lsn(0x0153_2CA0),
         prefix: "",

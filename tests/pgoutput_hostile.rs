@@ -6,7 +6,9 @@
 use std::ops::Range;
 
 use proptest::prelude::*;
-use watership::pg::pgoutput::{Message, OldKind, ReplicaIdentity, Tuple, Value, decode};
+use watership::pg::pgoutput::{
+    OldKind, ReplicaIdentity, ReplicationMessage, Tuple, TupleValue, decode,
+};
 
 /// Damaged copies made of each message.
 const MUTATIONS: u64 = 20_000;
@@ -114,23 +116,23 @@ fn encode(message: &Owned) -> Vec<u8> {
 }
 
 /// Walks everything that a message holds, inside `frame` only, and owns it.
-fn own(message: Message<'_>, frame: &Range<*const u8>) -> Owned {
+fn own(message: ReplicationMessage<'_>, frame: &Range<*const u8>) -> Owned {
     let text = |text: &str| {
         // "pg_catalog" stands for an empty name and is the only text from elsewhere.
         assert!(text == "pg_catalog" || is_inside(text.as_bytes(), frame));
         text.to_owned()
     };
     match message {
-        Message::Begin { final_lsn, commit_time, xid } => {
+        ReplicationMessage::Begin { final_lsn, commit_time, xid } => {
             Owned::Begin { lsn: final_lsn.0, time: commit_time, xid }
         }
-        Message::Commit { commit_lsn, end_lsn, commit_time } => {
+        ReplicationMessage::Commit { commit_lsn, end_lsn, commit_time } => {
             Owned::Commit { lsn: commit_lsn.0, end: end_lsn.0, time: commit_time }
         }
-        Message::Origin { commit_lsn, name } => {
+        ReplicationMessage::Origin { commit_lsn, name } => {
             Owned::Origin { lsn: commit_lsn.0, name: text(name) }
         }
-        Message::Relation(relation) => Owned::Relation {
+        ReplicationMessage::Relation(relation) => Owned::Relation {
             id: relation.id,
             names: [text(relation.namespace), text(relation.name)],
             identity: match relation.replica_identity {
@@ -146,23 +148,25 @@ fn own(message: Message<'_>, frame: &Range<*const u8>) -> Owned {
                 })
                 .collect(),
         },
-        Message::Type { id, namespace, name } => {
+        ReplicationMessage::Type { id, namespace, name } => {
             Owned::Type { id, names: [text(namespace), text(name)] }
         }
-        Message::Insert { relation, new } => Owned::Insert { id: relation, new: row(&new, frame) },
-        Message::Update { relation, old, new } => Owned::Update {
+        ReplicationMessage::Insert { relation, new } => {
+            Owned::Insert { id: relation, new: row(&new, frame) }
+        }
+        ReplicationMessage::Update { relation, old, new } => Owned::Update {
             id: relation,
             old: old.map(|old| (old.kind, row(&old.tuple, frame))),
             new: row(&new, frame),
         },
-        Message::Delete { relation, old } => {
+        ReplicationMessage::Delete { relation, old } => {
             Owned::Delete { id: relation, old: (old.kind, row(&old.tuple, frame)) }
         }
-        Message::Truncate(truncate) => Owned::Truncate {
+        ReplicationMessage::Truncate(truncate) => Owned::Truncate {
             flags: [truncate.cascade, truncate.restart_identity],
             ids: truncate.relations().collect(),
         },
-        Message::Logical { transactional, lsn, prefix, content } => {
+        ReplicationMessage::Logical { transactional, lsn, prefix, content } => {
             assert!(is_inside(content, frame));
             let (prefix, content) = (text(prefix), content.to_vec());
             Owned::Logical { transactional, lsn: lsn.0, prefix, content }
@@ -171,17 +175,17 @@ fn own(message: Message<'_>, frame: &Range<*const u8>) -> Owned {
 }
 
 fn row(tuple: &Tuple<'_>, frame: &Range<*const u8>) -> Row {
-    let mut picked = vec![Value::Null; tuple.len()];
+    let mut picked = vec![TupleValue::Null; tuple.len()];
     assert_eq!(tuple.read_into(&mut picked), tuple.len());
     assert!(tuple.columns().eq(picked.iter().copied()), "both ways to read agree");
-    let own = |value: Value<'_>| match value {
-        Value::Null => Cell::Null,
-        Value::Unchanged => Cell::Unchanged,
-        Value::Text(value) | Value::Binary(value) if !is_inside(value, frame) => {
+    let own = |value: TupleValue<'_>| match value {
+        TupleValue::Null => Cell::Null,
+        TupleValue::Unchanged => Cell::Unchanged,
+        TupleValue::Text(value) | TupleValue::Binary(value) if !is_inside(value, frame) => {
             panic!("{value:?} is outside the frame")
         }
-        Value::Text(value) => Cell::Text(value.to_vec()),
-        Value::Binary(value) => Cell::Binary(value.to_vec()),
+        TupleValue::Text(value) => Cell::Text(value.to_vec()),
+        TupleValue::Binary(value) => Cell::Binary(value.to_vec()),
     };
     picked.into_iter().map(own).collect()
 }

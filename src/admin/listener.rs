@@ -35,7 +35,7 @@ impl Listener {
 }
 
 impl axum::serve::Listener for Listener {
-    type Io = Connection;
+    type Io = Accepted;
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
@@ -45,7 +45,7 @@ impl axum::serve::Listener for Listener {
             match self.inner.accept().await {
                 Ok((stream, peer)) => {
                     let end = Box::pin(sleep(LIFE_MAX));
-                    return (Connection { stream, end, _place: place }, peer);
+                    return (Accepted { stream, end, _place: place }, peer);
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the admin port cannot accept a connection");
@@ -61,13 +61,13 @@ impl axum::serve::Listener for Listener {
 }
 
 /// A connection that gives its place back when it ends.
-pub(super) struct Connection {
+pub(super) struct Accepted {
     stream: TcpStream,
     end: Pin<Box<Sleep>>,
     _place: OwnedSemaphorePermit,
 }
 
-impl AsyncRead for Connection {
+impl AsyncRead for Accepted {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -80,7 +80,7 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl AsyncWrite for Accepted {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -63,12 +63,12 @@ pub struct Graded {
 }
 
 /// A routing key as far as it is known: `None` stands for any text.
-pub type Key = [Option<String>];
+pub type KnownKey = [Option<String>];
 
 /// An exchange.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
-pub struct Exchange {
+pub struct ExchangeFacts {
     /// `topic`, `direct`, `fanout`, `headers` or a plugin's.
     #[serde(rename = "type")]
     pub kind: String,
@@ -81,7 +81,7 @@ pub struct Exchange {
 /// A binding of an exchange to a queue or to another exchange.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
-pub struct Binding {
+pub struct BindingFacts {
     /// Name of the queue or exchange.
     pub destination: String,
     /// `queue` or `exchange`.
@@ -120,9 +120,9 @@ pub struct Survey {
     /// Major version of the broker; 0 when it is not known.
     pub broker_major: u32,
     /// By name; those that do not exist are absent.
-    pub exchanges: BTreeMap<String, Exchange>,
+    pub exchanges: BTreeMap<String, ExchangeFacts>,
     /// By the exchange that they lead from.
-    pub bindings: BTreeMap<String, Vec<Binding>>,
+    pub bindings: BTreeMap<String, Vec<BindingFacts>>,
     /// By name; those that do not exist are absent.
     pub queues: BTreeMap<String, QueueFacts>,
 }
@@ -138,7 +138,7 @@ struct Reach {
 
 impl Survey {
     /// What a confirm is worth for messages of `route` to `exchange` with this routing key.
-    pub fn grade(&self, route: &str, exchange: &str, key: &Key) -> Graded {
+    pub fn grade(&self, route: &str, exchange: &str, key: &KnownKey) -> Graded {
         let is_unsafe = |reason| Graded { grade: Grade::Unsafe, reason };
         if !self.exchanges.contains_key(exchange) {
             return is_unsafe(format!("exchange {exchange:?} does not exist"));
@@ -169,18 +169,18 @@ impl Survey {
     }
 
     /// The queues that messages of the route can reach.
-    pub fn queues_of(&self, route: &str, exchange: &str, key: &Key) -> Vec<String> {
+    pub fn queues_of(&self, route: &str, exchange: &str, key: &KnownKey) -> Vec<String> {
         self.reach(route, exchange, key).queues.into_iter().collect()
     }
 
-    fn reach(&self, route: &str, exchange: &str, key: &Key) -> Reach {
+    fn reach(&self, route: &str, exchange: &str, key: &KnownKey) -> Reach {
         let mut reach = Reach::default();
         reach.covered = self.walk(route, exchange, key, &mut reach);
         reach
     }
 
     /// Follows the bindings of one exchange; returns whether one takes every message.
-    fn walk(&self, route: &str, exchange: &str, key: &Key, reach: &mut Reach) -> bool {
+    fn walk(&self, route: &str, exchange: &str, key: &KnownKey, reach: &mut Reach) -> bool {
         if !reach.seen.insert(exchange.to_owned()) {
             return false;
         }
@@ -206,7 +206,7 @@ impl Survey {
         }
     }
 
-    fn unbound(&self, exchange: &str, key: &Key) -> String {
+    fn unbound(&self, exchange: &str, key: &KnownKey) -> String {
         const SHOWN: usize = 5;
         let keys: Vec<String> = self
             .bindings
@@ -232,8 +232,8 @@ impl Survey {
     }
 }
 
-impl Exchange {
-    fn takes(&self, binding: &Binding, route: &str, key: &Key) -> Takes {
+impl ExchangeFacts {
+    fn takes(&self, binding: &BindingFacts, route: &str, key: &KnownKey) -> Takes {
         match self.kind.as_str() {
             "fanout" => Takes::All,
             "direct" => matching::direct(&binding.routing_key, key),
@@ -246,7 +246,7 @@ impl Exchange {
 }
 
 /// The key for people: what is not known is `{}`.
-fn shown(key: &Key) -> String {
+fn shown(key: &KnownKey) -> String {
     key.iter().map(|piece| piece.as_deref().unwrap_or("{}")).collect()
 }
 
@@ -415,8 +415,8 @@ mod tests {
         assert!(at("overflow drop-head") < at("expire") && at("expire") < at("classic"));
     }
 
-    fn bound(destination: &str, kind: &str, routing_key: &str) -> Binding {
-        Binding {
+    fn bound(destination: &str, kind: &str, routing_key: &str) -> BindingFacts {
+        BindingFacts {
             destination: destination.into(),
             destination_type: kind.into(),
             routing_key: routing_key.into(),
@@ -424,10 +424,11 @@ mod tests {
         }
     }
 
-    fn survey(bindings: &[(&str, Binding)]) -> Survey {
+    fn survey(bindings: &[(&str, BindingFacts)]) -> Survey {
         let mut survey = Survey::default();
         for (name, kind) in [("events", "topic"), ("inner", "direct"), ("spare", "fanout")] {
-            let exchange = Exchange { kind: kind.into(), durable: true, arguments: Map::new() };
+            let exchange =
+                ExchangeFacts { kind: kind.into(), durable: true, arguments: Map::new() };
             survey.exchanges.insert(name.into(), exchange);
         }
         for (source, binding) in bindings {

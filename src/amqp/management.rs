@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use super::audit::{Binding, Exchange, Survey};
+use super::audit::{BindingFacts, ExchangeFacts, Survey};
 use super::options::Options;
 use crate::error::{Error, Result};
 use crate::secret::{Secret, redact_url};
@@ -72,7 +72,7 @@ impl Management {
         let (scheme, rest) = url.expose().split_once("://").ok_or_else(|| wrong("no scheme"))?;
         let tls = match scheme {
             "http" => None,
-            "https" => Some(tls::Options { mode: tls::Mode::VerifyFull, ..broker.tls.clone() }),
+            "https" => Some(tls::Options { mode: tls::SslMode::VerifyFull, ..broker.tls.clone() }),
             _ => return Err(wrong("scheme is neither http nor https")),
         };
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
@@ -140,7 +140,8 @@ impl Management {
         let mut next = 0;
         while let Some(name) = names.get(next).cloned().filter(|_| next < EXCHANGES_MAX) {
             next += 1;
-            let Some(exchange) = self.get::<Exchange>(&self.path("exchanges", &name)).await? else {
+            let Some(exchange) = self.get::<ExchangeFacts>(&self.path("exchanges", &name)).await?
+            else {
                 continue;
             };
             let bindings = self.raw_bindings(&name).await?;
@@ -176,7 +177,7 @@ impl Management {
         format!("/api/{what}/{}/{}", segment(&self.vhost), segment(name))
     }
 
-    async fn raw_bindings(&self, exchange: &str) -> Result<Vec<Binding>> {
+    async fn raw_bindings(&self, exchange: &str) -> Result<Vec<BindingFacts>> {
         let path = format!("{}/bindings/source", self.path("exchanges", exchange));
         Ok(self.get(&path).await?.unwrap_or_default())
     }

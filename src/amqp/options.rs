@@ -76,15 +76,21 @@ impl Options {
     pub fn tls_for(&self, url: &Url) -> Result<Option<tls::Options>> {
         let mut options = self.tls.clone();
         match (url.scheme, options.mode) {
-            (Scheme::Amqp, tls::Mode::Disable) => return Ok(None),
-            (Scheme::Amqp, tls::Mode::Require | tls::Mode::VerifyCa | tls::Mode::VerifyFull) => {
+            (Scheme::Amqp, tls::SslMode::Disable) => return Ok(None),
+            (
+                Scheme::Amqp,
+                tls::SslMode::Require | tls::SslMode::VerifyCa | tls::SslMode::VerifyFull,
+            ) => {
                 return Err(Error::config(format!(
                     "broker URL {url} is plain text, but a TLS level is set"
                 ))
                 .hint("use amqps://, or remove the TLS level"));
             }
-            (Scheme::Amqps, tls::Mode::Disable) => options.mode = tls::Mode::VerifyFull,
-            (Scheme::Amqps, tls::Mode::Require | tls::Mode::VerifyCa | tls::Mode::VerifyFull) => {}
+            (Scheme::Amqps, tls::SslMode::Disable) => options.mode = tls::SslMode::VerifyFull,
+            (
+                Scheme::Amqps,
+                tls::SslMode::Require | tls::SslMode::VerifyCa | tls::SslMode::VerifyFull,
+            ) => {}
         }
         Ok(Some(options))
     }
@@ -335,9 +341,9 @@ mod tests {
         let secure = Url::parse("amqps://h").unwrap();
         let plain = Url::parse("amqp://h").unwrap();
         let mut options = Options::new(vec![secure.clone()]);
-        assert_eq!(options.tls_for(&secure).unwrap().unwrap().mode, tls::Mode::VerifyFull);
+        assert_eq!(options.tls_for(&secure).unwrap().unwrap().mode, tls::SslMode::VerifyFull);
         assert!(options.tls_for(&plain).unwrap().is_none());
-        options.tls.mode = tls::Mode::VerifyCa;
+        options.tls.mode = tls::SslMode::VerifyCa;
         assert!(options.tls_for(&plain).is_err());
     }
 }

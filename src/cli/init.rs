@@ -15,7 +15,7 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Options;
 use crate::pg::migrate;
-use crate::pg::publication::{Publication, ReplicaIdentity, TableName};
+use crate::pg::publication::{CatalogIdentity, Publication, TableName};
 use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
@@ -281,7 +281,7 @@ async fn warn_of_missing_identity(client: &Client, tables: &[TableName]) -> Resu
     for table in tables {
         // The identity of a partitioned table is that of its partitions.
         let facts = read_table(client, table).await?.filter(|facts| !facts.partitioned);
-        if facts.is_some_and(|facts| facts.identity == ReplicaIdentity::Nothing) {
+        if facts.is_some_and(|facts| facts.identity == CatalogIdentity::Nothing) {
             print_warning(&format!(
                 "{table} has no replica identity: once published, UPDATE and DELETE on it fail; \
                  add a primary key, or ALTER TABLE {} REPLICA IDENTITY FULL",

@@ -7,7 +7,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::migrate;
-use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName};
+use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName};
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
@@ -360,9 +360,9 @@ fn check_table(
         f.warning("table", what, hint);
     }
     let identity: Option<&[String]> = match &facts.identity {
-        ReplicaIdentity::Key(columns) | ReplicaIdentity::Index(columns) => Some(columns),
-        ReplicaIdentity::Full => None,
-        ReplicaIdentity::Nothing => {
+        CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => Some(columns),
+        CatalogIdentity::Full => None,
+        CatalogIdentity::Nothing => {
             return f.problem(
                 "table",
                 format!("{table} has no replica identity: UPDATE and DELETE on it fail"),

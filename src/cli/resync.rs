@@ -16,7 +16,7 @@ use crate::pg::slot::{create_slot, drop_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
 use crate::relay::check::position::facts;
-use crate::relay::check::resync::{Plan, ResumeFrom, plan};
+use crate::relay::check::resync::{ResumeFrom, ResyncPlan, plan};
 use crate::relay::checkpoint;
 use crate::relay::session::facts::{self, StartFacts};
 use crate::relay::session::wal;
@@ -137,7 +137,7 @@ fn nothing_wrong(config: &Config, args: &Args, report: &Report, out: Out) -> Res
     Ok(End::Fine)
 }
 
-fn describe_plan(config: &Config, plan: &Plan, checkpoint: Lsn) -> String {
+fn describe_plan(config: &Config, plan: &ResyncPlan, checkpoint: Lsn) -> String {
     let slot = &config.relay.slot;
     match (plan.from, plan.begin) {
         (ResumeFrom::Checkpoint, _) => format!("resume at the checkpoint, {checkpoint}"),
@@ -165,7 +165,7 @@ async fn accept(
     config: &Config,
     args: &Args,
     found: &StartFacts,
-    plan: &Plan,
+    plan: &ResyncPlan,
     report: &mut Report,
 ) -> Result<()> {
     let (row, slot, server) = found.position();
@@ -269,7 +269,7 @@ async fn record(
     Ok(())
 }
 
-fn print_result(config: &Config, report: &Report, plan: &Plan, out: Out) {
+fn print_result(config: &Config, report: &Report, plan: &ResyncPlan, out: Out) {
     let line = |what: &str, text: String| out.line(&format!("{what:<12} {text}"));
     let shown = |text: &Option<String>| text.clone().unwrap_or_default();
     line("accepted", format!("{} to {}", shown(&report.gap_from), shown(&report.gap_to)));

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::slot::{SlotState, WalStatus, read_slot};
-use crate::relay::checkpoint::{self, Row};
+use crate::relay::checkpoint::{self, Checkpoint};
 
 /// Options of `status`.
 #[derive(Debug, clap::Args)]
@@ -35,14 +35,14 @@ const HTTP_MAX: u64 = 1 << 20;
 #[derive(Serialize)]
 struct Report {
     name: String,
-    checkpoint: Option<Checkpoint>,
+    checkpoint: Option<CheckpointStatus>,
     slot: Option<Slot>,
     /// The running relay's /status; absent when it cannot be reached.
     relay: Option<serde_json::Value>,
 }
 
 #[derive(Serialize)]
-struct Checkpoint {
+struct CheckpointStatus {
     position: String,
     flush_lsn: String,
     session_no: i64,
@@ -78,7 +78,7 @@ pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
     };
     let report = Report {
         name: config.relay.name.clone(),
-        checkpoint: row.as_ref().map(Checkpoint::from),
+        checkpoint: row.as_ref().map(CheckpointStatus::from),
         slot: slot.as_ref().map(Slot::from),
         relay,
     };
@@ -87,7 +87,7 @@ pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
     Ok(end)
 }
 
-fn end(row: Option<&Row>, slot: Option<&SlotState>) -> End {
+fn end(row: Option<&Checkpoint>, slot: Option<&SlotState>) -> End {
     match (row, slot) {
         (Some(_), Some(slot)) if slot.wal_status == Some(WalStatus::Lost) => End::NeedsDecision,
         (Some(_), Some(_)) => End::Fine,
@@ -148,8 +148,8 @@ async fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     Ok((code, body.to_owned()))
 }
 
-impl From<&Row> for Checkpoint {
-    fn from(row: &Row) -> Self {
+impl From<&Checkpoint> for CheckpointStatus {
+    fn from(row: &Checkpoint) -> Self {
         Self {
             position: row.position.to_string(),
             flush_lsn: row.flush_lsn.to_string(),

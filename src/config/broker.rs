@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::table::Table;
+use super::section::Section;
 use super::value::quoted;
 use super::{DAY, HOUR, SECOND};
 use crate::amqp::management::Management;
@@ -18,7 +18,7 @@ use crate::secret::Secret;
 const MESSAGE_MAX: u64 = 512 << 20;
 
 /// How to connect, for the relay called `name`. The relay adds exchanges and the lock queue.
-pub(super) fn connection(t: &mut Table<'_>, name: &str) -> Options {
+pub(super) fn connection(t: &mut Section<'_>, name: &str) -> Options {
     let mut options = Options::new(urls(t));
     options.auth = t.word("auth", &[("plain", Auth::Plain), ("external", Auth::External)]);
     options.tls.root_cert = file(t, "tls_ca");
@@ -36,7 +36,7 @@ pub(super) fn connection(t: &mut Table<'_>, name: &str) -> Options {
 }
 
 /// How the broker is looked at from the side.
-pub(super) fn audit(t: &mut Table<'_>, broker: &Options) -> AuditOptions {
+pub(super) fn audit(t: &mut Section<'_>, broker: &Options) -> AuditOptions {
     const URL: &str = "management_url";
     let management_url = t.url(URL);
     // Without a broker URL there is another problem to report.
@@ -49,12 +49,12 @@ pub(super) fn audit(t: &mut Table<'_>, broker: &Options) -> AuditOptions {
     AuditOptions { interval, management_url }
 }
 
-fn file(t: &mut Table<'_>, key: &'static str) -> Option<PathBuf> {
+fn file(t: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
     Some(t.text(key, "")).filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
 /// The nodes of one cluster.
-fn urls(t: &mut Table<'_>) -> Vec<Url> {
+fn urls(t: &mut Section<'_>) -> Vec<Url> {
     const URL: &str = "url";
     let texts = t.urls(URL, "\"amqp://user@host:5672/vhost\" or a list of such URLs");
     let password = t.password("password");
@@ -84,7 +84,7 @@ fn urls(t: &mut Table<'_>) -> Vec<Url> {
 }
 
 /// A URL without a user means guest, whose password is known.
-fn set_password(t: &Table<'_>, url: &mut Url, password: &Secret) {
+fn set_password(t: &Section<'_>, url: &mut Url, password: &Secret) {
     if !url.password.expose().is_empty() {
         let what =
             format!("broker.password is set; expected a user and no password in broker.url {url}");
@@ -93,7 +93,7 @@ fn set_password(t: &Table<'_>, url: &mut Url, password: &Secret) {
     url.password = password.clone();
 }
 
-fn check(t: &Table<'_>, options: &Options) {
+fn check(t: &Section<'_>, options: &Options) {
     if options.tls.client_cert.is_some() != options.tls.client_key.is_some() {
         t.problem(
             "tls_cert",
@@ -119,7 +119,7 @@ fn too_slow(options: &Options, heartbeat: Duration) -> Option<Duration> {
 }
 
 /// Parameters of a URL take precedence over the keys; the same rules hold for them.
-fn check_url(t: &Table<'_>, url: &Url, options: &Options) {
+fn check_url(t: &Section<'_>, url: &Url, options: &Options) {
     let problem = |what: &str| t.problem("url", format!("broker.url {url}: {what}"));
     if url.heartbeat.and_then(|heartbeat| too_slow(options, heartbeat)).is_some() {
         problem("broker.confirm_timeout must be more than twice its heartbeat");

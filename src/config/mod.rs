@@ -5,7 +5,7 @@
 //! nobody checks it again. All problems of a file are reported at once. `Debug` shows no secret.
 //!
 //! ```text
-//! file ── load ──► text ── toml ──► table::Table ── keys ──► relay::Options, admin::Options, Log
+//! file ── load ──► text ── toml ──► Section ── keys ──► relay::Options, admin::Options, Log
 //! ```
 
 use std::net::SocketAddr;
@@ -27,13 +27,13 @@ mod broker;
 pub mod load;
 mod problems;
 mod routes;
+mod section;
 mod source;
-mod table;
 mod topology;
 mod value;
 
 use load::Lookup;
-use table::{Document, Table, syntax_error};
+use section::{Document, Section, syntax_error};
 use value::quoted;
 
 /// Everything, checked.
@@ -125,7 +125,7 @@ fn read(file: &str, text: &str, lookup: Lookup<'_>) -> Result<(Config, bool)> {
 }
 
 /// `None` where source.url is missing or wrong; everything else has a value to go on with.
-fn config(root: &mut Table<'_>) -> Option<Config> {
+fn config(root: &mut Section<'_>) -> Option<Config> {
     let name = root.name("name", "watership", "_-.");
     let sections = ["source", "broker", "relay", "outbox", "admin", "log"];
     let [mut source, mut broker, mut relay, mut outbox, mut admin, mut log] =
@@ -172,7 +172,7 @@ fn config(root: &mut Table<'_>) -> Option<Config> {
 }
 
 /// Limits and intervals of the loop.
-fn tuning(t: &mut Table<'_>) -> relay::Tuning {
+fn tuning(t: &mut Section<'_>) -> relay::Tuning {
     relay::Tuning {
         window: relay::WindowLimits {
             events: t.number("max_window_events", 8192, WINDOW),
@@ -194,7 +194,7 @@ fn tuning(t: &mut Table<'_>) -> relay::Tuning {
 }
 
 /// Zero means never.
-fn canary_interval(t: &mut Table<'_>) -> Duration {
+fn canary_interval(t: &mut Section<'_>) -> Duration {
     const KEY: &str = "canary_interval";
     let interval = t.duration(KEY, SECOND * 10, Duration::ZERO..=HOUR);
     if !interval.is_zero() && interval < SECOND {
@@ -203,7 +203,7 @@ fn canary_interval(t: &mut Table<'_>) -> Duration {
     interval
 }
 
-fn listen(t: &mut Table<'_>) -> Option<SocketAddr> {
+fn listen(t: &mut Section<'_>) -> Option<SocketAddr> {
     const KEY: &str = "listen";
     const DEFAULT: &str = "127.0.0.1:9465";
     let text = t.text(KEY, DEFAULT);

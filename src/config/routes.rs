@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::mem::discriminant;
 
-use super::table::Table;
+use super::section::Section;
 use crate::route::{
     Action, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
 };
@@ -15,7 +15,7 @@ use crate::route::{
 const NACKS_MAX: u32 = 1_000_000;
 
 /// The rules of the file, or the default rules when it has none.
-pub(super) fn rules(root: &mut Table<'_>, tables: &[String]) -> Vec<Rule> {
+pub(super) fn rules(root: &mut Section<'_>, tables: &[String]) -> Vec<Rule> {
     const ROUTE: &str = "route";
     let routes = root.tables(ROUTE);
     if routes.is_empty() {
@@ -48,7 +48,7 @@ pub(super) fn exchanges(rules: &[Rule]) -> Vec<&str> {
 }
 
 /// `None` when there is a problem with what it selects or does.
-fn rule(t: &mut Table<'_>) -> Option<Rule> {
+fn rule(t: &mut Section<'_>) -> Option<Rule> {
     const NAME: &str = "name";
     const DROP: &str = "drop";
     let name = t.short_string(NAME);
@@ -70,7 +70,7 @@ fn rule(t: &mut Table<'_>) -> Option<Rule> {
     Some(Rule { name, owner, select: select?, action: action? })
 }
 
-fn select(t: &mut Table<'_>) -> Option<Select> {
+fn select(t: &mut Section<'_>) -> Option<Select> {
     const TABLE: &str = "table";
     let outbox = "such as { aggregate_type = \"order\" }";
     let aggregate_type = t.table("outbox", outbox).text("aggregate_type", "");
@@ -98,7 +98,7 @@ fn select(t: &mut Table<'_>) -> Option<Select> {
 }
 
 /// All keys of a route that publishes; without `select` or an exchange there is none.
-fn publishing(t: &mut Table<'_>, select: Option<&Select>, publishes: bool) -> Option<Action> {
+fn publishing(t: &mut Section<'_>, select: Option<&Select>, publishes: bool) -> Option<Action> {
     const EXCHANGE: &str = "exchange";
     let exchange = if publishes { t.short_string(EXCHANGE) } else { t.text(EXCHANGE, "") };
     let routing_key = t.text("routing_key", "");
@@ -136,7 +136,7 @@ fn default_routing_key(select: &Select) -> String {
     key.unwrap_or_default()
 }
 
-fn check_tables(root: &Table<'_>, rules: &[Rule], tables: &[String]) {
+fn check_tables(root: &Section<'_>, rules: &[Rule], tables: &[String]) {
     let routed: BTreeSet<&str> = rules
         .iter()
         .filter_map(|rule| match &rule.select {

@@ -1,13 +1,13 @@
 //! `[source]`: where events come from.
 
-use super::table::Table;
+use super::section::Section;
 use crate::pg::connect::Options;
 use crate::secret::Secret;
 use crate::source::SourceKind;
-use crate::tls::Mode;
+use crate::tls::SslMode;
 
 /// How to reach Postgres and log in; `None` when there is a problem with it.
-pub(super) fn connection(t: &mut Table<'_>) -> Option<Options> {
+pub(super) fn connection(t: &mut Section<'_>) -> Option<Options> {
     const URL: &str = "url";
     let url = t.required_url(URL, "\"postgres://user@host:5432/database\"");
     let password = t.password("password");
@@ -29,7 +29,7 @@ pub(super) fn connection(t: &mut Table<'_>) -> Option<Options> {
 }
 
 /// How events are read.
-pub(super) fn kind(t: &mut Table<'_>) -> SourceKind {
+pub(super) fn kind(t: &mut Section<'_>) -> SourceKind {
     let wal = SourceKind::Wal;
     let kind = t.word("mode", &[(wal.name(), Some(wal)), ("poll", None)]);
     if kind.is_none() {
@@ -39,7 +39,7 @@ pub(super) fn kind(t: &mut Table<'_>) -> SourceKind {
 }
 
 /// Captured tables, `schema.table`.
-pub(super) fn tables(t: &mut Table<'_>) -> Vec<String> {
+pub(super) fn tables(t: &mut Section<'_>) -> Vec<String> {
     const TABLES: &str = "tables";
     let tables = t.list(TABLES);
     for (index, table) in tables.iter().enumerate() {
@@ -68,9 +68,9 @@ fn is_table_name(text: &str) -> bool {
 /// What is allowed but weak.
 pub(super) fn warning(options: &Options) -> Option<String> {
     let weak = match options.tls.mode {
-        Mode::Require => "does not verify the server's certificate (sslmode=require)",
-        Mode::VerifyCa => "does not verify the server's host name (sslmode=verify-ca)",
-        Mode::Disable | Mode::VerifyFull => return None,
+        SslMode::Require => "does not verify the server's certificate (sslmode=require)",
+        SslMode::VerifyCa => "does not verify the server's host name (sslmode=verify-ca)",
+        SslMode::Disable | SslMode::VerifyFull => return None,
     };
     Some(format!(
         "source.url {weak}: an attacker on the network path can read and change everything; \

@@ -3,14 +3,14 @@
 use std::collections::HashSet;
 
 use super::routes;
-use super::table::{Scalar, Table};
+use super::section::{Scalar, Section};
 use crate::amqp::topology::{Argument, Binding, Exchange, Mode, Queue, QueueKind, Topology};
 use crate::route::Rule;
 
 const NAME: &str = "name";
 
 /// What is listed, and the exchanges of the routes: durable topic exchanges unless listed.
-pub(super) fn topology(root: &mut Table<'_>, mode: Mode, rules: &[Rule]) -> Topology {
+pub(super) fn topology(root: &mut Section<'_>, mode: Mode, rules: &[Rule]) -> Topology {
     let mut seen = HashSet::new();
     let mut exchanges: Vec<Exchange> =
         root.tables("exchange").into_iter().map(|mut t| exchange(&mut t, &mut seen)).collect();
@@ -30,13 +30,13 @@ fn durable(name: String, kind: String) -> Exchange {
 }
 
 /// The broker would refuse the second of two that differ, and say so in its own words.
-fn unique(t: &Table<'_>, what: &str, name: &str, seen: &mut HashSet<String>) {
+fn unique(t: &Section<'_>, what: &str, name: &str, seen: &mut HashSet<String>) {
     if !name.is_empty() && !seen.insert(name.to_owned()) {
         t.problem(NAME, format!("{what} {name:?} is listed twice; remove one"));
     }
 }
 
-fn exchange(t: &mut Table<'_>, seen: &mut HashSet<String>) -> Exchange {
+fn exchange(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Exchange {
     const KIND: &str = "kind";
     let name = t.short_string(NAME);
     unique(t, "exchange", &name, seen);
@@ -50,7 +50,7 @@ fn exchange(t: &mut Table<'_>, seen: &mut HashSet<String>) -> Exchange {
     durable(name, kind)
 }
 
-fn queue(t: &mut Table<'_>, seen: &mut HashSet<String>) -> Queue {
+fn queue(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Queue {
     let name = t.short_string(NAME);
     unique(t, "queue", &name, seen);
     let kinds = [QueueKind::Quorum, QueueKind::Classic, QueueKind::Stream];
@@ -72,7 +72,7 @@ fn queue(t: &mut Table<'_>, seen: &mut HashSet<String>) -> Queue {
     Queue { name, kind, max_length: None, arguments }
 }
 
-fn binding(t: &mut Table<'_>) -> Binding {
+fn binding(t: &mut Section<'_>) -> Binding {
     Binding {
         queue: t.short_string("queue"),
         exchange: t.short_string("exchange"),

@@ -6,13 +6,13 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::table::Table;
+use super::section::Section;
 use crate::message::SHORT_STRING_MAX;
 
 /// Maximum length of a Postgres identifier, in bytes (`NAMEDATALEN` - 1).
 const NAME_MAX: usize = 63;
 
-impl Table<'_> {
+impl Section<'_> {
     /// A name that goes into identifiers of Postgres and AMQP; `extra` are further characters.
     pub(super) fn name(&mut self, key: &'static str, default: &str, extra: &str) -> String {
         let text = self.text(key, default);

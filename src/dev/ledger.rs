@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 /// One event as it was written: the `n`-th committed event of `key`, counted from 1.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mark {
+pub struct Stamp {
     /// The ordering key.
     pub key: String,
     /// Its number within the key.
@@ -48,7 +48,7 @@ pub struct Counts {
 
 #[derive(Debug)]
 struct Entry {
-    mark: Mark,
+    mark: Stamp,
     committed: Option<Duration>,
     arrived: Option<Duration>,
 }
@@ -77,7 +77,7 @@ pub struct Judgement {
 
 impl Ledger {
     /// The transaction with this event committed at `at`.
-    pub fn committed(&mut self, id: Uuid, mark: Mark, at: Duration) {
+    pub fn committed(&mut self, id: Uuid, mark: Stamp, at: Duration) {
         self.counts.committed += 1;
         // The event may have arrived before its COMMIT returned to the writer.
         let entry = self.entries.entry(id).or_insert_with(|| Entry::new(mark.clone()));
@@ -88,7 +88,7 @@ impl Ledger {
     }
 
     /// A message arrived at `at`. `redelivered` is the broker's mark.
-    pub fn arrived(&mut self, id: Uuid, mark: Mark, at: Duration, redelivered: bool) {
+    pub fn arrived(&mut self, id: Uuid, mark: Stamp, at: Duration, redelivered: bool) {
         let entry = self.entries.entry(id).or_insert_with(|| Entry::new(mark.clone()));
         if entry.mark != mark {
             self.counts.altered += 1;
@@ -160,7 +160,7 @@ impl Ledger {
 }
 
 impl Entry {
-    fn new(mark: Mark) -> Self {
+    fn new(mark: Stamp) -> Self {
         Self { mark, committed: None, arrived: None }
     }
 }
@@ -185,12 +185,12 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn mark(key: &str, n: u64) -> Mark {
-        Mark { key: key.into(), n }
+    fn mark(key: &str, n: u64) -> Stamp {
+        Stamp { key: key.into(), n }
     }
 
     /// Ten events of each of two keys, all committed; the log of a flawless consumer.
-    fn run() -> (Ledger, Vec<(Uuid, Mark)>) {
+    fn run() -> (Ledger, Vec<(Uuid, Stamp)>) {
         let mut ledger = Ledger::default();
         let mut log = Vec::new();
         for n in 1..=10 {
@@ -203,7 +203,7 @@ mod tests {
         (ledger, log)
     }
 
-    fn judge(mut ledger: Ledger, log: Vec<(Uuid, Mark)>) -> Judgement {
+    fn judge(mut ledger: Ledger, log: Vec<(Uuid, Stamp)>) -> Judgement {
         for (id, mark) in log {
             ledger.arrived(id, mark, 2 * SECOND, false);
         }

@@ -47,7 +47,7 @@ pub struct Ids {
 
 /// What a change's id is made of, in addition to its row.
 #[derive(Debug, Clone, Copy)]
-pub struct Source {
+pub struct Origin {
     /// See [`namespace`].
     pub namespace: Uuid,
     /// LSN of the change itself.
@@ -61,7 +61,7 @@ pub struct Source {
 impl Ids {
     /// The id of a changed row: `row` is the new one, or the old one of a delete; `columns` are
     /// those of [`columns`].
-    pub fn row(&mut self, source: Source, columns: &[usize], row: &Row) -> Uuid {
+    pub fn row(&mut self, source: Origin, columns: &[usize], row: &Row) -> Uuid {
         self.begin(source);
         for &column in columns {
             self.value(&row[column]);
@@ -70,13 +70,13 @@ impl Ids {
     }
 
     /// The id of the truncation of the table `oid`.
-    pub fn truncate(&mut self, source: Source, oid: u32) -> Uuid {
+    pub fn truncate(&mut self, source: Origin, oid: u32) -> Uuid {
         self.begin(source);
         self.name.extend_from_slice(&oid.to_be_bytes());
         self.number(source)
     }
 
-    fn begin(&mut self, source: Source) {
+    fn begin(&mut self, source: Origin) {
         if source.lsn != self.at {
             self.at = source.lsn;
             self.given.clear();
@@ -101,7 +101,7 @@ impl Ids {
         self.name.extend_from_slice(bytes);
     }
 
-    fn number(&mut self, source: Source) -> Uuid {
+    fn number(&mut self, source: Origin) -> Uuid {
         let first = Uuid::new_v5(&source.namespace, &self.name);
         let mut id = first;
         let mut number = 0_u32;
@@ -150,7 +150,7 @@ mod tests {
     use crate::event::Column;
     use std::sync::Arc;
 
-    const SOURCE: Source = Source {
+    const SOURCE: Origin = Origin {
         namespace: Uuid::from_u128(1),
         lsn: Lsn(0x16B_3748),
         committed_at_us: 1_700_000_000_000_000,
@@ -184,7 +184,7 @@ mod tests {
     #[test]
     fn an_id_is_the_same_in_every_version_of_the_program() {
         let namespace = namespace(7_301_234_567_890_123_456, 1);
-        let source = Source { namespace, ..SOURCE };
+        let source = Origin { namespace, ..SOURCE };
         let id = Ids::default().row(source, &[0], &row(&["7"]));
         assert_eq!(id.to_string(), "bf6226e2-0e85-520b-b191-84d5495bfa01");
         let id = Ids::default().truncate(source, 16_384);
@@ -197,11 +197,11 @@ mod tests {
     fn whatever_tells_two_changes_apart_tells_their_ids_apart() {
         let changes = [
             SOURCE,
-            Source { namespace: namespace(1, 2), ..SOURCE },
-            Source { lsn: Lsn(1), ..SOURCE },
+            Origin { namespace: namespace(1, 2), ..SOURCE },
+            Origin { lsn: Lsn(1), ..SOURCE },
             // A restored volume hands out the same LSN again.
-            Source { committed_at_us: 1, ..SOURCE },
-            Source { xid: 732, ..SOURCE },
+            Origin { committed_at_us: 1, ..SOURCE },
+            Origin { xid: 732, ..SOURCE },
         ];
         let mut ids = Vec::new();
         for source in changes {
@@ -232,7 +232,7 @@ mod tests {
         assert!(three[0] != three[1] && three[0] != three[3] && three[1] != three[3]);
         let mut ids = Ids::default();
         let first = ids.row(SOURCE, &[0], &row(&["1"]));
-        let later = Source { lsn: Lsn(SOURCE.lsn.0 + 1), ..SOURCE };
+        let later = Origin { lsn: Lsn(SOURCE.lsn.0 + 1), ..SOURCE };
         assert_ne!(ids.row(later, &[0], &row(&["1"])), first);
         assert_eq!(ids.row(SOURCE, &[0], &row(&["1"])), first);
     }

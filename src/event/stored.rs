@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::{
-    Broken, Change, Column, Content, Event, Identity, OldRow, OutboxRow, Payload, Row, Table,
+    Broken, Change, Column, Content, Event, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table,
     Unreadable, Value,
 };
 use crate::error::{Error, Result};
@@ -306,9 +306,9 @@ fn store_outbox(row: &OutboxRow) -> StoredOutbox {
         aggregate_id: text(&row.aggregate_id),
         event_type: text(&row.event_type),
         payload: match &row.payload {
-            Payload::Json(bytes) => StoredPayload::Json(cell(bytes)),
-            Payload::Hex(bytes) => StoredPayload::Data(cell(bytes)),
-            Payload::Broken(broken) => StoredPayload::Broken {
+            OutboxPayload::Json(bytes) => StoredPayload::Json(cell(bytes)),
+            OutboxPayload::Hex(bytes) => StoredPayload::Data(cell(bytes)),
+            OutboxPayload::Broken(broken) => StoredPayload::Broken {
                 why: broken.why.clone(),
                 columns: broken.columns.iter().map(named).collect(),
             },
@@ -335,11 +335,14 @@ fn load_outbox(stored: StoredOutbox) -> Result<OutboxRow> {
         aggregate_id: stored.aggregate_id.into(),
         event_type: stored.event_type.into(),
         payload: match stored.payload {
-            StoredPayload::Json(cell) => Payload::Json(needed(cell)?),
-            StoredPayload::Data(cell) => Payload::Hex(needed(cell)?),
+            StoredPayload::Json(cell) => OutboxPayload::Json(needed(cell)?),
+            StoredPayload::Data(cell) => OutboxPayload::Hex(needed(cell)?),
             StoredPayload::Broken { why, columns } => {
                 let columns = columns.into_iter().map(|(name, cell)| Ok((name, present(cell)?)));
-                Payload::Broken(Box::new(Broken { why, columns: columns.collect::<Result<_>>()? }))
+                OutboxPayload::Broken(Box::new(Broken {
+                    why,
+                    columns: columns.collect::<Result<_>>()?,
+                }))
             }
         },
         content_type: stored.content_type.map(Into::into),
@@ -475,11 +478,13 @@ mod tests {
             headers: Some(Bytes::from_static(b"{\"n\": 1}")),
             traceparent: Some("00-1".into()),
         };
-        round_trip(Content::Outbox(Box::new(row(Payload::Json(json)))));
-        round_trip(Content::Outbox(Box::new(row(Payload::Hex(Bytes::from_static(b"\\x00ff"))))));
+        round_trip(Content::Outbox(Box::new(row(OutboxPayload::Json(json)))));
+        round_trip(Content::Outbox(Box::new(row(OutboxPayload::Hex(Bytes::from_static(
+            b"\\x00ff",
+        ))))));
         let columns = vec![("payload".into(), None), ("data".into(), Some(Bytes::from("x")))];
         let broken = Broken { why: "both".into(), columns };
-        round_trip(Content::Outbox(Box::new(row(Payload::Broken(Box::new(broken))))));
+        round_trip(Content::Outbox(Box::new(row(OutboxPayload::Broken(Box::new(broken))))));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use percent_encoding::percent_decode_str;
 
 use crate::error::{Error, Result};
 use crate::secret::{Secret, redact_url};
-use crate::tls::{self, Mode};
+use crate::tls::{self, SslMode};
 
 /// The query parameters that a URL may have.
 const PARAMETERS: [&str; 17] = [
@@ -284,7 +284,7 @@ fn channel_binding(parts: &Parts, tls: &tls::Options) -> Result<ChannelBinding> 
     match parts.parameter("channel_binding") {
         Some("disable") => Ok(ChannelBinding::Disable),
         None | Some("prefer") => Ok(ChannelBinding::Prefer),
-        Some("require") if tls.mode == Mode::Disable => {
+        Some("require") if tls.mode == SslMode::Disable => {
             Err(Error::config("channel_binding=require needs TLS").hint("set sslmode=verify-full"))
         }
         Some("require") => Ok(ChannelBinding::Require),
@@ -311,12 +311,12 @@ fn tls_options(parts: &Parts, host: &Host) -> Result<tls::Options> {
         Some(_) if asked.is_some() => {
             return Err(Error::config("ssl and sslmode are both given; sslmode is enough"));
         }
-        Some("disable") => Mode::Disable,
+        Some("disable") => SslMode::Disable,
         // As in libpq: a root that is given is meant to be used.
-        Some("require") if root_cert.is_some() => Mode::VerifyCa,
-        Some("require") => Mode::Require,
-        Some("verify-ca") => Mode::VerifyCa,
-        Some("verify-full") => Mode::VerifyFull,
+        Some("require") if root_cert.is_some() => SslMode::VerifyCa,
+        Some("require") => SslMode::Require,
+        Some("verify-ca") => SslMode::VerifyCa,
+        Some("verify-full") => SslMode::VerifyFull,
         Some(weak @ ("prefer" | "allow")) => {
             let error = not_allowed("sslmode", weak, "disable, require, verify-ca, verify-full");
             return Err(error.hint("it falls back to plain text if an attacker interferes"));
@@ -326,21 +326,21 @@ fn tls_options(parts: &Parts, host: &Host) -> Result<tls::Options> {
             return Err(not_allowed("sslmode", other, allowed));
         }
         None => match asked {
-            Some(true) => Mode::VerifyFull,
-            Some(false) => Mode::Disable,
-            None if names_files => Mode::VerifyFull,
-            None if is_local(host) => Mode::Disable,
-            None => Mode::VerifyFull,
+            Some(true) => SslMode::VerifyFull,
+            Some(false) => SslMode::Disable,
+            None if names_files => SslMode::VerifyFull,
+            None if is_local(host) => SslMode::Disable,
+            None => SslMode::VerifyFull,
         },
     };
     if parts.parameter("sslrootcert") == Some("system")
-        && matches!(mode, Mode::Require | Mode::VerifyCa)
+        && matches!(mode, SslMode::Require | SslMode::VerifyCa)
     {
         let text = "sslrootcert=system proves nothing unless the host name is checked: anyone can \
                     get a certificate from a public authority";
         return Err(Error::config(text).hint("set sslmode=verify-full"));
     }
-    if mode != Mode::Disable && matches!(host, Host::Unix(_)) {
+    if mode != SslMode::Disable && matches!(host, Host::Unix(_)) {
         return Err(Error::config("Postgres has no TLS on a unix socket")
             .hint("set sslmode=disable, or name a host"));
     }
@@ -382,7 +382,7 @@ mod tests {
         assert_eq!(o.host, Host::Tcp("db.example".into()));
         assert_eq!((o.port, o.user.as_str(), o.database.as_str()), (6543, "re@lay", "sh op"));
         assert_eq!(o.password.unwrap().expose(), "p/w");
-        assert_eq!(o.tls.mode, Mode::VerifyCa);
+        assert_eq!(o.tls.mode, SslMode::VerifyCa);
         assert_eq!(o.tls.root_cert, Some("/ca".into()));
         assert_eq!((o.tls.client_cert, o.tls.client_key), (Some("/c".into()), Some("/k".into())));
         assert_eq!(o.channel_binding, ChannelBinding::Require);
@@ -406,7 +406,7 @@ mod tests {
         for url in ["postgres://r@%2Frun%2Fpg:5433/db", "postgres://r@:5433/db?host=/run/pg"] {
             let o = options(url);
             assert_eq!((o.host, o.port), (Host::Unix("/run/pg".into()), 5433));
-            assert_eq!(o.tls.mode, Mode::Disable);
+            assert_eq!(o.tls.mode, SslMode::Disable);
         }
         let o = options("postgres://r@[::1]:5/db");
         assert_eq!((o.host.clone(), o.port), (Host::Tcp("::1".into()), 5));
@@ -416,18 +416,18 @@ mod tests {
     #[test]
     fn tls_is_verify_full_unless_local_or_named() {
         for (url, mode) in [
-            ("postgres://r@db/x", Mode::VerifyFull),
-            ("postgres://r@10.0.0.1/x", Mode::VerifyFull),
-            ("postgres://r@db/x?sslmode=disable", Mode::Disable),
-            ("postgres://r@db/x?ssl=false", Mode::Disable),
-            ("postgres://r@db/x?sslmode=require", Mode::Require),
-            ("postgres://r@db/x?sslmode=require&sslrootcert=/ca", Mode::VerifyCa),
-            ("postgres://r@localhost/x", Mode::Disable),
-            ("postgres://r@127.0.0.1/x", Mode::Disable),
-            ("postgres://r@[::1]/x", Mode::Disable),
-            ("postgres://r@127.0.0.1/x?ssl=true", Mode::VerifyFull),
-            ("postgres://r@127.0.0.1/x?sslrootcert=/ca", Mode::VerifyFull),
-            ("postgres://r@127.0.0.1/x?sslrootcert=system", Mode::VerifyFull),
+            ("postgres://r@db/x", SslMode::VerifyFull),
+            ("postgres://r@10.0.0.1/x", SslMode::VerifyFull),
+            ("postgres://r@db/x?sslmode=disable", SslMode::Disable),
+            ("postgres://r@db/x?ssl=false", SslMode::Disable),
+            ("postgres://r@db/x?sslmode=require", SslMode::Require),
+            ("postgres://r@db/x?sslmode=require&sslrootcert=/ca", SslMode::VerifyCa),
+            ("postgres://r@localhost/x", SslMode::Disable),
+            ("postgres://r@127.0.0.1/x", SslMode::Disable),
+            ("postgres://r@[::1]/x", SslMode::Disable),
+            ("postgres://r@127.0.0.1/x?ssl=true", SslMode::VerifyFull),
+            ("postgres://r@127.0.0.1/x?sslrootcert=/ca", SslMode::VerifyFull),
+            ("postgres://r@127.0.0.1/x?sslrootcert=system", SslMode::VerifyFull),
         ] {
             assert_eq!(options(url).tls.mode, mode, "{url}");
         }

@@ -27,7 +27,7 @@ pub const COLUMNS_MAX: usize = 1600;
 
 /// One message of the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Message<'a> {
+pub enum ReplicationMessage<'a> {
     /// `B`: a transaction starts. Everything up to its `Commit` is already committed.
     Begin {
         /// The LSN of the commit record; equals `Commit`'s `commit_lsn`.
@@ -143,7 +143,7 @@ impl<'a> Relation<'a> {
 
 /// One column of a table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Column<'a> {
+pub struct RelationColumn<'a> {
     /// Part of the replica identity.
     pub key: bool,
     /// The column's name.
@@ -173,14 +173,14 @@ impl<'a> Tuple<'a> {
     }
 
     /// The values, in the order of the relation's columns. Cheap: a few nanoseconds each.
-    pub fn columns(&self) -> Values<'a> {
-        Values { left: self.count, reader: Reader { rest: self.data } }
+    pub fn columns(&self) -> TupleValues<'a> {
+        TupleValues { left: self.count, reader: Reader { rest: self.data } }
     }
 
     /// Puts the first values into `out` and says how many: the smaller of both lengths.
     ///
     /// For callers who pick several columns by index, out of order: one walk, no allocation.
-    pub fn read_into(&self, out: &mut [Value<'a>]) -> usize {
+    pub fn read_into(&self, out: &mut [TupleValue<'a>]) -> usize {
         let mut read = 0;
         for (slot, value) in out.iter_mut().zip(self.columns()) {
             *slot = value;
@@ -192,7 +192,7 @@ impl<'a> Tuple<'a> {
 
 /// One column's value in a tuple.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Value<'a> {
+pub enum TupleValue<'a> {
     /// `n`: SQL null; in a key tuple, also every column outside the key.
     #[default]
     Null,
@@ -295,7 +295,7 @@ impl From<DecodeError> for Error {
 ///
 /// # Errors
 /// When `data` is not exactly one message of protocol version 1, streaming off.
-pub fn decode(data: &[u8]) -> Result<Message<'_>, DecodeError> {
+pub fn decode(data: &[u8]) -> Result<ReplicationMessage<'_>, DecodeError> {
     let mut reader = Reader { rest: data };
     reader.message().map_err(|fault| DecodeError {
         tag: data.first().copied(),
@@ -312,9 +312,9 @@ pub struct Columns<'a> {
 }
 
 impl<'a> Iterator for Columns<'a> {
-    type Item = Column<'a>;
+    type Item = RelationColumn<'a>;
 
-    fn next(&mut self) -> Option<Column<'a>> {
+    fn next(&mut self) -> Option<RelationColumn<'a>> {
         self.left = self.left.checked_sub(1)?;
         Some(self.reader.column().expect("decode read these columns before"))
     }
@@ -328,16 +328,16 @@ impl ExactSizeIterator for Columns<'_> {}
 
 /// The values of a [`Tuple`].
 #[derive(Debug, Clone)]
-pub struct Values<'a> {
+pub struct TupleValues<'a> {
     left: u16,
     reader: Reader<'a>,
 }
 
-impl<'a> Iterator for Values<'a> {
-    type Item = Value<'a>;
+impl<'a> Iterator for TupleValues<'a> {
+    type Item = TupleValue<'a>;
 
     #[inline]
-    fn next(&mut self) -> Option<Value<'a>> {
+    fn next(&mut self) -> Option<TupleValue<'a>> {
         self.left = self.left.checked_sub(1)?;
         Some(self.reader.value().expect("decode read these values before"))
     }
@@ -347,7 +347,7 @@ impl<'a> Iterator for Values<'a> {
     }
 }
 
-impl ExactSizeIterator for Values<'_> {}
+impl ExactSizeIterator for TupleValues<'_> {}
 
 #[cfg(test)]
 mod tests {
@@ -364,20 +364,24 @@ mod tests {
 
     #[test]
     fn a_value_is_a_slice_of_the_frame() {
-        let Message::Insert { relation, new } = decode(INSERT).unwrap() else { panic!() };
+        let ReplicationMessage::Insert { relation, new } = decode(INSERT).unwrap() else {
+            panic!()
+        };
         assert_eq!((relation, new.len()), (0x4001, 2));
-        let mut values = [Value::Null; 3];
+        let mut values = [TupleValue::Null; 3];
         assert_eq!(new.read_into(&mut values), 2);
-        assert_eq!(values, [Value::Text(b"7"), Value::Unchanged, Value::Null]);
-        let Value::Text(text) = values[0] else { panic!() };
+        assert_eq!(values, [TupleValue::Text(b"7"), TupleValue::Unchanged, TupleValue::Null]);
+        let TupleValue::Text(text) = values[0] else { panic!() };
         assert!(INSERT.as_ptr_range().contains(&text.as_ptr()));
     }
 
     #[test]
     fn an_empty_schema_is_pg_catalog() {
-        let expected = Message::Type { id: 1, namespace: "pg_catalog", name: "x" };
+        let expected = ReplicationMessage::Type { id: 1, namespace: "pg_catalog", name: "x" };
         assert_eq!(decode(b"Y\0\0\0\x01\0x\0"), Ok(expected));
-        let Ok(Message::Relation(relation)) = decode(b"R\0\0\0\x01\0x\0d\0\0") else { panic!() };
+        let Ok(ReplicationMessage::Relation(relation)) = decode(b"R\0\0\0\x01\0x\0d\0\0") else {
+            panic!()
+        };
         assert_eq!((relation.namespace, relation.name), ("pg_catalog", "x"));
     }
 

@@ -222,7 +222,7 @@ fn quoted_list(tables: &[TableName]) -> String {
 
 /// What a table writes to the WAL to say which row an UPDATE or DELETE changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ReplicaIdentity {
+pub enum CatalogIdentity {
     /// DEFAULT with a primary key that is not deferrable: its columns, in key order.
     Key(Vec<String>),
     /// The columns of the unique index that USING INDEX names, in its order.
@@ -233,13 +233,13 @@ pub enum ReplicaIdentity {
     Nothing,
 }
 
-impl ReplicaIdentity {
+impl CatalogIdentity {
     /// The first of these columns that a DELETE, or an UPDATE that changes it, does not carry.
     pub fn lacks<'a>(&self, columns: &'a [String]) -> Option<&'a String> {
         let there: &[String] = match self {
-            ReplicaIdentity::Key(columns) | ReplicaIdentity::Index(columns) => columns,
-            ReplicaIdentity::Full => return None,
-            ReplicaIdentity::Nothing => &[],
+            CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => columns,
+            CatalogIdentity::Full => return None,
+            CatalogIdentity::Nothing => &[],
         };
         columns.iter().find(|column| !there.contains(column))
     }
@@ -255,9 +255,9 @@ pub struct TableFacts {
     /// Whether it is a partitioned root. Its partitions then have identities of their own.
     pub partitioned: bool,
     /// Its replica identity.
-    pub identity: ReplicaIdentity,
+    pub identity: CatalogIdentity,
     /// The partitions that hold its rows, with the identities that theirs are logged with.
-    pub leaves: Vec<(TableName, ReplicaIdentity)>,
+    pub leaves: Vec<(TableName, CatalogIdentity)>,
     /// The columns of its primary key, in key order; empty without one.
     pub primary_key: Vec<String>,
     /// Its columns, in order.
@@ -332,7 +332,7 @@ pub async fn read_table(
 async fn read_leaves(
     client: &impl GenericClient,
     root: u32,
-) -> Result<Vec<(TableName, ReplicaIdentity)>> {
+) -> Result<Vec<(TableName, CatalogIdentity)>> {
     let sql = format!(
         "SELECT {IDENTITY}, n.nspname::text, c.relname::text \
         FROM pg_catalog.pg_partition_tree($1::oid) AS t \
@@ -354,19 +354,19 @@ async fn read_leaves(
 fn identity(
     row: &tokio_postgres::Row,
     table: &TableName,
-) -> Result<(ReplicaIdentity, Vec<String>)> {
+) -> Result<(CatalogIdentity, Vec<String>)> {
     let names = |i| row.try_get::<_, Option<Vec<String>>>(i).map_err(postgres_error);
     let primary_key = names(1)?.unwrap_or_default();
     let chosen = names(2)?.unwrap_or_default();
     let immediate = row.try_get::<_, Option<bool>>(3).map_err(postgres_error)?;
     let identity = match row.try_get(0).map_err(postgres_error)? {
-        "d" if immediate == Some(true) => ReplicaIdentity::Key(primary_key.clone()),
-        "d" => ReplicaIdentity::Nothing,
+        "d" if immediate == Some(true) => CatalogIdentity::Key(primary_key.clone()),
+        "d" => CatalogIdentity::Nothing,
         // The chosen index may have been dropped since: then there is no identity.
-        "i" if chosen.is_empty() => ReplicaIdentity::Nothing,
-        "i" => ReplicaIdentity::Index(chosen),
-        "f" => ReplicaIdentity::Full,
-        "n" => ReplicaIdentity::Nothing,
+        "i" if chosen.is_empty() => CatalogIdentity::Nothing,
+        "i" => CatalogIdentity::Index(chosen),
+        "f" => CatalogIdentity::Full,
+        "n" => CatalogIdentity::Nothing,
         other => {
             return Err(Error::protocol(format!("unknown replica identity {other:?} of {table}")));
         }

@@ -27,7 +27,7 @@ use x509_cert::der::oid::db::rfc5912 as oid;
 use super::connect::{Host, Options};
 use crate::error::{Error, Result};
 use crate::fault::io_error;
-use crate::tls::{self, Mode};
+use crate::tls::{self, SslMode};
 
 /// The kernel probes an idle connection after this long, then as often, at most three times.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -65,8 +65,8 @@ impl Socket {
         };
         let tcp = open_tcp(name, options).await?;
         match options.tls.mode {
-            Mode::Disable => Ok(Socket::Tcp(tcp)),
-            Mode::Require | Mode::VerifyCa | Mode::VerifyFull => {
+            SslMode::Disable => Ok(Socket::Tcp(tcp)),
+            SslMode::Require | SslMode::VerifyCa | SslMode::VerifyFull => {
                 open_tls(tcp, name, &options.tls).await
             }
         }

@@ -30,7 +30,7 @@ use crate::relay::checkpoint::progress::{Idle, Progress};
 use crate::relay::checkpoint::{Looking, Store, Storing};
 use crate::relay::observed::Observed;
 use crate::relay::parking::Parking;
-use crate::relay::session::phantoms::Published;
+use crate::relay::session::phantoms::RecentlyPublished;
 use crate::relay::status::Status;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::window::Window;
@@ -54,45 +54,73 @@ pub struct Relay<S, P, C> {
     source: S,
     publisher: P,
     store: C,
+    making: Making,
+    flight: Flight,
+    parked: ParkedWork,
+    durable: Durable,
+    seen: Seen,
+    tuning: Tuning,
+    ending: Ending,
+}
+
+/// Events become messages.
+struct Making {
     router: Arc<Router>,
     plans: Plans,
-    /// Notes of the source that are settled and not stored.
-    notes: Vec<Note>,
     envelope: Envelope,
-    tuning: Tuning,
+    /// Items that were just taken from the source; kept for its capacity.
+    batch: Vec<Item>,
+    /// Messages of the event that is being admitted; kept for its capacity.
+    made: Vec<Made>,
+    /// What the broker was seen to refuse by size; more than it takes is not sent again.
+    broker_max_body: usize,
+}
+
+/// Messages are on their way until their entry is settled.
+struct Flight {
     window: Window,
     lanes: Lanes,
+    /// Kept for its capacity.
+    outcomes: Vec<(Ticket, Outcome)>,
     /// What was confirmed in this session and may not be covered by a checkpoint.
     confirms: Confirms,
     /// The same of earlier sessions.
     remembered: Remembered,
-    progress: Progress,
-    idle: Idle,
-    batch: Vec<Item>,
-    /// Messages of the event that is being admitted; kept for its capacity.
-    made: Vec<Made>,
-    outcomes: Vec<(Ticket, Outcome)>,
+}
+
+/// What cannot be published now.
+struct ParkedWork {
     parking: Parking,
     /// Messages parked by this session.
-    parked: u64,
-    /// What the broker was seen to refuse by size; more than it takes is not sent again.
-    broker_max_body: usize,
-    storing: Option<Storing>,
+    count: u64,
     looking: Option<Looking>,
     look_at: Instant,
     /// Parked rows may be ready to be tried again.
     retry_due: bool,
-    ending: Ending,
-    checkpoint_at: Instant,
+}
+
+/// How far everything is settled, and how far that is stored.
+struct Durable {
+    progress: Progress,
+    idle: Idle,
+    /// Notes of the source that are settled and not stored.
+    notes: Vec<Note>,
+    storing: Option<Storing>,
+    /// When the next checkpoint is due, if the interval is longer than a tick.
+    due_at: Instant,
+}
+
+/// What others see of it.
+struct Seen {
     observed: Observed,
     canary: Arc<Canary>,
-    published: Published,
+    published: RecentlyPublished,
     metrics: Arc<Metrics>,
     status: Arc<Status>,
 }
 
 /// What a [`Relay`] is made of.
-pub struct Parts<S, P, C> {
+pub struct RelayParts<S, P, C> {
     /// Where events come from.
     pub source: S,
     /// Where messages go.
@@ -114,7 +142,7 @@ pub struct Parts<S, P, C> {
     /// What was written to be seen in the stream.
     pub canary: Arc<Canary>,
     /// What earlier sessions published.
-    pub published: Published,
+    pub published: RecentlyPublished,
     /// What earlier sessions got confirms for.
     pub remembered: Remembered,
 }
@@ -123,7 +151,7 @@ pub struct Parts<S, P, C> {
 #[derive(Debug, Default)]
 pub struct Kept {
     /// What was published lately.
-    pub published: Published,
+    pub published: RecentlyPublished,
     /// What was confirmed and may not be covered by a checkpoint.
     pub remembered: Remembered,
 }
@@ -141,8 +169,8 @@ enum Ending {
 
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// An engine that has not begun; `name` is the `app_id` of its messages.
-    pub fn new(parts: Parts<S, P, C>, name: &str, tuning: &Tuning) -> Self {
-        let Parts {
+    pub fn new(parts: RelayParts<S, P, C>, name: &str, tuning: &Tuning) -> Self {
+        let RelayParts {
             source,
             publisher,
             store,
@@ -156,38 +184,43 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             published,
             remembered,
         } = parts;
+        let now = Instant::now();
         Self {
             source,
             publisher,
             store,
-            plans,
-            notes: Vec::new(),
-            router,
-            envelope: Envelope::new(name),
+            making: Making {
+                router,
+                plans,
+                envelope: Envelope::new(name),
+                batch: Vec::new(),
+                made: Vec::new(),
+                broker_max_body: usize::MAX,
+            },
+            flight: Flight {
+                window: Window::new(),
+                lanes: Lanes::new(),
+                outcomes: Vec::new(),
+                confirms: Confirms::new(),
+                remembered,
+            },
+            parked: ParkedWork { parking, count: 0, looking: None, look_at: now, retry_due: true },
+            durable: Durable {
+                progress,
+                idle: Idle::new(tuning.idle_interval, now.into_std()),
+                notes: Vec::new(),
+                storing: None,
+                due_at: now,
+            },
+            seen: Seen {
+                observed: Observed::new(now.into_std()),
+                canary,
+                published,
+                metrics,
+                status,
+            },
             tuning: *tuning,
-            window: Window::new(),
-            lanes: Lanes::new(),
-            confirms: Confirms::new(),
-            remembered,
-            idle: Idle::new(tuning.idle_interval, Instant::now().into_std()),
-            progress,
-            batch: Vec::new(),
-            made: Vec::new(),
-            outcomes: Vec::new(),
-            parking,
-            parked: 0,
-            broker_max_body: usize::MAX,
-            storing: None,
-            looking: None,
-            look_at: Instant::now(),
-            retry_due: true,
             ending: Ending::No,
-            checkpoint_at: Instant::now(),
-            observed: Observed::new(Instant::now().into_std()),
-            canary,
-            published,
-            metrics,
-            status,
         }
     }
 
@@ -218,7 +251,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 () = requested(&mut shutdown), if matches!(self.ending, Ending::No) => {
                     self.drain(None);
                 }
-                done = self.publisher.next_outcomes(&mut self.outcomes) => {
+                done = self.publisher.next_outcomes(&mut self.flight.outcomes) => {
                     // What was confirmed before the connection broke is confirmed.
                     let settled = self.settle_outcomes();
                     if let Err(lost) = done.and(settled) {
@@ -226,16 +259,16 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                         return Err(lost);
                     }
                 }
-                stored = pending(&mut self.storing), if self.storing.is_some() => {
-                    self.storing = None;
+                stored = pending(&mut self.durable.storing), if self.durable.storing.is_some() => {
+                    self.durable.storing = None;
                     self.stored(stored?).await?;
                 }
-                found = pending(&mut self.looking), if self.looking.is_some() => {
-                    self.looking = None;
+                found = pending(&mut self.parked.looking), if self.parked.looking.is_some() => {
+                    self.parked.looking = None;
                     self.found(found?);
                 }
                 _ = tick.tick() => self.tick().await?,
-                taken = self.source.next(room, &mut self.batch), if room > 0 => {
+                taken = self.source.next(room, &mut self.making.batch), if room > 0 => {
                     taken?;
                     self.admit_batch();
                 }
@@ -247,31 +280,32 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Closes both ends in order; best effort. Returns what the next session starts from.
     pub async fn close(self) -> Kept {
         let released = self.released().into_iter();
-        let remembered = self.remembered.after(&self.confirms, &self.window, released);
+        let remembered =
+            self.flight.remembered.after(&self.flight.confirms, &self.flight.window, released);
         tokio::join!(self.publisher.close(), self.source.close());
-        Kept { published: self.published, remembered }
+        Kept { published: self.seen.published, remembered }
     }
 
     /// Progress so far.
     pub fn progress(&self) -> &Progress {
-        &self.progress
+        &self.durable.progress
     }
 
     /// How many more items may be taken.
     fn room(&self) -> usize {
-        let bytes = self.window.bytes() + self.parking.pending_bytes();
+        let bytes = self.flight.window.bytes() + self.parked.parking.pending_bytes();
         let full = bytes >= self.tuning.window.bytes;
         if full || matches!(self.ending, Ending::Draining { .. }) {
             return 0;
         }
-        self.tuning.window.events.saturating_sub(self.window.len()).min(BATCH_MAX)
+        self.tuning.window.events.saturating_sub(self.flight.window.len()).min(BATCH_MAX)
     }
 
     fn wake_at(&self) -> Option<Instant> {
         // With everything in flight that may be, time alone changes nothing; waking would be a loop
         // without a pause until an outcome comes.
-        let full = self.lanes.in_flight() >= self.tuning.window.unconfirmed;
-        let lanes = self.lanes.wake_at().filter(|_| !full).map(Instant::from_std);
+        let full = self.flight.lanes.in_flight() >= self.tuning.window.unconfirmed;
+        let lanes = self.flight.lanes.wake_at().filter(|_| !full).map(Instant::from_std);
         let drain = match &self.ending {
             Ending::No => None,
             Ending::Draining { deadline, .. } => Some(*deadline),
@@ -281,10 +315,10 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     fn send_ready(&mut self) {
         let now = Instant::now().into_std();
-        while self.lanes.in_flight() < self.tuning.window.unconfirmed {
-            let Some((ticket, slot)) = self.lanes.next(now) else { break };
+        while self.flight.lanes.in_flight() < self.tuning.window.unconfirmed {
+            let Some((ticket, slot)) = self.flight.lanes.next(now) else { break };
             self.publisher.send(ticket, &slot.message);
-            let metrics = &self.metrics.routes[usize::from(slot.message.route.0)];
+            let metrics = &self.seen.metrics.routes[usize::from(slot.message.route.0)];
             metrics.published.increment(1);
             let waited = now.saturating_duration_since(slot.captured);
             metrics.capture_to_publish.record(waited.as_secs_f64());
@@ -295,18 +329,18 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     ///
     /// At most one write is under way, and the tick (or the drain) decides when.
     fn start_storing(&mut self) {
-        let due = self.progress.is_due() || self.drained();
-        let idle = self.storing.is_none() && self.looking.is_none();
+        let due = self.durable.progress.is_due() || self.drained();
+        let idle = self.durable.storing.is_none() && self.parked.looking.is_none();
         if due && idle && self.has_unstored() {
             self.begin_storing();
         }
     }
 
     fn begin_storing(&mut self) {
-        let (position, flush) = self.progress.begin_storing();
-        let mut riders = self.parking.take_riders(position);
-        riders.extend(checkpoint::rider::of_notes(std::mem::take(&mut self.notes)));
-        self.storing = Some(Box::pin(self.store.store(position, flush, riders)));
+        let (position, flush) = self.durable.progress.begin_storing();
+        let mut riders = self.parked.parking.take_riders(position);
+        riders.extend(checkpoint::rider::of_notes(std::mem::take(&mut self.durable.notes)));
+        self.durable.storing = Some(Box::pin(self.store.store(position, flush, riders)));
     }
 
     /// The broker is lost: stores what is settled, so that it is not sent again. Not for long: it
@@ -323,50 +357,52 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     /// Stores everything that is settled. Cancel-safe: the loop continues where it stopped.
     async fn store_settled(&mut self) -> Result<()> {
-        while self.storing.is_some() || self.has_unstored() {
-            if self.storing.is_none() {
+        while self.durable.storing.is_some() || self.has_unstored() {
+            if self.durable.storing.is_none() {
                 self.begin_storing();
             }
-            let stored = pending(&mut self.storing).await;
-            self.storing = None;
+            let stored = pending(&mut self.durable.storing).await;
+            self.durable.storing = None;
             self.stored(stored?).await?;
         }
         Ok(())
     }
 
     fn has_unstored(&self) -> bool {
-        let settled = self.progress.settled_position();
-        self.progress.has_unstored() || self.parking.has_riders(settled) || !self.notes.is_empty()
+        let settled = self.durable.progress.settled_position();
+        self.durable.progress.has_unstored()
+            || self.parked.parking.has_riders(settled)
+            || !self.durable.notes.is_empty()
     }
 
     async fn stored(&mut self, wal_end: Lsn) -> Result<()> {
-        self.metrics.checkpoint.written.increment(1);
-        self.idle.wrote(wal_end);
-        self.progress.stored();
-        if let Some(flush) = self.progress.to_advance() {
+        self.seen.metrics.checkpoint.written.increment(1);
+        self.durable.idle.wrote(wal_end);
+        self.durable.progress.on_stored();
+        if let Some(flush) = self.durable.progress.to_advance() {
             self.source.advance(flush).await?;
-            self.progress.advanced(flush);
+            self.durable.progress.on_advanced(flush);
         }
         Ok(())
     }
 
     async fn tick(&mut self) -> Result<()> {
         let now = Instant::now().into_std();
-        self.retry_due = true;
-        for entry in self.parking.unblock() {
-            self.window.settle(entry);
+        self.parked.retry_due = true;
+        for entry in self.parked.parking.unblock() {
+            self.flight.window.settle(entry);
         }
         self.settle_prefix();
         self.look_at_canary(now);
-        let limit = self.canary.limit(now);
-        if self.window.is_empty()
-            && let Some(receipt) = self.idle.due(self.progress.flush(), limit, now)
+        let limit = self.seen.canary.limit(now);
+        if self.flight.window.is_empty()
+            && let Some(receipt) = self.durable.idle.due(self.durable.progress.flush(), limit, now)
         {
-            self.progress.settled(&receipt);
+            self.durable.progress.on_settled(&receipt);
         }
-        if self.tuning.checkpoint_interval <= TICK_MAX || now >= self.checkpoint_at.into_std() {
-            self.checkpoint_at = Instant::now() + self.tuning.checkpoint_interval;
-            self.progress.tick();
+        if self.tuning.checkpoint_interval <= TICK_MAX || now >= self.durable.due_at.into_std() {
+            self.durable.due_at = Instant::now() + self.tuning.checkpoint_interval;
+            self.durable.progress.tick();
         }
         self.source.keep_alive().await?;
         self.publish_progress(now);
@@ -375,12 +411,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     fn look_at_canary(&mut self, now: std::time::Instant) {
         let seen = self.source.seen();
-        self.canary.seen(seen.canary, now);
-        self.idle.wrote_canary(self.canary.take_own_bytes());
-        let age = self.canary.age(now);
-        self.status.canary(age);
-        self.metrics.wal.canary_age_seconds.set(age.unwrap_or_default().as_secs_f64());
-        if let Some(deaf) = self.canary.verdict(seen.received, now) {
+        self.seen.canary.seen(seen.canary, now);
+        self.durable.idle.wrote_canary(self.seen.canary.take_own_bytes());
+        let age = self.seen.canary.age(now);
+        self.seen.status.canary(age);
+        self.seen.metrics.wal.canary_age_seconds.set(age.unwrap_or_default().as_secs_f64());
+        if let Some(deaf) = self.seen.canary.verdict(seen.received, now) {
             self.drain(Some(deaf));
         }
     }
@@ -395,15 +431,15 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Draining, and everything in the window is settled, as is every parked row on its way that
     /// is out or may still go: what a held route keeps would wait without end.
     fn drained(&self) -> bool {
-        let retried = self.parking.on_their_way() == 0 || self.lanes.is_stuck();
-        matches!(self.ending, Ending::Draining { .. }) && self.window.is_empty() && retried
+        let retried = self.parked.parking.on_their_way() == 0 || self.flight.lanes.is_stuck();
+        matches!(self.ending, Ending::Draining { .. }) && self.flight.window.is_empty() && retried
     }
 
     fn is_over(&self) -> bool {
         match &self.ending {
             Ending::No => false,
             Ending::Draining { deadline, .. } => {
-                let saved = self.storing.is_none() && !self.has_unstored();
+                let saved = self.durable.storing.is_none() && !self.has_unstored();
                 (self.drained() && saved) || Instant::now() >= *deadline
             }
         }
@@ -411,7 +447,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     async fn end(&mut self) -> Result<()> {
         self.publish_progress(Instant::now().into_std());
-        let left = self.window.len();
+        let left = self.flight.window.len();
         let Ending::Draining { because, .. } = std::mem::replace(&mut self.ending, Ending::No)
         else {
             unreachable!("only a draining relay ends");
@@ -428,17 +464,23 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     fn publish_progress(&mut self, now: std::time::Instant) {
-        let metrics = &self.metrics;
-        metrics.window.in_flight.set(self.lanes.in_flight() as f64);
-        metrics.window.events.set(self.window.len() as f64);
-        metrics.window.bytes.set(self.window.bytes() as f64);
+        let metrics = &self.seen.metrics;
+        metrics.window.in_flight.set(self.flight.lanes.in_flight() as f64);
+        metrics.window.events.set(self.flight.window.len() as f64);
+        metrics.window.bytes.set(self.flight.window.bytes() as f64);
         metrics.window.paused.set(f64::from(u8::from(self.room() == 0)));
         let blocked = self.publisher.is_blocked();
-        self.observed.tick(metrics, &self.progress, self.source.seen(), blocked, now);
-        self.observed.parked(metrics, &self.parking, &self.lanes, now);
-        metrics.probes.increment(self.lanes.take_probes());
-        self.status.update(&self.progress, &self.lanes, self.window.len(), blocked, now);
-        self.status.parked(&self.parking);
+        self.seen.observed.tick(metrics, &self.durable.progress, self.source.seen(), blocked, now);
+        self.seen.observed.parked(metrics, &self.parked.parking, &self.flight.lanes, now);
+        metrics.probes.increment(self.flight.lanes.take_probes());
+        self.seen.status.update(
+            &self.durable.progress,
+            &self.flight.lanes,
+            self.flight.window.len(),
+            blocked,
+            now,
+        );
+        self.seen.status.parked(&self.parked.parking);
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Status {
 struct Inner {
     name: String,
     routes: Vec<String>,
-    state: State,
+    state: RelayState,
     since: Instant,
     last_tick: Instant,
     sessions: u64,
@@ -45,14 +45,14 @@ struct Inner {
     window_events: usize,
     blocked: bool,
     held: Vec<(usize, String, Instant)>,
-    parked: Parked,
+    parked: ParkedStatus,
     canary_age: Option<Duration>,
-    slot: Option<Slot>,
+    slot: Option<SlotStatus>,
 }
 
 /// What is parked.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Parked {
+pub struct ParkedStatus {
     /// Rows that are neither released nor discarded.
     pub rows: usize,
     /// Keys that are parked.
@@ -63,7 +63,7 @@ pub struct Parked {
 
 /// The replication slot as the upkeep saw it last.
 #[derive(Debug, Clone, Serialize)]
-pub struct Slot {
+pub struct SlotStatus {
     /// How much of the WAL that it needs is still there.
     pub wal_status: Option<&'static str>,
     /// Bytes that may still be written before it may be lost; absent without a limit.
@@ -79,7 +79,7 @@ pub struct Slot {
 /// What the relay is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum State {
+pub enum RelayState {
     /// Opening a session.
     Connecting,
     /// Streaming and publishing.
@@ -157,7 +157,7 @@ pub struct Snapshot {
     /// Relay name.
     pub name: String,
     /// What it is doing.
-    pub state: State,
+    pub state: RelayState,
     /// For how long, in seconds.
     pub state_seconds: f64,
     /// Sessions opened since the process started.
@@ -165,7 +165,7 @@ pub struct Snapshot {
     /// The last error.
     pub last_error: Option<Trouble>,
     /// Whether sessions work, and when the next one is tried.
-    pub circuit: circuit::View,
+    pub circuit: circuit::CircuitView,
     /// What a standby relay waits for; absent in every other state.
     pub standing_by: Option<StandingBy>,
     /// Position up to which everything was received.
@@ -187,13 +187,13 @@ pub struct Snapshot {
     /// Routes that are held.
     pub held: Vec<Held>,
     /// What is parked.
-    pub parked: Parked,
+    pub parked: ParkedStatus,
     /// What the last audit of the broker found, by route; empty before the first one.
     pub routes: Vec<RouteGrade>,
     /// Age of the last canary that came through the stream, in seconds.
     pub canary_age_seconds: Option<f64>,
     /// The replication slot.
-    pub slot: Option<Slot>,
+    pub slot: Option<SlotStatus>,
 }
 
 impl Status {
@@ -203,7 +203,7 @@ impl Status {
         let inner = Mutex::new(Inner {
             name: name.to_owned(),
             routes,
-            state: State::Connecting,
+            state: RelayState::Connecting,
             since: now,
             last_tick: now,
             sessions: 0,
@@ -216,7 +216,7 @@ impl Status {
             window_events: 0,
             blocked: false,
             held: Vec::new(),
-            parked: Parked::default(),
+            parked: ParkedStatus::default(),
             canary_age: None,
             slot: None,
         });
@@ -229,8 +229,8 @@ impl Status {
         inner.sessions += 1;
         inner.circuit.try_now();
         // A standby that tries again is still standing by.
-        if inner.state != State::StandingBy {
-            inner.enter(State::Connecting);
+        if inner.state != RelayState::StandingBy {
+            inner.enter(RelayState::Connecting);
         }
     }
 
@@ -241,7 +241,7 @@ impl Status {
         self.started.notify_one();
         inner.last_tick = Instant::now();
         inner.last_error = None;
-        inner.enter(State::Streaming);
+        inner.enter(RelayState::Streaming);
         tries
     }
 
@@ -253,7 +253,7 @@ impl Status {
         // A lock on a table is not another relay.
         let of_relay = error.sqlstate().is_none_or(|code| code == OBJECT_IN_USE);
         let busy = error.kind() == Kind::Busy && of_relay;
-        inner.enter(if busy { State::StandingBy } else { State::Waiting });
+        inner.enter(if busy { RelayState::StandingBy } else { RelayState::Waiting });
     }
 
     /// What only a running session can say is not known any more.
@@ -274,7 +274,7 @@ impl Status {
             }
             None => inner.circuit.end(),
         }
-        inner.enter(State::Stopped);
+        inner.enter(RelayState::Stopped);
     }
 
     /// The loop's tick.
@@ -303,7 +303,7 @@ impl Status {
         let (rows, keys, _) = parking.summary();
         let blocked = parking.blocked_routes();
         let blocked = blocked.iter().map(|(route, row)| ((*route).to_owned(), row.error.clone()));
-        self.lock().parked = Parked { rows, keys, blocked: blocked.collect() };
+        self.lock().parked = ParkedStatus { rows, keys, blocked: blocked.collect() };
     }
 
     /// Waits for a session that streams; one that began meanwhile counts. For one waiter.
@@ -339,7 +339,7 @@ impl Status {
     }
 
     /// Whether sessions work.
-    pub fn circuit(&self) -> circuit::View {
+    pub fn circuit(&self) -> circuit::CircuitView {
         self.lock().circuit.view(Instant::now())
     }
 
@@ -349,7 +349,7 @@ impl Status {
     }
 
     /// The slot, as it was seen now. True when it came into danger or out of it.
-    pub fn slot(&self, slot: Slot) -> bool {
+    pub fn slot(&self, slot: SlotStatus) -> bool {
         let now = slot.warning.is_some();
         let then = self.lock().slot.replace(slot).is_some_and(|slot| slot.warning.is_some());
         now != then
@@ -357,24 +357,24 @@ impl Status {
 
     /// A session runs.
     pub fn is_streaming(&self) -> bool {
-        self.lock().state == State::Streaming
+        self.lock().state == RelayState::Streaming
     }
 
     /// Another relay does the work.
     pub fn is_standing_by(&self) -> bool {
-        self.lock().state == State::StandingBy
+        self.lock().state == RelayState::StandingBy
     }
 
     /// Streaming, with the broker open.
     pub fn is_ready(&self) -> bool {
         let inner = self.lock();
-        inner.state == State::Streaming && inner.last_tick.elapsed() < STUCK
+        inner.state == RelayState::Streaming && inner.last_tick.elapsed() < STUCK
     }
 
     /// The loop is not stuck.
     pub fn is_alive(&self) -> bool {
         let inner = self.lock();
-        inner.state != State::Streaming || inner.last_tick.elapsed() < STUCK
+        inner.state != RelayState::Streaming || inner.last_tick.elapsed() < STUCK
     }
 
     /// A copy to show.
@@ -418,13 +418,13 @@ impl Status {
 impl Inner {
     fn standing_by(&self) -> Option<StandingBy> {
         let because = match (&self.state, &self.last_error) {
-            (State::StandingBy, Some(error)) => error.error.clone(),
+            (RelayState::StandingBy, Some(error)) => error.error.clone(),
             _ => return None,
         };
         Some(StandingBy { because, slot_holder: self.holder.clone() })
     }
 
-    fn enter(&mut self, state: State) {
+    fn enter(&mut self, state: RelayState) {
         if self.state != state {
             self.state = state;
             self.since = Instant::now();

@@ -12,7 +12,7 @@ use crate::event::{Change, OldRow, OutboxRow, Row, Table, Value};
 
 /// The lanes that a message takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lanes {
+pub enum LaneKeys {
     /// None: the route is pipelined.
     Free,
     /// One key. `group` is its table's, which truncates wait for; outbox events have none.
@@ -62,15 +62,15 @@ pub(super) fn group(seed: u64, table: &Table) -> u64 {
 
 impl TablePlan {
     /// The lanes of a change of the table.
-    pub(super) fn lanes(&self, change: &Change) -> Lanes {
+    pub(super) fn lanes(&self, change: &Change) -> LaneKeys {
         let group = self.group;
-        self.known_lanes(change).unwrap_or(Lanes::Barrier { group })
+        self.known_lanes(change).unwrap_or(LaneKeys::Barrier { group })
     }
 
     /// Absent when the change does not say which row it is about.
-    fn known_lanes(&self, change: &Change) -> Option<Lanes> {
+    fn known_lanes(&self, change: &Change) -> Option<LaneKeys> {
         let group = self.group;
-        let one = |lane| Lanes::One { lane, group: Some(group) };
+        let one = |lane| LaneKeys::One { lane, group: Some(group) };
         if self.key.is_empty() {
             return None;
         }
@@ -84,7 +84,7 @@ impl TablePlan {
             Change::Update { old: Some(old), new } => {
                 Some(match [self.old_lane(old)?, self.lane(new)?] {
                     [a, b] if a == b => one(a),
-                    lanes => Lanes::Two { lanes, group },
+                    lanes => LaneKeys::Two { lanes, group },
                 })
             }
         }

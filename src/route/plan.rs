@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh64::Xxh64;
 
-use super::lanes::{self, Lanes};
+use super::lanes::{self, LaneKeys};
 use super::{MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template};
 use crate::column;
 use crate::event::{Content, Event, Table};
@@ -44,7 +44,7 @@ pub struct TablePlan {
 #[derive(Debug, Clone, Copy)]
 pub enum Decision<'a> {
     /// Publish by this plan, in these lanes.
-    Publish(&'a Plan, Lanes),
+    Publish(&'a Plan, LaneKeys),
     /// Count it under this rule and publish nothing.
     Drop(RouteId),
 }
@@ -90,11 +90,11 @@ impl Plan {
     }
 
     /// The lanes that the event's message takes.
-    pub fn lanes(&self, event: &Event) -> Lanes {
+    pub fn lanes(&self, event: &Event) -> LaneKeys {
         match (self.route.ordering, &event.content, &self.table) {
-            (Ordering::Pipelined, ..) => Lanes::Free,
+            (Ordering::Pipelined, ..) => LaneKeys::Free,
             (Ordering::Keyed, Content::Outbox(row), _) => {
-                Lanes::One { lane: lanes::outbox_lane(self.route.seed, row), group: None }
+                LaneKeys::One { lane: lanes::outbox_lane(self.route.seed, row), group: None }
             }
             (Ordering::Keyed, Content::Change(change), Some(table)) => table.lanes(change),
             (Ordering::Keyed, Content::Change(_), None) => {
@@ -191,8 +191,8 @@ impl Rules {
         self.rules.iter().filter(selected).map(move |(_, planned)| match planned {
             Planned::Publish(plan) => {
                 let lanes = match (plan.lanes(event), &plan.table) {
-                    (Lanes::Free, _) => Lanes::Free,
-                    (_, Some(table)) if barrier => Lanes::Barrier { group: table.group },
+                    (LaneKeys::Free, _) => LaneKeys::Free,
+                    (_, Some(table)) if barrier => LaneKeys::Barrier { group: table.group },
                     (lanes, _) => lanes,
                 };
                 Decision::Publish(plan, lanes)
@@ -275,7 +275,7 @@ fn key_names(table: &Table, key: &[usize]) -> Vec<String> {
 }
 
 /// The lanes of an event that no route selects, among others of its kind: its own key's.
-pub fn unrouted_lanes(event: &Event) -> Lanes {
+pub fn unrouted_lanes(event: &Event) -> LaneKeys {
     unrouted(event).lanes(event)
 }
 

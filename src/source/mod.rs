@@ -94,14 +94,14 @@ pub struct Seen {
     /// Events not handed on because an earlier session settled them.
     pub skipped: u64,
     /// The last canary of this relay that came.
-    pub canary: Option<Canary>,
+    pub canary: Option<CanarySighting>,
     /// The server has sent everything before this.
     pub received: Lsn,
 }
 
 /// A canary that came through the stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Canary {
+pub struct CanarySighting {
     /// Its number.
     pub number: u64,
     /// End LSN of its transaction.

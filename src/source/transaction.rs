@@ -17,9 +17,9 @@ use uuid::Uuid;
 use crate::error::{Error, Result};
 use crate::event::id::{self, Ids};
 use crate::event::{Change, Content, Event, Table};
-use crate::pg::pgoutput::{self, Message, Relation, Tuple};
+use crate::pg::pgoutput::{self, Relation, ReplicationMessage, Tuple};
 use crate::position::{Lsn, Mark, Position};
-use crate::source::{Canary, Item, Note, Receipt, Seen};
+use crate::source::{CanarySighting, Item, Note, Receipt, Seen};
 use describe::{Described, Role};
 use rows::{Values, complete, old_row, outbox_row};
 
@@ -129,13 +129,15 @@ impl Assembler {
             pgoutput::decode(data).map_err(|e| Error::protocol("pgoutput message").caused_by(e))?;
         let at = |relation| Received { lsn, data, relation };
         match message {
-            Message::Insert { relation, new } => self.insert(at(relation), &new, out),
-            Message::Begin { final_lsn, commit_time, xid } => {
+            ReplicationMessage::Insert { relation, new } => self.insert(at(relation), &new, out),
+            ReplicationMessage::Begin { final_lsn, commit_time, xid } => {
                 self.begin(final_lsn, commit_time, xid)
             }
-            Message::Commit { commit_lsn, end_lsn, .. } => self.commit(commit_lsn, end_lsn, out),
-            Message::Relation(relation) => self.relation(&relation, out),
-            Message::Update { relation, old, new } => {
+            ReplicationMessage::Commit { commit_lsn, end_lsn, .. } => {
+                self.commit(commit_lsn, end_lsn, out)
+            }
+            ReplicationMessage::Relation(relation) => self.relation(&relation, out),
+            ReplicationMessage::Update { relation, old, new } => {
                 let change = |values: &Values<'_>| {
                     let old = old.as_ref().map(|old| old_row(old, values)).transpose()?;
                     let mut new = values.row(&new)?;
@@ -144,14 +146,16 @@ impl Assembler {
                 };
                 self.change(at(relation), Some(&new), change, out)
             }
-            Message::Delete { relation, old } => {
+            ReplicationMessage::Delete { relation, old } => {
                 let change =
                     |values: &Values<'_>| Ok(Change::Delete { old: old_row(&old, values)? });
                 self.change(at(relation), None, change, out)
             }
-            Message::Truncate(truncate) => self.truncate(lsn, truncate.relations(), out),
+            ReplicationMessage::Truncate(truncate) => self.truncate(lsn, truncate.relations(), out),
             // Messages have ids of their own and never count; they come with a later source.
-            Message::Logical { .. } | Message::Origin { .. } | Message::Type { .. } => Ok(()),
+            ReplicationMessage::Logical { .. }
+            | ReplicationMessage::Origin { .. }
+            | ReplicationMessage::Type { .. } => Ok(()),
         }
     }
 
@@ -187,7 +191,7 @@ impl Assembler {
         }
         let position = self.position(&transaction);
         if let Some(number) = self.canary.take() {
-            self.seen.canary = Some(Canary { number, end: end_lsn });
+            self.seen.canary = Some(CanarySighting { number, end: end_lsn });
         }
         self.state = State::Idle;
         // What we wrote ourselves is not progress: its checkpoint would be the next such write.
@@ -483,12 +487,12 @@ impl Assembler {
 
 /// What the id of a change is made of. The namespace is that of the timeline on which the change
 /// lies; it is kept, because it is the same for almost all of a stream.
-fn id_source(namespace: &mut (u32, Uuid), options: &Options, counted: &Counted) -> id::Source {
+fn id_source(namespace: &mut (u32, Uuid), options: &Options, counted: &Counted) -> id::Origin {
     let timeline = options.timelines.at(counted.lsn);
     if namespace.0 != timeline {
         *namespace = (timeline, id::namespace(options.system_id, timeline));
     }
-    id::Source {
+    id::Origin {
         namespace: namespace.1,
         lsn: counted.lsn,
         committed_at_us: counted.transaction.committed_at_us,

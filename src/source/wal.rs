@@ -90,7 +90,7 @@ impl Wal {
             if batch.len() >= room {
                 return Ok(Taken::Some);
             }
-            match self.stream.try_next().map_err(named)? {
+            match self.stream.try_next().map_err(name_publication_loss)? {
                 None if batch.is_empty() => return Ok(Taken::Nothing),
                 None => return Ok(Taken::Some),
                 Some(Frame::XLogData { wal_start, wal_end, data, .. }) => {
@@ -161,7 +161,7 @@ impl Wal {
 
 /// A stream that began and then has something missing has lost its publication: the slot cannot go
 /// while it is read. Up to Postgres 17 that is an error, later a warning.
-fn named(error: Error) -> Error {
+fn name_publication_loss(error: Error) -> Error {
     if !error.kind().is_verdict() || error.verdict().is_some() {
         return error;
     }

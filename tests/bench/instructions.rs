@@ -23,10 +23,10 @@ use watership::column::{Shape, oid};
 use watership::envelope::Envelope;
 use watership::event::Event;
 use watership::message::Message as WireMessage;
-use watership::pg::pgoutput::{Message, Value, decode};
+use watership::pg::pgoutput::{ReplicationMessage, TupleValue, decode};
 use watership::position::{Lsn, Position};
 use watership::relay;
-use watership::route::{Decision, Lanes, Plans, Router, default_rules};
+use watership::route::{Decision, LaneKeys, Plans, Router, default_rules};
 use watership::source::transaction::{Assembler, CapturedTable, Options, OutboxTable, Timelines};
 use watership::source::{Item, Receipt};
 
@@ -112,9 +112,9 @@ fn wide_frames() -> Vec<Vec<u8>> {
 /// The frames go back to the caller, so that freeing them is not counted.
 fn decode_and_read<const N: usize>(frames: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
     for frame in &frames {
-        let mut values = [Value::Null; N];
+        let mut values = [TupleValue::Null; N];
         match decode(black_box(frame)) {
-            Ok(Message::Insert { new, .. }) => assert_eq!(new.read_into(&mut values), N),
+            Ok(ReplicationMessage::Insert { new, .. }) => assert_eq!(new.read_into(&mut values), N),
             other => panic!("not an insert: {other:?}"),
         }
         black_box(values);
@@ -283,7 +283,7 @@ fn wide_routing() -> Routing {
     routing(wide_assembler())
 }
 
-type Made = (WireMessage, Lanes);
+type Made = (WireMessage, LaneKeys);
 
 fn wrap(mut routing: Routing) -> Routing {
     let Routing { router, plans, envelope, events, made } = &mut routing;

@@ -9,7 +9,7 @@ use watership::amqp::topology::{self, Topology};
 use watership::dev::{Rabbit, RabbitOptions};
 use watership::error::{Kind, Result};
 use watership::publisher::Publisher;
-use watership::tls::{self, Mode};
+use watership::tls::{self, SslMode};
 
 use crate::support::waiting::until;
 
@@ -80,7 +80,7 @@ async fn certificates_of_both_sides_are_checked_as_the_level_says() {
     .await;
 
     let good = tls::Options {
-        mode: Mode::Disable,
+        mode: SslMode::Disable,
         root_cert: Some(root_cert),
         client_cert: Some(client_cert),
         client_key: Some(client_key),
@@ -89,12 +89,12 @@ async fn certificates_of_both_sides_are_checked_as_the_level_says() {
     connect(port, "localhost", good.clone()).await.unwrap();
     let wrong_host = connect(port, "127.0.0.1", good.clone()).await.unwrap_err();
     assert_eq!(wrong_host.kind(), Kind::Refused, "{wrong_host:?}");
-    let verify_ca = tls::Options { mode: Mode::VerifyCa, ..good.clone() };
+    let verify_ca = tls::Options { mode: SslMode::VerifyCa, ..good.clone() };
     connect(port, "127.0.0.1", verify_ca.clone()).await.unwrap();
     let other_ca = tls::Options { root_cert: Some(other_root), ..verify_ca };
     let unknown = connect(port, "localhost", other_ca.clone()).await.unwrap_err();
     assert_eq!(unknown.kind(), Kind::Refused, "{unknown:?}");
-    let require = tls::Options { mode: Mode::Require, ..other_ca };
+    let require = tls::Options { mode: SslMode::Require, ..other_ca };
     connect(port, "127.0.0.1", require).await.unwrap();
     let no_client = tls::Options { client_cert: None, client_key: None, ..good };
     // The alert comes after the client's side of the handshake, and a reset right behind it: lapin

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio_postgres::NoTls;
 use watership::dev::{Postgres, PostgresOptions};
 use watership::pg::publication::{
-    ReplicaIdentity, TableName, add_tables, create_publication, read_publication, read_table,
+    CatalogIdentity, TableName, add_tables, create_publication, read_publication, read_table,
 };
 use watership::pg::slot::{WalStatus, create_slot, read_slot, server_facts};
 
@@ -152,11 +152,11 @@ async fn each_replica_identity_is_told() {
         .unwrap();
     let words = |list: &[&str]| list.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>();
     for (name, identity, key) in [
-        ("keyed", ReplicaIdentity::Key(words(&["c", "a"])), words(&["c", "a"])),
-        ("bare", ReplicaIdentity::Nothing, vec![]),
-        ("whole", ReplicaIdentity::Full, words(&["a"])),
-        ("mute", ReplicaIdentity::Nothing, words(&["a"])),
-        ("chosen", ReplicaIdentity::Index(words(&["c", "b"])), words(&["a"])),
+        ("keyed", CatalogIdentity::Key(words(&["c", "a"])), words(&["c", "a"])),
+        ("bare", CatalogIdentity::Nothing, vec![]),
+        ("whole", CatalogIdentity::Full, words(&["a"])),
+        ("mute", CatalogIdentity::Nothing, words(&["a"])),
+        ("chosen", CatalogIdentity::Index(words(&["c", "b"])), words(&["a"])),
     ] {
         let table = TableName::new("public", name);
         let facts = read_table(&client, &table).await.unwrap().expect("it is there");
@@ -169,5 +169,5 @@ async fn each_replica_identity_is_told() {
     }
     client.batch_execute("DROP INDEX chosen_key").await.unwrap();
     let chosen = read_table(&client, &TableName::new("public", "chosen")).await.unwrap().unwrap();
-    assert_eq!(chosen.identity, ReplicaIdentity::Nothing, "its index is gone");
+    assert_eq!(chosen.identity, CatalogIdentity::Nothing, "its index is gone");
 }

@@ -15,8 +15,8 @@ use watership::error::Kind;
 use watership::position::{Mark, Position};
 use watership::relay::checkpoint::rider::Rider;
 use watership::relay::checkpoint::{PostgresStore, Store, take_session};
-use watership::relay::parking::row::{Changed, Key, Raw, Row, RowState, Why};
-use watership::route::Lanes;
+use watership::relay::parking::row::{Changed, ParkedKey, ParkedRow, Raw, RowState, Why};
+use watership::route::LaneKeys;
 
 use crate::support::inbox::Message;
 use crate::support::servers::{database_of, own_vhost, private_postgres};
@@ -340,7 +340,7 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
     assert_eq!(row, at(10).1.lsn().to_string());
     // Nor what goes with a checkpoint: a row is parked, and a retry ends.
     let row = parked_row(at(15).0);
-    let parks = |row: &Row| vec![Rider::Parked(vec![row.clone()])];
+    let parks = |row: &ParkedRow| vec![Rider::Parked(vec![row.clone()])];
     let (key, state) = (row.key.clone(), RowState::Released);
     let released = vec![Rider::Unparked(vec![Changed { key, state, why: None }])];
     let states = "SELECT coalesce(string_agg(state, ','), 'none') FROM watership.parked";
@@ -354,9 +354,9 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
     assert_eq!(stage.text(states).await, "released");
 }
 
-fn parked_row(position: Position) -> Row {
-    Row {
-        key: Key { position, route: "orders".into(), part: 0 },
+fn parked_row(position: Position) -> ParkedRow {
+    ParkedRow {
+        key: ParkedKey { position, route: "orders".into(), part: 0 },
         state: RowState::Parked,
         why: Why::Unroutable,
         error: "no queue".into(),
@@ -365,7 +365,7 @@ fn parked_row(position: Position) -> Row {
         source: "watership.outbox".into(),
         key_text: "order/1".into(),
         committed_at_us: 0,
-        lanes: Lanes::One { lane: 1, group: None },
+        lanes: LaneKeys::One { lane: 1, group: None },
         raw: Raw::Message { routing_key: "k".into(), properties: vec![0, 0], body: vec![1] },
     }
 }

@@ -20,14 +20,14 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use watership::metrics::{Metrics, RouteLabel};
 use watership::position::{Lsn, Mark, Position};
-use watership::relay::checkpoint::Row;
+use watership::relay::checkpoint::Checkpoint;
 use watership::relay::checkpoint::own::OwnCheckpoint;
 use watership::relay::checkpoint::progress::Progress;
 use watership::relay::parking::row::RowState;
 use watership::relay::parking::{Known, Limits, Parking};
 use watership::relay::status::Status;
 use watership::relay::upkeep::canary::Canary;
-use watership::relay::{Kept, Parts, Relay, Tuning, WindowLimits};
+use watership::relay::{Kept, Relay, RelayParts, Tuning, WindowLimits};
 use watership::route::{Action, Ordering, Plans, Router, default_rules};
 use world::{Faults, Shared, SimPublisher, SimSource, World};
 
@@ -130,9 +130,9 @@ impl Run {
         (position, flush)
     }
 
-    fn row(&self) -> Row {
+    fn row(&self) -> Checkpoint {
         let (position, flush) = self.checkpoint();
-        Row {
+        Checkpoint {
             position,
             flush_lsn: flush.lsn(),
             session_no: self.session_no,
@@ -163,7 +163,7 @@ impl Run {
             .map(|r| RouteLabel { name: r.name.clone(), owner: r.owner.clone() })
             .collect();
         let Kept { published, remembered } = std::mem::take(&mut self.process.kept);
-        let parts = Parts {
+        let parts = RelayParts {
             source: SimSource::new(&self.world, &self.store, position, flush.lsn()),
             publisher: SimPublisher::new(&self.world),
             store: self.store.clone(),

@@ -152,7 +152,7 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
         let start = Position { epoch: 1, mark: Mark(1000), ..Position::default() };
         let rules = default_rules();
         let label = RouteLabel { name: "outbox".into(), owner: String::new() };
-        let parts = Parts {
+        let parts = RelayParts {
             source: SimSource::new(&world, &store, start, Lsn(1000)),
             publisher: SimPublisher::new(&world),
             store: store.clone(),

@@ -11,7 +11,7 @@ use watership::event::Table;
 use watership::position::{Lsn, Mark, Position};
 use watership::relay::checkpoint::Store;
 use watership::relay::checkpoint::rider::Rider;
-use watership::relay::parking::row::{Indexed, Key, Row, RowState};
+use watership::relay::parking::row::{Indexed, ParkedKey, ParkedRow, RowState};
 use watership::relay::parking::store::Found;
 
 /// Every checkpoint that was written, and how long a write takes. A clone is the same store: it
@@ -21,7 +21,7 @@ pub struct MemoryStore {
     /// The rows, oldest first.
     pub rows: Arc<Mutex<Vec<(Position, Mark)>>>,
     /// The parked rows, of any state.
-    pub parked: Arc<Mutex<BTreeMap<Key, Row>>>,
+    pub parked: Arc<Mutex<BTreeMap<ParkedKey, ParkedRow>>>,
     /// How captured tables were described last, by OID.
     pub described: Arc<Mutex<BTreeMap<u32, Arc<Table>>>>,
     /// Half of it passes before the row is there, half after: a crash can fall on either side.
@@ -36,7 +36,7 @@ impl MemoryStore {
     /// The unreleased rows.
     pub fn index(&self) -> Vec<Indexed> {
         let parked = self.parked.lock().unwrap();
-        let indexed = |row: &Row| Indexed {
+        let indexed = |row: &ParkedRow| Indexed {
             key: row.key.clone(),
             state: row.state,
             why: row.why,
@@ -73,7 +73,7 @@ impl MemoryStore {
         }
     }
 
-    fn contents(&self, keys: &[Key]) -> Vec<Row> {
+    fn contents(&self, keys: &[ParkedKey]) -> Vec<ParkedRow> {
         let parked = self.parked.lock().unwrap();
         let row = |key| parked.get(key).filter(|row| row.state == RowState::Retrying).cloned();
         keys.iter().filter_map(row).collect()
@@ -104,7 +104,7 @@ impl Store for MemoryStore {
         }
     }
 
-    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Found>> + 'static {
+    fn read(&self, keys: Vec<ParkedKey>) -> impl Future<Output = Result<Found>> + 'static {
         let store = self.clone();
         async move {
             sleep(store.latency).await;
@@ -113,6 +113,6 @@ impl Store for MemoryStore {
     }
 }
 
-fn is_unreleased(row: &Row) -> bool {
+fn is_unreleased(row: &ParkedRow) -> bool {
     matches!(row.state, RowState::Parked | RowState::Retrying)
 }

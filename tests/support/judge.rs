@@ -7,7 +7,7 @@ use lapin::message::Delivery;
 use lapin::options::BasicPublishOptions;
 use lapin::{BasicProperties, Connection};
 use uuid::Uuid;
-use watership::dev::ledger::Mark;
+use watership::dev::ledger::Stamp;
 
 use super::relay::QUEUE;
 use super::scene::Shared;
@@ -32,11 +32,11 @@ pub struct Judged {
 }
 
 /// The committed events.
-pub async fn truth(database: &str) -> Vec<(Uuid, Mark)> {
+pub async fn truth(database: &str) -> Vec<(Uuid, Stamp)> {
     let client = client(database).await.expect("Postgres is up at the end");
     let sql = "SELECT id, aggregate_id, (payload->>'n')::bigint FROM watership.outbox";
     let rows = client.query(sql, &[]).await.expect("the outbox can be read");
-    let mark = |row: &tokio_postgres::Row| Mark {
+    let mark = |row: &tokio_postgres::Row| Stamp {
         key: row.get(1),
         n: row.get::<_, i64>(2).cast_unsigned(),
     };
@@ -70,9 +70,9 @@ pub fn record(shared: &Shared, message: &Delivery) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-fn mark_of(body: &[u8]) -> Option<Mark> {
+fn mark_of(body: &[u8]) -> Option<Stamp> {
     let value: serde_json::Value = serde_json::from_slice(body).ok()?;
-    let mark = Mark { key: value.get("key")?.as_str()?.into(), n: value.get("n")?.as_u64()? };
+    let mark = Stamp { key: value.get("key")?.as_str()?.into(), n: value.get("n")?.as_u64()? };
     match (value.get("sum"), value.get("note")) {
         // A test's own event, in a few bytes.
         (None, None) => Some(mark),

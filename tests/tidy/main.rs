@@ -8,6 +8,7 @@ mod code;
 mod documents;
 mod english;
 mod layers;
+mod names;
 mod planted;
 mod shape;
 mod unused;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
 
-use super::Key;
+use super::KnownKey;
 use crate::message::ROUTE_HEADER;
 
 /// How many of a route's messages a binding takes.
@@ -16,12 +16,12 @@ pub(super) enum Takes {
 }
 
 /// Whole keys are compared.
-pub(super) fn direct(binding_key: &str, key: &Key) -> Takes {
+pub(super) fn direct(binding_key: &str, key: &KnownKey) -> Takes {
     takes(&[Element::Text(binding_key)], key)
 }
 
 /// `*` is one word, `#` any number of words.
-pub(super) fn topic(binding_key: &str, key: &Key) -> Takes {
+pub(super) fn topic(binding_key: &str, key: &KnownKey) -> Takes {
     takes(&topic_elements(binding_key), &dotted(key))
 }
 
@@ -67,7 +67,7 @@ fn topic_elements(pattern: &str) -> Vec<Element<'_>> {
     elements
 }
 
-fn dotted(key: &Key) -> Vec<Option<String>> {
+fn dotted(key: &KnownKey) -> Vec<Option<String>> {
     let mut dotted = vec![Some(".".to_owned())];
     dotted.extend(key.iter().cloned());
     dotted
@@ -75,7 +75,7 @@ fn dotted(key: &Key) -> Vec<Option<String>> {
 
 /// Which of the keys match the pattern: some do when both can spell the same text; all do when the
 /// pattern takes whatever stands in for what is not known, provided that it is one word.
-fn takes(pattern: &[Element<'_>], key: &Key) -> Takes {
+fn takes(pattern: &[Element<'_>], key: &KnownKey) -> Takes {
     let steps = steps(pattern);
     let letters: Vec<Option<char>> = key
         .iter()

@@ -12,7 +12,7 @@ use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 use super::Run;
-use crate::dev::ledger::Mark;
+use crate::dev::ledger::Stamp;
 use crate::error::{Error, Result};
 
 /// Writers, each on its own connection.
@@ -69,7 +69,7 @@ pub(super) async fn write(
         tokio::time::sleep_until(start + Duration::from_secs_f64(attempted as f64 / rate)).await;
         let size = (1 + dice.below(MOST_EVENTS)).min(events - written);
         attempted += size;
-        let mut marks: Vec<(Uuid, Mark)> = Vec::new();
+        let mut marks: Vec<(Uuid, Stamp)> = Vec::new();
         let transaction = client.transaction().await.map_err(failed)?;
         for _ in 0..size {
             let key = format!("order-{writer}-{}", dice.below(ORDERS));
@@ -82,7 +82,7 @@ pub(super) async fn write(
             transaction.execute(&upsert, &row).await.map_err(failed)?;
             let event: [&(dyn ToSql + Sync); 3] = [&key, &status, &body];
             let id: Uuid = transaction.query_one(&emit, &event).await.map_err(failed)?.get(0);
-            marks.push((id, Mark { key, n }));
+            marks.push((id, Stamp { key, n }));
         }
         if dice.below(ROLLBACK_EVERY) == 0 {
             transaction.rollback().await.map_err(failed)?;
@@ -118,9 +118,9 @@ fn payload(key: &str, n: u64, status: &str, salt: u64) -> String {
 }
 
 /// Reads key and number back from a message body.
-pub(super) fn mark_of(body: &[u8]) -> Option<Mark> {
+pub(super) fn mark_of(body: &[u8]) -> Option<Stamp> {
     let value: serde_json::Value = serde_json::from_slice(body).ok()?;
-    Some(Mark { key: value.get("order")?.as_str()?.into(), n: value.get("n")?.as_u64()? })
+    Some(Stamp { key: value.get("order")?.as_str()?.into(), n: value.get("n")?.as_u64()? })
 }
 
 /// A small generator of numbers (xorshift64*): the demo needs variety, not secrecy, and runs
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn a_payload_tells_its_key_and_number() {
         let body = payload("order-3-7", 42, "paid", 123_456);
-        assert_eq!(mark_of(body.as_bytes()), Some(Mark { key: "order-3-7".into(), n: 42 }));
+        assert_eq!(mark_of(body.as_bytes()), Some(Stamp { key: "order-3-7".into(), n: 42 }));
         assert!((250..400).contains(&body.len()), "{} bytes", body.len());
         assert_eq!(mark_of(b"{}"), None);
         assert_eq!(mark_of(b"order"), None);

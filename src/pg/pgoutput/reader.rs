@@ -5,8 +5,8 @@
 //! are read as the server's own subscriber (`src/backend/replication/logical/proto.c`) reads them.
 
 use super::{
-    COLUMNS_MAX, Column, Fault, Message, OldKind, OldTuple, Relation, ReplicaIdentity, Truncate,
-    Tuple, Value,
+    COLUMNS_MAX, Fault, OldKind, OldTuple, Relation, RelationColumn, ReplicaIdentity,
+    ReplicationMessage, Truncate, Tuple, TupleValue,
 };
 use crate::position::Lsn;
 
@@ -17,54 +17,58 @@ pub(super) struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    pub(super) fn message(&mut self) -> Result<Message<'a>, Fault> {
+    pub(super) fn message(&mut self) -> Result<ReplicationMessage<'a>, Fault> {
         let message = match self.u8()? {
             b'I' => self.insert()?,
             b'U' => self.update()?,
             b'D' => self.delete()?,
-            b'B' => Message::Begin {
+            b'B' => ReplicationMessage::Begin {
                 final_lsn: self.lsn()?,
                 commit_time: i64::from_be_bytes(self.array()?),
                 xid: self.u32()?,
             },
             b'C' => self.commit()?,
-            b'R' => Message::Relation(self.relation()?),
-            b'Y' => {
-                Message::Type { id: self.u32()?, namespace: self.namespace()?, name: self.name()? }
-            }
-            b'T' => Message::Truncate(self.truncate()?),
+            b'R' => ReplicationMessage::Relation(self.relation()?),
+            b'Y' => ReplicationMessage::Type {
+                id: self.u32()?,
+                namespace: self.namespace()?,
+                name: self.name()?,
+            },
+            b'T' => ReplicationMessage::Truncate(self.truncate()?),
             b'M' => self.logical()?,
-            b'O' => Message::Origin { commit_lsn: self.lsn()?, name: self.name()? },
+            b'O' => ReplicationMessage::Origin { commit_lsn: self.lsn()?, name: self.name()? },
             tag => return Err(Fault::Unknown(tag)),
         };
         if self.rest.is_empty() { Ok(message) } else { Err(Fault::LeftOver) }
     }
 
     #[inline]
-    fn insert(&mut self) -> Result<Message<'a>, Fault> {
+    fn insert(&mut self) -> Result<ReplicationMessage<'a>, Fault> {
         let relation = self.u32()?;
         match self.u8()? {
-            b'N' => Ok(Message::Insert { relation, new: self.tuple()? }),
+            b'N' => Ok(ReplicationMessage::Insert { relation, new: self.tuple()? }),
             other => Err(Fault::Unknown(other)),
         }
     }
 
-    fn update(&mut self) -> Result<Message<'a>, Fault> {
+    fn update(&mut self) -> Result<ReplicationMessage<'a>, Fault> {
         let relation = self.u32()?;
         let old = match self.u8()? {
-            b'N' => return Ok(Message::Update { relation, old: None, new: self.tuple()? }),
+            b'N' => {
+                return Ok(ReplicationMessage::Update { relation, old: None, new: self.tuple()? });
+            }
             kind => self.old(kind)?,
         };
         match self.u8()? {
-            b'N' => Ok(Message::Update { relation, old: Some(old), new: self.tuple()? }),
+            b'N' => Ok(ReplicationMessage::Update { relation, old: Some(old), new: self.tuple()? }),
             other => Err(Fault::Unknown(other)),
         }
     }
 
-    fn delete(&mut self) -> Result<Message<'a>, Fault> {
+    fn delete(&mut self) -> Result<ReplicationMessage<'a>, Fault> {
         let relation = self.u32()?;
         let kind = self.u8()?;
-        Ok(Message::Delete { relation, old: self.old(kind)? })
+        Ok(ReplicationMessage::Delete { relation, old: self.old(kind)? })
     }
 
     fn old(&mut self, kind: u8) -> Result<OldTuple<'a>, Fault> {
@@ -76,9 +80,9 @@ impl<'a> Reader<'a> {
         Ok(OldTuple { kind, tuple: self.tuple()? })
     }
 
-    fn commit(&mut self) -> Result<Message<'a>, Fault> {
+    fn commit(&mut self) -> Result<ReplicationMessage<'a>, Fault> {
         match self.u8()? {
-            0 => Ok(Message::Commit {
+            0 => Ok(ReplicationMessage::Commit {
                 commit_lsn: self.lsn()?,
                 end_lsn: self.lsn()?,
                 commit_time: i64::from_be_bytes(self.array()?),
@@ -107,8 +111,8 @@ impl<'a> Reader<'a> {
         Ok(Relation { id, namespace, name, replica_identity, count, columns })
     }
 
-    pub(super) fn column(&mut self) -> Result<Column<'a>, Fault> {
-        Ok(Column {
+    pub(super) fn column(&mut self) -> Result<RelationColumn<'a>, Fault> {
+        Ok(RelationColumn {
             key: self.u8()? & 1 != 0,
             name: self.name()?,
             type_oid: self.u32()?,
@@ -133,15 +137,18 @@ impl<'a> Reader<'a> {
     /// This is the hot path: one pattern per kind, and what was wrong is only worked out when
     /// something was. A negative length is far above what is left when read as unsigned.
     #[inline]
-    pub(super) fn value(&mut self) -> Option<Value<'a>> {
+    pub(super) fn value(&mut self) -> Option<TupleValue<'a>> {
         let (value, rest) = match self.rest {
             [kind @ (b't' | b'b'), a, b, c, d, rest @ ..] => {
                 let len = u32::from_be_bytes([*a, *b, *c, *d]);
                 let (bytes, rest) = rest.split_at_checked(usize::try_from(len).ok()?)?;
-                (if *kind == b't' { Value::Text(bytes) } else { Value::Binary(bytes) }, rest)
+                (
+                    if *kind == b't' { TupleValue::Text(bytes) } else { TupleValue::Binary(bytes) },
+                    rest,
+                )
             }
-            [b'n', rest @ ..] => (Value::Null, rest),
-            [b'u', rest @ ..] => (Value::Unchanged, rest),
+            [b'n', rest @ ..] => (TupleValue::Null, rest),
+            [b'u', rest @ ..] => (TupleValue::Unchanged, rest),
             _ => return None,
         };
         self.rest = rest;
@@ -166,8 +173,8 @@ impl<'a> Reader<'a> {
         Ok(Truncate { cascade: flags & 1 != 0, restart_identity: flags & 2 != 0, relations })
     }
 
-    fn logical(&mut self) -> Result<Message<'a>, Fault> {
-        Ok(Message::Logical {
+    fn logical(&mut self) -> Result<ReplicationMessage<'a>, Fault> {
+        Ok(ReplicationMessage::Logical {
             transactional: self.u8()? & 1 != 0,
             lsn: self.lsn()?,
             prefix: self.name()?,

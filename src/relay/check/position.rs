@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::pg::publication::{Publication, PublishedTable, TableName};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::position::{Lsn, Mark};
-use crate::relay::checkpoint::Row;
+use crate::relay::checkpoint::Checkpoint;
 use crate::verdict::{RESYNC, Verdict};
 
 /// How the relay continues.
@@ -46,7 +46,7 @@ pub struct Failover {
 /// [`crate::error::Kind::Unreachable`] for a standby, else a named verdict. The order is that of
 /// certainty: another cluster explains everything that would come after it.
 pub fn verify(
-    row: &Row,
+    row: &Checkpoint,
     server: &ServerFacts,
     slot: Option<&SlotState>,
     history: &[(u32, Lsn)],
@@ -98,7 +98,7 @@ fn gap(verdict: Verdict, text: impl std::fmt::Display, from: Lsn, to: Lsn) -> Er
     )
 }
 
-fn missing(row: &Row, server: &ServerFacts) -> Error {
+fn missing(row: &Checkpoint, server: &ServerFacts) -> Error {
     let text = format!("replication slot {:?} does not exist", row.slot);
     gap(Verdict::SlotMissing, text, row.flush_lsn, server.wal_lsn).hint(format!(
         "find out who dropped it; nobody may create it silently. To accept the gap, make a new \
@@ -107,7 +107,7 @@ fn missing(row: &Row, server: &ServerFacts) -> Error {
 }
 
 /// What a slot must be, wherever it stands.
-pub(super) fn check_slot(row: &Row, server: &ServerFacts, slot: &SlotState) -> Result<()> {
+pub(super) fn check_slot(row: &Checkpoint, server: &ServerFacts, slot: &SlotState) -> Result<()> {
     let name = &row.slot;
     if slot.plugin.as_deref() != Some("pgoutput")
         || slot.database.as_deref() != Some(&*server.database)
@@ -135,7 +135,7 @@ pub(super) fn check_slot(row: &Row, server: &ServerFacts, slot: &SlotState) -> R
     Ok(())
 }
 
-fn ahead(row: &Row, slot: &SlotState, confirmed: Lsn) -> Error {
+fn ahead(row: &Checkpoint, slot: &SlotState, confirmed: Lsn) -> Error {
     let (name, stored) = (&row.slot, row.flush_lsn);
     let text = format!("slot {name:?} is at {confirmed}, ahead of the checkpoint at {stored}");
     // A new slot keeps WAL from its birth on and has decoded nothing. One that was advanced keeps
@@ -162,7 +162,7 @@ fn ahead(row: &Row, slot: &SlotState, confirmed: Lsn) -> Error {
 /// before the switch, perhaps an older one than the slot's: the slot's copy is fetched, not
 /// replayed.
 fn failover(
-    row: &Row,
+    row: &Checkpoint,
     server: &ServerFacts,
     slot: Option<&SlotState>,
     history: &[(u32, Lsn)],
@@ -219,15 +219,15 @@ pub fn facts(publication: &Publication, wanted: &[String]) -> Publication {
 /// # Errors
 /// A named verdict with the range between the checkpoint and the end of WAL.
 pub fn verify_publication(
-    row: &Row,
+    row: &Checkpoint,
     wal_end: Lsn,
     name: &str,
     agreed: Option<&Publication>,
     found: Option<&Publication>,
     wanted: &[String],
 ) -> Result<()> {
-    let verdict = |verdict: Verdict, text: String, advice: &str| {
-        let hint = format!("{advice}; to accept the gap and go on: {RESYNC}");
+    let verdict = |verdict: Verdict, text: String, what_to_do: &str| {
+        let hint = format!("{what_to_do}; to accept the gap and go on: {RESYNC}");
         Err(gap(verdict, text, row.flush_lsn, wal_end).hint(hint))
     };
     let Some(found) = found else {

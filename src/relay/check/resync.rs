@@ -7,7 +7,7 @@ use super::position::check_slot;
 use crate::error::{Error, Kind, Result};
 use crate::pg::slot::{ServerFacts, SlotState};
 use crate::position::Lsn;
-use crate::relay::checkpoint::Row;
+use crate::relay::checkpoint::Checkpoint;
 use crate::verdict::Verdict;
 
 /// Where the stream begins again after a gap was accepted; the later ones lose more.
@@ -34,7 +34,7 @@ impl ResumeFrom {
 
 /// How a relay will go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Plan {
+pub struct ResyncPlan {
     /// Where it begins.
     pub from: ResumeFrom,
     /// That place; absent where a new slot decides.
@@ -46,12 +46,12 @@ pub struct Plan {
 /// # Errors
 /// When it is not possible, or somebody reads the slot.
 pub fn plan(
-    row: &Row,
+    row: &Checkpoint,
     slot: Option<&SlotState>,
     server: &ServerFacts,
     doubts: &[Error],
     asked: Option<ResumeFrom>,
-) -> Result<Plan> {
+) -> Result<ResyncPlan> {
     let name = &row.slot;
     if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
         return Err(Error::new(Kind::Busy, format!("slot {name:?} is read by pid {pid}"))
@@ -77,7 +77,7 @@ pub fn plan(
         ResumeFrom::Slot => confirmed,
         ResumeFrom::Now => None,
     };
-    Ok(Plan { from, begin })
+    Ok(ResyncPlan { from, begin })
 }
 
 /// The earliest place from which the stream may begin after this verdict was accepted.

@@ -6,7 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::pg::publication::{
-    Operations, Publication, PublishedTable, ReplicaIdentity, TableFacts, TableName,
+    CatalogIdentity, Operations, Publication, PublishedTable, TableFacts, TableName,
 };
 
 /// Refuses a table whose changes cannot be told apart by its key. Without a publication it is that
@@ -30,8 +30,8 @@ pub fn keys_its_changes(facts: &TableFacts, publication: Option<&Publication>) -
 
 /// An index that lacks a column of the primary key: a DELETE does not say which row went, and an
 /// UPDATE of the key does not say which row it was.
-fn identity_has_key(table: &TableName, identity: &ReplicaIdentity, key: &[String]) -> Result<()> {
-    let ReplicaIdentity::Index(columns) = identity else { return Ok(()) };
+fn identity_has_key(table: &TableName, identity: &CatalogIdentity, key: &[String]) -> Result<()> {
+    let CatalogIdentity::Index(columns) = identity else { return Ok(()) };
     let Some(column) = identity.lacks(key) else { return Ok(()) };
     let text = format!(
         "the replica identity of {table} is an index on {}, without column {column:?} of its \
@@ -45,14 +45,14 @@ fn identity_has_key(table: &TableName, identity: &ReplicaIdentity, key: &[String
 }
 
 /// Rows are logged with the identity of the partition that holds them, and described by the root's.
-fn same_as_root(root: &TableFacts, leaf: &TableName, identity: &ReplicaIdentity) -> Result<()> {
+fn same_as_root(root: &TableFacts, leaf: &TableName, identity: &CatalogIdentity) -> Result<()> {
     let needed: &[String] = match &root.identity {
-        ReplicaIdentity::Full => &[],
-        ReplicaIdentity::Key(columns) | ReplicaIdentity::Index(columns) => columns,
-        ReplicaIdentity::Nothing => &root.primary_key,
+        CatalogIdentity::Full => &[],
+        CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => columns,
+        CatalogIdentity::Nothing => &root.primary_key,
     };
-    let full = *identity == ReplicaIdentity::Full;
-    let whole = root.identity == ReplicaIdentity::Full;
+    let full = *identity == CatalogIdentity::Full;
+    let whole = root.identity == CatalogIdentity::Full;
     let lacks = identity.lacks(needed).or_else(|| identity.lacks(&root.primary_key));
     let what = match (full, whole, lacks) {
         (true, ..) | (false, false, None) => return Ok(()),
@@ -64,16 +64,16 @@ fn same_as_root(root: &TableFacts, leaf: &TableName, identity: &ReplicaIdentity)
         "the replica identity of partition {leaf} {what}, and that of its root {table} {}: its \
          changes would be read wrongly",
         match &root.identity {
-            ReplicaIdentity::Full => "is FULL".to_owned(),
-            ReplicaIdentity::Key(columns) | ReplicaIdentity::Index(columns) => {
+            CatalogIdentity::Full => "is FULL".to_owned(),
+            CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => {
                 format!("has {}", columns.join(", "))
             }
-            ReplicaIdentity::Nothing => "is NOTHING".to_owned(),
+            CatalogIdentity::Nothing => "is NOTHING".to_owned(),
         }
     );
     let form = match &root.identity {
-        ReplicaIdentity::Key(_) => "DEFAULT",
-        ReplicaIdentity::Full | ReplicaIdentity::Index(_) | ReplicaIdentity::Nothing => "FULL",
+        CatalogIdentity::Key(_) => "DEFAULT",
+        CatalogIdentity::Full | CatalogIdentity::Index(_) | CatalogIdentity::Nothing => "FULL",
     };
     let quoted = leaf.quoted();
     Err(Error::refused(text).hint(format!("ALTER TABLE {quoted} REPLICA IDENTITY {form}")))
@@ -104,7 +104,7 @@ fn key_is_sent(
     generated: bool,
 ) -> Result<()> {
     let key = match &facts.identity {
-        ReplicaIdentity::Index(columns) if facts.primary_key.is_empty() => columns,
+        CatalogIdentity::Index(columns) if facts.primary_key.is_empty() => columns,
         _ => &facts.primary_key,
     };
     let list = published.and_then(|published| published.columns.as_ref());
@@ -152,8 +152,8 @@ pub fn ids_differ(facts: &TableFacts, publication: &Publication) -> Vec<(String,
     let mut found = Vec::new();
     let Some(published) = publication.table(table) else { return found };
     let identity = match &facts.identity {
-        ReplicaIdentity::Key(columns) | ReplicaIdentity::Index(columns) => Some(columns),
-        ReplicaIdentity::Full | ReplicaIdentity::Nothing => None,
+        CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => Some(columns),
+        CatalogIdentity::Full | CatalogIdentity::Nothing => None,
     };
     if let Some(columns) = &published.columns {
         let lacks = match identity {
@@ -178,7 +178,7 @@ pub fn ids_differ(facts: &TableFacts, publication: &Publication) -> Vec<(String,
     }
     let rewritten = publication.operations.update && published.row_filter.is_some();
     if rewritten {
-        let which = if facts.identity == ReplicaIdentity::Full {
+        let which = if facts.identity == CatalogIdentity::Full {
             "an UPDATE that moves a row into or out of the row filter"
         } else {
             "an UPDATE that changes the key and moves the row into or out of the row filter"
@@ -200,14 +200,14 @@ pub fn ids_differ(facts: &TableFacts, publication: &Publication) -> Vec<(String,
     found
 }
 
-fn same_columns(a: &ReplicaIdentity, b: &ReplicaIdentity) -> bool {
-    let columns = |identity: &ReplicaIdentity| match identity {
-        ReplicaIdentity::Key(columns) | ReplicaIdentity::Index(columns) => {
+fn same_columns(a: &CatalogIdentity, b: &CatalogIdentity) -> bool {
+    let columns = |identity: &CatalogIdentity| match identity {
+        CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => {
             let mut columns = columns.clone();
             columns.sort();
             Some(columns)
         }
-        ReplicaIdentity::Full | ReplicaIdentity::Nothing => None,
+        CatalogIdentity::Full | CatalogIdentity::Nothing => None,
     };
     columns(a) == columns(b)
 }
@@ -220,15 +220,15 @@ mod tests {
         columns.iter().map(|column| (*column).to_owned()).collect()
     }
 
-    fn key(columns: &[&str]) -> ReplicaIdentity {
-        ReplicaIdentity::Key(names(columns))
+    fn key(columns: &[&str]) -> CatalogIdentity {
+        CatalogIdentity::Key(names(columns))
     }
 
-    fn index(columns: &[&str]) -> ReplicaIdentity {
-        ReplicaIdentity::Index(names(columns))
+    fn index(columns: &[&str]) -> CatalogIdentity {
+        CatalogIdentity::Index(names(columns))
     }
 
-    fn table(identity: ReplicaIdentity, primary_key: &[&str]) -> TableFacts {
+    fn table(identity: CatalogIdentity, primary_key: &[&str]) -> TableFacts {
         TableFacts {
             table: TableName::new("public", "t"),
             oid: 1,
@@ -243,7 +243,7 @@ mod tests {
         }
     }
 
-    fn root(identity: ReplicaIdentity, leaf: ReplicaIdentity) -> TableFacts {
+    fn root(identity: CatalogIdentity, leaf: CatalogIdentity) -> TableFacts {
         let leaves = vec![(TableName::new("public", "t_1"), leaf)];
         TableFacts { leaves, partitioned: true, ..table(identity, &["id"]) }
     }
@@ -271,13 +271,13 @@ mod tests {
         let refused = |facts: &TableFacts| keys_its_changes(facts, None).err();
         let fine = [
             table(key(&["id"]), &["id"]),
-            table(ReplicaIdentity::Full, &["id"]),
-            table(ReplicaIdentity::Full, &[]),
+            table(CatalogIdentity::Full, &["id"]),
+            table(CatalogIdentity::Full, &[]),
             table(index(&["email"]), &[]),
             table(index(&["email", "id"]), &["id"]),
             root(key(&["id"]), key(&["id"])),
-            root(key(&["id"]), ReplicaIdentity::Full),
-            root(ReplicaIdentity::Full, ReplicaIdentity::Full),
+            root(key(&["id"]), CatalogIdentity::Full),
+            root(CatalogIdentity::Full, CatalogIdentity::Full),
             root(index(&["id"]), key(&["id"])),
         ];
         for facts in fine {
@@ -286,8 +286,8 @@ mod tests {
         let broken = [
             (table(index(&["email"]), &["id"]), "public\".\"t\" REPLICA IDENTITY DEFAULT"),
             (root(key(&["id"]), index(&["email"])), "public\".\"t_1\" REPLICA IDENTITY DEFAULT"),
-            (root(key(&["id"]), ReplicaIdentity::Nothing), "t_1\" REPLICA IDENTITY DEFAULT"),
-            (root(ReplicaIdentity::Full, key(&["id"])), "t_1\" REPLICA IDENTITY FULL"),
+            (root(key(&["id"]), CatalogIdentity::Nothing), "t_1\" REPLICA IDENTITY DEFAULT"),
+            (root(CatalogIdentity::Full, key(&["id"])), "t_1\" REPLICA IDENTITY FULL"),
             (root(index(&["id", "email"]), key(&["id"])), "t_1\" REPLICA IDENTITY FULL"),
         ];
         for (facts, hint) in broken {
@@ -334,12 +334,12 @@ mod tests {
         let found =
             |facts: &TableFacts, publication: &Publication| ids_differ(facts, publication).len();
         let keyed = table(key(&["id"]), &["id"]);
-        let full = table(ReplicaIdentity::Full, &["id"]);
+        let full = table(CatalogIdentity::Full, &["id"]);
         assert_eq!(found(&keyed, &publication(None, None)), 0);
         assert_eq!(found(&keyed, &publication(Some(&["id"]), None)), 0);
         assert_eq!(found(&full, &publication(Some(&["id"]), None)), 1);
         assert_eq!(found(&keyed, &publication(None, Some("(n > 1)"))), 1);
-        assert_eq!(found(&root(key(&["id"]), ReplicaIdentity::Full), &publication(None, None)), 1);
+        assert_eq!(found(&root(key(&["id"]), CatalogIdentity::Full), &publication(None, None)), 1);
         assert_eq!(found(&root(key(&["id"]), key(&["id"])), &publication(None, None)), 0);
         let stored = Publication { generated: true, ..publication(None, None) };
         assert_eq!(found(&full, &stored), 0);
@@ -353,8 +353,8 @@ mod tests {
             hidden.map(|(text, _)| text).unwrap_or_default()
         };
         assert_eq!(told(key(&["id"]), &["id"]), "");
-        assert_eq!(told(ReplicaIdentity::Full, &["email"]), "");
+        assert_eq!(told(CatalogIdentity::Full, &["email"]), "");
         assert!(told(key(&["id"]), &["email"]).contains("not in the replica identity"));
-        assert!(told(ReplicaIdentity::Full, &["mail"]).contains("which public.t does not have"));
+        assert!(told(CatalogIdentity::Full, &["mail"]).contains("which public.t does not have"));
     }
 }

@@ -7,11 +7,11 @@ use crate::error::{Error, Kind, Result};
 use crate::pg::publication::{Operations, Publication, PublishedTable, TableName};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::position::{Lsn, Mark, Position};
-use crate::relay::checkpoint::Row;
+use crate::relay::checkpoint::Checkpoint;
 use crate::verdict::{RESYNC, Verdict};
 
-fn row() -> Row {
-    Row {
+fn row() -> Checkpoint {
+    Checkpoint {
         position: Position { epoch: 3, mark: Mark(900), ordinal: 2, sub: 0 },
         flush_lsn: Lsn(1000),
         session_no: 7,
@@ -106,7 +106,7 @@ fn a_position_that_nobody_touched_is_fine() {
 
 #[test]
 fn each_doubt_has_its_name_its_range_and_its_command() {
-    type Change = fn(&mut Row, &mut ServerFacts, &mut Option<SlotState>);
+    type Change = fn(&mut Checkpoint, &mut ServerFacts, &mut Option<SlotState>);
     fn on(slot: &mut Option<SlotState>, change: impl FnOnce(&mut SlotState)) {
         change(slot.as_mut().expect("there is one"));
     }
@@ -181,21 +181,22 @@ fn after_a_failover_a_synchronised_slot_tells_where_to_go_on() {
         confirmed_flush_lsn: Some(Lsn(confirmed)),
         ..slot()
     };
-    let start = |row: &Row, confirmed| match verify(row, &promoted, Some(&at(confirmed)), &history)
-        .unwrap()
-    {
-        Start::Failover(f) => (f.timeline, f.switch.0, f.mark.0, f.ordinal, f.flush_lsn.0),
-        Start::AsStored => panic!("a failover"),
-    };
+    let start =
+        |row: &Checkpoint, confirmed| match verify(row, &promoted, Some(&at(confirmed)), &history)
+            .unwrap()
+        {
+            Start::Failover(f) => (f.timeline, f.switch.0, f.mark.0, f.ordinal, f.flush_lsn.0),
+            Start::AsStored => panic!("a failover"),
+        };
     // The checkpoint lies on both timelines, so it still says what is settled.
     assert_eq!(start(&row(), 800), (3, 1500, 900, 2, 1000));
     assert_eq!(start(&row(), 950), (3, 1500, 950, 0, 1000));
     // The slot's copy is newer than the row that was replayed.
     assert_eq!(start(&row(), 1400), (3, 1500, 1400, 0, 1400));
     // A checkpoint beyond the switch says nothing about this timeline.
-    let beyond = Row { flush_lsn: Lsn(2000), ..row() };
+    let beyond = Checkpoint { flush_lsn: Lsn(2000), ..row() };
     assert_eq!(start(&beyond, 800), (3, 1500, 800, 0, 800));
-    let open = Row { position: Position { mark: Mark(1600), ..row().position }, ..row() };
+    let open = Checkpoint { position: Position { mark: Mark(1600), ..row().position }, ..row() };
     assert_eq!(start(&open, 800), (3, 1500, 800, 0, 800));
 }
 

@@ -25,7 +25,7 @@ use crate::position::{Lsn, Mark, Position};
 use crate::relay::check::position::Failover;
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::rider::{Rider, STATEMENTS};
-use crate::relay::parking::row::Key;
+use crate::relay::parking::row::ParkedKey;
 use crate::relay::parking::store::{self as parked_store, Found};
 use crate::source::SourceKind;
 use crate::source::transaction::Former;
@@ -37,7 +37,7 @@ const STORE_LIMIT: Duration = Duration::from_secs(45);
 
 /// The row that a relay starts from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row {
+pub struct Checkpoint {
     /// Last settled event.
     pub position: Position,
     /// Highest LSN ever authorised for feedback.
@@ -103,7 +103,7 @@ pub async fn create(client: &Client, row: &NewCheckpoint) -> Result<bool> {
 ///
 /// # Errors
 /// The server's; a missing table is a [`Kind::Verdict`].
-pub async fn read(client: &impl GenericClient, name: &str) -> Result<Option<Row>> {
+pub async fn read(client: &impl GenericClient, name: &str) -> Result<Option<Checkpoint>> {
     const SQL: &str = include_str!("../../../sql/query/checkpoint_read.sql");
     let row = client.query_opt(SQL, &[&name]).await.map_err(missing_schema)?;
     row.as_ref().map(from_sql).transpose()
@@ -113,7 +113,7 @@ pub async fn read(client: &impl GenericClient, name: &str) -> Result<Option<Row>
 ///
 /// # Errors
 /// [`Kind::Verdict`] when there is no row.
-pub async fn take_session(client: &Client, name: &str, publication_oid: u32) -> Result<Row> {
+pub async fn take_session(client: &Client, name: &str, publication_oid: u32) -> Result<Checkpoint> {
     const SQL: &str = include_str!("../../../sql/query/checkpoint_take_session.sql");
     let row = client.query_opt(SQL, &[&name, &publication_oid]).await.map_err(missing_schema)?;
     row.as_ref().map(from_sql).transpose()?.ok_or_else(|| no_row(name))
@@ -142,7 +142,7 @@ fn missing_schema(error: tokio_postgres::Error) -> Error {
         .hint("run `watership init` first: the schema watership is missing or older")
 }
 
-fn from_sql(row: &SqlRow) -> Result<Row> {
+fn from_sql(row: &SqlRow) -> Result<Checkpoint> {
     let text = |i: usize| row.try_get::<_, String>(i).map_err(postgres_error);
     let int = |i: usize| row.try_get::<_, i64>(i).map_err(postgres_error);
     let wrong =
@@ -154,7 +154,7 @@ fn from_sql(row: &SqlRow) -> Result<Row> {
         return Err(Error::refused(text)
             .hint("use the version that wrote it, or give the relay another name and run init"));
     }
-    Ok(Row {
+    Ok(Checkpoint {
         position: Position {
             epoch: u32::try_from(int(0)?).map_err(|_| wrong("epoch"))?,
             mark: Mark(number(1, "mark")?),
@@ -182,7 +182,12 @@ pub fn to_sql(number: u64) -> i64 {
 ///
 /// # Errors
 /// The server's.
-pub async fn follow(client: &Client, name: &str, row: &Row, to: &Failover) -> Result<Option<u32>> {
+pub async fn follow(
+    client: &Client,
+    name: &str,
+    row: &Checkpoint,
+    to: &Failover,
+) -> Result<Option<u32>> {
     const SQL: &str = include_str!("../../../sql/query/checkpoint_follow.sql");
     let row = client
         .query_opt(
@@ -259,7 +264,7 @@ pub trait Store {
     ///
     /// # Errors
     /// The server's.
-    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Found>> + 'static;
+    fn read(&self, keys: Vec<ParkedKey>) -> impl Future<Output = Result<Found>> + 'static;
 }
 
 /// A look at the parked rows under way. Boxed, as is [`Storing`], because it is kept in a field
@@ -319,7 +324,7 @@ impl Store for PostgresStore {
         async move { parked_store::look(&store.client, &store.name, expected).await }
     }
 
-    fn read(&self, keys: Vec<Key>) -> impl Future<Output = Result<Found>> + 'static {
+    fn read(&self, keys: Vec<ParkedKey>) -> impl Future<Output = Result<Found>> + 'static {
         let store = self.clone();
         async move { parked_store::rows(&store.client, &store.name, &keys).await }
     }

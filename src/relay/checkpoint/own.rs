@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use crate::error::{Error, Result};
 use crate::position::{Lsn, Position};
-use crate::relay::checkpoint::Row;
+use crate::relay::checkpoint::Checkpoint;
 use crate::relay::window::remembered::Remembered;
 use crate::verdict::{RESYNC, Verdict};
 
@@ -35,7 +35,7 @@ impl OwnCheckpoint {
 
     /// A session of this process took the row over: what is remembered is good only if nobody else
     /// has had the row in between.
-    pub fn took(&self, row: &Row, remembered: &mut Remembered) {
+    pub fn took(&self, row: &Checkpoint, remembered: &mut Remembered) {
         let mut last = self.lock();
         if !last.is_some_and(|mark| mark.precedes(row)) {
             remembered.forget();
@@ -67,7 +67,7 @@ impl LastKnown {
     ///
     /// # Errors
     /// A verdict.
-    pub fn verify(&self, row: &Row) -> Result<()> {
+    pub fn verify(&self, row: &Checkpoint) -> Result<()> {
         let same_history = (row.system_id, row.timeline) == (self.system_id, self.timeline);
         if !same_history || row.position.epoch > self.position.epoch {
             return Ok(());
@@ -89,14 +89,14 @@ impl LastKnown {
             self.session_no
         );
         Err(Error::named(Verdict::CheckpointWentBack, text).hint(format!(
-            "find out whether an older state was restored, or who changed the row; to go on where \
-             the row is, in a new epoch, which repeats what follows and leaves nothing out: \
+            "find out whether an older state was restored, or who changed the row; then continue \
+             from the row in a new epoch, which repeats events and skips none: \
              {RESYNC} --anyway --from checkpoint"
         )))
     }
 
     /// The session that took `row` is the next one after this state: nobody else has had it.
-    fn precedes(&self, row: &Row) -> bool {
+    fn precedes(&self, row: &Checkpoint) -> bool {
         let same_history = (row.system_id, row.timeline) == (self.system_id, self.timeline);
         same_history
             && row.position.epoch == self.position.epoch
@@ -109,8 +109,8 @@ mod tests {
     use super::*;
     use crate::position::Mark;
 
-    fn row() -> Row {
-        Row {
+    fn row() -> Checkpoint {
+        Checkpoint {
             position: Position { epoch: 2, mark: Mark(100), ordinal: 3, ..Position::default() },
             flush_lsn: Lsn(90),
             session_no: 7,
@@ -123,7 +123,7 @@ mod tests {
     }
 
     /// What is found of the row, changed, by a process that took it as it is.
-    fn found(change: impl FnOnce(&mut Row)) -> (Result<()>, bool) {
+    fn found(change: impl FnOnce(&mut Checkpoint)) -> (Result<()>, bool) {
         let own = OwnCheckpoint::default();
         own.took(&row(), &mut Remembered::default());
         let mut now = row();
@@ -134,7 +134,7 @@ mod tests {
 
     #[test]
     fn a_row_that_lies_before_what_this_process_knows_is_a_verdict() {
-        type Change = fn(&mut Row);
+        type Change = fn(&mut Checkpoint);
         let back: [Change; 5] = [
             |row| row.position.ordinal = 2,
             |row| row.position.mark = Mark(99),
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn a_row_that_went_on_or_is_of_another_history_is_none() {
-        type Change = fn(&mut Row);
+        type Change = fn(&mut Checkpoint);
         let on: [Change; 5] = [
             |_| {},
             |row| row.position.mark = Mark(101),
@@ -166,7 +166,7 @@ mod tests {
             assert!(verdict.is_ok() && !next, "{verdict:?}");
         }
         // A person accepted a gap: the new epoch begins where they said.
-        let resync = |row: &mut Row| {
+        let resync = |row: &mut Checkpoint| {
             row.position = Position { epoch: 3, mark: Mark(50), ..Position::default() };
             (row.flush_lsn, row.session_no) = (Lsn(50), 8);
         };
@@ -182,10 +182,10 @@ mod tests {
         own.took(&row(), &mut Remembered::default());
         let position = Position { mark: Mark(200), ..row().position };
         own.stored(position, Lsn(190));
-        let next = Row { position, flush_lsn: Lsn(190), session_no: 8, ..row() };
+        let next = Checkpoint { position, flush_lsn: Lsn(190), session_no: 8, ..row() };
         let mark = own.last_known().expect("it took the row");
         assert!(mark.verify(&next).is_ok() && mark.precedes(&next));
         assert!(mark.verify(&row()).is_err(), "before what was stored");
-        assert!(!mark.precedes(&Row { session_no: 9, ..next }), "somebody else had it");
+        assert!(!mark.precedes(&Checkpoint { session_no: 9, ..next }), "somebody else had it");
     }
 }

@@ -39,13 +39,13 @@ impl Progress {
     }
 
     /// The source handed on everything up to here.
-    pub fn received(&mut self, position: Position) {
+    pub fn on_received(&mut self, position: Position) {
         self.received = self.received.max(position);
     }
 
     /// Everything covered by the receipt is settled.
-    pub fn settled(&mut self, receipt: &Receipt) {
-        self.received(receipt.position());
+    pub fn on_settled(&mut self, receipt: &Receipt) {
+        self.on_received(receipt.position());
         self.settled = self.settled.max(receipt.position());
         assert!(self.settled <= self.received, "settled ≤ received");
         if let Some(flush) = receipt.flush() {
@@ -104,7 +104,7 @@ impl Progress {
     }
 
     /// The write that was begun is durable.
-    pub fn stored(&mut self) {
+    pub fn on_stored(&mut self) {
         let (position, flush) = self.storing.take().expect("a write was under way");
         assert!(position >= self.stored && flush >= self.stored_flush, "checkpoints are monotonic");
         assert!(position <= self.settled && flush <= self.settled_flush, "stored ≤ settled");
@@ -117,7 +117,7 @@ impl Progress {
     }
 
     /// The source was told.
-    pub fn advanced(&mut self, flush: Mark) {
+    pub fn on_advanced(&mut self, flush: Mark) {
         assert!(flush <= self.stored_flush, "advanced ≤ stored");
         assert!(flush >= self.advanced, "the source never goes back");
         self.advanced = flush;
@@ -208,15 +208,15 @@ mod tests {
     #[test]
     fn nothing_is_advanced_before_it_is_stored() {
         let mut progress = Progress::new(Position::default(), Mark(5));
-        progress.settled(&receipt(10, Some(12)));
+        progress.on_settled(&receipt(10, Some(12)));
         assert_eq!(progress.to_advance(), None);
         assert_eq!(progress.begin_storing().1, Mark(12));
-        progress.settled(&receipt(20, Some(22)));
+        progress.on_settled(&receipt(20, Some(22)));
         assert_eq!(progress.to_advance(), None);
-        progress.stored();
+        progress.on_stored();
         // What was settled after the write began is not covered by it (museum M10).
         assert_eq!(progress.to_advance(), Some(Mark(12)));
-        progress.advanced(Mark(12));
+        progress.on_advanced(Mark(12));
         assert!(progress.has_unstored());
     }
 
@@ -224,14 +224,14 @@ mod tests {
     #[should_panic(expected = "advanced ≤ stored")]
     fn advancing_past_the_checkpoint_panics() {
         let mut progress = Progress::new(Position::default(), Mark(5));
-        progress.settled(&receipt(10, Some(12)));
-        progress.advanced(Mark(12));
+        progress.on_settled(&receipt(10, Some(12)));
+        progress.on_advanced(Mark(12));
     }
 
     #[test]
     fn a_replayed_commit_does_not_lower_the_flush_position() {
         let mut progress = Progress::new(Position::default(), Mark(50));
-        progress.settled(&receipt(10, Some(12)));
+        progress.on_settled(&receipt(10, Some(12)));
         assert_eq!(progress.flush(), Mark(50));
     }
 

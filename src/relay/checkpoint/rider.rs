@@ -9,14 +9,14 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::event::Table;
-use crate::relay::parking::row::{Changed, Row, changes_to_json, rows_to_json};
+use crate::relay::parking::row::{Changed, ParkedRow, changes_to_json, rows_to_json};
 use crate::source::Note;
 
 /// One of them: all of its kind that go with one checkpoint.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Rider {
     /// Messages that were parked; a row that is there already stays as it is.
-    Parked(Vec<Row>),
+    Parked(Vec<ParkedRow>),
     /// What became of parked rows that are there.
     Unparked(Vec<Changed>),
     /// How captured tables are described from here on; the later of two for one table counts.

@@ -7,7 +7,7 @@ use tokio_postgres::Client;
 
 use crate::column::binary::{Types, UserType};
 use crate::error::{Error, Result};
-use crate::pg::publication::{Publication, ReplicaIdentity, TableFacts, TableName, read_table};
+use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName, read_table};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::check::tables;
 use crate::relay::{Options, checkpoint};
@@ -30,7 +30,7 @@ impl StartedWith {
     pub(in crate::relay) fn compare(&self, tables: &[TableFacts]) -> Option<Error> {
         let keys = self.0.lock().expect("nobody panics while holding the keys");
         let changed = |facts: &&TableFacts| {
-            let shown = matches!(facts.identity, ReplicaIdentity::Key(_));
+            let shown = matches!(facts.identity, CatalogIdentity::Key(_));
             !shown && keys.get(&facts.oid).is_some_and(|key| *key != facts.primary_key)
         };
         let table = &tables.iter().find(changed)?.table;

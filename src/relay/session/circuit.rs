@@ -15,7 +15,7 @@ use serde::Serialize;
 /// The three states.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum State {
+pub enum CircuitState {
     /// A session streams.
     Closed,
     /// The last session ended; the next one waits.
@@ -24,13 +24,13 @@ pub enum State {
     HalfOpen,
 }
 
-impl State {
+impl CircuitState {
     /// Its word, in `/status`, logs and labels; `metrics::CIRCUIT_STATES` has all three.
     pub fn label(self) -> &'static str {
         match self {
-            State::Closed => "closed",
-            State::Open => "open",
-            State::HalfOpen => "half-open",
+            CircuitState::Closed => "closed",
+            CircuitState::Open => "open",
+            CircuitState::HalfOpen => "half-open",
         }
     }
 }
@@ -38,7 +38,7 @@ impl State {
 /// Where the circuit is, and why.
 #[derive(Debug, Clone)]
 pub struct Circuit {
-    state: State,
+    state: CircuitState,
     tries: u32,
     cause: Option<&'static str>,
     next_try: Option<Instant>,
@@ -46,9 +46,9 @@ pub struct Circuit {
 
 /// What `/status` shows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct View {
+pub struct CircuitView {
     /// Where it is.
-    pub state: State,
+    pub state: CircuitState,
     /// Milliseconds until the next try; only while open.
     pub next_try_ms: Option<u64>,
     /// Tries that failed in a row.
@@ -60,24 +60,24 @@ pub struct View {
 impl Circuit {
     /// The first try is under way.
     pub fn new() -> Self {
-        Self { state: State::HalfOpen, tries: 0, cause: None, next_try: None }
+        Self { state: CircuitState::HalfOpen, tries: 0, cause: None, next_try: None }
     }
 
     /// A session is being opened.
     pub fn try_now(&mut self) {
-        (self.state, self.next_try) = (State::HalfOpen, None);
+        (self.state, self.next_try) = (CircuitState::HalfOpen, None);
     }
 
     /// A session streams. Returns how many tries had failed before.
     pub fn close(&mut self) -> u32 {
         let tries = self.tries;
-        *self = Self { state: State::Closed, tries: 0, cause: None, next_try: None };
+        *self = Self { state: CircuitState::Closed, tries: 0, cause: None, next_try: None };
         tries
     }
 
     /// A session ended, or could not be opened; `wait` is absent when none follows.
     pub fn open(&mut self, cause: &'static str, wait: Option<Duration>, now: Instant) {
-        self.state = State::Open;
+        self.state = CircuitState::Open;
         self.tries = self.tries.saturating_add(1);
         self.cause = Some(cause);
         self.next_try = wait.map(|wait| now + wait);
@@ -85,13 +85,13 @@ impl Circuit {
 
     /// The relay ended in order.
     pub fn end(&mut self) {
-        (self.state, self.next_try) = (State::Open, None);
+        (self.state, self.next_try) = (CircuitState::Open, None);
     }
 
     /// What to show at `now`.
-    pub fn view(&self, now: Instant) -> View {
+    pub fn view(&self, now: Instant) -> CircuitView {
         let left = self.next_try.map(|at| at.saturating_duration_since(now));
-        View {
+        CircuitView {
             state: self.state,
             next_try_ms: left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX)),
             tries: self.tries,
@@ -114,25 +114,32 @@ mod tests {
     fn tries_are_counted_until_a_session_streams() {
         let start = Instant::now();
         let mut circuit = Circuit::new();
-        assert_eq!(circuit.view(start).state, State::HalfOpen);
+        assert_eq!(circuit.view(start).state, CircuitState::HalfOpen);
         for tries in 1..4 {
             circuit.open("refused", Some(Duration::from_millis(500)), start);
             let view = circuit.view(start + Duration::from_millis(100));
-            assert_eq!((view.state, view.next_try_ms, view.tries), (State::Open, Some(400), tries));
+            assert_eq!(
+                (view.state, view.next_try_ms, view.tries),
+                (CircuitState::Open, Some(400), tries)
+            );
             assert_eq!(view.cause, Some("refused"));
             circuit.try_now();
             let view = circuit.view(start);
-            assert_eq!((view.state, view.next_try_ms, view.tries), (State::HalfOpen, None, tries));
+            assert_eq!(
+                (view.state, view.next_try_ms, view.tries),
+                (CircuitState::HalfOpen, None, tries)
+            );
         }
         assert_eq!(circuit.close(), 3);
-        let closed = View { state: State::Closed, next_try_ms: None, tries: 0, cause: None };
+        let closed =
+            CircuitView { state: CircuitState::Closed, next_try_ms: None, tries: 0, cause: None };
         assert_eq!(circuit.view(start), closed);
     }
 
     #[test]
     fn states_are_shown_as_words() {
-        let all = [State::Closed, State::Open, State::HalfOpen];
-        assert_eq!(all.map(State::label), crate::metrics::CIRCUIT_STATES);
+        let all = [CircuitState::Closed, CircuitState::Open, CircuitState::HalfOpen];
+        assert_eq!(all.map(CircuitState::label), crate::metrics::CIRCUIT_STATES);
         for state in all {
             assert_eq!(serde_json::to_value(state).unwrap(), state.label());
         }

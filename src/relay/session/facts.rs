@@ -9,12 +9,12 @@ use crate::position::Lsn;
 use crate::relay::Options;
 use crate::relay::check::position::{self, Start};
 use crate::relay::checkpoint::own::LastKnown;
-use crate::relay::checkpoint::{self, Row};
+use crate::relay::checkpoint::{self, Checkpoint};
 use crate::verdict::Verdict;
 
 /// All of it, as it was read.
 pub struct StartFacts {
-    row: Row,
+    row: Checkpoint,
     server: ServerFacts,
     slot: Option<SlotState>,
     agreed: Option<Publication>,
@@ -90,7 +90,7 @@ impl StartFacts {
     }
 
     /// The checkpoint, the slot, and the server.
-    pub fn position(&self) -> (&Row, Option<&SlotState>, &ServerFacts) {
+    pub fn position(&self) -> (&Checkpoint, Option<&SlotState>, &ServerFacts) {
         (&self.row, self.slot.as_ref(), &self.server)
     }
 

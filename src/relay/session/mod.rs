@@ -23,11 +23,11 @@ use crate::publisher::Publisher as _;
 use crate::relay::check::position::Failover;
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::progress::Progress;
-use crate::relay::checkpoint::{PostgresStore, Row};
+use crate::relay::checkpoint::{Checkpoint, PostgresStore};
 use crate::relay::parking::Parking;
 use crate::relay::status::Status;
 use crate::relay::upkeep::canary::Canary;
-use crate::relay::{Kept, Options, Parts, Relay};
+use crate::relay::{Kept, Options, Relay, RelayParts};
 use crate::route::{Plans, Router};
 use crate::source::{AnySource, SourceKind};
 
@@ -105,7 +105,7 @@ pub async fn open(
         remembered = kept.remembered.len(),
         "streaming"
     );
-    let parts = Parts {
+    let parts = RelayParts {
         source,
         publisher,
         store,
@@ -154,7 +154,7 @@ struct Prepared {
     store: PostgresStore,
     parking: Parking,
     /// The checkpoint, taken over.
-    row: Row,
+    row: Checkpoint,
     /// The server that was left for its promoted standby.
     failover: Option<Failover>,
     /// Whether the canary is in the publication.

@@ -12,12 +12,12 @@ const TRANSACTIONS_MAX: usize = 8_192;
 
 /// Events handed to the publisher by the sessions of this process, by transaction.
 #[derive(Debug, Default)]
-pub struct Published {
+pub struct RecentlyPublished {
     /// (mark, events), in commit order.
     transactions: VecDeque<(Mark, u64)>,
 }
 
-impl Published {
+impl RecentlyPublished {
     /// One event of the transaction with this mark.
     pub fn event(&mut self, mark: Mark) {
         // After a new start the same transactions come again.
@@ -49,7 +49,7 @@ mod tests {
 
     #[test]
     fn only_events_beyond_the_switch_are_counted_and_each_once() {
-        let mut published = Published::default();
+        let mut published = RecentlyPublished::default();
         for lsn in [10, 20, 20, 20, 30, 30] {
             published.event(Mark(lsn));
         }
@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn memory_is_bounded() {
-        let mut published = Published::default();
+        let mut published = RecentlyPublished::default();
         for lsn in 0..TRANSACTIONS_MAX as u64 * 2 {
             published.event(Mark(lsn));
         }

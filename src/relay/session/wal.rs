@@ -20,7 +20,7 @@ use crate::position::Lsn;
 use crate::relay::Options;
 use crate::relay::check::position::{self, Failover, Start};
 use crate::relay::checkpoint::own::OwnCheckpoint;
-use crate::relay::checkpoint::{self, PostgresStore, Row};
+use crate::relay::checkpoint::{self, Checkpoint, PostgresStore};
 use crate::relay::parking::{Parking, store as parked};
 use crate::relay::window::remembered::Remembered;
 use crate::source::AnySource;
@@ -70,7 +70,7 @@ pub(super) async fn prepare(
 }
 
 struct TakenOver {
-    row: Row,
+    row: Checkpoint,
     server: ServerFacts,
     publication: Publication,
     failover: Option<Failover>,

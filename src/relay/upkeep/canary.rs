@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::position::Lsn;
-use crate::source::Canary as Seen;
+use crate::source::CanarySighting as Seen;
 use crate::verdict::{RESYNC, Verdict};
 
 /// In addition to three intervals: how long a canary may take at least.

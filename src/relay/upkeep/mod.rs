@@ -20,7 +20,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::relay::Options;
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::session::{Shared, catalog, facts};
-use crate::relay::status::Slot;
+use crate::relay::status::SlotStatus;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::upkeep::canary::Written;
 use crate::source::SourceKind;
@@ -247,7 +247,7 @@ async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Re
         None => START_THE_STANDBY,
     };
     let warning = at_risk.or(held);
-    let news = shared.status.slot(Slot {
+    let news = shared.status.slot(SlotStatus {
         wal_status: slot.wal_status.map(WalStatus::as_str),
         safe_wal_size: slot.safe_wal_size,
         retained_bytes: slot.retained_bytes,

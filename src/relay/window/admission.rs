@@ -9,22 +9,22 @@ use crate::message::Message;
 use crate::position::Position;
 use crate::publisher::Publisher;
 use crate::relay::checkpoint::Store;
-use crate::relay::parking::Parked;
-use crate::relay::parking::row::{Key, Row, Why};
+use crate::relay::parking::Disposition;
+use crate::relay::parking::row::{ParkedKey, ParkedRow, Why};
 use crate::relay::window::EntryId;
 use crate::relay::window::lanes::{About, Owner};
 use crate::relay::window::remembered::MessageKey;
 use crate::relay::{Ending, Relay};
-use crate::route::{Decision, Lanes, OnPoison, Plan, unrouted_lanes};
+use crate::route::{Decision, LaneKeys, OnPoison, Plan, unrouted_lanes};
 use crate::source::{Item, Receipt, Source};
 use crate::verdict::Verdict;
 
 /// What became of an event on one route.
 pub(in crate::relay) enum Made {
     /// It may be sent when its lanes let it.
-    Message(Message, Lanes),
+    Message(Message, LaneKeys),
     /// It is parked; with what its route wants for poison.
-    Row(Box<Row>, OnPoison),
+    Row(Box<ParkedRow>, OnPoison),
 }
 
 /// Of the first lines about parked messages each is logged, then one in every [`LOGGED_EVERY`].
@@ -34,7 +34,7 @@ const LOGGED_EVERY: u64 = 1000;
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     pub(in crate::relay) fn admit_batch(&mut self) {
         let now = tokio::time::Instant::now().into_std();
-        let mut batch = std::mem::take(&mut self.batch);
+        let mut batch = std::mem::take(&mut self.making.batch);
         for item in batch.drain(..) {
             if matches!(self.ending, Ending::Draining { .. }) {
                 // A poison event came before: nothing after it may be settled.
@@ -43,16 +43,16 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             let admitted = match item {
                 Item::Event(event, receipt) => self.admit(&event, receipt, now),
                 Item::Commit(receipt) => {
-                    self.metrics.wal.transactions.increment(1);
+                    self.seen.metrics.wal.transactions.increment(1);
                     self.push(receipt, 0, 0);
                     Ok(())
                 }
                 Item::Idle(receipt) => {
-                    self.idle.reached(receipt);
+                    self.durable.idle.reached(receipt);
                     Ok(())
                 }
                 Item::Described(table, receipt) => {
-                    self.plans.describe(&self.router, &table);
+                    self.making.plans.describe(&self.making.router, &table);
                     self.push(receipt, 0, 0);
                     Ok(())
                 }
@@ -61,26 +61,26 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 self.drain(Some(poison_verdict(poison)));
             }
         }
-        self.batch = batch;
+        self.making.batch = batch;
         self.settle_prefix();
     }
 
     /// Routes one event, gives its messages to the lanes, and parks what cannot be published.
     fn admit(&mut self, event: &Event, receipt: Receipt, now: Instant) -> Result<()> {
         // All messages are made before the first is admitted: a verdict is about the whole event.
-        self.made.clear();
+        self.making.made.clear();
         let mut selected = false;
         let max_body = self.max_body();
-        for decision in self.plans.decide(&self.router, event) {
+        for decision in self.making.plans.decide(&self.making.router, event) {
             selected = true;
             match decision {
                 Decision::Drop(rule) => {
-                    self.metrics.routes[usize::from(rule.0)].dropped.increment(1);
+                    self.seen.metrics.routes[usize::from(rule.0)].dropped.increment(1);
                 }
                 Decision::Publish(plan, lanes) => {
-                    let made = self.envelope.message(event, plan, 0);
+                    let made = self.making.envelope.message(event, plan, 0);
                     let made = made.map_err(|error| (Why::Invalid, error));
-                    self.made.push(match made.and_then(|m| fits(m, max_body)) {
+                    self.making.made.push(match made.and_then(|m| fits(m, max_body)) {
                         Ok(message) => Made::Message(message, lanes),
                         Err((why, error)) => poison(event, plan, lanes, why, error)?,
                     });
@@ -88,27 +88,32 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             }
         }
         if !selected {
-            let row =
-                Row::of_event(event, None, unrouted_lanes(event), Why::NoRoute, &no_route(event));
-            self.made.push(Made::Row(Box::new(row), OnPoison::Park));
+            let row = ParkedRow::of_event(
+                event,
+                None,
+                unrouted_lanes(event),
+                Why::NoRoute,
+                &no_route(event),
+            );
+            self.making.made.push(Made::Row(Box::new(row), OnPoison::Park));
         }
-        if !self.parking.is_idle() {
+        if !self.parked.parking.is_idle() {
             self.follow_parked(event);
         }
         let size = |made: &Made| match made {
             Made::Message(message, _) => message.size(),
             Made::Row(row, _) => row.size(),
         };
-        let bytes = self.made.iter().map(size).sum();
-        let count = u16::try_from(self.made.len()).expect("RULES_MAX fits");
+        let bytes = self.making.made.iter().map(size).sum();
+        let count = u16::try_from(self.making.made.len()).expect("RULES_MAX fits");
         let position = receipt.position();
         let entry = self.push(receipt, count, bytes);
-        self.published.event(event.position.mark);
-        let mut made = std::mem::take(&mut self.made);
+        self.seen.published.event(event.position.mark);
+        let mut made = std::mem::take(&mut self.making.made);
         for made in made.drain(..) {
             match made {
                 Made::Message(message, lanes) => {
-                    self.metrics.routes[usize::from(message.route.0)].received.increment(1);
+                    self.seen.metrics.routes[usize::from(message.route.0)].received.increment(1);
                     if self.is_left_out(&message, position, lanes, entry) {
                         continue;
                     }
@@ -117,12 +122,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                         source: event.table.full_name.clone(),
                         committed_at_us: event.committed_at_us,
                     };
-                    self.lanes.admit(message, about, lanes, Owner::Window(entry), now);
+                    self.flight.lanes.admit(message, about, lanes, Owner::Window(entry), now);
                 }
                 Made::Row(row, policy) => self.park(*row, entry, policy),
             }
         }
-        self.made = made;
+        self.making.made = made;
         Ok(())
     }
 
@@ -132,18 +137,18 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         &mut self,
         message: &Message,
         position: Position,
-        lanes: Lanes,
+        lanes: LaneKeys,
         entry: EntryId,
     ) -> bool {
-        if self.remembered.is_empty() {
+        if self.flight.remembered.is_empty() {
             return false;
         }
         let key = MessageKey::of(message);
-        if !self.remembered.leaves_out(key, position, lanes) {
+        if !self.flight.remembered.leaves_out(key, position, lanes) {
             return false;
         }
-        self.confirms.add(entry, key);
-        self.window.settle(entry);
+        self.flight.confirms.add(entry, key);
+        self.flight.window.settle(entry);
         true
     }
 
@@ -151,56 +156,57 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// earlier session parked already.
     fn follow_parked(&mut self, event: &Event) {
         let follows = Error::event("it follows an earlier message of its key");
-        if self.parking.has_unrouted() {
-            let unrouted = Key { position: event.position, route: "".into(), part: 0 };
+        if self.parked.parking.has_unrouted() {
+            let unrouted = ParkedKey { position: event.position, route: "".into(), part: 0 };
             let lanes = unrouted_lanes(event);
-            let known = self.parking.is_known(event.id, "", 0);
-            if known || self.parking.follows(&unrouted, lanes).is_some() {
-                self.made.clear();
+            let known = self.parked.parking.is_known(event.id, "", 0);
+            if known || self.parked.parking.follows(&unrouted, lanes).is_some() {
+                self.making.made.clear();
                 if !known {
-                    let row = Row::of_event(event, None, lanes, Why::Follows, &follows);
-                    self.made.push(Made::Row(Box::new(row), OnPoison::Park));
+                    let row = ParkedRow::of_event(event, None, lanes, Why::Follows, &follows);
+                    self.making.made.push(Made::Row(Box::new(row), OnPoison::Park));
                 }
                 return;
             }
         }
-        let mut made = std::mem::take(&mut self.made);
+        let mut made = std::mem::take(&mut self.making.made);
         made.retain_mut(|made| {
             let (message, lanes) = match made {
                 Made::Message(message, lanes) => (message, *lanes),
                 Made::Row(row, _) => {
-                    return !self.parking.is_known(event.id, &row.key.route, row.key.part);
+                    return !self.parked.parking.is_known(event.id, &row.key.route, row.key.part);
                 }
             };
-            let route = self.router.by_id(message.route);
+            let route = self.making.router.by_id(message.route);
             let part = message.part;
-            let key = Key { position: event.position, route: route.label.clone(), part };
+            let key = ParkedKey { position: event.position, route: route.label.clone(), part };
             // Hashing the route's id for each event would be seen in the rate.
-            if self.parking.has_known() {
+            if self.parked.parking.has_known() {
                 let ids = [event.id, id::of_route(event.id, &route.name), message.id];
-                if ids.iter().any(|id| self.parking.is_known(*id, &route.name, part)) {
+                if ids.iter().any(|id| self.parked.parking.is_known(*id, &route.name, part)) {
                     return false;
                 }
             }
-            if self.parking.follows(&key, lanes).is_some() {
+            if self.parked.parking.follows(&key, lanes).is_some() {
                 let table = matches!(event.content, Content::Change(_)).then_some(&event.table);
                 let plan = Plan::new(route.clone(), table);
-                let mut row = Row::of_event(event, Some(&plan), lanes, Why::Follows, &follows);
+                let mut row =
+                    ParkedRow::of_event(event, Some(&plan), lanes, Why::Follows, &follows);
                 row.key.part = part;
                 *made = Made::Row(Box::new(row), OnPoison::Park);
             }
             true
         });
-        self.made = made;
+        self.making.made = made;
     }
 
     /// Parks a message whose entry is in the window.
-    pub(in crate::relay) fn park(&mut self, row: Row, entry: EntryId, policy: OnPoison) {
+    pub(in crate::relay) fn park(&mut self, row: ParkedRow, entry: EntryId, policy: OnPoison) {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let follows = self.parking.follows(&row.key, row.lanes);
-        self.metrics.parked.count(&row.key.route, row.why.as_str());
-        self.parked += 1;
-        if self.parked <= LOGGED_FIRST || self.parked.is_multiple_of(LOGGED_EVERY) {
+        let follows = self.parked.parking.follows(&row.key, row.lanes);
+        self.seen.metrics.parked.count(&row.key.route, row.why.as_str());
+        self.parked.count += 1;
+        if self.parked.count <= LOGGED_FIRST || self.parked.count.is_multiple_of(LOGGED_EVERY) {
             tracing::warn!(
                 route = &*row.key.route,
                 key = row.key_text,
@@ -208,25 +214,25 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 kind = %row.why,
                 error = row.error,
                 hint = row.why.hint(),
-                parked = self.parked,
+                parked = self.parked.count,
                 "a message cannot be published; it is parked"
             );
         }
-        match self.parking.park(row, entry, policy, follows, clock.as_secs_f64()) {
-            Parked::Settled => self.window.settle(entry),
-            Parked::Blocked => {}
+        match self.parked.parking.park(row, entry, policy, follows, clock.as_secs_f64()) {
+            Disposition::Settled => self.flight.window.settle(entry),
+            Disposition::Blocked => {}
         }
     }
 
     /// Largest body that the publisher takes, or that the broker was seen to take.
     pub(in crate::relay) fn max_body(&self) -> usize {
-        self.publisher.max_body().min(self.broker_max_body)
+        self.publisher.max_body().min(self.making.broker_max_body)
     }
 
     fn push(&mut self, receipt: Receipt, messages: u16, bytes: usize) -> EntryId {
-        self.idle.busy();
-        self.progress.received(receipt.position());
-        self.window.push(receipt, messages, bytes)
+        self.durable.idle.busy();
+        self.durable.progress.on_received(receipt.position());
+        self.flight.window.push(receipt, messages, bytes)
     }
 }
 
@@ -241,11 +247,11 @@ pub(in crate::relay) fn fits(message: Message, max: usize) -> Result<Message, (W
     Err((Why::TooLarge, Error::event(text).hint(hint)))
 }
 
-fn poison(event: &Event, plan: &Plan, lanes: Lanes, why: Why, error: Error) -> Result<Made> {
+fn poison(event: &Event, plan: &Plan, lanes: LaneKeys, why: Why, error: Error) -> Result<Made> {
     match plan.route.policy.on_poison {
         OnPoison::Stop => Err(error.context(format!("event {} ({})", event.id, event.position))),
         policy @ (OnPoison::Park | OnPoison::Block) => {
-            let row = Row::of_event(event, Some(plan), lanes, why, &error);
+            let row = ParkedRow::of_event(event, Some(plan), lanes, why, &error);
             Ok(Made::Row(Box::new(row), policy))
         }
     }

@@ -22,7 +22,7 @@ use crate::position::Position;
 use crate::publisher::Ticket;
 use crate::relay::window::EntryId;
 use crate::relay::window::remembered::MessageKey;
-use crate::route::Lanes as Keys;
+use crate::route::LaneKeys;
 
 /// First wait before a nacked message is tried again; doubles.
 pub const RETRY_FIRST: Duration = Duration::from_millis(5);
@@ -60,7 +60,7 @@ pub struct About {
 
 /// A message between admission and settlement.
 #[derive(Debug)]
-pub struct Slot {
+pub struct Pending {
     /// The message.
     pub message: Message,
     /// Its event.
@@ -75,7 +75,7 @@ pub struct Slot {
     /// Confirms of its route when it was refused first.
     confirms_then: u64,
     /// The lanes that it stands in.
-    pub keys: Keys,
+    pub keys: LaneKeys,
     /// Next slot in each of its lanes.
     next: [Option<u32>; 2],
 }
@@ -149,7 +149,7 @@ type ByHash<T> = HashMap<u64, T, BuildHasherDefault<AsIs>>;
 /// All unsettled messages and the order in which they may go.
 #[derive(Debug, Default)]
 pub struct Lanes {
-    slots: Vec<Option<Slot>>,
+    slots: Vec<Option<Pending>>,
     free: Vec<u32>,
     admitted: u64,
     lanes: ByHash<Ends>,
@@ -195,7 +195,7 @@ impl Lanes {
     }
 
     /// The message of a ticket that is out.
-    pub fn slot(&self, ticket: Ticket) -> &Slot {
+    pub fn slot(&self, ticket: Ticket) -> &Pending {
         self.at(index(ticket))
     }
 
@@ -204,7 +204,7 @@ impl Lanes {
         &mut self,
         message: Message,
         about: About,
-        keys: Keys,
+        keys: LaneKeys,
         owner: Owner,
         captured: Instant,
     ) {
@@ -213,7 +213,7 @@ impl Lanes {
         let next = [None; 2];
         let (nacks, confirms_then) = (0, 0);
         let slot =
-            Slot { message, about, owner, captured, order, nacks, confirms_then, keys, next };
+            Pending { message, about, owner, captured, order, nacks, confirms_then, keys, next };
         let id = match self.free.pop() {
             Some(id) => {
                 self.slots[id as usize] = Some(slot);
@@ -242,7 +242,7 @@ impl Lanes {
     }
 
     /// The next message that may be sent now; it counts as in flight from here on.
-    pub fn next(&mut self, now: Instant) -> Option<(Ticket, &Slot)> {
+    pub fn next(&mut self, now: Instant) -> Option<(Ticket, &Pending)> {
         let id = self.next_id(now)?;
         self.in_flight += 1;
         Some((Ticket(u64::from(id)), self.at(id)))
@@ -275,7 +275,7 @@ impl Lanes {
         let released = self.end_probe(id, key.route);
         *self.route_confirms(key.route) += 1;
         self.leave(id, keys, next);
-        self.hasten(key.route);
+        self.retry_oldest_now(key.route);
         Confirmed { key, owner, committed_at_us, released }
     }
 
@@ -327,7 +327,7 @@ impl Lanes {
 
     /// The broker takes messages of this route: its oldest nacked one need not wait any longer. So
     /// a full queue is tried about as often as it has room, whatever the waits have grown to.
-    fn hasten(&mut self, route: RouteId) {
+    fn retry_oldest_now(&mut self, route: RouteId) {
         let oldest = self.retries_of.range((route, 0)..=(route, u64::MAX)).next();
         let Some((&key, &due)) = oldest else { return };
         self.retries_of.remove(&key);
@@ -367,7 +367,7 @@ impl Lanes {
     }
 
     /// Takes a settled slot out of its lanes and its group, and lets the next ones go.
-    fn leave(&mut self, id: u32, keys: Keys, next: [Option<u32>; 2]) {
+    fn leave(&mut self, id: u32, keys: LaneKeys, next: [Option<u32>; 2]) {
         let (lanes, count) = lanes_of(keys);
         for (place, lane) in lanes[..count].iter().enumerate() {
             let ends = self.lanes.get_mut(lane).expect("a live slot's lane exists");
@@ -405,7 +405,7 @@ impl Lanes {
             && let Some(&id) = group.waiting.front()
         {
             let slot = self.slots[id as usize].as_ref().expect("a waiting slot is live");
-            let barrier = matches!(slot.keys, Keys::Barrier { .. });
+            let barrier = matches!(slot.keys, LaneKeys::Barrier { .. });
             if barrier && group.live > 0 {
                 break;
             }
@@ -438,7 +438,7 @@ impl Lanes {
         &mut self.confirms[index]
     }
 
-    fn at(&self, id: u32) -> &Slot {
+    fn at(&self, id: u32) -> &Pending {
         self.slots[id as usize].as_ref().expect("the slot is live")
     }
 }
@@ -447,20 +447,22 @@ fn index(ticket: Ticket) -> u32 {
     u32::try_from(ticket.0).expect("tickets are slot numbers")
 }
 
-fn lanes_of(keys: Keys) -> ([u64; 2], usize) {
+fn lanes_of(keys: LaneKeys) -> ([u64; 2], usize) {
     match keys {
-        Keys::Free | Keys::Barrier { .. } => ([0; 2], 0),
-        Keys::One { lane, .. } => ([lane, 0], 1),
-        Keys::Two { lanes, .. } => (lanes, 2),
+        LaneKeys::Free | LaneKeys::Barrier { .. } => ([0; 2], 0),
+        LaneKeys::One { lane, .. } => ([lane, 0], 1),
+        LaneKeys::Two { lanes, .. } => (lanes, 2),
     }
 }
 
 /// The group and whether the message is its barrier.
-fn group_of(keys: Keys) -> Option<(u64, bool)> {
+fn group_of(keys: LaneKeys) -> Option<(u64, bool)> {
     match keys {
-        Keys::Free | Keys::One { group: None, .. } => None,
-        Keys::One { group: Some(group), .. } | Keys::Two { group, .. } => Some((group, false)),
-        Keys::Barrier { group } => Some((group, true)),
+        LaneKeys::Free | LaneKeys::One { group: None, .. } => None,
+        LaneKeys::One { group: Some(group), .. } | LaneKeys::Two { group, .. } => {
+            Some((group, false))
+        }
+        LaneKeys::Barrier { group } => Some((group, true)),
     }
 }
 

@@ -9,8 +9,8 @@ use crate::metrics::RouteMetrics;
 use crate::publisher::{Outcome, Publisher, Ticket};
 use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
-use crate::relay::parking::row::{Key, Row, RowState, Why, raw_message, shorten};
-use crate::relay::window::lanes::{Confirmed, Owner, Slot};
+use crate::relay::parking::row::{ParkedKey, ParkedRow, RowState, Why, raw_message, shorten};
+use crate::relay::window::lanes::{Confirmed, Owner, Pending};
 use crate::route::OnPoison;
 use crate::source::Source;
 use crate::verdict::Verdict;
@@ -24,11 +24,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let mut over = None;
         let now = tokio::time::Instant::now().into_std();
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let mut outcomes = std::mem::take(&mut self.outcomes);
+        let mut outcomes = std::mem::take(&mut self.flight.outcomes);
         // A probe was out on a channel that was closed: it is the one to blame.
         let blamed = outcomes.iter().any(|(ticket, outcome)| {
             let Outcome::ChannelClosed { code, .. } = outcome else { return false };
-            reply::channel_closed(*code) == Cause::Destination && self.lanes.is_probe(*ticket)
+            reply::channel_closed(*code) == Cause::Destination
+                && self.flight.lanes.is_probe(*ticket)
         });
         for (ticket, outcome) in outcomes.drain(..) {
             match outcome {
@@ -36,8 +37,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 Outcome::Nacked => self.nacked(ticket, now),
                 Outcome::Returned(text) => self.returned(ticket, &text, now),
                 Outcome::ChannelClosed { code, text } => match reply::channel_closed(code) {
-                    Cause::Destination if blamed && !self.lanes.is_held(ticket) => {
-                        self.lanes.again(ticket);
+                    Cause::Destination if blamed && !self.flight.lanes.is_held(ticket) => {
+                        self.flight.lanes.resend(ticket);
                     }
                     Cause::Destination => self.hold(ticket, text, now),
                     Cause::Message => self.refused(ticket, &text, now),
@@ -48,30 +49,31 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 },
             }
         }
-        self.outcomes = outcomes;
+        self.flight.outcomes = outcomes;
         self.settle_prefix();
         over.map_or(Ok(()), Err)
     }
 
     fn confirmed(&mut self, ticket: Ticket, clock: Duration) {
-        let Confirmed { key, owner, committed_at_us, released } = self.lanes.confirmed(ticket);
+        let Confirmed { key, owner, committed_at_us, released } =
+            self.flight.lanes.confirmed(ticket);
         match owner {
             Owner::Window(entry) => {
-                self.confirms.add(entry, key);
-                self.window.settle(entry);
+                self.flight.confirms.add(entry, key);
+                self.flight.window.settle(entry);
             }
             Owner::Parked(number) => {
-                self.parking.confirmed(number);
-                self.retry_due = true;
+                self.parked.parking.confirmed(number);
+                self.parked.retry_due = true;
             }
         }
         let metrics = self.route_metrics(key.route);
         metrics.confirmed.increment(1);
         let committed = Duration::from_micros(u64::try_from(committed_at_us).unwrap_or(0));
         metrics.commit_to_confirm.record(clock.saturating_sub(committed).as_secs_f64());
-        self.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
+        self.seen.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
         if released {
-            let route = &*self.router.by_id(key.route).name;
+            let route = &*self.making.router.by_id(key.route).name;
             tracing::info!(route, "the destination works again, the route continues");
         }
     }
@@ -79,22 +81,22 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Tried again without a limit at the head of its lane, unless the route has one and the queue
     /// takes other messages of the route.
     fn nacked(&mut self, ticket: Ticket, now: Instant) {
-        let route = self.lanes.slot(ticket).message.route;
+        let route = self.flight.lanes.slot(ticket).message.route;
         self.route_metrics(route).nacked.increment(1);
-        let nacked = self.lanes.nacked(ticket, now);
-        let limit = self.router.by_id(route).policy.nack_limit;
+        let nacked = self.flight.lanes.nacked(ticket, now);
+        let limit = self.making.router.by_id(route).policy.nack_limit;
         if nacked.others_pass && limit.is_some_and(|limit| nacked.times >= limit) {
             let text = format!("the broker refused it {} times and took others", nacked.times);
-            let slots = self.lanes.evict_nacked(ticket);
+            let slots = self.flight.lanes.evict_nacked(ticket);
             self.park_evicted(slots, Why::Nacked, &Error::event(text));
         }
     }
 
     fn returned(&mut self, ticket: Ticket, text: &str, now: Instant) {
-        let route = self.lanes.slot(ticket).message.route;
+        let route = self.flight.lanes.slot(ticket).message.route;
         self.route_metrics(route).returned.increment(1);
-        if self.router.by_id(route).policy.park_unroutable {
-            let slots = self.lanes.evict(ticket);
+        if self.making.router.by_id(route).policy.park_unroutable {
+            let slots = self.flight.lanes.evict(ticket);
             let error = Error::event(format!("no queue is bound for it: {text}"));
             self.park_evicted(slots, Why::Unroutable, &error);
         } else {
@@ -106,28 +108,28 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     fn refused(&mut self, ticket: Ticket, text: &str, now: Instant) {
         if let Some(limit) = reply::size_limit(text) {
             // What comes next is compared before it is sent: no second channel is lost.
-            self.broker_max_body = self.broker_max_body.min(limit);
+            self.making.broker_max_body = self.making.broker_max_body.min(limit);
         }
-        if !self.lanes.is_accused(ticket) {
-            self.lanes.suspect(ticket);
+        if !self.flight.lanes.is_accused(ticket) {
+            self.flight.lanes.suspect(ticket);
             return;
         }
-        self.lanes.acquit();
+        self.flight.lanes.acquit();
         let error = Error::event(format!("the broker refused it: {text}"));
-        let route = self.router.by_id(self.lanes.slot(ticket).message.route);
+        let route = self.making.router.by_id(self.flight.lanes.slot(ticket).message.route);
         if route.policy.on_poison == OnPoison::Stop {
             self.hold(ticket, error.to_string(), now);
             self.drain(Some(error.as_verdict(Verdict::EventUnpublishable)));
             return;
         }
-        let slots = self.lanes.evict(ticket);
+        let slots = self.flight.lanes.evict(ticket);
         self.park_evicted(slots, Why::Refused, &error);
     }
 
     fn hold(&mut self, ticket: Ticket, reason: String, now: Instant) {
-        let route = self.lanes.slot(ticket).message.route;
-        if self.lanes.hold(ticket, reason.clone(), now) {
-            let route = &*self.router.by_id(route).name;
+        let route = self.flight.lanes.slot(ticket).message.route;
+        if self.flight.lanes.hold(ticket, reason.clone(), now) {
+            let route = &*self.making.router.by_id(route).name;
             tracing::error!(
                 route,
                 reason,
@@ -137,14 +139,16 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     /// Parks messages that were evicted together: the first for `why`, the others follow it.
-    fn park_evicted(&mut self, slots: Vec<Slot>, why: Why, error: &Error) {
+    fn park_evicted(&mut self, slots: Vec<Pending>, why: Why, error: &Error) {
         let follows = Error::event("it follows an earlier message of its key");
         for (index, slot) in slots.into_iter().enumerate() {
             let (why, error) = if index == 0 { (why, error) } else { (Why::Follows, &follows) };
             match slot.owner {
                 Owner::Window(entry) => {
                     let policy = match why {
-                        Why::Refused => self.router.by_id(slot.message.route).policy.on_poison,
+                        Why::Refused => {
+                            self.making.router.by_id(slot.message.route).policy.on_poison
+                        }
                         // The route asks for these to be parked; and what follows, follows.
                         Why::Unroutable | Why::Nacked | Why::Follows => OnPoison::Park,
                         Why::TooLarge | Why::Invalid | Why::NoRoute => {
@@ -156,16 +160,16 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 }
                 Owner::Parked(number) => {
                     let failed = (index == 0).then(|| (why, shorten(error)));
-                    self.parking.failed(number, failed);
+                    self.parked.parking.failed(number, failed);
                 }
             }
         }
     }
 
-    fn evicted_row(&self, slot: &Slot, why: Why, error: &Error) -> Row {
-        let route = self.router.by_id(slot.message.route);
-        Row {
-            key: Key {
+    fn evicted_row(&self, slot: &Pending, why: Why, error: &Error) -> ParkedRow {
+        let route = self.making.router.by_id(slot.message.route);
+        ParkedRow {
+            key: ParkedKey {
                 position: slot.about.position,
                 route: route.label.clone(),
                 part: slot.message.part,
@@ -184,14 +188,14 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     pub(in crate::relay) fn settle_prefix(&mut self) {
-        if let Some(mut receipt) = self.window.take_settled() {
-            self.progress.settled(&receipt);
-            self.notes.append(&mut receipt.take_notes());
-            self.confirms.prune(&self.window);
+        if let Some(mut receipt) = self.flight.window.take_settled() {
+            self.durable.progress.on_settled(&receipt);
+            self.durable.notes.append(&mut receipt.take_notes());
+            self.flight.confirms.prune(&self.flight.window);
         }
     }
 
     pub(in crate::relay) fn route_metrics(&self, route: RouteId) -> &RouteMetrics {
-        &self.metrics.routes[usize::from(route.0)]
+        &self.seen.metrics.routes[usize::from(route.0)]
     }
 }

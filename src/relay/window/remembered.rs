@@ -21,7 +21,7 @@ use uuid::Uuid;
 use crate::message::{Message, RouteId};
 use crate::position::Position;
 use crate::relay::window::{EntryId, Window};
-use crate::route::Lanes;
+use crate::route::LaneKeys;
 
 /// A log of confirms is looked through when it has at least this many of them.
 const PRUNE_AT_LEAST: usize = 1024;
@@ -119,7 +119,7 @@ impl Remembered {
 
     /// Whether the message is left out: the broker has it. Asked about every message when it is
     /// admitted to its lanes, in that order; one that is not left out counts as sent.
-    pub fn leaves_out(&mut self, message: MessageKey, position: Position, lanes: Lanes) -> bool {
+    pub fn leaves_out(&mut self, message: MessageKey, position: Position, lanes: LaneKeys) -> bool {
         if position > self.until {
             self.forget();
             return false;
@@ -141,7 +141,7 @@ impl Remembered {
     }
 
     /// Something is sent in these lanes that nobody asked about: a parked row that is tried again.
-    pub fn sends(&mut self, route: RouteId, lanes: Lanes) {
+    pub fn sends(&mut self, route: RouteId, lanes: LaneKeys) {
         if !self.is_empty() {
             self.sent.add(route, lanes, self.session);
         }
@@ -169,20 +169,20 @@ impl Remembered {
 }
 
 impl Sent {
-    fn add(&mut self, route: RouteId, lanes: Lanes, session: u32) {
+    fn add(&mut self, route: RouteId, lanes: LaneKeys, session: u32) {
         match lanes {
-            Lanes::Free => {
+            LaneKeys::Free => {
                 self.routes.insert(route, session);
             }
-            Lanes::One { lane, group } => {
+            LaneKeys::One { lane, group } => {
                 self.lanes.insert(lane, session);
                 self.tables.extend(group.map(|group| (group, session)));
             }
-            Lanes::Two { lanes, group } => {
+            LaneKeys::Two { lanes, group } => {
                 self.lanes.extend(lanes.map(|lane| (lane, session)));
                 self.tables.insert(group, session);
             }
-            Lanes::Barrier { group } => {
+            LaneKeys::Barrier { group } => {
                 self.tables.insert(group, session);
                 self.truncates.insert(group, session);
             }
@@ -190,14 +190,14 @@ impl Sent {
     }
 
     /// The last session in which something was sent that the message must follow; 0 for none.
-    fn last(&self, route: RouteId, lanes: Lanes) -> u32 {
+    fn last(&self, route: RouteId, lanes: LaneKeys) -> u32 {
         let lane = |lane: u64| self.lanes.get(&lane).copied();
         let truncate = |group: u64| self.truncates.get(&group).copied();
         let last = match lanes {
-            Lanes::Free => self.routes.get(&route).copied(),
-            Lanes::One { lane: one, group } => lane(one).max(group.and_then(truncate)),
-            Lanes::Two { lanes: [a, b], group } => lane(a).max(lane(b)).max(truncate(group)),
-            Lanes::Barrier { group } => self.tables.get(&group).copied(),
+            LaneKeys::Free => self.routes.get(&route).copied(),
+            LaneKeys::One { lane: one, group } => lane(one).max(group.and_then(truncate)),
+            LaneKeys::Two { lanes: [a, b], group } => lane(a).max(lane(b)).max(truncate(group)),
+            LaneKeys::Barrier { group } => self.tables.get(&group).copied(),
         };
         last.unwrap_or(0)
     }

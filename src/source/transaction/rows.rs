@@ -12,7 +12,7 @@ use crate::column::binary::Types;
 use crate::column::instant;
 use crate::error::{Error, Result};
 use crate::event::{
-    self, Broken, Column, Identity, OldRow, OutboxRow, Payload, Row, Table, Unreadable, Value,
+    self, Broken, Column, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table, Unreadable, Value,
 };
 use crate::pg::pgoutput::{self, OldKind, OldTuple, Tuple};
 use crate::verdict::Verdict;
@@ -75,12 +75,12 @@ pub(super) struct Values<'a> {
 }
 
 impl Values<'_> {
-    fn value(&self, index: usize, value: &pgoutput::Value<'_>) -> event::Value {
+    fn value(&self, index: usize, value: &pgoutput::TupleValue<'_>) -> event::Value {
         match value {
-            pgoutput::Value::Null => event::Value::Null,
-            pgoutput::Value::Unchanged => event::Value::Unchanged,
-            pgoutput::Value::Text(text) => event::Value::Text(self.data.slice_ref(text)),
-            pgoutput::Value::Binary(bytes) => {
+            pgoutput::TupleValue::Null => event::Value::Null,
+            pgoutput::TupleValue::Unchanged => event::Value::Unchanged,
+            pgoutput::TupleValue::Text(text) => event::Value::Text(self.data.slice_ref(text)),
+            pgoutput::TupleValue::Binary(bytes) => {
                 let type_oid = self.table.columns[index].type_oid;
                 let text = match self.types {
                     Some(types) => types.text(type_oid, bytes),
@@ -116,7 +116,7 @@ pub(super) fn outbox_row(
     columns: &OutboxColumns,
     tuple: &Tuple<'_>,
 ) -> (Option<Uuid>, Option<i64>, Box<OutboxRow>) {
-    let mut values = [pgoutput::Value::Null; OUTBOX_COLUMNS_MAX];
+    let mut values = [pgoutput::TupleValue::Null; OUTBOX_COLUMNS_MAX];
     tuple.read_into(&mut values);
     let why = OnceCell::new();
     let bytes = |index: Option<usize>| match index.map(|i| values_of.value(i, &values[i])) {
@@ -154,11 +154,11 @@ pub(super) fn outbox_row(
         why.get_or_init(|| format!("column \"id\" is not a UUID: {id_text:?}"));
     }
     let payload = match (bytes(columns.payload), bytes(columns.data)) {
-        (Some(json), None) => Payload::Json(json),
-        (None, Some(hex)) => Payload::Hex(hex),
+        (Some(json), None) => OutboxPayload::Json(json),
+        (None, Some(hex)) => OutboxPayload::Hex(hex),
         (Some(_), Some(_)) | (None, None) => {
             why.get_or_init(|| "exactly one of payload and data must be set".to_owned());
-            Payload::Json(Bytes::new())
+            OutboxPayload::Json(Bytes::new())
         }
     };
     let headers = bytes(columns.headers);
@@ -167,7 +167,7 @@ pub(super) fn outbox_row(
     let payload = broken.map_or(payload, |why| {
         let named = |(i, column): (usize, &Column)| (column.name.clone(), bytes(Some(i)));
         let shown = values_of.table.columns.iter().take(OUTBOX_COLUMNS_MAX).enumerate();
-        Payload::Broken(Box::new(Broken { why, columns: shown.map(named).collect() }))
+        OutboxPayload::Broken(Box::new(Broken { why, columns: shown.map(named).collect() }))
     });
     let row = OutboxRow {
         aggregate_type,

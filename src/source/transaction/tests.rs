@@ -109,7 +109,7 @@ fn a_canary_is_seen_and_is_neither_event_nor_progress() {
         let [Item::Idle(receipt)] = &items[..] else { panic!("{items:?}") };
         assert_eq!(receipt.flush(), Some(Mark(lsn + 8)));
         let seen = assembler.seen();
-        let expected = Canary { number: number.into(), end: Lsn(lsn + 8) };
+        let expected = CanarySighting { number: number.into(), end: Lsn(lsn + 8) };
         assert_eq!((seen.canary, seen.changes), (Some(expected), 0));
     }
 }

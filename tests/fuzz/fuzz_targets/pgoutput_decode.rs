@@ -8,7 +8,7 @@
 use std::hint::black_box;
 
 use libfuzzer_sys::fuzz_target;
-use watership::pg::pgoutput::{Message, Tuple, Value, decode};
+use watership::pg::pgoutput::{ReplicationMessage, Tuple, TupleValue, decode};
 
 fuzz_target!(|data: &[u8]| {
     match decode(data) {
@@ -21,31 +21,31 @@ fuzz_target!(|data: &[u8]| {
 });
 
 /// Touches every byte that the message gives out: the sanitizer sees a read outside.
-fn walk(message: Message<'_>) {
+fn walk(message: ReplicationMessage<'_>) {
     match message {
-        Message::Begin { .. } | Message::Commit { .. } => {}
-        Message::Origin { name, .. } => touch(name.as_bytes()),
-        Message::Relation(relation) => {
+        ReplicationMessage::Begin { .. } | ReplicationMessage::Commit { .. } => {}
+        ReplicationMessage::Origin { name, .. } => touch(name.as_bytes()),
+        ReplicationMessage::Relation(relation) => {
             touch(relation.namespace.as_bytes());
             touch(relation.name.as_bytes());
             let count = relation.columns().len();
             let walked = relation.columns().inspect(|column| touch(column.name.as_bytes()));
             assert_eq!(walked.count(), count);
         }
-        Message::Type { namespace, name, .. } => {
+        ReplicationMessage::Type { namespace, name, .. } => {
             touch(namespace.as_bytes());
             touch(name.as_bytes());
         }
-        Message::Insert { new, .. } => walk_tuple(&new),
-        Message::Update { old, new, .. } => {
+        ReplicationMessage::Insert { new, .. } => walk_tuple(&new),
+        ReplicationMessage::Update { old, new, .. } => {
             old.iter().for_each(|old| walk_tuple(&old.tuple));
             walk_tuple(&new);
         }
-        Message::Delete { old, .. } => walk_tuple(&old.tuple),
-        Message::Truncate(truncate) => {
+        ReplicationMessage::Delete { old, .. } => walk_tuple(&old.tuple),
+        ReplicationMessage::Truncate(truncate) => {
             black_box(truncate.relations().fold(0, |sum, id| sum ^ id));
         }
-        Message::Logical { prefix, content, .. } => {
+        ReplicationMessage::Logical { prefix, content, .. } => {
             touch(prefix.as_bytes());
             touch(content);
         }
@@ -57,8 +57,8 @@ fn walk_tuple(tuple: &Tuple<'_>) {
     for value in tuple.columns() {
         walked += 1;
         match value {
-            Value::Null | Value::Unchanged => {}
-            Value::Text(value) | Value::Binary(value) => touch(value),
+            TupleValue::Null | TupleValue::Unchanged => {}
+            TupleValue::Text(value) | TupleValue::Binary(value) => touch(value),
         }
     }
     assert_eq!(walked, tuple.len());

@@ -4,20 +4,20 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 
-use super::{Lanes, Slot, group_of, index, lanes_of};
+use super::{Lanes, Pending, group_of, index, lanes_of};
 use crate::publisher::Ticket;
 
 impl Lanes {
     /// Takes the message out, with all that wait behind it in its lanes, behind those in theirs,
     /// and behind a barrier that now can never come. In the order of admission.
-    pub fn evict(&mut self, ticket: Ticket) -> Vec<Slot> {
+    pub fn evict(&mut self, ticket: Ticket) -> Vec<Pending> {
         let first = self.landed(ticket);
         self.end_probe(first, self.at(first).message.route);
         self.evict_id(first)
     }
 
     /// As [`Lanes::evict`], for a message that was nacked and waits for its next try.
-    pub fn evict_nacked(&mut self, ticket: Ticket) -> Vec<Slot> {
+    pub fn evict_nacked(&mut self, ticket: Ticket) -> Vec<Pending> {
         let first = index(ticket);
         let (route, order) = (self.at(first).message.route, self.at(first).order);
         let due = self.retries_of.remove(&(route, order));
@@ -25,7 +25,7 @@ impl Lanes {
         self.evict_id(first)
     }
 
-    fn evict_id(&mut self, first: u32) -> Vec<Slot> {
+    fn evict_id(&mut self, first: u32) -> Vec<Pending> {
         let doomed = self.behind(first);
         let ids: HashSet<u32> = doomed.values().copied().collect();
         let outside = self.take_waiting(&ids);
@@ -105,7 +105,7 @@ impl Lanes {
     }
 
     /// Its channel was closed because of another message: it goes again before what has not gone.
-    pub fn again(&mut self, ticket: Ticket) {
+    pub fn resend(&mut self, ticket: Ticket) {
         let id = self.landed(ticket);
         let order = self.at(id).order;
         let at = self.ready.iter().take_while(|other| self.at(**other).order < order).count();

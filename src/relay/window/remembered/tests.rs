@@ -6,7 +6,7 @@ use super::{Confirms, MessageKey, PRUNE_AT_LEAST, Remembered};
 use crate::message::RouteId;
 use crate::position::{Mark, Position};
 use crate::relay::window::{EntryId, Window};
-use crate::route::Lanes;
+use crate::route::LaneKeys;
 use crate::source::Receipt;
 
 const TABLE: u64 = 77;
@@ -19,12 +19,12 @@ fn key(place: u64, route: u16) -> MessageKey {
     MessageKey { id: Uuid::from_u128(place.into()), route: RouteId(route), part: 0 }
 }
 
-fn one(lane: u64) -> Lanes {
-    Lanes::One { lane, group: None }
+fn one(lane: u64) -> LaneKeys {
+    LaneKeys::One { lane, group: None }
 }
 
-fn row(lane: u64) -> Lanes {
-    Lanes::One { lane, group: Some(TABLE) }
+fn row(lane: u64) -> LaneKeys {
+    LaneKeys::One { lane, group: Some(TABLE) }
 }
 
 /// One session; a message is known by its place in the source.
@@ -44,11 +44,11 @@ impl Session {
     }
 
     /// The message comes; true when it is left out.
-    fn comes(&mut self, place: u64, lanes: Lanes, confirmed: bool) -> bool {
+    fn comes(&mut self, place: u64, lanes: LaneKeys, confirmed: bool) -> bool {
         self.comes_on(0, place, lanes, confirmed)
     }
 
-    fn comes_on(&mut self, route: u16, place: u64, lanes: Lanes, confirmed: bool) -> bool {
+    fn comes_on(&mut self, route: u16, place: u64, lanes: LaneKeys, confirmed: bool) -> bool {
         let entry = self.entry(place);
         let key = key(place, route);
         let left_out = self.remembered.leaves_out(key, at(place), lanes);
@@ -67,9 +67,9 @@ impl Session {
 }
 
 /// The session after one in which place 1 was not confirmed, and these messages were.
-fn after(confirmed: &[(u64, Lanes)]) -> Session {
+fn after(confirmed: &[(u64, LaneKeys)]) -> Session {
     let mut first = Session::new(Remembered::default());
-    first.comes(1, Lanes::Free, false);
+    first.comes(1, LaneKeys::Free, false);
     for (place, lanes) in confirmed {
         first.comes(*place, *lanes, true);
     }
@@ -102,8 +102,8 @@ fn another_message_of_the_same_id_is_sent() {
 
 #[test]
 fn what_follows_a_message_that_is_sent_again_is_sent_again() {
-    let two = Lanes::Two { lanes: [1, 2], group: TABLE };
-    let truncate = Lanes::Barrier { group: TABLE };
+    let two = LaneKeys::Two { lanes: [1, 2], group: TABLE };
+    let truncate = LaneKeys::Barrier { group: TABLE };
     let follows = [
         (one(1), one(1)),
         (two, row(1)),
@@ -114,7 +114,7 @@ fn what_follows_a_message_that_is_sent_again_is_sent_again() {
         (truncate, row(3)),
         (truncate, two),
         (truncate, truncate),
-        (Lanes::Free, Lanes::Free),
+        (LaneKeys::Free, LaneKeys::Free),
     ];
     for (sent, then) in follows {
         let mut second = after(&[(3, then), (4, one(99))]);
@@ -122,7 +122,7 @@ fn what_follows_a_message_that_is_sent_again_is_sent_again() {
         assert!(!second.comes(3, then, false), "{then:?} follows {sent:?}");
         assert!(second.comes(4, one(99), false), "it follows nothing");
     }
-    let apart = [(one(1), one(2)), (row(1), row(2)), (one(1), truncate), (Lanes::Free, one(1))];
+    let apart = [(one(1), one(2)), (row(1), row(2)), (one(1), truncate), (LaneKeys::Free, one(1))];
     for (sent, then) in apart {
         let mut second = after(&[(3, then)]);
         assert!(!second.comes(2, sent, false));

@@ -1,7 +1,7 @@
-//! One table of the file while it is read. A key is asked for once, with its default and what is
+//! One section of the file while it is read. A key is asked for once, with its default and what is
 //! allowed, right where its value goes; that line is all the code knows about the key.
 //!
-//! Invariant: a key that nobody asked for is an error. A [`Table`] looks for them when it is
+//! Invariant: a key that nobody asked for is an error. A [`Section`] looks for them when it is
 //! dropped, and borrows the [`Document`], so that the document cannot be finished before.
 //!
 //! An empty string or list means "not set". A wrong value is reported and replaced by the
@@ -31,8 +31,8 @@ impl<'f> Document<'f> {
     }
 
     /// The table of the keys that are in no other.
-    pub(super) fn root(&'f self, found: &'f Spanned<DeTable<'f>>) -> Table<'f> {
-        Table::new(self, String::new(), Some(found.get_ref()), None)
+    pub(super) fn root(&'f self, found: &'f Spanned<DeTable<'f>>) -> Section<'f> {
+        Section::new(self, String::new(), Some(found.get_ref()), None)
     }
 
     /// Whether a password was read that stands in the file itself.
@@ -55,7 +55,7 @@ pub(super) fn syntax_error(file: &str, text: &str, error: &toml::de::Error) -> E
 }
 
 /// One table; an absent one has every key at its default.
-pub(super) struct Table<'f> {
+pub(super) struct Section<'f> {
     document: &'f Document<'f>,
     /// Stands before a key in a problem: `relay.`, `route "orders": `.
     prefix: String,
@@ -73,7 +73,7 @@ pub(super) enum Scalar {
     Bool(bool),
 }
 
-impl<'f> Table<'f> {
+impl<'f> Section<'f> {
     fn new(
         document: &'f Document<'f>,
         prefix: String,
@@ -84,7 +84,7 @@ impl<'f> Table<'f> {
     }
 
     /// The table below `key`; `example` shows how it is written.
-    pub(super) fn table(&mut self, key: &'static str, example: &str) -> Table<'f> {
+    pub(super) fn table(&mut self, key: &'static str, example: &str) -> Section<'f> {
         let prefix = format!("{}.", self.path(key));
         let mut found = (None, self.at.clone());
         if let Some(value) = self.ask(key) {
@@ -93,16 +93,16 @@ impl<'f> Table<'f> {
                 _ => self.wrong_type(key, value, &format!("a table, {example}")),
             }
         }
-        Table::new(self.document, prefix, found.0, found.1)
+        Section::new(self.document, prefix, found.0, found.1)
     }
 
     /// The table `[key]`.
-    pub(super) fn section(&mut self, key: &'static str) -> Table<'f> {
+    pub(super) fn section(&mut self, key: &'static str) -> Section<'f> {
         self.table(key, &format!("written [{key}], once, with its keys below it"))
     }
 
     /// The tables of the list `[[key]]`.
-    pub(super) fn tables(&mut self, key: &'static str) -> Vec<Table<'f>> {
+    pub(super) fn tables(&mut self, key: &'static str) -> Vec<Section<'f>> {
         let Some(value) = self.ask(key) else { return Vec::new() };
         let expected = format!("a list of tables: write [[{key}]] for each");
         let DeValue::Array(items) = value.get_ref() else {
@@ -115,7 +115,12 @@ impl<'f> Table<'f> {
             match item.get_ref() {
                 DeValue::Table(table) => {
                     let prefix = format!("{path}.");
-                    tables.push(Table::new(self.document, prefix, Some(table), Some(item.span())));
+                    tables.push(Section::new(
+                        self.document,
+                        prefix,
+                        Some(table),
+                        Some(item.span()),
+                    ));
                 }
                 _ => self.wrong_type(&format!("{key}[{index}]"), item, &expected),
             }
@@ -138,7 +143,7 @@ impl<'f> Table<'f> {
         self.known.len()
     }
 
-    /// The keys that the file has, among those asked for since [`Table::asked`] was `from`.
+    /// The keys that the file has, among those asked for since [`Section::asked`] was `from`.
     pub(super) fn given_since(&self, from: usize) -> Vec<&'f str> {
         self.known[from..].iter().copied().filter(|key| self.value(key).is_some()).collect()
     }
@@ -307,7 +312,7 @@ impl<'f> Table<'f> {
     }
 }
 
-impl Drop for Table<'_> {
+impl Drop for Section<'_> {
     fn drop(&mut self) {
         let Some(found) = self.found else { return };
         for key in found.keys() {
