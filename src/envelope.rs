@@ -71,7 +71,9 @@ impl Envelope {
         let route = &*plan.route;
         route.routing_key(event, &mut self.routing_key)?;
         self.key.clear();
-        let _ = write!(self.key, "{}/{}", row.aggregate_type, row.aggregate_id);
+        self.key.push_str(&row.aggregate_type);
+        self.key.push('/');
+        self.key.push_str(&row.aggregate_id);
         let default = match &row.payload {
             OutboxPayload::Json(_) => JSON,
             OutboxPayload::Hex(_) | OutboxPayload::Broken(_) => BYTES,
@@ -146,7 +148,7 @@ fn write_own_headers(
     plan: &Plan,
     key: &str,
 ) -> Result<()> {
-    builder.header_with("ws-position", |out| event.position.write_text(out))?;
+    builder.header_text("ws-position", &event.position.text())?;
     builder.header_text(ROUTE_HEADER, plan.route.name.as_bytes())?;
     builder.header_key(key)?;
     builder.header_int("ws-committed-at", event.committed_at_us)
@@ -352,7 +354,7 @@ fn write_change(
         }
     }
     out.extend_from_slice(b",\"position\":\"");
-    event.position.write_text(out);
+    out.extend_from_slice(&event.position.text());
     out.extend_from_slice(b"\",\"committed_at\":\"");
     out.extend_from_slice(committed_at.as_bytes());
     out.extend_from_slice(b"\"}");

@@ -231,19 +231,6 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Adds a header by letting `write` append its text; saves a copy.
-    ///
-    /// # Errors
-    /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
-    pub fn header_with(&mut self, name: &str, write: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
-        self.header_name(name)?;
-        self.buf.push(b'S');
-        let at = self.buf.len();
-        self.buf.extend_from_slice(&[0; 4]);
-        write(self.buf);
-        self.set_len(at)
-    }
-
     /// Adds a 64-bit integer header.
     ///
     /// # Errors
@@ -392,7 +379,7 @@ mod tests {
         let mut scratch = Vec::new();
         let mut builder = sample(&mut scratch);
         builder.header_key("order/7").unwrap();
-        builder.header_with(ROUTE_HEADER, |out| out.extend_from_slice(b"orders")).unwrap();
+        builder.header_text(ROUTE_HEADER, b"orders").unwrap();
         builder.header_int("n", -3).unwrap();
         builder.header_float("f", 1.5).unwrap();
         builder.header_bool("b", true).unwrap();

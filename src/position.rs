@@ -80,34 +80,38 @@ pub struct Position {
 }
 
 impl Position {
-    /// Writes the text form (see `Display`) without allocating.
-    ///
-    /// Fixed width, lower-case hexadecimal, so positions sort as text: epoch (8 digits), mark
-    /// (16), ordinal (10), sub (8).
-    pub fn write_text(self, out: &mut Vec<u8>) {
+    /// The text form: fixed width, lower-case hexadecimal, so that positions sort as text: epoch
+    /// (8 digits), mark (16), ordinal (10), sub (8).
+    pub fn text(self) -> [u8; 45] {
         assert!(self.ordinal < 1 << 40, "a transaction has fewer than 2^40 changes");
-        hex(out, u64::from(self.epoch), 8);
-        out.push(b'-');
-        hex(out, self.mark.0, 16);
-        out.push(b'-');
-        hex(out, self.ordinal, 10);
-        out.push(b'-');
-        hex(out, u64::from(self.sub), 8);
+        let mut text = [b'-'; 45];
+        text[..8].copy_from_slice(&hex(self.epoch));
+        text[9..17].copy_from_slice(&hex((self.mark.0 >> 32) as u32));
+        text[17..25].copy_from_slice(&hex(self.mark.0 as u32));
+        text[26..28].copy_from_slice(&hex((self.ordinal >> 32) as u32)[6..]);
+        text[28..36].copy_from_slice(&hex(self.ordinal as u32));
+        text[37..].copy_from_slice(&hex(self.sub));
+        text
     }
 }
 
 impl fmt::Display for Position {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mark = self.mark.0;
-        write!(f, "{:08x}-{mark:016x}-{:010x}-{:08x}", self.epoch, self.ordinal, self.sub)
+        f.write_str(str::from_utf8(&self.text()).expect("hexadecimal digits are ASCII"))
     }
 }
 
-fn hex(out: &mut Vec<u8>, value: u64, digits: u32) {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    for digit in (0..digits).rev() {
-        out.push(DIGITS[(value >> (4 * digit)) as usize & 15]);
-    }
+/// The digits of `value`, all eight at once: this is on the path of every event.
+fn hex(value: u32) -> [u8; 8] {
+    // One digit in each byte, the first in the highest.
+    let spread = u64::from(value);
+    let spread = (spread | spread << 16) & 0x0000_FFFF_0000_FFFF;
+    let spread = (spread | spread << 8) & 0x00FF_00FF_00FF_00FF;
+    let digits = (spread | spread << 4) & 0x0F0F_0F0F_0F0F_0F0F;
+    // 1 in each byte whose digit is a letter.
+    let letters = (digits + 0x0606_0606_0606_0606) >> 4 & 0x0101_0101_0101_0101;
+    let to_letter = u64::from(b'a' - b'0' - 10);
+    (digits + 0x3030_3030_3030_3030 + letters * to_letter).to_be_bytes()
 }
 
 #[cfg(test)]
@@ -142,12 +146,18 @@ mod tests {
     }
 
     #[test]
-    fn written_text_equals_display() {
-        let position =
-            Position { epoch: 7, mark: Mark(0x16_B374_D848), ordinal: 1_000_001, sub: 70_000 };
-        let mut out = Vec::new();
-        position.write_text(&mut out);
-        assert_eq!(out, position.to_string().as_bytes());
-        assert_eq!(position.to_string(), "00000007-00000016b374d848-00000f4241-00011170");
+    fn position_text_has_every_digit_in_its_place() {
+        let text = |epoch, mark, ordinal, sub| {
+            Position { epoch, mark: Mark(mark), ordinal, sub }.to_string()
+        };
+        let expected = "00000007-00000016b374d848-00000f4241-00011170";
+        assert_eq!(text(7, 0x16_B374_D848, 1_000_001, 70_000), expected);
+        let expected = "01234567-89abcdeffedcba98-7654321001-9a9f0fa0";
+        let position = text(0x0123_4567, 0x89AB_CDEF_FEDC_BA98, 0x76_5432_1001, 0x9A9F_0FA0);
+        assert_eq!(position, expected);
+        for digit in 0..16 {
+            let all = 0x1111_1111_u32 * digit;
+            assert_eq!(hex(all), *format!("{all:08x}").as_bytes());
+        }
     }
 }
