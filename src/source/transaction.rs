@@ -8,7 +8,7 @@
 //! configuration can change between two attempts, the count must not. The sub-ordinal numbers the
 //! tables of one truncate.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -44,7 +44,7 @@ const POSTGRES_EPOCH_US: i64 = 946_684_800_000_000;
 pub struct Assembler {
     options: Options,
     state: State,
-    tables: HashMap<u32, Described>,
+    tables: BTreeMap<u32, Described>,
     seen: Seen,
     ids: Ids,
     /// Namespace of the ids, and the timeline that it stands for.
@@ -210,7 +210,7 @@ impl Assembler {
         out: &mut Vec<Item>,
     ) -> Result<()> {
         let counted = self.count_change(received.lsn)?;
-        let Described { table, role } = described(&self.tables, received.relation)?;
+        let Described { table, role, .. } = described(&self.tables, received.relation)?;
         match role {
             Role::Own | Role::Canary(_) => self.own_change(received.relation, Some(new)),
             Role::Unwanted => {}
@@ -263,9 +263,12 @@ impl Assembler {
         change: impl FnOnce(&Values<'_>) -> Result<Change>,
         out: &mut Vec<Item>,
     ) -> Result<()> {
-        let Described { table, role } = described(&self.tables, received.relation)?;
+        let described = described(&self.tables, received.relation)?;
+        let Described { table, role, unknown_type } = described;
         let Role::Captured(id_columns) = role else { unreachable!("the caller has looked") };
-        self.knows_types(&counted.transaction, table)?;
+        if let Some(column) = unknown_type {
+            self.has_known_types(&counted.transaction, table, *column)?;
+        }
         let types = self.options.types.as_ref();
         let change = change(&Values { data: received.data, table, types })?;
         let row = match &change {
@@ -290,7 +293,7 @@ impl Assembler {
         self.root = None;
         for (sub, relation) in relations.enumerate() {
             let counted = if sub == 0 { first } else { self.count_sub(lsn)? };
-            let Described { table, role } = described(&self.tables, relation)?;
+            let Described { table, role, .. } = described(&self.tables, relation)?;
             if !matches!(role, Role::Captured(_)) {
                 continue;
             }
@@ -383,16 +386,13 @@ impl Assembler {
         }
     }
 
-    /// An error when a type of the table may be younger than what was read of the catalog. A type
+    /// An error when the type of `column` may be younger than what was read of the catalog. A type
     /// that is not there although it is older was dropped since, and its values cannot be rendered.
-    fn knows_types(&self, transaction: &Transaction, table: &Table) -> Result<()> {
-        let Some(types) = &self.options.types else { return Ok(()) };
-        if transaction.commit_lsn < self.options.catalog_at {
+    fn has_known_types(&self, at: &Transaction, table: &Table, column: usize) -> Result<()> {
+        if at.commit_lsn < self.options.catalog_at {
             return Ok(());
         }
-        let unknown = table.columns.iter().find(|column| !types.knows(column.type_oid));
-        let Some(column) = unknown else { return Ok(()) };
-        let (name, full_name) = (&column.name, &table.full_name);
+        let (name, full_name) = (&table.columns[column].name, &table.full_name);
         let text = format!(
             "the type of column {name:?} of {full_name} was created after this session began"
         );
@@ -507,7 +507,7 @@ fn just_changed(table: &str) -> Error {
         .hint("none needed: the next session reads it again")
 }
 
-fn described(tables: &HashMap<u32, Described>, relation: u32) -> Result<&Described> {
+fn described(tables: &BTreeMap<u32, Described>, relation: u32) -> Result<&Described> {
     tables.get(&relation).ok_or_else(|| {
         Error::protocol(format!("a change of relation {relation}, which was never described"))
     })

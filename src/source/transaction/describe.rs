@@ -12,6 +12,7 @@ use xxhash_rust::xxh64::Xxh64;
 use super::canary::CanaryColumns;
 use super::rows::OutboxColumns;
 use super::{CapturedTable, Options};
+use crate::column::binary::Types;
 use crate::error::Result;
 use crate::event::{Column, Identity, Table, id};
 use crate::pg::pgoutput::{Relation, ReplicaIdentity};
@@ -25,6 +26,8 @@ const CANARY: &str = "canary";
 pub(super) struct Described {
     pub(super) table: Arc<Table>,
     pub(super) role: Role,
+    /// The first column whose type is not among those that this session read of the catalog.
+    pub(super) unknown_type: Option<usize>,
 }
 
 /// What the changes of a table are to the relay.
@@ -80,7 +83,9 @@ pub(super) fn describe(
     } else {
         Role::Unwanted
     };
-    Ok(Described { table, role })
+    let unknown = |types: &Types| table.columns.iter().position(|c| !types.knows(c.type_oid));
+    let unknown_type = options.types.as_ref().and_then(unknown);
+    Ok(Described { table, role, unknown_type })
 }
 
 /// Whether each change of the table says which row it is about, by the key that the catalog names.

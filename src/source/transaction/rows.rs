@@ -12,7 +12,7 @@ use crate::column::binary::Types;
 use crate::column::instant;
 use crate::error::{Error, Result};
 use crate::event::{
-    self, Broken, Column, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table, Unreadable, Value,
+    self, Broken, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table, Unreadable, Value,
 };
 use crate::pg::pgoutput::{self, OldKind, OldTuple, Tuple};
 use crate::verdict::Verdict;
@@ -35,6 +35,8 @@ pub(super) struct OutboxColumns {
     headers: Option<usize>,
     traceparent: Option<usize>,
     created_at: Option<usize>,
+    /// How many columns lie up to the last of them: the rest need not be read.
+    count: usize,
 }
 
 impl OutboxColumns {
@@ -47,7 +49,7 @@ impl OutboxColumns {
             })
         };
         let optional = |name: &str| table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX);
-        let columns = Self {
+        let mut columns = Self {
             id: needed(&names.id)?,
             aggregate_type: needed(&names.aggregate_type)?,
             aggregate_id: needed(&names.aggregate_id)?,
@@ -58,7 +60,20 @@ impl OutboxColumns {
             headers: optional(&names.headers),
             traceparent: optional(&names.traceparent),
             created_at: optional(&names.created_at),
+            count: 0,
         };
+        let needed_ones =
+            [columns.id, columns.aggregate_type, columns.aggregate_id, columns.event_type];
+        let optional_ones = [
+            columns.payload,
+            columns.data,
+            columns.content_type,
+            columns.headers,
+            columns.traceparent,
+            columns.created_at,
+        ];
+        let last = needed_ones.into_iter().chain(optional_ones.into_iter().flatten()).max();
+        columns.count = last.map_or(0, |last| last + 1);
         if columns.payload.is_none() && columns.data.is_none() {
             return needed(&names.payload).map(|_| columns);
         }
@@ -99,6 +114,29 @@ impl Values<'_> {
         }
     }
 
+    /// The value of an inserted row; why it has none that can be read is noted in `why`.
+    fn bytes(
+        &self,
+        index: usize,
+        value: &pgoutput::TupleValue<'_>,
+        why: &OnceCell<String>,
+    ) -> Option<Bytes> {
+        match value {
+            pgoutput::TupleValue::Text(text) => Some(self.data.slice_ref(text)),
+            // Inserts carry no unchanged TOAST.
+            pgoutput::TupleValue::Null | pgoutput::TupleValue::Unchanged => None,
+            pgoutput::TupleValue::Binary(_) => match self.value(index, value) {
+                Value::Text(text) => Some(text),
+                Value::Null | Value::Unchanged => None,
+                Value::Unreadable(value) => {
+                    let column = &self.table.columns[index].name;
+                    why.get_or_init(|| format!("column {column:?}: {}", value.why));
+                    None
+                }
+            },
+        }
+    }
+
     pub(super) fn row(&self, tuple: &Tuple<'_>) -> Result<Row> {
         if tuple.len() != self.table.columns.len() {
             let (got, want) = (tuple.len(), self.table.columns.len());
@@ -117,18 +155,9 @@ pub(super) fn outbox_row(
     tuple: &Tuple<'_>,
 ) -> (Option<Uuid>, Option<i64>, Box<OutboxRow>) {
     let mut values = [pgoutput::TupleValue::Null; OUTBOX_COLUMNS_MAX];
-    tuple.read_into(&mut values);
+    tuple.read_into(&mut values[..columns.count]);
     let why = OnceCell::new();
-    let bytes = |index: Option<usize>| match index.map(|i| values_of.value(i, &values[i])) {
-        Some(event::Value::Text(text)) => Some(text),
-        // Inserts carry no unchanged TOAST.
-        Some(event::Value::Null | event::Value::Unchanged) | None => None,
-        Some(event::Value::Unreadable(value)) => {
-            let column = index.map_or("", |i| &values_of.table.columns[i].name);
-            why.get_or_init(|| format!("column {column:?}: {}", value.why));
-            None
-        }
-    };
+    let bytes = |index: Option<usize>| values_of.bytes(index?, &values[index?], &why);
     let text = |index: Option<usize>, name: &str| {
         let text = ByteString::try_from(bytes(index)?);
         if text.is_err() {
@@ -163,12 +192,10 @@ pub(super) fn outbox_row(
     };
     let headers = bytes(columns.headers);
     let created_at_us = bytes(columns.created_at).and_then(|text| instant::parse_us(&text));
-    let broken = why.get().cloned();
-    let payload = broken.map_or(payload, |why| {
-        let named = |(i, column): (usize, &Column)| (column.name.clone(), bytes(Some(i)));
-        let shown = values_of.table.columns.iter().take(OUTBOX_COLUMNS_MAX).enumerate();
-        OutboxPayload::Broken(Box::new(Broken { why, columns: shown.map(named).collect() }))
-    });
+    let payload = match why.get() {
+        Some(why) => OutboxPayload::Broken(Box::new(broken(values_of, tuple, why.clone()))),
+        None => payload,
+    };
     let row = OutboxRow {
         aggregate_type,
         aggregate_id,
@@ -179,6 +206,16 @@ pub(super) fn outbox_row(
         traceparent,
     };
     (id, created_at_us, Box::new(row))
+}
+
+/// What there is of a row that breaks the outbox's contract.
+fn broken(values: &Values<'_>, tuple: &Tuple<'_>, why: String) -> Broken {
+    let ignored = OnceCell::new();
+    let columns = values.table.columns.iter().zip(tuple.columns()).take(OUTBOX_COLUMNS_MAX);
+    let shown = columns.enumerate().map(|(index, (column, value))| {
+        (column.name.clone(), values.bytes(index, &value, &ignored))
+    });
+    Broken { why, columns: shown.collect() }
 }
 
 pub(super) fn old_row(old: &OldTuple<'_>, values: &Values<'_>) -> Result<OldRow> {

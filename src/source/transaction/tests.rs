@@ -1,5 +1,7 @@
 //! The canary and our other tables in the stream, message by message.
 
+use std::collections::HashMap;
+
 use bytes::BufMut;
 
 use super::*;

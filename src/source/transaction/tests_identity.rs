@@ -1,5 +1,7 @@
 //! What becomes of rows under each replica identity: key, identity, id, values; message by message.
 
+use std::collections::HashMap;
+
 use bytes::BufMut;
 
 use super::*;
