@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod history;
 mod runs;
 mod store;
 mod world;
@@ -17,7 +18,7 @@ use std::time::Duration;
 
 use store::MemoryStore;
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use watership::metrics::{Metrics, RouteLabel};
 use watership::position::{Lsn, Mark, Position};
 use watership::relay::checkpoint::Checkpoint;
@@ -45,6 +46,8 @@ const TUNING: Tuning = Tuning {
     idle_interval: Duration::from_secs(30),
     parked: Limits { rows: 10_000, keys: 1_000 },
 };
+/// Failovers of one run at most: each writes the rest of the history again.
+const FAILOVERS_MAX: u32 = 5;
 /// Simulated time after which a run that is not done is stuck.
 const LIMIT: Duration = Duration::from_secs(4 * 3600);
 
@@ -61,6 +64,12 @@ struct Report {
     remembered: usize,
     /// Checkpoints that went back under a process that knew better.
     went_back: u32,
+    /// Standbys that were promoted.
+    failovers: u32,
+    /// Events that a failover lost after they had arrived.
+    phantoms: usize,
+    /// Messages that arrived and whose channel was closed before their confirm.
+    closed_on: usize,
 }
 
 /// What a process remembers from session to session.
@@ -87,6 +96,7 @@ struct Run {
     crashes_left: u32,
     ordering: Ordering,
     limits: Limits,
+    timeline: u32,
 }
 
 impl Run {
@@ -94,13 +104,15 @@ impl Run {
         let world = World::new(seed, EVENTS, KEYS, faults);
         let latency = if faults.slow_store { 8_000..9_000 } else { 0..30 };
         let latency = Duration::from_millis(world.borrow_mut().rng.u64(latency));
-        let store = MemoryStore::new(latency);
+        let mut store = MemoryStore::new(latency);
+        store.keeps_history = faults.failover > 0.0;
         let (report, crashes_left) = (Report::default(), faults.crashes);
         // Some runs park without a limit, some run into it.
         let rows = if world.borrow_mut().rng.bool() { 10_000 } else { 20 };
         let limits = Limits { rows, keys: 1_000 };
         let (process, session_no) = (Process::default(), 0);
-        Self { world, store, process, session_no, report, crashes_left, ordering, limits }
+        let timeline = 1;
+        Self { world, store, process, session_no, report, crashes_left, ordering, limits, timeline }
     }
 
     fn checkpoint(&self) -> (Position, Mark) {
@@ -120,6 +132,13 @@ impl Run {
             self.process = Process::default();
             self.nothing_is_remembered();
         }
+        let timeline = self.world.borrow().history.timelines().current();
+        if self.timeline != timeline {
+            // The session follows the promoted server.
+            self.timeline = timeline;
+            position.epoch += 1;
+            self.store.rows.lock().unwrap().push((position, flush));
+        }
         self.session_no += 1;
         let before = self.process.kept.remembered.len();
         self.process.own.took(&self.row(), &mut self.process.kept.remembered);
@@ -138,7 +157,7 @@ impl Run {
             session_no: self.session_no,
             slot: String::new(),
             system_id: 7,
-            timeline: 1,
+            timeline: self.timeline,
             publication: String::new(),
             publication_oid: 1,
         }
@@ -154,9 +173,11 @@ impl Run {
         self.report.sessions += 1;
         let (position, flush) = self.take_over();
         let mut rules = default_rules();
-        if let Action::Publish { ordering, policy, .. } = &mut rules[0].action {
-            *ordering = self.ordering;
-            policy.park_unroutable = self.world.borrow().faults.unroutable > 0.0;
+        for rule in &mut rules {
+            if let Action::Publish { ordering, policy, .. } = &mut rule.action {
+                *ordering = self.ordering;
+                policy.park_unroutable = self.world.borrow().faults.unroutable > 0.0;
+            }
         }
         let labels: Vec<RouteLabel> = rules
             .iter()
@@ -170,7 +191,7 @@ impl Run {
             progress: Progress::new(position, flush),
             parking: Parking::new(self.limits, self.store.index(), self.known(position)),
             router: Arc::new(Router::new(&rules).unwrap()),
-            plans: Plans::new(&Router::new(&rules).unwrap(), HashMap::new()),
+            plans: Plans::new(&Router::new(&rules).unwrap(), self.store.keys()),
             metrics: Arc::new(Metrics::new(&labels)),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),
@@ -184,6 +205,7 @@ impl Run {
         let operator = self.operator();
         let done = self.done();
         let crash = self.crash();
+        let punctual = self.punctual(flush);
         let ended = tokio::select! {
             lost = relay.run(shutdown) => {
                 lost.expect_err("nobody asked it to end");
@@ -192,6 +214,7 @@ impl Run {
             () = done => Ended::Done,
             () = operator => unreachable!("the operator never ends"),
             () = crash => Ended::Crashed,
+            () = punctual => unreachable!("it watches until the end"),
         };
         let (stored, stored_flush) = relay.progress().stored_checkpoint();
         self.process.own.stored(stored, stored_flush.lsn());
@@ -229,7 +252,11 @@ impl Run {
                 }
             }
         }
-        // A row that arrived and is not marked as released is published again.
+        self.parked_come_again();
+    }
+
+    /// A row that arrived and is not marked as released is published again.
+    fn parked_come_again(&mut self) {
         let again = self.store.index();
         let parked = self.store.parked.lock().unwrap();
         let seen = |id| self.world.borrow().has_seen(id);
@@ -246,7 +273,7 @@ impl Run {
                 let back = world.rng.u64(1000..=saved);
                 world.slot = Lsn(back);
             }
-            (world.faults, [world.rng.f64(), world.rng.f64(), world.rng.f64()])
+            (world.faults, [(); 4].map(|()| world.rng.f64()))
         };
         if dice[0] < faults.takeover {
             let first = std::mem::take(&mut self.process);
@@ -261,6 +288,9 @@ impl Run {
             (position.epoch, self.session_no) = (position.epoch + 1, self.session_no + 1);
             self.store.rows.lock().unwrap().push((position, flush));
         }
+        if dice[3] < faults.failover && self.report.failovers < FAILOVERS_MAX {
+            self.fail_over();
+        }
         if dice[2] < faults.restore {
             let mut rows = self.store.rows.lock().unwrap();
             let kept = self.world.borrow_mut().rng.usize(0..=rows.len());
@@ -274,9 +304,51 @@ impl Run {
         }
     }
 
+    /// The promoted server has the first transactions, and the rows that were written before then.
+    fn fail_over(&mut self) {
+        self.report.failovers += 1;
+        let stored = self.checkpoint().1.lsn();
+        let switch = self.world.borrow_mut().fail_over(stored);
+        self.store.go_back_to(switch);
+        let flush = self.checkpoint().1;
+        let mut world = self.world.borrow_mut();
+        world.slot = world.slot.min(flush.lsn());
+        world.parked = self.store.parked.lock().unwrap().values().map(|row| row.id).collect();
+        drop(world);
+        self.nothing_is_remembered();
+        self.parked_come_again();
+    }
+
+    /// Panics when a transaction was confirmed whole and is not stored for too long.
+    fn punctual(&self, from: Mark) -> impl Future<Output = ()> + use<> {
+        let (world, store) = (self.world.clone(), self.store.clone());
+        // Before it is written, another write or a look at the parked rows may be under way.
+        let limit = INTERVAL + 3 * store.latency + Duration::from_millis(300);
+        async move {
+            let mut next = world.borrow().log().partition_point(|t| t.end_lsn <= from.lsn());
+            let mut since = Instant::now();
+            loop {
+                sleep(Duration::from_millis(20)).await;
+                let stored = store.rows.lock().unwrap().last().map_or(from, |(_, flush)| *flush);
+                let world = world.borrow();
+                let end = |next: usize| world.log()[next - 1].end_lsn;
+                if next == 0 || end(next) <= stored.lsn() {
+                    since = Instant::now();
+                    next = world.first_unconfirmed(next);
+                }
+                let age = since.elapsed();
+                assert!(
+                    age <= limit,
+                    "confirmed up to {} and stored up to {stored:?} for {age:?}",
+                    end(next)
+                );
+            }
+        }
+    }
+
     /// Ends when the last transaction is stored.
     fn done(&self) -> impl Future<Output = ()> + use<> {
-        let end = self.world.borrow().log.last().expect("a world has events").end_lsn;
+        let end = self.world.borrow().end();
         let store = self.store.clone();
         async move {
             let stored = || store.rows.lock().unwrap().last().is_some_and(|(_, f)| f.lsn() >= end);
@@ -304,9 +376,12 @@ impl Run {
             loop {
                 let wait = world.borrow_mut().rng.u64(10..1500);
                 sleep(Duration::from_millis(wait)).await;
-                if world.borrow_mut().rng.f64() < 0.2 {
-                    world.borrow_mut().max_body = usize::MAX;
+                let mut world = world.borrow_mut();
+                if world.rng.f64() < 0.2 && world.max_body != usize::MAX {
+                    world.max_body = usize::MAX;
+                    world.restart = world.faults.unannounced;
                 }
+                drop(world);
                 for row in store.parked.lock().unwrap().values_mut() {
                     if row.state == RowState::Parked {
                         row.state = RowState::Retrying;
@@ -321,44 +396,58 @@ impl Run {
         let mut world = self.world.borrow_mut();
         let within = u64::try_from(world.faults.crash_within.as_millis()).unwrap();
         let wait = (self.crashes_left > 0).then(|| world.rng.u64(1..=within));
+        drop(world);
+        let world = self.world.clone();
         async move {
-            match wait {
-                Some(wait) => sleep(Duration::from_millis(wait)).await,
-                None => std::future::pending().await,
-            }
+            let wait = wait.map_or(LIMIT, Duration::from_millis);
+            let asked = async {
+                while !std::mem::take(&mut world.borrow_mut().restart) {
+                    sleep(Duration::from_millis(50)).await;
+                }
+            };
+            tokio::select! { () = sleep(wait) => {} () = asked => {} }
         }
     }
 
     fn is_done(&self) -> bool {
-        let end = self.world.borrow().log.last().unwrap().end_lsn;
+        let end = self.world.borrow().end();
         self.checkpoint().1.lsn() >= end && self.store.index().is_empty()
     }
 
     fn check(&mut self, with_order: bool) {
         let world = self.world.borrow();
+        self.report.closed_on = world.closed_on;
         let mut first = HashSet::new();
-        let numbers: HashMap<_, _> =
-            world.log.iter().flat_map(|t| &t.events).map(|e| (e.id, (e.key, e.n))).collect();
+        let events = world.log().iter().flat_map(|t| &t.events);
+        let places: HashMap<_, _> = events.map(|e| (e.id, &e.places)).collect();
         let mut last: HashMap<u32, u32> = HashMap::new();
         let mut newest: HashMap<u32, u32> = HashMap::new();
         for id in &world.arrived {
-            let (key, n) = numbers[id];
-            newest.insert(key, n);
+            let Some(places) = places.get(id) else {
+                assert!(world.history.was_lost(*id), "{id} was never committed");
+                self.report.phantoms += 1;
+                continue;
+            };
+            newest.extend(places.iter().copied());
             if !first.insert(*id) {
                 self.report.duplicates += 1;
                 continue;
             }
-            let before = last.insert(key, n).unwrap_or(0);
-            assert!(!with_order || n == before + 1, "key {key}: {n} arrived after {before}");
+            for (lane, n) in *places {
+                let before = last.insert(*lane, *n).unwrap_or(0);
+                assert!(!with_order || *n == before + 1, "lane {lane}: {n} came after {before}");
+            }
         }
-        assert_eq!(first.len(), numbers.len(), "lost events");
+        assert_eq!(first.len(), places.len(), "lost events");
         // A consumer that keeps only what came last of a key ends up with the last state.
         assert!(!with_order || newest == last, "an earlier event was the last to arrive");
         assert!(
-            self.report.duplicates <= self.report.allowed,
-            "{} duplicates, {} were not covered by a checkpoint at a fault",
+            self.report.duplicates <= self.report.allowed + self.report.closed_on,
+            "{} duplicates, {} were not covered by a checkpoint at a fault, {} had no confirm when \
+             their channel was closed",
             self.report.duplicates,
-            self.report.allowed
+            self.report.allowed,
+            self.report.closed_on
         );
         assert!(self.store.rows.lock().unwrap().is_sorted(), "checkpoints are monotonic");
     }
@@ -407,6 +496,9 @@ fn seeds(count: u64, faults: Faults, ordering: Ordering) -> Report {
                 total.broker_lost += report.broker_lost;
                 total.remembered += report.remembered;
                 total.went_back += report.went_back;
+                total.failovers += report.failovers;
+                total.phantoms += report.phantoms;
+                total.closed_on += report.closed_on;
                 total.runs += 1;
             }
             Err(panic) => {

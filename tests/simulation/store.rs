@@ -1,6 +1,6 @@
 //! The checkpoint row and the parked rows, in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -24,13 +24,51 @@ pub struct MemoryStore {
     pub parked: Arc<Mutex<BTreeMap<ParkedKey, ParkedRow>>>,
     /// How captured tables were described last, by OID.
     pub described: Arc<Mutex<BTreeMap<u32, Arc<Table>>>>,
+    /// Everything as it was after each write, for a server that is promoted.
+    earlier: Arc<Mutex<Vec<Earlier>>>,
+    pub keeps_history: bool,
     /// Half of it passes before the row is there, half after: a crash can fall on either side.
-    latency: Duration,
+    pub latency: Duration,
+}
+
+/// The parked rows and the descriptions after the first writes of checkpoints.
+#[derive(Debug)]
+struct Earlier {
+    writes: usize,
+    parked: BTreeMap<ParkedKey, ParkedRow>,
+    described: BTreeMap<u32, Arc<Table>>,
 }
 
 impl MemoryStore {
     pub fn new(latency: Duration) -> Self {
         Self { latency, ..Self::default() }
+    }
+
+    /// Names of the key columns of the tables as they were described last, by OID.
+    pub fn keys(&self) -> HashMap<u32, Vec<String>> {
+        let names = |table: &Table| {
+            table.key.iter().map(|index| table.columns[*index].name.to_string()).collect()
+        };
+        let described = self.described.lock().unwrap();
+        described.iter().map(|(oid, table)| (*oid, names(table))).collect()
+    }
+
+    /// What was written when the WAL was at `end` at most.
+    pub fn go_back_to(&self, end: Lsn) {
+        assert!(self.keeps_history, "it has forgotten");
+        let mut rows = self.rows.lock().unwrap();
+        // A row was written after all that it covers was.
+        let covered = |(position, flush): &(Position, Mark)| position.mark.max(*flush);
+        let kept = rows.partition_point(|row| covered(row).lsn() <= end);
+        rows.truncate(kept);
+        let mut earlier = self.earlier.lock().unwrap();
+        earlier.retain(|state| state.writes <= kept);
+        let (parked, described) = match earlier.last() {
+            Some(state) => (state.parked.clone(), state.described.clone()),
+            None => Default::default(),
+        };
+        *self.parked.lock().unwrap() = parked;
+        *self.described.lock().unwrap() = described;
     }
 
     /// The unreleased rows.
@@ -48,7 +86,8 @@ impl MemoryStore {
     }
 
     fn write(&self, position: Position, flush: Mark, riders: Vec<Rider>) {
-        self.rows.lock().unwrap().push((position, flush));
+        let mut rows = self.rows.lock().unwrap();
+        rows.push((position, flush));
         let mut parked = self.parked.lock().unwrap();
         for rider in riders {
             match rider {
@@ -70,6 +109,11 @@ impl MemoryStore {
                     described.extend(tables.into_iter().map(|table| (table.oid, table)));
                 }
             }
+        }
+        if self.keeps_history {
+            let described = self.described.lock().unwrap().clone();
+            let state = Earlier { writes: rows.len(), parked: parked.clone(), described };
+            self.earlier.lock().unwrap().push(state);
         }
     }
 

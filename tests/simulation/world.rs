@@ -4,41 +4,21 @@
 //! in the order in which they were sent, answers in any order, and writes down every arrival.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes};
 use tokio::time::{Instant, sleep, sleep_until};
 use uuid::Uuid;
 use watership::error::{Error, Result};
 use watership::message::Message;
 use watership::position::{Lsn, Mark, Position};
 use watership::publisher::{Outcome, Publisher, Ticket};
-use watership::source::transaction::{Assembler, Options, OutboxTable, Timelines};
+use watership::source::transaction::Assembler;
 use watership::source::{Item, Receipt, Seen, Source};
 
+use crate::history::{self, Frame, GAP, History, MAX_BODY, OUTBOX, Shape, Transaction, Written};
 use crate::store::MemoryStore;
-
-const OUTBOX: u32 = 16_384;
-
-/// One committed event: its key and its number within the key.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Written {
-    pub id: Uuid,
-    pub key: u32,
-    pub n: u32,
-    /// Larger than the broker takes until it is healed.
-    pub large: bool,
-}
-
-/// A committed transaction.
-#[derive(Debug)]
-pub struct Transaction {
-    pub commit_lsn: Lsn,
-    pub end_lsn: Lsn,
-    pub events: Vec<Written>,
-}
 
 /// Which faults a run has; probabilities per message unless said.
 #[derive(Debug, Clone, Copy, Default)]
@@ -55,12 +35,21 @@ pub struct Faults {
     pub crashes: u32,
     /// The event is too large until somebody raises the limit; by event.
     pub poison: f64,
+    /// Share of changes of captured tables among the events.
+    pub captured: f64,
+    /// The broker does not say what it takes; a larger message makes it close the channel (406).
+    pub unannounced: bool,
+    /// The exchange is away (404), or may not be used (403), for this long, once per message with
+    /// this probability.
+    pub gone: f64,
     /// No queue is bound for this message, this time.
     pub unroutable: f64,
     /// What comes between two sessions, by session: another relay has the checkpoint for a while, a
     /// person has it go on in a new epoch, an older state of it is restored.
     pub takeover: f64,
     pub resync: f64,
+    /// A standby is promoted that does not have the last transactions, and is written to.
+    pub failover: f64,
     pub restore: f64,
     /// A checkpoint takes longer than the end of a session waits for it.
     pub slow_store: bool,
@@ -69,72 +58,105 @@ pub struct Faults {
 /// Everything outside of the relay.
 pub struct World {
     pub rng: fastrand::Rng,
-    pub log: Vec<Transaction>,
+    pub history: History,
     /// Ids in order of arrival.
     pub arrived: Vec<Uuid>,
     seen: HashSet<Uuid>,
     /// What arrived in this session and whose confirm the relay has not got.
     pub in_doubt: HashSet<Uuid>,
+    /// What the relay got a confirm for in this session.
+    confirmed: HashSet<Uuid>,
+    /// Messages that arrived and whose channel was closed before their confirm.
+    pub closed_on: usize,
     /// When the broker was lost, last.
     pub lost_at: Option<Instant>,
     /// Transactions at the start of the log that arrived whole.
     whole: usize,
     pub slot: Lsn,
     pub faults: Faults,
-    pub unbound_until: Option<Instant>,
+    unbound_until: Option<Instant>,
+    gone_until: Option<Instant>,
     pub faults_seen: u32,
     /// Largest body that the broker takes.
     pub max_body: usize,
+    /// Somebody changed the broker's limit and restarts the relay, which has learnt the old one.
+    pub restart: bool,
     /// Ids that are in the table of parked rows, whatever became of them.
     pub parked: HashSet<Uuid>,
 }
-
-/// WAL between two transactions: more than the relay's own writes, so that an idle stream advances.
-const GAP: u64 = 10_000;
-/// A small event's body is below it, a large one's above.
-const MAX_BODY: usize = 100;
 
 pub type Shared = Rc<RefCell<World>>;
 
 impl World {
     pub fn new(seed: u64, events: u32, keys: u32, faults: Faults) -> Shared {
         let mut rng = fastrand::Rng::with_seed(seed);
-        let mut log = Vec::new();
-        let (mut written, mut lsn) = (0, 1000);
-        let mut next: HashMap<u32, u32> = HashMap::new();
-        while written < events {
-            let large = rng.f64() < 0.05;
-            let size = rng.u32(1..=if large { 200 } else { 5 });
-            let events = (0..size)
-                .map(|_| {
-                    let key = rng.u32(0..keys);
-                    let n = next.entry(key).and_modify(|n| *n += 1).or_insert(1);
-                    let large = rng.f64() < faults.poison;
-                    Written { id: Uuid::from_u128(rng.u128(..)), key, n: *n, large }
-                })
-                .collect();
-            written += size;
-            lsn += GAP + u64::from(size);
-            // The end of one transaction may equal the next change's LSN (M3).
-            log.push(Transaction { commit_lsn: Lsn(lsn), end_lsn: Lsn(lsn + 10), events });
-            lsn += 10;
-        }
+        let shape = Shape { events, keys, large: faults.poison, captured: faults.captured };
+        let history = History::new(&mut rng, shape);
+        let (arrived, seen, in_doubt, confirmed, parked) = Default::default();
+        let (lost_at, unbound_until, gone_until) = (None, None, None);
         let world = Self {
             rng,
-            log,
-            arrived: Vec::new(),
-            seen: HashSet::new(),
-            in_doubt: HashSet::new(),
-            lost_at: None,
+            history,
+            arrived,
+            seen,
+            in_doubt,
+            confirmed,
+            closed_on: 0,
+            lost_at,
             whole: 0,
             slot: Lsn(1000),
             faults,
-            unbound_until: None,
+            unbound_until,
+            gone_until,
             faults_seen: 0,
             max_body: MAX_BODY,
-            parked: HashSet::new(),
+            restart: false,
+            parked,
         };
         Rc::new(RefCell::new(world))
+    }
+
+    pub fn log(&self) -> &[Transaction] {
+        &self.history.log
+    }
+
+    /// Where the log ends.
+    pub fn end(&self) -> Lsn {
+        self.log().last().expect("a world has events").end_lsn
+    }
+
+    /// The first transaction from `from` on of which something has no confirm in this session.
+    pub fn first_unconfirmed(&self, from: usize) -> usize {
+        let confirmed = |e: &Written| self.confirmed.contains(&e.id);
+        let whole = |t: &&Transaction| t.events.iter().all(confirmed);
+        from + self.log()[from..].iter().take_while(whole).count()
+    }
+
+    /// A standby is promoted: of what the relay has stored it has what ends at `stored` at most.
+    pub fn fail_over(&mut self, stored: Lsn) -> Lsn {
+        let settled = self.log().partition_point(|t| t.end_lsn <= stored);
+        let kept = self.rng.usize(settled.saturating_sub(3)..=settled + 10);
+        let switch = self.history.promote(&mut self.rng, kept);
+        self.whole = self.whole.min(self.log().partition_point(|t| t.end_lsn <= switch));
+        switch
+    }
+
+    /// Reply code and text with which the broker closes the channel because of a message.
+    fn closes_on(&mut self, size: usize, now: Instant) -> Option<(u16, String)> {
+        if self.rng.f64() < self.faults.gone {
+            self.gone_until = Some(now + Duration::from_millis(self.rng.u64(1..5_000)));
+        }
+        if self.gone_until.is_some_and(|until| now < until) {
+            let refused = self.rng.bool();
+            let gone = (404, "NOT_FOUND - no exchange 'watership' in vhost '/'");
+            let (code, text) =
+                if refused { (403, "ACCESS_REFUSED - no write access") } else { gone };
+            return Some((code, text.into()));
+        }
+        (size > self.max_body).then(|| {
+            let text = format!("message size {size} is larger than configured max size {MAX_BODY}");
+            (406, format!("PRECONDITION_FAILED - {text}"))
+        })
     }
 
     fn arrive(&mut self, id: Uuid) {
@@ -149,8 +171,8 @@ impl World {
         let (seen, parked) = (&self.seen, &self.parked);
         let there = |e: &Written| seen.contains(&e.id) || parked.contains(&e.id);
         let whole = |t: &&Transaction| t.events.iter().all(there);
-        self.whole += self.log[self.whole..].iter().take_while(whole).count();
-        self.log.get(self.whole).map_or(Lsn(u64::MAX), |open| open.commit_lsn)
+        self.whole += self.history.log[self.whole..].iter().take_while(whole).count();
+        self.history.log.get(self.whole).map_or(Lsn(u64::MAX), |open| open.commit_lsn)
     }
 
     /// True when the message arrived at least once.
@@ -160,14 +182,15 @@ impl World {
 
     /// Arrivals that a stored checkpoint at `position` does not cover: they may come again.
     pub fn uncovered(&self, position: Position) -> usize {
-        let place = |t: &Transaction, ordinal: usize| Position {
+        let place = |t: &Transaction, e: &Written| Position {
             mark: t.commit_lsn.into(),
-            ordinal: ordinal as u64 + 1,
+            ordinal: e.ordinal,
+            sub: e.sub,
             ..position
         };
-        self.log
+        self.log()
             .iter()
-            .flat_map(|t| t.events.iter().enumerate().map(move |(i, e)| (place(t, i), e.id)))
+            .flat_map(|t| t.events.iter().map(move |e| (place(t, e), e.id)))
             .filter(|(at, id)| *at > position && self.seen.contains(id))
             .count()
     }
@@ -178,9 +201,9 @@ pub struct SimSource {
     world: Shared,
     store: MemoryStore,
     assembler: Assembler,
-    frames: VecDeque<Bytes>,
-    /// LSN of the last frame: in a real stream each change has one of its own.
-    lsn: u64,
+    frames: VecDeque<Frame>,
+    /// Captured tables that this stream has described.
+    described: HashSet<u32>,
     next: usize,
     flushed: Lsn,
 }
@@ -189,38 +212,36 @@ impl SimSource {
     /// As a server does: from the requested position or the slot's, whichever is later.
     pub fn new(world: &Shared, store: &MemoryStore, stored: Position, flush: Lsn) -> Self {
         let from = flush.max(world.borrow().slot);
-        let next = world.borrow().log.partition_point(|t| t.end_lsn <= from);
-        let options = Options {
-            epoch: stored.epoch,
-            system_id: 7,
-            timelines: Timelines::new(1, Vec::new()),
-            resume_after: stored,
-            captured: HashMap::new(),
-            database: "shop".into(),
-            outbox: OutboxTable::default(),
-            catalog_at: Lsn::ZERO,
-            types: None,
-            canary: String::new(),
-        };
-        let frames = VecDeque::from([relation()]);
+        let next = world.borrow().log().partition_point(|t| t.end_lsn <= from);
+        let captured = history::captured_tables(&store.described.lock().unwrap());
+        let options = history::options(stored, world.borrow().history.timelines(), captured);
+        let frames = VecDeque::from([history::relation(OUTBOX)]);
         Self {
             world: world.clone(),
             store: store.clone(),
             assembler: Assembler::new(options),
             frames,
-            lsn: 0,
+            described: HashSet::new(),
             next,
             flushed: from,
         }
     }
 
     fn load(&mut self) -> bool {
-        let world = self.world.borrow();
-        let Some(transaction) = world.log.get(self.next) else { return false };
+        let mut world = self.world.borrow_mut();
+        if world.rng.f64() < 0.02 {
+            // An invalidation: every table is described again.
+            self.described.clear();
+        }
+        let Some(transaction) = world.log().get(self.next) else { return false };
         self.next += 1;
-        self.frames.push_back(begin(transaction.commit_lsn));
-        self.frames.extend(transaction.events.iter().map(insert));
-        self.frames.push_back(commit(transaction.commit_lsn, transaction.end_lsn));
+        self.frames.push_back(history::begin(transaction));
+        for frame in &transaction.frames {
+            let new = frame.tables.iter().filter(|table| self.described.insert(**table));
+            self.frames.extend(new.map(|table| history::relation(*table)));
+            self.frames.push_back(frame.clone());
+        }
+        self.frames.push_back(history::commit(transaction));
         true
     }
 }
@@ -235,15 +256,14 @@ impl Source for SimSource {
             // A keepalive between two transactions: its WAL end is past what was sent.
             if self.frames.is_empty() && self.world.borrow_mut().rng.f64() < 0.1 {
                 let sent =
-                    self.next.checked_sub(1).map(|last| self.world.borrow().log[last].end_lsn);
+                    self.next.checked_sub(1).map(|last| self.world.borrow().log()[last].end_lsn);
                 batch.extend(sent.map(|end| Item::Idle(Receipt::idle(Mark(end.0 + GAP / 2)))));
             }
             if self.frames.is_empty() && !self.load() {
                 break;
             }
             let frame = self.frames.pop_front().expect("just loaded");
-            self.lsn += 1;
-            self.assembler.apply(Lsn(self.lsn), &frame, batch)?;
+            self.assembler.apply(frame.lsn, &frame.bytes, batch)?;
         }
         if batch.is_empty() {
             std::future::pending::<()>().await;
@@ -283,7 +303,7 @@ impl Source for SimSource {
 /// The broker connection of one session.
 pub struct SimPublisher {
     world: Shared,
-    sent: VecDeque<(Ticket, Uuid)>,
+    sent: VecDeque<(Ticket, Uuid, usize)>,
     answers: Vec<(Instant, Ticket, Uuid, Outcome)>,
     broken_at: Option<Instant>,
 }
@@ -292,19 +312,26 @@ impl SimPublisher {
     pub fn new(world: &Shared) -> Self {
         let (sent, answers) = Default::default();
         world.borrow_mut().in_doubt.clear();
+        world.borrow_mut().confirmed.clear();
         Self { world: world.clone(), sent, answers, broken_at: None }
     }
 
     /// The broker handles what has been sent, in order.
     fn handle(&mut self) {
-        let mut world = self.world.borrow_mut();
+        let world = self.world.clone();
+        let mut world = world.borrow_mut();
         let now = Instant::now();
-        while let Some((ticket, id)) = self.sent.pop_front() {
+        while let Some((ticket, id, size)) = self.sent.pop_front() {
             if self.broken_at.is_some_and(|at| at <= now) {
                 return;
             }
             let faults = world.faults;
             let answer_at = now + Duration::from_millis(world.rng.u64(1..40));
+            if let Some((code, text)) = world.closes_on(size, now) {
+                self.answers.push((answer_at, ticket, id, closed(code, &text)));
+                self.close_channel(&mut world, answer_at, code, &text);
+                return;
+            }
             if world.rng.f64() < faults.cut {
                 world.faults_seen += 1;
                 self.broken_at = Some(now + Duration::from_millis(world.rng.u64(0..20)));
@@ -334,6 +361,25 @@ impl SimPublisher {
         }
     }
 
+    /// What was sent after the message that closed the channel was never looked at, and some
+    /// confirms of earlier ones do not get out any more.
+    fn close_channel(&mut self, world: &mut World, at: Instant, code: u16, text: &str) {
+        for (_, _, id, outcome) in &mut self.answers {
+            if *outcome == Outcome::Confirmed && world.rng.bool() {
+                *outcome = closed(code, text);
+                world.closed_on += 1;
+                world.in_doubt.remove(id);
+            }
+        }
+        // All of a channel's end is known at once.
+        for (due, ..) in &mut self.answers {
+            *due = at;
+        }
+        let unseen =
+            self.sent.drain(..).map(|(ticket, id, _)| (at, ticket, id, closed(code, text)));
+        self.answers.extend(unseen);
+    }
+
     /// Hands on the answers that are here.
     fn hand_on(&mut self, now: Instant, outcomes: &mut Vec<(Ticket, Outcome)>) {
         let mut world = self.world.borrow_mut();
@@ -343,6 +389,7 @@ impl SimPublisher {
                 outcomes.push((*ticket, outcome.clone()));
                 if *outcome == Outcome::Confirmed {
                     world.in_doubt.remove(id);
+                    world.confirmed.insert(*id);
                 }
             }
             !due
@@ -352,7 +399,7 @@ impl SimPublisher {
 
 impl Publisher for SimPublisher {
     fn send(&mut self, ticket: Ticket, message: &Message) {
-        self.sent.push_back((ticket, message.id));
+        self.sent.push_back((ticket, message.id, message.body().len()));
     }
 
     async fn next_outcomes(&mut self, outcomes: &mut Vec<(Ticket, Outcome)>) -> Result<()> {
@@ -382,61 +429,13 @@ impl Publisher for SimPublisher {
     }
 
     fn max_body(&self) -> usize {
-        self.world.borrow().max_body
+        let world = self.world.borrow();
+        if world.faults.unannounced { usize::MAX } else { world.max_body }
     }
 
     async fn close(self) {}
 }
 
-fn relation() -> Bytes {
-    let columns = [("id", 2950), ("aggregate_type", 25), ("aggregate_id", 25), ("event_type", 25)];
-    let columns: Vec<(&str, u32)> = columns.into_iter().chain([("payload", 114)]).collect();
-    let mut out = Vec::new();
-    out.put_u8(b'R');
-    out.put_u32(OUTBOX);
-    out.extend_from_slice(b"watership\0outbox\0d");
-    out.put_i16(columns.len() as i16);
-    for (name, oid) in columns {
-        out.put_u8(u8::from(name == "id"));
-        out.extend_from_slice(name.as_bytes());
-        out.put_u8(0);
-        out.put_u32(oid);
-        out.put_i32(-1);
-    }
-    out.into()
-}
-
-fn begin(commit_lsn: Lsn) -> Bytes {
-    let mut out = Vec::new();
-    out.put_u8(b'B');
-    out.put_u64(commit_lsn.0);
-    out.put_i64(0);
-    out.put_u32(1);
-    out.into()
-}
-
-fn commit(commit_lsn: Lsn, end_lsn: Lsn) -> Bytes {
-    let mut out = Vec::new();
-    out.put_slice(b"C\0");
-    out.put_u64(commit_lsn.0);
-    out.put_u64(end_lsn.0);
-    out.put_i64(0);
-    out.into()
-}
-
-fn insert(event: &Written) -> Bytes {
-    let (id, key, n) = (event.id.to_string(), event.key.to_string(), event.n);
-    let padding = "x".repeat(if event.large { MAX_BODY } else { 0 });
-    let payload = format!("{{\"n\":{n},\"padding\":\"{padding}\"}}");
-    let mut out = Vec::new();
-    out.put_u8(b'I');
-    out.put_u32(OUTBOX);
-    out.put_u8(b'N');
-    out.put_i16(5);
-    for value in [&*id, "order", &*key, "changed", &*payload] {
-        out.put_u8(b't');
-        out.put_u32(value.len() as u32);
-        out.extend_from_slice(value.as_bytes());
-    }
-    out.into()
+fn closed(code: u16, text: &str) -> Outcome {
+    Outcome::ChannelClosed { code, text: text.into() }
 }
