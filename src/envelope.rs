@@ -187,7 +187,7 @@ impl<'a> Body<'a> {
                 })
             }
             OutboxPayload::Broken(broken) => Err(Error::event(broken.why.clone())
-                .hint("no retry can fix the row: discard it, and restore the outbox's checks")),
+                .hint("discard the row, and restore the outbox's CHECK constraints")),
         }
     }
 
@@ -220,7 +220,7 @@ fn write_headers(builder: &mut Builder<'_>, headers: &[u8], has_traceparent: boo
     for (name, value) in &map {
         if is_reserved_header(name) {
             return Err(Error::event(format!("header {name:?} is reserved"))
-                .hint("CC, BCC, x-* and ws-* are not the application's; choose another name"));
+                .hint("applications cannot set CC, BCC, x-* or ws-*; choose another name"));
         }
         if name == "traceparent" && has_traceparent {
             continue;

@@ -49,12 +49,12 @@ impl Kind {
     pub fn hint(self) -> &'static str {
         match self {
             Kind::Config => "correct the configuration or the command line, then start again",
-            Kind::Unreachable => "none needed: Watership keeps retrying until the peer is back",
+            Kind::Unreachable => "no action needed: Watership retries until the peer is back",
             Kind::Refused => {
                 "fix what the message names; Watership keeps retrying, up to 15 s apart"
             }
             Kind::Busy => {
-                "none needed: this relay is on standby and takes over when the other stops"
+                "no action needed: this relay is on standby and takes over when the other stops"
             }
             Kind::Protocol => {
                 "check for a proxy in between and for version mismatches; Watership keeps retrying"

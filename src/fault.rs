@@ -90,7 +90,7 @@ pub fn classify_io(kind: io::ErrorKind) -> (Kind, Option<&'static str>) {
         // The parsers of the protocol crates report malformed messages as these.
         E::InvalidInput | E::InvalidData => (
             Kind::Protocol,
-            Some("is this the right server and port? a proxy may garble the stream"),
+            Some("is this the right server and port? a proxy may be corrupting the stream"),
         ),
         _ => (Kind::Unreachable, None),
     }

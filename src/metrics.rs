@@ -4,6 +4,9 @@
 //! the first scrape. Names are `watership_…`, in base units (seconds, bytes), counters end in
 //! `_total`. A handle is a pointer to an atomic: the hot path looks up no name.
 //!
+//! Labels of a route come from `Config::route_labels`; what is counted for each publish is counted
+//! in `relay/window/outcomes`.
+//!
 //! Without an installed recorder all handles do nothing; tests and the simulation rely on that.
 //! Somebody must call [`Exporter::upkeep`] every few seconds even when nobody scrapes: histogram
 //! samples wait in memory until then.

@@ -1,7 +1,11 @@
 //! The named reasons for which a relay stops until a person decides.
 //!
 //! A name is stable: the text of the error begins with it, and it is a metric label and a field of
-//! `/status`. The error's hint says what to do; a gap is accepted with `watership resync`.
+//! `/status`. The error's hint says what to do; a gap is accepted with `watership resync`. The exit
+//! code is 3 for all of them.
+//!
+//! To add one: its variant and name here, how `resync` continues after it in `relay/check/resync`,
+//! and `Error::named` where it is found.
 
 /// The command that accepts a gap.
 pub const RESYNC: &str = "watership resync --accept-gap --reason '…'";

@@ -153,7 +153,7 @@ impl Survey {
         let mut reason = worst.collect::<Vec<_>>().join("; ");
         if !reach.covered {
             let key = shown(key);
-            reason.push_str(&format!("; not every routing key {key:?} has a binding"));
+            reason.push_str(&format!("; some routing keys of the form {key:?} match no binding"));
         }
         // What one queue refuses is nacked and tried again, and the others have taken it already.
         let refuses = |name: &&String| self.queues.get(*name).is_some_and(QueueFacts::refuses);
@@ -220,7 +220,7 @@ impl Survey {
             return format!("no queue is bound to exchange {exchange:?}");
         }
         let (key, keys) = (shown(key), keys.join(", "));
-        format!("no binding of exchange {exchange:?} matches routing key {key:?}; there are {keys}")
+        format!("no binding of exchange {exchange:?} matches routing key {key:?}; bound: {keys}")
     }
 
     fn grade_queue(&self, name: &str) -> Graded {
@@ -269,7 +269,7 @@ impl QueueFacts {
             add(Grade::Unsafe, "not durable: a broker restart loses its messages");
         }
         if self.exclusive || self.auto_delete {
-            add(Grade::Unsafe, "it is deleted with its consumer");
+            add(Grade::Unsafe, "it is deleted with its last consumer or connection");
         }
         let overflow = self.overflow();
         if self.kind != "stream" && self.is_limited() && !self.refuses() {
@@ -282,7 +282,7 @@ impl QueueFacts {
         let redelivered = self.delivery_limit(broker_major);
         if let Some(limit) = redelivered.filter(|_| !self.has("dead-letter-exchange")) {
             let text = format!("delivery-limit {limit} without a dead-letter exchange:");
-            add(Grade::Weak, &format!("{text} a message that is returned too often is dropped"));
+            add(Grade::Weak, &format!("{text} a message that is redelivered too often is dropped"));
         }
         match self.kind.as_str() {
             "quorum" if self.members.len() == 1 => {
@@ -451,9 +451,7 @@ mod tests {
         );
         let other = grade(&survey(&[("events", bound("good", "queue", "customer.*"))]));
         assert_eq!(other.grade, Grade::Unsafe);
-        assert!(
-            other.reason.contains("matches routing key \"order.{}\"; there are \"customer.*\"")
-        );
+        assert!(other.reason.contains("matches routing key \"order.{}\"; bound: \"customer.*\""));
         let good = ("events", bound("good", "queue", "order.#"));
         assert_eq!(grade(&survey(std::slice::from_ref(&good))).grade, Grade::Safe);
         let poor = ("events", bound("poor", "queue", "customer.#"));
@@ -488,7 +486,9 @@ mod tests {
         assert_eq!(grade(&to("order.paid"), "order.paid").grade, Grade::Weak);
         assert_eq!(grade(&to("order.#"), "order.paid").grade, Grade::Unsafe, "direct has no #");
         let some = grade(&to("order.paid"), "order.{}");
-        assert!(some.reason.ends_with("not every routing key \"order.{}\" has a binding"));
+        assert!(
+            some.reason.ends_with("some routing keys of the form \"order.{}\" match no binding")
+        );
         // A circle ends.
         let circle = [inner, ("inner", bound("events", "exchange", "order.paid"))];
         assert_eq!(grade(&survey(&circle), "order.paid").grade, Grade::Unsafe);

@@ -338,7 +338,7 @@ impl Connection {
             }
             connection::AMQPMethod::Blocked(blocked) => {
                 if self.blocked_since.is_none() {
-                    let hint = "the broker log and the management page name the alarm";
+                    let hint = "see the broker log for the alarm, and free memory or disk space";
                     let reason = blocked.reason.as_str();
                     tracing::warn!(
                         reason,

@@ -105,7 +105,7 @@ async fn grade_by_declares(f: &mut Findings, config: &Config) {
             Grade::Unsafe if declares => "`watership run` will declare what is missing",
             Grade::Unsafe => "declare what is missing; until then the route is held",
             Grade::Safe | Grade::Weak | Grade::NotVerified => {
-                "what a confirm guarantees depends on the queues bound to the exchange"
+                "check the bound queues: they decide what a confirm guarantees"
             }
         };
         f.warning("route", what, hint);
@@ -144,7 +144,7 @@ fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, graded
         Grade::Safe => f.ok("route", what),
         // Before the first run nothing may exist yet; that is reported elsewhere.
         Grade::Unsafe if unreached && declared && config.relay.topology.mode == Mode::Declare => {
-            let hint = "`watership run` will declare what is missing; run check again after it";
+            let hint = "`watership run` will declare what is missing; then run check again";
             f.warning("route", what, hint);
         }
         Grade::Unsafe if unreached => f.problem(

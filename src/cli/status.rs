@@ -1,4 +1,5 @@
-//! `watership status`: the state of the relay, from the database and, if it runs, from itself.
+//! `watership status`: the state of the relay, from the database and, if it runs, from its
+//! `/status`, which `relay/status` makes and which is only printed here.
 
 use std::net::SocketAddr;
 use std::time::Duration;

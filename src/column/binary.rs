@@ -360,7 +360,7 @@ fn scalar(out: &mut Vec<u8>, type_oid: u32, value: &[u8]) -> Result<()> {
             return Err(Error::event(format!("type {type_oid} cannot be rendered from binary"))
                 .hint(
                     "set source.binary = false, or leave the column out of the publication; a \
-                     type that is newer than the relay's session is known after a restart",
+                     type created after this session began is recognised after a restart",
                 ));
         }
     }
@@ -428,7 +428,7 @@ fn bits(out: &mut Vec<u8>, read: &mut Read<'_>) -> Result<()> {
 }
 
 fn wrong(what: &str) -> Error {
-    Error::event(format!("the bytes are no {what} in binary form"))
+    Error::event(format!("the bytes are not a valid binary {what}"))
 }
 
 /// Takes big-endian numbers off the front; the second is what is read, for errors.

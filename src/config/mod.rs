@@ -3,6 +3,7 @@
 //! Each key is read by one line, which has its name, its default and what is allowed, and goes
 //! straight into the options of the component that uses it. Invariant: after a [`Config`] exists
 //! nobody checks it again. All problems of a file are reported at once. `Debug` shows no secret.
+//! `[relay]`, `[outbox]`, `[admin]` and `[log]` are read here, other sections in files named so.
 //!
 //! ```text
 //! file ── load ──► text ── toml ──► Section ── keys ──► relay::Options, admin::Options, Log

@@ -91,7 +91,7 @@ fn select(t: &mut Section<'_>) -> Option<Select> {
         ("", _) => Some(Select::Table { name: table }),
         (_, _) => {
             let path = t.path("");
-            t.problem(TABLE, format!("{path}selects an outbox and a table; split it in two"));
+            t.problem(TABLE, format!("{path}selects outbox events and a table; split it in two"));
             None
         }
     }

@@ -20,7 +20,7 @@ impl Section<'_> {
         if text.is_empty() || text.len() > NAME_MAX || !text.chars().all(fits) {
             let extra: Vec<String> = extra.chars().map(|c| format!("{c:?}")).collect();
             let extra = extra.join(", ");
-            let expected = format!("1 to {NAME_MAX} characters out of a to z, 0 to 9, {extra}");
+            let expected = format!("1 to {NAME_MAX} characters from a to z, 0 to 9, {extra}");
             self.invalid(key, format!("{text:?}"), expected);
         }
         text

@@ -14,6 +14,9 @@
 //! Not part of it: what depends on the reader (ordinal, epoch, publication, the names and order of
 //! the columns, the relation's OID, because one publication names the leaf and another the root)
 //! and today's catalog, because a replay after an ALTER must give the same id.
+//!
+//! `relay/check/tables` warns where two publications disagree on what an id is made of; the two
+//! change together.
 
 use uuid::Uuid;
 

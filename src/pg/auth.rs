@@ -142,7 +142,7 @@ pub(super) fn admit_md5(options: &Options) -> Result<()> {
             "the server asks for an md5 password hash, which is not allowed",
         )
         .hint(
-            "set password_encryption=scram-sha-256 on the server and then the password again, \
+            "set password_encryption=scram-sha-256 on the server, then set the password again, \
                  or allow md5 with allow_md5=true in the URL",
         ));
     }
@@ -153,7 +153,7 @@ pub(super) fn admit_md5(options: &Options) -> Result<()> {
 pub(super) fn password(options: &Options) -> Result<&Secret> {
     options.password.as_ref().ok_or_else(|| {
         Error::config(format!("the server asks for the password of {:?}", options.user))
-            .hint("the URL has no password")
+            .hint("put a password in the URL, or set source.password")
     })
 }
 

@@ -1,4 +1,5 @@
-//! The publication and the tables in it, seen through ordinary SQL.
+//! The publication and the tables in it, seen through ordinary SQL; with what the catalog says of a
+//! captured table (`TableFacts`: columns, primary key, replica identity, partitions).
 //!
 //! What a publication leaves out is lost silently, so everything that can leave something out is
 //! read: tables, operations, row filters, column lists. Names come from configuration and are

@@ -3,7 +3,8 @@
 //!
 //! For Postgres 15 and later: columns that came later (`invalidation_reason`, `failover`, `synced`)
 //! are read through JSON, so one query fits every version. Only what the server says: whether a
-//! slot may be used is decided in `relay/position_check`.
+//! slot may be used is decided in `relay/check/position`, what may soon go wrong with one in
+//! `relay/check/slot_risk`.
 
 use std::str::FromStr;
 use std::time::Duration;

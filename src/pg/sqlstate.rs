@@ -193,7 +193,7 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
         }
         ("40", _) | (_, "55P03") => (Kind::Busy, "another session holds a lock; Watership retries"),
         (_, OBJECT_IN_USE) => {
-            (Kind::Busy, "another relay reads the slot; this relay is on standby")
+            (Kind::Busy, "another relay is using the slot; this relay is on standby")
         }
         (_, "42501") => {
             (Kind::Refused, "the role lacks a privilege; replication needs LOGIN and REPLICATION")
@@ -205,7 +205,7 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
         (_, "53300") => {
             (Kind::Unreachable, "if this lasts, raise max_connections or max_wal_senders")
         }
-        (_, "53100") => (Kind::Unreachable, "the server's disk is full"),
+        (_, "53100") => (Kind::Unreachable, "free disk space on the server"),
         ("53", _) => {
             (Kind::Unreachable, "the server has run out of a resource; see the Postgres log")
         }
@@ -227,7 +227,7 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
         ),
         ("58", _) => (Kind::Unreachable, "the server's storage failed; see the Postgres log"),
         ("XX", _) => (Kind::Protocol, "internal server error; see the Postgres log"),
-        ("54", _) => (Kind::Refused, "a server limit was reached"),
+        ("54", _) => (Kind::Refused, "a server limit was reached; see the Postgres log"),
         ("22" | "23", _) => (Kind::Refused, "the server rejected a value; see the Postgres log"),
         ("42", _) => (Kind::Refused, "the schema may not match this version; run `watership init`"),
         _ => return (Kind::Refused, None),

@@ -348,7 +348,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     async fn store_last(&mut self) {
         let failed = match timeout(LAST_STORE_LIMIT, self.store_settled()).await {
             Ok(stored) => stored.err(),
-            Err(_) => Some(Error::unreachable(format!("not within {LAST_STORE_LIMIT:?}"))),
+            Err(_) => Some(Error::unreachable(format!("no answer within {LAST_STORE_LIMIT:?}"))),
         };
         if let Some(error) = failed {
             tracing::info!(error = %error, "the last checkpoint of the session was not stored");

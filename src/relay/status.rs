@@ -434,9 +434,9 @@ impl Inner {
 
 impl fmt::Display for StandingBy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "standing by: {}", self.because)?;
+        write!(f, "on standby: {}", self.because)?;
         let Some(Holder { slot, pid, client }) = &self.slot_holder else { return Ok(()) };
-        write!(f, "; slot {slot:?} is read by pid {pid}")?;
+        write!(f, "; slot {slot:?} is in use by pid {pid}")?;
         client.as_ref().map_or(Ok(()), |client| write!(f, " from {client}"))
     }
 }

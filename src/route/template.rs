@@ -1,4 +1,5 @@
-//! Routing keys with fields, such as `{aggregate_type}.{event_type}`. Pure.
+//! Routing keys with fields, such as `{aggregate_type}.{event_type}`: parsed, and written for an
+//! event. `Rule::known_key` expands the same fields without an event, for the audit. Pure.
 
 use crate::error::{Error, Result};
 use crate::event::{Content, Event, Op};

@@ -396,7 +396,7 @@ impl Assembler {
         let text = format!(
             "the type of column {name:?} of {full_name} was created after this session began"
         );
-        Err(Error::protocol(text).hint("none needed: the next session reads the types again"))
+        Err(Error::protocol(text).hint("no action needed: the next session reads the types again"))
     }
 
     /// Counts one change of the open transaction and gives it its position.
@@ -504,7 +504,7 @@ fn id_source(namespace: &mut (u32, Uuid), options: &Options, counted: &Counted) 
 /// refuses what cannot work.
 fn just_changed(table: &str) -> Error {
     Error::protocol(format!("the key or the replica identity of {table} has just changed"))
-        .hint("none needed: the next session reads it again")
+        .hint("no action needed: the next session reads it again")
 }
 
 fn described(tables: &BTreeMap<u32, Described>, relation: u32) -> Result<&Described> {

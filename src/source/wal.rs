@@ -2,7 +2,8 @@
 //!
 //! Reads whatever the socket has, decodes it in place, hands items on. Keepalives that ask are
 //! answered at once with the flush position that was authorised last, never with what the server
-//! says: a keepalive may lie past a transaction that is not settled (museum M5, M6).
+//! says: a keepalive may lie past a transaction that is not settled (museum M5, M6). How often it
+//! reports unasked is `Timing`.
 
 use std::time::Duration;
 
@@ -154,7 +155,7 @@ impl Wal {
     async fn flush(&mut self) -> Result<()> {
         timeout(WRITE_LIMIT, self.stream.flush()).await.unwrap_or_else(|_| {
             let seconds = WRITE_LIMIT.as_secs();
-            Err(Error::unreachable(format!("Postgres took no status update for {seconds} s")))
+            Err(Error::unreachable(format!("Postgres read no status update for {seconds} s")))
         })
     }
 }

@@ -128,7 +128,7 @@ async fn an_audit_that_fails_is_counted_and_disturbs_nothing() {
     let nobody = "broker.management_url = \"http://127.0.0.1:9\"";
     let stage = stage(own_vhost().await, nobody).await;
     let relay = stage.start().await;
-    graded(&relay, "orders", "team-orders", "not_verified", "could not be looked at").await;
+    graded(&relay, "orders", "team-orders", "not_verified", "could not be inspected").await;
     assert!(relay.metric("watership_audit_failures_total").await.unwrap() >= 1.0);
     stage.execute("SELECT watership.emit('order', '1', 'paid', '1')").await;
     stage.inbox.count(1).await;

@@ -107,7 +107,7 @@ async fn after_a_failover_without_the_slot_a_person_decides() {
     .await;
     drop(standby);
     pair.fail_over().await;
-    let texts = ["timeline_changed: ", "a failover, without the slot", "watership resync"];
+    let texts = ["timeline_changed: ", "a failover, and slot", "watership resync"];
     pair.relay.ended().await.expect_code(3).expect_text(&texts);
     let resync = ["resync", "--accept-gap", "--reason", "failover"];
     pair.stage.run(&resync).await.expect_code(0).expect_text(&["recreated"]);

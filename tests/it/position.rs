@@ -57,7 +57,7 @@ async fn resolve(stage: &Stage, verdict: &str, from: &str) {
     let relay = stage.start().await;
     assert_goes_on(stage).await;
     let busy = stage.run(&["resync", "--accept-gap", "--reason", "x", "--anyway", "--from", "now"]);
-    busy.await.expect_code(1).expect_text(&["is read by pid", "stop the relay first"]);
+    busy.await.expect_code(1).expect_text(&["is in use by pid", "stop the relay first"]);
     relay.stop().await.expect_code(0);
 }
 
@@ -313,7 +313,7 @@ async fn a_stream_that_leaves_out_the_canary_is_deaf_and_the_slot_stays() {
         .execute("CREATE TABLE junk AS SELECT repeat('x', 100) FROM generate_series(1, 50000)")
         .await;
     let ended = relay.ended().await;
-    ended.expect_code(3).expect_text(&["stream_deaf: ", "has not brought canary", "--anyway"]);
+    ended.expect_code(3).expect_text(&["stream_deaf: ", "without canary", "--anyway"]);
     assert_eq!(stage.text("SELECT flush_lsn FROM watership.checkpoint").await, before);
     let arguments = ["resync", "--accept-gap", "--reason", "x", "--anyway", "--from", "now"];
     stage.run(&arguments).await.expect_code(0).expect_text(&["recreated"]);

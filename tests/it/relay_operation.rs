@@ -191,5 +191,5 @@ async fn one_piece_of_upkeep_that_fails_keeps_no_other_from_its_turn() {
     .await;
     assert!(relay.metric("watership_outbox_maintain_failures_total").await >= Some(1.0));
     let ended = relay.stop().await;
-    ended.expect_code(0).expect_text(&["upkeep failed; it is tried again", "not today"]);
+    ended.expect_code(0).expect_text(&["upkeep failed; it will be retried", "not today"]);
 }

@@ -229,7 +229,7 @@ async fn a_key_that_a_delete_does_not_carry_is_told_by_check_and_at_every_start(
                   exchange = \"watership\"\n";
     let setup = Setup { sql, tables: &["public.items"], routes, ..Setup::default() };
     let stage = Stage::new(setup).await;
-    let text = "in the replica identity: each UPDATE and DELETE waits for the whole table";
+    let text = "in the replica identity: each UPDATE and DELETE waits for all earlier changes";
     stage.run(&["check"]).await.expect_text(&[text, "REPLICA IDENTITY FULL"]);
     let told = "route \"items\" uses column \"customer\" of public.items as key";
     let relay = stage.start().await;

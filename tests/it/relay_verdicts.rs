@@ -63,7 +63,7 @@ async fn a_dropped_publication_is_a_verdict_before_and_while_it_runs() {
     stage.execute("DROP PUBLICATION watership").await;
     stage.execute(TEXT).await;
     relay.ended().await.expect_code(3).expect_text(&["\"watership\"", "hint: "]);
-    let texts = ["publication \"watership\" does not exist", "decide about the gap"];
+    let texts = ["publication \"watership\" does not exist", "decide whether to accept the gap"];
     stage.spawn().ended().await.expect_code(3).expect_text(&texts);
     assert_eq!(stage.inbox.flush(&stage.channel, "all").await.len(), 1);
 }

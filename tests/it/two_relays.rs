@@ -150,7 +150,7 @@ async fn a_stand_by_says_what_it_waits_for_and_who_holds_it() {
     assert!(second.metric("watership_session_tries").await.unwrap() >= 1.0);
     let (code, body) = second.get("/readyz").await;
     assert_eq!(code, 503);
-    for text in ["standing by", "holds the lock queue", &format!("pid {pid} from 127.0.0.1:")] {
+    for text in ["on standby", "holds the lock queue", &format!("pid {pid} from 127.0.0.1:")] {
         assert!(body.contains(text), "{text} is missing in {body}");
     }
     assert_eq!(second.get("/livez").await.0, 200);

@@ -241,7 +241,7 @@ impl Writer<'_> {
         lanes.into_iter().map(next).collect()
     }
 
-    /// The lanes of rows of a table; where a change does not say which row it is about, one for all.
+    /// The lanes of rows of a table; one for all where a change does not say which it is about.
     fn rows(table: &Captured, rows: impl IntoIterator<Item = u32>) -> Vec<u32> {
         let lane = |row| table.oid * 100 + row;
         if table.keyed { rows.into_iter().map(lane).collect() } else { vec![lane(0)] }

@@ -9,6 +9,7 @@ mod documents;
 mod english;
 mod layers;
 mod names;
+mod paths;
 mod planted;
 mod shape;
 mod unused;

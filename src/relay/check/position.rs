@@ -53,7 +53,7 @@ pub fn verify(
 ) -> Result<Start> {
     if server.in_recovery {
         return Err(Error::unreachable("the server is a standby (in recovery)")
-            .hint("nothing, if it is about to be promoted; else name the primary in source.url"));
+            .hint("wait if it is about to be promoted; otherwise name the primary in source.url"));
     }
     if server.wal_level != "logical" {
         let text =
@@ -65,7 +65,7 @@ pub fn verify(
         let (now, then) = (server.system_identifier, row.system_id);
         let text = format!("this is another cluster: its system identifier is {now}, not {then}");
         return Err(gap(Verdict::OtherCluster, text, row.flush_lsn, server.wal_lsn)
-            .hint(format!("check source.url; if the move was meant: {RESYNC}")));
+            .hint(format!("check source.url; if the move was intended: {RESYNC}")));
     }
     if server.timeline != row.timeline {
         return failover(row, server, slot, history).map(Start::Failover);
@@ -77,7 +77,7 @@ pub fn verify(
              restored; what was published between {now} and {stored} does not exist here"
         );
         return Err(Error::named(Verdict::CheckpointAhead, text)
-            .hint(format!("check source.url; if the restore was meant: {RESYNC}")));
+            .hint(format!("check source.url; if the restore was intended: {RESYNC}")));
     }
     let slot = slot.ok_or_else(|| missing(row, server))?;
     check_slot(row, server, slot)?;
@@ -92,8 +92,8 @@ fn gap(verdict: Verdict, text: impl std::fmt::Display, from: Lsn, to: Lsn) -> Er
     Error::named(
         verdict,
         format!(
-            "{text}; events committed between {from} and {to} were not published by this relay, \
-             or it cannot be known"
+            "{text}; events committed between {from} and {to} may not have been published by this \
+             relay"
         ),
     )
 }
@@ -101,8 +101,8 @@ fn gap(verdict: Verdict, text: impl std::fmt::Display, from: Lsn, to: Lsn) -> Er
 fn missing(row: &Checkpoint, server: &ServerFacts) -> Error {
     let text = format!("replication slot {:?} does not exist", row.slot);
     gap(Verdict::SlotMissing, text, row.flush_lsn, server.wal_lsn).hint(format!(
-        "find out who dropped it; nobody may create it silently. To accept the gap, make a new \
-         slot and go on: {RESYNC}"
+        "find out who dropped it; do not recreate it by hand. To accept the gap and resume \
+         with a new slot: {RESYNC}"
     ))
 }
 
@@ -115,21 +115,21 @@ pub(super) fn check_slot(row: &Checkpoint, server: &ServerFacts, slot: &SlotStat
         || slot.two_phase
     {
         let text = format!(
-            "slot {name:?} is of the wrong kind: {}; needed is a persistent pgoutput slot of \
+            "slot {name:?} is of the wrong kind: {}; expected a permanent pgoutput slot of \
              database {:?}",
             slot.kind(),
             server.database
         );
         return Err(Error::named(Verdict::SlotUnfit, text).hint(format!(
-            "it was made by somebody else: drop it by hand if nobody needs it, then {RESYNC}"
+            "Watership did not create it: if nobody needs it, drop it, then run {RESYNC}"
         )));
     }
     if slot.wal_status == Some(WalStatus::Lost) {
         let reason = slot.invalidation_reason.as_deref().unwrap_or("max_slot_wal_keep_size");
         let text = format!("slot {name:?} is lost ({reason}): WAL that it needs was removed");
         return Err(gap(Verdict::SlotLost, text, row.flush_lsn, server.wal_lsn).hint(format!(
-            "raise max_slot_wal_keep_size and read the relay's outage; to accept the gap, make a \
-             new slot and go on: {RESYNC}"
+            "raise max_slot_wal_keep_size, and find out why the relay was down; to accept the gap \
+             and resume with a new slot: {RESYNC}"
         )));
     }
     Ok(())
@@ -152,7 +152,7 @@ fn ahead(row: &Checkpoint, slot: &SlotState, confirmed: Lsn) -> Error {
     };
     let text = format!("{text}: {why}");
     gap(verdict, text, stored, confirmed).hint(format!(
-        "find out who did that; to accept the gap and go on at {confirmed}: {RESYNC}"
+        "find out who did that; to accept the gap and resume at {confirmed}: {RESYNC}"
     ))
 }
 
@@ -170,8 +170,8 @@ fn failover(
     let (now, then) = (server.timeline, row.timeline);
     let refused = |text: String| {
         gap(Verdict::TimelineChanged, text, row.flush_lsn, server.wal_lsn).hint(format!(
-            "positions of two timelines cannot be compared: make sure that this is the primary \
-             that is meant; to go on there: {RESYNC}"
+            "positions of two timelines cannot be compared: make sure that this is the right \
+             primary; to accept the gap and resume there: {RESYNC}"
         ))
     };
     let changed = format!("the server is on timeline {now}, the checkpoint on {then}");
@@ -182,7 +182,10 @@ fn failover(
         return Err(refused(format!("{changed}, which is not among its ancestors")));
     };
     let Some(slot) = slot else {
-        return Err(refused(format!("{changed}: a failover, without the slot {:?}", row.slot)));
+        return Err(refused(format!(
+            "{changed}: a failover, and slot {:?} does not exist there",
+            row.slot
+        )));
     };
     if !(slot.failover && slot.synced) {
         let text = format!("{changed}: a failover, and slot {:?} was not synchronised", slot.name);
@@ -213,6 +216,8 @@ pub fn facts(publication: &Publication, wanted: &[String]) -> Publication {
     facts
 }
 
+const ALTERED: &str = "find out who altered it; changes may be missing";
+
 /// Compares the publication with what was agreed to; `wanted` are the tables that the relay reads
 /// now. Tables that were not read before may be new.
 ///
@@ -227,7 +232,7 @@ pub fn verify_publication(
     wanted: &[String],
 ) -> Result<()> {
     let verdict = |verdict: Verdict, text: String, what_to_do: &str| {
-        let hint = format!("{what_to_do}; to accept the gap and go on: {RESYNC}");
+        let hint = format!("{what_to_do}; to accept the gap and continue: {RESYNC}");
         Err(gap(verdict, text, row.flush_lsn, wal_end).hint(hint))
     };
     let Some(found) = found else {
@@ -235,7 +240,7 @@ pub fn verify_publication(
             Verdict::PublicationMissing,
             format!("publication {name:?} does not exist"),
             "changes committed without it are not streamed: create it with `watership init`, then \
-             decide about the gap",
+             decide whether to accept the gap",
         );
     };
     let then = agreed.map_or(row.publication_oid, |agreed| agreed.oid);
@@ -253,7 +258,7 @@ pub fn verify_publication(
     let Some(agreed) = agreed else { return Ok(()) };
     if let Some(what) = altered(agreed, found) {
         let text = format!("publication {name:?} was altered: {what}");
-        return verdict(Verdict::PublicationAltered, text, "changes may have been left out");
+        return verdict(Verdict::PublicationAltered, text, ALTERED);
     }
     for then in agreed.tables.iter().filter(|t| wanted.contains(&t.table.to_string())) {
         let table = &then.table;
@@ -276,7 +281,7 @@ pub fn verify_publication(
         }
         if let Some(what) = narrowed(then, now) {
             let text = format!("publication {name:?} was altered: table {table}: {what}");
-            return verdict(Verdict::PublicationAltered, text, "rows or columns may be left out");
+            return verdict(Verdict::PublicationAltered, text, ALTERED);
         }
         if now.entry != then.entry {
             return verdict(
@@ -298,8 +303,8 @@ pub fn carries(publication: &Publication, wanted: &[String]) -> Result<()> {
     let name = &publication.name;
     if !publication.via_root {
         let text = format!(
-            "publication {name:?} publishes partitions under their own names, so events would not \
-             be seen as the outbox's"
+            "publication {name:?} publishes partitions under their own names, so outbox events \
+             would not be recognised"
         );
         return Err(Error::refused(text)
             .hint(format!("ALTER PUBLICATION {name:?} SET (publish_via_partition_root = true)")));

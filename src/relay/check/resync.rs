@@ -54,7 +54,7 @@ pub fn plan(
 ) -> Result<ResyncPlan> {
     let name = &row.slot;
     if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
-        return Err(Error::new(Kind::Busy, format!("slot {name:?} is read by pid {pid}"))
+        return Err(Error::new(Kind::Busy, format!("slot {name:?} is in use by pid {pid}"))
             .hint("stop the relay first"));
     }
     let usable = slot.filter(|slot| check_slot(row, server, slot).is_ok());
@@ -69,8 +69,8 @@ pub fn plan(
     let from = asked.unwrap_or(least);
     if from < least {
         let (from, least) = (from.name(), least.name());
-        return Err(Error::refused(format!("the stream cannot begin where the {from} is"))
-            .hint(format!("--from {least} is possible")));
+        return Err(Error::refused(format!("the relay cannot resume from the {from}"))
+            .hint(format!("use --from {least}")));
     }
     let begin = match from {
         ResumeFrom::Checkpoint => Some(row.flush_lsn),
@@ -104,8 +104,8 @@ fn allowed_by(verdict: Verdict, slot: &str) -> Result<ResumeFrom> {
             .hint("`watership check` says what to do"));
         }
         Verdict::SlotUnfit => {
-            return Err(Error::refused(format!("slot {slot:?} was made by somebody else"))
-                .hint("drop it by hand if nobody needs it: then its absence can be accepted"));
+            return Err(Error::refused(format!("slot {slot:?} was not created by Watership"))
+                .hint("if nobody needs it, drop it; then run resync again to accept the gap"));
         }
         // Only the process that lived through it knows of a row that went back.
         Verdict::CheckpointWentBack

@@ -1,4 +1,5 @@
-//! What may soon go wrong with a slot that works. Pure.
+//! Warnings about a slot that works: its WAL comes close to max_slot_wal_keep_size, or it waits for
+//! a standby. For `check`, the upkeep and `/status`. Pure.
 
 use crate::pg::slot::{SlotState, WalStatus};
 
@@ -11,8 +12,8 @@ pub fn held_by_standby(slot: &SlotState) -> Option<String> {
     let names = slot.waits_for.join(", ");
     (!names.is_empty()).then(|| {
         format!(
-            "slot {:?} waits for standby slots that nobody reads ({names}): Postgres sends no \
-             change before those standbys have it",
+            "slot {:?} waits for standby slots that are not in use ({names}): Postgres sends no \
+             changes until those standbys have received them",
             slot.name
         )
     })

@@ -35,12 +35,12 @@ fn identity_has_key(table: &TableName, identity: &CatalogIdentity, key: &[String
     let Some(column) = identity.lacks(key) else { return Ok(()) };
     let text = format!(
         "the replica identity of {table} is an index on {}, without column {column:?} of its \
-         primary key: a DELETE would not say which row is gone",
+         primary key: a DELETE would not say which row was deleted",
         columns.join(", ")
     );
     let quoted = table.quoted();
     Err(Error::refused(text).hint(format!(
-        "ALTER TABLE {quoted} REPLICA IDENTITY DEFAULT; or FULL, if old rows are wanted"
+        "ALTER TABLE {quoted} REPLICA IDENTITY DEFAULT; or FULL, if consumers need the old rows"
     )))
 }
 
@@ -61,8 +61,8 @@ fn same_as_root(root: &TableFacts, leaf: &TableName, identity: &CatalogIdentity)
     };
     let table = &root.table;
     let text = format!(
-        "the replica identity of partition {leaf} {what}, and that of its root {table} {}: its \
-         changes would be read wrongly",
+        "the replica identity of partition {leaf} {what}, but that of its root {table} {}: the \
+         partition's changes would be misread",
         match &root.identity {
             CatalogIdentity::Full => "is FULL".to_owned(),
             CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => {
@@ -88,7 +88,7 @@ fn columns_have_key(facts: &TableFacts, published: Option<&PublishedTable>) -> R
     let Some(column) = missing else { return Ok(()) };
     let table = &facts.table;
     let text = format!(
-        "of {table} only columns {} are published, without column {column:?} of its primary key: \
+        "only columns {} of {table} are published, without primary key column {column:?}: \
          no event would say which row it is about",
         columns.join(", ")
     );
@@ -131,15 +131,15 @@ pub fn hides_route_key(
     let (table, quoted) = (&facts.table, facts.table.quoted());
     if let Some(column) = key.iter().find(|column| !facts.columns.contains(column)) {
         let text = format!(
-            "route {route:?} uses column {column:?} as key, which {table} does not have: its \
-             changes follow each other in one lane, and have no key"
+            "route {route:?} uses column {column:?} as key, but {table} has no such column: its \
+             changes have no key and are published one at a time"
         );
-        return Some((text, "name other columns in the route's key".to_owned()));
+        return Some((text, "set the route's key to columns of the table".to_owned()));
     }
     let column = facts.identity.lacks(key)?;
     let text = format!(
         "route {route:?} uses column {column:?} of {table} as key, but it is not in the replica \
-         identity: each UPDATE and DELETE waits for the whole table, and a DELETE does not show \
+         identity: each UPDATE and DELETE waits for all earlier changes, and a DELETE lacks \
          the key"
     );
     Some((text, format!("ALTER TABLE {quoted} REPLICA IDENTITY FULL, or choose another key")))
@@ -163,16 +163,19 @@ pub fn ids_differ(facts: &TableFacts, publication: &Publication) -> Vec<(String,
         };
         if lacks {
             let text = format!(
-                "{table}: the column list leaves out columns that ids are made of; a relay with \
-                 another publication gives the same changes other ids"
+                "{table}: the column list leaves out columns that ids derive from; a relay with \
+                 a different publication gives the same changes different ids"
             );
-            found.push((text, "list the columns of the replica identity, or give it a key"));
+            found.push((
+                text,
+                "add the replica identity's columns to the list, or give the table a primary key",
+            ));
         }
     }
     if identity.is_none() && publication.generated && !facts.generated.is_empty() {
         let text = format!(
             "{table}: ids are made of all columns, the generated ones included; a relay with a \
-             publication that leaves those out gives the same changes other ids"
+             publication that leaves those out gives the same changes different ids"
         );
         found.push((text, "give the table a primary key or another index as replica identity"));
     }
@@ -185,15 +188,15 @@ pub fn ids_differ(facts: &TableFacts, publication: &Publication) -> Vec<(String,
         };
         let text = format!(
             "{table}: {which} arrives as an INSERT or DELETE, and a relay with another filter \
-             gives it another id"
+             gives it a different id"
         );
-        found.push((text, "let one relay read the table, or none with a row filter"));
+        found.push((text, "capture the table with only one relay, or remove the row filter"));
     }
     let differs = facts.leaves.iter().find(|(_, leaf)| !same_columns(leaf, &facts.identity));
     if let Some((leaf, _)) = differs {
         let text = format!(
-            "{table}: partition {leaf} has another replica identity than its root; a relay that \
-             reads partitions under their own names gives their changes other ids"
+            "{table}: partition {leaf} and its root differ in replica identity; a relay that \
+             reads partitions under their own names gives the same changes different ids"
         );
         found.push((text, "give the partition the replica identity of its root"));
     }
@@ -307,7 +310,7 @@ mod tests {
             |columns: &[&str]| keys_its_changes(&facts, Some(&publication(Some(columns), None)));
         assert!(checked(&["id", "note"]).is_ok());
         let error = checked(&["note"]).unwrap_err();
-        assert!(error.to_string().contains("without column \"id\""), "{error}");
+        assert!(error.to_string().contains("without primary key column \"id\""), "{error}");
     }
 
     #[test]
@@ -355,6 +358,6 @@ mod tests {
         assert_eq!(told(key(&["id"]), &["id"]), "");
         assert_eq!(told(CatalogIdentity::Full, &["email"]), "");
         assert!(told(key(&["id"]), &["email"]).contains("not in the replica identity"));
-        assert!(told(CatalogIdentity::Full, &["mail"]).contains("which public.t does not have"));
+        assert!(told(CatalogIdentity::Full, &["mail"]).contains("but public.t has no such column"));
     }
 }

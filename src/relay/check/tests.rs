@@ -206,7 +206,7 @@ fn a_failover_without_a_synchronised_slot_is_a_verdict() {
     let promoted = ServerFacts { timeline: 3, ..server() };
     let copy = |failover, synced| SlotState { failover, synced, ..slot() };
     for (slot, history, text) in [
-        (None, &history[..], "without the slot"),
+        (None, &history[..], "does not exist there"),
         (Some(copy(false, false)), &history, "was not synchronised"),
         (Some(copy(true, false)), &history, "was not synchronised"),
         (Some(copy(true, true)), &history[..1], "not among its ancestors"),

@@ -1,6 +1,10 @@
-//! The checkpoint row. It lives in the source database, so that it rolls back together with the
-//! data; it is written before the source is advanced. Whether the relay may start from it is
-//! decided in `position_check.rs`.
+//! The checkpoint row, its statements (`sql/query/checkpoint_*`), and the `Store` that writes it.
+//! It lives in the source database, so that it rolls back together with the data; it is written
+//! before the source is advanced. Whether the relay may start from it is decided in
+//! `relay/check/position`.
+//!
+//! To keep another value in the row: a migration (`sql`, `pg/migrate`), `Checkpoint` here, and the
+//! statements that read it and take it over. What must be durable *with* a position is a `rider`.
 
 pub mod own;
 pub mod progress;

@@ -1,4 +1,5 @@
-//! How much may be parked, and what an earlier session parked beyond the checkpoint.
+//! How much may be parked, and what an earlier session parked beyond the checkpoint. A row for
+//! which there is no room is blocked: it waits in the window until `Parking::unblock` finds room.
 
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Bound;

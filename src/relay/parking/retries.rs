@@ -1,5 +1,6 @@
-//! Parked rows that people want tried again: read, made into messages, and put into their lanes
-//! in order. Nobody else publishes them.
+//! Starts the retries that people ask for: parked rows are read, made into messages, and put into
+//! their lanes in order. Nobody else publishes them. How a retry ends is in `relay/window/outcomes`
+//! and in `Parking::confirmed`.
 
 use std::time::Duration;
 
@@ -116,7 +117,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     position = %row.key.position,
                     kind = %why,
                     error = %error,
-                    "a parked message cannot be published yet; it is parked again"
+                    "a parked message still cannot be published; it stays parked"
                 );
                 self.parked.parking.refused(&row.key, why, shorten(&error));
             }
@@ -184,7 +185,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             messages.push((fits(message, max_body)?, lanes));
         }
         if messages.is_empty() && !selected {
-            let text = format!("route {:?} does not select it", row.key.route);
+            let text = format!("route {:?} does not select this event", row.key.route);
             return Err((Why::NoRoute, Error::event(text).hint(Why::NoRoute.hint())));
         }
         Ok(messages)

@@ -1,4 +1,5 @@
-//! What others see of it: counts by route, lane and age, and what was released unwritten. Pure.
+//! What others see of what is parked: counts by route, lane and age, and what was released
+//! unwritten. Pure.
 
 use std::collections::BTreeMap;
 

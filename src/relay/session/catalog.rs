@@ -35,7 +35,7 @@ impl StartedWith {
         };
         let table = &tables.iter().find(changed)?.table;
         let text = format!("the primary key of {table} has changed");
-        Some(Error::protocol(text).hint("none needed: the next session reads it again"))
+        Some(Error::protocol(text).hint("no action needed: the next session reads it again"))
     }
 }
 

@@ -1,4 +1,5 @@
-//! What is compared at every start, and every few seconds while a session runs.
+//! The server, the slot, the publication and the checkpoint row, as `relay/check` compares them: at
+//! every start, and every few seconds while a session runs.
 
 use tokio_postgres::Client;
 

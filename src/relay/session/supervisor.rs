@@ -138,7 +138,7 @@ async fn one_session(
     let tries = status.streaming();
     show(status, &shared.metrics);
     if tries > 0 {
-        tracing::info!(tries, circuit = "closed", "a session streams again");
+        tracing::info!(tries, circuit = "closed", "streaming again after an error");
     }
     let ended = tokio::select! { biased;
         error = closed.wait() => Ok(Err(error)),

@@ -37,13 +37,13 @@ impl Unsendable {
         self.last = received;
         let Some(position) = received.filter(|_| again) else { return error };
         let hint = if binary {
-            "see the log of Postgres: the row at this place cannot be read or sent even in binary"
+            "see the Postgres log: this row cannot be read, or cannot be sent even in binary"
         } else {
             "a value whose text form is above 1 GB cannot be sent as text: set source.binary = \
              true and start again"
         };
         error
-            .context(format!("Postgres failed twice to send what follows {position}"))
+            .context(format!("Postgres failed twice to send the change after {position}"))
             .as_verdict(Verdict::RowUnsendable)
             .hint(hint)
     }

@@ -52,7 +52,7 @@ pub(super) async fn prepare(
     let taken = count_busy(taken, busy)?;
     let row = &taken.row;
     if system_id != row.system_id {
-        let text = "the replication connection reaches another cluster than the SQL connection";
+        let text = "the replication connection and the SQL connection reach different clusters";
         return Err(Error::named(Verdict::OtherCluster, text)
             .hint("source.url must name one server, not a load balancer"));
     }
@@ -93,9 +93,8 @@ async fn take_over(
         // Promoted between two looks: the history is that of before.
         let (then, now) = (timelines.current(), server.timeline);
         let text = format!("the server was promoted (timeline {then} to {now}) during start-up");
-        return Err(
-            Error::unreachable(text).hint("none needed: the next session uses the new timeline")
-        );
+        return Err(Error::unreachable(text)
+            .hint("no action needed: the next session uses the new timeline"));
     }
     found.verify_own(last_known)?;
     let failover = match found.verify(options, timelines.history())? {
@@ -111,10 +110,10 @@ async fn take_over(
     if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
         // Before the checkpoint is taken: a relay on another broker or vhost, which has another
         // lock, continues undisturbed.
-        let text = format!("slot {:?} is read by pid {pid}", options.slot);
+        let text = format!("slot {:?} is in use by pid {pid}", options.slot);
         return Err(Error::new(Kind::Busy, text)
             .coded(Code::Sqlstate(OBJECT_IN_USE.into()))
-            .hint("another relay reads the slot; this relay is on standby"));
+            .hint("another relay is using the slot; this relay is on standby"));
     }
     if let Some(failover) = &failover {
         let followed = checkpoint::follow(client, name, stored, failover).await?;
@@ -162,8 +161,8 @@ async fn agree(
         tracing::warn!(
             publication = options.publication,
             updates,
-            "watership.canary is not in the publication, or its updates are not, so a deaf stream \
-             is not noticed: run `watership init`, and let the publication publish updates"
+            "watership.canary or its updates are not published, so skipped changes go \
+             unnoticed: run `watership init`, and make sure the publication publishes updates"
         );
     }
     Ok(canary)

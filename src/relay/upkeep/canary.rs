@@ -167,16 +167,16 @@ impl Canary {
         }
         let from = inner.last_seen.map_or(inner.began.0, |seen| seen.end);
         let text = format!(
-            "the stream is at {received} and has not brought canary {} of {}, committed {} s ago: \
-             it leaves out what is published; events committed between {from} and {received} may \
+            "the stream has reached {received} without canary {} (at {}, committed {} s ago): \
+             published changes are left out; events committed between {from} and {received} may \
              be missing",
             missed.number,
             missed.end,
             waited.as_secs()
         );
         Some(Error::named(Verdict::StreamDeaf, text).hint(format!(
-            "look into the server's log, and at the publication with `watership check`; to accept \
-             the gap and go on with a new slot: {RESYNC} --from now --anyway"
+            "see the Postgres log, and check the publication with `watership check`; to accept \
+             the gap and resume with a new slot: {RESYNC} --from now --anyway"
         )))
     }
 
@@ -220,7 +220,7 @@ mod tests {
         assert!(canary.verdict(Lsn(100), after(3600)).is_none(), "a backlog is not deafness");
         let error = canary.verdict(Lsn(1000), after(61)).expect("deaf");
         assert_eq!(error.verdict(), Some(Verdict::StreamDeaf));
-        for text in ["stream_deaf: ", "canary 7 of 0/64", "between 0/32 and 0/3E8"] {
+        for text in ["stream_deaf: ", "canary 7 (at 0/64", "between 0/32 and 0/3E8"] {
             assert!(error.to_string().contains(text), "{error}");
         }
         canary.seen(Some(Seen { number: 7, end: Lsn(90) }), after(61));

@@ -108,7 +108,7 @@ pub async fn run(options: Options, shared: Shared, doubts: mpsc::Sender<Error>) 
             due.look = Instant::now() + LOOK_EVERY;
             shared.metrics.outbox.maintain_failures.increment(1);
             if !failing {
-                tracing::warn!(error = %error, "upkeep failed; it is tried again");
+                tracing::warn!(error = %error, "upkeep failed; it will be retried");
             }
         }
         failing = result.is_err();
@@ -213,8 +213,11 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
         Err(error) => return Err(error),
     };
     if found.is_elsewhere() {
-        let text = "the server behind source.url is on another timeline than the session";
-        return Ok(Some(Error::unreachable(text).hint("the next session decides about it")));
+        let text = "the server behind source.url is on a different timeline from this session";
+        return Ok(Some(
+            Error::unreachable(text)
+                .hint("no action needed yet: the relay reconnects and checks the new timeline"),
+        ));
     }
     let verified = found.verify_own(mark).and_then(|()| found.verify(options, &[]).map(drop));
     if let Err(error) = verified {
@@ -279,16 +282,16 @@ async fn maintain(client: &Client, options: &Options, metrics: &Metrics) -> Resu
         if !skipped.is_empty() {
             tracing::warn!(
                 days = ?skipped,
-                "no partition was made for these days: the default partition has rows of them"
+                "no partition was created for these days: the default partition has rows for them"
             );
         }
         metrics.outbox.maintain_postponed.increment(postponed.len() as u64);
         if !postponed.is_empty() {
             again = MAINTAIN_AGAIN;
-            tracing::warn!(?postponed, "partition work is put off, most often for a lock");
+            tracing::warn!(?postponed, "partition work postponed, usually because of a lock");
         }
         if !(created.is_empty() && detached.is_empty() && dropped.is_empty()) {
-            tracing::info!(?created, ?detached, ?dropped, "outbox partitions");
+            tracing::info!(?created, ?detached, ?dropped, "outbox partitions changed");
         }
         if !row.try_get::<_, bool>("more").map_err(postgres_error)? {
             break;

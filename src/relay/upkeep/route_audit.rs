@@ -63,7 +63,7 @@ async fn audit(options: &Options, metrics: &Metrics) -> Vec<RouteGrade> {
     let rules = published(&options.rules);
     let all_graded = all_graded.unwrap_or_else(|error| {
         metrics.audit_failures.increment(1);
-        let reason = format!("the broker could not be looked at: {error}");
+        let reason = format!("the broker could not be inspected: {error}");
         let unseen = Graded { grade: Grade::NotVerified, reason };
         rules.iter().map(|_| unseen.clone()).collect()
     });

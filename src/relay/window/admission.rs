@@ -155,7 +155,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Something is parked: makes rows of the messages that must follow it, and leaves out what an
     /// earlier session parked already.
     fn follow_parked(&mut self, event: &Event) {
-        let follows = Error::event("it follows an earlier message of its key");
+        let follows = Error::event("an earlier message with its key could not be published");
         if self.parked.parking.has_unrouted() {
             let unrouted = ParkedKey { position: event.position, route: "".into(), part: 0 };
             let lanes = unrouted_lanes(event);

@@ -1,4 +1,6 @@
-//! What became of each publish: confirmed, to be tried again, held, or parked.
+//! What became of each publish, of an event of the window or of a parked row on its way again: it
+//! is settled or released, tried again, held, or parked. The route's policy decides here; waits and
+//! places in lanes are in `relay/window/lanes`.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -74,7 +76,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.seen.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
         if released {
             let route = &*self.making.router.by_id(key.route).name;
-            tracing::info!(route, "the destination works again, the route continues");
+            tracing::info!(route, "the destination works again; the route resumes");
         }
     }
 
@@ -86,7 +88,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let nacked = self.flight.lanes.nacked(ticket, now);
         let limit = self.making.router.by_id(route).policy.nack_limit;
         if nacked.others_pass && limit.is_some_and(|limit| nacked.times >= limit) {
-            let text = format!("the broker refused it {} times and took others", nacked.times);
+            let text = format!("the broker nacked it {} times but accepted others", nacked.times);
             let slots = self.flight.lanes.evict_nacked(ticket);
             self.park_evicted(slots, Why::Nacked, &Error::event(text));
         }
@@ -97,7 +99,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.route_metrics(route).returned.increment(1);
         if self.making.router.by_id(route).policy.park_unroutable {
             let slots = self.flight.lanes.evict(ticket);
-            let error = Error::event(format!("no queue is bound for it: {text}"));
+            let error = Error::event(format!("no queue is bound for this message: {text}"));
             self.park_evicted(slots, Why::Unroutable, &error);
         } else {
             self.hold(ticket, format!("unroutable: {text}"), now);
@@ -140,7 +142,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     /// Parks messages that were evicted together: the first for `why`, the others follow it.
     fn park_evicted(&mut self, slots: Vec<Pending>, why: Why, error: &Error) {
-        let follows = Error::event("it follows an earlier message of its key");
+        let follows = Error::event("an earlier message with its key could not be published");
         for (index, slot) in slots.into_iter().enumerate() {
             let (why, error) = if index == 0 { (why, error) } else { (Why::Follows, &follows) };
             match slot.owner {

@@ -12,7 +12,7 @@
 //! without durability loses in a restart was lost to it whether or not a checkpoint covers it.
 //!
 //! Nothing here outlives the process, and nothing is used when anybody else has had the checkpoint
-//! in between (`relay/own_checkpoint`).
+//! in between (`relay/checkpoint/own`).
 
 use std::collections::HashMap;
 

@@ -1,4 +1,5 @@
-//! What an assembler has to know before the stream starts.
+//! What the assembler is told before the stream starts: the outbox and its column names, the
+//! captured tables, timelines, and the position after which events are new.
 
 use std::collections::HashMap;
 use std::sync::Arc;

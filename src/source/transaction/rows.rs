@@ -99,7 +99,7 @@ impl Values<'_> {
                 let type_oid = self.table.columns[index].type_oid;
                 let text = match self.types {
                     Some(types) => types.text(type_oid, bytes),
-                    None => Err(Error::event("a binary value, although text was asked for")),
+                    None => Err(Error::event("a binary value where text was requested")),
                 };
                 match text {
                     Ok(Cow::Borrowed(text)) => event::Value::Text(self.data.slice_ref(text)),

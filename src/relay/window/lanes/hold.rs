@@ -2,7 +2,8 @@
 //! first one probes whether the destination works again.
 //!
 //! The wait between two probes is a quarter of the time that the route has been held: however long
-//! an outage was, the next probe follows its end by at most a quarter of it.
+//! an outage was, the next probe follows its end by at most a quarter of it. It is never less than
+//! `PROBE_FIRST` nor more than `PROBE_LIMIT`.
 //!
 //! The broker answers a probe to a missing or forbidden exchange by closing the channel, and the
 //! answers to all other probes on that channel are lost with it. Routes that are held together
