@@ -328,7 +328,7 @@ impl Run {
             let mut next = world.borrow().log().partition_point(|t| t.end_lsn <= from.lsn());
             let mut since = Instant::now();
             loop {
-                sleep(Duration::from_millis(20)).await;
+                sleep(Duration::from_millis(50)).await;
                 let stored = store.rows.lock().unwrap().last().map_or(from, |(_, flush)| *flush);
                 let world = world.borrow();
                 let end = |next: usize| world.log()[next - 1].end_lsn;
@@ -396,13 +396,14 @@ impl Run {
         let mut world = self.world.borrow_mut();
         let within = u64::try_from(world.faults.crash_within.as_millis()).unwrap();
         let wait = (self.crashes_left > 0).then(|| world.rng.u64(1..=within));
+        let may_restart = world.faults.unannounced;
         drop(world);
         let world = self.world.clone();
         async move {
             let wait = wait.map_or(LIMIT, Duration::from_millis);
             let asked = async {
-                while !std::mem::take(&mut world.borrow_mut().restart) {
-                    sleep(Duration::from_millis(50)).await;
+                while !may_restart || !std::mem::take(&mut world.borrow_mut().restart) {
+                    sleep(if may_restart { Duration::from_millis(50) } else { LIMIT }).await;
                 }
             };
             tokio::select! { () = sleep(wait) => {} () = asked => {} }

@@ -104,7 +104,7 @@ fn all_faults_together() {
         gone: 0.001,
         ..crashing()
     };
-    seeds(300, faults, Ordering::Keyed);
+    seeds(150, faults, Ordering::Keyed);
 }
 
 /// Rows inserted, updated, given other keys, deleted and truncated, in tables of every identity.
@@ -114,24 +114,24 @@ fn captured() -> Faults {
 
 #[test]
 fn changes_of_captured_tables_keep_their_order_and_their_ids() {
-    let total = seeds(100, captured(), Ordering::Keyed);
+    let total = seeds(50, captured(), Ordering::Keyed);
     assert_eq!((total.duplicates, total.sessions), (0, total.runs));
     let faults = Faults { nack: 0.05, cut: 0.004, ..captured() };
-    let total = seeds(150, faults, Ordering::Keyed);
+    let total = seeds(80, faults, Ordering::Keyed);
     assert!(total.broker_lost > total.runs && total.remembered > 0, "{total:?}");
 }
 
 #[test]
 fn a_crash_repeats_changes_of_captured_tables_under_the_same_ids() {
     let faults = Faults { captured: 0.8, ..crashing() };
-    let total = seeds(200, faults, Ordering::Keyed);
+    let total = seeds(80, faults, Ordering::Keyed);
     assert!(total.duplicates > 0, "{total:?}");
 }
 
 #[test]
 fn an_exchange_that_is_away_or_refused_holds_its_routes_and_nothing_is_lost() {
     let faults = Faults { gone: 0.003, nack: 0.02, ..captured() };
-    let total = seeds(200, faults, Ordering::Keyed);
+    let total = seeds(60, faults, Ordering::Keyed);
     assert_eq!(total.sessions, total.runs);
     assert!(total.closed_on > 0, "confirms are lost with their channel: {total:?}");
 }
@@ -139,21 +139,21 @@ fn an_exchange_that_is_away_or_refused_holds_its_routes_and_nothing_is_lost() {
 #[test]
 fn a_limit_that_the_broker_does_not_announce_is_learnt_and_only_large_messages_are_parked() {
     let faults = Faults { poison: 0.01, unannounced: true, ..captured() };
-    let total = seeds(200, faults, Ordering::Keyed);
+    let total = seeds(60, faults, Ordering::Keyed);
     assert!(total.sessions > total.runs, "somebody raises the limit: {total:?}");
 }
 
 #[test]
 fn parked_rows_are_tried_again_under_load_and_keep_their_order() {
     let faults = Faults { poison: 0.02, nack: 0.05, gone: 0.001, ..captured() };
-    seeds(200, Faults { unroutable: 0.01, ..faults }, Ordering::Keyed);
-    seeds(200, Faults { cut: 0.003, confirm_lost: 0.002, ..faults }, Ordering::Keyed);
+    seeds(40, Faults { unroutable: 0.01, ..faults }, Ordering::Keyed);
+    seeds(40, Faults { cut: 0.003, confirm_lost: 0.002, ..faults }, Ordering::Keyed);
 }
 
 #[test]
 fn after_a_failover_what_the_standby_did_not_have_is_forgotten_and_the_rest_arrives() {
     let faults = Faults { failover: 0.7, cut: 0.006, poison: 0.005, ..captured() };
-    let total = seeds(200, faults, Ordering::Keyed);
+    let total = seeds(60, faults, Ordering::Keyed);
     assert!(total.failovers > total.runs && total.phantoms > 0, "{total:?}");
 }
 
