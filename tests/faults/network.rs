@@ -178,11 +178,7 @@ async fn network_c08_one_byte_at_a_time() {
     net.rabbit.heal();
     assert_eq!(sessions, 1, "slices end no session");
     net.back().await;
-    net.scene.relay().says_nothing();
-    net.scene.enough();
-    let judged = net.scene.judge().await;
-    assert_eq!(judged.duplicates, 0);
-    class.survived(&judged);
+    class.survived_in_silence(net.scene).await;
 }
 
 #[tokio::test]
@@ -227,11 +223,7 @@ async fn network_c05_latency_and_jitter() {
     net.postgres.heal();
     net.rabbit.heal();
     net.back().await;
-    net.scene.relay().says_nothing();
-    net.scene.enough();
-    let judged = net.scene.judge().await;
-    assert_eq!(judged.duplicates, 0);
-    class.survived(&judged);
+    class.survived_in_silence(net.scene).await;
 }
 
 #[tokio::test]

@@ -172,11 +172,7 @@ async fn process_e27_storm_on_the_admin_port() {
     while storm.join_next().await.is_some() {}
     scene.recovered_in(Duration::ZERO);
     assert_eq!(scene.relay().status().await["sessions"], 1);
-    scene.relay().says_nothing();
-    scene.enough();
-    let judged = scene.judge().await;
-    assert_eq!(judged.duplicates, 0);
-    class.survived(&judged);
+    class.survived_in_silence(scene).await;
 }
 
 #[tokio::test]
@@ -239,11 +235,7 @@ async fn process_e28_checkpoint_row_locked() {
     locker.batch_execute("COMMIT").await.expect("unlocked");
     let before = scene.relay().confirmed().await;
     scene.recovered(Instant::now(), before).await;
-    scene.relay().says_nothing();
-    scene.enough();
-    let judged = scene.judge().await;
-    assert_eq!(judged.duplicates, 0);
-    class.survived(&judged);
+    class.survived_in_silence(scene).await;
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use serde_json::json;
 use tokio::time::Instant;
 
 use crate::support::judge::Judged;
+use crate::support::scene::Scene;
 use crate::support::{full, results};
 
 /// A class while its test runs.
@@ -50,6 +51,18 @@ impl Class {
     pub fn survived(mut self, judged: &Judged) {
         assert!(judged.heard, "{}: the test asserts no text of the relay", self.id);
         self.tell(Some(judged));
+    }
+
+    /// It survived without a word and without a duplicate, as if nothing had happened.
+    ///
+    /// # Panics
+    /// When the relay said something, or when a message came twice.
+    pub async fn survived_in_silence(self, mut scene: Scene) {
+        scene.relay().says_nothing();
+        scene.enough();
+        let judged = scene.judge().await;
+        assert_eq!(judged.duplicates, 0);
+        self.survived(&judged);
     }
 
     /// It survived; what matters was asserted in the test: `events` arrived, once each, after one

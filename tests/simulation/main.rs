@@ -463,12 +463,7 @@ fn simulate(seed: u64, faults: Faults, ordering: Ordering) -> Report {
 
 /// Runs a seed to its end.
 fn finished(seed: u64, faults: Faults, ordering: Ordering) -> Run {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    runtime.block_on(async {
+    paused(async {
         let mut run = Run::new(seed, faults, ordering);
         let sessions = timeout(LIMIT, async {
             while !run.is_done() {
@@ -479,6 +474,12 @@ fn finished(seed: u64, faults: Faults, ordering: Ordering) -> Run {
         sessions.await.expect("the run makes progress");
         run
     })
+}
+
+/// Runs on a clock that moves on when everything waits for it.
+fn paused<T>(run: impl Future<Output = T>) -> T {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    runtime.enable_time().start_paused(true).build().unwrap().block_on(run)
 }
 
 /// Runs many seeds and names the one that fails.

@@ -193,12 +193,7 @@ fn unroutable_messages_are_parked_with_all_that_follow_them() {
 
 #[test]
 fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    runtime.block_on(async {
+    paused(async {
         let world = World::new(5, EVENTS, KEYS, Faults::default());
         let store = MemoryStore::default();
         let start = Position { epoch: 1, mark: Mark(1000), ..Position::default() };

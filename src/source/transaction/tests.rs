@@ -48,22 +48,27 @@ fn apply(assembler: &mut Assembler, messages: &[Bytes]) -> Vec<Item> {
     out
 }
 
+/// A column of a description, of type text.
+pub(super) fn put_column(out: &mut Vec<u8>, name: &str, flagged: bool) {
+    out.put_u8(u8::from(flagged));
+    out.extend_from_slice(name.as_bytes());
+    out.put_u8(0);
+    out.put_u32(25);
+    out.put_i32(-1);
+}
+
 fn relation(id: u32, table: &str, columns: &[&str]) -> Bytes {
     let mut out = vec![b'R'];
     out.put_u32(id);
     out.extend_from_slice(format!("watership\0{table}\0d").as_bytes());
     out.put_u16(columns.len() as u16);
     for name in columns {
-        out.put_u8(u8::from(*name == columns[0]));
-        out.extend_from_slice(name.as_bytes());
-        out.put_u8(0);
-        out.put_u32(25);
-        out.put_i32(-1);
+        put_column(&mut out, name, *name == columns[0]);
     }
     out.into()
 }
 
-fn begin(lsn: u64) -> Bytes {
+pub(super) fn begin(lsn: u64) -> Bytes {
     let mut out = vec![b'B'];
     out.put_u64(lsn);
     out.put_i64(0);

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use bytes::BufMut;
 
+use super::tests::{begin, put_column};
 use super::*;
 use crate::event::{Identity, Value};
 
@@ -51,20 +52,8 @@ fn relation(identity: u8, columns: &[&str], flagged: &[&str]) -> Bytes {
     out.put_u8(identity);
     out.put_u16(columns.len() as u16);
     for name in columns {
-        out.put_u8(u8::from(flagged.contains(name)));
-        out.extend_from_slice(name.as_bytes());
-        out.put_u8(0);
-        out.put_u32(25);
-        out.put_i32(-1);
+        put_column(&mut out, name, flagged.contains(name));
     }
-    out.into()
-}
-
-fn begin(lsn: u64) -> Bytes {
-    let mut out = vec![b'B'];
-    out.put_u64(lsn);
-    out.put_i64(0);
-    out.put_u32(1);
     out.into()
 }
 
