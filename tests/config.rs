@@ -223,7 +223,7 @@ fn all_problems_are_reported_at_once_in_the_order_of_the_file() {
 #[test]
 fn each_mistake_is_named_with_what_is_expected() {
     for (more, part) in [
-        ("name = ''", "w.toml:3:8: name = \"\" is invalid; expected 1 to 63 characters out of a"),
+        ("name = ''", "w.toml:3:8: name = \"\" is invalid; expected 1 to 63 characters from a"),
         ("source.mode = 'pull'", "source.mode = \"pull\" is invalid; expected \"wal\""),
         ("source.mode = 'poll'", "source.mode = \"poll\" is not available yet"),
         ("source.slot = 'My-Slot'", "source.slot = \"My-Slot\" is invalid"),

@@ -66,9 +66,18 @@ async fn broker_d01_kill_nine_of_the_node() {
 /// than those are sent again.
 const UNCONFIRMED: u32 = 100;
 
-/// 60,000 events flow as fast as they can when the broker is lost; returns how many came twice.
-async fn lost_in_full_flow(title: &str, lose: impl AsyncFnOnce(&mut Rabbit)) -> Judged {
-    const EVENTS: u32 = 60_000;
+/// 60,000 events flow as fast as they can when the broker is lost; returns what came twice. Where
+/// that takes so long that nothing flows any more, it is done again with more of them.
+async fn lost_in_full_flow(title: &str, lose: impl AsyncFn(&mut Rabbit)) -> Judged {
+    for events in [60_000, 240_000] {
+        if let Some(judged) = lost_among(events, title, &lose).await {
+            return judged;
+        }
+    }
+    panic!("everything was confirmed before the broker was lost");
+}
+
+async fn lost_among(events: u32, title: &str, lose: &impl AsyncFn(&mut Rabbit)) -> Option<Judged> {
     let (mut node, database) = (own_node().await, own_database().await);
     let url = vhost_on(&node).await;
     first_confirm(url.clone()).await;
@@ -84,7 +93,7 @@ async fn lost_in_full_flow(title: &str, lose: impl AsyncFnOnce(&mut Rabbit)) -> 
         settings: "",
     };
     let mut scene = Scene::at(place).await;
-    scene.write(Load { events: EVENTS, rate: 0, rows: 50 });
+    scene.write(Load { events, rate: 0, rows: 50 });
     scene.written().await;
     scene.relay().start();
     // See D1 for the reason why not at once.
@@ -93,13 +102,16 @@ async fn lost_in_full_flow(title: &str, lose: impl AsyncFnOnce(&mut Rabbit)) -> 
     lose(&mut node).await;
     scene.relay().logs(&["session ended", "unreachable"]).await;
     let before = scene.relay().confirmed().await;
-    assert!(before < u64::from(EVENTS) / 2, "{before} were confirmed: it was lost too late");
+    if before + u64::from(events) / 10 > u64::from(events) {
+        scene.relay().stop().await;
+        return None;
+    }
     if node.pid().is_none() {
         node.start_again().await.expect("the node starts again");
     }
     recovered_after(&mut scene, first_confirm(url.clone()), before).await;
     scene.consume();
-    scene.judge().await
+    Some(scene.judge().await)
 }
 
 #[tokio::test]

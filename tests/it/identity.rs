@@ -202,10 +202,10 @@ async fn check_names_a_row_filter_that_rewrites_changes_and_only_those_get_other
     let _part = start_another(&stage, "part", &tables).await;
     let said = run_with(&stage, &another(&stage, "part", &tables), &["check"], 0).await;
     let warning = "an UPDATE that moves a row into or out of the row filter arrives as an INSERT \
-        or DELETE, and a relay with another filter gives it another id";
+        or DELETE, and a relay with another filter gives it a different id";
     assert!(said.contains(warning), "{said}");
     let said = stage.run(&["check"]).await.log;
-    assert!(!said.contains("another id"), "{said}");
+    assert!(!said.contains("a different id"), "{said}");
     for sql in [
         "INSERT INTO jobs SELECT g, CASE WHEN g % 2 = 0 THEN 'open' ELSE 'new' END \
          FROM generate_series(1, 10) AS g",

@@ -56,7 +56,7 @@ const UNFIT: &[(&str, &[&str], &str)] = &[
     ),
     (
         "ALTER TABLE full_1 REPLICA IDENTITY DEFAULT",
-        &["partition public.full_1 is not FULL, and that of its root public.full_roots is FULL"],
+        &["partition public.full_1 is not FULL, but that of its root public.full_roots is FULL"],
         "ALTER TABLE \"public\".\"full_1\" REPLICA IDENTITY FULL",
     ),
 ];
@@ -231,7 +231,8 @@ async fn a_partition_that_logs_more_than_its_root_changes_nothing_of_what_is_sai
         ALTER TABLE roots_1 REPLICA IDENTITY FULL";
     let stage = stage(sql, &["public.roots"]).await;
     let said = stage.run(&["check"]).await;
-    said.expect_code(0).expect_text(&["partition public.roots_1 has another replica identity"]);
+    said.expect_code(0)
+        .expect_text(&["partition public.roots_1 and its root differ in replica identity"]);
     for first in [1, 11] {
         for sql in [
             "INSERT INTO roots VALUES ($, 'a', NULL)",

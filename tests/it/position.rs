@@ -329,7 +329,11 @@ async fn an_installation_without_the_canary_in_its_publication_runs_and_is_told(
     let relay = stage.start().await;
     stage.execute(&emit("e")).await;
     assert_eq!(kinds(&stage.settled().await), ["e"]);
-    relay.stop().await.expect_code(0).expect_text(&["watership.canary is not in the publication"]);
+    relay
+        .stop()
+        .await
+        .expect_code(0)
+        .expect_text(&["watership.canary or its updates are not published"]);
     stage.run(&["init"]).await.expect_code(0).expect_text(&["changed  publication"]);
     stage.start().await.stop().await.expect_code(0);
 }
