@@ -79,11 +79,14 @@ pub struct Position {
     pub sub: u32,
 }
 
+/// Ordinals are below it: the text form has ten digits for them.
+pub const ORDINAL_END: u64 = 1 << 40;
+
 impl Position {
     /// The text form: fixed width, lower-case hexadecimal, so that positions sort as text: epoch
     /// (8 digits), mark (16), ordinal (10), sub (8).
     pub fn text(self) -> [u8; 45] {
-        assert!(self.ordinal < 1 << 40, "a transaction has fewer than 2^40 changes");
+        assert!(self.ordinal < ORDINAL_END, "a transaction has fewer than 2^40 changes");
         let mut text = [b'-'; 45];
         text[..8].copy_from_slice(&hex(self.epoch));
         text[9..17].copy_from_slice(&hex((self.mark.0 >> 32) as u32));

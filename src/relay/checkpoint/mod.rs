@@ -25,7 +25,7 @@ use tokio_postgres::{Client, GenericClient, Row as SqlRow, Statement};
 use crate::error::{Error, Kind, Result};
 use crate::pg::publication::Publication;
 use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_TABLE, postgres_error};
-use crate::position::{Lsn, Mark, Position};
+use crate::position::{Lsn, Mark, ORDINAL_END, Position};
 use crate::relay::check::position::Failover;
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::rider::{Rider, STATEMENTS};
@@ -162,7 +162,9 @@ fn from_sql(row: &SqlRow) -> Result<Checkpoint> {
         position: Position {
             epoch: u32::try_from(int(0)?).map_err(|_| wrong("epoch"))?,
             mark: Mark(number(1, "mark")?),
-            ordinal: number(2, "ordinal")?,
+            ordinal: Some(number(2, "ordinal")?)
+                .filter(|ordinal| *ordinal < ORDINAL_END)
+                .ok_or_else(|| wrong("ordinal"))?,
             sub: u32::try_from(int(3)?).map_err(|_| wrong("sub"))?,
         },
         flush_lsn: Lsn(number(4, "flush_mark")?),

@@ -4,7 +4,7 @@ use tokio_postgres::{Client, Row as SqlRow};
 
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
-use crate::position::{Mark, Position};
+use crate::position::{Mark, ORDINAL_END, Position};
 use crate::relay::checkpoint::to_sql;
 use crate::relay::parking::Known;
 use crate::relay::parking::row::{
@@ -133,7 +133,10 @@ impl Columns<'_> {
         let position = Position {
             epoch: u32::try_from(self.int(0)?).map_err(|_| out_of_range("epoch"))?,
             mark: self.mark(1)?,
-            ordinal: u64::try_from(self.int(2)?).map_err(|_| out_of_range("ordinal"))?,
+            ordinal: u64::try_from(self.int(2)?)
+                .ok()
+                .filter(|ordinal| *ordinal < ORDINAL_END)
+                .ok_or_else(|| out_of_range("ordinal"))?,
             sub: u32::try_from(self.int(3)?).map_err(|_| out_of_range("sub"))?,
         };
         Ok(ParkedKey { position, route: self.text(4)?.into(), part: self.part(5)? })
