@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::position::Mark;
 use crate::relay::parking::Parking;
-use crate::relay::parking::row::{ParkedKey, ParkedRow, ROW_BYTES_MAX};
+use crate::relay::parking::row::{ParkedKey, ParkedRow, ROW_BYTES_MAX, RowState};
 use crate::route::LaneKeys;
 
 /// Limits of `watership.parked`, for one relay.
@@ -48,9 +48,11 @@ impl Parking {
             return true;
         }
         let after = (Bound::Excluded(&row.key), Bound::Unbounded);
+        let waits = |(_, row): &(&ParkedKey, &ParkedRow)| row.state != RowState::Released;
+        let later = || self.pending.range::<ParkedKey, _>(after).filter(waits);
         let rows = self.rows.len() - self.blocked.len() + self.loaded.len();
         if let Some(more) = rows.checked_sub(self.limits.rows)
-            && self.pending.range::<ParkedKey, _>(after).take(more + 1).count() <= more
+            && later().take(more + 1).count() <= more
         {
             return true;
         }
@@ -65,7 +67,19 @@ impl Parking {
             LaneKeys::Two { lanes: [a, b], .. } => is_new(&a) || is_new(&b),
             LaneKeys::Free | LaneKeys::Barrier { .. } => false,
         };
-        let lanes = || self.lanes.values().filter(|keys| parked(keys)).take(self.limits.keys);
-        new_lane && lanes().count() >= self.limits.keys
+        if !new_lane || self.lanes.len() < self.limits.keys {
+            return false;
+        }
+        // With thousands of blocked keys the walk is long, and each of them asks for it.
+        let mut full_from = self.keys_full_from.borrow_mut();
+        if full_from.as_ref().is_some_and(|from| row.key >= *from) {
+            return true;
+        }
+        let lanes = self.lanes.values().filter(|keys| parked(keys)).take(self.limits.keys);
+        let full = lanes.count() >= self.limits.keys;
+        if full {
+            *full_from = Some(row.key.clone());
+        }
+        full
     }
 }

@@ -17,6 +17,7 @@ pub mod store;
 #[cfg(test)]
 mod tests;
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -121,6 +122,9 @@ pub struct Parking {
     stored: BTreeMap<ParkedKey, RowState>,
     /// Rows beyond the checkpoint, of any state: a replay neither parks nor publishes them again.
     known: Known,
+    /// From this row on there was no room for another lane: nor is there for later rows, until a
+    /// row goes.
+    keys_full_from: RefCell<Option<ParkedKey>>,
     /// Waiting rows of events that no route selected, and those of them on their way.
     unrouted: usize,
     unrouted_loaded: usize,
@@ -500,6 +504,7 @@ impl Parking {
 
     fn remove(&mut self, key: &ParkedKey) -> Option<Waiting> {
         let waiting = self.rows.remove(key)?;
+        self.keys_full_from.take();
         self.unrouted -= usize::from(key.route.is_empty());
         for set in sets(waiting.lanes) {
             let map = self.map(set);
