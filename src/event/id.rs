@@ -44,8 +44,9 @@ pub struct Ids {
     name: Vec<u8>,
     /// LSN of the last change.
     at: Lsn,
-    /// Ids that were given at this LSN. Few: a record of the WAL is about one page of rows.
-    given: Vec<Uuid>,
+    /// Ids that were given at this LSN, with how many rows would have had each of them. Few: a
+    /// record of the WAL is about one page of rows.
+    given: Vec<(Uuid, u32)>,
 }
 
 /// What a change's id is made of, in addition to its row.
@@ -112,14 +113,16 @@ impl Ids {
 
     fn number(&mut self, source: Origin) -> Uuid {
         let first = Uuid::new_v5(&source.namespace, &self.name);
-        let mut id = first;
-        let mut number = 0_u32;
-        while self.given.contains(&id) {
-            number += 1;
-            id = Uuid::new_v5(&first, &number.to_be_bytes());
+        match self.given.iter_mut().find(|(id, _)| *id == first) {
+            Some((_, number)) => {
+                *number += 1;
+                Uuid::new_v5(&first, &number.to_be_bytes())
+            }
+            None => {
+                self.given.push((first, 0));
+                first
+            }
         }
-        self.given.push(id);
-        id
     }
 }
 
