@@ -127,6 +127,23 @@ const PUT_BACK: &str = "INSERT INTO watership.checkpoint (name, epoch, mark, ord
     SELECT name, epoch, mark, ordinal, flush_mark, session_no, slot, system_identifier, timeline, \
     publication, publication_oid FROM public.kept";
 
+/// Types of some extensions have no send function: Postgres sends them as text.
+#[tokio::test]
+async fn a_type_without_a_binary_form_arrives_as_text_and_ends_no_session() {
+    let sql = "CREATE EXTENSION isn; CREATE TABLE public.books (id int PRIMARY KEY, isbn isbn13)";
+    let settings = "source.binary = true";
+    let setup = Setup { sql, tables: &["public.books"], settings, ..Setup::default() };
+    let stage = Stage::new(setup).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO books VALUES (1, '978-0-14-044793-4')").await;
+    stage.execute("INSERT INTO books VALUES (2, '978-0-14-044793-4')").await;
+    let got = stage.settled().await;
+    let isbns: Vec<_> = got.iter().map(|message| message.json()["after"]["isbn"].clone()).collect();
+    assert_eq!(isbns, ["978-0-14-044793-4", "978-0-14-044793-4"]);
+    assert_eq!(relay.status().await["sessions"], 1);
+    relay.stop().await.expect_code(0);
+}
+
 #[tokio::test]
 async fn binary_and_text_mode_make_the_same_messages_byte_for_byte() {
     const ROWS: u32 = 4_000;
