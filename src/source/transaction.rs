@@ -311,7 +311,11 @@ impl Assembler {
             State::Idle => true,
         };
         let mut described = describe::describe(relation, &self.options, is_older)?;
-        if let Some(root) = self.root.take() {
+        // A partition of a captured root is never captured itself: a table that is, and that comes
+        // right after a root, is another one of the same truncate.
+        if let Some(root) = self.root.take()
+            && matches!(described.role, Role::Unwanted)
+        {
             self.partition(&root, relation, is_older, out)?;
         }
         if self.tables.len() >= RELATIONS_MAX {

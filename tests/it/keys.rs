@@ -109,7 +109,7 @@ async fn a_key_that_is_not_in_the_stream_is_refused_before_a_publication_is_made
     stage.replace_configuration(&capturing("public.listed"));
     stage.execute("ALTER PUBLICATION watership ADD TABLE public.listed (note)").await;
     for command in ["init", "check"] {
-        let text = "without primary key column \"id\"";
+        let text = "without key column \"id\"";
         stage.run(&[command]).await.expect_code(1).expect_text(&[text]);
     }
     // Postgres itself refuses the application's UPDATE of such a table once it is published.

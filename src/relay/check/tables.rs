@@ -84,11 +84,11 @@ fn columns_have_key(facts: &TableFacts, published: Option<&PublishedTable>) -> R
     let Some(columns) = published.and_then(|published| published.columns.as_ref()) else {
         return Ok(());
     };
-    let missing = facts.primary_key.iter().find(|column| !columns.contains(column));
+    let missing = key_of(facts).iter().find(|column| !columns.contains(column));
     let Some(column) = missing else { return Ok(()) };
     let table = &facts.table;
     let text = format!(
-        "only columns {} of {table} are published, without primary key column {column:?}: \
+        "only columns {} of {table} are published, without key column {column:?}: \
          no event would say which row it is about",
         columns.join(", ")
     );
@@ -97,16 +97,21 @@ fn columns_have_key(facts: &TableFacts, published: Option<&PublishedTable>) -> R
     ))
 }
 
+/// The primary key, or the index that stands in for it.
+fn key_of(facts: &TableFacts) -> &[String] {
+    match &facts.identity {
+        CatalogIdentity::Index(columns) if facts.primary_key.is_empty() => columns,
+        _ => &facts.primary_key,
+    }
+}
+
 /// A generated column in the key, which Postgres leaves out of the stream: no event says all of it.
 fn key_is_sent(
     facts: &TableFacts,
     published: Option<&PublishedTable>,
     generated: bool,
 ) -> Result<()> {
-    let key = match &facts.identity {
-        CatalogIdentity::Index(columns) if facts.primary_key.is_empty() => columns,
-        _ => &facts.primary_key,
-    };
+    let key = key_of(facts);
     let list = published.and_then(|published| published.columns.as_ref());
     let is_sent = |column: &String| list.map_or(generated, |list| list.contains(column));
     let mut missing = key.iter().filter(|column| facts.generated.contains(column));
@@ -310,7 +315,7 @@ mod tests {
             |columns: &[&str]| keys_its_changes(&facts, Some(&publication(Some(columns), None)));
         assert!(checked(&["id", "note"]).is_ok());
         let error = checked(&["note"]).unwrap_err();
-        assert!(error.to_string().contains("without primary key column \"id\""), "{error}");
+        assert!(error.to_string().contains("without key column \"id\""), "{error}");
     }
 
     #[test]

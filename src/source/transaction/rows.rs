@@ -241,7 +241,8 @@ pub(super) fn complete(table: &Table, old: &OldRow, new: &mut Row) -> bool {
         }
     };
     match (old, &table.identity) {
-        (OldRow::Full(row), _) => {
+        // Of partitions that are not like their root it is not known what they send: whatever came.
+        (OldRow::Full(row), _) | (OldRow::Key(row), Identity::Full | Identity::Nothing) => {
             (0..row.len()).for_each(&mut take);
             true
         }
@@ -249,6 +250,5 @@ pub(super) fn complete(table: &Table, old: &OldRow, new: &mut Row) -> bool {
             columns.iter().copied().for_each(&mut take);
             columns.iter().any(|column| row[*column] != new[*column])
         }
-        (OldRow::Key(_), Identity::Full | Identity::Nothing) => true,
     }
 }

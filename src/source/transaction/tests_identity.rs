@@ -169,6 +169,8 @@ fn root_and_partition(root: u8, partition: u8, flagged: &[&str]) -> [Bytes; 2] {
     let own: &[&str] = if root == b'f' { &columns } else { &["id"] };
     let mut leaf = relation(partition, &["note", "email", "id"], flagged).to_vec();
     leaf[1..5].copy_from_slice(&(TABLE + 1).to_be_bytes());
+    let name = 5 + "public\0".len();
+    leaf[name] = b'p';
     [relation(root, &columns, own), leaf.into()]
 }
 
@@ -223,6 +225,36 @@ fn another_table_that_is_described_after_a_root_is_no_partition_of_it() {
     other[1..5].copy_from_slice(&(TABLE + 1).to_be_bytes());
     apply(&mut assembler, &[begin(100), root, other.into()]);
     assert!(assembler.unlike.is_empty());
+    // One truncate of both; it has the same columns, but is captured itself.
+    let copy = CapturedTable { oid: TABLE + 1, ..Default::default() };
+    assembler.options.captured.insert("public.p".into(), copy);
+    let [root, alike] = root_and_partition(b'd', b'd', &[]);
+    apply(&mut assembler, &[root, alike]);
+    assert!(assembler.unlike.is_empty());
+}
+
+#[test]
+fn what_a_partition_sends_fills_in_what_an_update_did_not_touch_even_if_another_sends_less() {
+    let full = ["id", "email", "note"];
+    let [root, less] = root_and_partition(b'f', b'd', &["id"]);
+    let [_, fine] = root_and_partition(b'f', b'f', &full);
+    let mut assembler = assembler(&["id"]);
+    assembler.options.captured.get_mut("public.t").expect("it is captured").partitioned = true;
+    let old = [Some("1"), Some("a"), Some("large")];
+    let update = update(Some((b'O', &old)), &[Some("1"), Some("b"), Some("u")]);
+    let of = |assembler: &mut Assembler, messages: &[Bytes]| {
+        let event = events(apply(assembler, messages)).remove(0);
+        let Content::Change(Change::Update { new, .. }) = event.content else {
+            panic!("{event:?}")
+        };
+        (event.id, new)
+    };
+    let here = of(&mut assembler, &[begin(100), root.clone(), less, update.clone()]);
+    // The id is that of a session which has never heard of the other partition.
+    let mut assembler = super::tests_identity::assembler(&["id"]);
+    let alone = of(&mut assembler, &[begin(100), root, fine, update]);
+    assert_eq!(here, alone);
+    assert_eq!(here.1[2], Value::Text(Bytes::from_static(b"large")));
 }
 
 #[test]
