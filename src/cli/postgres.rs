@@ -359,28 +359,31 @@ fn check_table(
     for (what, hint) in publication.map_or_else(Vec::new, |p| tables::ids_differ(facts, p)) {
         f.warning("table", what, hint);
     }
-    let identity: Option<&[String]> = match &facts.identity {
-        CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => Some(columns),
-        CatalogIdentity::Full => None,
-        CatalogIdentity::Nothing => {
-            return f.problem(
-                "table",
-                format!("{table} has no replica identity: UPDATE and DELETE on it fail"),
-                format!(
-                    "add a primary key (not DEFERRABLE), or ALTER TABLE {} REPLICA IDENTITY FULL",
-                    table.quoted()
-                ),
-            );
-        }
+    let identity = match &facts.identity {
+        CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => columns.join(", "),
+        CatalogIdentity::Full => "all columns".into(),
+        CatalogIdentity::Nothing if facts.partitioned => "that of its partitions".into(),
+        CatalogIdentity::Nothing => "none".into(),
     };
+    let operations = publication.map(|publication| publication.operations);
+    let inserts_only = operations.is_some_and(|o| !o.update && !o.delete);
+    if facts.identity == CatalogIdentity::Nothing && !facts.partitioned && !inserts_only {
+        f.problem(
+            "table",
+            format!("{table} has no replica identity: UPDATE and DELETE on it fail"),
+            format!(
+                "add a primary key (not DEFERRABLE), or ALTER TABLE {} REPLICA IDENTITY FULL",
+                table.quoted()
+            ),
+        );
+    }
     for (route, key) in keys_of(&config.relay.rules, &table.to_string()) {
         if let Some((what, hint)) = tables::hides_route_key(facts, route, key) {
             f.problem("table", what, hint);
         }
     }
     if f.problems() == before {
-        let shown = identity.map_or("all columns".into(), |columns| columns.join(", "));
-        f.ok("table", format!("{table}, replica identity: {shown}"));
+        f.ok("table", format!("{table}, replica identity: {identity}"));
     }
     if facts.primary_key.is_empty() {
         f.warning(
