@@ -28,19 +28,24 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut outcomes = std::mem::take(&mut self.flight.outcomes);
         // A probe was out on a channel that was closed: it is the one to blame.
-        let blamed = outcomes.iter().any(|(ticket, outcome)| {
+        let closed_on_probe = |(ticket, outcome): &&(Ticket, Outcome)| {
             let Outcome::ChannelClosed { code, .. } = outcome else { return false };
             reply::channel_closed(*code) == Cause::Destination
                 && self.flight.lanes.is_probe(*ticket)
-        });
+        };
+        let probes = outcomes.iter().filter(closed_on_probe).count();
         for (ticket, outcome) in outcomes.drain(..) {
             match outcome {
                 Outcome::Confirmed => self.confirmed(ticket, clock),
                 Outcome::Nacked => self.nacked(ticket, now),
                 Outcome::Returned(text) => self.returned(ticket, &text, now),
                 Outcome::ChannelClosed { code, text } => match reply::channel_closed(code) {
-                    Cause::Destination if blamed && !self.flight.lanes.is_held(ticket) => {
+                    Cause::Destination if probes > 0 && !self.flight.lanes.is_held(ticket) => {
                         self.flight.lanes.resend(ticket);
+                    }
+                    // Which of them it was about is not known.
+                    Cause::Destination if probes > 1 && self.flight.lanes.is_probe(ticket) => {
+                        self.flight.lanes.probe_again(ticket, now);
                     }
                     Cause::Destination => self.hold(ticket, text, now),
                     Cause::Message => self.refused(ticket, &text, now),

@@ -74,6 +74,12 @@ impl Lanes {
         }
     }
 
+    /// A probe was lost without an answer of its own: its route stays held for the same reason.
+    pub fn probe_again(&mut self, ticket: Ticket, now: Instant) {
+        let reason = self.hold_of(ticket).map(|hold| hold.reason.clone());
+        self.hold(ticket, reason.unwrap_or_default(), now);
+    }
+
     /// It is out as the probe of a held route.
     pub fn is_probe(&self, ticket: Ticket) -> bool {
         self.hold_of(ticket).is_some_and(|hold| hold.probing == Some(index(ticket)))

@@ -339,6 +339,22 @@ fn a_probe_that_was_on_a_closed_channel_is_sent_again_and_the_route_probed_on() 
 }
 
 #[test]
+fn a_probe_that_is_lost_with_that_of_another_route_leaves_its_route_held_for_its_own_reason() {
+    let mut bench = Bench::new();
+    bench.admit_on(0, 1, one(1));
+    let sent = bench.send()[0].0;
+    assert!(bench.lanes.hold(sent, "no queue".into(), bench.now));
+    bench.now += PROBE_FIRST;
+    let probe = bench.send()[0].0;
+    bench.lanes.probe_again(probe, bench.now);
+    assert!(bench.send().is_empty(), "it waits as after any probe");
+    let reasons: Vec<&str> = bench.lanes.holds().map(|(_, hold)| &*hold.reason).collect();
+    assert_eq!(reasons, ["no queue"]);
+    bench.now += PROBE_FIRST;
+    assert_eq!(bench.send().len(), 1);
+}
+
+#[test]
 fn a_reload_behind_a_truncate_is_evicted_in_one_pass() {
     let mut bench = Bench::new();
     bench.admit(0, row(1));
