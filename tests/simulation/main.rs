@@ -402,8 +402,11 @@ impl Run {
         async move {
             let wait = wait.map_or(LIMIT, Duration::from_millis);
             let asked = async {
-                while !may_restart || !std::mem::take(&mut world.borrow_mut().restart) {
-                    sleep(if may_restart { Duration::from_millis(50) } else { LIMIT }).await;
+                if !may_restart {
+                    std::future::pending::<()>().await;
+                }
+                while !std::mem::take(&mut world.borrow_mut().restart) {
+                    sleep(Duration::from_millis(50)).await;
                 }
             };
             tokio::select! { () = sleep(wait) => {} () = asked => {} }

@@ -1,5 +1,5 @@
-//! How much may be parked, and what an earlier session parked beyond the checkpoint. A row for
-//! which there is no room is blocked: it waits in the window until `Parking::unblock` finds room.
+//! How much may be parked, and what an earlier session parked beyond the checkpoint. A row that
+//! does not fit is blocked: it stays in the window until `Parking::unblock` can park it.
 
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Bound;
@@ -38,11 +38,11 @@ pub struct Known {
 }
 
 impl Parking {
-    /// Whether there is no room for this row.
+    /// Whether parking this row would exceed a limit.
     ///
-    /// A row that is pending and lies after this one takes no place from it: it cannot be written
-    /// before this one is, so waiting for it would never end. The limits may therefore be
-    /// exceeded by as many rows as the window holds.
+    /// Pending rows after this one do not count: they cannot be written until this one is, so
+    /// waiting for them would never end. The limits can therefore be exceeded by up to a window of
+    /// rows.
     pub(super) fn is_full(&self, row: &ParkedRow) -> bool {
         if row.size() > ROW_BYTES_MAX {
             return true;

@@ -122,8 +122,8 @@ pub struct Parking {
     stored: BTreeMap<ParkedKey, RowState>,
     /// Rows beyond the checkpoint, of any state: a replay neither parks nor publishes them again.
     known: Known,
-    /// From this row on there was no room for another lane: nor is there for later rows, until a
-    /// row goes.
+    /// The first row that found the limit of lanes reached. Later rows find the same until a row
+    /// is removed.
     keys_full_from: RefCell<Option<ParkedKey>>,
     /// Waiting rows of events that no route selected, and those of them on their way.
     unrouted: usize,

@@ -43,7 +43,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     Cause::Destination if probes > 0 && !self.flight.lanes.is_held(ticket) => {
                         self.flight.lanes.resend(ticket);
                     }
-                    // Which of them it was about is not known.
+                    // It is unknown which of the probes closed it.
                     Cause::Destination if probes > 1 && self.flight.lanes.is_probe(ticket) => {
                         self.flight.lanes.probe_again(ticket, now);
                     }

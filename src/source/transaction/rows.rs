@@ -241,7 +241,7 @@ pub(super) fn complete(table: &Table, old: &OldRow, new: &mut Row) -> bool {
         }
     };
     match (old, &table.identity) {
-        // Of partitions that are not like their root it is not known what they send: whatever came.
+        // What a partition unlike its root sends is unknown, so everything that came is used.
         (OldRow::Full(row), _) | (OldRow::Key(row), Identity::Full | Identity::Nothing) => {
             (0..row.len()).for_each(&mut take);
             true

@@ -251,8 +251,8 @@ fn what_a_partition_sends_fills_in_what_an_update_did_not_touch_even_if_another_
     };
     let here = of(&mut assembler, &[begin(100), root.clone(), less, update.clone()]);
     // The id is that of a session which has never heard of the other partition.
-    let mut assembler = super::tests_identity::assembler(&["id"]);
-    let alone = of(&mut assembler, &[begin(100), root, fine, update]);
+    let mut other = super::tests_identity::assembler(&["id"]);
+    let alone = of(&mut other, &[begin(100), root, fine, update]);
     assert_eq!(here, alone);
     assert_eq!(here.1[2], Value::Text(Bytes::from_static(b"large")));
 }

@@ -52,8 +52,8 @@ impl Hold {
 
 impl Lanes {
     /// The destination is broken: the message's route is held, and the message waits at the head
-    /// of its lane. Returns whether the reason is new: that of a new hold, or of one whose probe
-    /// failed otherwise than the message before it.
+    /// of its lane. Returns whether the reason is new: the route was not held before, or the
+    /// probe failed for a different reason.
     pub fn hold(&mut self, ticket: Ticket, reason: String, now: Instant) -> bool {
         let id = self.landed(ticket);
         let (route, order) = (self.at(id).message.route, self.at(id).order);
