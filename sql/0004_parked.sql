@@ -41,6 +41,8 @@ CREATE TABLE watership.parked (
     routing_key  text,
     properties   bytea,
     body         bytea,
+    -- Bytes of these in memory.
+    size         bigint      NOT NULL,
     parked_at    timestamptz NOT NULL DEFAULT now(),
     changed_at   timestamptz NOT NULL DEFAULT now(),
     changed_by   text,

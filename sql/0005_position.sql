@@ -31,6 +31,8 @@ CREATE TABLE watership.described (
 CREATE TABLE watership.canary (
     name       text        PRIMARY KEY,
     number     bigint      NOT NULL,
+    -- Up to this one they may be missing: somebody accepted the gap.
+    accepted   bigint      NOT NULL DEFAULT 0,
     written_at timestamptz NOT NULL
 ) WITH (fillfactor = 10);
 

@@ -162,11 +162,12 @@ pub struct Table {
     /// Hash of the description: the same text of names, types and identity has the same version in
     /// every session.
     pub version: u64,
-    /// Schema.
+    /// Schema, as the stream names it.
     pub schema: String,
-    /// Name.
+    /// Name, as the stream names it.
     pub name: String,
-    /// `schema.name`, for headers and routes.
+    /// `schema.name` as the configuration has it, for routes, lanes and headers: a captured table
+    /// that is renamed keeps it, so its changes before and after that stay in order.
     pub full_name: Arc<str>,
     /// Columns in stream order.
     pub columns: Vec<Column>,

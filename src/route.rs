@@ -19,7 +19,7 @@ use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX, route_hash};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
 pub use lanes::LaneKeys;
-pub use plan::{Decision, Plan, Plans, TablePlan, unrouted, unrouted_lanes};
+pub use plan::{Decision, Plan, Plans, Resumed, TablePlan, unrouted, unrouted_lanes};
 
 /// Most rules that a configuration may have.
 pub const RULES_MAX: usize = 1000;

@@ -20,6 +20,7 @@ use crate::relay::check::resync::{ResumeFrom, ResyncPlan, plan};
 use crate::relay::checkpoint;
 use crate::relay::session::facts::{self, StartFacts};
 use crate::relay::session::wal;
+use crate::relay::upkeep::canary;
 use crate::verdict::Verdict;
 
 /// Options of `resync`.
@@ -193,6 +194,7 @@ async fn accept(
     report.resumed_at = Some(flush_lsn.to_string());
     let tx = client.transaction().await.map_err(postgres_error)?;
     let epoch = move_checkpoint(&tx, config, found, publication, &resumed).await?;
+    canary::accept(&tx, &config.relay.name).await?;
     checkpoint::agree(&tx, &config.relay.name, &facts(publication, &config.relay.wanted())).await?;
     report.epoch = Some(epoch);
     record(&tx, config, args, found, &resumed, report).await?;

@@ -50,6 +50,9 @@ struct StoredTable {
     version: u64,
     schema: String,
     name: String,
+    /// Absent where it is schema and name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    full_name: Option<String>,
     /// Name, type OID and type modifier.
     columns: Vec<(String, u32, i32)>,
     key: Vec<usize>,
@@ -261,6 +264,8 @@ fn store_table(table: &Table) -> StoredTable {
         version: table.version,
         schema: table.schema.clone(),
         name: table.name.clone(),
+        full_name: Some(table.full_name.to_string())
+            .filter(|name| *name != format!("{}.{}", table.schema, table.name)),
         columns: table.columns.iter().map(column).collect(),
         key: table.key.clone(),
         identity: match &table.identity {
@@ -272,7 +277,8 @@ fn store_table(table: &Table) -> StoredTable {
 }
 
 fn load_table(stored: StoredTable) -> Result<Table> {
-    let StoredTable { database, oid, version, schema, name, columns, key, identity } = stored;
+    let StoredTable { database, oid, version, schema, name, full_name, columns, key, identity } =
+        stored;
     let identity = match identity {
         StoredIdentity::Nothing => Identity::Nothing,
         StoredIdentity::Columns(columns) => Identity::Columns(columns),
@@ -287,7 +293,7 @@ fn load_table(stored: StoredTable) -> Result<Table> {
         database: database.into(),
         oid,
         version,
-        full_name: format!("{schema}.{name}").into(),
+        full_name: full_name.unwrap_or_else(|| format!("{schema}.{name}")).into(),
         schema,
         name,
         columns: columns.collect(),

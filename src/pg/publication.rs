@@ -71,6 +71,10 @@ impl FromStr for TableName {
 pub struct Publication {
     /// Changes when the publication is dropped and created again.
     pub oid: u32,
+    /// The transaction that last altered its row in the catalog, other than its list of tables:
+    /// changes also when something is altered and set back.
+    #[serde(default)]
+    pub altered_by: Option<String>,
     /// Its name.
     pub name: String,
     /// Whether changes of partitions come under the root's name.
@@ -116,8 +120,8 @@ impl Operations {
 pub struct PublishedTable {
     /// Its oid: changes when the table is dropped and created again.
     pub oid: u32,
-    /// The oid of its entry in the publication: changes when it is taken out and put back. Absent
-    /// where a schema or all tables are published.
+    /// The oid of its entry in the publication, or of its schema's: changes when it is taken out
+    /// and put back. Absent where all tables are published.
     pub entry: Option<u32>,
     /// Its name.
     pub table: TableName,
@@ -137,13 +141,14 @@ pub async fn read_publication(
 ) -> Result<Option<Publication>> {
     // Postgres before 18 has no pubgencols.
     let sql = "SELECT oid, pubviaroot, puballtables, pubinsert, pubupdate, pubdelete, pubtruncate, \
-            coalesce(to_jsonb(p) ->> 'pubgencols', 'n') = 's' \
+            coalesce(to_jsonb(p) ->> 'pubgencols', 'n') = 's', xmin::text \
         FROM pg_catalog.pg_publication AS p WHERE pubname = $1::text";
     let Some(row) = client.query_opt(sql, &[&name]).await.map_err(postgres_error)? else {
         return Ok(None);
     };
     Ok(Some(Publication {
         oid: row.get(0),
+        altered_by: row.get(8),
         name: name.to_owned(),
         via_root: row.get(1),
         all_tables: row.get(2),
@@ -161,12 +166,15 @@ pub async fn read_publication(
 async fn read_tables(client: &impl GenericClient, name: &str) -> Result<Vec<PublishedTable>> {
     // pg_publication_tables always lists columns; only prattrs tells a column list from all.
     let sql = "SELECT c.oid, t.schemaname::text, t.tablename::text, t.rowfilter, \
-            CASE WHEN r.prattrs IS NOT NULL THEN t.attnames::text[] END, r.oid \
+            CASE WHEN r.prattrs IS NOT NULL THEN t.attnames::text[] END, \
+            coalesce(r.oid, s.oid) \
         FROM pg_catalog.pg_publication_tables AS t \
         JOIN pg_catalog.pg_publication AS p ON p.pubname = t.pubname \
         JOIN pg_catalog.pg_namespace AS n ON n.nspname = t.schemaname \
         JOIN pg_catalog.pg_class AS c ON c.relnamespace = n.oid AND c.relname = t.tablename \
         LEFT JOIN pg_catalog.pg_publication_rel AS r ON r.prpubid = p.oid AND r.prrelid = c.oid \
+        LEFT JOIN pg_catalog.pg_publication_namespace AS s \
+            ON s.pnpubid = p.oid AND s.pnnspid = n.oid \
         WHERE t.pubname = $1::text ORDER BY t.schemaname, t.tablename";
     let rows = client.query(sql, &[&name]).await.map_err(postgres_error)?;
     let table = |row: tokio_postgres::Row| PublishedTable {

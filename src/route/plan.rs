@@ -73,6 +73,21 @@ pub struct Plans {
     tables: HashMap<u32, Rules>,
     /// Names of the key's columns of each table, by OID, as it was described last.
     keys: HashMap<u32, Vec<String>>,
+    /// Names of the captured tables in the configuration, by OID.
+    names: HashMap<u32, Arc<str>>,
+    /// By group: the names of the tables under which rows were parked before this session.
+    parked: HashMap<u64, Vec<String>>,
+}
+
+/// What is known of the captured tables where the stream resumes.
+#[derive(Debug, Default)]
+pub struct Resumed {
+    /// Names of the key's columns of each table, by OID, as it was described there.
+    pub keys: HashMap<u32, Vec<String>>,
+    /// Names of the captured tables in the configuration, by OID.
+    pub names: HashMap<u32, Arc<str>>,
+    /// By [`LaneKeys`] group: the names of the tables under which rows are parked.
+    pub parked: HashMap<u64, Vec<String>>,
 }
 
 impl std::fmt::Debug for TablePlan {
@@ -214,10 +229,10 @@ impl Rules {
 }
 
 impl Plans {
-    /// `keys` are the names of the key's columns of each table, by OID, as it was described where
-    /// the stream resumes.
-    pub fn new(router: &Router, keys: HashMap<u32, Vec<String>>) -> Self {
-        Self { outbox: Rules::of_outbox(router), tables: HashMap::new(), keys }
+    /// Nothing is described yet.
+    pub fn new(router: &Router, resumed: Resumed) -> Self {
+        let Resumed { keys, names, parked } = resumed;
+        Self { outbox: Rules::of_outbox(router), tables: HashMap::new(), keys, names, parked }
     }
 
     /// From here on the table is described so. Where the lanes of its rows may be others now, by
@@ -228,9 +243,10 @@ impl Plans {
         let mut rules = Rules::of_table(router, table);
         let stored = self.keys.insert(table.oid, key.clone());
         let other_key = stored.is_some_and(|stored| stored != key);
-        let other_lanes = self.tables.get(&table.oid).is_some_and(|before| {
-            before.barrier || before.lanes_hang_on() != rules.lanes_hang_on()
-        });
+        let other_lanes = match self.tables.get(&table.oid) {
+            Some(before) => before.barrier || before.lanes_hang_on() != rules.lanes_hang_on(),
+            None => self.was_parked_as_another(&rules, table),
+        };
         rules.barrier = other_key || other_lanes;
         self.tables.insert(table.oid, rules);
     }
@@ -264,9 +280,39 @@ impl Plans {
         }
     }
 
+    /// The name by which routes know the event's table now; it may have been stored under another.
+    pub fn name_as_configured(&self, event: &mut Event) {
+        let name = self.names.get(&event.table.oid).filter(|name| **name != event.table.full_name);
+        if let Some(name) = name {
+            event.table = Arc::new(Table { full_name: name.clone(), ..Table::clone(&event.table) });
+        }
+    }
+
     /// The rules of a table. A description that is the stored one was not announced.
     fn of_table(&mut self, router: &Router, table: &Arc<Table>) -> &mut Rules {
-        self.tables.entry(table.oid).or_insert_with(|| Rules::of_table(router, table))
+        if !self.tables.contains_key(&table.oid) {
+            let mut rules = Rules::of_table(router, table);
+            rules.barrier = self.was_parked_as_another(&rules, table);
+            self.tables.insert(table.oid, rules);
+        }
+        self.tables.get_mut(&table.oid).expect("it is there by now")
+    }
+
+    /// Rows of the table are parked under another name, and so in other lanes: it was renamed, and
+    /// the configuration follows.
+    fn was_parked_as_another(&self, rules: &Rules, table: &Table) -> bool {
+        if self.parked.is_empty() {
+            return false;
+        }
+        let groups = rules.rules.iter().filter_map(|(_, planned)| match planned {
+            Planned::Publish(plan) => plan.table.as_ref().map(|table| table.group),
+            Planned::Drop(_) => None,
+        });
+        let mut groups = groups.chain([lanes::group(route_hash(""), table)]);
+        groups.any(|group| {
+            let names = self.parked.get(&group);
+            names.is_some_and(|names| names.iter().any(|name| **name != *table.full_name))
+        })
     }
 }
 

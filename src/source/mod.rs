@@ -95,6 +95,8 @@ pub struct Seen {
     pub skipped: u64,
     /// The last canary of this relay that came.
     pub canary: Option<CanarySighting>,
+    /// The first canaries that did not come although a later one did.
+    pub canary_gap: Option<CanaryGap>,
     /// The server has sent everything before this.
     pub received: Lsn,
 }
@@ -106,6 +108,15 @@ pub struct CanarySighting {
     pub number: u64,
     /// End LSN of its transaction.
     pub end: Lsn,
+}
+
+/// Canaries that are missing between two that came: something published was left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CanaryGap {
+    /// The last one before.
+    pub before: CanarySighting,
+    /// The first one after.
+    pub after: CanarySighting,
 }
 
 /// Hands on committed changes in order. Production: [`AnySource`]; and a simulator.

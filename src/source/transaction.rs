@@ -19,7 +19,7 @@ use crate::event::id::{self, Ids};
 use crate::event::{Change, Content, Event, Table};
 use crate::pg::pgoutput::{self, Relation, ReplicationMessage, Tuple};
 use crate::position::{Lsn, Mark, Position};
-use crate::source::{CanarySighting, Item, Note, Receipt, Seen};
+use crate::source::{CanaryGap, CanarySighting, Item, Note, Receipt, Seen};
 use describe::{Described, Role};
 use rows::{Values, complete, old_row, outbox_row};
 
@@ -191,7 +191,16 @@ impl Assembler {
         }
         let position = self.position(&transaction);
         if let Some(number) = self.canary.take() {
-            self.seen.canary = Some(CanarySighting { number, end: end_lsn });
+            let after = CanarySighting { number, end: end_lsn };
+            // Each is one more than the one before, and their transactions wait for each other.
+            let missing = |before: &CanarySighting| {
+                let last = number.saturating_sub(1);
+                last > before.number && last > self.options.canary_accepted
+            };
+            if let Some(before) = self.seen.canary.filter(missing) {
+                self.seen.canary_gap.get_or_insert(CanaryGap { before, after });
+            }
+            self.seen.canary = Some(after);
         }
         self.state = State::Idle;
         // What we wrote ourselves is not progress: its checkpoint would be the next such write.

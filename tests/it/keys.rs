@@ -457,3 +457,93 @@ async fn a_primary_key_added_to_a_table_with_full_is_the_key_of_what_comes_after
     assert_eq!((&last["op"], &last["key"]), (&json!("update"), &json!({"id": 1})));
     relay.stop().await.expect_code(0);
 }
+
+/// The steps of each row, by key, in the order of arrival.
+fn steps(got: &[Message]) -> HashMap<String, Vec<String>> {
+    let mut rows: HashMap<String, Vec<String>> = HashMap::new();
+    for message in got.iter().filter(|message| message.header("ws-op").is_some()) {
+        let body = message.json();
+        let step = format!("{} {}", message.text("ws-op"), body["after"]["v"]);
+        rows.entry(body["key"]["id"].to_string()).or_default().push(step);
+    }
+    rows
+}
+
+async fn rename(stage: &Stage) {
+    stage.execute("ALTER TABLE before RENAME TO now").await;
+    let text = stage.configuration().replace("\"public.before\"", "\"public.now\"");
+    stage.replace_configuration(&text);
+}
+
+#[tokio::test]
+async fn a_backlog_of_a_table_that_was_renamed_comes_in_order_under_the_name_it_has_now() {
+    let sql = "CREATE TABLE before (id int PRIMARY KEY, v int)";
+    let stage = stage(sql, &["public.before"]).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO before SELECT g, 0 FROM generate_series(1, 20) AS g").await;
+    stage.inbox.count(20).await;
+    relay.stop().await.expect_code(0);
+    stage.execute("UPDATE before SET v = 1").await;
+    rename(&stage).await;
+    stage.execute("UPDATE now SET v = 2").await;
+    let route = "[[route]]\nname = \"now\"\ntable = \"public.now\"\nexchange = \"watership\"\n\
+        routing_key = \"{table}\"\n\
+        [[route]]\nname = \"outbox\"\noutbox = { aggregate_type = \"*\" }\n\
+        exchange = \"watership\"\nrouting_key = \"{event_type}\"\n";
+    stage.append_to_configuration(route);
+    let relay = stage.start().await;
+    stage.execute("UPDATE now SET v = 3").await;
+    let got = stage.settled().await;
+    relay.stop().await.expect_code(0);
+    assert!(stage.holds("NOT EXISTS (SELECT FROM watership.parked)").await);
+    for (key, steps) in steps(&got) {
+        assert_eq!(steps, ["insert 0", "update 1", "update 2", "update 3"], "{key}");
+    }
+    let rows = got.iter().filter(|message| message.header("ws-op").is_some());
+    let later = rows.filter(|message| message.json()["after"]["v"] != 0);
+    assert!(later.clone().all(|message| message.text("ws-source") == "public.now"));
+    let name = |v: i32| {
+        let mut of = later.clone().filter(move |message| message.json()["after"]["v"] == v);
+        of.next().expect("one").json()["source"]["table"].clone()
+    };
+    assert_eq!((name(1), name(2)), ("before".into(), "now".into()), "as it was called then");
+}
+
+#[tokio::test]
+async fn nothing_passes_what_was_parked_under_the_former_name_of_a_table() {
+    let sql = "CREATE TABLE before (id int PRIMARY KEY, v int, t text)";
+    let setup = Setup {
+        sql,
+        tables: &["public.before"],
+        settings: "broker.max_message_size = \"1KiB\"",
+        ..Setup::default()
+    };
+    let stage = Stage::new(setup).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO before VALUES (1, 0, ''), (2, 0, '')").await;
+    stage.inbox.count(2).await;
+    stage.execute("UPDATE before SET v = 1, t = repeat('x', 2000) WHERE id = 1").await;
+    until("it is parked", async || stage.holds("EXISTS (SELECT FROM watership.parked)").await)
+        .await;
+    relay.stop().await.expect_code(0);
+    rename(&stage).await;
+    let relay = stage.start().await;
+    stage.execute("UPDATE now SET v = 2, t = ''").await;
+    stage.execute("UPDATE now SET v = 3").await;
+    let rows = stage.settled().await;
+    assert_eq!(steps(&rows).get("1").map(Vec::len), Some(1), "the insert, and nothing after it");
+    relay.stop().await.expect_code(0);
+    let text = stage.configuration().replace("1KiB", "1MiB");
+    stage.replace_configuration(&text);
+    let relay = stage.start().await;
+    stage.run(&["parked", "retry", "--all"]).await.expect_code(0);
+    until("all are released", async || {
+        stage.holds("NOT EXISTS (SELECT FROM watership.parked WHERE state <> 'released')").await
+    })
+    .await;
+    let got = stage.settled().await;
+    relay.stop().await.expect_code(0);
+    let steps = steps(&got);
+    assert_eq!(steps["1"], ["insert 0", "update 1", "update 2", "update 3"]);
+    assert_eq!(steps["2"], ["insert 0", "update 2", "update 3"]);
+}

@@ -231,6 +231,58 @@ async fn an_altered_publication_is_a_verdict_and_a_further_table_is_none() {
     relay.stop().await.expect_code(0);
 }
 
+#[tokio::test]
+async fn changes_lost_by_a_publication_that_was_altered_for_a_moment_are_a_verdict() {
+    let stage = stage("").await;
+    stage.execute("INSERT INTO items VALUES (1)").await;
+    let relay = stage.start().await;
+    stage
+        .execute(
+            "ALTER PUBLICATION watership SET (publish = 'insert'); \
+             UPDATE items SET note = 'lost'; \
+             ALTER PUBLICATION watership SET (publish = 'insert, update, delete, truncate')",
+        )
+        .await;
+    ends_with(relay, "publication_altered").await;
+    resolve(&stage, "publication_altered", "checkpoint").await;
+}
+
+#[tokio::test]
+async fn a_publication_altered_for_a_moment_while_the_relay_is_down_is_a_verdict_at_its_start() {
+    let stage = stage("").await;
+    stage.start().await.stop().await.expect_code(0);
+    stage
+        .execute(
+            "ALTER PUBLICATION watership SET (publish = 'insert'); \
+             ALTER PUBLICATION watership SET (publish = 'insert, update, delete, truncate')",
+        )
+        .await;
+    ends_with(stage.spawn(), "publication_altered").await;
+    resolve(&stage, "publication_altered", "checkpoint").await;
+}
+
+#[tokio::test]
+async fn a_canary_that_a_later_one_overtook_is_a_verdict() {
+    let stage = stage("relay.canary_interval = \"1s\"").await;
+    let relay = stage.start().await;
+    until("two canaries came", async || {
+        relay.status().await["canary_age_seconds"].as_f64().is_some()
+            && stage.holds("(SELECT coalesce(max(number), 0) >= 2 FROM watership.canary)").await
+    })
+    .await;
+    // As if the publication had left out five.
+    stage.execute("UPDATE watership.canary SET number = number + 5").await;
+    let ended = relay.ended().await;
+    ended.expect_code(3).expect_text(&["stream_deaf: ", "without canaries", "may be missing"]);
+    let again = stage.spawn().ended().await;
+    again.expect_code(3).expect_text(&["stream_deaf: ", "--anyway --from checkpoint"]);
+    let asked = ["resync", "--accept-gap", "--reason", "x", "--anyway", "--from", "checkpoint"];
+    stage.run(&asked).await.expect_code(0);
+    let relay = stage.start().await;
+    assert_goes_on(&stage).await;
+    relay.stop().await.expect_code(0);
+}
+
 /// Sets the checkpoint back under a running relay, which ends with a verdict; a person has it go
 /// on, and a relay that is started afterwards finds nothing wrong.
 async fn went_back(set_back: &str, new_session: bool) {

@@ -342,6 +342,13 @@ fn altered(then: &Publication, now: &Publication) -> Option<String> {
         let (now, then) = (now.via_root, then.via_root);
         return Some(format!("publish_via_partition_root is {now} instead of {then}"));
     }
+    if then.altered_by.is_some() && then.altered_by != now.altered_by {
+        return Some(
+            "it publishes what it did, but was altered in between: perhaps something was left \
+             out for a while"
+                .to_owned(),
+        );
+    }
     None
 }
 

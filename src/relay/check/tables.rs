@@ -259,6 +259,7 @@ mod tests {
     fn publication(columns: Option<&[&str]>, row_filter: Option<&str>) -> Publication {
         Publication {
             oid: 2,
+            altered_by: None,
             name: "w".into(),
             via_root: true,
             all_tables: false,

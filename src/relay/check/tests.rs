@@ -71,6 +71,7 @@ fn slot() -> SlotState {
 fn publication() -> Publication {
     Publication {
         oid: 500,
+        altered_by: Some("700".into()),
         name: "p".into(),
         via_root: true,
         all_tables: false,
@@ -227,12 +228,15 @@ fn each_change_of_the_publication_has_its_name() {
     };
     check(Some(&publication()), &wanted).unwrap();
     type Change = fn(&mut Publication);
-    let cases: [(&str, &str, Change); 8] = [
+    let cases: [(&str, &str, Change); 9] = [
         ("publication_recreated", "(oid 501)", |p| p.oid = 501),
         ("publication_altered", "publishes \"insert, update, delete\" instead", |p| {
             p.operations.truncate = false;
         }),
         ("publication_altered", "publish_via_partition_root is false", |p| p.via_root = false),
+        ("publication_altered", "but was altered in between", |p| {
+            p.altered_by = Some("701".into());
+        }),
         ("publication_altered", "row filter (id > 5) instead of none", |p| {
             p.tables[0].row_filter = Some("(id > 5)".into());
         }),

@@ -30,11 +30,10 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// under way: what is read must be what we know plus what people did.
     pub(in crate::relay) fn start_looking(&mut self) {
         let ending = !matches!(self.ending, Ending::No);
-        if !self.parked.retry_due
-            || self.parked.looking.is_some()
-            || self.durable.storing.is_some()
-            || ending
-        {
+        // The checkpoint has its turn: each row that is read frees the way for the next one.
+        let storing = self.durable.storing.is_some()
+            || (self.durable.progress.is_due() && self.has_unstored());
+        if !self.parked.retry_due || self.parked.looking.is_some() || storing || ending {
             return;
         }
         self.parked.retry_due = false;
@@ -151,8 +150,10 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
         let event = match (&row.raw, route) {
             (Raw::Event(json), _) => {
-                crate::event::stored::from_json(json, row.id, row.key.position)
-                    .map_err(|error| (Why::Invalid, error))?
+                let event = crate::event::stored::from_json(json, row.id, row.key.position);
+                let mut event = event.map_err(|error| (Why::Invalid, error))?;
+                self.making.plans.name_as_configured(&mut event);
+                event
             }
             (Raw::Message { routing_key, properties, body }, Some(route)) => {
                 let parts = Parts { key: &row.key_text, routing_key, properties, body };

@@ -1,5 +1,7 @@
 //! Reads `watership.parked`. Writing goes with the checkpoint, in `checkpoint`.
 
+use std::collections::HashMap;
+
 use tokio_postgres::{Client, Row as SqlRow};
 
 use crate::error::{Error, Result};
@@ -56,12 +58,28 @@ pub async fn index(client: &Client, name: &str) -> Result<Vec<Indexed>> {
                     row.try_get(9).map_err(postgres_error)?,
                     row.try_get(10).map_err(postgres_error)?,
                 )?,
-                bytes: usize::try_from(row.try_get::<_, i32>(11).map_err(postgres_error)?)
+                bytes: usize::try_from(row.try_get::<_, i64>(11).map_err(postgres_error)?)
                     .unwrap_or_default(),
                 parked_at: row.try_get(12).map_err(postgres_error)?,
             })
         })
         .collect()
+}
+
+/// The names of the captured tables under which unreleased rows are parked, by group.
+///
+/// # Errors
+/// The server's.
+pub async fn table_names(client: &Client, name: &str) -> Result<HashMap<u64, Vec<String>>> {
+    const SQL: &str = include_str!("../../../sql/query/parked_table_names.sql");
+    let rows = client.query(SQL, &[&name]).await.map_err(postgres_error)?;
+    let mut names: HashMap<u64, Vec<String>> = HashMap::new();
+    for row in &rows {
+        let group: i64 = row.try_get(0).map_err(postgres_error)?;
+        // Postgres has no unsigned numbers; the bits are the same.
+        names.entry(group as u64).or_default().push(Columns(row).text(1)?);
+    }
+    Ok(names)
 }
 
 /// Rows, of any state, that a stream from `position` may bring again.

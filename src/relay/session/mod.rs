@@ -12,7 +12,6 @@ pub mod supervisor;
 pub mod unsendable;
 pub mod wal;
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::amqp::publisher::Connection;
@@ -28,7 +27,7 @@ use crate::relay::parking::Parking;
 use crate::relay::status::Status;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::{Kept, Options, Relay, RelayParts};
-use crate::route::{Plans, Router};
+use crate::route::{Plans, Resumed, Router};
 use crate::source::{AnySource, SourceKind};
 
 /// An open session, ready to run.
@@ -77,7 +76,8 @@ pub async fn open(
         }
     };
     let prepared = while_kept_alive(&mut publisher, preparing).await;
-    let Prepared { source, keys, store, parking, row, failover, canary, closed } = match prepared {
+    let Prepared { source, resumed, store, parking, row, failover, canary, closed } = match prepared
+    {
         Ok(prepared) => prepared,
         Err(error) => {
             publisher.close().await;
@@ -112,7 +112,7 @@ pub async fn open(
         progress: Progress::new(row.position, row.flush_lsn.into()),
         parking,
         router: router.clone(),
-        plans: Plans::new(router, keys),
+        plans: Plans::new(router, resumed),
         metrics: shared.metrics.clone(),
         status: shared.status.clone(),
         canary: shared.canary.clone(),
@@ -149,8 +149,8 @@ fn count_busy<T>(result: Result<T>, busy: &metrics::Counter) -> Result<T> {
 /// The source's half of a session, of whatever kind it is.
 struct Prepared {
     source: AnySource,
-    /// Names of the key's columns of each captured table, by OID, where the stream resumes.
-    keys: HashMap<u32, Vec<String>>,
+    /// What is known of the captured tables where the stream resumes.
+    resumed: Resumed,
     store: PostgresStore,
     parking: Parking,
     /// The checkpoint, taken over.

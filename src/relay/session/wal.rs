@@ -22,7 +22,9 @@ use crate::relay::check::position::{self, Failover, Start};
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::{self, Checkpoint, PostgresStore};
 use crate::relay::parking::{Parking, store as parked};
+use crate::relay::upkeep::canary;
 use crate::relay::window::remembered::Remembered;
+use crate::route::Resumed;
 use crate::source::AnySource;
 use crate::source::transaction::{self, Assembler, Timelines};
 use crate::source::wal::{Timing, Wal};
@@ -57,16 +59,17 @@ pub(super) async fn prepare(
             .hint("source.url must name one server, not a load balancer"));
     }
     let stream = stream(&client, replication, options, &taken, timelines, &shared.keys).await;
-    let (stream, assembler, keys) = count_busy(stream, busy)?;
+    let (stream, assembler, mut resumed) = count_busy(stream, busy)?;
     let timing = Timing::new(taken.server.wal_sender_timeout);
     let source = AnySource::Wal(Wal::new(stream, assembler, timing, row.flush_lsn));
     let found = parked::index(&client, &options.name).await?;
+    resumed.parked = parked::table_names(&client, &options.name).await?;
     let known = parked::known(&client, &options.name, row.position).await?;
     let parking = Parking::new(options.tuning.parked, found, known);
     let own = shared.own.clone();
     let store = PostgresStore::new(client, &options.name, row.session_no, own).await?;
     let TakenOver { row, failover, canary, .. } = taken;
-    Ok(Prepared { source, keys, store, parking, row, failover, canary, closed })
+    Ok(Prepared { source, resumed, store, parking, row, failover, canary, closed })
 }
 
 struct TakenOver {
@@ -175,7 +178,7 @@ async fn stream(
     taken: &TakenOver,
     timelines: Timelines,
     started_with: &catalog::StartedWith,
-) -> Result<(ReplicationStream, Assembler, HashMap<u32, Vec<String>>)> {
+) -> Result<(ReplicationStream, Assembler, Resumed)> {
     let row = &taken.row;
     // The place comes first: what is changed in between is then read, or newer.
     let catalog_at = insert_lsn(client).await?;
@@ -183,7 +186,8 @@ async fn stream(
     let captured = catalog::captured(client, options, &taken.publication).await?;
     started_with.set(&captured);
     let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));
-    let keys = keys.collect();
+    let names = captured.iter().map(|(name, table)| (table.oid, name.as_str().into()));
+    let resumed = Resumed { keys: keys.collect(), names: names.collect(), parked: HashMap::new() };
     let assembler = Assembler::new(transaction::Options {
         epoch: row.position.epoch,
         system_id: row.system_id,
@@ -195,11 +199,12 @@ async fn stream(
         catalog_at,
         types,
         canary: options.name.clone(),
+        canary_accepted: canary::accepted(client, &options.name).await?,
     });
     let publications = [&*options.publication];
     let asked = StreamOptions { binary: options.binary };
     let stream = replication.start(&options.slot, row.flush_lsn, &publications, asked).await?;
-    Ok((stream, assembler, keys))
+    Ok((stream, assembler, resumed))
 }
 
 /// The timeline that the server is on with its ancestors, and the system identifier.

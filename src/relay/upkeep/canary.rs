@@ -11,9 +11,12 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use crate::error::Error;
+use tokio_postgres::GenericClient;
+
+use crate::error::{Error, Result};
+use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
-use crate::source::CanarySighting as Seen;
+use crate::source::{CanaryGap, CanarySighting as Seen};
 use crate::verdict::{RESYNC, Verdict};
 
 /// In addition to three intervals: how long a canary may take at least.
@@ -157,6 +160,28 @@ impl Canary {
         (inner.listening && expected).then(|| inner.last_seen.map_or(began, |seen| seen.end))
     }
 
+    /// The verdict about a stream that brought a later canary and not the one before it. It may be
+    /// well again by now, but what was committed in between may have been left out like the canary.
+    pub fn gap_verdict(&self, gap: CanaryGap) -> Option<Error> {
+        if !self.lock().listening {
+            return None;
+        }
+        let CanaryGap { before, after } = gap;
+        let missing = match (before.number + 1, after.number - 1) {
+            (first, last) if first == last => format!("canary {first}"),
+            (first, last) => format!("canaries {first} to {last}"),
+        };
+        let text = format!(
+            "the stream brought canary {} and then {} without {missing}: published changes were \
+             left out; events committed between {} and {} may be missing",
+            before.number, after.number, before.end, after.end
+        );
+        Some(Error::named(Verdict::StreamDeaf, text).hint(format!(
+            "find out who altered the publication in between; to accept the gap and continue: \
+             {RESYNC} --anyway --from checkpoint"
+        )))
+    }
+
     /// The verdict about a stream that received everything up to `received` from the server.
     pub fn verdict(&self, received: Lsn, now: Instant) -> Option<Error> {
         let inner = self.lock();
@@ -183,6 +208,26 @@ impl Canary {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().expect("nobody panics while holding the canary")
     }
+}
+
+/// A person accepts that canaries that were written until now may be missing.
+///
+/// # Errors
+/// The server's.
+pub async fn accept(client: &impl GenericClient, name: &str) -> Result<()> {
+    const SQL: &str = include_str!("../../../sql/query/canary_accept.sql");
+    client.execute(SQL, &[&name]).await.map(drop).map_err(postgres_error)
+}
+
+/// The number up to which canaries may be missing; 0 where nothing was accepted.
+///
+/// # Errors
+/// The server's.
+pub async fn accepted(client: &impl GenericClient, name: &str) -> Result<u64> {
+    const SQL: &str = include_str!("../../../sql/query/canary_accepted.sql");
+    let row = client.query_opt(SQL, &[&name]).await.map_err(postgres_error)?;
+    let number = row.map_or(Ok(0), |row| row.try_get::<_, i64>(0)).map_err(postgres_error)?;
+    Ok(u64::try_from(number).unwrap_or_default())
 }
 
 /// The upkeep's clock and ours differ by less.
@@ -225,6 +270,22 @@ mod tests {
         }
         canary.seen(Some(Seen { number: 7, end: Lsn(90) }), after(61));
         assert!(canary.verdict(Lsn(1000), after(3600)).is_none(), "it came");
+    }
+
+    #[test]
+    fn a_gap_is_told_with_its_numbers_and_its_range_while_canaries_are_expected() {
+        let start = Instant::now();
+        let canary = listening(start);
+        let seen = |number, end| Seen { number, end: Lsn(end) };
+        let gap = |to| CanaryGap { before: seen(7, 100), after: seen(to, 400) };
+        let one = canary.gap_verdict(gap(9)).expect("deaf").to_string();
+        assert!(one.contains("without canary 8:"), "{one}");
+        assert!(one.contains("between 0/64 and 0/190"), "{one}");
+        let more = canary.gap_verdict(gap(11)).expect("deaf");
+        assert_eq!(more.verdict(), Some(Verdict::StreamDeaf));
+        assert!(more.to_string().contains("without canaries 8 to 10:"), "{more}");
+        canary.begin(Lsn(50), false, start);
+        assert!(canary.gap_verdict(gap(9)).is_none(), "its updates are not published");
     }
 
     #[test]

@@ -52,12 +52,14 @@ pub(super) fn describe(
     is_older: bool,
 ) -> Result<Described> {
     let (schema, name) = (relation.namespace, relation.name);
-    let full_name = format!("{schema}.{name}");
+    let described = format!("{schema}.{name}");
     let columns: Vec<Column> = relation
         .columns()
         .map(|column| Column::new(column.name, column.type_oid, column.type_modifier))
         .collect();
-    let captured = captured(options, &full_name, relation.id);
+    let captured = captured(options, &described, relation.id);
+    let full_name = captured.map_or(&described, |(name, _)| name);
+    let captured = captured.map(|(_, captured)| captured);
     let (identity, version) = (identity(relation), version(relation));
     let table = Arc::new(Table {
         database: options.database.clone(),
@@ -66,7 +68,7 @@ pub(super) fn describe(
         schema: schema.to_owned(),
         name: name.to_owned(),
         key: key(relation.replica_identity, &identity, &columns, version, captured, is_older),
-        full_name: full_name.into(),
+        full_name: full_name.as_str().into(),
         columns,
         identity,
     });
@@ -90,7 +92,7 @@ pub(super) fn describe(
 
 /// Whether each change of the table says which row it is about, by the key that the catalog names.
 pub(super) fn names_every_row(table: &Table, options: &Options) -> bool {
-    let Some(captured) = captured(options, &table.full_name, table.oid) else { return true };
+    let Some((_, captured)) = captured(options, &table.full_name, table.oid) else { return true };
     let known = captured.primary_key.is_empty() || !table.key.is_empty();
     let carried = captured.inserts_only
         || table.identity == Identity::Nothing
@@ -101,7 +103,7 @@ pub(super) fn names_every_row(table: &Table, options: &Options) -> bool {
 /// Whether a partition, described right after its root, sends of an old row at least what the root
 /// is said to send. The stream names the root in every change, never the partition.
 pub(super) fn sends_like_root(root: &Table, partition: &Relation<'_>, options: &Options) -> bool {
-    let Some(captured) = captured(options, &root.full_name, root.oid) else { return true };
+    let Some((_, captured)) = captured(options, &root.full_name, root.oid) else { return true };
     if captured.inserts_only || partition.replica_identity == ReplicaIdentity::Full {
         return true;
     }
@@ -130,23 +132,29 @@ pub(super) fn without_identity(table: &Table) -> Arc<Table> {
 
 /// Whether a partition's rows come under the name of this table.
 pub(super) fn is_root(table: &Table, options: &Options) -> bool {
-    captured(options, &table.full_name, table.oid).is_some_and(|captured| captured.partitioned)
+    captured(options, &table.full_name, table.oid).is_some_and(|(_, captured)| captured.partitioned)
 }
 
 /// Whether it is the description that was stored last.
 pub(super) fn is_former(table: &Table, options: &Options) -> bool {
     let captured = captured(options, &table.full_name, table.oid);
-    captured.and_then(|captured| captured.former.as_ref()).is_some_and(|former| {
+    captured.and_then(|(_, captured)| captured.former.as_ref()).is_some_and(|former| {
         let key = table.key.iter().map(|column| &table.columns[*column].name);
         former.version == table.version && key.eq(&former.key)
     })
 }
 
-/// By name, or by OID: a table that was renamed is still captured, and the next comparison with
-/// the catalog decides about it.
-fn captured<'a>(options: &'a Options, full_name: &str, oid: u32) -> Option<&'a CapturedTable> {
+/// By OID, or by name: a table that was renamed is still captured, and its changes before and after
+/// that are of one table, whose name is that of the configuration. A table that was made anew has
+/// another OID; what came before is told by the name.
+fn captured<'a>(
+    options: &'a Options,
+    described: &str,
+    oid: u32,
+) -> Option<(&'a String, &'a CapturedTable)> {
     let captured = &options.captured;
-    captured.get(full_name).or_else(|| captured.values().find(|table| table.oid == oid))
+    let by_oid = captured.iter().find(|(_, table)| table.oid == oid);
+    by_oid.or_else(|| captured.get_key_value(described))
 }
 
 fn identity(relation: &Relation<'_>) -> Identity {

@@ -32,6 +32,8 @@ pub struct Options {
     pub types: Option<Types>,
     /// Name of the relay whose canary is looked for.
     pub canary: String,
+    /// Canaries up to this number may be missing: a person accepted that.
+    pub canary_accepted: u64,
 }
 
 /// Where the outbox is and what its columns are called.

@@ -27,6 +27,7 @@ fn assembler(resume_after: Position) -> Assembler {
             CapturedTable { oid: RENAMED_ID, primary_key: Vec::new(), ..Default::default() },
         )]),
         canary: "shop".into(),
+        canary_accepted: 0,
     });
     let outbox = ["id", "aggregate_type", "aggregate_id", "event_type", "payload"];
     let columns = ["name", "number", "written_at"];
@@ -188,6 +189,28 @@ fn a_canary_counts_when_it_is_committed_and_only_if_it_is_ours() {
     let wrong = [begin(300), canary(b'U', "shop", "many"), commit(300)];
     apply(&mut assembler, &wrong);
     assert_eq!(assembler.seen().canary.map(|c| c.number), Some(5));
+}
+
+#[test]
+fn a_canary_that_is_missing_between_two_is_a_gap() {
+    let mut assembler = assembler(Position::default());
+    for (lsn, number) in [(100, "5"), (200, "6"), (300, "9"), (400, "12")] {
+        apply(&mut assembler, &[begin(lsn), canary(b'U', "shop", number), commit(lsn)]);
+        let gap = (lsn >= 300).then_some(CanaryGap {
+            before: CanarySighting { number: 6, end: Lsn(208) },
+            after: CanarySighting { number: 9, end: Lsn(308) },
+        });
+        assert_eq!(assembler.seen().canary_gap, gap, "the first one, from {lsn} on");
+    }
+}
+
+#[test]
+fn a_canary_that_begins_again_is_no_gap() {
+    let mut assembler = assembler(Position::default());
+    for (lsn, number) in [(100, "5"), (200, "1"), (300, "2"), (400, "2")] {
+        apply(&mut assembler, &[begin(lsn), canary(b'U', "shop", number), commit(lsn)]);
+    }
+    assert_eq!(assembler.seen().canary_gap, None);
 }
 
 #[test]

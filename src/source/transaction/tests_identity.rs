@@ -24,6 +24,7 @@ fn assembler(primary_key: &[&str]) -> Assembler {
         catalog_at: Lsn(1_000_000),
         types: None,
         canary: "shop".into(),
+        canary_accepted: 0,
     })
 }
 
