@@ -57,11 +57,13 @@ pub enum Verdict {
     RowUnsendable,
     /// An event that cannot be published, on a route with `on_poison = "stop"`.
     EventUnpublishable,
+    /// What cannot be published cannot be parked either: Postgres refuses the row.
+    ParkingRefused,
 }
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Verdict; 22] = [
+    pub const ALL: [Verdict; 23] = [
         Verdict::WalLevel,
         Verdict::OtherCluster,
         Verdict::TimelineChanged,
@@ -84,6 +86,7 @@ impl Verdict {
         Verdict::OutboxAltered,
         Verdict::RowUnsendable,
         Verdict::EventUnpublishable,
+        Verdict::ParkingRefused,
     ];
 
     /// The stable name.
@@ -111,6 +114,7 @@ impl Verdict {
             Verdict::OutboxAltered => "outbox_altered",
             Verdict::RowUnsendable => "row_unsendable",
             Verdict::EventUnpublishable => "event_unpublishable",
+            Verdict::ParkingRefused => "parking_refused",
         }
     }
 }

@@ -64,6 +64,8 @@ impl Options {
 pub struct Tuning {
     /// Limits of what is in memory.
     pub window: WindowLimits,
+    /// Maximum number of events that are settled and not stored.
+    pub max_unstored: usize,
     /// Maximum time between progress and its checkpoint.
     pub checkpoint_interval: Duration,
     /// Maximum time that a shutdown waits for the messages in the window.

@@ -385,6 +385,7 @@ pub fn options(
         catalog_at: Lsn::ZERO,
         types: None,
         canary: String::new(),
+        canary_accepted: 0,
     }
 }
 

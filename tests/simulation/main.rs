@@ -29,7 +29,7 @@ use watership::relay::parking::{Known, Limits, Parking};
 use watership::relay::status::Status;
 use watership::relay::upkeep::canary::Canary;
 use watership::relay::{Kept, Relay, RelayParts, Tuning, WindowLimits};
-use watership::route::{Action, Ordering, Plans, Router, default_rules};
+use watership::route::{Action, Ordering, Plans, Resumed, Router, default_rules};
 use world::{Faults, Shared, SimPublisher, SimSource, World};
 
 const EVENTS: u32 = 600;
@@ -40,6 +40,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// checkpoint has a second, and the clock of this runtime has a grain of a millisecond.
 const LAST_STORE: Duration = Duration::from_millis(1002);
 const TUNING: Tuning = Tuning {
+    max_unstored: 64,
     window: WINDOW,
     checkpoint_interval: INTERVAL,
     drain_timeout: Duration::from_secs(10),
@@ -191,7 +192,10 @@ impl Run {
             progress: Progress::new(position, flush),
             parking: Parking::new(self.limits, self.store.index(), self.known(position)),
             router: Arc::new(Router::new(&rules).unwrap()),
-            plans: Plans::new(&Router::new(&rules).unwrap(), self.store.keys()),
+            plans: Plans::new(
+                &Router::new(&rules).unwrap(),
+                Resumed { keys: self.store.keys(), ..Resumed::default() },
+            ),
             metrics: Arc::new(Metrics::new(&labels)),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),

@@ -206,7 +206,10 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
             progress: Progress::new(start, Mark(1000)),
             parking: Parking::default(),
             router: Arc::new(Router::new(&rules).unwrap()),
-            plans: Plans::new(&Router::new(&rules).unwrap(), store.keys()),
+            plans: Plans::new(
+                &Router::new(&rules).unwrap(),
+                Resumed { keys: store.keys(), ..Resumed::default() },
+            ),
             metrics: Arc::new(Metrics::new(&[label])),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),

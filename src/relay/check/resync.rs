@@ -96,7 +96,8 @@ fn allowed_by(verdict: Verdict, slot: &str) -> Result<ResumeFrom> {
         | Verdict::SchemaUnknown
         | Verdict::OutboxAltered
         | Verdict::RowUnsendable
-        | Verdict::EventUnpublishable => {
+        | Verdict::EventUnpublishable
+        | Verdict::ParkingRefused => {
             return Err(Error::refused(format!(
                 "{} is not a gap that can be accepted",
                 verdict.name()

@@ -38,6 +38,8 @@ use crate::verdict::Verdict;
 /// How long storing a checkpoint may take; longer than `statement_timeout`, for a backend that is
 /// frozen. Without a checkpoint the duplicates of the next fault have no bound.
 const STORE_LIMIT: Duration = Duration::from_secs(45);
+/// How long a look at parked rows may take: no checkpoint is stored meanwhile.
+const LOOK_LIMIT: Duration = Duration::from_secs(15);
 
 /// The row that a relay starts from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -327,13 +329,20 @@ impl Store for PostgresStore {
 
     fn look(&self, expected: (usize, usize)) -> impl Future<Output = Result<Found>> + 'static {
         let store = self.clone();
-        async move { parked_store::look(&store.client, &store.name, expected).await }
+        async move { in_time(parked_store::look(&store.client, &store.name, expected)).await }
     }
 
     fn read(&self, keys: Vec<ParkedKey>) -> impl Future<Output = Result<Found>> + 'static {
         let store = self.clone();
-        async move { parked_store::rows(&store.client, &store.name, &keys).await }
+        async move { in_time(parked_store::rows(&store.client, &store.name, &keys)).await }
     }
+}
+
+async fn in_time(look: impl Future<Output = Result<Found>>) -> Result<Found> {
+    timeout(LOOK_LIMIT, look).await.unwrap_or_else(|_| {
+        let text = format!("Postgres did not read watership.parked within {LOOK_LIMIT:?}");
+        Err(Error::unreachable(text))
+    })
 }
 
 impl PostgresStore {
@@ -348,7 +357,7 @@ impl PostgresStore {
             let text = format!("Postgres did not store the checkpoint within {STORE_LIMIT:?}");
             Error::unreachable(text)
         })?;
-        match written.map_err(postgres_error)? {
+        match written.map_err(Failed::told)? {
             Some(row) => {
                 self.own.stored(position, flush.lsn());
                 let end: PgLsn = row.try_get(0).map_err(postgres_error)?;
@@ -363,7 +372,8 @@ impl PostgresStore {
         let [epoch, mark, ordinal, sub] = numbers(position);
         let values: [&(dyn ToSql + Sync); 7] =
             [&name, &self.session_no, &epoch, &mark, &ordinal, &sub, &flush];
-        self.client.query_opt(&self.statement, &values).await
+        let row = self.client.query_opt(&self.statement, &values).await;
+        row.map_err(|error| Failed { error, parking: false })
     }
 
     /// All of it in one transaction, sent at once: polled in this order, and the server works in
@@ -375,11 +385,15 @@ impl PostgresStore {
         riders: &[Rider],
     ) -> SqlResult<Option<SqlRow>> {
         let riders = riders.iter().map(|rider| self.ride(position, rider));
+        let frame = async |sql| {
+            let done = self.client.batch_execute(sql).await;
+            done.map_err(|error| Failed { error, parking: false })
+        };
         let (_, row, _, _) = try_join!(
-            self.client.batch_execute("BEGIN"),
+            frame("BEGIN"),
             self.checkpoint(position, flush),
             try_join_all(riders),
-            self.client.batch_execute("COMMIT"),
+            frame("COMMIT"),
         )?;
         Ok(row)
     }
@@ -389,11 +403,46 @@ impl PostgresStore {
         let [epoch, mark, ordinal, sub] = numbers(position);
         let values: [&(dyn ToSql + Sync); 7] =
             [&name, &self.session_no, &epoch, &mark, &ordinal, &sub, &json];
-        self.client.execute(&self.riders[rider.statement()], &values).await.map(drop)
+        let done = self.client.execute(&self.riders[rider.statement()], &values).await;
+        let parking = matches!(rider, Rider::Parked(_) | Rider::Unparked(_));
+        done.map(drop).map_err(|error| Failed { error, parking })
     }
 }
 
-type SqlResult<T> = std::result::Result<T, tokio_postgres::Error>;
+type SqlResult<T> = std::result::Result<T, Failed>;
+
+/// Which statement of a checkpoint failed.
+struct Failed {
+    error: tokio_postgres::Error,
+    /// It was about `watership.parked`.
+    parking: bool,
+}
+
+impl Failed {
+    /// A row that Postgres does not take is refused again however often it is tried, and what was
+    /// published since the last checkpoint is published again each time. So it is a verdict, unless
+    /// time may help: a lack of resources, a lock, a server that shuts down.
+    fn told(self) -> Error {
+        let error = postgres_error(self.error);
+        let refused = |code: &str| PARKING_REFUSED.iter().any(|class| code.starts_with(class));
+        if !self.parking || !error.sqlstate().is_some_and(refused) {
+            return error;
+        }
+        error
+            .context("Postgres does not let the relay write to watership.parked")
+            .as_verdict(Verdict::ParkingRefused)
+            .hint(
+                "give the role of source.url SELECT, INSERT, UPDATE and DELETE on \
+                 watership.parked without row-level security, triggers or constraints of your \
+                 own, then start the relay again; nothing is lost",
+            )
+    }
+}
+
+/// Classes of SQLSTATE that say that the statement itself is refused: unsupported feature, raised
+/// by a trigger, wrong value, constraint, access rule, check option, program limit.
+/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+const PARKING_REFUSED: [&str; 7] = ["0A", "P0", "22", "23", "42", "44", "54"];
 
 fn numbers(position: Position) -> [i64; 4] {
     let Position { epoch, mark, ordinal, sub } = position;

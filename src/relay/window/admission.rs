@@ -44,7 +44,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 Item::Event(event, receipt) => self.admit(&event, receipt, now),
                 Item::Commit(receipt) => {
                     self.seen.metrics.wal.transactions.increment(1);
-                    self.push(receipt, 0, 0);
+                    self.push_settled(receipt);
                     Ok(())
                 }
                 Item::Idle(receipt) => {
@@ -53,7 +53,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 }
                 Item::Described(table, receipt) => {
                     self.making.plans.describe(&self.making.router, &table);
-                    self.push(receipt, 0, 0);
+                    self.push_settled(receipt);
                     Ok(())
                 }
             };
@@ -106,7 +106,6 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         };
         let bytes = self.making.made.iter().map(size).sum();
         let count = u16::try_from(self.making.made.len()).expect("RULES_MAX fits");
-        let position = receipt.position();
         let entry = self.push(receipt, count, bytes);
         self.seen.published.event(event.position.mark);
         let mut made = std::mem::take(&mut self.making.made);
@@ -114,7 +113,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             match made {
                 Made::Message(message, lanes) => {
                     self.seen.metrics.routes[usize::from(message.route.0)].received.increment(1);
-                    if self.is_left_out(&message, position, lanes, entry) {
+                    if self.is_left_out(&message, event.position, lanes, entry) {
                         continue;
                     }
                     let about = About {
@@ -147,7 +146,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         if !self.flight.remembered.leaves_out(key, position, lanes) {
             return false;
         }
-        self.flight.confirms.add(entry, key);
+        self.flight.confirms.add(position, key);
         self.flight.window.settle(entry);
         true
     }
@@ -227,6 +226,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Largest body that the publisher takes, or that the broker was seen to take.
     pub(in crate::relay) fn max_body(&self) -> usize {
         self.publisher.max_body().min(self.making.broker_max_body)
+    }
+
+    fn push_settled(&mut self, receipt: Receipt) {
+        self.durable.idle.busy();
+        self.durable.progress.on_received(receipt.position());
+        self.flight.window.push_settled(receipt);
     }
 
     fn push(&mut self, receipt: Receipt, messages: u16, bytes: usize) -> EntryId {

@@ -20,7 +20,6 @@ use uuid::Uuid;
 
 use crate::message::{Message, RouteId};
 use crate::position::Position;
-use crate::relay::window::{EntryId, Window};
 use crate::route::LaneKeys;
 
 /// A log of confirms is looked through when it has at least this many of them.
@@ -44,11 +43,12 @@ impl MessageKey {
     }
 }
 
-/// What was confirmed in this session, by entries that are still in the window. It grows with each
-/// confirm, so it is looked through only when it has doubled: a few instructions a message.
+/// What was confirmed in this session and is not covered by a checkpoint: at most what the window
+/// holds and what may be settled and not stored. It grows with each confirm, so it is looked
+/// through only when it has doubled: a few instructions a message.
 #[derive(Debug)]
 pub struct Confirms {
-    log: Vec<(EntryId, MessageKey)>,
+    log: Vec<(Position, MessageKey)>,
     prune_at: usize,
 }
 
@@ -58,15 +58,15 @@ impl Confirms {
         Self { log: Vec::new(), prune_at: PRUNE_AT_LEAST }
     }
 
-    /// The broker has the message; `entry` waits for it.
-    pub fn add(&mut self, entry: EntryId, message: MessageKey) {
-        self.log.push((entry, message));
+    /// The broker has the message of the event at `position`.
+    pub fn add(&mut self, position: Position, message: MessageKey) {
+        self.log.push((position, message));
     }
 
-    /// Drops what has left the window, now and then.
-    pub fn prune(&mut self, window: &Window) {
+    /// Drops what the checkpoint at `stored` covers, now and then.
+    pub fn prune(&mut self, stored: Position) {
         if self.log.len() >= self.prune_at {
-            self.log.retain(|(entry, _)| window.position(*entry).is_some());
+            self.log.retain(|(position, _)| *position > stored);
             self.prune_at = PRUNE_AT_LEAST.max(self.log.len() * 2);
         }
     }
@@ -147,19 +147,19 @@ impl Remembered {
         }
     }
 
-    /// What the next session remembers: what this one got confirms for and its window still holds,
-    /// what was `released` of the parked and is not written, and what it did not come to.
+    /// What the next session remembers: what this one got confirms for and the checkpoint at
+    /// `stored` does not cover, what was `released` of the parked and is not written, and what it
+    /// did not come to.
     #[must_use]
     pub fn after(
         mut self,
         confirms: &Confirms,
-        window: &Window,
+        stored: Position,
         released: impl Iterator<Item = (MessageKey, Position)>,
     ) -> Self {
-        let confirmed = confirms.log.iter();
-        let in_window =
-            confirmed.filter_map(|(entry, message)| Some((*message, window.position(*entry)?)));
-        for (message, position) in in_window.chain(released) {
+        let confirmed = confirms.log.iter().filter(|(position, _)| *position > stored);
+        let confirmed = confirmed.map(|(position, message)| (*message, *position));
+        for (message, position) in confirmed.chain(released) {
             self.messages.insert(message, (position, self.session));
             self.until = self.until.max(position);
         }

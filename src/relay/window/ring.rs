@@ -2,12 +2,11 @@
 //!
 //! Invariant: a source advances only past settled events. Entries stand in source order and
 //! leave only from the front, so receipts come back as the settled prefix; a receipt is not
-//! `Clone`, so there is no other way to get one. Commits are entries too: a transaction is over
-//! when everything before its commit is.
+//! `Clone`, so there is no other way to get one. A commit goes with the entry before it: a
+//! transaction is over when everything before its commit is.
 
 use std::collections::VecDeque;
 
-use crate::position::Position;
 use crate::source::Receipt;
 
 /// Number of an entry; grows by one with each.
@@ -43,6 +42,15 @@ impl Window {
         EntryId(self.first + self.entries.len() as u64 - 1)
     }
 
+    /// Something without messages, such as a commit: it is settled when all before it is, so it
+    /// needs no entry of its own behind another one.
+    pub fn push_settled(&mut self, receipt: Receipt) {
+        match self.entries.back_mut() {
+            Some(last) => last.receipt.absorb(receipt),
+            None => drop(self.push(receipt, 0, 0)),
+        }
+    }
+
     /// One message of the entry is settled.
     ///
     /// # Panics
@@ -52,6 +60,10 @@ impl Window {
         let entry = &mut self.entries[usize::try_from(index).expect("the ring fits in memory")];
         assert!(entry.open > 0, "each message settles once");
         entry.open -= 1;
+        if entry.open == 0 {
+            // Its messages are gone, whatever it waits for.
+            self.bytes -= std::mem::take(&mut entry.bytes);
+        }
     }
 
     /// One unsettled message of the entry has become `open`: as many as the present routes make.
@@ -64,12 +76,9 @@ impl Window {
         assert!(entry.open > 0, "each message settles once");
         entry.open += u16::try_from(messages).expect("RULES_MAX fits");
         entry.open -= 1;
-    }
-
-    /// Where the entry stands in the source; absent once it has left with the settled prefix.
-    pub fn position(&self, id: EntryId) -> Option<Position> {
-        let index = usize::try_from(id.0.checked_sub(self.first)?).ok()?;
-        self.entries.get(index).map(|entry| entry.receipt.position())
+        if entry.open == 0 {
+            self.bytes -= std::mem::take(&mut entry.bytes);
+        }
     }
 
     /// Takes the settled prefix off and gives back what covers it.
@@ -87,6 +96,11 @@ impl Window {
         covered
     }
 
+    /// Entries that have left it.
+    pub fn left(&self) -> u64 {
+        self.first
+    }
+
     /// Entries in the window.
     pub fn len(&self) -> usize {
         self.entries.len()
@@ -97,7 +111,7 @@ impl Window {
         self.entries.is_empty()
     }
 
-    /// Size of the messages in the window.
+    /// Size of the messages of entries that are not settled.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -106,7 +120,7 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::position::Mark;
+    use crate::position::{Mark, Position};
 
     fn receipt(lsn: u64, ordinal: u64, flush: Option<u64>) -> Receipt {
         let position = Position { epoch: 1, mark: Mark(lsn), ordinal, sub: 0 };
@@ -118,14 +132,13 @@ mod tests {
         let mut window = Window::new();
         let first = window.push(receipt(10, 1, None), 1, 100);
         let second = window.push(receipt(10, 2, None), 2, 100);
-        window.push(receipt(10, 2, Some(12)), 0, 0);
+        window.push_settled(receipt(10, 2, Some(12)));
         window.settle(second);
         window.settle(second);
-        assert_eq!(window.take_settled(), None);
-        assert_eq!(window.position(second), Some(receipt(10, 2, None).position()));
+        assert_eq!((window.take_settled(), window.bytes()), (None, 100));
         window.settle(first);
         assert_eq!(window.take_settled(), Some(receipt(10, 2, Some(12))));
-        assert_eq!(window.position(second), None, "it has left");
+        assert_eq!(window.left(), 2, "the commit came with the last event");
         assert!(window.is_empty());
         assert_eq!(window.bytes(), 0);
     }
@@ -146,10 +159,9 @@ mod tests {
     #[test]
     fn inside_a_transaction_nothing_may_be_flushed() {
         let mut window = Window::new();
-        window.push(receipt(10, 1, Some(12)), 0, 0);
+        window.push_settled(receipt(10, 1, Some(12)));
         let event = window.push(receipt(20, 1, None), 1, 1);
-        let commit = receipt(20, 1, Some(22));
-        window.push(commit, 0, 0);
+        window.push_settled(receipt(20, 1, Some(22)));
         let covered = window.take_settled().unwrap();
         assert_eq!(covered.flush(), Some(Mark(12)));
         window.settle(event);

@@ -5,9 +5,7 @@ use uuid::Uuid;
 use super::{Confirms, MessageKey, PRUNE_AT_LEAST, Remembered};
 use crate::message::RouteId;
 use crate::position::{Mark, Position};
-use crate::relay::window::{EntryId, Window};
 use crate::route::LaneKeys;
-use crate::source::Receipt;
 
 const TABLE: u64 = 77;
 
@@ -29,18 +27,15 @@ fn row(lane: u64) -> LaneKeys {
 
 /// One session; a message is known by its place in the source.
 struct Session {
-    window: Window,
     confirms: Confirms,
+    /// What a checkpoint covers.
+    stored: Position,
     remembered: Remembered,
 }
 
 impl Session {
     fn new(remembered: Remembered) -> Self {
-        Self { window: Window::new(), confirms: Confirms::new(), remembered }
-    }
-
-    fn entry(&mut self, place: u64) -> EntryId {
-        self.window.push(Receipt::new(at(place), None), 1, 0)
+        Self { confirms: Confirms::new(), stored: Position::default(), remembered }
     }
 
     /// The message comes; true when it is left out.
@@ -49,12 +44,10 @@ impl Session {
     }
 
     fn comes_on(&mut self, route: u16, place: u64, lanes: LaneKeys, confirmed: bool) -> bool {
-        let entry = self.entry(place);
         let key = key(place, route);
         let left_out = self.remembered.leaves_out(key, at(place), lanes);
         if left_out || confirmed {
-            self.confirms.add(entry, key);
-            self.window.settle(entry);
+            self.confirms.add(at(place), key);
         }
         left_out
     }
@@ -62,7 +55,7 @@ impl Session {
     /// The broker is lost.
     fn ends(self) -> Self {
         let released = std::iter::empty();
-        Self::new(self.remembered.after(&self.confirms, &self.window, released))
+        Self::new(self.remembered.after(&self.confirms, self.stored, released))
     }
 }
 
@@ -82,9 +75,9 @@ fn only_what_was_confirmed_behind_an_open_entry_is_left_out_and_only_once() {
     for (place, confirmed) in [(1, true), (2, false), (3, true), (4, true), (5, false)] {
         first.comes(place, one(place), confirmed);
     }
-    first.window.take_settled();
+    first.stored = at(1);
     let mut second = first.ends();
-    assert_eq!(second.remembered.len(), 2, "place 1 is settled, a checkpoint covers it");
+    assert_eq!(second.remembered.len(), 2, "a checkpoint covers place 1");
     let left_out = |place| second.comes(place, one(place), false);
     assert_eq!([1, 2, 3, 4, 5, 3].map(left_out), [false, false, true, true, false, false]);
     assert!(second.remembered.is_empty());
@@ -171,12 +164,12 @@ fn beyond_the_last_remembered_place_nothing_is_kept() {
 }
 
 #[test]
-fn the_log_of_confirms_is_bounded_by_the_window() {
+fn the_log_of_confirms_is_bounded_by_what_no_checkpoint_covers() {
     let mut session = Session::new(Remembered::default());
     for place in 1..=20 * PRUNE_AT_LEAST as u64 {
         session.comes(place, one(1), true);
-        session.window.take_settled();
-        session.confirms.prune(&session.window);
+        session.stored = at(place);
+        session.confirms.prune(session.stored);
         assert!(session.confirms.log.len() <= PRUNE_AT_LEAST);
     }
     assert!(session.ends().remembered.is_empty());
