@@ -133,6 +133,10 @@ pub struct RouteMetrics {
     grade: Vec<(&'static str, Gauge)>,
     /// For how long it has been held, in seconds; 0 when it is not.
     pub held_seconds: Gauge,
+    /// For how long the broker has refused (nacked) messages of it, in seconds; 0 when it does not.
+    pub refused_seconds: Gauge,
+    /// Age of its oldest message without a confirm, since it was read, in seconds.
+    pub oldest_unsettled_seconds: Gauge,
 }
 
 /// The ring of unsettled entries.
@@ -287,6 +291,8 @@ impl Metrics {
         for route in &self.routes {
             route.held.set(0.0);
             route.held_seconds.set(0.0);
+            route.refused_seconds.set(0.0);
+            route.oldest_unsettled_seconds.set(0.0);
         }
     }
 
@@ -348,6 +354,8 @@ impl RouteMetrics {
             capture_to_publish: histogram!("watership_capture_to_publish_seconds", &labels),
             held: gauge!("watership_route_held", &labels),
             held_seconds: gauge!("watership_route_held_seconds", &labels),
+            refused_seconds: gauge!("watership_route_refused_seconds", &labels),
+            oldest_unsettled_seconds: gauge!("watership_route_oldest_unsettled_seconds", &labels),
             grade: ROUTE_GRADES.map(|grade| (grade, grade_gauge(&labels, grade))).to_vec(),
         }
     }

@@ -36,6 +36,7 @@ use crate::relay::upkeep::canary::Canary;
 use crate::relay::window::Window;
 use crate::relay::window::admission::Made;
 use crate::relay::window::lanes::Lanes;
+use crate::relay::window::refusals::Refusals;
 use crate::relay::window::remembered::{Confirms, Remembered};
 use crate::route::{Plans, Router};
 use crate::source::{Item, Note, Source};
@@ -106,6 +107,10 @@ struct Durable {
     /// Notes of the source that are settled and not stored.
     notes: Vec<Note>,
     storing: Option<Storing>,
+    /// Entries that had left the window when the write under way began, and when the last one that
+    /// ended had begun.
+    storing_left: u64,
+    stored_left: u64,
     /// When the next checkpoint is due, if the interval is longer than a tick.
     due_at: Instant,
 }
@@ -115,6 +120,7 @@ struct Seen {
     observed: Observed,
     canary: Arc<Canary>,
     published: RecentlyPublished,
+    refusals: Refusals,
     metrics: Arc<Metrics>,
     status: Arc<Status>,
 }
@@ -210,12 +216,15 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 idle: Idle::new(tuning.idle_interval, now.into_std()),
                 notes: Vec::new(),
                 storing: None,
+                storing_left: 0,
+                stored_left: 0,
                 due_at: now,
             },
             seen: Seen {
                 observed: Observed::new(now.into_std()),
                 canary,
                 published,
+                refusals: Refusals::new(),
                 metrics,
                 status,
             },
@@ -280,8 +289,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Closes both ends in order; best effort. Returns what the next session starts from.
     pub async fn close(self) -> Kept {
         let released = self.released().into_iter();
-        let remembered =
-            self.flight.remembered.after(&self.flight.confirms, &self.flight.window, released);
+        let (stored, _) = self.durable.progress.stored_checkpoint();
+        let remembered = self.flight.remembered.after(&self.flight.confirms, stored, released);
         tokio::join!(self.publisher.close(), self.source.close());
         Kept { published: self.seen.published, remembered }
     }
@@ -295,10 +304,14 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     fn room(&self) -> usize {
         let bytes = self.flight.window.bytes() + self.parked.parking.pending_bytes();
         let full = bytes >= self.tuning.window.bytes;
+        let unstored = self.flight.window.left() - self.durable.stored_left;
+        let unstored = usize::try_from(unstored).unwrap_or(usize::MAX);
         if full || matches!(self.ending, Ending::Draining { .. }) {
             return 0;
         }
-        self.tuning.window.events.saturating_sub(self.flight.window.len()).min(BATCH_MAX)
+        let storable = self.tuning.max_unstored.saturating_sub(unstored);
+        let events = self.tuning.window.events.saturating_sub(self.flight.window.len());
+        events.min(storable).min(BATCH_MAX)
     }
 
     fn wake_at(&self) -> Option<Instant> {
@@ -338,6 +351,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
     fn begin_storing(&mut self) {
         let (position, flush) = self.durable.progress.begin_storing();
+        self.durable.storing_left = self.flight.window.left();
         let mut riders = self.parked.parking.take_riders(position);
         riders.extend(checkpoint::rider::of_notes(std::mem::take(&mut self.durable.notes)));
         self.durable.storing = Some(Box::pin(self.store.store(position, flush, riders)));
@@ -368,7 +382,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         Ok(())
     }
 
-    fn has_unstored(&self) -> bool {
+    pub(in crate::relay) fn has_unstored(&self) -> bool {
         let settled = self.durable.progress.settled_position();
         self.durable.progress.has_unstored()
             || self.parked.parking.has_riders(settled)
@@ -379,6 +393,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.seen.metrics.checkpoint.written.increment(1);
         self.durable.idle.wrote(wal_end);
         self.durable.progress.on_stored();
+        self.durable.stored_left = self.durable.storing_left;
         if let Some(flush) = self.durable.progress.to_advance() {
             self.source.advance(flush).await?;
             self.durable.progress.on_advanced(flush);
@@ -416,7 +431,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let age = self.seen.canary.age(now);
         self.seen.status.canary(age);
         self.seen.metrics.wal.canary_age_seconds.set(age.unwrap_or_default().as_secs_f64());
-        if let Some(deaf) = self.seen.canary.verdict(seen.received, now) {
+        let gap = seen.canary_gap.and_then(|gap| self.seen.canary.gap_verdict(gap));
+        if let Some(deaf) = gap.or_else(|| self.seen.canary.verdict(seen.received, now)) {
             self.drain(Some(deaf));
         }
     }
@@ -481,6 +497,10 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             now,
         );
         self.seen.status.parked(&self.parked.parking);
+        self.flight.lanes.forget_well(now);
+        let (lanes, router) = (&self.flight.lanes, &self.making.router);
+        let refused = self.seen.refusals.tick(lanes, router, metrics, now);
+        self.seen.status.refused(refused);
     }
 }
 

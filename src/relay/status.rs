@@ -16,6 +16,7 @@ use crate::relay::checkpoint::progress::Progress;
 use crate::relay::parking::Parking;
 use crate::relay::session::circuit::{self, Circuit};
 use crate::relay::window::lanes::Lanes;
+use crate::relay::window::refusals::RefusedRoute;
 
 /// A streaming loop that has not ticked for this long is stuck.
 const STUCK: Duration = Duration::from_secs(30);
@@ -45,6 +46,7 @@ struct Inner {
     window_events: usize,
     blocked: bool,
     held: Vec<(usize, String, Instant)>,
+    refused: Vec<RefusedRoute>,
     parked: ParkedStatus,
     canary_age: Option<Duration>,
     slot: Option<SlotStatus>,
@@ -186,6 +188,8 @@ pub struct Snapshot {
     pub broker_blocked: bool,
     /// Routes that are held.
     pub held: Vec<Held>,
+    /// Routes whose messages the broker refuses for now.
+    pub refused: Vec<RefusedRoute>,
     /// What is parked.
     pub parked: ParkedStatus,
     /// What the last audit of the broker found, by route; empty before the first one.
@@ -216,6 +220,7 @@ impl Status {
             window_events: 0,
             blocked: false,
             held: Vec::new(),
+            refused: Vec::new(),
             parked: ParkedStatus::default(),
             canary_age: None,
             slot: None,
@@ -261,6 +266,7 @@ impl Status {
         let mut inner = self.lock();
         (inner.in_flight, inner.window_events, inner.blocked) = (0, 0, false);
         inner.held.clear();
+        inner.refused.clear();
         inner.parked.blocked.clear();
     }
 
@@ -296,6 +302,11 @@ impl Status {
         let held =
             lanes.holds().map(|(route, h)| (usize::from(route.0), h.reason.clone(), h.since));
         inner.held.extend(held);
+    }
+
+    /// The loop's tick, about routes whose messages the broker refuses.
+    pub fn refused(&self, refused: Vec<RefusedRoute>) {
+        self.lock().refused = refused;
     }
 
     /// The loop's tick, about what is parked.
@@ -403,6 +414,7 @@ impl Status {
             window_events: inner.window_events,
             broker_blocked: inner.blocked,
             held: held.collect(),
+            refused: inner.refused.clone(),
             parked: inner.parked.clone(),
             routes: inner.grades.clone(),
             canary_age_seconds: inner.canary_age.map(|age| age.as_secs_f64()),

@@ -26,7 +26,7 @@ use watership::message::Message as WireMessage;
 use watership::pg::pgoutput::{ReplicationMessage, TupleValue, decode};
 use watership::position::{Lsn, Position};
 use watership::relay;
-use watership::route::{Decision, LaneKeys, Plans, Router, default_rules};
+use watership::route::{Decision, LaneKeys, Plans, Resumed, Router, default_rules};
 use watership::source::transaction::{Assembler, CapturedTable, Options, OutboxTable, Timelines};
 use watership::source::{Item, Receipt};
 
@@ -200,6 +200,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         catalog_at: Lsn::ZERO,
         types: None,
         canary: String::new(),
+        canary_accepted: 0,
     });
     let mut relation = b"R\0\0\x40\x07watership\0outbox\0d\0\x0c".to_vec();
     let columns = [
@@ -271,7 +272,7 @@ fn routing((mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>
     };
     let router = Router::new(&default_rules()).expect("the default rules");
     Routing {
-        plans: Plans::new(&router, HashMap::new()),
+        plans: Plans::new(&router, Resumed::default()),
         router,
         envelope: Envelope::new("bench"),
         events: items.into_iter().filter_map(event).collect(),
@@ -347,7 +348,7 @@ fn lanes_and_watermark((made, receipts): (Vec<Made>, Vec<Receipt>)) -> Option<Re
             flying.push_back(ticket);
         }
         let Some(ticket) = flying.pop_front() else { return last };
-        let confirmed = lanes.confirmed(ticket);
+        let confirmed = lanes.confirmed(ticket, now);
         let relay::window::lanes::Owner::Window(entry) = confirmed.owner else {
             unreachable!("nothing is parked here")
         };

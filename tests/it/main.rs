@@ -19,6 +19,7 @@ mod parking;
 mod pg_stream;
 mod pg_wire;
 mod position;
+mod refused;
 mod relay;
 mod relay_faults;
 mod relay_operation;
@@ -30,3 +31,4 @@ mod sql;
 #[path = "../support/mod.rs"]
 mod support;
 mod two_relays;
+mod unstored;

@@ -8,6 +8,8 @@
 //! A held route's messages wait aside, in order; its first one probes whether the destination
 //! works again (`lanes/hold`). Other routes go on.
 //!
+//! Messages for a destination that nacks wait in `lanes/refusing`, which says when the next one goes.
+//!
 //! A message that can never be published is evicted, with all that wait behind it in its lanes
 //! (`lanes/evict`).
 
@@ -15,7 +17,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::message::{Message, RouteId};
 use crate::position::Position;
@@ -23,11 +25,6 @@ use crate::publisher::Ticket;
 use crate::relay::window::EntryId;
 use crate::relay::window::remembered::MessageKey;
 use crate::route::LaneKeys;
-
-/// First wait before a nacked message is tried again; doubles.
-pub const RETRY_FIRST: Duration = Duration::from_millis(5);
-/// Longest wait before a nacked message is tried again.
-pub const RETRY_LIMIT: Duration = Duration::from_millis(500);
 
 /// Whom the end of a message is told to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +42,8 @@ pub struct Nacked {
     pub times: u32,
     /// Other messages of its route were confirmed since it was refused first.
     pub others_pass: bool,
+    /// Its destination did not refuse before.
+    pub refuses: bool,
 }
 
 /// The event that a message tells of, as far as it is needed when the message ends.
@@ -72,6 +71,8 @@ pub struct Pending {
     /// Order of admission: what is put aside comes back in this order.
     order: u64,
     nacks: u32,
+    /// It went out to a destination that refused, in this epoch of it.
+    sent_to: Option<(DestinationKey, u32)>,
     /// Confirms of its route when it was refused first.
     confirms_then: u64,
     /// The lanes that it stands in.
@@ -85,6 +86,8 @@ pub struct Pending {
 pub struct Confirmed {
     /// Which message.
     pub key: MessageKey,
+    /// Where its event stands in the source.
+    pub position: Position,
     /// Whom its end is reported to.
     pub owner: Owner,
     /// Commit time of its event, in microseconds since 1970-01-01 UTC, for the metric.
@@ -155,10 +158,7 @@ pub struct Lanes {
     lanes: ByHash<Ends>,
     groups: ByHash<Group>,
     ready: VecDeque<u32>,
-    /// Nacked messages by due time, then by admission.
-    retries: BTreeMap<(Instant, u64), u32>,
-    /// When each of them is due, by route and admission.
-    retries_of: BTreeMap<(RouteId, u64), Instant>,
+    refusing: Refusing,
     holds: BTreeMap<RouteId, Hold>,
     probes: u64,
     /// Messages of held routes that could otherwise go, by admission.
@@ -185,7 +185,7 @@ impl Lanes {
 
     /// Nothing is out, and what is left waits for a held route.
     pub fn is_stuck(&self) -> bool {
-        let may_go = !self.ready.is_empty() || !self.retries.is_empty();
+        let may_go = !self.ready.is_empty() || self.refusing.waiting() > 0;
         self.in_flight == 0 && !may_go && !self.holds.is_empty() && self.suspects.is_empty()
     }
 
@@ -211,9 +211,19 @@ impl Lanes {
         let order = self.admitted;
         self.admitted += 1;
         let next = [None; 2];
-        let (nacks, confirms_then) = (0, 0);
-        let slot =
-            Pending { message, about, owner, captured, order, nacks, confirms_then, keys, next };
+        let (nacks, confirms_then, sent_to) = (0, 0, None);
+        let slot = Pending {
+            message,
+            about,
+            owner,
+            captured,
+            order,
+            nacks,
+            sent_to,
+            confirms_then,
+            keys,
+            next,
+        };
         let id = match self.free.pop() {
             Some(id) => {
                 self.slots[id as usize] = Some(slot);
@@ -259,44 +269,66 @@ impl Lanes {
             // Everything else waits for the outcome of the one that is out.
             return None;
         }
-        let retry = self.retries.keys().next().map(|(due, _)| *due);
-        [retry, self.probe_at()].into_iter().flatten().min()
+        [self.refusing.wake_at(), self.probe_at()].into_iter().flatten().min()
     }
 
     /// The broker has it: the message leaves, its lanes move on, and a hold that it probed ends.
-    pub fn confirmed(&mut self, ticket: Ticket) -> Confirmed {
+    pub fn confirmed(&mut self, ticket: Ticket, now: Instant) -> Confirmed {
+        if let Some((destination, _)) = self.slot(ticket).sent_to {
+            self.refusing.confirmed(destination, now);
+        }
         let id = self.landed(ticket);
         let slot = self.at(id);
         let (key, keys, next) = (MessageKey::of(&slot.message), slot.keys, slot.next);
-        let (owner, committed_at_us) = (slot.owner, slot.about.committed_at_us);
+        let (owner, position) = (slot.owner, slot.about.position);
+        let committed_at_us = slot.about.committed_at_us;
         // Dropped where it is: a slot is large, and nobody needs the rest of it.
         self.slots[id as usize] = None;
         self.free.push(id);
         let released = self.end_probe(id, key.route);
         *self.route_confirms(key.route) += 1;
         self.leave(id, keys, next);
-        self.retry_oldest_now(key.route);
-        Confirmed { key, owner, committed_at_us, released }
+        Confirmed { key, position, owner, committed_at_us, released }
     }
 
-    /// The broker refused it for now: it stays at the head of its lane and is tried again, for
-    /// ever. A nack says that the destination exists, so a hold that it probed ends.
+    /// The broker refused it for now: it stays at the head of its lane and is tried again, without
+    /// a limit. A nack says that the destination exists, so a hold that it probed ends.
     pub fn nacked(&mut self, ticket: Ticket, now: Instant) -> Nacked {
+        let epoch = self.slot(ticket).sent_to.map_or(0, |(_, epoch)| epoch);
         let id = self.landed(ticket);
         let route = self.at(id).message.route;
         let confirms = *self.route_confirms(route);
         let slot = self.slots[id as usize].as_mut().expect("an outcome belongs to a live slot");
-        let wait = RETRY_FIRST.saturating_mul(1 << slot.nacks.min(16)).min(RETRY_LIMIT);
         if slot.nacks == 0 {
             slot.confirms_then = confirms;
         }
+        let place = Place { order: slot.order, id };
+        let refuses = self.refusing.nacked(&slot.message, place, slot.nacks, epoch, now);
         slot.nacks = slot.nacks.saturating_add(1);
-        let nacked = Nacked { times: slot.nacks, others_pass: confirms > slot.confirms_then };
-        let order = slot.order;
-        self.retries.insert((now + wait, order), id);
-        self.retries_of.insert((route, order), now + wait);
+        let others_pass = confirms > slot.confirms_then;
+        let nacked = Nacked { times: slot.nacks, others_pass, refuses };
         self.end_probe(id, route);
         nacked
+    }
+
+    /// When the oldest message of each route was captured.
+    pub fn oldest(&self) -> BTreeMap<RouteId, Instant> {
+        let mut oldest = BTreeMap::new();
+        for slot in self.slots.iter().flatten() {
+            let at = oldest.entry(slot.message.route).or_insert(slot.captured);
+            *at = slot.captured.min(*at);
+        }
+        oldest
+    }
+
+    /// Destinations that refuse.
+    pub fn refused(&self) -> impl Iterator<Item = Refused<'_>> {
+        self.refusing.each()
+    }
+
+    /// Forgets destinations that take everything again.
+    pub fn forget_well(&mut self, now: Instant) {
+        self.refusing.sweep(now);
     }
 
     fn next_id(&mut self, now: Instant) -> Option<u32> {
@@ -306,33 +338,29 @@ impl Lanes {
         if let Some(id) = self.next_probe(now) {
             return Some(id);
         }
-        while let Some(entry) = self.retries.first_entry() {
-            if entry.key().0 > now {
-                break;
+        while let Some((Place { id, .. }, destination, epoch)) = self.refusing.next(now) {
+            if self.unless_held(id).is_none() {
+                self.refusing.landed(destination);
+                continue;
             }
-            let id = entry.remove();
-            let (route, order) = (self.at(id).message.route, self.at(id).order);
-            self.retries_of.remove(&(route, order));
-            if let Some(id) = self.unless_held(id) {
-                return Some(id);
-            }
+            let slot = self.slots[id as usize].as_mut().expect("what waits is live");
+            slot.sent_to = Some((destination, epoch));
+            return Some(id);
         }
         while let Some(id) = self.ready.pop_front() {
-            if let Some(id) = self.unless_held(id) {
+            if let Some(id) = self.unless_held(id).and_then(|id| self.unless_refused(id)) {
                 return Some(id);
             }
         }
         None
     }
 
-    /// The broker takes messages of this route: its oldest nacked one need not wait any longer. So
-    /// a full queue is tried about as often as it has room, whatever the waits have grown to.
-    fn retry_oldest_now(&mut self, route: RouteId) {
-        let oldest = self.retries_of.range((route, 0)..=(route, u64::MAX)).next();
-        let Some((&key, &due)) = oldest else { return };
-        self.retries_of.remove(&key);
-        let id = self.retries.remove(&(due, key.1)).expect("both maps hold the same messages");
-        self.ready.push_back(id);
+    /// Has the message wait when its destination refuses.
+    fn unless_refused(&mut self, id: u32) -> Option<u32> {
+        let slot = self.slots[id as usize].as_ref().expect("a ready slot is live");
+        let Some(destination) = self.refusing.find(&slot.message) else { return Some(id) };
+        self.refusing.wait(destination, Place { order: slot.order, id });
+        None
     }
 
     /// Past the barrier check: joins its lanes, and is ready when it heads all of them.
@@ -426,6 +454,10 @@ impl Lanes {
         assert!(self.in_flight > 0, "an outcome belongs to a message in flight");
         self.in_flight -= 1;
         let id = index(ticket);
+        let slot = self.slots[id as usize].as_mut().expect("an outcome belongs to a live slot");
+        if let Some((destination, _)) = slot.sent_to.take() {
+            self.refusing.landed(destination);
+        }
         self.accused.take_if(|accused| *accused == id);
         id
     }
@@ -468,8 +500,12 @@ fn group_of(keys: LaneKeys) -> Option<(u64, bool)> {
 
 mod evict;
 mod hold;
+mod refusing;
+
+use refusing::{DestinationKey, Place, Refusing};
 
 pub use hold::{PROBE_FIRST, PROBE_LIMIT};
+pub use refusing::{Refused, WAIT_FIRST, WAIT_LIMIT};
 
 #[cfg(test)]
 mod tests;

@@ -36,7 +36,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let probes = outcomes.iter().filter(closed_on_probe).count();
         for (ticket, outcome) in outcomes.drain(..) {
             match outcome {
-                Outcome::Confirmed => self.confirmed(ticket, clock),
+                Outcome::Confirmed => self.confirmed(ticket, clock, now),
                 Outcome::Nacked => self.nacked(ticket, now),
                 Outcome::Returned(text) => self.returned(ticket, &text, now),
                 Outcome::ChannelClosed { code, text } => match reply::channel_closed(code) {
@@ -61,12 +61,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         over.map_or(Ok(()), Err)
     }
 
-    fn confirmed(&mut self, ticket: Ticket, clock: Duration) {
-        let Confirmed { key, owner, committed_at_us, released } =
-            self.flight.lanes.confirmed(ticket);
+    fn confirmed(&mut self, ticket: Ticket, clock: Duration, now: Instant) {
+        let Confirmed { key, position, owner, committed_at_us, released } =
+            self.flight.lanes.confirmed(ticket, now);
         match owner {
             Owner::Window(entry) => {
-                self.flight.confirms.add(entry, key);
+                self.flight.confirms.add(position, key);
                 self.flight.window.settle(entry);
             }
             Owner::Parked(number) => {
@@ -198,7 +198,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         if let Some(mut receipt) = self.flight.window.take_settled() {
             self.durable.progress.on_settled(&receipt);
             self.durable.notes.append(&mut receipt.take_notes());
-            self.flight.confirms.prune(&self.flight.window);
+            if self.durable.storing.is_none() && !self.durable.progress.has_unstored() {
+                // A replay of what was stored before needs no checkpoint.
+                self.durable.stored_left = self.flight.window.left();
+            }
+            let (stored, _) = self.durable.progress.stored_checkpoint();
+            self.flight.confirms.prune(stored);
         }
     }
 

@@ -4,7 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashSet, VecDeque};
 
-use super::{Lanes, Pending, group_of, index, lanes_of};
+use super::{Lanes, Pending, Place, group_of, index, lanes_of};
 use crate::publisher::Ticket;
 
 impl Lanes {
@@ -19,9 +19,9 @@ impl Lanes {
     /// As [`Lanes::evict`], for a message that was nacked and waits for its next try.
     pub fn evict_nacked(&mut self, ticket: Ticket) -> Vec<Pending> {
         let first = index(ticket);
-        let (route, order) = (self.at(first).message.route, self.at(first).order);
-        let due = self.retries_of.remove(&(route, order));
-        self.retries.remove(&(due.expect("a nacked message waits for its next try"), order));
+        let slot = self.slots[first as usize].as_ref().expect("a nacked slot is live");
+        let waited = self.refusing.remove(&slot.message, Place { order: slot.order, id: first });
+        assert!(waited, "a nacked message waits for its next try");
         self.evict_id(first)
     }
 

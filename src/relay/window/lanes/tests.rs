@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use super::{About, Lanes, Owner, PROBE_FIRST, PROBE_LIMIT, RETRY_LIMIT};
+use super::{About, Lanes, Owner, PROBE_FIRST, PROBE_LIMIT, WAIT_LIMIT};
 use crate::message::{Builder, ExchangeId, Message, Properties, RouteId};
 use crate::position::{Mark, Position};
 use crate::publisher::Ticket;
@@ -15,6 +15,10 @@ use proptest::prelude::*;
 use uuid::Uuid;
 
 pub(super) fn message(id: u128, route: u16) -> Message {
+    message_to("key", id, route)
+}
+
+pub(super) fn message_to(routing_key: &str, id: u128, route: u16) -> Message {
     let properties = Properties {
         content_type: "text/plain",
         message_id: Uuid::from_u128(id),
@@ -23,7 +27,7 @@ pub(super) fn message(id: u128, route: u16) -> Message {
         app_id: "test",
     };
     let mut scratch = Vec::new();
-    let builder = Builder::new(&mut scratch, "key", properties).unwrap();
+    let builder = Builder::new(&mut scratch, routing_key, properties).unwrap();
     builder.finish(ExchangeId(0), RouteId(route), |_| {}).unwrap()
 }
 
@@ -57,6 +61,11 @@ impl Bench {
 
     fn admit_on(&mut self, route: u16, id: u128, keys: LaneKeys) {
         self.lanes.admit(message(id, route), about(), keys, Owner::Window(entry()), self.now);
+    }
+
+    fn admit_to(&mut self, routing_key: &str, id: u128, keys: LaneKeys) {
+        let message = message_to(routing_key, id, 0);
+        self.lanes.admit(message, about(), keys, Owner::Window(entry()), self.now);
     }
 
     /// Everything that may be sent now.
@@ -95,7 +104,7 @@ fn what_waits_behind_an_evicted_message_leaves_with_it_and_nothing_else_does() {
     let gone = bench.lanes.evict(sent[0].0);
     let ids: Vec<u128> = gone.iter().map(|slot| slot.message.id.as_u128()).collect();
     assert_eq!(ids, [1, 3, 4], "by admission");
-    bench.lanes.confirmed(sent[1].0);
+    bench.lanes.confirmed(sent[1].0, bench.now);
     bench.admit(6, one(1));
     bench.admit(7, one(2));
     assert_eq!(bench.ids(), [6, 7]);
@@ -112,7 +121,7 @@ fn a_barrier_behind_an_evicted_message_takes_all_behind_it_along() {
     let sent = bench.send();
     let gone = bench.lanes.evict(sent[0].0);
     assert_eq!(gone.iter().map(|slot| slot.message.id.as_u128()).collect::<Vec<_>>(), [1, 3, 4]);
-    bench.lanes.confirmed(sent[1].0);
+    bench.lanes.confirmed(sent[1].0, bench.now);
     bench.admit(5, LaneKeys::Barrier { group: 9 });
     assert_eq!(bench.ids(), [5]);
 }
@@ -128,7 +137,7 @@ fn suspects_go_alone_and_the_largest_first() {
     let alone = bench.send();
     assert_eq!(alone.len(), 1);
     assert!(bench.lanes.is_accused(alone[0].0));
-    bench.lanes.confirmed(alone[0].0);
+    bench.lanes.confirmed(alone[0].0, bench.now);
     let alone = bench.send();
     assert_eq!(alone.len(), 1);
     bench.lanes.acquit();
@@ -144,40 +153,30 @@ fn one_key_waits_for_its_confirm_and_others_do_not() {
     bench.admit(3, one(8));
     let sent = bench.send();
     assert_eq!(sent.iter().map(|s| s.1).collect::<Vec<_>>(), [1, 3]);
-    bench.lanes.confirmed(sent[0].0);
+    bench.lanes.confirmed(sent[0].0, bench.now);
     assert_eq!(bench.ids(), [2]);
 }
 
 #[test]
-fn nacked_message_holds_back_its_lane_only() {
+fn a_nacked_message_holds_back_its_lane_and_new_messages_of_its_destination() {
     let mut bench = Bench::new();
     bench.admit(1, one(7));
     bench.admit(2, one(7));
     bench.admit(3, one(8));
     let sent = bench.send();
-    bench.lanes.confirmed(sent[1].0);
+    bench.lanes.confirmed(sent[1].0, bench.now);
     bench.lanes.nacked(sent[0].0, bench.now);
     bench.admit(4, one(8));
-    assert_eq!(bench.ids(), [4]);
+    bench.admit_to("other", 5, one(9));
+    assert_eq!(bench.ids(), [5], "another destination");
     let wake = bench.lanes.wake_at().expect("a retry is due");
-    assert!(wake > bench.now && wake <= bench.now + RETRY_LIMIT);
+    assert!(wake > bench.now && wake <= bench.now + WAIT_LIMIT);
     bench.now = wake;
+    let probe = bench.send();
+    assert_eq!(probe.iter().map(|sent| sent.1).collect::<Vec<_>>(), [4], "it has no copy yet");
+    bench.lanes.confirmed(probe[0].0, bench.now);
+    bench.now = bench.lanes.wake_at().expect("the other one is due");
     assert_eq!(bench.ids(), [1], "the nacked message, not its successor");
-}
-
-#[test]
-fn a_confirm_hastens_the_oldest_nacked_message_of_its_route_and_no_other() {
-    let mut bench = Bench::new();
-    for (id, route) in [(1, 1), (2, 0), (3, 0), (4, 0)] {
-        bench.admit_on(route, id, one(id as u64));
-    }
-    let sent = bench.send();
-    for (ticket, _) in &sent[..3] {
-        bench.lanes.nacked(*ticket, bench.now);
-    }
-    assert!(bench.send().is_empty());
-    bench.lanes.confirmed(sent[3].0);
-    assert_eq!(bench.ids(), [2]);
 }
 
 #[test]
@@ -190,13 +189,13 @@ fn a_key_change_waits_for_both_keys_and_both_wait_for_it() {
     bench.admit(5, row(8));
     let sent = bench.send();
     assert_eq!(sent.len(), 2);
-    bench.lanes.confirmed(sent[0].0);
+    bench.lanes.confirmed(sent[0].0, bench.now);
     assert!(bench.send().is_empty(), "the old key is free, the new one is not");
-    bench.lanes.confirmed(sent[1].0);
+    bench.lanes.confirmed(sent[1].0, bench.now);
     let change = bench.send();
     assert_eq!(change.len(), 1);
     assert_eq!(change[0].1, 3);
-    bench.lanes.confirmed(change[0].0);
+    bench.lanes.confirmed(change[0].0, bench.now);
     assert_eq!(bench.ids(), [4, 5]);
 }
 
@@ -209,11 +208,11 @@ fn a_truncate_is_a_barrier_for_its_table_only() {
     bench.admit(4, one(9));
     let sent = bench.send();
     assert_eq!(sent.iter().map(|s| s.1).collect::<Vec<_>>(), [1, 4]);
-    bench.lanes.confirmed(sent[0].0);
+    bench.lanes.confirmed(sent[0].0, bench.now);
     let barrier = bench.send();
     assert_eq!(barrier[0].1, 2);
     assert!(bench.send().is_empty());
-    bench.lanes.confirmed(barrier[0].0);
+    bench.lanes.confirmed(barrier[0].0, bench.now);
     assert_eq!(bench.ids(), [3]);
 }
 
@@ -236,7 +235,7 @@ fn a_held_route_is_probed_by_its_first_message_and_others_go_on() {
     assert!(bench.send().is_empty());
     bench.now += PROBE_FIRST;
     let probe = bench.send();
-    assert!(bench.lanes.confirmed(probe[0].0).released);
+    assert!(bench.lanes.confirmed(probe[0].0, bench.now).released);
     assert_eq!(bench.ids(), [2, 3]);
     assert_eq!(bench.lanes.holds().count(), 0);
 }
@@ -303,7 +302,7 @@ proptest! {
                 Outcome::Nack => { bench.lanes.nacked(ticket, bench.now); }
                 Outcome::Hold => { bench.lanes.hold(ticket, "broken".into(), bench.now); }
                 Outcome::Confirm => {
-                    bench.lanes.confirmed(ticket);
+                    bench.lanes.confirmed(ticket, bench.now);
                     accepted += 1;
                     for lane in touches(admitted[id as usize]) {
                         let before = last.insert(lane, id);
@@ -334,7 +333,7 @@ fn a_probe_that_was_on_a_closed_channel_is_sent_again_and_the_route_probed_on() 
     bench.now += PROBE_FIRST;
     let probe = bench.send();
     assert_eq!(probe.len(), 1, "the route is probed again");
-    bench.lanes.confirmed(probe[0].0);
+    bench.lanes.confirmed(probe[0].0, bench.now);
     assert_eq!(bench.lanes.holds().count(), 0);
 }
 
@@ -383,7 +382,7 @@ fn continues_after(outage: Duration, answer: Duration) -> (Duration, u32) {
         let works = bench.now >= begin + outage;
         bench.now += answer;
         if works {
-            assert!(bench.lanes.confirmed(out).released, "the hold ends");
+            assert!(bench.lanes.confirmed(out, bench.now).released, "the hold ends");
             return (bench.now - begin, probes);
         }
         bench.lanes.hold(out, "still no queue".into(), bench.now);
@@ -435,7 +434,8 @@ fn a_probe_that_closes_the_channel_does_not_keep_another_route_from_its_answer()
                 }
                 Some(_) => {
                     let at = out.iter().position(|(_, id, _)| *id == 2).expect("it landed");
-                    assert!(bench.lanes.confirmed(out.remove(at).0).released, "the hold ends");
+                    let ticket = out.remove(at).0;
+                    assert!(bench.lanes.confirmed(ticket, bench.now).released, "the hold ends");
                 }
                 None => {}
             }

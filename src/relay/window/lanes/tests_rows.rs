@@ -13,7 +13,7 @@ use super::{Lanes, Owner};
 use crate::event::{Change, Column, Content, Event, Identity, OldRow, Row, Table, Value};
 use crate::position::{Mark, Position};
 use crate::publisher::Ticket;
-use crate::route::{Action, Decision, Plans, Router, Rule, default_rules};
+use crate::route::{Action, Decision, Plans, Resumed, Router, Rule, default_rules};
 
 /// What is in force between two ALTERs.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -257,7 +257,7 @@ impl Watch {
         }
         let (ticket, _) = self.flying.swap_remove(pick.index(self.flying.len()));
         if confirm {
-            self.lanes.confirmed(ticket);
+            self.lanes.confirmed(ticket, self.now);
         } else {
             self.lanes.nacked(ticket, self.now);
             self.now += Duration::from_millis(3);
@@ -275,7 +275,7 @@ proptest! {
     ) {
         let key: &[&str] = if by_email { &["email"] } else { &[] };
         let router = Router::new(&[rule(key)]).expect("a router");
-        let mut plans = Plans::new(&router, HashMap::new());
+        let mut plans = Plans::new(&router, Resumed::default());
         let mut described = None;
         let mut database = Database {
             rows: vec![],
