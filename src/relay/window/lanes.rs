@@ -8,7 +8,7 @@
 //! A held route's messages wait aside, in order; its first one probes whether the destination
 //! works again (`lanes/hold`). Other routes go on.
 //!
-//! Messages for a destination that nacks wait in `lanes/refusing`, which says when the next one goes.
+//! Messages for a destination that nacks wait in `lanes/refusing`, which says when the next goes.
 //!
 //! A message that can never be published is evicted, with all that wait behind it in its lanes
 //! (`lanes/evict`).

@@ -145,8 +145,8 @@ pub(super) fn is_former(table: &Table, options: &Options) -> bool {
 }
 
 /// By OID, or by name: a table that was renamed is still captured, and its changes before and after
-/// that are of one table, whose name is that of the configuration. A table that was made anew has
-/// another OID; what came before is told by the name.
+/// that are of one table, whose name is that of the configuration. A table that was created again
+/// has another OID; what came before is recognised by the name.
 fn captured<'a>(
     options: &'a Options,
     described: &str,

@@ -34,7 +34,7 @@ const MESSAGE_LIMIT: Duration = Duration::from_secs(1);
 /// A message that was refused this often, and again between confirms of others, is refused for
 /// itself.
 const ALONE_FROM: u32 = 4;
-/// Below this the wait is none.
+/// A shorter wait counts as no wait.
 const NO_WAIT: Duration = Duration::from_micros(5);
 /// How far sending may catch up with a pace that the loop's own turns are too slow for.
 const CATCH_UP: Duration = Duration::from_millis(5);
