@@ -213,8 +213,11 @@ pub fn is_reserved_header(name: &str) -> bool {
 }
 
 fn write_headers(builder: &mut Builder<'_>, headers: &[u8], has_traceparent: bool) -> Result<()> {
-    let wrong =
-        |e: serde_json::Error| Error::event("column \"headers\" is not a JSON object").caused_by(e);
+    let wrong = |e: serde_json::Error| {
+        let error = Error::event("column \"headers\" is not a JSON object");
+        // What another kind of value is, serde shows with the value.
+        if e.is_data() { error } else { error.caused_by(e) }
+    };
     let map: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(headers).map_err(wrong)?;
     for (name, value) in &map {

@@ -23,6 +23,23 @@ pub fn io_error(what: &str, error: io::Error) -> Error {
     }
 }
 
+/// An error of reading a file that the configuration names. That this process has no file
+/// descriptor left says nothing about the file.
+#[cfg(feature = "relay")]
+pub fn file_error(what: &str, error: io::Error) -> Error {
+    if is_out_of_files(&error) || error.kind() == io::ErrorKind::Interrupted {
+        return io_error(what, error);
+    }
+    Error::config(what).caused_by(error).hint("create the file and make it readable by this user")
+}
+
+/// The kernel's "too many open files", for which the standard library has no kind.
+fn is_out_of_files(error: &io::Error) -> bool {
+    const EMFILE: i32 = 24;
+    const ENFILE: i32 = 23;
+    matches!(error.raw_os_error(), Some(EMFILE | ENFILE))
+}
+
 /// Whether the TLS library failed, and not the socket below it.
 #[cfg(feature = "relay")]
 pub fn is_tls(error: &io::Error) -> bool {
@@ -31,22 +48,17 @@ pub fn is_tls(error: &io::Error) -> bool {
 
 /// The kind of an I/O error and our hint; a TLS error inside it decides.
 pub fn classify(error: &io::Error) -> (Kind, Option<&'static str>) {
-    // The kernel's "too many open files", for which the standard library has no kind.
-    const EMFILE: i32 = 24;
-    const ENFILE: i32 = 23;
     #[cfg(feature = "relay")]
     {
         if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
             return classify_tls(tls);
         }
     }
-    match error.raw_os_error() {
-        Some(EMFILE | ENFILE) => (
-            Kind::Unreachable,
-            Some("out of file descriptors; raise the limit on open files (ulimit -n)"),
-        ),
-        Some(_) | None => classify_io(error.kind()),
+    if is_out_of_files(error) {
+        let hint = "out of file descriptors; raise the limit on open files (ulimit -n)";
+        return (Kind::Unreachable, Some(hint));
     }
+    classify_io(error.kind())
 }
 
 /// The table of I/O errors.

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring};
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
 };
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::fault::file_error;
 
 /// How much of the server's certificate is checked; the names are those of libpq's `sslmode`.
 ///
@@ -44,6 +45,19 @@ pub struct Options {
     pub client_cert: Option<PathBuf>,
     /// PEM file with the client's private key.
     pub client_key: Option<PathBuf>,
+}
+
+impl Options {
+    /// Relative paths begin at `directory`.
+    pub fn begin_at(&mut self, directory: &Path) {
+        let files = [&mut self.root_cert, &mut self.client_cert, &mut self.client_key];
+        files.into_iter().flatten().for_each(|path| *path = directory.join(&*path));
+    }
+
+    /// The files that it names.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        [&self.root_cert, &self.client_cert, &self.client_key].into_iter().flatten().map(|p| &**p)
+    }
 }
 
 /// Builds the client configuration. Reads the files each time, so that a rotated certificate is
@@ -110,7 +124,7 @@ fn roots(file: Option<&Path>) -> Result<RootCertStore> {
     let mut store = RootCertStore::empty();
     let list = match file {
         Some(path) => certificates(path)?,
-        None => rustls_native_certs::load_native_certs().certs,
+        None => native_certificates()?,
     };
     let (added, _) = store.add_parsable_certificates(list);
     if added == 0 {
@@ -122,17 +136,36 @@ fn roots(file: Option<&Path>) -> Result<RootCertStore> {
     Ok(store)
 }
 
+/// What the system trusts. Some of its files may be broken; one that cannot be opened because this
+/// process has no file descriptor left is another matter.
+fn native_certificates() -> Result<Vec<CertificateDer<'static>>> {
+    let found = rustls_native_certs::load_native_certs();
+    for error in found.errors {
+        if let rustls_native_certs::ErrorKind::Io { inner, path } = error.kind {
+            let error = file_error(&format!("{} cannot be read", path.display()), inner);
+            if error.kind() != Kind::Config {
+                return Err(error);
+            }
+        }
+    }
+    Ok(found.certs)
+}
+
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let read = |e| {
-        Error::config(format!("certificate file {} cannot be read", path.display())).caused_by(e)
-    };
+    let read = |e| pem_error(format!("certificate file {} cannot be read", path.display()), e);
     CertificateDer::pem_file_iter(path).map_err(read)?.collect::<Result<_, _>>().map_err(read)
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
-    PrivateKeyDer::from_pem_file(path).map_err(|e| {
-        Error::config(format!("private key file {} cannot be read", path.display())).caused_by(e)
-    })
+    PrivateKeyDer::from_pem_file(path)
+        .map_err(|e| pem_error(format!("private key file {} cannot be read", path.display()), e))
+}
+
+fn pem_error(what: String, error: pem::Error) -> Error {
+    match error {
+        pem::Error::Io(error) => file_error(&what, error),
+        other => Error::config(what).caused_by(other),
+    }
 }
 
 /// `require` (no inner verifier: any certificate) and `verify-ca` (chain only).

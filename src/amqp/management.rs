@@ -21,7 +21,7 @@ use tokio_rustls::TlsConnector;
 use super::audit::{BindingFacts, ExchangeFacts, Survey};
 use super::options::Options;
 use crate::error::{Error, Result};
-use crate::secret::{Secret, redact_url};
+use crate::secret::{LACKS_AT, Secret, lacks_at, redact_url};
 use crate::tls;
 
 /// Maximum size of a response, in bytes; 10,000 bindings of an exchange are about 2 MB.
@@ -75,6 +75,9 @@ impl Management {
             "https" => Some(tls::Options { mode: tls::SslMode::VerifyFull, ..broker.tls.clone() }),
             _ => return Err(wrong("scheme is neither http nor https")),
         };
+        if lacks_at(rest) {
+            return Err(wrong(LACKS_AT));
+        }
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         if !path.is_empty() || authority.contains(['?', '#']) {
             return Err(wrong("nothing may follow the port"));
@@ -90,7 +93,8 @@ impl Management {
         if host.is_empty() {
             return Err(wrong("no host"));
         }
-        let first = broker.urls.first().ok_or_else(|| wrong("no broker URL"))?;
+        let urls = broker.current_urls()?;
+        let first = urls.first().ok_or_else(|| wrong("no broker URL"))?;
         let credentials = match user_info {
             "" => format!("{}:{}", first.username, first.password.expose()),
             _ => {

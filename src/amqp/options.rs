@@ -12,7 +12,7 @@ use std::time::Duration;
 use percent_encoding::percent_decode_str;
 
 use crate::error::{Error, Result};
-use crate::secret::{Secret, redact_url};
+use crate::secret::{Again, LACKS_AT, Secret, lacks_at, public_name, public_user, redact_url};
 use crate::tls;
 
 /// Maximum number of channels for the exchanges of one connection; further exchanges share them.
@@ -29,6 +29,8 @@ pub const SPREAD_FROM: usize = 256;
 pub struct Options {
     /// Brokers of one cluster, tried in turn.
     pub urls: Vec<Url>,
+    /// The same again, where the credentials are in files.
+    pub urls_again: Again<Vec<Url>>,
     /// TLS files and level; for `amqps` a level of `Disable` means `VerifyFull`.
     pub tls: tls::Options,
     /// How we identify ourselves to the broker.
@@ -56,6 +58,7 @@ impl Options {
     pub fn new(urls: Vec<Url>) -> Self {
         Self {
             urls,
+            urls_again: Again::default(),
             tls: tls::Options::default(),
             auth: Auth::Plain,
             heartbeat: Duration::from_secs(5),
@@ -67,6 +70,14 @@ impl Options {
             connection_name: "watership".into(),
             max_message_size: 16 * 1024 * 1024,
         }
+    }
+
+    /// The URLs as they are now: with the credentials that are in their files today.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that does not hold what it should.
+    pub fn current_urls(&self) -> Result<Vec<Url>> {
+        self.urls_again.read().unwrap_or_else(|| Ok(self.urls.clone()))
     }
 
     /// The TLS options that apply to `url`, or `None` for plain text.
@@ -170,9 +181,13 @@ impl Url {
             "amqp" => (Scheme::Amqp, 5672),
             "amqps" => (Scheme::Amqps, 5671),
             other => {
+                let other = public_name(other);
                 return Err(format!("scheme {other:?} is unknown; use amqp or amqps"));
             }
         };
+        if lacks_at(rest) {
+            return Err(LACKS_AT.into());
+        }
         let (rest, query) = rest.split_once('?').map_or((rest, ""), |(r, q)| (r, q));
         // The raw rest of a password would be taken for a port, a vhost or a parameter, and shown.
         if query.contains('@') || rest.split_once('/').is_some_and(|(_, path)| path.contains('@')) {
@@ -231,7 +246,10 @@ impl Url {
                     }
                 });
             }
-            other => return Err(format!("parameter {other:?} is unknown; allowed: {PARAMETERS}")),
+            other => {
+                let other = public_name(other);
+                return Err(format!("parameter {other:?} is unknown; allowed: {PARAMETERS}"));
+            }
         }
         Ok(())
     }
@@ -263,7 +281,8 @@ fn split_port(host: &str, default: u16) -> Result<(String, u16), String> {
             .parse()
             .ok()
             .filter(|p| *p > 0)
-            .ok_or_else(|| format!("port {text:?} is not a number from 1 to 65535"))?,
+            // The text is not shown: it may be a password in the wrong place.
+            .ok_or("the port is not a number from 1 to 65535")?,
     };
     Ok((decode(name, "host")?, port))
 }
@@ -284,7 +303,8 @@ impl fmt::Display for Url {
         };
         let (open, close) = if self.host.contains(':') { ("[", "]") } else { ("", "") };
         let vhost = if self.vhost == "/" { "%2f" } else { &self.vhost };
-        write!(f, "{scheme}://{}@{open}{}{close}:{}/{vhost}", self.username, self.host, self.port)
+        let user = public_user(&self.username);
+        write!(f, "{scheme}://{user}@{open}{}{close}:{}/{vhost}", self.host, self.port)
     }
 }
 
@@ -320,13 +340,17 @@ mod tests {
             ("amqp://relay:hunter2/x@h/", "an '@' follows a '/' or a '?': percent-encode it"),
             ("amqp://relay:hunter2?x@h/", "an '@' follows a '/' or a '?': percent-encode it"),
             ("amqp://relay:1234/hunter2@h/v", "an '@' follows"),
-            ("amqp://relay:hunter2@h:0/", "port \"0\" is not a number from 1 to 65535"),
+            ("amqp://relay:hunter2@h:0/", "the port is not a number from 1 to 65535"),
             ("amqp://relay:hunter2@h?frame_max=1", "parameter \"frame_max\" is unknown; allowed:"),
             (
                 "amqp://relay:hunter2@h?heartbeat=0",
                 "heartbeat is \"0\"; expected a number from 1 to 3600",
             ),
             ("amqp://relay:hunter2@h/%ff", "virtual host is not UTF-8"),
+            ("amqp://relay:hunter2", "it has no '@', and what follows its ':' is no port"),
+            ("amqp://relay:hunter2/shop", "it has no '@'"),
+            ("amqp://relay:hun?ter2", "it has no '@'"),
+            ("amqp://h?hunter2=1", "parameter \"***\" is unknown"),
         ] {
             let error = Url::parse(text).unwrap_err();
             assert!(error.to_string().contains(part), "{error}");

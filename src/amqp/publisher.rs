@@ -77,7 +77,8 @@ impl Connection {
     /// says what each of them answered.
     pub async fn open(options: &Options) -> Result<Self> {
         let mut errors: Vec<(&Url, Error)> = Vec::new();
-        for url in &options.urls {
+        let urls = options.current_urls()?;
+        for url in &urls {
             let limit = url.connect_timeout.unwrap_or(options.connect_timeout);
             let error = match timeout(limit, Self::open_one(options, url)).await {
                 Ok(Ok(connection)) => return Ok(connection),

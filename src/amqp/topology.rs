@@ -129,7 +129,8 @@ pub struct Binding {
 /// `Unreachable` when no broker answers within `connect_timeout`, which bounds each step.
 pub async fn apply(options: &Options, topology: &Topology) -> Result<()> {
     let mut errors: Vec<(&Url, Error)> = Vec::new();
-    for url in &options.urls {
+    let urls = options.current_urls()?;
+    for url in &urls {
         let limit = url.connect_timeout.unwrap_or(options.connect_timeout);
         match connect(options, url, limit).await {
             Ok(connection) => {

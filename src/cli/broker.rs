@@ -21,7 +21,7 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
     let urls: Vec<String> = options.urls.iter().map(ToString::to_string).collect();
     f.ok("broker", format!("connected to {}", urls.join(" or ")));
     check_topology(f, config, options).await;
-    let Some(url) = &config.relay.audit.management_url else {
+    let Some(management) = config.relay.audit.management(options).transpose() else {
         f.warning(
             "bindings",
             "bindings cannot be verified: AMQP does not list them",
@@ -29,7 +29,7 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
         );
         return grade_by_declares(f, config).await;
     };
-    let graded = match Management::new(url, options) {
+    let graded = match management {
         Ok(management) => check_routes(f, config, &management).await,
         Err(error) => Err(error),
     };

@@ -114,7 +114,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
 
 fn admin_options(config: &Config, args: &Args) -> Result<Options> {
     let Some(text) = &args.admin_url else { return Ok(config.relay.sql.clone()) };
-    let filled = load::fill_in_text(text).map_err(|e| e.context("--admin-url"))?;
+    let filled = load::fill_in_url(text).map_err(|e| e.context("--admin-url"))?;
     let admin = Options::parse(&Secret::new(&*filled)).map_err(|e| e.context("--admin-url"))?;
     if admin.password.is_some() && *text == filled {
         print_warning(

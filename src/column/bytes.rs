@@ -58,10 +58,7 @@ fn write_escaped(base64: &mut Base64<'_>, text: &[u8]) -> Result<()> {
 }
 
 fn digit(byte: u8, radix: u32) -> Result<u8> {
-    let wrong = || {
-        let byte = byte.escape_ascii();
-        Error::event(format!("bytea value has '{byte}' where a base-{radix} digit must be"))
-    };
+    let wrong = || Error::event(format!("bytea value has something else than base-{radix} digits"));
     let digit = char::from(byte).to_digit(radix).ok_or_else(wrong)?;
     Ok(u8::try_from(digit).expect("a digit is below 16"))
 }

@@ -3,27 +3,31 @@
 //! Defaults of a connection are those of [`Options::new`], so that they stand in one place.
 
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::Duration;
 
+use super::load::Template;
 use super::section::Section;
 use super::value::quoted;
 use super::{DAY, HOUR, SECOND};
 use crate::amqp::management::Management;
 use crate::amqp::options::{Auth, Options, Scheme, Url};
+use crate::error::Result;
 use crate::relay::upkeep::route_audit::AuditOptions;
-use crate::secret::Secret;
+use crate::secret::{Again, Secret};
 
 /// RabbitMQ's own limit of `max_message_size`, in bytes.
 const MESSAGE_MAX: u64 = 512 << 20;
 
 /// How to connect, for the relay called `name`. The relay adds exchanges and the lock queue.
 pub(super) fn connection(t: &mut Section<'_>, name: &str) -> Options {
-    let mut options = Options::new(urls(t));
+    let nodes = urls(t);
+    let mut options = Options::new(nodes.read);
+    options.urls_again = nodes.again;
     options.auth = t.word("auth", &[("plain", Auth::Plain), ("external", Auth::External)]);
-    options.tls.root_cert = file(t, "tls_ca");
-    options.tls.client_cert = file(t, "tls_cert");
-    options.tls.client_key = file(t, "tls_key");
+    options.tls.root_cert = t.file("tls_ca");
+    options.tls.client_cert = t.file("tls_cert");
+    options.tls.client_key = t.file("tls_key");
     options.connect_timeout = t.duration("connect_timeout", options.connect_timeout, SECOND..=HOUR);
     options.heartbeat = t.duration("heartbeat", options.heartbeat, SECOND..=HOUR);
     options.confirm_timeout = t.duration("confirm_timeout", options.confirm_timeout, SECOND..=HOUR);
@@ -38,32 +42,46 @@ pub(super) fn connection(t: &mut Section<'_>, name: &str) -> Options {
 /// How the broker is looked at from the side.
 pub(super) fn audit(t: &mut Section<'_>, broker: &Options) -> AuditOptions {
     const URL: &str = "management_url";
-    let management_url = t.url(URL);
+    let interval = t.duration("audit_interval", 60 * SECOND, SECOND..=DAY);
+    let Some(url) = t.url(URL) else {
+        return AuditOptions { interval, management_url: None, url_again: Again::default() };
+    };
+    let files = url.files().map(Path::to_owned).collect();
+    let read = move || url.text().map(Secret::new);
+    let management_url = match read() {
+        Ok(url) => Some(url),
+        Err(error) => {
+            t.error(URL, &error);
+            None
+        }
+    };
     // Without a broker URL there is another problem to report.
     if let Some(url) = management_url.as_ref().filter(|_| !broker.urls.is_empty())
         && let Err(error) = Management::new(url, broker)
     {
         t.error(URL, &error);
     }
-    let interval = t.duration("audit_interval", 60 * SECOND, SECOND..=DAY);
-    AuditOptions { interval, management_url }
-}
-
-fn file(t: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
-    Some(t.text(key, "")).filter(|path| !path.is_empty()).map(PathBuf::from)
+    AuditOptions { interval, management_url, url_again: Again::new(files, read) }
 }
 
 /// The nodes of one cluster.
-fn urls(t: &mut Section<'_>) -> Vec<Url> {
+struct Nodes {
+    read: Vec<Url>,
+    again: Again<Vec<Url>>,
+}
+
+fn urls(t: &mut Section<'_>) -> Nodes {
     const URL: &str = "url";
     let texts = t.urls(URL, "\"amqp://user@host:5672/vhost\" or a list of such URLs");
     let password = t.password("password");
     let mut urls = Vec::new();
-    for text in texts.unwrap_or_default() {
-        match Url::parse(&text) {
-            Ok(mut url) => {
-                if let Some(password) = &password {
-                    set_password(t, &mut url, password);
+    let templates = texts.unwrap_or_default();
+    for template in &templates {
+        match read(template, password.as_ref()) {
+            Ok((url, own)) => {
+                if own {
+                    let expected = "expected a user and no password in broker.url";
+                    t.problem(URL, format!("broker.password is set; {expected}"));
                 }
                 urls.push(url);
             }
@@ -80,17 +98,23 @@ fn urls(t: &mut Section<'_>) -> Vec<Url> {
             format!("all nodes in broker.url must use one vhost; found {one:?} and {two:?}"),
         );
     }
-    urls
+    let files = templates.iter().chain(&password).flat_map(Template::files);
+    let files = files.map(Path::to_owned).collect();
+    let again = Again::new(files, move || {
+        let read = |template| read(template, password.as_ref()).map(|(url, _)| url);
+        templates.iter().map(read).collect()
+    });
+    Nodes { read: urls, again }
 }
 
-/// A URL without a user means guest, whose password is known.
-fn set_password(t: &Section<'_>, url: &mut Url, password: &Secret) {
-    if !url.password.expose().is_empty() {
-        let what =
-            format!("broker.password is set; expected a user and no password in broker.url {url}");
-        t.problem("url", what);
-    }
-    url.password = password.clone();
+/// One node, and whether it has a password beside that of `broker.password`. A URL without a user
+/// means guest, whose password is known.
+fn read(url: &Template, password: Option<&Template>) -> Result<(Url, bool)> {
+    let mut url = Url::parse(&url.text()?)?;
+    let Some(password) = password else { return Ok((url, false)) };
+    let own = !url.password.expose().is_empty();
+    url.password = Secret::new(password.text()?);
+    Ok((url, own))
 }
 
 fn check(t: &Section<'_>, options: &Options) {

@@ -118,7 +118,7 @@ const PARKED: RangeInclusive<usize> = 1..=100_000;
 /// The configuration, and whether a password stands in the file itself.
 fn read(file: &str, text: &str, lookup: Lookup<'_>) -> Result<(Config, bool)> {
     let parsed = DeTable::parse(text).map_err(|e| syntax_error(file, text, &e))?;
-    let document = Document::new(lookup);
+    let document = Document::new(file, lookup);
     let config = config(&mut document.root(&parsed));
     let holds_password = document.holds_password();
     document.finish(file, text)?;

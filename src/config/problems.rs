@@ -1,15 +1,14 @@
 //! What is wrong with the file: collected while it is read, reported all at once.
 //!
 //! Each problem names the key, the value and what is expected, with line and column where the
-//! file has the key. Invariant: no text shows a value that may be a secret; an excerpt of a line
-//! that holds a URL or a password is cut at the `=`.
+//! file has the key. Invariant: no text shows a value that may be a secret, and any value may be
+//! one if its key is mistyped or the file broken: an excerpt shows a key only.
 
-use std::fmt::Write as _;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
 
-/// Longest line, in bytes, that an excerpt shows.
+/// Longest key, in bytes, that an excerpt shows.
 const EXCERPT_MAX: usize = 200;
 
 /// Where something stands in the file, in bytes.
@@ -21,7 +20,7 @@ pub(super) struct Problem {
     pub(super) at: Option<Span>,
     pub(super) what: String,
     pub(super) hint: Option<String>,
-    /// Whether the line helps to see it: the text does not show what was written.
+    /// Whether it is about a key, which is shown on a line of its own.
     pub(super) excerpt: bool,
 }
 
@@ -51,7 +50,7 @@ impl Problems {
 }
 
 impl Problem {
-    /// `file:line:column: what`, with the line below it where that helps.
+    /// `file:line:column: what`, with the key below it where it is about one.
     pub(super) fn to_error(&self, file: &str, text: &str) -> Error {
         let what = &self.what;
         let error = Error::config(match &self.at {
@@ -89,35 +88,25 @@ fn place(text: &str, at: usize) -> (usize, usize) {
     (line, column)
 }
 
-/// The line of `at` with a gutter, and a mark below what is meant.
+/// The key at `at` with a gutter, and a mark below it. Nothing for one in quotes: a URL may stand
+/// where its key was forgotten.
 fn excerpt(text: &str, at: &Span) -> String {
-    let (number, column) = place(text, at.start);
-    let line = text.lines().nth(number - 1).unwrap_or_default();
-    if line.len() > EXCERPT_MAX {
+    let Some((key, after)) = text.get(at.clone()).zip(text.get(at.end..)) else {
+        return String::new();
+    };
+    if !is_plain_key(key) || key.len() > EXCERPT_MAX {
         return String::new();
     }
+    let (number, _) = place(text, at.start);
     let gutter = " ".repeat(number.to_string().len());
-    let mut out = format!("\n{gutter} |\n{number} | {}", without_secret(line));
-    if !line_may_hold_secret(line) {
-        let length = at.len().clamp(1, line.len().max(1));
-        let _ = write!(out, "\n{gutter} | {}{}", " ".repeat(column - 1), "^".repeat(length));
-    }
-    out
+    let value = if after.trim_start().starts_with('=') { " = ***" } else { "" };
+    let mark = "^".repeat(key.len());
+    format!("\n{gutter} |\n{number} | {key}{value}\n{gutter} | {mark}")
 }
 
-fn line_may_hold_secret(line: &str) -> bool {
-    line.contains("://") || line.contains('@') || line.to_ascii_lowercase().contains("password")
-}
-
-fn without_secret(line: &str) -> String {
-    if !line_may_hold_secret(line) {
-        return line.to_owned();
-    }
-    let is_key = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || "_-. ".contains(c));
-    match line.split_once('=') {
-        Some((key, _)) if is_key(key) => format!("{key}= ***"),
-        _ => "***".into(),
-    }
+/// Whether it is written without quotes, and so is no URL or password in the wrong place.
+pub(super) fn is_plain_key(text: &str) -> bool {
+    text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c))
 }
 
 /// The name with the smallest edit distance to `word`, if it is near enough to be a typo.
@@ -157,7 +146,7 @@ mod tests {
         let mut one = Problems::default();
         one.add(problem(Some(6..8), "unknown key \"bb\"", Some("did you mean \"b\"?")));
         let error = one.into_result("w.toml", text).unwrap_err();
-        assert_eq!(error.to_string(), "w.toml:2:1: unknown key \"bb\"\n  |\n2 | bb = 2\n  | ^^");
+        assert_eq!(error.to_string(), "w.toml:2:1: unknown key \"bb\"\n  |\n2 | bb = ***\n  | ^^");
         assert_eq!(error.hint_text(), Some("did you mean \"b\"?"));
 
         let mut two = Problems::default();
@@ -171,11 +160,11 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_may_hold_a_password_is_cut_and_a_long_one_is_left_out() {
-        let shown = |text: &str| excerpt(text, &(0..1));
-        assert_eq!(shown("url = \"amqp://a:b@h\""), "\n  |\n1 | url = ***");
-        assert_eq!(shown("\"amqp://a:b=x@h\","), "\n  |\n1 | ***");
-        assert_eq!(shown(&"x".repeat(EXCERPT_MAX + 1)), "");
+    fn an_excerpt_shows_a_key_and_no_value() {
+        assert_eq!(excerpt("broker.pw = 'x'", &(7..9)), "\n  |\n1 | pw = ***\n  | ^^");
+        assert_eq!(excerpt("[brokr]\npw = 'x'", &(1..6)), "\n  |\n1 | brokr\n  | ^^^^^");
+        assert_eq!(excerpt("\"amqp://a:b@h\" = 1", &(0..14)), "");
+        assert_eq!(excerpt(&"x".repeat(EXCERPT_MAX + 1), &(0..EXCERPT_MAX + 1)), "");
     }
 
     #[test]

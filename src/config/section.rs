@@ -9,25 +9,41 @@
 
 use std::cell::{Cell, RefCell};
 use std::fmt::Display;
+use std::path::{Path, PathBuf};
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::load::{self, Lookup};
-use super::problems::{Problem, Problems, Span, nearest};
+use super::load::{self, Form, Lookup, Template};
+use super::problems::{Problem, Problems, Span, is_plain_key, nearest};
 use crate::error::{Error, Result};
-use crate::secret::Secret;
+
+/// Shorter values, in bytes, are no secrets, and would be found in ordinary words: in the problem
+/// with the value itself, and in other problems.
+const HIDDEN_MIN: usize = 4;
+const HIDDEN_MIN_ELSEWHERE: usize = 8;
 
 /// The file while it is read.
 pub(super) struct Document<'f> {
     lookup: Lookup<'f>,
+    /// Where relative paths begin: the directory of the file.
+    directory: PathBuf,
+    /// Strings with values from elsewhere, which may be secrets in the wrong place.
+    filled: RefCell<Vec<(Span, Template)>>,
     problems: RefCell<Problems>,
     holds_password: Cell<bool>,
 }
 
 impl<'f> Document<'f> {
-    pub(super) fn new(lookup: Lookup<'f>) -> Self {
-        Self { lookup, problems: RefCell::default(), holds_password: Cell::new(false) }
+    /// `file` is where it was read from.
+    pub(super) fn new(file: &str, lookup: Lookup<'f>) -> Self {
+        Self {
+            lookup,
+            directory: Path::new(file).parent().unwrap_or(Path::new("")).to_owned(),
+            filled: RefCell::default(),
+            problems: RefCell::default(),
+            holds_password: Cell::new(false),
+        }
     }
 
     /// The table of the keys that are in no other.
@@ -38,6 +54,20 @@ impl<'f> Document<'f> {
     /// Whether a password was read that stands in the file itself.
     pub(super) fn holds_password(&self) -> bool {
         self.holds_password.get()
+    }
+
+    /// `what`, a problem with what stands at `at`, with placeholders instead of their values.
+    fn without_filled(&self, at: Option<&Span>, mut what: String) -> String {
+        for (span, template) in self.filled.borrow().iter() {
+            let here = at.is_some_and(|at| at.start <= span.start && span.end <= at.end);
+            let shortest = if here { HIDDEN_MIN } else { HIDDEN_MIN_ELSEWHERE };
+            for (value, shown) in template.hidden() {
+                if value.len() >= shortest {
+                    what = what.replace(&value, &shown);
+                }
+            }
+        }
+        what
     }
 
     /// # Errors
@@ -51,7 +81,7 @@ impl<'f> Document<'f> {
 pub(super) fn syntax_error(file: &str, text: &str, error: &toml::de::Error) -> Error {
     let what = error.message().lines().next().unwrap_or_default().to_owned();
     let at = Some(error.span().unwrap_or(0..0));
-    Problem { at, what, hint: None, excerpt: true }.to_error(file, text)
+    Problem { at, what, hint: None, excerpt: false }.to_error(file, text)
 }
 
 /// One table; an absent one has every key at its default.
@@ -153,8 +183,19 @@ impl<'f> Section<'f> {
         self.string(key, "a string").unwrap_or_else(|| default.to_owned())
     }
 
+    /// A file; a relative path begins at the directory of this one.
+    pub(super) fn file(&mut self, key: &'static str) -> Option<PathBuf> {
+        let path = Some(self.text(key, "")).filter(|path| !path.is_empty());
+        path.map(|path| self.directory().join(path))
+    }
+
+    /// Where relative paths begin.
+    pub(super) fn directory(&self) -> &'f Path {
+        &self.document.directory
+    }
+
     /// Text that must be there; `None` when it is not, which is a problem then.
-    pub(super) fn required_url(&mut self, key: &'static str, example: &str) -> Option<String> {
+    pub(super) fn required_url(&mut self, key: &'static str, example: &str) -> Option<Template> {
         let urls = self.urls(key, example)?;
         if urls.len() > 1 {
             self.problem(key, format!("{} is a list; one URL is allowed", self.path(key)));
@@ -163,34 +204,45 @@ impl<'f> Section<'f> {
     }
 
     /// One URL or a list of them; `None` when there is a problem with one, or none at all.
-    pub(super) fn urls(&mut self, key: &'static str, example: &str) -> Option<Vec<String>> {
-        let texts = match self.ask(key) {
-            None => Vec::new(),
+    pub(super) fn urls(&mut self, key: &'static str, example: &str) -> Option<Vec<Template>> {
+        const EXPECTED: &str = "a string or a list of strings";
+        let filled: Option<Vec<_>> = match self.ask(key) {
+            None => Some(Vec::new()),
             Some(value) => match value.get_ref() {
-                DeValue::Array(_) => self.strings(key, value)?,
-                _ => vec![self.fill(key, value, "a string or a list of strings")?],
+                DeValue::Array(items) => {
+                    let fill = |item| self.fill(key, item, EXPECTED, Form::Url);
+                    items.iter().map(fill).collect::<Vec<_>>().into_iter().collect()
+                }
+                _ => self.fill(key, value, EXPECTED, Form::Url).map(|url| vec![url]),
             },
         };
-        let texts: Vec<String> = texts.into_iter().filter(|text| !text.is_empty()).collect();
-        if texts.is_empty() {
+        let given = filled?.into_iter().filter(|(_, text)| !text.is_empty());
+        let urls: Vec<Template> = given.map(|(url, _)| url).collect();
+        if urls.is_empty() {
             self.problem(key, format!("{} is not set; expected {example}", self.path(key)));
             return None;
         }
-        Some(texts)
+        Some(urls)
     }
 
     /// A URL that need not be there.
-    pub(super) fn url(&mut self, key: &'static str) -> Option<Secret> {
-        self.string(key, "a string").filter(|text| !text.is_empty()).map(Secret::new)
+    pub(super) fn url(&mut self, key: &'static str) -> Option<Template> {
+        self.secret(key, Form::Url)
     }
 
     /// A password that need not be there.
-    pub(super) fn password(&mut self, key: &'static str) -> Option<Secret> {
+    pub(super) fn password(&mut self, key: &'static str) -> Option<Template> {
         let written = self.value(key).and_then(|value| value.get_ref().as_str());
         if written.is_some_and(load::is_literal) {
             self.document.holds_password.set(true);
         }
-        self.url(key)
+        self.secret(key, Form::Plain)
+    }
+
+    fn secret(&mut self, key: &'static str, form: Form) -> Option<Template> {
+        let value = self.ask(key)?;
+        let filled = self.fill(key, value, "a string", form)?;
+        Some(filled).filter(|(_, text)| !text.is_empty()).map(|(template, _)| template)
     }
 
     /// A list of texts.
@@ -204,7 +256,9 @@ impl<'f> Section<'f> {
         let value = self.ask(key)?;
         let expected = "a string, a whole number, true or false";
         match value.get_ref() {
-            DeValue::String(_) => self.fill(key, value, expected).map(Scalar::Text),
+            DeValue::String(_) => {
+                self.fill(key, value, expected, Form::Plain).map(|(_, text)| Scalar::Text(text))
+            }
             DeValue::Boolean(yes) => Some(Scalar::Bool(*yes)),
             DeValue::Integer(number) => {
                 let parsed = i64::from_str_radix(number.as_str(), number.radix()).ok();
@@ -257,7 +311,7 @@ impl<'f> Section<'f> {
 
     pub(super) fn string(&mut self, key: &'static str, expected: &str) -> Option<String> {
         let value = self.ask(key)?;
-        self.fill(key, value, expected)
+        self.fill(key, value, expected, Form::Plain).map(|(_, text)| text)
     }
 
     fn strings(&self, key: &str, value: &'f Spanned<DeValue<'f>>) -> Option<Vec<String>> {
@@ -266,14 +320,21 @@ impl<'f> Section<'f> {
             self.wrong_type(key, value, EXPECTED);
             return None;
         };
-        let items = items.iter().enumerate();
-        let filled: Vec<_> =
-            items.map(|(n, item)| self.fill(&format!("{key}[{n}]"), item, EXPECTED)).collect();
-        filled.into_iter().collect()
+        let fill = |(n, item)| {
+            let filled = self.fill(&format!("{key}[{n}]"), item, EXPECTED, Form::Plain);
+            filled.map(|(_, text)| text)
+        };
+        items.iter().enumerate().map(fill).collect::<Vec<_>>().into_iter().collect()
     }
 
-    /// The text of a string with its variables filled in.
-    fn fill(&self, key: &str, value: &Spanned<DeValue<'f>>, expected: &str) -> Option<String> {
+    /// A string with its variables filled in, and its text.
+    fn fill(
+        &self,
+        key: &str,
+        value: &Spanned<DeValue<'f>>,
+        expected: &str,
+        form: Form,
+    ) -> Option<(Template, String)> {
         let Some(text) = value.get_ref().as_str() else {
             self.wrong_type(key, value, expected);
             return None;
@@ -281,8 +342,14 @@ impl<'f> Section<'f> {
         if load::has_literal_password(text) {
             self.document.holds_password.set(true);
         }
-        match load::fill_in(text, self.document.lookup) {
-            Ok(filled) => Some(filled),
+        let Document { lookup, directory, .. } = self.document;
+        let filled = Template::parse(text, form, lookup, directory)
+            .and_then(|template| template.text().map(|text| (template, text)));
+        match filled {
+            Ok((template, text)) => {
+                self.document.filled.borrow_mut().push((value.span(), template.clone()));
+                Some((template, text))
+            }
             Err(error) => {
                 let what = format!("{}: {error}", self.path(key));
                 let hint = error.hint_text().map(str::to_owned);
@@ -304,10 +371,11 @@ impl<'f> Section<'f> {
             DeValue::Table(_) => "a table",
         };
         let what = format!("{} is {found}; expected {expected}", self.path(key));
-        self.report(Some(value.span()), what, None, true);
+        self.report(Some(value.span()), what, None, false);
     }
 
     fn report(&self, at: Option<Span>, what: String, hint: Option<String>, excerpt: bool) {
+        let what = self.document.without_filled(at.as_ref(), what);
         self.document.problems.borrow_mut().add(Problem { at, what, hint, excerpt });
     }
 }
@@ -324,7 +392,9 @@ impl Drop for Section<'_> {
                 Some(known) => format!("did you mean {known:?}?"),
                 None => format!("known keys here: {}", self.known.join(", ")),
             };
-            let what = format!("unknown key {name:?}");
+            // A URL may stand where its key was forgotten.
+            let shown = if is_plain_key(name) { name } else { "***" };
+            let what = format!("unknown key {shown:?}");
             self.report(Some(key.span()), what, Some(hint), true);
         }
     }

@@ -1,8 +1,12 @@
 //! `[source]`: where events come from.
 
+use std::path::{Path, PathBuf};
+
+use super::load::Template;
 use super::section::Section;
+use crate::error::Result;
 use crate::pg::connect::Options;
-use crate::secret::Secret;
+use crate::secret::{Again, Secret};
 use crate::source::SourceKind;
 use crate::tls::SslMode;
 
@@ -10,22 +14,47 @@ use crate::tls::SslMode;
 pub(super) fn connection(t: &mut Section<'_>) -> Option<Options> {
     const URL: &str = "url";
     let url = t.required_url(URL, "\"postgres://user@host:5432/database\"");
-    let password = t.password("password");
-    let mut options = match Options::parse(&Secret::new(url?)) {
+    let login =
+        Login { password: t.password("password"), url: url?, directory: t.directory().into() };
+    let mut options = match login.read() {
         Ok(options) => options,
         Err(error) => {
             t.error(URL, &error);
             return None;
         }
     };
-    if password.is_some() {
-        if options.password.is_some() {
-            let both = "source.password is set and source.url has a password; remove one";
-            t.problem("password", both);
-        }
-        options.password = password;
+    if login.password.is_some() && login.options().is_ok_and(|own| own.password.is_some()) {
+        let both = "source.password is set and source.url has a password; remove one";
+        t.problem("password", both);
     }
+    let files = login.url.files().chain(login.password.iter().flat_map(Template::files));
+    let files = files.map(Path::to_owned).collect();
+    options.again = Again::new(files, move || login.read());
     Some(options)
+}
+
+/// As it is written; what it stands for may change.
+struct Login {
+    url: Template,
+    password: Option<Template>,
+    /// Where relative paths of the URL begin.
+    directory: PathBuf,
+}
+
+impl Login {
+    fn read(&self) -> Result<Options> {
+        let mut options = self.options()?;
+        if let Some(password) = &self.password {
+            options.password = Some(Secret::new(password.text()?));
+        }
+        options.tls.begin_at(&self.directory);
+        Ok(options)
+    }
+
+    /// What the URL alone says.
+    fn options(&self) -> Result<Options> {
+        Options::parse(&Secret::new(self.url.text()?))
+    }
 }
 
 /// How events are read.

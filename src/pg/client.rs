@@ -59,6 +59,7 @@ impl Closed {
 /// # Errors
 /// As the table in `sqlstate.rs` says; [`crate::error::Kind::Unreachable`] after the timeout.
 pub async fn sql(options: &Options) -> Result<SqlConnection> {
+    let options = &*options.current()?;
     let limit = options.connect_timeout;
     let opened = timeout(limit, open(options)).await.unwrap_or_else(|_| {
         Err(Error::unreachable(format!("no connection within {} s", limit.as_secs()))

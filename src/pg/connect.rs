@@ -6,6 +6,7 @@
 //!
 //! The grammar is libpq's: <https://www.postgresql.org/docs/current/libpq-connect.html>
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -14,7 +15,7 @@ use std::time::Duration;
 use percent_encoding::percent_decode_str;
 
 use crate::error::{Error, Result};
-use crate::secret::{Secret, redact_url};
+use crate::secret::{Again, LACKS_AT, Secret, lacks_at, public_name, public_user, redact_url};
 use crate::tls::{self, SslMode};
 
 /// The query parameters that a URL may have.
@@ -92,6 +93,8 @@ pub struct Options {
     pub keepalives: bool,
     /// How long sent bytes may stay unacknowledged before the kernel gives up (Linux).
     pub tcp_user_timeout: Duration,
+    /// The same again, where the credentials are in files.
+    pub again: Again<Options>,
 }
 
 impl Options {
@@ -102,12 +105,25 @@ impl Options {
     pub fn parse(url: &Secret) -> Result<Self> {
         parse(url.expose()).map_err(|error| error.context(redact_url(url.expose())))
     }
+
+    /// As they are now: with the credentials that are in their files today.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that does not hold what it should.
+    pub fn current(&self) -> Result<Cow<'_, Self>> {
+        match self.again.read() {
+            None => Ok(Cow::Borrowed(self)),
+            Some(Ok(current)) => Ok(Cow::Owned(current)),
+            Some(Err(error)) => Err(error.context(format!("Postgres {self}"))),
+        }
+    }
 }
 
 /// The URL without the password.
 impl fmt::Display for Options {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { user, port, database, .. } = self;
+        let Self { port, database, .. } = self;
+        let user = public_user(&self.user);
         match &self.host {
             Host::Tcp(host) if host.contains(':') => {
                 write!(f, "postgres://{user}@[{host}]:{port}/{database}")
@@ -175,6 +191,7 @@ fn parse(url: &str) -> Result<Options> {
         tcp_user_timeout: number(&parts, "tcp_user_timeout")?
             .map_or(DEFAULT_TCP_USER_TIMEOUT, Duration::from_millis),
         password: password.map(Secret::new),
+        again: Again::default(),
         host,
         user,
         database,
@@ -190,6 +207,9 @@ fn split(url: &str) -> Result<Parts> {
         Error::config("not a Postgres URL")
             .hint("the form is postgres://user:password@host:5432/database")
     })?;
+    if lacks_at(rest) {
+        return Err(Error::config(LACKS_AT));
+    }
     let (front, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (authority, database) = front.split_once('/').unwrap_or((front, ""));
     let (user_info, address) = authority.rsplit_once('@').unwrap_or(("", authority));
@@ -228,12 +248,9 @@ fn parameters(query: &str) -> Result<Vec<(&'static str, String)>> {
     Ok(list)
 }
 
-/// A name with other characters than letters is not shown: it is a piece of the password when that
-/// holds a raw `?`.
 fn unknown_parameter(name: &str) -> Error {
-    let plain = name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_');
-    let shown = if plain { name } else { "(not shown)" };
-    Error::config(format!("unknown parameter {shown:?}; allowed: {}", PARAMETERS.join(", ")))
+    let (shown, known) = (public_name(name), PARAMETERS.join(", "));
+    Error::config(format!("unknown parameter {shown:?}; allowed: {known}"))
 }
 
 fn decode(text: &str) -> Result<String> {
@@ -439,6 +456,7 @@ mod tests {
         for (url, text) in [
             ("mysql://r@h/x", "not a Postgres URL"),
             ("postgres://h/x", "no user"),
+            ("postgres://r:x/y", "has no '@'"),
             ("postgres://r@/x", "no host"),
             ("postgres://r@a,b/x", "several hosts"),
             ("postgres://r@h/x?sslmode=require&sslrootcert=system", "proves nothing unless"),
@@ -478,6 +496,12 @@ mod tests {
             "postgres://r:x?hunter2@h/x",
             "mysql://r:hunter2@h/x",
             "host=h password=hunter2",
+            "postgres://r:hunter2",
+            "postgres://r:hunter2/x",
+            "postgres://r:hun?ter2",
+            "postgres://r:1/hunter2:x",
+            "postgres://h/x?passwd=hunter2",
+            "postgres://h/x?hunter2",
         ] {
             assert!(!format!("{:?}", refused(url)).contains("hunter2"), "{url}");
         }

@@ -75,7 +75,11 @@ impl ServerError {
     /// The error that a caller sees.
     pub fn to_error(&self) -> Error {
         let (kind, hint) = classify(&self.code);
-        let mut what = format!("{} (SQLSTATE {})", self.message, self.code);
+        let message = match quotes_value(&self.code) {
+            true => without_quoted(&self.message),
+            false => self.message.clone(),
+        };
+        let mut what = format!("{message} (SQLSTATE {})", self.code);
         if let Some(detail) = &self.detail
             && !carries_row_data(&self.code)
         {
@@ -155,6 +159,22 @@ fn server_error(db: &DbError) -> ServerError {
         hint: db.hint().map(str::to_owned),
         file: db.file().unwrap_or_default().to_owned(),
         fatal: false,
+    }
+}
+
+/// Whether even the first line quotes the value: it has the wrong form for its type, is out of the
+/// type's range, or no date.
+fn quotes_value(code: &str) -> bool {
+    matches!(code, "22P02" | "22P03" | "22001" | "22003" | "22007" | "22008" | "22018")
+}
+
+/// The text with `"***"` instead of all from the first quotation mark to the last.
+fn without_quoted(text: &str) -> String {
+    match (text.find('"'), text.rfind('"')) {
+        (Some(first), Some(last)) if first < last => {
+            format!("{}\"***\"{}", &text[..first], &text[last + 1..])
+        }
+        _ => text.to_owned(),
     }
 }
 
@@ -270,6 +290,13 @@ mod tests {
         };
         assert_eq!(error("23505").to_error().to_string(), "text (SQLSTATE 23505)");
         assert!(error("55000").to_error().to_string().contains("Key (mail)"));
+        let error = ServerError {
+            code: "22P02".into(),
+            message: "invalid input syntax for type integer: \"a \"b\" c\"".into(),
+            ..Default::default()
+        };
+        let told = "invalid input syntax for type integer: \"***\" (SQLSTATE 22P02)";
+        assert_eq!(error.to_error().to_string(), told);
     }
 
     #[test]

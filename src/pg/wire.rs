@@ -106,6 +106,7 @@ impl Wire {
     /// # Errors
     /// As the table in `sqlstate.rs` says; [`Kind::Unreachable`] after the timeout.
     pub async fn connect(options: &Options, replication: bool) -> Result<Self> {
+        let options = &*options.current()?;
         let limit = options.connect_timeout;
         let opened = timeout(limit, Self::open(options, replication)).await;
         let opened = opened.unwrap_or_else(|_| {

@@ -112,7 +112,6 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             Err((why, error)) => {
                 tracing::warn!(
                     route = &*row.key.route,
-                    key = row.key_text,
                     position = %row.key.position,
                     kind = %why,
                     error = %error,

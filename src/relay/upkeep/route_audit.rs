@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::amqp;
 use crate::amqp::audit::{Grade, Graded};
 use crate::amqp::management::Management;
 use crate::amqp::topology::{self, Mode, Topology};
@@ -18,7 +19,7 @@ use crate::metrics::Metrics;
 use crate::relay::Options;
 use crate::relay::status::{RouteGrade, Status};
 use crate::route::{Action, Rule};
-use crate::secret::Secret;
+use crate::secret::{Again, Secret};
 
 /// Shortest time between two audits, so that flapping sessions do not become a storm of requests.
 const GAP: Duration = Duration::from_secs(5);
@@ -32,6 +33,21 @@ pub struct AuditOptions {
     pub interval: Duration,
     /// The management API, when there is one.
     pub management_url: Option<Secret>,
+    /// The same again, where the credentials are in files.
+    pub url_again: Again<Secret>,
+}
+
+impl AuditOptions {
+    /// The management API with the credentials that are in their files today.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or that does not hold what it should.
+    pub fn management(&self, broker: &amqp::options::Options) -> Result<Option<Management>> {
+        match self.url_again.read().transpose()?.as_ref().or(self.management_url.as_ref()) {
+            Some(url) => Management::new(url, broker).map(Some),
+            None => Ok(None),
+        }
+    }
 }
 
 /// Runs until it is aborted.
@@ -56,9 +72,10 @@ pub async fn run(options: Options, metrics: Arc<Metrics>, status: Arc<Status>) {
 
 /// Every route that publishes, with its grade.
 async fn audit(options: &Options, metrics: &Metrics) -> Vec<RouteGrade> {
-    let all_graded = match &options.audit.management_url {
-        Some(url) => by_management(options, url).await,
-        None => by_declares(options).await,
+    let all_graded = match options.audit.management(&options.broker) {
+        Ok(Some(management)) => by_management(options, &management).await,
+        Ok(None) => by_declares(options).await,
+        Err(error) => Err(error),
     };
     let rules = published(&options.rules);
     let all_graded = all_graded.unwrap_or_else(|error| {
@@ -85,8 +102,7 @@ fn published(rules: &[Rule]) -> Vec<(&Rule, &str)> {
     publishes.collect()
 }
 
-async fn by_management(options: &Options, url: &Secret) -> Result<Vec<Graded>> {
-    let management = Management::new(url, &options.broker)?;
+async fn by_management(options: &Options, management: &Management) -> Result<Vec<Graded>> {
     let rules = published(&options.rules);
     let mut exchanges: Vec<String> = rules.iter().map(|(_, e)| (*e).to_owned()).collect();
     exchanges.sort();

@@ -208,7 +208,6 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         if self.parked.count <= LOGGED_FIRST || self.parked.count.is_multiple_of(LOGGED_EVERY) {
             tracing::warn!(
                 route = &*row.key.route,
-                key = row.key_text,
                 position = %row.key.position,
                 kind = %row.why,
                 error = row.error,
