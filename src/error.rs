@@ -13,7 +13,8 @@ use crate::verdict::Verdict;
 /// What the caller does about an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// The configuration or the command line is wrong. Nothing was started. Exit code 2.
+    /// The configuration or the command line is wrong, or a file that it names. Ends a start with
+    /// exit code 2; a relay that has run before retries: a file may be half rotated.
     Config,
     /// A peer cannot be reached or went away: sockets, timeouts, server shutdown.
     Unreachable,

@@ -90,7 +90,7 @@ impl<T> PartialEq for Again<T> {
 
 impl<T> Eq for Again<T> {}
 
-/// The parameters of our URLs whose values are no secrets.
+/// The parameters of our URLs that hold no secrets.
 const PUBLIC_PARAMETERS: [&str; 19] = [
     "host",
     "port",
@@ -117,7 +117,7 @@ const PUBLIC_PARAMETERS: [&str; 19] = [
 ///
 /// Works on text that need not be a valid URL, because an invalid one has to be shown too. Of what
 /// stands before the last `@` only the user is shown. What follows a colon behind it is shown if it
-/// can be a port, and of the query what is no secret in a URL of ours. Where an `@` stands behind a
+/// can be a port, and of the query the parameters without secrets. Where an `@` stands behind a
 /// `?`, what is a password cannot be known, and nothing is shown.
 pub fn redact_url(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return "***".into() };
@@ -153,7 +153,7 @@ pub fn redact_url(url: &str) -> String {
 
 /// What is wrong with a URL for which [`lacks_at`] holds.
 pub const LACKS_AT: &str =
-    "it has no '@', and what follows its ':' is no port; expected user:password@host:port";
+    "it has no '@', and what follows its ':' cannot be a port; expected user:password@host:port";
 
 /// Whether `rest`, a URL without its scheme, seems to be `user:password` whose `@host` is missing.
 pub fn lacks_at(rest: &str) -> bool {

@@ -97,6 +97,7 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
                     "client certificate {} does not match its key",
                     cert.display()
                 ))
+                .hint("write both files of the new pair; each connect reads them")
                 .caused_by(e)
             })?
         }

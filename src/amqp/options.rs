@@ -347,7 +347,7 @@ mod tests {
                 "heartbeat is \"0\"; expected a number from 1 to 3600",
             ),
             ("amqp://relay:hunter2@h/%ff", "virtual host is not UTF-8"),
-            ("amqp://relay:hunter2", "it has no '@', and what follows its ':' is no port"),
+            ("amqp://relay:hunter2", "it has no '@', and what follows its ':' cannot be a port"),
             ("amqp://relay:hunter2/shop", "it has no '@'"),
             ("amqp://relay:hun?ter2", "it has no '@'"),
             ("amqp://h?hunter2=1", "parameter \"***\" is unknown"),

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use super::load::Template;
+use super::load::Filled;
 use super::section::Section;
 use super::value::quoted;
 use super::{DAY, HOUR, SECOND};
@@ -98,7 +98,7 @@ fn urls(t: &mut Section<'_>) -> Nodes {
             format!("all nodes in broker.url must use one vhost; found {one:?} and {two:?}"),
         );
     }
-    let files = templates.iter().chain(&password).flat_map(Template::files);
+    let files = templates.iter().chain(&password).flat_map(Filled::files);
     let files = files.map(Path::to_owned).collect();
     let again = Again::new(files, move || {
         let read = |template| read(template, password.as_ref()).map(|(url, _)| url);
@@ -109,7 +109,7 @@ fn urls(t: &mut Section<'_>) -> Nodes {
 
 /// One node, and whether it has a password beside that of `broker.password`. A URL without a user
 /// means guest, whose password is known.
-fn read(url: &Template, password: Option<&Template>) -> Result<(Url, bool)> {
+fn read(url: &Filled, password: Option<&Filled>) -> Result<(Url, bool)> {
     let mut url = Url::parse(&url.text()?)?;
     let Some(password) = password else { return Ok((url, false)) };
     let own = !url.password.expose().is_empty();

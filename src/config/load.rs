@@ -38,14 +38,14 @@ pub(super) fn environment(name: &str) -> Option<String> {
 /// Replaces `${…}` in the URL of a command line option from the process environment.
 ///
 /// # Errors
-/// As [`Template::parse`] and [`Template::text`].
+/// As [`Filled::parse`] and [`Filled::text`].
 pub fn fill_in_url(text: &str) -> Result<String> {
-    Template::parse(text, Form::Url, &environment, Path::new(""))?.text()
+    Filled::parse(text, Notation::Url, &environment, Path::new(""))?.text()
 }
 
 /// What a string is; in a URL values are encoded where that is needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum Notation {
     Plain,
     Url,
 }
@@ -55,7 +55,7 @@ pub(super) enum Form {
 ///
 /// Neither has `Debug`, because both may hold secrets.
 #[derive(Clone)]
-pub(super) struct Template(Vec<Piece>);
+pub(super) struct Filled(Vec<Piece>);
 
 #[derive(Clone)]
 struct Piece {
@@ -88,7 +88,7 @@ enum Part<'t> {
     Placeholder(&'t str),
 }
 
-impl Template {
+impl Filled {
     /// Reads `text`: `${NAME}`, `${NAME:-default}` and `${file:/path}` stand for values, `$${` for
     /// `${`. Relative paths begin at `directory`.
     ///
@@ -97,14 +97,14 @@ impl Template {
     /// shown: it may be a piece of a password.
     pub(super) fn parse(
         text: &str,
-        form: Form,
+        notation: Notation,
         lookup: Lookup<'_>,
         directory: &Path,
     ) -> Result<Self> {
         let parts = split(text)?;
-        let encodings = match form {
-            Form::Plain => vec![Encoding::Raw; parts.len()],
-            Form::Url => url_encodings(&parts),
+        let encodings = match notation {
+            Notation::Plain => vec![Encoding::Raw; parts.len()],
+            Notation::Url => url_encodings(&parts),
         };
         let pieces = parts.iter().zip(encodings).map(|(part, encoding)| match part {
             Part::Literal(text) => {
@@ -326,11 +326,11 @@ mod tests {
     }
 
     fn fill(text: &str) -> Result<String> {
-        Template::parse(text, Form::Plain, &variable, Path::new(""))?.text()
+        Filled::parse(text, Notation::Plain, &variable, Path::new(""))?.text()
     }
 
     fn fill_url(text: &str) -> String {
-        let filled = Template::parse(text, Form::Url, &variable, Path::new(""));
+        let filled = Filled::parse(text, Notation::Url, &variable, Path::new(""));
         filled.and_then(|template| template.text()).unwrap()
     }
 
@@ -354,7 +354,7 @@ mod tests {
         }
         // A relative path begins at the directory that is given, and the file is read each time.
         let relative = format!("${{file:{name}}}");
-        let template = Template::parse(&relative, Form::Plain, &variable, &directory);
+        let template = Filled::parse(&relative, Notation::Plain, &variable, &directory);
         let template = template.unwrap();
         assert_eq!(template.text().unwrap(), "hunter2\n");
         std::fs::write(&file, "other\r\n").unwrap();

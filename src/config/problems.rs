@@ -104,7 +104,7 @@ fn excerpt(text: &str, at: &Span) -> String {
     format!("\n{gutter} |\n{number} | {key}{value}\n{gutter} | {mark}")
 }
 
-/// Whether it is written without quotes, and so is no URL or password in the wrong place.
+/// Whether it is written without quotes: then it cannot be a URL in the wrong place.
 pub(super) fn is_plain_key(text: &str) -> bool {
     text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c))
 }

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::load::{self, Form, Lookup, Template};
+use super::load::{self, Filled, Lookup, Notation};
 use super::problems::{Problem, Problems, Span, is_plain_key, nearest};
 use crate::error::{Error, Result};
 
@@ -29,7 +29,7 @@ pub(super) struct Document<'f> {
     /// Where relative paths begin: the directory of the file.
     directory: PathBuf,
     /// Strings with values from elsewhere, which may be secrets in the wrong place.
-    filled: RefCell<Vec<(Span, Template)>>,
+    filled: RefCell<Vec<(Span, Filled)>>,
     problems: RefCell<Problems>,
     holds_password: Cell<bool>,
 }
@@ -195,7 +195,7 @@ impl<'f> Section<'f> {
     }
 
     /// Text that must be there; `None` when it is not, which is a problem then.
-    pub(super) fn required_url(&mut self, key: &'static str, example: &str) -> Option<Template> {
+    pub(super) fn required_url(&mut self, key: &'static str, example: &str) -> Option<Filled> {
         let urls = self.urls(key, example)?;
         if urls.len() > 1 {
             self.problem(key, format!("{} is a list; one URL is allowed", self.path(key)));
@@ -204,20 +204,20 @@ impl<'f> Section<'f> {
     }
 
     /// One URL or a list of them; `None` when there is a problem with one, or none at all.
-    pub(super) fn urls(&mut self, key: &'static str, example: &str) -> Option<Vec<Template>> {
+    pub(super) fn urls(&mut self, key: &'static str, example: &str) -> Option<Vec<Filled>> {
         const EXPECTED: &str = "a string or a list of strings";
         let filled: Option<Vec<_>> = match self.ask(key) {
             None => Some(Vec::new()),
             Some(value) => match value.get_ref() {
                 DeValue::Array(items) => {
-                    let fill = |item| self.fill(key, item, EXPECTED, Form::Url);
+                    let fill = |item| self.fill(key, item, EXPECTED, Notation::Url);
                     items.iter().map(fill).collect::<Vec<_>>().into_iter().collect()
                 }
-                _ => self.fill(key, value, EXPECTED, Form::Url).map(|url| vec![url]),
+                _ => self.fill(key, value, EXPECTED, Notation::Url).map(|url| vec![url]),
             },
         };
         let given = filled?.into_iter().filter(|(_, text)| !text.is_empty());
-        let urls: Vec<Template> = given.map(|(url, _)| url).collect();
+        let urls: Vec<Filled> = given.map(|(url, _)| url).collect();
         if urls.is_empty() {
             self.problem(key, format!("{} is not set; expected {example}", self.path(key)));
             return None;
@@ -226,22 +226,22 @@ impl<'f> Section<'f> {
     }
 
     /// A URL that need not be there.
-    pub(super) fn url(&mut self, key: &'static str) -> Option<Template> {
-        self.secret(key, Form::Url)
+    pub(super) fn url(&mut self, key: &'static str) -> Option<Filled> {
+        self.secret(key, Notation::Url)
     }
 
     /// A password that need not be there.
-    pub(super) fn password(&mut self, key: &'static str) -> Option<Template> {
+    pub(super) fn password(&mut self, key: &'static str) -> Option<Filled> {
         let written = self.value(key).and_then(|value| value.get_ref().as_str());
         if written.is_some_and(load::is_literal) {
             self.document.holds_password.set(true);
         }
-        self.secret(key, Form::Plain)
+        self.secret(key, Notation::Plain)
     }
 
-    fn secret(&mut self, key: &'static str, form: Form) -> Option<Template> {
+    fn secret(&mut self, key: &'static str, notation: Notation) -> Option<Filled> {
         let value = self.ask(key)?;
-        let filled = self.fill(key, value, "a string", form)?;
+        let filled = self.fill(key, value, "a string", notation)?;
         Some(filled).filter(|(_, text)| !text.is_empty()).map(|(template, _)| template)
     }
 
@@ -257,7 +257,7 @@ impl<'f> Section<'f> {
         let expected = "a string, a whole number, true or false";
         match value.get_ref() {
             DeValue::String(_) => {
-                self.fill(key, value, expected, Form::Plain).map(|(_, text)| Scalar::Text(text))
+                self.fill(key, value, expected, Notation::Plain).map(|(_, text)| Scalar::Text(text))
             }
             DeValue::Boolean(yes) => Some(Scalar::Bool(*yes)),
             DeValue::Integer(number) => {
@@ -311,7 +311,7 @@ impl<'f> Section<'f> {
 
     pub(super) fn string(&mut self, key: &'static str, expected: &str) -> Option<String> {
         let value = self.ask(key)?;
-        self.fill(key, value, expected, Form::Plain).map(|(_, text)| text)
+        self.fill(key, value, expected, Notation::Plain).map(|(_, text)| text)
     }
 
     fn strings(&self, key: &str, value: &'f Spanned<DeValue<'f>>) -> Option<Vec<String>> {
@@ -321,7 +321,7 @@ impl<'f> Section<'f> {
             return None;
         };
         let fill = |(n, item)| {
-            let filled = self.fill(&format!("{key}[{n}]"), item, EXPECTED, Form::Plain);
+            let filled = self.fill(&format!("{key}[{n}]"), item, EXPECTED, Notation::Plain);
             filled.map(|(_, text)| text)
         };
         items.iter().enumerate().map(fill).collect::<Vec<_>>().into_iter().collect()
@@ -333,8 +333,8 @@ impl<'f> Section<'f> {
         key: &str,
         value: &Spanned<DeValue<'f>>,
         expected: &str,
-        form: Form,
-    ) -> Option<(Template, String)> {
+        notation: Notation,
+    ) -> Option<(Filled, String)> {
         let Some(text) = value.get_ref().as_str() else {
             self.wrong_type(key, value, expected);
             return None;
@@ -343,7 +343,7 @@ impl<'f> Section<'f> {
             self.document.holds_password.set(true);
         }
         let Document { lookup, directory, .. } = self.document;
-        let filled = Template::parse(text, form, lookup, directory)
+        let filled = Filled::parse(text, notation, lookup, directory)
             .and_then(|template| template.text().map(|text| (template, text)));
         match filled {
             Ok((template, text)) => {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::load::Template;
+use super::load::Filled;
 use super::section::Section;
 use crate::error::Result;
 use crate::pg::connect::Options;
@@ -27,7 +27,7 @@ pub(super) fn connection(t: &mut Section<'_>) -> Option<Options> {
         let both = "source.password is set and source.url has a password; remove one";
         t.problem("password", both);
     }
-    let files = login.url.files().chain(login.password.iter().flat_map(Template::files));
+    let files = login.url.files().chain(login.password.iter().flat_map(Filled::files));
     let files = files.map(Path::to_owned).collect();
     options.again = Again::new(files, move || login.read());
     Some(options)
@@ -35,8 +35,8 @@ pub(super) fn connection(t: &mut Section<'_>) -> Option<Options> {
 
 /// As it is written; what it stands for may change.
 struct Login {
-    url: Template,
-    password: Option<Template>,
+    url: Filled,
+    password: Option<Filled>,
     /// Where relative paths of the URL begin.
     directory: PathBuf,
 }

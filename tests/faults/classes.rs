@@ -84,7 +84,14 @@ const PROVED: &[Proved] = &[
     ),
     ("B11", "REPLICATION revoked", &["slot_rights::slot_b11"]),
     ("B12", "rights on the relay's tables revoked", &["slot::slot_b12"]),
-    ("B13", "password changed", &["slot_rights::slot_b13"]),
+    (
+        "B13",
+        "password changed",
+        &[
+            "slot_rights::slot_b13",
+            "it rotation::a_password_of_postgres_that_changes_in_its_file_is_used",
+        ],
+    ),
     ("B14", "ALTER TABLE", &["it relay_types::a_table_that_changes_its_columns_is_followed"]),
     ("B15", "replica identity changed", &["slot::slot_b15"]),
     (

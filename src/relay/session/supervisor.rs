@@ -8,10 +8,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 
 use crate::backoff::Backoff;
-use crate::error::{Code, Error, Result, Retry};
+use crate::error::{Code, Error, Kind, Result, Retry};
 use crate::metrics::Metrics;
 use crate::position::Position;
 use crate::relay::checkpoint::own::OwnCheckpoint;
+use crate::relay::session::rotation::Rotation;
 use crate::relay::session::unsendable::Unsendable;
 use crate::relay::session::{self, Session, Shared};
 use crate::relay::status::Status;
@@ -32,7 +33,9 @@ const HEALTHY: Duration = Duration::from_secs(5);
 /// Runs sessions until `shutdown`, or until an error that no further try can fix.
 ///
 /// What someone must fix ends the process before the first session ever ran: a typing error
-/// in a password should not look like a running relay. Later the relay stays up and retries.
+/// in a password should not look like a running relay. Later, or after it was a standby, the relay
+/// stays up and retries: a certificate without its new key is half of a rotation. As soon as a file
+/// with credentials or certificates changes, it tries again.
 ///
 /// # Errors
 /// The verdict, or the error of the first start.
@@ -53,9 +56,11 @@ pub async fn run(
     let mut backoff = Backoff::new(FIRST_WAIT, SOON_LIMIT);
     let mut unsendable = Unsendable::default();
     let mut has_run = false;
+    let mut rotation = Rotation::new(&options);
     let mut told = Told::default();
     let result = loop {
         metrics.sessions.increment(1);
+        rotation.look();
         let stop = shutdown.clone();
         let life = one_session(&options, &router, &shared, &mut kept, &mut doubts, stop).await;
         metrics.ended(life.result.as_ref().err());
@@ -68,16 +73,12 @@ pub async fn run(
         }
         let healthy = life.streamed.is_some_and(|lived| lived >= HEALTHY);
         let error = unsendable.judge(error, life.received, healthy, options.binary);
-        has_run |= life.streamed.is_some();
+        has_run |= life.streamed.is_some() || error.kind() == Kind::Busy;
         if healthy {
             backoff.reset();
         }
-        match error.retry() {
-            Retry::Never => break Err(error),
-            Retry::Slowly if !has_run => break Err(error),
-            Retry::Slowly => backoff.set_limit(SLOW_LIMIT),
-            Retry::Soon => backoff.set_limit(SOON_LIMIT),
-        }
+        let Some(limit) = longest_wait(&error, has_run) else { break Err(error) };
+        backoff.set_limit(limit);
         let wait = backoff.next(fastrand::f64());
         status.waiting(&error, wait);
         told.say(&error, wait, backoff.tries());
@@ -87,6 +88,10 @@ pub async fn run(
         show(&status, &metrics);
         tokio::select! { biased;
             stop = shutdown.wait_for(|stop| *stop) => if stop.is_ok() { break Ok(()) },
+            () = rotation.changed() => {
+                tracing::info!("a file with credentials or certificates has changed: trying again");
+                backoff.reset();
+            }
             () = sleep(wait) => {}
         }
     };
@@ -95,6 +100,17 @@ pub async fn run(
     status.stopped(result.as_ref().err());
     show(&status, &metrics);
     result
+}
+
+/// The longest wait for another try; `None` where none can help.
+fn longest_wait(error: &Error, has_run: bool) -> Option<Duration> {
+    match error.retry() {
+        // It was right once: a file that it names, or the server, is about to change.
+        Retry::Never if error.kind() == Kind::Config && has_run => Some(SOON_LIMIT),
+        Retry::Never => None,
+        Retry::Slowly => has_run.then_some(SLOW_LIMIT),
+        Retry::Soon => Some(SOON_LIMIT),
+    }
 }
 
 /// How a session went.
