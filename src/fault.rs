@@ -121,6 +121,18 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
                  broker.tls_ca",
             ),
         ),
+        T::InvalidCertificate(C::NotValidForNameContext { presented, .. })
+            if presented.is_empty() =>
+        {
+            (
+                Kind::Refused,
+                Some(
+                    "the server's certificate has no subjectAltName, and its CN is not looked at; \
+                     make it with -addext subjectAltName=DNS:… (for Postgres, sslmode=verify-ca \
+                     skips the name check)",
+                ),
+            )
+        }
         T::InvalidCertificate(C::NotValidForName | C::NotValidForNameContext { .. }) => (
             Kind::Refused,
             Some(
@@ -138,7 +150,7 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
             (Kind::Refused, Some("the server's certificate is revoked; replace it"))
         }
         T::InvalidCertificate(_) | T::NoCertificatesPresented => {
-            (Kind::Refused, Some("check the server's certificate"))
+            (Kind::Refused, Some(unfit_certificate(error)))
         }
         T::AlertReceived(_) => (
             Kind::Refused,
@@ -153,6 +165,35 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
         T::InvalidMessage(_) => (Kind::Unreachable, Some("is TLS enabled on this port?")),
         // Corrupted or cut records and the like: a new connection may help.
         _ => (Kind::Unreachable, None),
+    }
+}
+
+/// What webpki says about a certificate, where rustls has no error of its own for it.
+#[cfg(feature = "relay")]
+pub fn webpki_error(error: &rustls::Error) -> Option<&webpki::Error> {
+    match error {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => {
+            other.0.downcast_ref()
+        }
+        _ => None,
+    }
+}
+
+/// How to make a certificate that a server can have, where `openssl` without options made another.
+#[cfg(feature = "relay")]
+fn unfit_certificate(error: &rustls::Error) -> &'static str {
+    match webpki_error(error) {
+        Some(webpki::Error::CaUsedAsEndEntity) => {
+            "the server's certificate is that of a CA (CA:TRUE); make it with -addext \
+             basicConstraints=CA:FALSE -addext subjectAltName=DNS:…, or name this very certificate \
+             as the root: sslrootcert in source.url, or broker.tls_ca"
+        }
+        Some(webpki::Error::UnsupportedCertVersion) => {
+            "the server's certificate has X.509 version 1, as `openssl x509 -req` makes it without \
+             extensions; make it with -addext basicConstraints=CA:FALSE -addext \
+             subjectAltName=DNS:… (`openssl x509` takes them in a file, -extfile)"
+        }
+        _ => "check the server's certificate",
     }
 }
 

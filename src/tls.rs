@@ -6,17 +6,23 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, ring};
+use rustls::client::{WebPkiServerVerifier, verify_server_name};
+use rustls::crypto::{CryptoProvider, ring, verify_tls13_signature_with_raw_key};
 use rustls::pki_types::pem::{self, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{
+    CertificateDer, PrivateKeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime,
+};
+use rustls::server::ParsedCertificate;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
 };
+use webpki::RawPublicKeyEntity;
+use x509_cert::Certificate;
+use x509_cert::der::{Decode as _, Encode as _};
 
 use crate::error::{Error, Kind, Result};
-use crate::fault::file_error;
+use crate::fault::{self, file_error};
 
 /// How much of the server's certificate is checked; the names are those of libpq's `sslmode`.
 ///
@@ -74,21 +80,8 @@ pub fn client_config(options: &Options) -> Result<Arc<ClientConfig>> {
     let builder = ClientConfig::builder_with_provider(provider.clone())
         .with_safe_default_protocol_versions()
         .map_err(|e| Error::internal("setting the TLS versions").caused_by(e))?;
-    let builder = match options.mode {
-        SslMode::Disable | SslMode::Require => {
-            let verifier = Lenient { provider, inner: None };
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
-        }
-        SslMode::VerifyCa => {
-            let roots = Arc::new(roots(options.root_cert.as_deref())?);
-            let inner = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
-                .build()
-                .map_err(|e| Error::internal("using the trusted roots").caused_by(e))?;
-            let verifier = Lenient { provider, inner: Some(inner) };
-            builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
-        }
-        SslMode::VerifyFull => builder.with_root_certificates(roots(options.root_cert.as_deref())?),
-    };
+    let verifier = Verifier::new(options, provider)?;
+    let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier));
     let config = match (&options.client_cert, &options.client_key) {
         (None, None) => builder.with_no_client_auth(),
         (Some(cert), Some(key)) => {
@@ -121,11 +114,12 @@ pub fn server_name(host: &str) -> Result<ServerName<'static>> {
     })
 }
 
-fn roots(file: Option<&Path>) -> Result<RootCertStore> {
+/// The trusted roots, and the certificates of their file as they stand there.
+fn roots(file: Option<&Path>) -> Result<(RootCertStore, Vec<CertificateDer<'static>>)> {
     let mut store = RootCertStore::empty();
-    let list = match file {
-        Some(path) => certificates(path)?,
-        None => native_certificates()?,
+    let (list, named) = match file {
+        Some(path) => certificates(path).map(|list| (list.clone(), list))?,
+        None => (native_certificates()?, Vec::new()),
     };
     let (added, _) = store.add_parsable_certificates(list);
     if added == 0 {
@@ -134,7 +128,7 @@ fn roots(file: Option<&Path>) -> Result<RootCertStore> {
         return Err(Error::config(format!("no trusted root certificate found in {from}"))
             .hint("name a PEM file with the CA certificate (sslrootcert, or broker.tls_ca)"));
     }
-    Ok(store)
+    Ok((store, named))
 }
 
 /// What the system trusts. Some of its files may be broken; one that cannot be opened because this
@@ -169,14 +163,69 @@ fn pem_error(what: String, error: pem::Error) -> Error {
     }
 }
 
-/// `require` (no inner verifier: any certificate) and `verify-ca` (chain only).
+/// Checks as much of a certificate as the level asks for. That the server has the certificate's key
+/// is always checked.
 #[derive(Debug)]
-struct Lenient {
+struct Verifier {
     provider: Arc<CryptoProvider>,
-    inner: Option<Arc<WebPkiServerVerifier>>,
+    /// None for `require`.
+    chain: Option<Chain>,
 }
 
-impl ServerCertVerifier for Lenient {
+/// What `verify-ca` and `verify-full` check.
+#[derive(Debug)]
+struct Chain {
+    webpki: Arc<WebPkiServerVerifier>,
+    /// The certificates of the file of roots.
+    named: Vec<CertificateDer<'static>>,
+    /// Whether the name is compared.
+    name: bool,
+}
+
+impl Verifier {
+    fn new(options: &Options, provider: Arc<CryptoProvider>) -> Result<Self> {
+        let name = match options.mode {
+            SslMode::Disable | SslMode::Require => return Ok(Self { provider, chain: None }),
+            SslMode::VerifyCa => false,
+            SslMode::VerifyFull => true,
+        };
+        let (roots, named) = roots(options.root_cert.as_deref())?;
+        let webpki = WebPkiServerVerifier::builder_with_provider(roots.into(), provider.clone())
+            .build()
+            .map_err(|e| Error::internal("using the trusted roots").caused_by(e))?;
+        Ok(Self { provider, chain: Some(Chain { webpki, named, name }) })
+    }
+}
+
+impl Chain {
+    /// A certificate that stands in the file of roots itself, as a self-signed one does. By webpki
+    /// it cannot be a server's if it is also a CA, as `openssl req -x509` makes it, or is of X.509
+    /// version 1; but who named it trusts it.
+    fn verify_named(
+        &self,
+        certificate: &CertificateDer<'_>,
+        name: &ServerName<'_>,
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let validity = parsed(certificate)?.tbs_certificate.validity;
+        if now.as_secs() < validity.not_before.to_unix_duration().as_secs() {
+            return Err(CertificateError::NotValidYet.into());
+        }
+        if now.as_secs() > validity.not_after.to_unix_duration().as_secs() {
+            return Err(CertificateError::Expired.into());
+        }
+        if self.name {
+            verify_server_name(&ParsedCertificate::try_from(certificate)?, name)?;
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+}
+
+fn parsed(certificate: &CertificateDer<'_>) -> Result<Certificate, rustls::Error> {
+    Certificate::from_der(certificate).map_err(|_| CertificateError::BadEncoding.into())
+}
+
+impl ServerCertVerifier for Verifier {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -185,12 +234,17 @@ impl ServerCertVerifier for Lenient {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let Some(inner) = &self.inner else { return Ok(ServerCertVerified::assertion()) };
+        let Some(chain) = &self.chain else { return Ok(ServerCertVerified::assertion()) };
+        let webpki = &chain.webpki;
         // webpki checks the chain before the name, so a name error means that the chain is good.
-        match inner.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
+        match webpki.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+        {
             Err(rustls::Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
-            )) => Ok(ServerCertVerified::assertion()),
+            )) if !chain.name => Ok(ServerCertVerified::assertion()),
+            Err(error) if is_unfit(&error) && chain.named.iter().any(|root| root == end_entity) => {
+                chain.verify_named(end_entity, server_name, now)
+            }
             other => other,
         }
     }
@@ -201,8 +255,19 @@ impl ServerCertVerifier for Lenient {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, cert, dss, algorithms)
+        // The key alone, because webpki reads no certificate of X.509 version 1.
+        let key = public_key(cert)?;
+        let key = RawPublicKeyEntity::try_from(&key).map_err(|_| CertificateError::BadEncoding)?;
+        let algorithms = self.provider.signature_verification_algorithms.mapping;
+        // Here the scheme does not fix the curve: one of its algorithms fits the key.
+        let fitting = algorithms.iter().filter(|(scheme, _)| *scheme == dss.scheme);
+        if fitting
+            .flat_map(|(_, list)| list.iter())
+            .any(|a| key.verify_signature(*a, message, dss.signature()).is_ok())
+        {
+            return Ok(HandshakeSignatureValid::assertion());
+        }
+        Err(CertificateError::BadSignature.into())
     }
 
     fn verify_tls13_signature(
@@ -212,10 +277,27 @@ impl ServerCertVerifier for Lenient {
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
         let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+        verify_tls13_signature_with_raw_key(message, &public_key(cert)?, dss, algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
+
+/// The certificate's key, also of one that webpki cannot read.
+fn public_key(
+    cert: &CertificateDer<'_>,
+) -> Result<SubjectPublicKeyInfoDer<'static>, rustls::Error> {
+    let key = parsed(cert)?.tbs_certificate.subject_public_key_info.to_der();
+    key.map(SubjectPublicKeyInfoDer::from).map_err(|_| CertificateError::BadEncoding.into())
+}
+
+/// Whether webpki accepts no such certificate from a server, whatever its issuer.
+fn is_unfit(error: &rustls::Error) -> bool {
+    use webpki::Error as E;
+    matches!(fault::webpki_error(error), Some(E::CaUsedAsEndEntity | E::UnsupportedCertVersion))
+}
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use watership::amqp::reply;
 use watership::error::{Error, Kind, Retry};
@@ -143,10 +144,16 @@ fn every_tls_error_has_a_kind_and_a_hint() {
     use rustls::CertificateError as C;
     use rustls::{AlertDescription, Error as T, InvalidMessage, PeerIncompatible};
     let mut out = String::new();
+    let unfit = |error| T::InvalidCertificate(C::Other(rustls::OtherError(Arc::new(error))));
+    let expected = "localhost".try_into().expect("a name");
+    let nameless = C::NotValidForNameContext { expected, presented: Vec::new() };
     for (name, error) in [
         ("unknown issuer", T::InvalidCertificate(C::UnknownIssuer)),
         ("bad signature", T::InvalidCertificate(C::BadSignature)),
         ("wrong name", T::InvalidCertificate(C::NotValidForName)),
+        ("no name", T::InvalidCertificate(nameless)),
+        ("certificate of a CA", unfit(webpki::Error::CaUsedAsEndEntity)),
+        ("X.509 version 1", unfit(webpki::Error::UnsupportedCertVersion)),
         ("expired", T::InvalidCertificate(C::Expired)),
         ("not valid yet", T::InvalidCertificate(C::NotValidYet)),
         ("revoked", T::InvalidCertificate(C::Revoked)),
