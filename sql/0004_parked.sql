@@ -3,8 +3,8 @@
 -- Only the relay inserts, in the same transaction as the checkpoint that passes the rows. People
 -- change `state` alone, with `watership parked retry` and `discard`; they never publish.
 --
---     parked ──► retrying ──► released          order within a lane is by position, never by id
---        └──────────┴───────► discarded
+--     parked --> retrying --> released          order within a lane is by position, never by id
+--        +----------+-------> discarded
 
 SET ROLE watership_owner;
 

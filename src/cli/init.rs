@@ -23,7 +23,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
 use crate::relay::check::{position, tables};
 use crate::relay::checkpoint::{self, NewCheckpoint};
-use crate::relay::session::{facts, wal};
+use crate::relay::session::{facts, rights, wal};
 use crate::secret::Secret;
 use crate::verdict::Verdict;
 
@@ -97,9 +97,12 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         )));
     }
 
+    check_sight(&client, config).await?;
+
     let mut steps = Steps { list: Vec::new(), out };
     schema(&mut steps, &mut client).await?;
     relay_role(&mut steps, &client, config, &server).await?;
+    rights::verify(&rights::lacking(&client, Some(&config.relay.sql.user)).await?)?;
     let publication = publication(&mut steps, &client, config).await?;
     slot_and_checkpoint(&mut steps, &client, config, args, &server, &publication).await?;
     grants(&mut steps, &mut client).await?;
@@ -182,6 +185,18 @@ async fn check_relay_role(client: &Client, config: &Config, server: &ServerFacts
         None => Err(Error::refused(format!("role {user:?} of source.url does not exist"))
             .hint(format!("as a superuser: CREATE ROLE {quoted} LOGIN REPLICATION PASSWORD '…'"))),
     }
+}
+
+/// Row-level security on tables that are there already, for the role that runs `init` and for that
+/// of `source.url`: neither may take hidden rows for absent ones. Privileges may still be granted.
+async fn check_sight(client: &Client, config: &Config) -> Result<()> {
+    for role in [None, Some(config.relay.sql.user.as_str())] {
+        let mut lacks = rights::lacking(client, role).await?;
+        lacks.retain(|lack| lack.hidden && !lack.app);
+        lacks.iter_mut().for_each(|lack| lack.privileges.clear());
+        rights::verify(&lacks)?;
+    }
+    Ok(())
 }
 
 async fn schema(steps: &mut Steps, client: &mut Client) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::check::tables;
 use crate::relay::checkpoint;
-use crate::relay::session::{facts, wal};
+use crate::relay::session::{facts, rights, wal};
 use crate::route::keys_of;
 use crate::verdict::Verdict;
 
@@ -153,6 +153,10 @@ async fn check_role(f: &mut Findings, client: &Client, server: &ServerFacts) -> 
             format!("{INIT}, or as a superuser: GRANT watership_relay TO {quoted}"),
         ),
         None => f.problem("role", "role watership_relay does not exist", INIT),
+    }
+    for lack in rights::lacking(client, None).await? {
+        let (what, hint) = lack.told();
+        f.problem("rights", what, hint);
     }
     Ok(())
 }

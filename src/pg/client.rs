@@ -30,8 +30,13 @@ use crate::error::{Error, Result};
 /// Limits of a session, so that no statement of ours holds a lock indefinitely. Longer work sets
 /// its own with `SET LOCAL`. Idle sessions are allowed: a limit that the role sets for them would
 /// look like a failure.
+///
+/// Rows that row-level security would hide are an error and never just absent. And a server that
+/// was made read-only by its default, as hosting services do when the disk is full, still takes the
+/// checkpoint: only that lets it remove WAL.
 const LIMITS: &str = " -c statement_timeout=30s -c lock_timeout=5s \
-     -c idle_in_transaction_session_timeout=60s -c idle_session_timeout=0";
+     -c idle_in_transaction_session_timeout=60s -c idle_session_timeout=0 -c row_security=off \
+     -c default_transaction_read_only=off";
 
 /// A connection for ordinary SQL.
 #[derive(Debug)]

@@ -26,6 +26,7 @@ mod relay_operation;
 mod relay_routes;
 mod relay_types;
 mod relay_verdicts;
+mod rights;
 mod rotation;
 mod slot;
 mod sql;

@@ -8,6 +8,7 @@ pub(in crate::relay) mod catalog;
 pub mod circuit;
 pub mod facts;
 pub mod phantoms;
+pub mod rights;
 mod rotation;
 pub mod supervisor;
 pub mod unsendable;

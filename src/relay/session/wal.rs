@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio_postgres::Client;
 
 use super::facts::{self, StartFacts};
-use super::{Prepared, Shared, catalog, count_busy};
+use super::{Prepared, Shared, catalog, count_busy, rights};
 use crate::amqp::{self, topology};
 use crate::error::{Code, Error, Kind, Result};
 use crate::pg;
@@ -90,6 +90,7 @@ async fn take_over(
     remembered: &mut Remembered,
 ) -> Result<TakenOver> {
     let (name, last_known) = (&options.name, own.last_known());
+    rights::verify(&rights::lacking(client, None).await?)?;
     let found = facts::read(client, options).await?;
     let (stored, slot, server) = found.position();
     if server.timeline != timelines.current() {

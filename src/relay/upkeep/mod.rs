@@ -19,7 +19,7 @@ use crate::pg::slot::{WalStatus, insert_lsn, max_slot_wal_keep_size, read_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::Options;
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
-use crate::relay::session::{Shared, catalog, facts};
+use crate::relay::session::{Shared, catalog, facts, rights};
 use crate::relay::status::SlotStatus;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::upkeep::canary::Written;
@@ -206,6 +206,10 @@ async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Re
 
 /// What a session was started from must still hold while it runs.
 async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<Option<Error>> {
+    // First: rows that are hidden from the role would look like rows that are gone.
+    if let Err(lacking) = rights::verify(&rights::lacking(client, None).await?) {
+        return Ok(Some(lacking));
+    }
     let mark = shared.own.last_known();
     let found = match facts::read(client, options).await {
         Ok(found) => found,

@@ -1,0 +1,66 @@
+-- What the relay needs of its own schema and does not have: role $1 (null: the connected one), and
+-- the applications' role for the outbox. Privileges that are lacking, and whether row-level
+-- security stands in the way (check_enable_rls in rls.c decides in the same way). What does not
+-- exist is not named. `vital`: without it the relay cannot run.
+WITH needed (app, name, privilege, columns, vital) AS (VALUES
+    (false, 'migration', 'SELECT', NULL, false),
+    (false, 'checkpoint', 'SELECT', NULL, true),
+    (false, 'checkpoint', 'UPDATE', '{epoch, mark, ordinal, sub, flush_mark, session_no,
+        system_identifier, timeline, publication, publication_oid, updated_at}', true),
+    (false, 'publication_seen', 'SELECT', NULL, true),
+    (false, 'publication_seen', 'INSERT', NULL, true),
+    (false, 'publication_seen', 'UPDATE', NULL, true),
+    (false, 'described', 'SELECT', NULL, true),
+    (false, 'described', 'INSERT', NULL, true),
+    (false, 'described', 'UPDATE', NULL, true),
+    (false, 'parked', 'SELECT', NULL, true),
+    (false, 'parked', 'INSERT', NULL, true),
+    (false, 'parked', 'UPDATE', NULL, true),
+    (false, 'parked', 'DELETE', NULL, false),
+    (false, 'canary', 'SELECT', NULL, true),
+    (false, 'canary', 'INSERT', NULL, true),
+    (false, 'canary', 'UPDATE', NULL, true),
+    (false, 'resync', 'SELECT', NULL, false),
+    (false, 'resync', 'INSERT', NULL, false),
+    (true, 'outbox', 'INSERT', '{id, aggregate_type, aggregate_id, event_type, payload, data,
+        content_type, headers, traceparent}', false)
+), role AS (
+    SELECT oid, rolname, rolsuper OR rolbypassrls AS sees_all, rolname = 'watership_app' AS app
+    FROM pg_catalog.pg_roles
+    WHERE rolname IN ('watership_app', coalesce($1::text, current_user::text))
+), held AS (
+    SELECT r.rolname::text AS role, n.app, 'watership.' || n.name AS object, n.privilege, n.vital,
+        CASE WHEN n.columns IS NULL THEN has_table_privilege(r.oid, c.oid, n.privilege)
+            ELSE (SELECT bool_and(has_column_privilege(r.oid, c.oid, name, n.privilege))
+                FROM unnest(n.columns::text[]) AS name)
+        END AS granted,
+        c.relrowsecurity AND NOT r.sees_all
+            AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE'))
+            -- What applications insert may be allowed by a policy; what the relay reads may be
+            -- hidden by one.
+            AND NOT (n.app AND EXISTS (SELECT FROM pg_catalog.pg_policy AS p
+                WHERE p.polrelid = c.oid AND p.polpermissive AND p.polcmd IN ('a', '*')))
+            AS hidden
+    FROM needed AS n
+    JOIN role AS r ON r.app = n.app
+    JOIN pg_catalog.pg_class AS c ON c.relname = n.name
+        AND c.relnamespace = (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = 'watership')
+    UNION ALL
+    SELECT r.rolname, r.app, 'SCHEMA watership', 'USAGE', NOT r.app,
+        has_schema_privilege(r.oid, s.oid, 'USAGE'), false
+    FROM role AS r
+    JOIN pg_catalog.pg_namespace AS s ON s.nspname = 'watership'
+    UNION ALL
+    SELECT r.rolname, r.app, 'FUNCTION watership.maintain(interval)', 'EXECUTE', false,
+        has_function_privilege(r.oid, f.oid, 'EXECUTE'), false
+    FROM role AS r
+    JOIN pg_catalog.pg_proc AS f ON f.proname = 'maintain' AND NOT r.app
+        AND f.pronamespace = (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = 'watership')
+)
+SELECT role, app, object,
+    coalesce(array_agg(privilege ORDER BY privilege) FILTER (WHERE NOT granted), '{}'),
+    bool_or(hidden), bool_or(vital AND (hidden OR NOT granted))
+FROM held
+WHERE hidden OR NOT granted
+GROUP BY role, app, object
+ORDER BY app, object
