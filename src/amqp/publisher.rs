@@ -97,7 +97,7 @@ impl Connection {
     async fn open_one(options: &Options, url: &Url) -> Result<Self> {
         for name in options.exchanges.iter().chain(&options.lock_queue) {
             if name.len() > SHORT_STRING_MAX {
-                let what = format!("name {name:.60?}… has {} bytes;", name.len());
+                let what = format!("name {name:.60?}... has {} bytes;", name.len());
                 return Err(Error::config(format!(
                     "{what} AMQP allows at most {SHORT_STRING_MAX}"
                 )));

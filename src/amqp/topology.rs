@@ -276,7 +276,7 @@ fn arguments(queue: &Queue) -> Result<FieldTable> {
 
 fn short(text: &str) -> Result<ShortString> {
     ShortString::try_new(text).map_err(|_| {
-        Error::config(format!("{text:.60?}… has {} bytes, at most 255 are allowed", text.len()))
+        Error::config(format!("{text:.60?}... has {} bytes, at most 255 are allowed", text.len()))
     })
 }
 

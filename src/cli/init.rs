@@ -14,6 +14,7 @@ use crate::config::load;
 use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Options;
+use crate::pg::hosting;
 use crate::pg::migrate;
 use crate::pg::publication::{CatalogIdentity, Publication, TableName};
 use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
@@ -21,6 +22,7 @@ use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
+use crate::relay::check::server::encoding_risk;
 use crate::relay::check::{position, tables};
 use crate::relay::checkpoint::{self, NewCheckpoint};
 use crate::relay::session::{facts, rights, wal};
@@ -87,14 +89,12 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     // The usual limit of 30 s is meant for the queries of a running relay.
     client.batch_execute("SET statement_timeout = '5min'").await.map_err(postgres_error)?;
     let server = server_facts(&client).await?;
-    check_server(config, &server)?;
+    check_server(&client, config, &server).await?;
+    warn_of_encoding(&client).await?;
     check_relay_role(&client, config, &server).await?;
-    if !server.user_may_replicate && read_slot(&client, &config.relay.slot).await?.is_none() {
-        let quoted = postgres_protocol::escape::escape_identifier(&server.user);
-        let text = format!("role {:?} may not create the replication slot", server.user);
-        return Err(Error::refused(text).hint(format!(
-            "pass a superuser in --admin-url, or, as a superuser: ALTER ROLE {quoted} REPLICATION"
-        )));
+    if read_slot(&client, &config.relay.slot).await?.is_none() {
+        let what = format!("role {:?} may not create the replication slot", server.user);
+        may_replicate(&client, &admin, &what).await?;
     }
 
     check_sight(&client, config).await?;
@@ -136,7 +136,7 @@ fn admin_options(config: &Config, args: &Args) -> Result<Options> {
 }
 
 /// Refuses what would fail later, after half of the steps.
-fn check_server(config: &Config, server: &ServerFacts) -> Result<()> {
+async fn check_server(client: &Client, config: &Config, server: &ServerFacts) -> Result<()> {
     if server.in_recovery {
         return Err(Error::refused(
             "this server is a standby (in recovery); init needs the primary",
@@ -161,7 +161,16 @@ fn check_server(config: &Config, server: &ServerFacts) -> Result<()> {
             "wal_level is {:?}, logical replication needs \"logical\"",
             server.wal_level
         ))
-        .hint("ALTER SYSTEM SET wal_level = 'logical', then restart Postgres"));
+        .hint(hosting::how_to_make_logical(client).await?));
+    }
+    Ok(())
+}
+
+async fn warn_of_encoding(client: &Client) -> Result<()> {
+    let sql = "SELECT current_setting('server_encoding')";
+    let row = client.query_one(sql, &[]).await.map_err(postgres_error)?;
+    if let Some(risk) = encoding_risk(row.get(0)) {
+        print_warning(&risk);
     }
     Ok(())
 }
@@ -173,17 +182,29 @@ async fn check_relay_role(client: &Client, config: &Config, server: &ServerFacts
     if *user == server.user {
         return Ok(());
     }
-    let sql = "SELECT rolreplication OR rolsuper FROM pg_catalog.pg_roles WHERE rolname = $1::text";
-    let row = client.query_opt(sql, &[user]).await.map_err(postgres_error)?;
-    let quoted = postgres_protocol::escape::escape_identifier(user);
-    match row.map(|row| row.get::<_, bool>(0)) {
-        Some(true) => Ok(()),
-        Some(false) => {
-            Err(Error::refused(format!("role {user:?} of source.url may not replicate"))
-                .hint(format!("as a superuser: ALTER ROLE {quoted} REPLICATION")))
+    let sql = "SELECT FROM pg_catalog.pg_roles WHERE rolname = $1::text";
+    if client.query_opt(sql, &[user]).await.map_err(postgres_error)?.is_none() {
+        let quoted = postgres_protocol::escape::escape_identifier(user);
+        let how = hosting::how_to_admit(client, user).await?;
+        return Err(Error::refused(format!("role {user:?} of source.url does not exist"))
+            .hint(format!("CREATE ROLE {quoted} LOGIN PASSWORD '…'; then, {how}")));
+    }
+    let what = format!("role {user:?} of source.url may not replicate");
+    may_replicate(client, &config.relay.sql, &what).await
+}
+
+/// Asks the server; refuses only what is certain, because the role may be reachable from where the
+/// relay runs and not from here.
+async fn may_replicate(client: &Client, options: &Options, what: &str) -> Result<()> {
+    match hosting::ask(options).await {
+        Ok(_) => Ok(()),
+        Err(error) if hosting::is_not_admitted(&error) => Err(Error::refused(what)
+            .caused_by(error)
+            .hint(hosting::how_to_admit(client, &options.user).await?)),
+        Err(error) => {
+            print_warning(&format!("the server could not be asked whether {what}: {error}"));
+            Ok(())
         }
-        None => Err(Error::refused(format!("role {user:?} of source.url does not exist"))
-            .hint(format!("as a superuser: CREATE ROLE {quoted} LOGIN REPLICATION PASSWORD '…'"))),
     }
 }
 

@@ -6,11 +6,13 @@ use super::findings::Findings;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
+use crate::pg::hosting;
 use crate::pg::migrate;
 use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName};
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
-use crate::pg::sqlstate::postgres_error;
+use crate::pg::sqlstate::{TOO_MANY_CONNECTIONS, postgres_error};
+use crate::relay::check::server::{encoding_risk, may_be_waited_for};
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::check::tables;
 use crate::relay::checkpoint;
@@ -34,10 +36,10 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
 async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> {
     let server = server_facts(client).await?;
     let slot = read_slot(client, &config.relay.slot).await?;
-    check_server(f, config, &server);
+    check_server(f, config, &server, hosting::how_to_make_logical(client).await?);
     check_capacity(f, &server, slot.as_ref());
     check_encoding(f, client).await?;
-    check_role(f, client, &server).await?;
+    check_role(f, config, client, &server).await?;
     let publication = read_publication(client, &config.relay.publication).await?;
     match &publication {
         Some(publication) => check_publication(f, config, publication),
@@ -53,7 +55,7 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
     Ok(())
 }
 
-fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts) {
+fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts, makes_logical: &str) {
     if server.version_num < 150_000 {
         f.problem("postgres", format!("version {}", server.version), "use Postgres 15 or later");
     } else {
@@ -65,7 +67,7 @@ fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts) {
         f.problem(
             "wal_level",
             format!("{:?}, logical replication needs \"logical\"", server.wal_level),
-            "ALTER SYSTEM SET wal_level = 'logical', then restart Postgres",
+            makes_logical,
         );
     }
     if server.in_recovery {
@@ -73,6 +75,19 @@ fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts) {
             "postgres",
             "the server is a standby (in recovery)",
             "set source.url to the primary",
+        );
+    }
+    let application = &config.relay.sql.application_name;
+    if may_be_waited_for(&server.synchronous_standby_names, application) {
+        f.warning(
+            "postgres",
+            format!(
+                "synchronous_standby_names = {:?} can choose the relay ({application}): commits \
+                 then wait until the broker has confirmed their events, and without end while the \
+                 relay or the broker is away",
+                server.synchronous_standby_names
+            ),
+            "name your standbys there, or set another application_name in source.url",
         );
     }
     match server.max_slot_wal_keep_size {
@@ -119,29 +134,49 @@ fn check_capacity(f: &mut Findings, server: &ServerFacts, slot: Option<&SlotStat
 async fn check_encoding(f: &mut Findings, client: &Client) -> Result<()> {
     let sql = "SELECT current_setting('server_encoding')";
     let encoding: String = client.query_one(sql, &[]).await.map_err(postgres_error)?.get(0);
-    if encoding == "SQL_ASCII" {
-        f.problem(
-            "encoding",
-            "the database is SQL_ASCII: its text may not be UTF-8",
-            "use a database with encoding UTF8",
-        );
-    } else {
-        f.ok("encoding", encoding);
+    const ADVICE: &str = "use a database with encoding UTF8";
+    match encoding_risk(&encoding) {
+        Some(risk) if encoding == "SQL_ASCII" => f.problem("encoding", risk, ADVICE),
+        Some(risk) => f.warning("encoding", risk, ADVICE),
+        None => f.ok("encoding", encoding),
     }
     Ok(())
 }
 
-async fn check_role(f: &mut Findings, client: &Client, server: &ServerFacts) -> Result<()> {
+async fn check_role(
+    f: &mut Findings,
+    config: &Config,
+    client: &Client,
+    server: &ServerFacts,
+) -> Result<()> {
     let user = &server.user;
     let quoted = postgres_protocol::escape::escape_identifier(user);
-    if server.user_may_replicate {
-        f.ok("role", format!("{user} may replicate"));
-    } else {
-        f.problem(
+    match hosting::ask(&config.relay.sql).await {
+        Ok(asked) => {
+            f.ok("role", format!("{user} may replicate"));
+            if asked.read_only {
+                f.warning(
+                    "read-only",
+                    "default_transaction_read_only is on: applications cannot write, and emit \
+                     fails; the relay's own sessions set it off",
+                    "hosting services do that when the disk is full: make room, or, where somebody \
+                     has set it, ALTER SYSTEM, DATABASE or ROLE ... RESET \
+                     default_transaction_read_only",
+                );
+            }
+        }
+        Err(error) if hosting::is_not_admitted(&error) => f.problem(
             "role",
-            format!("{user} has no REPLICATION attribute"),
-            format!("as a superuser: ALTER ROLE {quoted} REPLICATION"),
-        );
+            format!("{user} may not replicate: {error}"),
+            hosting::how_to_admit(client, user).await?,
+        ),
+        // The running relay may have the only walsender.
+        Err(error) if error.sqlstate() == Some(TOO_MANY_CONNECTIONS) => f.warning(
+            "role",
+            format!("whether {user} may replicate could not be asked: {error}"),
+            error.hint_or_kind(),
+        ),
+        Err(error) => f.error("role", &error.context("a replication connection")),
     }
     let sql = "SELECT pg_has_role(oid, 'USAGE') FROM pg_roles WHERE rolname = 'watership_relay'";
     let row = client.query_opt(sql, &[]).await.map_err(postgres_error)?;

@@ -7,6 +7,8 @@ pub mod client;
 #[cfg(feature = "relay")]
 pub mod connect;
 #[cfg(feature = "relay")]
+pub mod hosting;
+#[cfg(feature = "relay")]
 pub mod migrate;
 #[cfg(feature = "relay")]
 pub mod pgoutput;

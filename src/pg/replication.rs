@@ -10,10 +10,12 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, BufMut, Bytes};
+use postgres_protocol::escape::escape_identifier;
 use tokio::time::Instant;
 
 use super::auth::{NO_TRANSACTION_TIMEOUT, has_transaction_timeout};
 use super::connect::Options;
+use super::sqlstate::INSUFFICIENT_PRIVILEGE;
 use super::wire::{Rows, Wire};
 use crate::error::{Error, Kind, Result};
 use crate::position::Lsn;
@@ -84,7 +86,16 @@ impl ReplicationConnection {
     /// # Errors
     /// As [`Wire::connect`]; a role without REPLICATION is [`Kind::Refused`].
     pub async fn connect(options: &Options) -> Result<Self> {
-        let mut wire = Wire::connect(options, true).await?;
+        let not_admitted = |error: Error| match error.sqlstate() {
+            Some(INSUFFICIENT_PRIVILEGE) => error.hint(format!(
+                "role {:?} needs the right to replicate: as a superuser, ALTER ROLE {} \
+                 REPLICATION; `watership check` says how on hosted servers",
+                options.user,
+                escape_identifier(&options.user)
+            )),
+            _ => error,
+        };
+        let mut wire = Wire::connect(options, true).await.map_err(not_admitted)?;
         if has_transaction_timeout(wire.server_version()) {
             wire.query(NO_TRANSACTION_TIMEOUT).await?;
         }
@@ -103,6 +114,15 @@ impl ReplicationConnection {
             xlog_pos: field(&rows, 2, "xlogpos")?,
             dbname: field(&rows, 3, "dbname")?,
         })
+    }
+
+    /// SHOW: the value of a setting in this session. `name` is not quoted.
+    ///
+    /// # Errors
+    /// The server's.
+    pub async fn show(&mut self, name: &str) -> Result<String> {
+        let rows = self.wire.query(&format!("SHOW {name}")).await?;
+        field(&rows, 0, name)
     }
 
     /// The history file of a timeline: one line per ancestor, `timeline switch-LSN reason`.

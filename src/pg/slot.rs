@@ -75,6 +75,8 @@ pub struct SlotState {
     pub active_pid: Option<i32>,
     /// Address and port of the reader; absent for a unix socket, or when the role may not see it.
     pub active_client: Option<String>,
+    /// Whether commits wait for the reader: `synchronous_standby_names` chooses it.
+    pub synchronous: bool,
     /// Where a reader starts.
     pub confirmed_flush_lsn: Option<Lsn>,
     /// Oldest WAL that the slot needs; absent when it is lost.
@@ -139,7 +141,8 @@ pub async fn read_slot(client: &impl GenericClient, name: &str) -> Result<Option
          {END_OF_WAL}, host(r.client_addr) || ':' || r.client_port, \
          coalesce((SELECT total_txns \
              FROM pg_catalog.pg_stat_replication_slots AS t WHERE t.slot_name = s.slot_name), 0), \
-         CASE WHEN (j->>'failover')::boolean THEN {WAITS_FOR} ELSE '{{}}' END \
+         CASE WHEN (j->>'failover')::boolean THEN {WAITS_FOR} ELSE '{{}}' END, \
+         coalesce(r.sync_state IN ('sync', 'quorum'), false) \
          FROM pg_catalog.pg_replication_slots AS s \
          CROSS JOIN LATERAL pg_catalog.to_jsonb(s) AS j \
          LEFT JOIN pg_catalog.pg_stat_replication AS r ON r.pid = s.active_pid \
@@ -162,6 +165,7 @@ fn slot_from(row: &Row) -> Result<SlotState> {
         two_phase: row.get(4),
         active_pid: row.get(5),
         active_client: row.get(14),
+        synchronous: row.get(17),
         confirmed_flush_lsn,
         restart_lsn,
         wal_status,
@@ -250,8 +254,8 @@ pub struct ServerFacts {
     pub database: String,
     /// The role of the session.
     pub user: String,
-    /// Whether that role may replicate (REPLICATION, or superuser).
-    pub user_may_replicate: bool,
+    /// The setting of that name: whose confirmation commits wait for.
+    pub synchronous_standby_names: String,
 }
 
 /// Reads the facts; every role may.
@@ -270,7 +274,7 @@ pub async fn server_facts(client: &impl GenericClient) -> Result<ServerFacts> {
              ELSE ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int END, \
          (SELECT system_identifier FROM pg_control_system()), \
          current_database()::text, current_user::text, \
-         (SELECT rolreplication OR rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)"
+         current_setting('synchronous_standby_names')"
     );
     let row = client.query_one(&sql, &[]).await.map_err(postgres_error)?;
     let count = |column: usize| row.get::<_, i32>(column).unsigned_abs();
@@ -294,7 +298,7 @@ pub async fn server_facts(client: &impl GenericClient) -> Result<ServerFacts> {
         wal_sender_timeout: wal_sender.filter(|ms| *ms > 0).map(Duration::from_millis),
         database: row.get(11),
         user: row.get(12),
-        user_may_replicate: row.get(13),
+        synchronous_standby_names: row.get(13),
     })
 }
 

@@ -26,6 +26,14 @@ pub const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
 pub const UNDEFINED_TABLE: &str = "42P01";
 /// No schema of that name.
 pub const INVALID_SCHEMA_NAME: &str = "3F000";
+/// Bytes that are not text in the encoding.
+pub const INVALID_ENCODING: &str = "22021";
+/// A character that the other encoding does not have.
+pub const UNTRANSLATABLE_CHARACTER: &str = "22P05";
+/// A right is lacking.
+pub const INSUFFICIENT_PRIVILEGE: &str = "42501";
+/// No connection, or no walsender, is free.
+pub const TOO_MANY_CONNECTIONS: &str = "53300";
 /// The server failed inside.
 pub const INTERNAL_ERROR: &str = "XX000";
 
@@ -178,9 +186,10 @@ fn without_quoted(text: &str) -> String {
     }
 }
 
-/// Classes 22 and 23 quote values of rows; those never go to a log.
+/// Classes 22 and 23 quote values of rows; those never go to a log. But "invalid parameter value"
+/// is about a command, and its detail is the reason, such as "not supported for unlogged tables".
 fn carries_row_data(code: &str) -> bool {
-    code.starts_with("22") || code.starts_with("23")
+    code != "22023" && (code.starts_with("22") || code.starts_with("23"))
 }
 
 /// The table: what the caller does about an SQLSTATE, and our hint. The last line of a class is
@@ -198,7 +207,7 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
         ),
         (_, "25006") => (
             Kind::Unreachable,
-            "this server is a standby; put the primary in the URL, or wait for its promotion",
+            "this server is a standby, or read-only: name the primary in the URL, or wait",
         ),
         (_, "25P03" | "25P04" | "57P05") => {
             (Kind::Unreachable, "a server timeout ended the session; Watership reconnects")
@@ -215,14 +224,14 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
         (_, OBJECT_IN_USE) => {
             (Kind::Busy, "another relay is using the slot; this relay is on standby")
         }
-        (_, "42501") => {
-            (Kind::Refused, "the role lacks a privilege; replication needs LOGIN and REPLICATION")
+        (_, INSUFFICIENT_PRIVILEGE) => {
+            (Kind::Refused, "grant the role what the message names, or the role that owns it")
         }
         (_, "42704") => {
             (Kind::Verdict, "a slot or publication no longer exists; `watership check` shows which")
         }
         (_, "53400") => (Kind::Refused, "raise max_replication_slots, or drop unused slots"),
-        (_, "53300") => {
+        (_, TOO_MANY_CONNECTIONS) => {
             (Kind::Unreachable, "if this lasts, raise max_connections or max_wal_senders")
         }
         (_, "53100") => (Kind::Unreachable, "free disk space on the server"),
@@ -297,6 +306,7 @@ mod tests {
         };
         let told = "invalid input syntax for type integer: \"***\" (SQLSTATE 22P02)";
         assert_eq!(error.to_error().to_string(), told);
+        assert!(error("22023").to_error().to_string().contains("Key (mail)"), "a parameter");
     }
 
     #[test]

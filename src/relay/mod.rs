@@ -62,6 +62,7 @@ pub struct Relay<S, P, C> {
     seen: Seen,
     tuning: Tuning,
     ending: Ending,
+    stream_failed: bool,
 }
 
 /// Events become messages.
@@ -230,6 +231,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             },
             tuning: *tuning,
             ending: Ending::No,
+            stream_failed: false,
         }
     }
 
@@ -278,6 +280,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 }
                 _ = tick.tick() => self.tick().await?,
                 taken = self.source.next(room, &mut self.making.batch), if room > 0 => {
+                    self.stream_failed = taken.is_err();
                     taken?;
                     self.admit_batch();
                 }
@@ -298,6 +301,11 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Progress so far.
     pub fn progress(&self) -> &Progress {
         &self.durable.progress
+    }
+
+    /// Whether it was the source that ended the session.
+    pub fn stream_failed(&self) -> bool {
+        self.stream_failed
     }
 
     /// How many more items may be taken.
@@ -428,6 +436,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let seen = self.source.seen();
         self.seen.canary.seen(seen.canary, now);
         self.durable.idle.wrote_canary(self.seen.canary.take_own_bytes());
+        self.durable.idle.hurry(self.seen.canary.is_hurried());
         let age = self.seen.canary.age(now);
         self.seen.status.canary(age);
         self.seen.metrics.wal.canary_age_seconds.set(age.unwrap_or_default().as_secs_f64());

@@ -12,6 +12,7 @@ mod crash;
 mod dev;
 mod failover;
 mod harmless;
+mod hosted;
 mod identity;
 mod keys;
 mod maintain;

@@ -80,8 +80,7 @@ async fn the_server_tells_its_facts_to_any_role() {
     assert_eq!((facts.max_slot_wal_keep_size, facts.idle_replication_slot_timeout), (None, None));
     assert!(facts.wal_sender_timeout.is_none_or(|limit| limit >= Duration::from_secs(1)));
     assert_eq!((facts.user, facts.database), (user, database.name.clone()));
-    assert!(!facts.user_may_replicate);
-    assert!(server_facts(&admin).await.unwrap().user_may_replicate);
+    assert_eq!(facts.synchronous_standby_names, "");
 }
 
 #[tokio::test]

@@ -269,6 +269,26 @@ fn lines_end_within_100_characters() {
 }
 
 #[test]
+fn what_a_database_gets_is_ascii() {
+    holds(shape::foreign_characters);
+    finds(
+        shape::foreign_characters,
+        &[
+            ("sql/0009_more.sql", "\n-- schön", 2),
+            ("src/message.rs", "fn f() {\n    g(\"…\");\n}", 2),
+        ],
+    );
+    accepts(
+        shape::foreign_characters,
+        &[
+            ("src/message.rs", "/// …\nfn f() {}"),
+            ("src/message.rs", "#[cfg(test)]\nmod tests {\n    const A: &str = \"…\";\n}"),
+            ("src/cli/init.rs", "const A: &str = \"…\";"),
+        ],
+    );
+}
+
+#[test]
 fn names_say_something() {
     holds(shape::empty_names);
     finds(

@@ -78,6 +78,35 @@ pub fn long_lines(files: &[Code]) -> Vec<String> {
     found
 }
 
+/// Modules whose texts can end up in `watership.parked`.
+const STORED: &[&str] =
+    &["message", "envelope", "event", "route", "column", "amqp", "relay/parking", "relay/window"];
+
+/// A database in another encoding than UTF8 takes no other character than those of ASCII for sure,
+/// be it in a comment: neither in the SQL that we run, nor in the texts that we store.
+pub fn foreign_characters(files: &[Code]) -> Vec<String> {
+    let mut found = Vec::new();
+    for file in files {
+        let sql = file.path.starts_with("sql/");
+        let stored = file.is_src() && file.is_in(STORED);
+        if !sql && !stored {
+            continue;
+        }
+        for (at, c) in file.text.char_indices().filter(|(_, c)| !c.is_ascii()) {
+            let start = file.text[..at].rfind('\n').map_or(0, |newline| newline + 1);
+            let line = file.text[start..].lines().next().unwrap_or_default();
+            let comment = !sql && (line.trim_start().starts_with("//") || file.is_test(at));
+            if !comment {
+                found.push(format!(
+                    "{}: {c:?}; a database may not be able to store it",
+                    file.at(at)
+                ));
+            }
+        }
+    }
+    found
+}
+
 pub fn empty_names(files: &[Code]) -> Vec<String> {
     let mut found = Vec::new();
     for file in files.iter().filter(|f| f.is_rust()) {

@@ -2,6 +2,7 @@
 
 pub mod position;
 pub mod resync;
+pub mod server;
 pub mod slot_risk;
 pub mod tables;
 #[cfg(test)]

@@ -41,7 +41,7 @@ fn server() -> ServerFacts {
         wal_sender_timeout: None,
         database: "d".into(),
         user: "u".into(),
-        user_may_replicate: true,
+        synchronous_standby_names: String::new(),
     }
 }
 
@@ -54,6 +54,7 @@ fn slot() -> SlotState {
         two_phase: false,
         active_client: None,
         active_pid: None,
+        synchronous: false,
         confirmed_flush_lsn: Some(Lsn(1000)),
         restart_lsn: Some(Lsn(800)),
         wal_status: Some(WalStatus::Reserved),

@@ -136,10 +136,14 @@ impl Progress {
 const OWN_WAL: u64 = 4096;
 /// An idle advance does not wait for the interval when this much WAL is pinned, in bytes.
 const IDLE_BYTES: u64 = 16 << 20;
+/// Between two idle advances while commits wait for the stream.
+const HURRIED: Duration = Duration::from_secs(1);
 
 /// When an idle stream may advance: every interval, or when much WAL is pinned; never when the WAL
 /// grew only by our own writes, because the checkpoint of an advance is such a write and would
-/// cause the next one.
+/// cause the next one. While commits wait for the stream, because the server counts it among its
+/// synchronous standbys, it advances every second: a small commit of somebody else looks like a
+/// write of ours.
 #[derive(Debug)]
 pub struct Idle {
     interval: Duration,
@@ -148,12 +152,20 @@ pub struct Idle {
     own_wal_end: Lsn,
     /// WAL that our canaries took since then, in bytes.
     own_bytes: u64,
+    /// Commits wait for the stream.
+    hurried: bool,
 }
 
 impl Idle {
     /// Nothing reached yet; the first interval begins at `now`.
     pub fn new(interval: Duration, now: Instant) -> Self {
-        Self { interval, last: now, reached: None, own_wal_end: Lsn::ZERO, own_bytes: 0 }
+        let (reached, own_wal_end, own_bytes, hurried) = (None, Lsn::ZERO, 0, false);
+        Self { interval, last: now, reached, own_wal_end, own_bytes, hurried }
+    }
+
+    /// Whether commits wait for the stream.
+    pub fn hurry(&mut self, hurried: bool) {
+        self.hurried = hurried;
     }
 
     /// The source is idle and handed on everything before this receipt.
@@ -185,8 +197,10 @@ impl Idle {
         let end = limit.map_or(end, |limit| limit.min(end));
         let pinned = end.bytes_since(flush);
         let foreign = end.bytes_since(self.own_wal_end.max(flush)).saturating_sub(self.own_bytes);
-        let waited = now.saturating_duration_since(self.last) >= self.interval;
-        if pinned >= IDLE_BYTES || (waited && foreign > OWN_WAL) {
+        let waited = now.saturating_duration_since(self.last);
+        let due = waited >= self.interval && foreign > OWN_WAL;
+        let awaited = self.hurried && waited >= HURRIED && pinned > 0;
+        if pinned >= IDLE_BYTES || due || awaited {
             self.last = now;
             let position = reached.position();
             self.reached = None;
@@ -257,6 +271,24 @@ mod tests {
         idle.reached(at(100_000 + IDLE_BYTES));
         assert!(idle.due(Mark(100_000), None, later).is_some(), "much WAL does not wait");
     }
+
+    #[test]
+    fn an_idle_stream_that_commits_wait_for_advances_on_the_smallest_write() {
+        let start = Instant::now();
+        let mut idle = Idle::new(Duration::from_secs(30), start);
+        idle.wrote(Lsn(100_000));
+        idle.reached(receipt(1, Some(100_100)));
+        let second = start + Duration::from_secs(1);
+        assert_eq!(idle.due(Mark(100_000), None, second), None, "nobody waits");
+        idle.hurry(true);
+        assert_eq!(idle.due(Mark(100_000), None, start), None, "not without a pause");
+        let due = idle.due(Mark(100_000), None, second).expect("a commit may wait");
+        assert_eq!(due.flush(), Some(Mark(100_100)));
+        idle.reached(receipt(1, Some(100_100)));
+        let later = second + Duration::from_secs(9);
+        assert_eq!(idle.due(Mark(100_100), None, later), None, "everything is told");
+    }
+
     #[test]
     fn an_idle_stream_advances_no_further_than_the_last_canary() {
         let start = Instant::now();

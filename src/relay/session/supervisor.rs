@@ -72,7 +72,7 @@ pub async fn run(
             break Err(error);
         }
         let healthy = life.streamed.is_some_and(|lived| lived >= HEALTHY);
-        let error = unsendable.judge(error, life.received, healthy, options.binary);
+        let error = unsendable.judge(error, life.received, life.by_stream, options.binary);
         has_run |= life.streamed.is_some() || error.kind() == Kind::Busy;
         if healthy {
             backoff.reset();
@@ -120,12 +120,14 @@ struct Life {
     streamed: Option<Duration>,
     /// How far it received.
     received: Option<Position>,
+    /// The stream itself failed.
+    by_stream: bool,
 }
 
 impl Life {
     /// It ended before it streamed.
     fn unopened(result: Result<()>) -> Self {
-        Self { result, streamed: None, received: None }
+        Self { result, streamed: None, received: None, by_stream: false }
     }
 }
 
@@ -175,8 +177,9 @@ async fn one_session(
     };
     shared.canary.end();
     let received = Some(relay.progress().received_position());
+    let by_stream = relay.stream_failed();
     *kept = relay.close().await;
-    Life { result, streamed: Some(began.elapsed()), received }
+    Life { result, streamed: Some(began.elapsed()), received, by_stream }
 }
 
 /// The circuit as metrics.

@@ -1,15 +1,16 @@
-//! A row that Postgres cannot send: the walsender fails with an internal error (XX000) at the same
-//! place again and again, and no further try will help. Pure.
+//! A row that Postgres cannot send: the walsender fails at the same place again and again, and no
+//! further try will help. Pure.
 //!
-//! Above all this is a value whose text form is above 1 GB, such as a bytea of 600 MB, which is
-//! twice as long in hex.
+//! A value whose text form is above 1 GB, such as a bytea of 600 MB, which is twice as long in hex,
+//! is an internal error. Where the encoding of the database is not UTF8, a byte without a character
+//! in UTF-8 cannot be converted.
 
 use crate::error::Error;
-use crate::pg::sqlstate::INTERNAL_ERROR;
+use crate::pg::sqlstate::{INTERNAL_ERROR, INVALID_ENCODING, UNTRANSLATABLE_CHARACTER};
 use crate::position::Position;
-use crate::verdict::Verdict;
+use crate::verdict::{RESYNC, Verdict};
 
-/// Remembers where the last session ended by an internal error of the server.
+/// Remembers where the last session ended by an error of the server about a change.
 #[derive(Debug, Default)]
 pub struct Unsendable {
     last: Option<Position>,
@@ -17,31 +18,44 @@ pub struct Unsendable {
 
 impl Unsendable {
     /// The error, or the verdict when this session ended like the one before, without having
-    /// received anything more. `received` is how far the session came.
-    /// A healthy session in between clears the row: what failed before is forgotten.
+    /// received anything more. `received` is how far the session came, however long it lived;
+    /// `streaming` says that the stream itself failed.
+    /// A session that received more has passed the row: what failed before is forgotten.
     pub fn judge(
         &mut self,
         error: Error,
         received: Option<Position>,
-        healthy: bool,
+        streaming: bool,
         binary: bool,
     ) -> Error {
-        if healthy {
+        if received > self.last {
             self.last = None;
         }
-        if error.sqlstate() != Some(INTERNAL_ERROR) {
+        let hint = match error.sqlstate() {
+            Some(INTERNAL_ERROR) if binary => {
+                "see the Postgres log: this row cannot be read, or cannot be sent even in binary"
+                    .to_owned()
+            }
+            Some(INTERNAL_ERROR) => {
+                "a value whose text form is above 1 GB cannot be sent as text: \
+                 set source.binary = true and start again"
+                    .to_owned()
+            }
+            Some(UNTRANSLATABLE_CHARACTER | INVALID_ENCODING) => format!(
+                "the change holds a byte that is not a character in UTF-8, and only a database \
+                 with encoding UTF8 rules that out: correct the row and whatever writes such \
+                 bytes, then accept that what was committed between the checkpoint and now is \
+                 not published: {RESYNC} --from now --anyway"
+            ),
             // Others in between, such as a broker that is away, say nothing about the row.
+            _ => return error,
+        };
+        if !streaming {
             return error;
         }
         let again = received.is_some() && self.last == received;
         self.last = received;
         let Some(position) = received.filter(|_| again) else { return error };
-        let hint = if binary {
-            "see the Postgres log: this row cannot be read, or cannot be sent even in binary"
-        } else {
-            "a value whose text form is above 1 GB cannot be sent as text: set source.binary = \
-             true and start again"
-        };
         error
             .context(format!("Postgres failed twice to send the change after {position}"))
             .as_verdict(Verdict::RowUnsendable)
@@ -54,44 +68,57 @@ mod tests {
     use super::*;
     use crate::error::{Code, Kind};
 
+    fn failed(code: &str) -> Error {
+        Error::protocol("the server's text").coded(Code::Sqlstate(code.into()))
+    }
+
     fn internal() -> Error {
-        Error::protocol("invalid memory alloc request size 1258291203")
-            .coded(Code::Sqlstate(INTERNAL_ERROR.into()))
+        failed(INTERNAL_ERROR)
+    }
+
+    fn at(ordinal: u64) -> Option<Position> {
+        Some(Position { ordinal, ..Position::default() })
     }
 
     #[test]
     fn the_second_failure_at_the_same_place_is_a_verdict() {
-        let at = |ordinal| Some(Position { ordinal, ..Position::default() });
         let mut unsendable = Unsendable::default();
-        assert_eq!(unsendable.judge(internal(), at(1), false, false).kind(), Kind::Protocol);
-        assert_eq!(
-            unsendable.judge(internal(), at(2), false, false).kind(),
-            Kind::Protocol,
-            "it moved"
-        );
+        assert_eq!(unsendable.judge(internal(), at(1), true, false).kind(), Kind::Protocol);
+        let moved = unsendable.judge(internal(), at(2), true, false);
+        assert_eq!(moved.kind(), Kind::Protocol, "it moved");
         let away = unsendable.judge(Error::unreachable("away"), at(2), false, false);
         assert_eq!(away.kind(), Kind::Unreachable);
-        let verdict = unsendable.judge(internal(), at(2), false, false);
+        let verdict = unsendable.judge(internal(), at(2), true, false);
         assert_eq!(verdict.kind(), Kind::Verdict);
         assert!(verdict.hint_text().unwrap().contains("source.binary = true"));
-        assert!(
-            !unsendable
-                .judge(internal(), at(2), false, true)
-                .hint_text()
-                .unwrap()
-                .contains("= true")
-        );
-        assert_eq!(unsendable.judge(internal(), None, false, false).kind(), Kind::Protocol);
+        let verdict = unsendable.judge(internal(), at(2), true, true);
+        assert!(!verdict.hint_text().unwrap().contains("= true"));
+        assert_eq!(unsendable.judge(internal(), None, true, false).kind(), Kind::Protocol);
     }
 
     #[test]
-    fn two_failures_with_a_healthy_session_between_them_are_no_verdict() {
-        let at = Some(Position::default());
-        let mut unsendable = Unsendable::default();
-        for healthy in [false, true, true] {
-            let error = unsendable.judge(internal(), at, healthy, false);
-            assert_eq!(error.kind(), Kind::Protocol);
+    fn a_byte_that_is_not_a_character_is_a_verdict_that_says_so() {
+        for code in [UNTRANSLATABLE_CHARACTER, INVALID_ENCODING] {
+            let mut unsendable = Unsendable::default();
+            assert_ne!(unsendable.judge(failed(code), at(7), true, false).kind(), Kind::Verdict);
+            let verdict = unsendable.judge(failed(code), at(7), true, false);
+            assert_eq!(verdict.verdict(), Some(Verdict::RowUnsendable));
+            assert!(verdict.hint_text().unwrap().contains("encoding UTF8"));
+            let mut unsendable = Unsendable::default();
+            for _ in 0..3 {
+                let error = unsendable.judge(failed(code), at(7), false, false);
+                assert_ne!(error.kind(), Kind::Verdict, "it was not the stream that failed");
+            }
         }
-        assert_eq!(unsendable.judge(internal(), at, false, false).kind(), Kind::Verdict);
+    }
+
+    #[test]
+    fn two_failures_with_a_session_between_them_that_received_more_are_not_a_verdict() {
+        let mut unsendable = Unsendable::default();
+        unsendable.judge(internal(), at(3), true, false);
+        unsendable.judge(Error::unreachable("away"), at(9), false, false);
+        // A replay: the checkpoint was behind.
+        assert_eq!(unsendable.judge(internal(), at(3), true, false).kind(), Kind::Protocol);
+        assert_eq!(unsendable.judge(internal(), at(3), true, false).kind(), Kind::Verdict);
     }
 }

@@ -23,6 +23,8 @@ use crate::verdict::{RESYNC, Verdict};
 const GRACE: Duration = Duration::from_secs(30);
 /// Canaries that are remembered while the stream is far behind; the oldest says everything.
 const PENDING_MAX: usize = 64;
+/// The interval while commits wait for the stream.
+const HURRIED: Duration = Duration::from_secs(1);
 /// More WAL than one write of ours can be is somebody else's.
 const SPAN_MAX: u64 = 16 * 1024;
 
@@ -46,6 +48,8 @@ struct Inner {
     fresh_at: Option<Instant>,
     /// WAL that canaries took and that was not asked for yet, in bytes.
     own_bytes: u64,
+    /// Commits wait for the stream.
+    hurried: bool,
 }
 
 /// A canary that was committed.
@@ -73,6 +77,7 @@ impl Canary {
             last_seen: None,
             fresh_at: None,
             own_bytes: 0,
+            hurried: false,
         })))
     }
 
@@ -96,7 +101,19 @@ impl Canary {
         let inner = self.lock();
         let waited = inner.last_written.map(|at| now.saturating_duration_since(at));
         // The upkeep looks in a little early or late.
-        inner.listening && waited.is_none_or(|waited| waited + TOLERANCE >= inner.interval)
+        let interval = if inner.hurried { inner.interval.min(HURRIED) } else { inner.interval };
+        inner.listening && waited.is_none_or(|waited| waited + TOLERANCE >= interval)
+    }
+
+    /// Whether commits wait for the stream, because the server counts it among its synchronous
+    /// standbys. An idle stream advances only to the last canary, so those come more often then.
+    pub fn hurry(&self, hurried: bool) {
+        self.lock().hurried = hurried;
+    }
+
+    /// What was said with [`Canary::hurry`].
+    pub fn is_hurried(&self) -> bool {
+        self.lock().hurried
     }
 
     /// One was committed.

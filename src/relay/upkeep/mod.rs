@@ -239,6 +239,7 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
 async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Result<()> {
     let slot = read_slot(client, &options.slot).await?;
     shared.status.slot_seen(slot.as_ref());
+    shared.canary.hurry(slot.as_ref().is_some_and(|slot| slot.synchronous));
     let Some(slot) = slot else { return Ok(()) };
     let at_risk = at_risk(&slot, max_slot_wal_keep_size(client).await?);
     let held = held_by_standby(&slot);

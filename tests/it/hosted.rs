@@ -1,0 +1,118 @@
+//! Servers that are set up otherwise than a developer's own: by a hosting service, read-only, with
+//! synchronous standbys, or in another encoding.
+
+use crate::support::inbox::kinds;
+use crate::support::servers::{Database, database_of, own_database, own_vhost, postgres};
+use crate::support::servers::{own_postgres, private_postgres};
+use crate::support::stage::{Setup, Stage, configuration, run};
+use crate::support::waiting::until;
+
+fn emit(kind: &str) -> String {
+    format!("SELECT watership.emit('t', '1', '{kind}', '1')")
+}
+
+/// A database of this encoding on the shared server.
+async fn database_in(encoding: &str) -> Database {
+    let server = postgres().await;
+    let name = format!("{}_{}", own_database().await.name, encoding.to_lowercase());
+    let sql = format!(
+        "CREATE DATABASE {name} ENCODING '{encoding}' LC_COLLATE 'C' LC_CTYPE 'C' \
+         TEMPLATE template0"
+    );
+    server.execute(&sql).await.expect("a database");
+    Database { url: server.url("postgres", &name), name }
+}
+
+#[tokio::test]
+async fn init_works_in_every_encoding_and_check_says_what_may_happen() {
+    for encoding in ["LATIN1", "LATIN9", "WIN1252", "EUC_JP"] {
+        let stage =
+            Stage::on(database_in(encoding).await, own_vhost().await, Setup::default()).await;
+        let told = [&*format!("the encoding of the database is {encoding}"), "only UTF8 is safe"];
+        stage.run(&["check"]).await.expect_code(0).expect_text(&told);
+        let relay = stage.start().await;
+        let umlaut = "SELECT watership.emit('t', 'k\u{e4}', 'e', '\"\u{e4}\"')";
+        if encoding != "EUC_JP" {
+            stage.execute(umlaut).await;
+            let got = stage.settled().await;
+            assert_eq!(got[0].body, "\"\u{e4}\"");
+        }
+        relay.stop().await.expect_code(0);
+    }
+}
+
+#[tokio::test]
+async fn a_byte_that_is_not_a_character_is_a_verdict_and_resync_continues_past_it() {
+    let sql = "CREATE TABLE public.t (id int PRIMARY KEY, v text)";
+    let setup = Setup { sql, tables: &["public.t"], ..Setup::default() };
+    let stage = Stage::on(database_in("WIN1252").await, own_vhost().await, setup).await;
+    stage.execute("INSERT INTO public.t VALUES (1, 'fine'), (2, chr(129))").await;
+    let texts = ["row_unsendable: ", "encoding UTF8", "watership resync"];
+    stage.spawn().ended().await.expect_code(3).expect_text(&texts);
+    stage.execute("UPDATE public.t SET v = 'fine' WHERE id = 2").await;
+    let arguments = ["resync", "--accept-gap", "--reason", "a test", "--from", "now", "--anyway"];
+    stage.run(&arguments).await.expect_code(0);
+    let relay = stage.start().await;
+    stage.execute(&emit("after")).await;
+    assert!(kinds(&stage.settled().await).contains(&"after"));
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_database_that_is_read_only_by_default_still_gets_its_checkpoint() {
+    let stage = Stage::new(Setup::default()).await;
+    let name = &stage.database.name;
+    stage.execute(&format!("ALTER DATABASE {name} SET default_transaction_read_only = on")).await;
+    let relay = stage.start().await;
+    stage.execute(&emit("one")).await;
+    assert_eq!(kinds(&stage.settled().await), ["one"], "and the checkpoint has passed it");
+    let told = ["default_transaction_read_only is on", "the relay's own sessions set it off"];
+    stage.run(&["check"]).await.expect_code(0).expect_text(&told);
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn commits_that_wait_for_the_relay_as_a_synchronous_standby_end() {
+    let server = private_postgres(&[], None).await;
+    let sql = "CREATE TABLE public.unpublished (id int)";
+    let setup = Setup { sql, settings: "relay.canary_interval = \"5s\"", ..Setup::default() };
+    let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;
+    let relay = stage.start().await;
+    stage.execute("ALTER SYSTEM SET synchronous_standby_names = '*'").await;
+    stage.execute("SELECT pg_reload_conf()").await;
+    let chosen = "(SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync') = 1";
+    until("the server counts the relay among its standbys", async || stage.holds(chosen).await)
+        .await;
+    let told = ["synchronous_standby_names = \"*\" can choose the relay"];
+    stage.run(&["check"]).await.expect_code(0).expect_text(&told);
+    for _ in 0..3 {
+        let insert = stage.execute("INSERT INTO public.unpublished VALUES (1)");
+        let limit = crate::support::waiting::LIMIT;
+        tokio::time::timeout(limit, insert).await.expect("a commit that no event needs ends");
+    }
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn init_and_check_advise_what_the_hosting_service_allows() {
+    let server = own_postgres(&[]).await;
+    let url = server.url("postgres", "shop");
+    let relay = server.url("relay", "shop");
+    for sql in
+        ["CREATE ROLE relay LOGIN", "CREATE ROLE rds_superuser", "CREATE ROLE rds_replication"]
+    {
+        server.execute(sql).await.expect(sql);
+    }
+    let database = Database { url: url.clone(), name: "shop".into() };
+    let setup = Setup { source_url: &relay, ..Setup::default() };
+    let (file, _) = configuration(&database.url, "slot_shop", &own_vhost().await, &setup);
+    let told = ["may not replicate", "GRANT rds_replication TO \"relay\""];
+    run(&file, &["init", "--admin-url", &url]).await.expect_code(1).expect_text(&told);
+    run(&file, &["check"]).await.expect_code(1).expect_text(&told);
+    let told = ["role \"relay\" needs the right to replicate"];
+    server.execute("ALTER ROLE relay REPLICATION").await.expect("the right");
+    run(&file, &["init", "--admin-url", &url]).await.expect_code(0);
+    run(&file, &["check"]).await.expect_code(0);
+    server.execute("ALTER ROLE relay NOREPLICATION").await.expect("no right");
+    run(&file, &["run"]).await.expect_code(1).expect_text(&told);
+}
