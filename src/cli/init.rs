@@ -4,6 +4,8 @@
 //! then the grant to applications: a row written before the slot exists is never streamed. What
 //! exists is left as it is, so `init` may be run again.
 
+mod before;
+
 use serde::Serialize;
 use tokio_postgres::Client;
 
@@ -14,16 +16,14 @@ use crate::config::load;
 use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Options;
-use crate::pg::hosting;
 use crate::pg::migrate;
-use crate::pg::publication::{CatalogIdentity, Publication, TableName};
-use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
+use crate::pg::publication::{Publication, TableName};
+use crate::pg::publication::{add_tables, create_publication, read_publication};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
-use crate::relay::check::server::encoding_risk;
-use crate::relay::check::{position, tables};
+use crate::relay::check::position;
 use crate::relay::checkpoint::{self, NewCheckpoint};
 use crate::relay::session::{facts, rights, wal};
 use crate::secret::Secret;
@@ -43,6 +43,10 @@ pub(super) struct Args {
     /// Continue even if the outbox holds rows older than the slot; they will never be published.
     #[arg(long)]
     skip_existing: bool,
+    /// Publish captured tables even if their UPDATE and DELETE fail from then on, or rows of them
+    /// never come.
+    #[arg(long)]
+    publish_anyway: bool,
 }
 
 /// What happened to one thing.
@@ -89,15 +93,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     // The usual limit of 30 s is meant for the queries of a running relay.
     client.batch_execute("SET statement_timeout = '5min'").await.map_err(postgres_error)?;
     let server = server_facts(&client).await?;
-    check_server(&client, config, &server).await?;
-    warn_of_encoding(&client).await?;
-    check_relay_role(&client, config, &server).await?;
-    if read_slot(&client, &config.relay.slot).await?.is_none() {
-        let what = format!("role {:?} may not create the replication slot", server.user);
-        may_replicate(&client, &admin, &what).await?;
-    }
-
-    check_sight(&client, config).await?;
+    before::verify(&client, config, &admin, &server, args.publish_anyway).await?;
 
     let mut steps = Steps { list: Vec::new(), out };
     schema(&mut steps, &mut client).await?;
@@ -133,91 +129,6 @@ fn admin_options(config: &Config, args: &Args) -> Result<Options> {
         .hint("both must name the database that holds the outbox"));
     }
     Ok(admin)
-}
-
-/// Refuses what would fail later, after half of the steps.
-async fn check_server(client: &Client, config: &Config, server: &ServerFacts) -> Result<()> {
-    if server.in_recovery {
-        return Err(Error::refused(
-            "this server is a standby (in recovery); init needs the primary",
-        )
-        .hint("name the primary in source.url or --admin-url"));
-    }
-    if server.version_num < 150_000 {
-        return Err(Error::refused(format!(
-            "the server is Postgres {}; Watership needs 15 or later",
-            server.version
-        )));
-    }
-    if config.failover && server.version_num < 170_000 {
-        return Err(Error::config(format!(
-            "source.failover = true needs Postgres 17 or later; the server is {}",
-            server.version
-        ))
-        .hint("set source.failover = false"));
-    }
-    if server.wal_level != "logical" {
-        return Err(Error::refused(format!(
-            "wal_level is {:?}, logical replication needs \"logical\"",
-            server.wal_level
-        ))
-        .hint(hosting::how_to_make_logical(client).await?));
-    }
-    Ok(())
-}
-
-async fn warn_of_encoding(client: &Client) -> Result<()> {
-    let sql = "SELECT current_setting('server_encoding')";
-    let row = client.query_one(sql, &[]).await.map_err(postgres_error)?;
-    if let Some(risk) = encoding_risk(row.get(0)) {
-        print_warning(&risk);
-    }
-    Ok(())
-}
-
-/// The role that the relay connects as must exist and be allowed to replicate before anything is
-/// created.
-async fn check_relay_role(client: &Client, config: &Config, server: &ServerFacts) -> Result<()> {
-    let user = &config.relay.sql.user;
-    if *user == server.user {
-        return Ok(());
-    }
-    let sql = "SELECT FROM pg_catalog.pg_roles WHERE rolname = $1::text";
-    if client.query_opt(sql, &[user]).await.map_err(postgres_error)?.is_none() {
-        let quoted = postgres_protocol::escape::escape_identifier(user);
-        let how = hosting::how_to_admit(client, user).await?;
-        return Err(Error::refused(format!("role {user:?} of source.url does not exist"))
-            .hint(format!("CREATE ROLE {quoted} LOGIN PASSWORD '…'; then, {how}")));
-    }
-    let what = format!("role {user:?} of source.url may not replicate");
-    may_replicate(client, &config.relay.sql, &what).await
-}
-
-/// Asks the server; refuses only what is certain, because the role may be reachable from where the
-/// relay runs and not from here.
-async fn may_replicate(client: &Client, options: &Options, what: &str) -> Result<()> {
-    match hosting::ask(options).await {
-        Ok(_) => Ok(()),
-        Err(error) if hosting::is_not_admitted(&error) => Err(Error::refused(what)
-            .caused_by(error)
-            .hint(hosting::how_to_admit(client, &options.user).await?)),
-        Err(error) => {
-            print_warning(&format!("the server could not be asked whether {what}: {error}"));
-            Ok(())
-        }
-    }
-}
-
-/// Row-level security on tables that are there already, for the role that runs `init` and for that
-/// of `source.url`: neither may take hidden rows for absent ones. Privileges may still be granted.
-async fn check_sight(client: &Client, config: &Config) -> Result<()> {
-    for role in [None, Some(config.relay.sql.user.as_str())] {
-        let mut lacks = rights::lacking(client, role).await?;
-        lacks.retain(|lack| lack.hidden && !lack.app);
-        lacks.iter_mut().for_each(|lack| lack.privileges.clear());
-        rights::verify(&lacks)?;
-    }
-    Ok(())
 }
 
 async fn schema(steps: &mut Steps, client: &mut Client) -> Result<()> {
@@ -267,8 +178,6 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
     };
     match read_publication(client, name).await? {
         None => {
-            check_identities(client, &wanted, None).await?;
-            warn_of_missing_identity(client, &wanted).await?;
             create_publication(client, name, &wanted).await?;
             steps.add(Done::Created, "publication", detail(&wanted));
         }
@@ -283,13 +192,11 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
                      or set source.publication to another one"
                 )));
             }
-            check_identities(client, &wanted, Some(&there)).await?;
             let is_there = |table: &TableName| there.tables.iter().any(|t| t.table == *table);
             let missing: Vec<TableName> = wanted.iter().filter(|t| !is_there(t)).cloned().collect();
             if missing.is_empty() {
                 steps.add(Done::Exists, "publication", detail(&wanted));
             } else {
-                warn_of_missing_identity(client, &missing).await?;
                 add_tables(client, name, &missing).await?;
                 steps.add(Done::Changed, "publication", format!("added: {}", detail(&missing)));
             }
@@ -297,35 +204,6 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
     }
     let made = read_publication(client, name).await?;
     made.ok_or_else(|| Error::protocol(format!("publication {name:?} was dropped during init")))
-}
-
-/// Refuses tables whose changes could not be told apart, before anything more is published.
-async fn check_identities(
-    client: &Client,
-    tables: &[TableName],
-    publication: Option<&Publication>,
-) -> Result<()> {
-    for table in tables {
-        let Some(facts) = read_table(client, table).await? else { continue };
-        tables::keys_its_changes(&facts, publication)?;
-    }
-    Ok(())
-}
-
-/// Once such a table is published, its application can no longer change rows.
-async fn warn_of_missing_identity(client: &Client, tables: &[TableName]) -> Result<()> {
-    for table in tables {
-        // The identity of a partitioned table is that of its partitions.
-        let facts = read_table(client, table).await?.filter(|facts| !facts.partitioned);
-        if facts.is_some_and(|facts| facts.identity == CatalogIdentity::Nothing) {
-            print_warning(&format!(
-                "{table} has no replica identity: once published, UPDATE and DELETE on it fail; \
-                 add a primary key, or ALTER TABLE {} REPLICA IDENTITY FULL",
-                table.quoted()
-            ));
-        }
-    }
-    Ok(())
 }
 
 async fn slot_and_checkpoint(

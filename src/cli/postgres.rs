@@ -12,6 +12,7 @@ use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName
 use crate::pg::publication::{read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::{TOO_MANY_CONNECTIONS, postgres_error};
+use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
 use crate::relay::check::server::{encoding_risk, may_be_waited_for};
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::check::tables;
@@ -42,7 +43,10 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
     check_role(f, config, client, &server).await?;
     let publication = read_publication(client, &config.relay.publication).await?;
     match &publication {
-        Some(publication) => check_publication(f, config, publication),
+        Some(publication) => {
+            check_publication(f, config, publication);
+            check_strangers(f, config, client, publication).await?;
+        }
         None => {
             f.problem("publication", format!("{:?} does not exist", config.relay.publication), INIT)
         }
@@ -337,6 +341,26 @@ fn check_publication(f: &mut Findings, config: &Config, publication: &Publicatio
     }
 }
 
+/// Tables that are published and not captured: nothing of them is used, but their applications can
+/// fail all the same.
+async fn check_strangers(
+    f: &mut Findings,
+    config: &Config,
+    client: &Client,
+    publication: &Publication,
+) -> Result<()> {
+    let wanted = config.relay.wanted();
+    let is_ours = |table: &TableName| wanted.contains(&table.to_string());
+    for published in publication.tables.iter().filter(|t| !is_ours(&t.table)) {
+        let Some(facts) = read_table(client, &published.table).await? else { continue };
+        let broken = obstacles(&facts, Some(publication));
+        for obstacle in broken.into_iter().filter(|obstacle| obstacle.harm == Harm::Breaks) {
+            f.problem("table", obstacle.what, obstacle.hint);
+        }
+    }
+    Ok(())
+}
+
 fn check_operations(f: &mut Findings, publication: &Publication, quoted: &str) {
     let o = &publication.operations;
     let all = [
@@ -392,7 +416,9 @@ fn check_table(
 ) {
     let table = &facts.table;
     let before = f.problems();
-    if let Err(error) = tables::keys_its_changes(facts, publication) {
+    if facts.nature.other_than_table.is_none()
+        && let Err(error) = tables::keys_its_changes(facts, publication)
+    {
         f.error("table", &error);
     }
     for (what, hint) in publication.map_or_else(Vec::new, |p| tables::ids_differ(facts, p)) {
@@ -404,17 +430,14 @@ fn check_table(
         CatalogIdentity::Nothing if facts.partitioned => "that of its partitions".into(),
         CatalogIdentity::Nothing => "none".into(),
     };
-    let operations = publication.map(|publication| publication.operations);
-    let inserts_only = operations.is_some_and(|o| !o.update && !o.delete);
-    if facts.identity == CatalogIdentity::Nothing && !facts.partitioned && !inserts_only {
-        f.problem(
-            "table",
-            format!("{table} has no replica identity: UPDATE and DELETE on it fail"),
-            format!(
-                "add a primary key (not DEFERRABLE), or ALTER TABLE {} REPLICA IDENTITY FULL",
-                table.quoted()
-            ),
-        );
+    for Obstacle { harm, what, hint } in obstacles(facts, publication) {
+        match harm {
+            Harm::Less | Harm::Partly => f.warning("table", what, hint),
+            Harm::Absent | Harm::Breaks | Harm::Impossible => f.problem("table", what, hint),
+        }
+    }
+    if facts.nature.other_than_table.is_some() {
+        return;
     }
     for (route, key) in keys_of(&config.relay.rules, &table.to_string()) {
         if let Some((what, hint)) = tables::hides_route_key(facts, route, key) {

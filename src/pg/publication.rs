@@ -187,7 +187,8 @@ async fn read_tables(client: &impl GenericClient, name: &str) -> Result<Vec<Publ
     Ok(rows.into_iter().map(table).collect())
 }
 
-/// Creates the publication for `tables`, with every operation, under the roots' names.
+/// Creates the publication for `tables`, with every operation, under the roots' names. Tables that
+/// inherit from them are left out: they may have no replica identity, and are captured by name.
 ///
 /// The user needs CREATE on the database and must own the tables.
 ///
@@ -226,7 +227,8 @@ pub async fn add_tables(
 }
 
 fn quoted_list(tables: &[TableName]) -> String {
-    tables.iter().map(TableName::quoted).collect::<Vec<_>>().join(", ")
+    let only = |table: &TableName| format!("ONLY {}", table.quoted());
+    tables.iter().map(only).collect::<Vec<_>>().join(", ")
 }
 
 /// What a table writes to the WAL to say which row an UPDATE or DELETE changed.
@@ -278,6 +280,32 @@ pub struct TableFacts {
     pub leading: Vec<String>,
     /// Whether the current role may read it.
     pub may_select: bool,
+    /// What else decides about its publication.
+    pub nature: Nature,
+}
+
+/// What a relation is, as far as a publication or its application could stumble over it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Nature {
+    /// In words, where it is not a table: a view, a foreign table. Its rows are never in the WAL as
+    /// its own.
+    pub other_than_table: Option<&'static str>,
+    /// In words, where its rows are not written to the WAL: unlogged or temporary.
+    pub not_logged: Option<&'static str>,
+    /// Tables that inherit from it, partitions left out; their rows are rows of it in queries only.
+    pub children: Vec<String>,
+    /// Whether TimescaleDB keeps its rows in chunks.
+    pub hypertable: bool,
+    /// Whether the current role may publish it: it owns it, or is a member of the owner.
+    pub owned: bool,
+    /// Whether it has a primary key that is deferrable, which is not a replica identity.
+    pub deferrable_key: bool,
+    /// Its generated columns that are not stored, which no publication sends (Postgres 18).
+    pub virtual_columns: Vec<String>,
+    /// Partitions whose rows are not in the WAL, with the reason in words.
+    pub lost_leaves: Vec<(String, &'static str)>,
+    /// As `server_version_num`.
+    pub server_version: i32,
 }
 
 /// Columns of a relation `c` for [`identity`]: its `relreplident`, the columns of its primary key
@@ -297,12 +325,29 @@ const OF_INDEXES: &str = "CROSS JOIN LATERAL (SELECT \
 const COLUMNS: &str = "CROSS JOIN LATERAL (SELECT \
         array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE NOT a.attisdropped) AS names, \
         array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE a.attgenerated <> '') AS made, \
+        array_agg(a.attname::text) FILTER (WHERE a.attgenerated = 'v') AS virtual, \
         array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE a.attnum < a.gap) AS leading \
     FROM (SELECT *, coalesce(min(attnum) FILTER (WHERE attisdropped OR attgenerated <> '') \
             OVER (), 32767) AS gap \
         FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum > 0) AS a) AS a";
 
-/// The facts about a table; absent when there is no ordinary or partitioned table of that name.
+/// What [`Nature`] says.
+const NATURE: &str = "c.relkind::text, c.relpersistence::text, a.virtual, \
+    pg_has_role(c.relowner, 'USAGE'), \
+    ARRAY(SELECT kn.nspname || '.' || k.relname FROM pg_catalog.pg_inherits AS i \
+        JOIN pg_catalog.pg_class AS k ON k.oid = i.inhrelid AND NOT k.relispartition \
+        JOIN pg_catalog.pg_namespace AS kn ON kn.oid = k.relnamespace \
+        WHERE i.inhparent = c.oid ORDER BY 1), \
+    EXISTS (SELECT FROM pg_catalog.pg_trigger AS t \
+        WHERE t.tgrelid = c.oid AND t.tgname = 'ts_insert_blocker') \
+    OR EXISTS (SELECT FROM pg_catalog.pg_inherits AS i \
+        JOIN pg_catalog.pg_class AS k ON k.oid = i.inhrelid \
+        JOIN pg_catalog.pg_namespace AS kn ON kn.oid = k.relnamespace \
+        WHERE i.inhparent = c.oid AND kn.nspname = '_timescaledb_internal'), \
+    current_setting('server_version_num')::int";
+
+/// The facts about a relation; absent when there is none of that name. Whether it can be captured
+/// is decided in `relay/check`.
 ///
 /// # Errors
 /// What the server says.
@@ -313,10 +358,12 @@ pub async fn read_table(
     // A table that is dropped at this instant has no privileges: null.
     let sql = format!(
         "SELECT {IDENTITY}, c.oid, c.relkind = 'p', \
-            coalesce(has_table_privilege(c.oid, 'SELECT'), false), a.names, a.made, a.leading \
+            coalesce(has_table_privilege(c.oid, 'SELECT'), false), a.names, a.made, a.leading, \
+            {NATURE} \
         FROM pg_catalog.pg_class AS c \
         JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace {OF_INDEXES} {COLUMNS} \
-        WHERE n.nspname = $1::text AND c.relname = $2::text AND c.relkind IN ('r', 'p')"
+        WHERE n.nspname = $1::text AND c.relname = $2::text \
+            AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')"
     );
     let row = client.query_opt(&sql, &[&table.schema, &table.name]).await;
     let Some(row) = row.map_err(postgres_error)? else { return Ok(None) };
@@ -324,39 +371,83 @@ pub async fn read_table(
     let oid = row.try_get(4).map_err(postgres_error)?;
     let partitioned = row.try_get(5).map_err(postgres_error)?;
     let names = |i| row.try_get::<_, Option<Vec<String>>>(i).map_err(postgres_error);
+    let (leaves, lost_leaves) = match partitioned {
+        true => read_leaves(client, oid).await?,
+        false => (Vec::new(), Vec::new()),
+    };
     Ok(Some(TableFacts {
         table: table.clone(),
         oid,
         partitioned,
         identity,
-        leaves: if partitioned { read_leaves(client, oid).await? } else { Vec::new() },
+        leaves,
         primary_key,
         columns: names(7)?.unwrap_or_default(),
         generated: names(8)?.unwrap_or_default(),
         leading: names(9)?.unwrap_or_default(),
         may_select: row.try_get(6).map_err(postgres_error)?,
+        nature: nature(&row, lost_leaves)?,
     }))
 }
 
-async fn read_leaves(
-    client: &impl GenericClient,
-    root: u32,
-) -> Result<Vec<(TableName, CatalogIdentity)>> {
+/// What the columns of [`NATURE`] say, which follow those of the facts.
+fn nature(row: &tokio_postgres::Row, lost_leaves: Vec<(String, &'static str)>) -> Result<Nature> {
+    let failed = postgres_error;
+    let immediate = row.try_get::<_, Option<bool>>(3).map_err(failed)?;
+    Ok(Nature {
+        other_than_table: match row.try_get(10).map_err(failed)? {
+            "r" | "p" => None,
+            "v" => Some("a view"),
+            "m" => Some("a materialized view"),
+            "f" => Some("a foreign table"),
+            _ => Some("a sequence"),
+        },
+        not_logged: not_logged(row.try_get(11).map_err(failed)?),
+        virtual_columns: row.try_get::<_, Option<_>>(12).map_err(failed)?.unwrap_or_default(),
+        owned: row.try_get(13).map_err(failed)?,
+        children: row.try_get(14).map_err(failed)?,
+        hypertable: row.try_get(15).map_err(failed)?,
+        server_version: row.try_get(16).map_err(failed)?,
+        deferrable_key: immediate == Some(false),
+        lost_leaves,
+    })
+}
+
+/// Of `relpersistence`.
+fn not_logged(persistence: &str) -> Option<&'static str> {
+    match persistence {
+        "u" => Some("unlogged"),
+        "t" => Some("temporary"),
+        _ => None,
+    }
+}
+
+/// The partitions that hold rows: those that are logged, and those whose changes never come.
+type Leaves = (Vec<(TableName, CatalogIdentity)>, Vec<(String, &'static str)>);
+
+async fn read_leaves(client: &impl GenericClient, root: u32) -> Result<Leaves> {
     let sql = format!(
-        "SELECT {IDENTITY}, n.nspname::text, c.relname::text \
+        "SELECT {IDENTITY}, n.nspname::text, c.relname::text, c.relkind::text, \
+            c.relpersistence::text \
         FROM pg_catalog.pg_partition_tree($1::oid) AS t \
         JOIN pg_catalog.pg_class AS c ON c.oid = t.relid \
         JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace {OF_INDEXES} \
-        WHERE t.isleaf AND c.relkind = 'r' ORDER BY 5, 6"
+        WHERE t.isleaf AND c.relkind IN ('r', 'f') ORDER BY 5, 6"
     );
-    let rows = client.query(&sql, &[&root]).await.map_err(postgres_error)?;
-    let leaf = |row: &tokio_postgres::Row| {
-        let name = |i| row.try_get::<_, String>(i).map_err(postgres_error);
-        let table = TableName::new(name(4)?, name(5)?);
-        let (identity, _) = identity(row, &table)?;
-        Ok((table, identity))
-    };
-    rows.iter().map(leaf).collect()
+    let (mut logged, mut lost) = (Vec::new(), Vec::new());
+    for row in &client.query(&sql, &[&root]).await.map_err(postgres_error)? {
+        let text = |i| row.try_get::<_, &str>(i).map_err(postgres_error);
+        let table = TableName::new(text(4)?, text(5)?);
+        match (text(6)?, not_logged(text(7)?)) {
+            ("f", _) => lost.push((table.to_string(), "a foreign table")),
+            (_, Some(why)) => lost.push((table.to_string(), why)),
+            (_, None) => {
+                let (identity, _) = identity(row, &table)?;
+                logged.push((table, identity));
+            }
+        }
+    }
+    Ok((logged, lost))
 }
 
 /// The identity and the primary key out of the columns of [`IDENTITY`].

@@ -20,6 +20,7 @@ mod parking;
 mod pg_stream;
 mod pg_wire;
 mod position;
+mod publishable;
 mod refused;
 mod relay;
 mod relay_faults;

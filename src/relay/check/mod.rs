@@ -1,6 +1,7 @@
 //! What must hold before a session starts, and while it runs. Pure: others read, these compare.
 
 pub mod position;
+pub mod publishable;
 pub mod resync;
 pub mod server;
 pub mod slot_risk;

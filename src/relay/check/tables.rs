@@ -223,6 +223,7 @@ fn same_columns(a: &CatalogIdentity, b: &CatalogIdentity) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pg::publication::Nature;
 
     fn names(columns: &[&str]) -> Vec<String> {
         columns.iter().map(|column| (*column).to_owned()).collect()
@@ -248,6 +249,7 @@ mod tests {
             generated: Vec::new(),
             leading: Vec::new(),
             may_select: true,
+            nature: Nature::default(),
         }
     }
 

@@ -9,6 +9,7 @@ use crate::column::binary::{Types, UserType};
 use crate::error::{Error, Result};
 use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName, read_table};
 use crate::pg::sqlstate::postgres_error;
+use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
 use crate::relay::check::tables;
 use crate::relay::{Options, checkpoint};
 use crate::route::keys_of;
@@ -50,6 +51,9 @@ pub(super) async fn captured(
     let mut described = checkpoint::described(client, &options.name).await?;
     for facts in read_tables(client, options, publication).await? {
         let table = &facts.table.to_string();
+        for Obstacle { what, hint, .. } in obstacles(&facts, Some(publication)) {
+            tracing::warn!(hint, "{what}");
+        }
         for (route, key) in keys_of(&options.rules, table) {
             if let Some((what, hint)) = tables::hides_route_key(&facts, route, key) {
                 tracing::warn!(hint, "{what}");
@@ -86,6 +90,11 @@ pub(in crate::relay) async fn read_tables(
             Error::refused(format!("captured table {table} does not exist"))
                 .hint("create it, or remove it from source.tables")
         })?;
+        let impossible = |obstacle: &Obstacle| obstacle.harm == Harm::Impossible;
+        let obstacles = obstacles(&facts, Some(publication));
+        if let Some(Obstacle { what, hint, .. }) = obstacles.into_iter().find(impossible) {
+            return Err(Error::refused(what).hint(hint));
+        }
         tables::keys_its_changes(&facts, Some(publication))?;
         found.push(facts);
     }

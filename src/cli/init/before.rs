@@ -1,0 +1,187 @@
+//! What `init` looks at before it makes anything: what would fail after half of the steps, and what
+//! would make an application fail afterwards.
+
+use tokio_postgres::Client;
+
+use crate::cli::print_warning;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::pg::connect::Options;
+use crate::pg::hosting;
+use crate::pg::publication::{Publication, TableFacts, TableName, read_publication, read_table};
+use crate::pg::slot::{ServerFacts, read_slot};
+use crate::pg::sqlstate::postgres_error;
+use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
+use crate::relay::check::server::encoding_risk;
+use crate::relay::check::tables;
+use crate::relay::session::rights;
+use crate::route::keys_of;
+
+/// Refuses what is certain to go wrong, and warns of what may.
+///
+/// # Errors
+/// Kind::Refused or Kind::Config with what to do, or the server's.
+pub(super) async fn verify(
+    client: &Client,
+    config: &Config,
+    admin: &Options,
+    server: &ServerFacts,
+    publish_anyway: bool,
+) -> Result<()> {
+    check_server(client, config, server).await?;
+    warn_of_encoding(client).await?;
+    check_relay_role(client, config, server).await?;
+    if read_slot(client, &config.relay.slot).await?.is_none() {
+        let what = format!("role {:?} may not create the replication slot", server.user);
+        may_replicate(client, admin, &what).await?;
+    }
+    check_sight(client, config).await?;
+    check_tables(client, config, server, publish_anyway).await
+}
+
+/// Refuses what would fail later, after half of the steps.
+async fn check_server(client: &Client, config: &Config, server: &ServerFacts) -> Result<()> {
+    if server.in_recovery {
+        return Err(Error::refused(
+            "this server is a standby (in recovery); init needs the primary",
+        )
+        .hint("name the primary in source.url or --admin-url"));
+    }
+    if server.version_num < 150_000 {
+        return Err(Error::refused(format!(
+            "the server is Postgres {}; Watership needs 15 or later",
+            server.version
+        )));
+    }
+    if config.failover && server.version_num < 170_000 {
+        return Err(Error::config(format!(
+            "source.failover = true needs Postgres 17 or later; the server is {}",
+            server.version
+        ))
+        .hint("set source.failover = false"));
+    }
+    if server.wal_level != "logical" {
+        return Err(Error::refused(format!(
+            "wal_level is {:?}, logical replication needs \"logical\"",
+            server.wal_level
+        ))
+        .hint(hosting::how_to_make_logical(client).await?));
+    }
+    Ok(())
+}
+
+async fn warn_of_encoding(client: &Client) -> Result<()> {
+    let sql = "SELECT current_setting('server_encoding')";
+    let row = client.query_one(sql, &[]).await.map_err(postgres_error)?;
+    if let Some(risk) = encoding_risk(row.get(0)) {
+        print_warning(&risk);
+    }
+    Ok(())
+}
+
+/// The role that the relay connects as must exist and be allowed to replicate before anything is
+/// created.
+async fn check_relay_role(client: &Client, config: &Config, server: &ServerFacts) -> Result<()> {
+    let user = &config.relay.sql.user;
+    if *user == server.user {
+        return Ok(());
+    }
+    let sql = "SELECT FROM pg_catalog.pg_roles WHERE rolname = $1::text";
+    if client.query_opt(sql, &[user]).await.map_err(postgres_error)?.is_none() {
+        let quoted = postgres_protocol::escape::escape_identifier(user);
+        let how = hosting::how_to_admit(client, user).await?;
+        return Err(Error::refused(format!("role {user:?} of source.url does not exist"))
+            .hint(format!("CREATE ROLE {quoted} LOGIN PASSWORD '…'; then, {how}")));
+    }
+    let what = format!("role {user:?} of source.url may not replicate");
+    may_replicate(client, &config.relay.sql, &what).await
+}
+
+/// Asks the server; refuses only what is certain, because the role may be reachable from where the
+/// relay runs and not from here.
+async fn may_replicate(client: &Client, options: &Options, what: &str) -> Result<()> {
+    match hosting::ask(options).await {
+        Ok(_) => Ok(()),
+        Err(error) if hosting::is_not_admitted(&error) => Err(Error::refused(what)
+            .caused_by(error)
+            .hint(hosting::how_to_admit(client, &options.user).await?)),
+        Err(error) => {
+            print_warning(&format!("the server could not be asked whether {what}: {error}"));
+            Ok(())
+        }
+    }
+}
+
+/// Row-level security on tables that are there already, for the role that runs `init` and for that
+/// of `source.url`: neither may take hidden rows for absent ones. Privileges may still be granted.
+async fn check_sight(client: &Client, config: &Config) -> Result<()> {
+    for role in [None, Some(config.relay.sql.user.as_str())] {
+        let mut lacks = rights::lacking(client, role).await?;
+        lacks.retain(|lack| lack.hidden && !lack.app);
+        lacks.iter_mut().for_each(|lack| lack.privileges.clear());
+        rights::verify(&lacks)?;
+    }
+    Ok(())
+}
+
+async fn check_tables(
+    client: &Client,
+    config: &Config,
+    server: &ServerFacts,
+    publish_anyway: bool,
+) -> Result<()> {
+    let publication = read_publication(client, &config.relay.publication).await?;
+    for name in &config.relay.tables {
+        let table: TableName = name.parse()?;
+        let facts = read_table(client, &table).await?.ok_or_else(|| {
+            Error::refused(format!("captured table {name} does not exist"))
+                .hint("create it, or remove it from source.tables")
+        })?;
+        check_table(config, server, &facts, publication.as_ref(), publish_anyway)?;
+    }
+    Ok(())
+}
+
+/// A table that is published already is not refused: its application fails already, and a new
+/// version must be able to run its migrations.
+fn check_table(
+    config: &Config,
+    server: &ServerFacts,
+    facts: &TableFacts,
+    publication: Option<&Publication>,
+    publish_anyway: bool,
+) -> Result<()> {
+    let table = &facts.table;
+    let is_there = publication.is_some_and(|publication| publication.table(table).is_some());
+    for Obstacle { harm, what, hint } in obstacles(facts, publication) {
+        let fatal = match harm {
+            Harm::Less => false,
+            Harm::Partly | Harm::Absent | Harm::Breaks => !publish_anyway && !is_there,
+            Harm::Impossible => true,
+        };
+        if !fatal {
+            print_warning(&format!("{what}; {hint}"));
+            continue;
+        }
+        let hint = match harm {
+            Harm::Impossible => hint,
+            _ => format!("{hint}; to publish it all the same: init --publish-anyway"),
+        };
+        return Err(Error::refused(what).hint(hint));
+    }
+    tables::keys_its_changes(facts, publication)?;
+    for (route, key) in keys_of(&config.relay.rules, &table.to_string()) {
+        if let Some((what, hint)) = tables::hides_route_key(facts, route, key) {
+            print_warning(&format!("{what}; {hint}"));
+        }
+    }
+    if !is_there && !facts.nature.owned {
+        let user = &server.user;
+        let quoted = postgres_protocol::escape::escape_identifier(user);
+        return Err(Error::refused(format!(
+            "role {user:?} does not own {table}, and only an owner may publish it"
+        ))
+        .hint(format!("GRANT the role that owns {table} TO {quoted}, or name it in --admin-url")));
+    }
+    Ok(())
+}
