@@ -50,7 +50,7 @@ CREATE TABLE watership.migration (
 -- them made an INSERT of one row four times as expensive.
 CREATE FUNCTION watership.fits_a_message(
     aggregate_type text, aggregate_id text, event_type text,
-    content_type text, headers jsonb, traceparent text
+    content_type text, headers jsonb, traceparent text, created_at timestamptz
 ) RETURNS boolean
 LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
 SET search_path = pg_catalog, pg_temp
@@ -69,12 +69,25 @@ BEGIN
         wrong := 'content_type must have 1 to 255 bytes';
     ELSIF octet_length(traceparent) NOT BETWEEN 1 AND 255 THEN
         wrong := 'traceparent must have 1 to 255 bytes';
+    -- It becomes an AMQP timestamp, and chooses the partition.
+    ELSIF created_at NOT BETWEEN '1970-01-01 00:00:00+00' AND '9999-12-31 00:00:00+00' THEN
+        wrong := 'created_at must lie between the years 1970 and 9999';
     ELSIF headers IS NOT NULL THEN
         IF jsonb_typeof(headers) <> 'object' THEN
             wrong := 'headers must be a JSON object';
-        -- All headers must fit into one frame.
-        ELSIF octet_length(headers::text) > 65536 THEN
-            wrong := 'headers may have 65536 bytes';
+        -- All headers must fit into one frame (60 KiB), beside up to 4 KiB of the relay's own and
+        -- of AMQP properties. As AMQP fields in UTF-8 they are never more than three times as long
+        -- as the text, so only long ones are counted: two bytes for the length of a name and the
+        -- type, four for the length of a text; an integer of 64 bits has eight.
+        ELSIF octet_length(headers::text) > 16384 AND 57344 < (
+            SELECT sum(2 + octet_length(key) + CASE jsonb_typeof(value)
+                WHEN 'null' THEN 0
+                WHEN 'boolean' THEN 1
+                WHEN 'number' THEN greatest(8, 4 + octet_length(value::text))
+                ELSE 4 + octet_length(convert_to(value #>> '{}', 'UTF8')) END)
+            FROM jsonb_each(headers))
+        THEN
+            wrong := 'headers may have 57344 bytes as AMQP fields';
         -- CC and BCC make RabbitMQ deliver to further queues, x-* are its own, ws-* the relay's.
         ELSIF jsonb_path_exists(headers, '$.keyvalue().key ? (@ like_regex "^(CC$|BCC$|x-|ws-)")')
         THEN
@@ -121,7 +134,7 @@ CREATE TABLE watership.outbox (
     PRIMARY KEY (id, created_at),
     CONSTRAINT outbox_either_payload_or_data CHECK (num_nonnulls(payload, data) = 1),
     CONSTRAINT outbox_fits_a_message CHECK (watership.fits_a_message(
-        aggregate_type, aggregate_id, event_type, content_type, headers, traceparent))
+        aggregate_type, aggregate_id, event_type, content_type, headers, traceparent, created_at))
 ) PARTITION BY RANGE (created_at);
 
 CREATE TABLE watership.outbox_default PARTITION OF watership.outbox DEFAULT;

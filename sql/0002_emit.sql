@@ -1,6 +1,6 @@
 -- Watership 0002: emit and emit_bytes, for applications.
 --
---     SELECT watership.emit('order', '42', 'created', '{"total": 12.5}');
+--     SELECT watership.emit('order', 42, 'created', '{"total": 12.5}');
 --
 -- All run with the caller's rights, inside the caller's transaction: the event is there exactly
 -- when the transaction commits. Call it after the change of state that it tells of.
@@ -35,37 +35,37 @@ BEGIN
 END
 $$;
 
--- Three kinds of payload, because one or two of them leave a literal or a jsonb unresolved: a
--- literal becomes text, the preferred type of its category. The payload is sent as it stands; text
--- and json keep white space, key order and digits, jsonb has its own form.
-CREATE FUNCTION watership.emit(
-    aggregate_type text, aggregate_id text, event_type text, payload json,
-    headers jsonb DEFAULT NULL, id uuid DEFAULT NULL
-) RETURNS uuid LANGUAGE sql VOLATILE
-RETURN watership.append_event(id, aggregate_type, aggregate_id, event_type, payload,
-    NULL, NULL, headers);
-
-CREATE FUNCTION watership.emit(
-    aggregate_type text, aggregate_id text, event_type text, payload text,
-    headers jsonb DEFAULT NULL, id uuid DEFAULT NULL
-) RETURNS uuid LANGUAGE sql VOLATILE
-RETURN watership.append_event(id, aggregate_type, aggregate_id, event_type, payload::json,
-    NULL, NULL, headers);
-
-CREATE FUNCTION watership.emit(
-    aggregate_type text, aggregate_id text, event_type text, payload jsonb,
-    headers jsonb DEFAULT NULL, id uuid DEFAULT NULL
-) RETURNS uuid LANGUAGE sql VOLATILE
-RETURN watership.append_event(id, aggregate_type, aggregate_id, event_type, payload::json,
-    NULL, NULL, headers);
-
--- For bodies that are not JSON.
-CREATE FUNCTION watership.emit_bytes(
-    aggregate_type text, aggregate_id text, event_type text, data bytea, content_type text,
-    headers jsonb DEFAULT NULL, id uuid DEFAULT NULL
-) RETURNS uuid LANGUAGE sql VOLATILE
-RETURN watership.append_event(id, aggregate_type, aggregate_id, event_type, NULL,
-    data, content_type, headers);
+-- emit, and emit_bytes for bodies that are not JSON. Three types of aggregate_id, because drivers
+-- send integers and uuids as such, and Postgres makes no text of them by itself. Three kinds of
+-- payload, because one or two of them leave a literal or a jsonb unresolved. A literal or a
+-- parameter without a type becomes text, the preferred type of its category, so no call is
+-- ambiguous. The payload is sent as it stands; text and json keep white space, key order and
+-- digits, jsonb has its own form.
+DO $$
+DECLARE
+    id_type text;
+    payload_type text;
+BEGIN
+    FOREACH id_type IN ARRAY ARRAY['text', 'bigint', 'uuid'] LOOP
+        FOREACH payload_type IN ARRAY ARRAY['json', 'text', 'jsonb'] LOOP
+            EXECUTE format('
+                CREATE FUNCTION watership.emit(
+                    aggregate_type text, aggregate_id %s, event_type text, payload %s,
+                    headers jsonb DEFAULT NULL, id uuid DEFAULT NULL
+                ) RETURNS uuid LANGUAGE sql VOLATILE
+                RETURN watership.append_event(id, aggregate_type, aggregate_id::text, event_type,
+                    payload::json, NULL, NULL, headers)', id_type, payload_type);
+        END LOOP;
+        EXECUTE format('
+            CREATE FUNCTION watership.emit_bytes(
+                aggregate_type text, aggregate_id %s, event_type text, data bytea,
+                content_type text, headers jsonb DEFAULT NULL, id uuid DEFAULT NULL
+            ) RETURNS uuid LANGUAGE sql VOLATILE
+            RETURN watership.append_event(id, aggregate_type, aggregate_id::text, event_type,
+                NULL, data, content_type, headers)', id_type);
+    END LOOP;
+END
+$$;
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA watership FROM PUBLIC;
 

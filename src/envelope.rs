@@ -3,8 +3,10 @@
 //! An outbox payload passes through verbatim: the relay does not parse what the application wrote
 //! (no number or key-order damage, and fast). A captured change becomes one JSON object.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::column;
@@ -212,14 +214,15 @@ pub fn is_reserved_header(name: &str) -> bool {
     name == "CC" || name == "BCC" || name.starts_with("x-") || name.starts_with("ws-")
 }
 
+/// Numbers never go through a double, which would change them, and which clients read in their own
+/// ways: what is not an integer of 64 bits stays the text that it is.
 fn write_headers(builder: &mut Builder<'_>, headers: &[u8], has_traceparent: bool) -> Result<()> {
     let wrong = |e: serde_json::Error| {
         let error = Error::event("column \"headers\" is not a JSON object");
         // What another kind of value is, serde shows with the value.
         if e.is_data() { error } else { error.caused_by(e) }
     };
-    let map: serde_json::Map<String, serde_json::Value> =
-        serde_json::from_slice(headers).map_err(wrong)?;
+    let map: BTreeMap<String, &RawValue> = serde_json::from_slice(headers).map_err(wrong)?;
     for (name, value) in &map {
         if is_reserved_header(name) {
             return Err(Error::event(format!("header {name:?} is reserved"))
@@ -228,22 +231,35 @@ fn write_headers(builder: &mut Builder<'_>, headers: &[u8], has_traceparent: boo
         if name == "traceparent" && has_traceparent {
             continue;
         }
-        match value {
-            serde_json::Value::Null => builder.header_void(name)?,
-            serde_json::Value::Bool(value) => builder.header_bool(name, *value)?,
-            serde_json::Value::String(text) => builder.header_text(name, text.as_bytes())?,
-            serde_json::Value::Number(number) => match (number.as_i64(), number.as_f64()) {
-                (Some(int), _) => builder.header_int(name, int)?,
-                (None, Some(float)) => builder.header_float(name, float)?,
-                (None, None) => builder.header_text(name, number.to_string().as_bytes())?,
-            },
-            // AMQP tables could nest, but few clients read them; JSON text is read by all.
-            serde_json::Value::Array(_) | serde_json::Value::Object(_) => {
-                builder.header_text(name, value.to_string().as_bytes())?;
+        let text = value.get();
+        match text.as_bytes().first() {
+            Some(b'n') => builder.header_void(name)?,
+            Some(b't' | b'f') => builder.header_bool(name, text == "true")?,
+            Some(b'"') => {
+                let value: String = serde_json::from_str(text).map_err(wrong)?;
+                builder.header_text(name, value.as_bytes())?;
             }
+            // AMQP tables could nest, but few clients read them; JSON text is read by all.
+            Some(b'{' | b'[') => builder.header_text(name, compact(text).as_bytes())?,
+            _ => match text.parse() {
+                Ok(int) => builder.header_int(name, int)?,
+                Err(_) => builder.header_text(name, text.as_bytes())?,
+            },
         }
     }
     Ok(())
+}
+
+/// JSON without the white space between its parts; everything else as it is.
+fn compact(json: &str) -> String {
+    let (mut quoted, mut escaped) = (false, false);
+    let keep = |c: &char| {
+        let inside = quoted;
+        quoted ^= *c == '"' && !escaped;
+        escaped = quoted && *c == '\\' && !escaped;
+        inside || !c.is_ascii_whitespace()
+    };
+    json.chars().filter(keep).collect()
 }
 
 /// The row that tells the key after the change (before it, for a delete).
@@ -435,5 +451,22 @@ fn iso_time(us: i64) -> String {
     match jiff::Timestamp::from_microsecond(us) {
         Ok(time) => format!("{time:.6}"),
         Err(_) => us.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::compact;
+
+    #[test]
+    fn json_is_compacted_outside_of_strings_only() {
+        for (json, expected) in [
+            ("{\"a\": [1, 2.50]}", "{\"a\":[1,2.50]}"),
+            ("{ \"a b\" : \"c  d\" }", "{\"a b\":\"c  d\"}"),
+            ("[\"\\\" , \", 1]", "[\"\\\" , \",1]"),
+            ("[\"\\\\\", 1]", "[\"\\\\\",1]"),
+        ] {
+            assert_eq!(compact(json), expected);
+        }
     }
 }

@@ -242,17 +242,6 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// Adds a double header.
-    ///
-    /// # Errors
-    /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
-    pub fn header_float(&mut self, name: &str, value: f64) -> Result<()> {
-        self.header_name(name)?;
-        self.buf.push(b'd');
-        self.buf.extend_from_slice(&value.to_be_bytes());
-        Ok(())
-    }
-
     /// Adds a boolean header.
     ///
     /// # Errors
@@ -380,7 +369,6 @@ mod tests {
         builder.header_key("order/7").unwrap();
         builder.header_text(ROUTE_HEADER, b"orders").unwrap();
         builder.header_int("n", -3).unwrap();
-        builder.header_float("f", 1.5).unwrap();
         builder.header_bool("b", true).unwrap();
         builder.header_void("v").unwrap();
         let message = builder.finish(ExchangeId(0), RouteId(1), |b| b.extend(b"{}")).unwrap();

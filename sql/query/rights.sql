@@ -23,7 +23,7 @@ WITH needed (app, name, privilege, columns, vital) AS (VALUES
     (false, 'resync', 'SELECT', NULL, false),
     (false, 'resync', 'INSERT', NULL, false),
     (true, 'outbox', 'INSERT', '{id, aggregate_type, aggregate_id, event_type, payload, data,
-        content_type, headers, traceparent}', false)
+        content_type, headers, traceparent, created_at}', false)
 ), role AS (
     SELECT oid, rolname, rolsuper OR rolbypassrls AS sees_all, rolname = 'watership_app' AS app
     FROM pg_catalog.pg_roles

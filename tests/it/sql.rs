@@ -75,6 +75,114 @@ async fn every_kind_of_payload_resolves() {
 }
 
 #[tokio::test]
+async fn an_aggregate_id_may_be_an_integer_or_a_uuid_and_no_call_is_ambiguous() {
+    let (database, admin) = installed().await;
+    let app = login_as(&database, &admin, "watership_app").await;
+    let uuid = "11111111-2222-4333-8444-555555555555";
+    for (aggregate_id, kept) in [
+        ("'42'", "42"),
+        ("42", "42"),
+        ("42::smallint", "42"),
+        ("42::bigint", "42"),
+        ("-7", "-7"),
+        ("9223372036854775807", "9223372036854775807"),
+        ("'42'::text", "42"),
+        ("'42'::varchar", "42"),
+        ("'x'::name", "x"),
+        (&format!("'{uuid}'"), uuid),
+        (&format!("'{uuid}'::uuid"), uuid),
+    ] {
+        for payload in ["'{}'", "'{}'::text", "'{}'::json", "'{}'::jsonb"] {
+            for call in [
+                format!("emit('t', {aggregate_id}, 'e', {payload})"),
+                format!("emit('t', {aggregate_id}, 'e', {payload}, '{{\"a\": 1}}', '{uuid}')"),
+                format!(
+                    "emit(payload => {payload}, event_type => 'e', aggregate_id => {aggregate_id}, \
+                     aggregate_type => 't', id => gen_random_uuid())"
+                ),
+                format!("emit_bytes('t', {aggregate_id}, 'e', '\\x00', 'a/b')"),
+            ] {
+                let sql = format!("BEGIN; SELECT watership.{call}");
+                app.batch_execute(&sql).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
+                app.batch_execute("ROLLBACK").await.unwrap();
+            }
+        }
+        let sql = format!("SELECT watership.emit('t', {aggregate_id}, 'e', '{{}}')");
+        let id: Uuid = app.query_one(&sql, &[]).await.unwrap().get(0);
+        let sql = "SELECT aggregate_id FROM watership.outbox WHERE id = $1";
+        assert_eq!(admin.query_one(sql, &[&id]).await.unwrap().get::<_, &str>(0), kept);
+    }
+    // Parameters with the types that drivers give them.
+    let emit = |id_type: &str| format!("SELECT watership.emit('t', $1::{id_type}, 'e', '{{}}')");
+    app.query_one(&emit("int4"), &[&42_i32]).await.expect("int4");
+    app.query_one(&emit("int8"), &[&42_i64]).await.expect("int8");
+    app.query_one(&emit("uuid"), &[&Uuid::from_u128(7)]).await.expect("uuid");
+    // Without a type both are text.
+    let untyped = "SELECT watership.emit('t', $1, 'e', $2)";
+    app.query_one(untyped, &[&"42", &"{}"]).await.expect("parameters without a type");
+    let typed = [
+        (&42_i32 as &(dyn tokio_postgres::types::ToSql + Sync), tokio_postgres::types::Type::INT4),
+        (&"{}", tokio_postgres::types::Type::TEXT),
+    ];
+    app.query_typed(untyped, &typed).await.expect("types in the protocol");
+}
+
+#[tokio::test]
+async fn an_insert_may_return_what_the_server_made_and_be_repeated() {
+    let (database, admin) = installed().await;
+    let app = login_as(&database, &admin, "watership_app").await;
+    let columns = "INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload";
+    for sql in [
+        format!("{columns}) VALUES ('t', '1', 'e', '{{}}') RETURNING id"),
+        format!("{columns}) VALUES ('t', '1', 'e', '{{}}') RETURNING id, created_at"),
+        format!("{columns}, created_at) VALUES ('t', '1', 'e', '{{}}', now()) RETURNING id"),
+        format!(
+            "{columns}) SELECT 't', g::text, 'e', '{{}}' FROM generate_series(1, 3) AS g \
+            RETURNING id"
+        ),
+    ] {
+        app.query(&sql, &[]).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
+    }
+    let same = format!(
+        "{columns}, id, created_at) VALUES ('t', '1', 'e', '{{}}', \
+         '11111111-2222-4333-8444-555555555555', now()::date) \
+         ON CONFLICT (id, created_at) DO NOTHING"
+    );
+    assert_eq!(app.execute(&same, &[]).await.unwrap(), 1);
+    assert_eq!(app.execute(&same, &[]).await.unwrap(), 0, "it is there already");
+    for wrong in ["'infinity'", "'-infinity'", "'10000-01-01'", "'1969-12-31'", "'0044-03-15 BC'"] {
+        let sql = format!("{columns}, created_at) VALUES ('t', '1', 'e', '{{}}', {wrong})");
+        assert_eq!(refusal(&app, &sql).await, CHECK_VIOLATION, "{sql}");
+    }
+}
+
+#[tokio::test]
+async fn headers_that_would_not_fit_a_frame_are_refused_whatever_they_are_made_of() {
+    let (_database, admin) = installed().await;
+    // Each at the limit and one above it: 57,344 bytes as AMQP fields.
+    let emit = "SELECT watership.emit('t', '1', 'e', '{}', $1::text::jsonb)";
+    for (fits, breaks) in [
+        ("repeat('v', 57337)", "repeat('v', 57338)"),
+        ("repeat('\u{e9}', 28668)", "repeat('\u{e9}', 28669)"),
+    ] {
+        let sql = |value: &str| format!("SELECT jsonb_build_object('k', {value})::text");
+        let one: String = admin.query_one(&sql(fits), &[]).await.unwrap().get(0);
+        admin.query(emit, &[&one]).await.unwrap_or_else(|e| panic!("{fits}: {e:?}"));
+        let one: String = admin.query_one(&sql(breaks), &[]).await.unwrap().get(0);
+        assert!(admin.query(emit, &[&one]).await.is_err(), "{breaks}");
+    }
+    // Many small numbers are longer as fields than as text.
+    let many = |count: u32| {
+        format!("SELECT jsonb_object_agg('k' || g, 1)::text FROM generate_series(1, {count}) AS g")
+    };
+    let fits: String = admin.query_one(&many(3_800), &[]).await.unwrap().get(0);
+    admin.query(emit, &[&fits]).await.expect("3,800 numbers fit");
+    let breaks: String = admin.query_one(&many(4_000), &[]).await.unwrap().get(0);
+    assert!(breaks.len() < 57_344, "its text alone is not too long");
+    assert!(admin.query(emit, &[&breaks]).await.is_err(), "4,000 numbers");
+}
+
+#[tokio::test]
 async fn text_is_kept_to_the_byte_and_traceparent_gets_its_column() {
     let (database, admin) = installed().await;
     let mut app = login_as(&database, &admin, "watership_app").await;
@@ -173,14 +281,15 @@ async fn an_application_may_only_add_events() {
     .await
     .expect("a plain INSERT of every column but created_at");
     for sql in [
-        "SELECT id FROM watership.outbox",
+        "SELECT payload FROM watership.outbox",
+        "SELECT * FROM watership.outbox",
         "UPDATE watership.outbox SET event_type = 'x'",
         "DELETE FROM watership.outbox",
         "TRUNCATE watership.outbox",
-        "INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload, \
-         created_at) VALUES ('t', '1', 'e', '{}', now())",
+        "INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload, seq) \
+         VALUES ('t', '1', 'e', '{}', 1)",
         "INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload) \
-         VALUES ('t', '1', 'e', '{}') RETURNING id",
+         VALUES ('t', '1', 'e', '{}') RETURNING payload",
         "INSERT INTO watership.outbox_default (aggregate_type, aggregate_id, event_type, payload) \
          VALUES ('t', '1', 'e', '{}')",
         "SELECT * FROM watership.checkpoint",

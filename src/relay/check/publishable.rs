@@ -125,7 +125,8 @@ fn identity(facts: &TableFacts, add: &mut impl FnMut(Harm, String, String)) {
 }
 
 /// Generated columns are in the stream only where the publication says so, from Postgres 18 on.
-/// There a replica identity that has one that is not sent makes changes fail; before, it was left out.
+/// There a replica identity that has one that is not sent makes changes fail; before, it was left
+/// out.
 fn generated(facts: &TableFacts, sent: bool, add: &mut impl FnMut(Harm, String, String)) {
     let table = &facts.table;
     let is_virtual = |column: &&String| facts.nature.virtual_columns.contains(column);
