@@ -1,102 +1,131 @@
-//! Accepts connections with two limits: how many at once, and how long each may live.
+//! Accepts connections and serves them, each with limits: how long a request may take to come, how
+//! long a connection may live, how many there may be.
 //!
 //! The relay's own sockets come out of the same pool of file descriptors, so clients of the admin
-//! port must not take them all, and no client may hold a place indefinitely.
+//! port must not take them all. And nobody may keep a probe from its answer: an orchestrator kills
+//! what does not answer. So with all places taken a newcomer does not wait, it takes the place of
+//! the connection that has been idle for the longest time.
 
-use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
+use std::convert::Infallible;
+use std::future::Future;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Sleep, sleep};
+use tokio::task::{AbortHandle, yield_now};
+use tokio::time::{sleep, timeout};
 
-/// Maximum number of connections at once; more wait in the listen queue.
+/// Maximum number of connections at once.
 const CONNECTIONS_MAX: usize = 64;
-/// After this time a connection ends, keep-alive or not; scrapers reconnect.
+/// Maximum time for a request to come in whole, also on a connection that had one before.
+const REQUEST_LIMIT: Duration = Duration::from_secs(5);
+/// After this time a connection ends, whatever it does; scrapers reconnect.
 const LIFE_MAX: Duration = Duration::from_secs(60);
+/// Maximum size of a request, in bytes; there are no bodies.
+const REQUEST_BYTES_MAX: usize = 16 << 10;
 /// Pause after a failed accept (no free file descriptor), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// A listener with limits.
-pub(super) struct Listener {
-    inner: TcpListener,
-    places: Arc<Semaphore>,
-}
-
-impl Listener {
-    pub(super) fn new(inner: TcpListener) -> Self {
-        Self { inner, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) }
-    }
-}
-
-impl axum::serve::Listener for Listener {
-    type Io = Accepted;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        let place = Arc::clone(&self.places).acquire_owned().await;
-        let place = place.expect("the semaphore is never closed");
-        loop {
-            match self.inner.accept().await {
-                Ok((stream, peer)) => {
-                    let end = Box::pin(sleep(LIFE_MAX));
-                    return (Accepted { stream, end, _place: place }, peer);
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "the admin port cannot accept a connection");
-                    sleep(ACCEPT_PAUSE).await;
-                }
+/// Serves connections without end; `answer` makes the response to a request.
+pub(super) async fn serve<A, F>(listener: TcpListener, answer: A) -> Infallible
+where
+    A: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+    F: Future<Output = Response<String>> + Send + 'static,
+{
+    let mut places = Places::default();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                places.make_room();
+                let used = places.clock.next();
+                let serving = connection(stream, answer.clone(), used.clone());
+                places.open.push(Place { used, task: tokio::spawn(serving).abort_handle() });
+                // What was accepted may answer before many more have come.
+                yield_now().await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the admin port cannot accept a connection");
+                sleep(ACCEPT_PAUSE).await;
             }
         }
     }
-
-    fn local_addr(&self) -> io::Result<Self::Addr> {
-        self.inner.local_addr()
-    }
 }
 
-/// A connection that gives its place back when it ends.
-pub(super) struct Accepted {
-    stream: TcpStream,
-    end: Pin<Box<Sleep>>,
-    _place: OwnedSemaphorePermit,
+/// Serves one connection to its end, which is nobody's concern: a client may leave at any time.
+async fn connection<A, F>(stream: TcpStream, answer: A, used: Used)
+where
+    A: Fn(Request<Incoming>) -> F + Send + 'static,
+    F: Future<Output = Response<String>> + Send + 'static,
+{
+    let service = service_fn(move |request| {
+        used.now();
+        let response = answer(request);
+        async move { Ok::<_, Infallible>(response.await) }
+    });
+    let serving = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(REQUEST_LIMIT)
+        .max_buf_size(REQUEST_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    let _ = timeout(LIFE_MAX, serving).await;
 }
 
-impl AsyncRead for Accepted {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.end.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+/// The connections that are open.
+#[derive(Default)]
+struct Places {
+    open: Vec<Place>,
+    clock: Clock,
+}
+
+struct Place {
+    used: Used,
+    task: AbortHandle,
+}
+
+impl Places {
+    /// Leaves at least one place free.
+    fn make_room(&mut self) {
+        self.open.retain(|place| !place.task.is_finished());
+        while self.open.len() >= CONNECTIONS_MAX {
+            let longest = self.open.iter().enumerate().min_by_key(|(_, place)| place.used.when());
+            let Some((index, _)) = longest else { return };
+            self.open.swap_remove(index).task.abort();
         }
-        Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
-impl AsyncWrite for Accepted {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        data: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        if self.end.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
-        Pin::new(&mut self.stream).poll_write(cx, data)
+/// Counts uses of connections; what counts is only which was earlier.
+#[derive(Clone, Default)]
+struct Clock(Arc<AtomicU64>);
+
+impl Clock {
+    /// A connection that is used now for the first time.
+    fn next(&self) -> Used {
+        let used = Used { clock: self.clone(), at: Arc::default() };
+        used.now();
+        used
+    }
+}
+
+/// When a connection was used last: accepted, or asked something.
+#[derive(Clone)]
+struct Used {
+    clock: Clock,
+    at: Arc<AtomicU64>,
+}
+
+impl Used {
+    fn now(&self) {
+        self.at.store(self.clock.0.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    fn when(&self) -> u64 {
+        self.at.load(Ordering::Relaxed)
     }
 }

@@ -5,25 +5,26 @@
 //! not depend on a scraper, and it is the watchdog: it ends a process whose loop stays stuck, since
 //! there may be no supervisor that probes /livez. Read-only, without authentication: the
 //! configuration allows addresses other than loopback only on request.
+//!
+//! The relay's work does not depend on its port: while another process has it, the relay works
+//! without, and takes it as soon as it is free.
 
 mod listener;
 
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
-use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
 use tokio::sync::oneshot;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{MissedTickBehavior, sleep};
 
 use crate::error::{Error, Result};
 use crate::metrics::Exporter;
 use crate::relay::status::Status;
-use listener::Listener;
 
 /// How often histogram samples are moved into their buckets.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -31,18 +32,24 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// Consecutive looks that must find the loop stuck before the process ends: half a minute more
 /// than `/livez` takes. While the process is frozen nobody looks, so it does not end for that.
 const STUCK_LOOKS: u32 = 6;
+/// How often a port that is taken is tried again.
+const BIND_EVERY: Duration = Duration::from_secs(1);
 
-/// Where it listens.
+/// Where it listens, and for how long.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Address and port; `None` serves nothing and only does the upkeep.
     pub listen: Option<SocketAddr>,
+    /// How long a relay that has stopped with a verdict still serves, so that the verdict is
+    /// scraped.
+    pub linger: Duration,
 }
 
 /// The running server. It ends when this is dropped.
 #[derive(Debug)]
 pub struct Admin {
-    /// The address it listens on: with port 0 in the options, the port that was assigned.
+    /// The address it listens on: with port 0 in the options, the port that was assigned. Absent
+    /// while another process has it.
     pub address: Option<SocketAddr>,
     _stop: oneshot::Sender<()>,
 }
@@ -57,7 +64,7 @@ struct Shared {
 /// the relay's loop stays stuck.
 ///
 /// # Errors
-/// [`crate::error::Kind::Config`] when the address cannot be bound,
+/// [`crate::error::Kind::Config`] when the address can never be bound,
 /// [`crate::error::Kind::Internal`] when there can be no thread.
 pub fn start(
     options: &Options,
@@ -65,40 +72,75 @@ pub fn start(
     status: Arc<Status>,
     exporter: Exporter,
 ) -> Result<Admin> {
-    let listener = options.listen.map(bind).transpose()?;
-    let address = listener.as_ref().and_then(|listener| listener.local_addr().ok());
+    let port = options.listen.map_or(Ok(Port::None), Port::open)?;
+    let address = match &port {
+        Port::Open(listener) => listener.local_addr().ok(),
+        Port::Taken(_) | Port::None => None,
+    };
     let shared = Shared { status, exporter };
     let (stop, stopped) = oneshot::channel();
     std::thread::Builder::new()
         .name("admin".into())
-        .spawn(move || serve(listener, shared, give_up, stopped))
+        .spawn(move || serve(port, shared, give_up, stopped))
         .map_err(|e| Error::internal("the admin thread cannot be started").caused_by(e))?;
     Ok(Admin { address, _stop: stop })
 }
 
-fn bind(address: SocketAddr) -> Result<TcpListener> {
-    let bound = TcpListener::bind(address).and_then(|listener| {
-        listener.set_nonblocking(true)?;
-        Ok(listener)
-    });
-    bound.map_err(|e| {
-        let error = Error::config(format!("admin.listen = \"{address}\" cannot be bound: {e}"));
-        match e.kind() {
-            std::io::ErrorKind::AddrInUse => error.hint(
-                "another process, perhaps another relay, uses this port; set admin.listen to a \
-                 free one",
-            ),
-            _ => error.hint("set admin.listen to an address of this machine and a free port"),
-        }
-    })
+/// The port of this process.
+enum Port {
+    /// There is to be none.
+    None,
+    Open(TcpListener),
+    /// Another process has it.
+    Taken(SocketAddr),
 }
 
-fn serve(
-    listener: Option<TcpListener>,
-    shared: Shared,
-    give_up: fn(),
-    stopped: oneshot::Receiver<()>,
-) {
+impl Port {
+    fn open(address: SocketAddr) -> Result<Self> {
+        match bind(address) {
+            Ok(listener) => Ok(Self::Open(listener)),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                tracing::warn!(
+                    hint = "another process, perhaps another relay, uses this port; end it, or \
+                            set admin.listen to a free one",
+                    "admin.listen = \"{address}\" is in use: no probe and no scrape reaches this \
+                     relay until it is free"
+                );
+                Ok(Self::Taken(address))
+            }
+            Err(error) => {
+                let text = format!("admin.listen = \"{address}\" cannot be bound: {error}");
+                let hint = "set admin.listen to an address of this machine and a free port";
+                Err(Error::config(text).hint(hint))
+            }
+        }
+    }
+
+    /// Waits for the port, if there is to be one.
+    async fn listener(self) -> io::Result<tokio::net::TcpListener> {
+        let address = match self {
+            Port::None => return std::future::pending().await,
+            Port::Open(listener) => return tokio::net::TcpListener::from_std(listener),
+            Port::Taken(address) => address,
+        };
+        loop {
+            sleep(BIND_EVERY).await;
+            // What is wrong meanwhile (no free file descriptor) passes as well.
+            if let Ok(listener) = bind(address) {
+                tracing::info!(%address, "the admin port is free again; serving");
+                return tokio::net::TcpListener::from_std(listener);
+            }
+        }
+    }
+}
+
+fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+fn serve(port: Port, shared: Shared, give_up: fn(), stopped: oneshot::Receiver<()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
@@ -109,7 +151,7 @@ fn serve(
         tokio::select! {
             _ = stopped => {}
             () = upkeep => {}
-            () = accept(listener, shared) => {}
+            () = accept(port, shared) => {}
         }
     });
 }
@@ -132,52 +174,77 @@ async fn upkeep(shared: Shared, give_up: fn()) {
     }
 }
 
-/// Serves until the process ends; without a listener it only waits.
-async fn accept(listener: Option<TcpListener>, shared: Shared) {
-    let Some(listener) = listener else { return std::future::pending().await };
-    let served = match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => axum::serve(Listener::new(listener), router(shared)).await,
-        Err(error) => Err(error),
-    };
-    if let Err(error) = served {
-        tracing::error!(%error, "the admin server stopped");
+/// Serves until the process ends; without a port it only waits.
+async fn accept(port: Port, shared: Shared) {
+    match port.listener().await {
+        Ok(listener) => {
+            let answer = move |request| {
+                let shared = shared.clone();
+                async move { answer(&request, &shared) }
+            };
+            match listener::serve(listener, answer).await {}
+        }
+        Err(error) => tracing::error!(%error, "the admin server cannot be started"),
     }
     // The upkeep continues without HTTP.
     std::future::pending().await
 }
 
-fn router(shared: Shared) -> Router {
-    Router::new()
-        .route("/livez", get(livez))
-        .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics))
-        .route("/status", get(status))
-        .with_state(shared)
-}
-
-async fn livez(State(shared): State<Shared>) -> Response {
-    answer(shared.status.is_alive(), "the relay's loop has been stuck for 30 s")
-}
-
-async fn readyz(State(shared): State<Shared>) -> Response {
-    match shared.status.not_ready() {
-        None => answer(true, ""),
-        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
+fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<String> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut refused = response(StatusCode::METHOD_NOT_ALLOWED, TEXT, "only GET\n".into());
+        refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return refused;
+    }
+    let status = &shared.status;
+    match request.uri().path() {
+        "/livez" => {
+            let stuck = || "the relay's loop has been stuck for 30 s".to_owned();
+            probe((!status.is_alive()).then(stuck))
+        }
+        "/readyz" => probe(match standby_counts(request.uri().query()) {
+            Ok(true) if status.is_standing_by() => None,
+            Ok(_) => status.not_ready(),
+            Err(refused) => return response(StatusCode::BAD_REQUEST, TEXT, refused),
+        }),
+        "/metrics" => response(StatusCode::OK, METRICS, shared.exporter.render()),
+        "/status" => match serde_json::to_string(&status.snapshot()) {
+            Ok(json) => response(StatusCode::OK, JSON, json),
+            Err(e) => response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{e}\n")),
+        },
+        _ => {
+            let paths = "not found; there are /livez, /readyz, /metrics and /status\n";
+            response(StatusCode::NOT_FOUND, TEXT, paths.into())
+        }
     }
 }
 
-fn answer(good: bool, otherwise: &'static str) -> Response {
-    if good {
-        return (StatusCode::OK, "ok\n").into_response();
+/// Whether the query of /readyz asks to call a standby ready. Another word for it is refused: a
+/// probe with a typing error would always fail for the wrong reason.
+fn standby_counts(query: Option<&str>) -> Result<bool, String> {
+    let pairs = query.into_iter().flat_map(|query| query.split('&'));
+    let asked = pairs.filter_map(|pair| pair.strip_prefix("standby")).next_back();
+    match asked {
+        None => Ok(false),
+        Some("=ok") => Ok(true),
+        Some(_) => Err("standby is invalid; expected \"standby=ok\"\n".to_owned()),
     }
-    (StatusCode::SERVICE_UNAVAILABLE, format!("{otherwise}\n")).into_response()
 }
 
-async fn metrics(State(shared): State<Shared>) -> Response {
-    let kind = [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")];
-    (kind, shared.exporter.render()).into_response()
+const TEXT: &str = "text/plain; charset=utf-8";
+const JSON: &str = "application/json";
+const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+fn probe(why_not: Option<String>) -> Response<String> {
+    match why_not {
+        None => response(StatusCode::OK, TEXT, "ok\n".into()),
+        Some(why) => response(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("{why}\n")),
+    }
 }
 
-async fn status(State(shared): State<Shared>) -> Response {
-    axum::Json(shared.status.snapshot()).into_response()
+fn response(code: StatusCode, kind: &'static str, body: String) -> Response<String> {
+    let mut response = Response::new(body);
+    *response.status_mut() = code;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
 }

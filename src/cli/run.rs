@@ -1,22 +1,26 @@
 //! `watership run`: the relay until SIGTERM.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::sleep;
 
 use super::{End, logging};
 use crate::admin;
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::metrics::{self, Metrics};
 use crate::relay::session::supervisor;
 use crate::relay::status::Status;
+use crate::verdict::Verdict;
 
 /// Options of `run`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  watership --config shop.toml run\n\n\
     On SIGTERM or SIGINT it takes no new events, waits for confirms, stores the checkpoint and \
-    exits. A second signal exits at once.")]
+    exits. A second signal exits at once.\n\
+    After a verdict it serves /status and /metrics for admin.linger more, then exits with code 3.")]
 pub(super) struct Args {}
 
 pub(super) async fn execute(
@@ -46,8 +50,35 @@ pub(super) async fn execute(
         admin = admin.address.map(|address| address.to_string()),
         "watership starts"
     );
-    supervisor::run(config.relay, metrics, status, shutdown).await?;
+    let ended = supervisor::run(config.relay, metrics, status, shutdown.clone()).await;
+    if let Err(error) = &ended
+        && error.kind().is_verdict()
+        && config.admin.listen.is_some()
+    {
+        linger(error, config.admin.linger, shutdown).await;
+    }
+    ended?;
     tracing::info!("stopped");
     logging::flush();
     Ok(End::Fine)
+}
+
+/// Keeps /status and /metrics up for a while: what an operator has to decide must be scraped once.
+/// Both connections are closed by now, so no standby waits for it.
+async fn linger(verdict: &Error, time: Duration, mut shutdown: watch::Receiver<bool>) {
+    let asked = *shutdown.borrow();
+    if time.is_zero() || asked {
+        return;
+    }
+    tracing::error!(
+        error = %verdict,
+        hint = verdict.hint_or_kind(),
+        verdict = verdict.verdict().map(Verdict::name),
+        "the relay has stopped; /status and /metrics answer for {time:?} more (admin.linger), a \
+         signal ends them"
+    );
+    tokio::select! {
+        _ = shutdown.wait_for(|stop| *stop) => {}
+        () = sleep(time) => {}
+    }
 }

@@ -86,6 +86,16 @@ impl Config {
         Ok(config)
     }
 
+    /// Reads only the relay's name and `[admin]` of the file at `path`, for a probe: it needs no
+    /// secret of the file, and a mistake elsewhere in it does not make a relay dead that runs.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Config`] with what is wrong with these.
+    pub fn load_admin(path: &Path) -> Result<(String, admin::Options)> {
+        let text = load::read(path)?;
+        read_admin(&path.display().to_string(), &text, &load::environment)
+    }
+
     /// Checks the text of a file; `file` is only shown in errors.
     ///
     /// # Errors
@@ -100,6 +110,10 @@ impl Config {
         self.relay.rules.iter().map(label).collect()
     }
 }
+
+/// The relay's name by default, and what it may hold apart from letters and digits.
+const NAME: &str = "watership";
+const NAME_CHARS: &str = "_-.";
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
@@ -125,9 +139,21 @@ fn read(file: &str, text: &str, lookup: Lookup<'_>) -> Result<(Config, bool)> {
     Ok((config.expect("a problem was reported where a part is missing"), holds_password))
 }
 
+fn read_admin(file: &str, text: &str, lookup: Lookup<'_>) -> Result<(String, admin::Options)> {
+    let parsed = DeTable::parse(text).map_err(|e| syntax_error(file, text, &e))?;
+    let document = Document::new(lookup);
+    let mut root = document.root(&parsed);
+    let name = root.name("name", NAME, NAME_CHARS);
+    let options = admin_options(&mut root.section("admin"));
+    root.ignore_rest();
+    drop(root);
+    document.finish(file, text)?;
+    Ok((name, options))
+}
+
 /// `None` where source.url is missing or wrong; everything else has a value to go on with.
 fn config(root: &mut Section<'_>) -> Option<Config> {
-    let name = root.name("name", "watership", "_-.");
+    let name = root.name("name", NAME, NAME_CHARS);
     let sections = ["source", "broker", "relay", "outbox", "admin", "log"];
     let [mut source, mut broker, mut relay, mut outbox, mut admin, mut log] =
         sections.map(|section| root.section(section));
@@ -139,7 +165,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);
     let rules = routes::rules(root, &tables);
-    let admin = admin::Options { listen: listen(&mut admin) };
+    let admin = admin_options(&mut admin);
     let log = Log {
         format: log.word(
             "format",
@@ -203,6 +229,13 @@ fn canary_interval(t: &mut Section<'_>) -> Duration {
         t.invalid(KEY, quoted(interval), "\"0s\", or 1s to 1h");
     }
     interval
+}
+
+fn admin_options(t: &mut Section<'_>) -> admin::Options {
+    admin::Options {
+        listen: listen(t),
+        linger: t.duration("linger", MINUTE, Duration::ZERO..=HOUR),
+    }
 }
 
 fn listen(t: &mut Section<'_>) -> Option<SocketAddr> {

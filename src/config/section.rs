@@ -163,6 +163,11 @@ impl<'f> Section<'f> {
         self.prefix = format!("{name}: ");
     }
 
+    /// Whatever else the table has is not a mistake here.
+    pub(super) fn ignore_rest(&mut self) {
+        self.known.extend(self.keys());
+    }
+
     /// What the file has in it, for tables whose keys are free.
     pub(super) fn keys(&self) -> Vec<&'f str> {
         self.found.into_iter().flat_map(|table| table.keys()).map(|key| &**key.get_ref()).collect()
