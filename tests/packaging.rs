@@ -287,6 +287,18 @@ fn image_and_compose_file_publish_the_port_of_the_admin_server() {
 }
 
 #[test]
+fn health_checks_ask_whether_the_relay_is_alive_so_that_no_standby_is_killed() {
+    let compose = yaml("docker-compose.yml");
+    let words = list(&compose["services"]["relay"]["healthcheck"]["test"]);
+    let command = shipped_commands();
+    let of_image = command.iter().find(|words| words.iter().any(|word| word == "status"));
+    for words in [&words, of_image.expect("the image has a health check")] {
+        assert!(words.iter().any(|word| word == "--alive"), "{words:?}");
+        assert!(!words.iter().any(|word| word == "--ready"), "{words:?}");
+    }
+}
+
+#[test]
 fn image_is_built_in_stages_and_runs_without_root() {
     let dockerfile = read(DOCKERFILE);
     let stages = dockerfile.lines().filter(|l| l.starts_with("FROM ")).count();

@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
-use super::{End, Out};
+use super::{End, Out, printable};
 use crate::error::Error;
+use crate::relay::status::{Concern, Severity};
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -72,6 +73,16 @@ impl Findings {
         self.add(level, area, error.to_string(), error.hint_text().map(str::to_owned));
     }
 
+    /// Adds what the running relay says is wrong with it.
+    pub(super) fn reported(&mut self, area: &'static str, problem: Concern) {
+        let level = match problem.level {
+            Severity::Warning => Level::Warning,
+            Severity::Problem => Level::Problem,
+            Severity::Verdict => Level::Verdict,
+        };
+        self.add(level, area, problem.what, Some(problem.hint));
+    }
+
     /// How many are worse than a warning.
     pub(super) fn problems(&self) -> usize {
         self.list.iter().filter(|f| f.level >= Level::Problem).count()
@@ -84,10 +95,10 @@ impl Findings {
             Level::Problem => ("problem", 31),
             Level::Verdict => ("verdict", 31),
         };
-        let word = self.out.coloured(colour, &format!("{word:<8}"));
-        self.out.line(&format!("{word} {area:<12} {what}"));
+        let word = format!("{word:<8}");
+        self.out.marked(colour, &word, &format!(" {area:<12} {}", printable::one_line(&what)));
         if let Some(hint) = &hint {
-            self.out.line(&format!("         {:<12} -> {hint}", ""));
+            self.out.line(&format!("         {:<12} -> {}", "", printable::one_line(hint)));
         }
         self.list.push(Finding { level, area, what, hint });
     }

@@ -81,8 +81,7 @@ impl Steps {
             Done::Changed => ("changed", 32),
             Done::Skipped => ("skipped", 33),
         };
-        let word = self.out.coloured(colour, &format!("{word:<8}"));
-        self.out.line(&format!("{word} {what:<12} {detail}"));
+        self.out.marked(colour, &format!("{word:<8}"), &format!(" {what:<12} {detail}"));
         self.list.push(Step { done, what, detail });
     }
 }

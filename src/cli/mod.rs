@@ -11,8 +11,9 @@ use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 
+mod ask;
 mod broker;
 mod check;
 mod demo;
@@ -22,6 +23,7 @@ mod log_writer;
 mod logging;
 mod parked;
 mod postgres;
+mod printable;
 mod resync;
 mod run;
 mod status;
@@ -98,8 +100,7 @@ pub async fn execute(
         Command::Parked(args) => {
             parked::execute(&load_with_warnings(&cli.config)?, &args, out).await
         }
-        // A health check runs every few seconds; the relay itself has logged the warnings.
-        Command::Status(args) if args.ready => status::ready(&load(&cli.config)?).await,
+        Command::Status(args) if args.is_probe() => Ok(status::probe(&cli.config, &args).await),
         Command::Status(_) => status::execute(&load_with_warnings(&cli.config)?, out).await,
         Command::Resync(args) => {
             resync::execute(&load_with_warnings(&cli.config)?, &args, out).await
@@ -135,19 +136,26 @@ pub fn print_error(error: &Error) {
         return logging::flush();
     }
     logging::flush();
-    let mut text = format!("error: {error}\n");
+    let what = error.to_string();
+    // Only errors about the file have lines of their own; any other text is somebody else's.
+    let what = match error.kind() {
+        Kind::Config => printable::lines(&what),
+        _ => printable::one_line(&what),
+    };
+    let mut text = format!("error: {what}\n");
     if let Some(hint) = error.hint_text() {
-        text.push_str(&format!("hint: {hint}\n"));
+        text.push_str(&format!("hint: {}\n", printable::lines(hint)));
     }
     // A closed stderr leaves no place to report this.
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 fn print_warning(text: &str) {
-    let _ = writeln!(std::io::stderr(), "warning: {text}");
+    let _ = writeln!(std::io::stderr(), "warning: {}", printable::lines(text));
 }
 
-/// Where data is printed.
+/// Where data is printed. Everything passes `printable` on its way; what is one value of a line
+/// passes it before, so that it stays on that line.
 #[derive(Debug, Clone, Copy)]
 struct Out {
     json: bool,
@@ -156,9 +164,20 @@ struct Out {
 impl Out {
     /// Prints a line; nothing with `--json`.
     fn line(self, text: &str) {
+        self.print("", text);
+    }
+
+    /// Prints a line that begins with `word` in a colour (ANSI number), if stdout is a terminal.
+    fn marked(self, colour: u8, word: &str, text: &str) {
+        let coloured = std::io::stdout().is_terminal();
+        let word = if coloured { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() };
+        self.print(&word, text);
+    }
+
+    fn print(self, before: &str, text: &str) {
         if !self.json {
             // `head` closes the pipe early; that is not our failure.
-            let _ = writeln!(std::io::stdout(), "{text}");
+            let _ = writeln!(std::io::stdout(), "{before}{}", printable::lines(text));
         }
     }
 
@@ -167,16 +186,8 @@ impl Out {
         if self.json {
             let text = serde_json::to_string_pretty(data)
                 .map_err(|e| Error::internal("the result is not JSON").caused_by(e))?;
-            let _ = writeln!(std::io::stdout(), "{text}");
+            let _ = writeln!(std::io::stdout(), "{}", printable::json(&text));
         }
         Ok(())
-    }
-
-    /// `text` in a colour (ANSI number) if stdout is a terminal.
-    fn coloured(self, colour: u8, text: &str) -> String {
-        if std::io::stdout().is_terminal() {
-            return format!("\x1b[{colour}m{text}\x1b[0m");
-        }
-        text.to_owned()
     }
 }

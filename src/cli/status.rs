@@ -1,45 +1,58 @@
 //! `watership status`: the state of the relay, from the database and, if it runs, from its
 //! `/status`, which `relay/status` makes and which is only printed here.
 
-use std::net::SocketAddr;
-use std::time::Duration;
+use std::path::Path;
 
 use serde::Serialize;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
-use tokio::time::timeout;
+use serde_json::Value;
 
-use super::{End, Out};
+use super::printable::one_line;
+use super::{End, Out, ask, print_error};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::slot::{SlotState, WalStatus, read_slot};
 use crate::relay::checkpoint::{self, Checkpoint};
+use crate::relay::status::{Concern, Severity};
 
 /// Options of `status`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  watership --config shop.toml status\n  \
-    watership --config shop.toml status --ready    # a container's health check\n\n\
-    Exit codes: 0 fine; 1 not running, not ready, or no slot or checkpoint; 3 the slot is lost.")]
+    watership --config shop.toml status --alive    # a container's health check\n  \
+    watership --config shop.toml status --ready --standby-ok    # the gate of a rolling update\n\n\
+    Exit codes: 0 all flows, or this is a standby; 1 something is wrong, and it is printed; 3 a \
+    verdict.\n--alive and --ready only end with 0 or 1, print nothing unless it is an error, and \
+    read only name and [admin] of the file.")]
 pub(super) struct Args {
-    /// Only ask /readyz; print nothing unless it is an error.
+    /// Only ask /livez: the process works, whatever state its servers are in.
+    #[arg(long, conflicts_with = "ready")]
+    alive: bool,
+    /// Only ask /readyz: it streams.
     #[arg(long)]
-    pub(super) ready: bool,
+    ready: bool,
+    /// With --ready: a standby, which waits for another relay to end, counts as ready.
+    #[arg(long, requires = "ready")]
+    standby_ok: bool,
 }
 
-/// Bounds a request to the relay's own HTTP port.
-const HTTP_TIMEOUT: Duration = Duration::from_secs(2);
-/// Maximum size of the relay's answer, in bytes.
-const HTTP_MAX: u64 = 1 << 20;
+impl Args {
+    pub(super) fn is_probe(&self) -> bool {
+        self.alive || self.ready
+    }
+}
 
 /// What is printed with `--json`.
 #[derive(Serialize)]
 struct Report {
     name: String,
+    /// Everything that is wrong, of the relay and in the database.
+    problems: Vec<Concern>,
     checkpoint: Option<CheckpointStatus>,
     slot: Option<Slot>,
     /// The running relay's /status; absent when it cannot be reached.
-    relay: Option<serde_json::Value>,
+    relay: Option<Value>,
+    /// Why it cannot be reached.
+    relay_error: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -62,91 +75,109 @@ struct Slot {
 }
 
 pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
-    let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
-    let row = checkpoint::read(&client, &config.relay.name).await?;
-    let slot = read_slot(&client, &config.relay.slot).await?;
-    let answer = match config.admin.listen {
-        Some(address) => own_status(config, address).await.map(Some),
-        None => Ok(None),
+    let mut problems = Vec::new();
+    let (relay, relay_error) = match config.admin.listen {
+        None => (None, None),
+        Some(address) => match ask::status(&config.relay.name, address).await {
+            Ok(relay) => (Some(relay), None),
+            Err(error) => {
+                problems.push(Concern::new(
+                    format!("the relay cannot be asked: {error}"),
+                    error.hint_text().unwrap_or("start it with `watership run`"),
+                ));
+                (None, Some(error.to_string()))
+            }
+        },
     };
-    let mut end = end(row.as_ref(), slot.as_ref());
-    if answer.is_err() && matches!(end, End::Fine) {
-        end = End::Failed;
-    }
-    let (relay, silence) = match answer {
-        Ok(relay) => (relay, None),
-        Err(error) => (None, Some(error.to_string())),
+    problems.extend(relay.iter().flat_map(ask::problems));
+    let (row, slot) = match stored(config).await {
+        Ok(stored) => {
+            problems.extend(missing(config, stored.0.as_ref(), stored.1.as_ref()));
+            stored
+        }
+        Err(error) => {
+            let what = format!("the database cannot be asked: {error}");
+            problems.push(Concern::new(what, error.hint_or_kind()));
+            (None, None)
+        }
     };
     let report = Report {
         name: config.relay.name.clone(),
+        problems,
         checkpoint: row.as_ref().map(CheckpointStatus::from),
         slot: slot.as_ref().map(Slot::from),
         relay,
+        relay_error,
     };
-    table(config, &report, silence, out);
+    table(&report, out);
     out.data(&report)?;
-    Ok(end)
+    Ok(match report.problems.iter().map(|problem| problem.level).max() {
+        None | Some(Severity::Warning) => End::Fine,
+        Some(Severity::Problem) => End::Failed,
+        Some(Severity::Verdict) => End::NeedsDecision,
+    })
 }
 
-fn end(row: Option<&Checkpoint>, slot: Option<&SlotState>) -> End {
-    match (row, slot) {
-        (Some(_), Some(slot)) if slot.wal_status == Some(WalStatus::Lost) => End::NeedsDecision,
-        (Some(_), Some(_)) => End::Fine,
-        (None, _) | (_, None) => End::Failed,
+/// What the database knows of the relay.
+async fn stored(config: &Config) -> Result<(Option<Checkpoint>, Option<SlotState>)> {
+    let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
+    let row = checkpoint::read(&client, &config.relay.name).await?;
+    let slot = read_slot(&client, &config.relay.slot).await?;
+    Ok((row, slot))
+}
+
+fn missing(config: &Config, row: Option<&Checkpoint>, slot: Option<&SlotState>) -> Vec<Concern> {
+    let mut found = Vec::new();
+    let name = &config.relay.slot;
+    match slot.map(|slot| slot.wal_status) {
+        None => {
+            let hint = "run `watership check`, which says how to go on";
+            found.push(Concern::new(format!("slot {name:?} does not exist"), hint));
+        }
+        Some(Some(WalStatus::Lost)) => found.push(Concern {
+            level: Severity::Verdict,
+            what: format!("slot {name:?} is lost: Postgres has removed WAL that it needs"),
+            hint: "`watership resync` says what can be done".into(),
+        }),
+        Some(_) => {}
+    }
+    if row.is_none() {
+        let what = format!("relay {:?} has no checkpoint", config.relay.name);
+        found.push(Concern::new(what, "run `watership init`"));
+    }
+    found
+}
+
+/// One question to the running relay, for a health check, which runs every few seconds: no
+/// database, no secrets, no warnings. A container's health check knows only the codes 0 and 1.
+pub(super) async fn probe(path: &Path, args: &Args) -> End {
+    match ask_probe(path, args).await {
+        Ok(()) => End::Fine,
+        Err(error) => {
+            print_error(&error);
+            End::Failed
+        }
     }
 }
 
-/// The /status of this relay; an error if another relay uses the port.
-async fn own_status(config: &Config, address: SocketAddr) -> Result<serde_json::Value> {
-    let (_, body) = get(address, "/status").await?;
-    let status: serde_json::Value = serde_json::from_str(&body).map_err(|e| {
-        Error::protocol(format!("the answer from {address} is not a relay's /status")).caused_by(e)
+async fn ask_probe(path: &Path, args: &Args) -> Result<()> {
+    let (name, admin) = Config::load_admin(path)?;
+    let address = admin.listen.ok_or_else(|| {
+        Error::config("admin.listen is empty, so nothing can be asked").hint("set admin.listen")
     })?;
-    let (name, own) = (text(&status["name"]), &config.relay.name);
-    if name == *own {
-        return Ok(status);
-    }
-    let what = format!("the relay at {address} is {name:?}, not {own:?}");
-    Err(Error::config(what).hint("give each relay on this machine its own admin.listen"))
-}
-
-/// Exit code 0 when this relay is ready.
-///
-/// # Errors
-/// When there is no answer, another relay answers, or this one is not ready.
-pub(super) async fn ready(config: &Config) -> Result<End> {
-    let address = config.admin.listen.ok_or_else(|| {
-        Error::config("admin.listen is empty, so there is no /readyz").hint("set admin.listen")
-    })?;
-    own_status(config, address).await?;
-    let (code, body) = get(address, "/readyz").await?;
-    if code == 200 {
-        return Ok(End::Fine);
-    }
-    Err(Error::unreachable(format!("not ready: {}", body.trim())))
-}
-
-/// A GET over HTTP/1.0: status code and body.
-async fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
-    let unspecified = address.ip().is_unspecified();
-    let host =
-        if unspecified { SocketAddr::new([127, 0, 0, 1].into(), address.port()) } else { address };
-    let request = async {
-        let mut socket = TcpStream::connect(host).await?;
-        socket.write_all(format!("GET {path} HTTP/1.0\r\nHost: {host}\r\n\r\n").as_bytes()).await?;
-        let mut response = String::new();
-        socket.take(HTTP_MAX).read_to_string(&mut response).await?;
-        Ok::<_, std::io::Error>(response)
+    let (path, what) = match (args.alive, args.standby_ok) {
+        (true, _) => ("/livez", "alive"),
+        (false, true) => ("/readyz?standby=ok", "ready"),
+        (false, false) => ("/readyz", "ready"),
     };
-    let what = || format!("the relay at http://{host}{path}");
-    let response = timeout(HTTP_TIMEOUT, request)
-        .await
-        .map_err(|_| Error::unreachable(format!("{} does not answer", what())))?
-        .map_err(|e| Error::unreachable(format!("{} cannot be reached: {e}", what())))?;
-    let (head, body) = response.split_once("\r\n\r\n").unwrap_or((&response, ""));
-    let code = head.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let code = code.ok_or_else(|| Error::protocol(format!("{} is not HTTP", what())))?;
-    Ok((code, body.to_owned()))
+    if args.ready {
+        ask::status(&name, address).await?;
+    }
+    let (code, body) = ask::get(address, path).await?;
+    if code == 200 {
+        return Ok(());
+    }
+    Err(Error::unreachable(format!("not {what}: {}", body.trim())))
 }
 
 impl From<&Checkpoint> for CheckpointStatus {
@@ -174,71 +205,72 @@ impl From<&SlotState> for Slot {
     }
 }
 
-fn table(config: &Config, report: &Report, silence: Option<String>, out: Out) {
-    let line = |name: &str, value: String| out.line(&format!("{name:<14} {value}"));
-    line("relay", report.name.clone());
-    match &report.relay {
-        Some(relay) => {
-            let seconds = relay["state_seconds"].as_f64().unwrap_or_default();
-            line("state", format!("{} for {seconds:.0} s", text(&relay["state"])));
-            line("in flight", text(&relay["in_flight"]));
-            line("window", format!("{} events", text(&relay["window_events"])));
-            line("sessions", text(&relay["sessions"]));
-            if let Some(error) = relay["last_error"]["error"].as_str() {
-                line("last error", error.to_owned());
-            }
-            if let Some(ms) = relay["circuit"]["next_try_ms"].as_u64() {
-                let tries = text(&relay["circuit"]["tries"]);
-                line("next try", format!("in {ms} ms, after {tries} failed tries"));
-            }
-            if let Some(pid) = relay["standing_by"]["slot_holder"]["pid"].as_i64() {
-                let client = relay["standing_by"]["slot_holder"]["client"].as_str();
-                let client = client.unwrap_or("a local client");
-                line("waits for", format!("the slot, in use by pid {pid}, {client}"));
-            }
-            for route in relay["routes"].as_array().into_iter().flatten() {
-                let grade = text(&route["grade"]).to_uppercase().replace('_', " ");
-                let (name, reason) = (text(&route["name"]), text(&route["reason"]));
-                line("route", format!("{name} is {grade} ({reason})"));
-            }
-            for held in relay["held"].as_array().into_iter().flatten() {
-                line("held", format!("route {}: {}", text(&held["route"]), text(&held["reason"])));
-            }
-            if relay["parked"]["rows"].as_u64().is_some_and(|rows| rows > 0) {
-                let parked = &relay["parked"];
-                let (rows, keys) = (text(&parked["rows"]), text(&parked["keys"]));
-                line("parked", format!("{rows} rows of {keys} keys; see `watership parked list`"));
-            }
-            for blocked in relay["parked"]["blocked"].as_array().into_iter().flatten() {
-                line("blocked", format!("route {}: {}", text(&blocked[0]), text(&blocked[1])));
-            }
-        }
-        None => match silence {
-            Some(why) => line("state", format!("not running: {why}")),
-            None => line("state", "unknown: admin.listen is empty".into()),
-        },
+fn table(report: &Report, out: Out) {
+    let line = |name: &str, value: &str| out.line(&format!("{name:<14} {}", one_line(value)));
+    line("relay", &report.name);
+    match (&report.relay, &report.relay_error) {
+        (Some(relay), _) => relay_lines(relay, line),
+        (None, Some(why)) => line("state", &format!("not running: {why}")),
+        (None, None) => line("state", "unknown: admin.listen is empty"),
     }
-    match &report.checkpoint {
-        Some(row) => {
-            line("checkpoint", row.position.clone());
-            line("flush LSN", row.flush_lsn.clone());
-            line("session no", row.session_no.to_string());
-        }
-        None => line("checkpoint", "none; run `watership init`".into()),
+    if let Some(row) = &report.checkpoint {
+        line("checkpoint", &row.position);
+        line("flush LSN", &row.flush_lsn);
+        line("session no", &row.session_no.to_string());
     }
-    let Some(slot) = &report.slot else {
-        return line("slot", format!("{} does not exist", config.relay.slot));
-    };
-    let reader = slot.active_pid.map_or("not in use".into(), |pid| format!("in use by pid {pid}"));
-    line("slot", format!("{}, {reader}", slot.name));
-    line("wal status", slot.wal_status.unwrap_or("none").to_owned());
-    line("lag", format!("{} bytes", slot.lag_bytes));
-    line("retained WAL", format!("{} bytes", slot.retained_bytes));
-    if let Some(bytes) = slot.safe_wal_size {
-        line("safe WAL size", format!("{bytes} bytes"));
+    if let Some(slot) = &report.slot {
+        let pid = slot.active_pid;
+        let reader = pid.map_or("not in use".into(), |pid| format!("in use by pid {pid}"));
+        line("slot", &format!("{}, {reader}", slot.name));
+        line("wal status", slot.wal_status.unwrap_or("none"));
+        line("lag", &format!("{} bytes", slot.lag_bytes));
+        line("retained WAL", &format!("{} bytes", slot.retained_bytes));
+        if let Some(bytes) = slot.safe_wal_size {
+            line("safe WAL size", &format!("{bytes} bytes"));
+        }
+    }
+    for problem in &report.problems {
+        let (word, colour) = match problem.level {
+            Severity::Warning => ("warning", 33),
+            Severity::Problem => ("problem", 31),
+            Severity::Verdict => ("verdict", 31),
+        };
+        out.marked(colour, &format!("{word:<14}"), &format!(" {}", one_line(&problem.what)));
+        out.line(&format!("{:<14} -> {}", "", one_line(&problem.hint)));
+    }
+    if report.problems.is_empty() {
+        line("problems", "none");
     }
 }
 
-fn text(value: &serde_json::Value) -> String {
+fn relay_lines(relay: &Value, line: impl Fn(&str, &str)) {
+    let seconds = relay["state_seconds"].as_f64().unwrap_or_default();
+    line("state", &format!("{} for {seconds:.0} s", text(&relay["state"])));
+    line("in flight", &text(&relay["in_flight"]));
+    line("window", &format!("{} events", text(&relay["window_events"])));
+    line("sessions", &text(&relay["sessions"]));
+    if let Some(ms) = relay["circuit"]["next_try_ms"].as_u64() {
+        let tries = text(&relay["circuit"]["tries"]);
+        line("next try", &format!("in {ms} ms, after {tries} failed tries"));
+    }
+    if let Some(because) = relay["standing_by"]["because"].as_str() {
+        line("waits for", because);
+    }
+    if let Some(pid) = relay["standing_by"]["slot_holder"]["pid"].as_i64() {
+        let client = relay["standing_by"]["slot_holder"]["client"].as_str();
+        let client = client.unwrap_or("a local client");
+        line("slot used by", &format!("pid {pid}, {client}"));
+    }
+    if let Some(seconds) = relay["canary_age_seconds"].as_f64() {
+        line("canary", &format!("the newest that came is {seconds:.0} s old"));
+    }
+    for route in relay["routes"].as_array().into_iter().flatten() {
+        let grade = text(&route["grade"]).to_uppercase().replace('_', " ");
+        let (name, reason) = (text(&route["name"]), text(&route["reason"]));
+        line("route", &format!("{name} is {grade} ({reason})"));
+    }
+}
+
+fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
 }

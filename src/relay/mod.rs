@@ -438,7 +438,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.durable.idle.wrote_canary(self.seen.canary.take_own_bytes());
         self.durable.idle.hurry(self.seen.canary.is_hurried());
         let age = self.seen.canary.age(now);
-        self.seen.status.canary(age);
+        self.seen.status.canary(age, self.seen.canary.is_late(now));
         self.seen.metrics.wal.canary_age_seconds.set(age.unwrap_or_default().as_secs_f64());
         let gap = seen.canary_gap.and_then(|gap| self.seen.canary.gap_verdict(gap));
         if let Some(deaf) = gap.or_else(|| self.seen.canary.verdict(seen.received, now)) {
@@ -495,7 +495,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         metrics.window.bytes.set(self.flight.window.bytes() as f64);
         metrics.window.paused.set(f64::from(u8::from(self.room() == 0)));
         let blocked = self.publisher.is_blocked();
-        self.seen.observed.tick(metrics, &self.durable.progress, self.source.seen(), blocked, now);
+        let (progress, seen) = (&self.durable.progress, self.source.seen());
+        let age = self.seen.observed.tick(metrics, progress, seen, blocked, now);
+        self.seen.status.checkpoint_age(age);
         self.seen.observed.parked(metrics, &self.parked.parking, &self.flight.lanes, now);
         metrics.probes.increment(self.flight.lanes.take_probes());
         self.seen.status.update(

@@ -29,7 +29,8 @@ impl Observed {
         Self { counted, current_at: now, last: now, blocked, quiet: false }
     }
 
-    /// Sets gauges and adds to counters what has come since the last call.
+    /// Sets gauges and adds to counters what has come since the last call. Returns for how long
+    /// something has been settled and not stored.
     pub fn tick(
         &mut self,
         metrics: &Metrics,
@@ -37,7 +38,7 @@ impl Observed {
         seen: Seen,
         blocked: bool,
         now: Instant,
-    ) {
+    ) -> Duration {
         progress.publish(metrics);
         metrics.wal.changes.increment(seen.changes - self.counted.changes);
         metrics.wal.skipped.increment(seen.skipped - self.counted.skipped);
@@ -54,6 +55,7 @@ impl Observed {
             self.blocked = Duration::from_nanos(u64::from(self.blocked.subsec_nanos()));
         }
         self.last = now;
+        age
     }
 
     /// Sets the gauges of what is parked and held.

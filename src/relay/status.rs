@@ -1,6 +1,8 @@
 //! What the relay is doing, for `/status`, `/readyz` and `/livez`. Written by the loop, read by
 //! the admin server's thread.
 
+mod problems;
+
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -17,6 +19,8 @@ use crate::relay::parking::Parking;
 use crate::relay::session::circuit::{self, Circuit};
 use crate::relay::window::lanes::Lanes;
 use crate::relay::window::refusals::RefusedRoute;
+
+pub use problems::{Concern, Severity};
 
 /// A streaming loop that has not ticked for this long is stuck.
 const STUCK: Duration = Duration::from_secs(30);
@@ -49,6 +53,8 @@ struct Inner {
     refused: Vec<RefusedRoute>,
     parked: ParkedStatus,
     canary_age: Option<Duration>,
+    canary_late: bool,
+    checkpoint_age: Duration,
     slot: Option<SlotStatus>,
 }
 
@@ -196,8 +202,14 @@ pub struct Snapshot {
     pub routes: Vec<RouteGrade>,
     /// Age of the last canary that came through the stream, in seconds.
     pub canary_age_seconds: Option<f64>,
+    /// It is so old that the stream may be said not to move.
+    pub canary_late: bool,
+    /// For how long something has been settled and not stored, in seconds.
+    pub checkpoint_age_seconds: f64,
     /// The replication slot.
     pub slot: Option<SlotStatus>,
+    /// Everything that is wrong, with what to do; empty when all flows.
+    pub problems: Vec<Concern>,
 }
 
 impl Status {
@@ -223,6 +235,8 @@ impl Status {
             refused: Vec::new(),
             parked: ParkedStatus::default(),
             canary_age: None,
+            canary_late: false,
+            checkpoint_age: Duration::ZERO,
             slot: None,
         });
         Arc::new(Self { inner, started: Notify::new() })
@@ -268,6 +282,7 @@ impl Status {
         inner.held.clear();
         inner.refused.clear();
         inner.parked.blocked.clear();
+        (inner.canary_late, inner.checkpoint_age) = (false, Duration::ZERO);
     }
 
     /// No further session.
@@ -354,9 +369,15 @@ impl Status {
         self.lock().circuit.view(Instant::now())
     }
 
-    /// How old the last canary is.
-    pub fn canary(&self, age: Option<Duration>) {
-        self.lock().canary_age = age;
+    /// How old the last canary is, and whether that is late.
+    pub fn canary(&self, age: Option<Duration>, late: bool) {
+        let mut inner = self.lock();
+        (inner.canary_age, inner.canary_late) = (age, late);
+    }
+
+    /// For how long something has been settled and not stored.
+    pub fn checkpoint_age(&self, age: Duration) {
+        self.lock().checkpoint_age = age;
     }
 
     /// The slot, as it was seen now. True when it came into danger or out of it.
@@ -379,13 +400,12 @@ impl Status {
     /// Streaming, with the broker open.
     pub fn is_ready(&self) -> bool {
         let inner = self.lock();
-        inner.state == RelayState::Streaming && inner.last_tick.elapsed() < STUCK
+        inner.state == RelayState::Streaming && inner.is_alive()
     }
 
     /// The loop is not stuck.
     pub fn is_alive(&self) -> bool {
-        let inner = self.lock();
-        inner.state != RelayState::Streaming || inner.last_tick.elapsed() < STUCK
+        self.lock().is_alive()
     }
 
     /// A copy to show.
@@ -397,7 +417,7 @@ impl Status {
             reason: reason.clone(),
             for_seconds: since.elapsed().as_secs_f64(),
         });
-        Snapshot {
+        let mut shown = Snapshot {
             name: inner.name.clone(),
             state: inner.state,
             state_seconds: inner.since.elapsed().as_secs_f64(),
@@ -418,8 +438,13 @@ impl Status {
             parked: inner.parked.clone(),
             routes: inner.grades.clone(),
             canary_age_seconds: inner.canary_age.map(|age| age.as_secs_f64()),
+            canary_late: inner.canary_late,
+            checkpoint_age_seconds: inner.checkpoint_age.as_secs_f64(),
             slot: inner.slot.clone(),
-        }
+            problems: Vec::new(),
+        };
+        shown.problems = problems::of(&shown, inner.is_alive());
+        shown
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -428,6 +453,10 @@ impl Status {
 }
 
 impl Inner {
+    fn is_alive(&self) -> bool {
+        self.state != RelayState::Streaming || self.last_tick.elapsed() < STUCK
+    }
+
     fn standing_by(&self) -> Option<StandingBy> {
         let because = match (&self.state, &self.last_error) {
             (RelayState::StandingBy, Some(error)) => error.error.clone(),

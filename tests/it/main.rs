@@ -3,6 +3,7 @@
 //! Each test takes its own database and its own vhost, so tests run in parallel. A test that
 //! stops, kills or specially configures a server starts a private one through `watership::dev`.
 
+mod admin;
 mod amqp;
 mod amqp_tls;
 mod audit;

@@ -57,7 +57,8 @@ impl Relay {
         let text = format!(
             "source.url = \"{database}\"\nsource.slot = \"slot_{slot}\"\n\
              broker.url = \"{broker}\"\n\
-             admin.listen = \"127.0.0.1:{admin}\"\nlog.format = \"text\"\n{settings}\n\
+             admin.listen = \"127.0.0.1:{admin}\"\nadmin.linger = \"0s\"\n\
+             log.format = \"text\"\n{settings}\n\
              relay.max_window_events = {}\nrelay.max_unconfirmed = {}\n\
              [[queue]]\nname = \"{QUEUE}\"\n\
              [[binding]]\nqueue = \"{QUEUE}\"\nexchange = \"{EXCHANGE}\"\nrouting_key = \"#\"\n",

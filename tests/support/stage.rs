@@ -102,6 +102,11 @@ impl Stage {
         Running::spawn(&config, port)
     }
 
+    /// Runs a command of the program for another relay than this stage's.
+    pub async fn run_for(&self, relay: &Running, arguments: &[&str]) -> Ended {
+        run(&relay.config, arguments).await
+    }
+
     /// Runs a command of the program to its end.
     pub async fn run(&self, arguments: &[&str]) -> Ended {
         run(&self.config, arguments).await
@@ -181,7 +186,8 @@ pub fn configuration(url: &str, slot: &str, vhost: &Vhost, setup: &Setup<'_>) ->
     let text = format!(
         "name = \"shop\"\nsource.url = \"{url}\"\nsource.slot = \"{slot}\"\n\
          source.tables = {tables:?}\nbroker.url = \"{broker}\"\n\
-         admin.listen = \"127.0.0.1:{port}\"\nlog.format = \"text\"\n{settings}\n{routes}\n\
+         admin.listen = \"127.0.0.1:{port}\"\nadmin.linger = \"0s\"\n\
+         log.format = \"text\"\n{settings}\n{routes}\n\
          [[exchange]]\nname = \"watership\"\nkind = \"topic\"\n\
          [[queue]]\nname = \"all\"\n\
          [[binding]]\nqueue = \"all\"\nexchange = \"watership\"\nrouting_key = \"#\"\n",
@@ -237,12 +243,13 @@ impl Ended {
 /// A relay process.
 pub struct Running {
     process: Process,
+    config: PathBuf,
     port: u16,
 }
 
 impl Running {
     fn spawn(config: &PathBuf, port: u16) -> Self {
-        Self { process: spawn(config, &["run"]), port }
+        Self { process: spawn(config, &["run"]), config: config.clone(), port }
     }
 
     /// Waits until `/readyz` says so.
@@ -253,6 +260,11 @@ impl Running {
             let what = || format!("it is ready:\n{}", dev::tail(self.process.log()));
             patience.more((), what).await;
         }
+    }
+
+    /// The port of its HTTP server.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// Status code and body; 0 when nobody listens.

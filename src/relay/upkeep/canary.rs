@@ -157,6 +157,11 @@ impl Canary {
         inner.listening.then(|| now.saturating_duration_since(since))
     }
 
+    /// The newest that came is older than a stream that moves lets it become.
+    pub fn is_late(&self, now: Instant) -> bool {
+        self.age(now).is_some_and(|age| age > self.lock().patience())
+    }
+
     /// Time since one came through a stream of this process, also while none runs.
     pub fn silence(&self, now: Instant) -> Option<Duration> {
         self.lock().fresh_at.map(|at| now.saturating_duration_since(at))

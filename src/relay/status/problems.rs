@@ -1,0 +1,133 @@
+//! What is wrong with a running relay, judged in one place: `/status`, `watership status` and
+//! `watership check` say the same, and the exit codes follow from it. Pure.
+
+use serde::{Deserialize, Serialize};
+
+use super::{RelayState, Snapshot};
+use crate::error::Kind;
+
+/// Seconds without a stored checkpoint, although there is something to store, that are too many.
+const CHECKPOINT_AGE_MAX: f64 = 10.0;
+
+/// How bad it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// Everything flows; somebody should look.
+    Warning,
+    /// Something does not flow.
+    Problem,
+    /// The relay has stopped, and an operator has to decide.
+    Verdict,
+}
+
+/// Something that is wrong, and what to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Concern {
+    /// How bad it is.
+    pub level: Severity,
+    /// What it is.
+    pub what: String,
+    /// What to do.
+    pub hint: String,
+}
+
+impl Concern {
+    /// One that someone should look at.
+    pub fn warning(what: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { level: Severity::Warning, what: what.into(), hint: hint.into() }
+    }
+
+    /// One that keeps something from flowing.
+    pub fn new(what: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { level: Severity::Problem, what: what.into(), hint: hint.into() }
+    }
+}
+
+/// Everything that is wrong; a relay on standby is fine.
+pub(super) fn of(shown: &Snapshot, is_alive: bool) -> Vec<Concern> {
+    let mut found: Vec<Concern> = session(shown, is_alive).into_iter().collect();
+    if shown.broker_blocked {
+        found.push(Concern::new(
+            "the broker blocks publishing: it is short of memory or disk space",
+            "see `rabbitmq-diagnostics alarms`; the relay resumes by itself",
+        ));
+    }
+    for held in &shown.held {
+        let (route, reason, seconds) = (&held.route, &held.reason, held.for_seconds);
+        found.push(Concern::new(
+            format!("route {route:?} has been held for {seconds:.0} s: {reason}"),
+            "fix the exchange, queue, binding or permission; the relay keeps probing, and the \
+             route resumes by itself",
+        ));
+    }
+    for (route, reason) in &shown.parked.blocked {
+        found.push(Concern::new(
+            format!("a message of route {route:?} blocks its key and may not be parked: {reason}"),
+            "fix the cause; or make room in watership.parked, see `watership parked list`",
+        ));
+    }
+    if shown.parked.rows > 0 {
+        let (rows, keys) = (shown.parked.rows, shown.parked.keys);
+        found.push(Concern::warning(
+            format!("{rows} rows of {keys} keys are parked"),
+            "`watership parked list` shows them; retry or discard them",
+        ));
+    }
+    found.extend(stream(shown));
+    found
+}
+
+fn session(shown: &Snapshot, is_alive: bool) -> Option<Concern> {
+    let state = match shown.state {
+        RelayState::StandingBy => return None,
+        RelayState::Streaming if is_alive => return None,
+        RelayState::Streaming => {
+            return Some(Concern::new(
+                "the relay's loop is stuck",
+                "the relay ends itself when that lasts a minute; see its log",
+            ));
+        }
+        RelayState::Connecting => "is connecting",
+        RelayState::Waiting => "waits before its next try to connect",
+        RelayState::Stopped => "has stopped",
+    };
+    let Some(error) = &shown.last_error else {
+        let hint = "it takes as long as both servers need to answer; see the relay's log";
+        return Some(Concern::new(format!("nothing is streamed: the relay {state}"), hint));
+    };
+    let what = format!("nothing is streamed: the relay {state}: {}", error.error);
+    let verdict = shown.state == RelayState::Stopped && error.kind == Kind::Verdict.label();
+    let level = if verdict { Severity::Verdict } else { Severity::Problem };
+    Some(Concern { level, what, hint: error.hint.clone() })
+}
+
+/// What a stream shows that runs and does not move.
+fn stream(shown: &Snapshot) -> Vec<Concern> {
+    let mut found = Vec::new();
+    if let Some(warning) = shown.slot.as_ref().and_then(|slot| slot.warning.as_ref()) {
+        found.push(Concern::warning(
+            format!("the slot is at risk: {warning}"),
+            "make the relay catch up, or raise max_slot_wal_keep_size",
+        ));
+    }
+    if shown.state != RelayState::Streaming {
+        return found;
+    }
+    if let Some(seconds) = shown.canary_age_seconds.filter(|_| shown.canary_late) {
+        found.push(Concern::new(
+            format!("the newest canary that came through the stream is {seconds:.0} s old"),
+            "what was committed since then has not come: Postgres may be decoding a large \
+             transaction, or the window is full behind a held route or a blocked key",
+        ));
+    }
+    let age = shown.checkpoint_age_seconds;
+    if age > CHECKPOINT_AGE_MAX {
+        found.push(Concern::new(
+            format!("no checkpoint has been stored for {age:.0} s"),
+            "after a crash, everything since then is sent again: look for a lock on \
+             watership.checkpoint, and at the load of Postgres",
+        ));
+    }
+    found
+}
