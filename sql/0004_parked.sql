@@ -23,8 +23,11 @@ CREATE TABLE watership.parked (
     part         integer     NOT NULL DEFAULT 0,
     state        text        NOT NULL
         CHECK (state IN ('parked', 'retrying', 'released', 'discarded')),
+    -- Why it was parked, and why its last retry failed.
     kind         text        NOT NULL,
     error        text        NOT NULL,
+    last_kind    text,
+    last_error   text,
     attempts     integer     NOT NULL DEFAULT 1,
     event_id     uuid        NOT NULL,
     source       text        NOT NULL,
@@ -48,6 +51,7 @@ CREATE TABLE watership.parked (
     changed_by   text,
     note         text,
     PRIMARY KEY (name, epoch, mark, ordinal, sub, route, part),
+    CHECK (num_nulls(last_kind, last_error) IN (0, 2)),
     CHECK ((event IS NULL) = (body IS NOT NULL)),
     CHECK (num_nulls(routing_key, properties, body) IN (0, 3))
 );

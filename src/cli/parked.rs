@@ -7,6 +7,7 @@ use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
 use tokio_postgres::{Client, Row};
 
+use super::printable::{lines, one_line};
 use super::{End, Out};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -20,9 +21,10 @@ use crate::relay::parking::row::Why;
 #[command(after_help = "Example:\n  watership --config shop.toml parked list\n  \
     watership --config shop.toml parked show 17\n  \
     watership --config shop.toml parked retry --key order/42\n  \
-    watership --config shop.toml parked discard 17 --reason 'created by a test, ticket 311'\n\n\
+    watership --config shop.toml parked discard 17 --reason 'created by a test, ticket 311'\n  \
+    watership --config shop.toml parked discard --key order/42 --reason 'the same'\n\n\
     Later messages with the key of a parked one are parked too. A retry covers the whole key, in \
-    order.")]
+    order. What follows a discarded row is published by the relay, without a retry.")]
 pub(super) struct Args {
     #[command(subcommand)]
     command: Command,
@@ -49,6 +51,9 @@ enum Command {
     Show {
         /// The id in the list.
         id: i64,
+        /// Show all of a long body or row.
+        #[arg(long)]
+        full: bool,
     },
     /// Have the relay retry rows, each with its whole key, in order.
     #[command(group = clap::ArgGroup::new("which").required(true).multiple(false)
@@ -66,15 +71,32 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
-    /// Discard a row: it will never be published.
+    /// Discard rows: they will never be published. What follows them in their keys and has no
+    /// reason of its own is published by the relay, without a retry.
+    #[command(group = clap::ArgGroup::new("which").required(true).multiple(false)
+        .args(["ids", "route", "key", "all"]))]
     Discard {
-        /// The id in the list.
-        id: i64,
-        /// Why; stored with the row.
+        /// The ids in the list.
+        ids: Vec<i64>,
+        /// All waiting rows of this route; '' for events that no route selects.
+        #[arg(long)]
+        route: Option<String>,
+        /// All waiting rows with this key.
+        #[arg(long)]
+        key: Option<String>,
+        /// All waiting rows.
+        #[arg(long)]
+        all: bool,
+        /// Why; stored with the rows.
         #[arg(long)]
         reason: String,
     },
 }
+
+/// Bytes of a body or row that are shown without `--full`.
+const SHOWN_MAX: i32 = 2048;
+/// Bytes on a line of hexadecimal digits.
+const HEX_WIDTH: usize = 32;
 
 /// States of a row, as `--state` names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -116,7 +138,11 @@ struct Listed {
     source: String,
     position: String,
     attempts: i32,
+    /// Why it was parked.
     error: String,
+    /// Why its last retry failed.
+    last_kind: Option<String>,
+    last_error: Option<String>,
     event_id: String,
     age_seconds: f64,
     changed_by: Option<String>,
@@ -133,7 +159,12 @@ struct Shown {
     /// The raw row; absent when the message was kept.
     event: Option<serde_json::Value>,
     routing_key: Option<String>,
+    /// The message's body, if it is text.
     body: Option<String>,
+    /// The same in hexadecimal digits, if it is not.
+    body_hex: Option<String>,
+    /// Size of row or body.
+    bytes: i32,
 }
 
 #[derive(Serialize)]
@@ -144,9 +175,11 @@ struct Marked {
 
 #[derive(Serialize)]
 struct Discarded {
-    discarded: i64,
-    /// Rows with the same key that are still waiting.
-    waiting_of_its_key: i64,
+    discarded: Vec<i64>,
+    /// How many of them were being retried.
+    were_retrying: i64,
+    /// Other rows with the same keys that are still waiting.
+    following: i64,
 }
 
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
@@ -154,17 +187,25 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     let name = &config.relay.name;
     match &args.command {
         Command::List { route, key, state, limit } => {
-            let rows = list(&client, name, *state, route, key, i64::from(*limit)).await?;
-            print_list(&rows, out);
+            let limit = i64::from(*limit);
+            // One more than is shown tells whether there are more.
+            let mut rows = list(&client, name, *state, route, key, limit + 1).await?;
+            let more = rows.len() as i64 > limit;
+            rows.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+            print_list(&rows, more, out);
             out.data(&rows)?;
         }
-        Command::Show { id } => show(&client, name, *id, out).await?,
+        Command::Show { id, full } => show(&client, name, *id, *full, out).await?,
         Command::Retry { ids, route, key, all } => {
             let retrying = retry(&client, name, ids, route, key, *all).await?;
             out.line(&format!("the relay will retry {} rows", retrying.len()));
             out.data(&Marked { retrying })?;
         }
-        Command::Discard { id, reason } => discard(&client, name, *id, reason, out).await?,
+        Command::Discard { ids, route, key, all, reason } => {
+            let discarded = discard(&client, name, ids, route, key, *all, reason).await?;
+            print_discarded(&discarded, out);
+            out.data(&discarded)?;
+        }
     }
     Ok(End::Fine)
 }
@@ -206,10 +247,12 @@ fn listed(row: &Row) -> Result<Listed> {
         age_seconds: row.try_get(13).map_err(postgres_error)?,
         changed_by: maybe(14)?,
         note: maybe(15)?,
+        last_kind: maybe(16)?,
+        last_error: maybe(17)?,
     })
 }
 
-fn print_list(rows: &[Listed], out: Out) {
+fn print_list(rows: &[Listed], more: bool, out: Out) {
     if rows.is_empty() {
         return out.line("nothing is parked");
     }
@@ -220,10 +263,18 @@ fn print_list(rows: &[Listed], out: Out) {
     for row in rows {
         let Listed { id, state, kind, route, key, attempts, error, age_seconds, .. } = row;
         let (route, age) = (if route.is_empty() { "-" } else { route }, age(*age_seconds));
+        // What failed last is what is to be fixed now.
+        let kind = row.last_kind.as_ref().unwrap_or(kind);
+        let error = row.last_error.as_ref().unwrap_or(error);
+        let (kind, route, key, error) =
+            (one_line(kind), one_line(route), one_line(key), one_line(error));
         out.line(&format!(
             "{id:>6} {state:<9} {kind:<10} {route:<16} {key:<24} {age:>8} {attempts:>5}  \
              {error:.100}"
         ));
+    }
+    if more {
+        out.line(&format!("... there are more than these {}; see --limit", rows.len()));
     }
 }
 
@@ -248,23 +299,45 @@ fn no_row(name: &str, id: i64) -> Error {
         .hint("`watership parked list --state all` lists its rows")
 }
 
-async fn show(client: &Client, name: &str, id: i64, out: Out) -> Result<()> {
+async fn show(client: &Client, name: &str, id: i64, full: bool, out: Out) -> Result<()> {
     const SQL: &str = include_str!("../../sql/query/parked_content.sql");
     let row = one(client, name, id).await?;
-    let content = client.query_one(SQL, &[&name, &id]).await.map_err(postgres_error)?;
+    let limit = if full || out.json { i32::MAX } else { SHOWN_MAX };
+    let content = client.query_one(SQL, &[&name, &id, &limit]).await.map_err(postgres_error)?;
     let maybe = |i: usize| content.try_get::<_, Option<String>>(i).map_err(postgres_error);
-    let body: Option<Vec<u8>> = content.try_get(2).map_err(postgres_error)?;
-    let hint = Why::parse(&row.kind).hint();
+    let (event, body): (_, Option<Vec<u8>>) =
+        (maybe(0)?, content.try_get(2).map_err(postgres_error)?);
+    let bytes: i32 = content.try_get(5).map_err(postgres_error)?;
+    let text = body.as_deref().and_then(|body| text_of(body, bytes));
     let shown = Shown {
-        hint,
+        hint: Why::parse(row.last_kind.as_ref().unwrap_or(&row.kind)).hint(),
         committed_at: content.try_get(3).map_err(postgres_error)?,
         parked_at: content.try_get(4).map_err(postgres_error)?,
-        event: maybe(0)?.and_then(|json| serde_json::from_str(&json).ok()),
+        event: event.as_ref().and_then(|json| serde_json::from_str(json).ok()),
         routing_key: maybe(1)?,
-        body: body.map(|body| String::from_utf8_lossy(&body).into_owned()),
+        body: text.map(str::to_owned),
+        body_hex: body.as_deref().filter(|_| text.is_none()).map(hex),
+        bytes,
         row,
     };
-    let line = |name: &str, value: &str| out.line(&format!("{name:<12} {value}"));
+    print_row(&shown, out);
+    if let Some(event) = &event {
+        let pretty = shown.event.as_ref().map(|event| format!("{event:#}"));
+        print_content("row", pretty.as_ref().unwrap_or(event), event.len(), bytes, out);
+    }
+    if let (Some(body), Some(size)) = (&shown.body, body.as_ref().map(Vec::len)) {
+        print_content("body", body, size, bytes, out);
+    }
+    if let Some(hex) = &shown.body_hex {
+        let digits = hex.as_bytes().chunks(2 * HEX_WIDTH).map(String::from_utf8_lossy);
+        let digits: Vec<_> = digits.collect();
+        print_content("body (hex)", &digits.join("\n"), hex.len() / 2, bytes, out);
+    }
+    out.data(&shown)
+}
+
+fn print_row(shown: &Shown, out: Out) {
+    let line = |name: &str, value: &str| out.line(&format!("{name:<12} {}", one_line(value)));
     let row = &shown.row;
     line("id", &row.id.to_string());
     line("state", &row.state);
@@ -278,16 +351,41 @@ async fn show(client: &Client, name: &str, id: i64, out: Out) -> Result<()> {
     line("parked", &shown.parked_at);
     line("tries", &row.attempts.to_string());
     line("error", &row.error);
+    if let (Some(kind), Some(error)) = (&row.last_kind, &row.last_error) {
+        line("last retry", &format!("failed, {kind}: {error}"));
+    }
     line("hint", shown.hint);
-    for (name, value) in [("changed by", &row.changed_by), ("note", &row.note)] {
+    for (name, value) in
+        [("changed by", &row.changed_by), ("note", &row.note), ("routing key", &shown.routing_key)]
+    {
         value.iter().for_each(|value| line(name, value));
     }
-    shown.routing_key.iter().for_each(|key| line("routing key", key));
-    shown.body.iter().for_each(|body| line("body", body));
-    if let Some(event) = &shown.event {
-        line("row", &format!("{event:#}"));
+}
+
+/// Prints `text` below `name`, indented, so that no line of it can be taken for one of ours.
+fn print_content(name: &str, text: &str, shown: usize, bytes: i32, out: Out) {
+    out.line(&format!("{name:<12} {bytes} bytes"));
+    text.split('\n').for_each(|part| out.line(&format!("    {}", lines(part))));
+    let more = usize::try_from(bytes).unwrap_or_default().saturating_sub(shown);
+    if more > 0 {
+        out.line(&format!("    ... and {more} bytes more; --full shows all"));
     }
-    out.data(&shown)
+}
+
+/// A body of `bytes` bytes, of which `body` may be the beginning, as text; absent if it is not.
+fn text_of(body: &[u8], bytes: i32) -> Option<&str> {
+    match std::str::from_utf8(body) {
+        Ok(text) => Some(text),
+        // The cut went through a character.
+        Err(error) if error.error_len().is_none() && (body.len() as i64) < i64::from(bytes) => {
+            std::str::from_utf8(&body[..error.valid_up_to()]).ok()
+        }
+        Err(_) => None,
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 async fn retry(
@@ -311,25 +409,57 @@ async fn retry(
     rows.map_err(postgres_error)?.iter().map(|r| r.try_get(0).map_err(postgres_error)).collect()
 }
 
-async fn discard(client: &Client, name: &str, id: i64, reason: &str, out: Out) -> Result<()> {
+async fn discard(
+    client: &Client,
+    name: &str,
+    ids: &[i64],
+    route: &Option<String>,
+    key: &Option<String>,
+    all: bool,
+    reason: &str,
+) -> Result<Discarded> {
     const SQL: &str = include_str!("../../sql/query/parked_discard.sql");
     if reason.trim().is_empty() {
-        return Err(Error::config("--reason is empty; say why the row is discarded"));
+        return Err(Error::config("--reason is empty; say why the rows are discarded"));
     }
-    let found = client.query_opt(SQL, &[&name, &id, &reason]).await.map_err(postgres_error)?;
-    let Some(found) = found else {
-        let row = one(client, name, id).await?;
-        let state = row.state;
-        let text = format!("row {id} is {state}; only parked or retrying rows can be discarded");
-        return Err(Error::refused(text));
-    };
-    let waiting: i64 = found.try_get(0).map_err(postgres_error)?;
-    out.line(&format!("discarded row {id}"));
-    if waiting > 0 {
+    for id in ids {
+        let row = one(client, name, *id).await?;
+        if !Which::Waiting.states().contains(&&*row.state) {
+            let what = format!("row {id} is {}; only waiting rows can be discarded", row.state);
+            return Err(Error::refused(what).hint("nothing was discarded"));
+        }
+    }
+    let found = client.query_one(SQL, &[&name, &ids, key, route, &all, &reason]).await;
+    let found = found.map_err(postgres_error)?;
+    let discarded: Vec<i64> = found.try_get(0).map_err(postgres_error)?;
+    if discarded.is_empty() {
+        let what = format!("relay {name:?} has no waiting rows that match");
+        return Err(Error::refused(what).hint("`watership parked list` lists them"));
+    }
+    Ok(Discarded {
+        discarded,
+        were_retrying: found.try_get(1).map_err(postgres_error)?,
+        following: found.try_get(2).map_err(postgres_error)?,
+    })
+}
+
+fn print_discarded(done: &Discarded, out: Out) {
+    match &*done.discarded {
+        [id] => out.line(&format!("discarded row {id}")),
+        ids => out.line(&format!("discarded {} rows", ids.len())),
+    }
+    if done.were_retrying > 0 {
+        let retried = done.were_retrying;
         out.line(&format!(
-            "{waiting} rows with the same key are still waiting; `watership parked list` shows \
-             them, `watership parked retry` publishes them"
+            "{retried} of them were being retried; what is on its way is published all the same"
         ));
     }
-    out.data(&Discarded { discarded: id, waiting_of_its_key: waiting })
+    if done.following > 0 {
+        out.line(&format!(
+            "{} rows with the same key follow; a running relay publishes them now, in order, up to \
+             the next one with a reason of its own. To discard them as well: `watership parked \
+             discard --key …`",
+            done.following
+        ));
+    }
 }

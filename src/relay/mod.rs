@@ -361,6 +361,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let (position, flush) = self.durable.progress.begin_storing();
         self.durable.storing_left = self.flight.window.left();
         let mut riders = self.parked.parking.take_riders(position);
+        parking::tell_releases(&riders);
         riders.extend(checkpoint::rider::of_notes(std::mem::take(&mut self.durable.notes)));
         self.durable.storing = Some(Box::pin(self.store.store(position, flush, riders)));
     }

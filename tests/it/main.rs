@@ -17,6 +17,7 @@ mod hosted;
 mod identity;
 mod keys;
 mod maintain;
+mod parked_commands;
 mod parking;
 mod pg_stream;
 mod pg_wire;

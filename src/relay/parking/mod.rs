@@ -31,6 +31,7 @@ use crate::route::{LaneKeys, OnPoison};
 use order::{Blocking, Set, sets};
 
 pub use bounds::{Known, Limits};
+pub(in crate::relay) use retries::tell_releases;
 
 /// Most rows of a route that are on their way again at once.
 pub const RETRYING_MAX: usize = 256;

@@ -2,6 +2,7 @@
 //! their lanes in order. Nobody else publishes them. How a retry ends is in `relay/window/outcomes`
 //! and in `Parking::confirmed`.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -12,8 +13,9 @@ use crate::message::{Message, Parts};
 use crate::position::Position;
 use crate::publisher::Publisher;
 use crate::relay::checkpoint::Store;
+use crate::relay::checkpoint::rider::Rider;
 use crate::relay::parking::Next;
-use crate::relay::parking::row::{ParkedRow, Raw, Why, shorten};
+use crate::relay::parking::row::{ParkedKey, ParkedRow, Raw, RowState, Why, shorten};
 use crate::relay::parking::store::Found;
 use crate::relay::window::admission::fits;
 use crate::relay::window::lanes::{About, Owner};
@@ -189,6 +191,36 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             return Err((Why::NoRoute, Error::event(text).hint(Why::NoRoute.hint())));
         }
         Ok(messages)
+    }
+}
+
+/// Logs which rows the next checkpoint records as published: one line for each route.
+pub(in crate::relay) fn tell_releases(riders: &[Rider]) {
+    let mut released: BTreeMap<&str, Vec<Position>> = BTreeMap::new();
+    for rider in riders {
+        let keys: Vec<&ParkedKey> = match rider {
+            Rider::Parked(rows) => {
+                let rows = rows.iter().filter(|row| row.state == RowState::Released);
+                rows.map(|row| &row.key).collect()
+            }
+            Rider::Unparked(changes) => {
+                let changes = changes.iter().filter(|c| c.state == RowState::Released);
+                changes.map(|change| &change.key).collect()
+            }
+            Rider::Described(_) => continue,
+        };
+        for key in keys {
+            released.entry(&key.route).or_default().push(key.position);
+        }
+    }
+    for (route, positions) in released {
+        tracing::info!(
+            route,
+            rows = positions.len(),
+            first = positions.iter().min().map(ToString::to_string),
+            last = positions.iter().max().map(ToString::to_string),
+            "parked messages are released: they were published"
+        );
     }
 }
 
