@@ -18,6 +18,7 @@ mod broker;
 mod check;
 mod demo;
 mod findings;
+mod gap_rows;
 mod init;
 mod log_writer;
 mod logging;

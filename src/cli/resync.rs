@@ -7,6 +7,7 @@ use serde::Serialize;
 use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, Transaction};
 
+use super::gap_rows::{self, GapRows};
 use super::{End, Out};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -77,6 +78,8 @@ struct Report {
     role: Option<String>,
     who: Option<String>,
     reason: Option<String>,
+    /// Outbox rows of the gap that are still there; absent when they could not be counted.
+    outbox: Option<GapRows>,
 }
 
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
@@ -103,6 +106,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         role: None,
         who: None,
         reason: args.reason.clone(),
+        outbox: None,
     };
     report.errors.iter().for_each(|error| out.line(&format!("verdict      {error}")));
     if doubts.is_empty() && !args.anyway {
@@ -113,16 +117,36 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     report.from = Some(plan.from.name());
     report.gap_from = Some(row.flush_lsn.to_string());
     report.resumed_at = plan.begin.map(|lsn| lsn.to_string());
+    let since = gap_rows::since(&client, &config.relay.name).await?;
     if !args.accept_gap {
         out.line(&format!("would        {}", describe_plan(config, &plan, row.flush_lsn)));
+        report.outbox = count_rows(&client, since, out).await;
         out.line("\nNothing was changed. To accept the gap: --accept-gap --reason '…'");
         out.data(&report)?;
         return Ok(End::NeedsDecision);
     }
     accept(&mut client, config, args, &found, &plan, &mut report).await?;
     print_result(config, &report, &plan, out);
+    report.outbox = count_rows(&client, since, out).await;
+    report.outbox.iter().for_each(|rows| rows.print_statement(out));
+    out.line("\nNext: `watership check`, then `watership run`.");
     out.data(&report)?;
     Ok(End::Fine)
+}
+
+/// What is still in the outbox of the gap. The gap is accepted all the same when it cannot be said.
+async fn count_rows(client: &Client, since: Option<String>, out: Out) -> Option<GapRows> {
+    let since = since?;
+    match gap_rows::count(client, &since).await {
+        Ok(rows) => {
+            out.line(&format!("outbox       {}", rows.say()));
+            Some(rows)
+        }
+        Err(error) => {
+            out.line(&format!("outbox       rows since {since} could not be counted: {error}"));
+            None
+        }
+    }
 }
 
 fn nothing_wrong(config: &Config, args: &Args, report: &Report, out: Out) -> Result<End> {
@@ -282,5 +306,4 @@ fn print_result(config: &Config, report: &Report, plan: &ResyncPlan, out: Out) {
     line("epoch", report.epoch.unwrap_or_default().to_string());
     let (at, who) = (shown(&report.at), shown(&report.who));
     line("recorded", format!("in watership.resync, by {who} at {at}"));
-    out.line("\nNext: `watership check`, then `watership run`.");
 }

@@ -474,3 +474,29 @@ async fn a_publication_that_leaves_out_what_is_wanted_is_refused_whatever_was_ag
     assert!(kinds(&stage.settled().await).contains(&"public.more.insert"));
     relay.stop().await.expect_code(0);
 }
+
+#[tokio::test]
+async fn outbox_rows_of_an_accepted_gap_are_counted_and_sent_again_by_the_printed_statement() {
+    let stage = stage("").await;
+    stage.execute(&format!("SELECT pg_drop_replication_slot('{}')", stage.slot)).await;
+    stage.execute(&emit("lost")).await;
+    let bytes = "SELECT watership.emit_bytes('t', '1', 'bytes', 'ab', 'x/y', '{\"h\": \"1\"}')";
+    stage.execute(bytes).await;
+    // Two of them have been published: `before`, and the fence of the stage.
+    let shown = stage.run(&["resync"]).await;
+    shown.expect_code(3).expect_text(&["4 outbox rows since "]);
+    let done = stage.run(&["resync", "--accept-gap", "--reason", "a test"]).await;
+    done.expect_code(0).expect_text(&["4 outbox rows since ", "are still there"]);
+    let begin = done.log.find("INSERT INTO watership.outbox").expect("a statement");
+    let end = begin + done.log[begin..].find(';').expect("its end");
+    let relay = stage.start().await;
+    stage.execute(&done.log[begin..=end]).await;
+    let mut got = stage.settled().await;
+    got.retain(|message| message.kind() != "before");
+    assert_eq!(kinds(&got), ["lost", "bytes"]);
+    assert_eq!((got[1].text("h"), &*got[1].body), ("1".to_owned(), "ab"));
+    let same = "(SELECT count(*) = 6 AND count(DISTINCT id) = 3 FROM watership.outbox \
+                WHERE aggregate_type = 't')";
+    assert!(stage.holds(same).await, "they keep their ids");
+    relay.stop().await.expect_code(0);
+}
