@@ -239,6 +239,14 @@ impl Router {
         })
     }
 
+    /// All publishing routes.
+    pub fn publishing(&self) -> impl Iterator<Item = &Arc<Route>> {
+        self.rules.iter().filter_map(|(_, parsed)| match parsed {
+            Parsed::Publish(route) => Some(route),
+            Parsed::Drop(_) => None,
+        })
+    }
+
     /// The publishing route of that number.
     pub fn by_id(&self, id: RouteId) -> &Arc<Route> {
         match &self.rules[usize::from(id.0)].1 {

@@ -1,4 +1,4 @@
-//! HTTP for probes, metrics and status: GET /livez, /readyz, /metrics, /status.
+//! HTTP for probes, metrics and status: GET /livez, /readyz, /metrics, /status, /find.
 //!
 //! It runs on its own thread, so that a storm of scrapes does not slow the data path and /livez
 //! answers while the relay's loop hangs. The same thread does the histograms' upkeep, which must
@@ -19,11 +19,14 @@ use std::time::Duration;
 use hyper::body::Incoming;
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
+use percent_encoding::percent_decode_str;
+use serde::Serialize;
 use tokio::sync::oneshot;
-use tokio::time::{MissedTickBehavior, sleep};
+use tokio::time::{MissedTickBehavior, sleep, timeout};
 
 use crate::error::{Error, Result};
 use crate::metrics::Exporter;
+use crate::relay::find::Wanted;
 use crate::relay::status::Status;
 
 /// How often histogram samples are moved into their buckets.
@@ -34,6 +37,8 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 const STUCK_LOOKS: u32 = 6;
 /// How often a port that is taken is tried again.
 const BIND_EVERY: Duration = Duration::from_secs(1);
+/// How long the loop may take to answer /find: a few ticks.
+const FIND_LIMIT: Duration = Duration::from_millis(1500);
 
 /// Where it listens, and for how long.
 #[derive(Debug, Clone)]
@@ -180,7 +185,7 @@ async fn accept(port: Port, shared: Shared) {
         Ok(listener) => {
             let answer = move |request| {
                 let shared = shared.clone();
-                async move { answer(&request, &shared) }
+                async move { answer(&request, &shared).await }
             };
             match listener::serve(listener, answer).await {}
         }
@@ -190,7 +195,7 @@ async fn accept(port: Port, shared: Shared) {
     std::future::pending().await
 }
 
-fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<String> {
+async fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<String> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut refused = response(StatusCode::METHOD_NOT_ALLOWED, TEXT, "only GET\n".into());
         refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
@@ -208,12 +213,13 @@ fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<String> {
             Err(refused) => return response(StatusCode::BAD_REQUEST, TEXT, refused),
         }),
         "/metrics" => response(StatusCode::OK, METRICS, shared.exporter.render()),
-        "/status" => match serde_json::to_string(&status.snapshot()) {
-            Ok(json) => response(StatusCode::OK, JSON, json),
-            Err(e) => response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{e}\n")),
+        "/status" => json(&status.snapshot()),
+        "/find" => match wanted(request.uri().query().unwrap_or_default()) {
+            Ok(wanted) => find(status, wanted).await,
+            Err(refused) => response(StatusCode::BAD_REQUEST, TEXT, refused.into()),
         },
         _ => {
-            let paths = "not found; there are /livez, /readyz, /metrics and /status\n";
+            let paths = "not found; there are /livez, /readyz, /metrics, /status and /find\n";
             response(StatusCode::NOT_FOUND, TEXT, paths.into())
         }
     }
@@ -231,6 +237,39 @@ fn standby_counts(query: Option<&str>) -> Result<bool, String> {
     }
 }
 
+/// What the query of /find asks for.
+fn wanted(query: &str) -> Result<Wanted, &'static str> {
+    const EXPECTED: &str = "expected /find?id=UUID or /find?key=KEY, percent-encoded\n";
+    match query.split_once('=') {
+        Some(("id", id)) => id.parse().map(Wanted::Id).map_err(|_| EXPECTED),
+        Some(("key", key)) => {
+            let key = percent_decode_str(key).decode_utf8().map_err(|_| EXPECTED)?;
+            Ok(Wanted::Key(key.into_owned()))
+        }
+        _ => Err(EXPECTED),
+    }
+}
+
+/// The loop answers at its next tick.
+async fn find(status: &Status, wanted: Wanted) -> Response<String> {
+    let unknown = |why: &str| {
+        let text = format!("{why}\n");
+        response(StatusCode::SERVICE_UNAVAILABLE, TEXT, text)
+    };
+    if !status.is_streaming() {
+        return unknown("nothing is streamed now; /status says why");
+    }
+    let Some(answer) = status.asks.ask(wanted) else {
+        return unknown("too many questions at once; ask again");
+    };
+    match timeout(FIND_LIMIT, answer).await {
+        Ok(Ok(seen)) => json(&seen),
+        Ok(Err(_)) | Err(_) => {
+            unknown("the relay's loop did not answer; /status says what it does")
+        }
+    }
+}
+
 const TEXT: &str = "text/plain; charset=utf-8";
 const JSON: &str = "application/json";
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -239,6 +278,13 @@ fn probe(why_not: Option<String>) -> Response<String> {
     match why_not {
         None => response(StatusCode::OK, TEXT, "ok\n".into()),
         Some(why) => response(StatusCode::SERVICE_UNAVAILABLE, TEXT, format!("{why}\n")),
+    }
+}
+
+fn json(data: &impl Serialize) -> Response<String> {
+    match serde_json::to_string(data) {
+        Ok(json) => response(StatusCode::OK, JSON, json),
+        Err(e) => response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, format!("{e}\n")),
     }
 }
 

@@ -17,6 +17,7 @@ mod ask;
 mod broker;
 mod check;
 mod demo;
+mod find;
 mod findings;
 mod gap_rows;
 mod init;
@@ -75,6 +76,8 @@ enum Command {
     Parked(parked::Args),
     /// Show the state of the relay, its checkpoint and its slot.
     Status(status::Args),
+    /// Say where an event is: in the outbox, in the relay's window, parked, confirmed or dropped.
+    Find(find::Args),
     /// Accept the gap a verdict reported and move the checkpoint past it.
     Resync(resync::Args),
     /// Show Watership at work on private servers, through two faults.
@@ -103,6 +106,7 @@ pub async fn execute(
         }
         Command::Status(args) if args.is_probe() => Ok(status::probe(&cli.config, &args).await),
         Command::Status(_) => status::execute(&load_with_warnings(&cli.config)?, out).await,
+        Command::Find(args) => find::execute(&load_with_warnings(&cli.config)?, &args, out).await,
         Command::Resync(args) => {
             resync::execute(&load_with_warnings(&cli.config)?, &args, out).await
         }

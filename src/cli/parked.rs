@@ -129,20 +129,20 @@ impl Which {
 }
 
 #[derive(Serialize)]
-struct Listed {
-    id: i64,
-    state: String,
-    kind: String,
-    route: String,
-    key: String,
+pub(super) struct Listed {
+    pub(super) id: i64,
+    pub(super) state: String,
+    pub(super) kind: String,
+    pub(super) route: String,
+    pub(super) key: String,
     source: String,
     position: String,
-    attempts: i32,
+    pub(super) attempts: i32,
     /// Why it was parked.
-    error: String,
+    pub(super) error: String,
     /// Why its last retry failed.
     last_kind: Option<String>,
-    last_error: Option<String>,
+    pub(super) last_error: Option<String>,
     event_id: String,
     age_seconds: f64,
     changed_by: Option<String>,
@@ -223,7 +223,7 @@ async fn list(
     rows.map_err(postgres_error)?.iter().map(listed).collect()
 }
 
-fn listed(row: &Row) -> Result<Listed> {
+pub(super) fn listed(row: &Row) -> Result<Listed> {
     let text = |i: usize| row.try_get::<_, String>(i).map_err(postgres_error);
     let int = |i: usize| row.try_get::<_, i64>(i).map_err(postgres_error);
     let maybe = |i: usize| row.try_get::<_, Option<String>>(i).map_err(postgres_error);

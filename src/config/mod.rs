@@ -141,7 +141,7 @@ fn read(file: &str, text: &str, lookup: Lookup<'_>) -> Result<(Config, bool)> {
 
 fn read_admin(file: &str, text: &str, lookup: Lookup<'_>) -> Result<(String, admin::Options)> {
     let parsed = DeTable::parse(text).map_err(|e| syntax_error(file, text, &e))?;
-    let document = Document::new(lookup);
+    let document = Document::new(file, lookup);
     let mut root = document.root(&parsed);
     let name = root.name("name", NAME, NAME_CHARS);
     let options = admin_options(&mut root.section("admin"));

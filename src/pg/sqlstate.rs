@@ -298,6 +298,7 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(error("23505").to_error().to_string(), "text (SQLSTATE 23505)");
+        assert!(error("22023").to_error().to_string().contains("Key (mail)"), "a parameter");
         assert!(error("55000").to_error().to_string().contains("Key (mail)"));
         let error = ServerError {
             code: "22P02".into(),
@@ -306,7 +307,6 @@ mod tests {
         };
         let told = "invalid input syntax for type integer: \"***\" (SQLSTATE 22P02)";
         assert_eq!(error.to_error().to_string(), told);
-        assert!(error("22023").to_error().to_string().contains("Key (mail)"), "a parameter");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod check;
 pub mod checkpoint;
+pub mod find;
 pub mod observed;
 mod options;
 pub mod parking;
@@ -36,6 +37,7 @@ use crate::relay::upkeep::canary::Canary;
 use crate::relay::window::Window;
 use crate::relay::window::admission::Made;
 use crate::relay::window::lanes::Lanes;
+use crate::relay::window::recent::RecentConfirms;
 use crate::relay::window::refusals::Refusals;
 use crate::relay::window::remembered::{Confirms, Remembered};
 use crate::route::{Plans, Router};
@@ -122,6 +124,7 @@ struct Seen {
     canary: Arc<Canary>,
     published: RecentlyPublished,
     refusals: Refusals,
+    recent: RecentConfirms,
     metrics: Arc<Metrics>,
     status: Arc<Status>,
 }
@@ -226,6 +229,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 canary,
                 published,
                 refusals: Refusals::new(),
+                recent: RecentConfirms::default(),
                 metrics,
                 status,
             },
@@ -430,6 +434,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
         self.source.keep_alive().await?;
         self.publish_progress(now);
+        self.answer_asks();
         Ok(())
     }
 

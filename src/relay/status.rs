@@ -15,6 +15,7 @@ use crate::error::{Error, Kind};
 use crate::pg::slot::SlotState;
 use crate::pg::sqlstate::OBJECT_IN_USE;
 use crate::relay::checkpoint::progress::Progress;
+use crate::relay::find::Asks;
 use crate::relay::parking::Parking;
 use crate::relay::session::circuit::{self, Circuit};
 use crate::relay::window::lanes::Lanes;
@@ -31,6 +32,8 @@ pub struct Status {
     inner: Mutex<Inner>,
     /// Wakes who waits for the next session that streams.
     started: Notify,
+    /// What people look for.
+    pub asks: Asks,
 }
 
 #[derive(Debug)]
@@ -239,7 +242,7 @@ impl Status {
             checkpoint_age: Duration::ZERO,
             slot: None,
         });
-        Arc::new(Self { inner, started: Notify::new() })
+        Arc::new(Self { inner, started: Notify::new(), asks: Asks::default() })
     }
 
     /// A session is being opened.

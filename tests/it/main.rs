@@ -12,6 +12,7 @@ mod cli;
 mod crash;
 mod dev;
 mod failover;
+mod find;
 mod harmless;
 mod hosted;
 mod identity;

@@ -270,6 +270,7 @@ mod tests {
 
     fn publication(operations: Operations, generated: bool) -> Publication {
         Publication {
+            altered_by: None,
             oid: 2,
             name: "w".into(),
             via_root: true,

@@ -16,6 +16,12 @@ impl Parking {
         routes
     }
 
+    /// Rows that are in memory and not in the table: pending ones and blocked ones.
+    pub fn unwritten(&self) -> impl Iterator<Item = &ParkedRow> {
+        let waiting = self.pending.values().filter(|row| row.state != RowState::Released);
+        waiting.chain(self.blocked.values().map(|blocked| &blocked.row))
+    }
+
     /// Rows that were published before a checkpoint passed them: nothing durable tells of them.
     pub fn released_unwritten(&self) -> impl Iterator<Item = &ParkedRow> {
         self.pending.values().filter(|row| row.state == RowState::Released)

@@ -501,6 +501,7 @@ fn group_of(keys: LaneKeys) -> Option<(u64, bool)> {
 mod evict;
 mod hold;
 mod refusing;
+mod shown;
 
 use refusing::{DestinationKey, Place, Refusing};
 

@@ -7,6 +7,7 @@
 pub mod admission;
 pub mod lanes;
 mod outcomes;
+pub mod recent;
 pub mod refusals;
 pub mod remembered;
 mod ring;

@@ -74,6 +74,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 self.parked.retry_due = true;
             }
         }
+        self.seen.recent.add(key, clock);
         let metrics = self.route_metrics(key.route);
         metrics.confirmed.increment(1);
         let committed = Duration::from_micros(u64::try_from(committed_at_us).unwrap_or(0));
