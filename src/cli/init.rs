@@ -5,6 +5,7 @@
 //! exists is left as it is, so `init` may be run again.
 
 mod before;
+mod script;
 
 use serde::Serialize;
 use tokio_postgres::Client;
@@ -47,6 +48,9 @@ pub(super) struct Args {
     /// never come.
     #[arg(long)]
     publish_anyway: bool,
+    /// Print the SQL of the steps that are missing in the database, and change nothing.
+    #[arg(long)]
+    print_sql: bool,
 }
 
 /// What happened to one thing.
@@ -87,7 +91,10 @@ impl Steps {
 }
 
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
-    let admin = admin_options(config, args)?;
+    let admin = admin_options(config, args.admin_url.as_deref())?;
+    if args.print_sql {
+        return script::print(config, &admin).await;
+    }
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
     // The usual limit of 30 s is meant for the queries of a running relay.
     client.batch_execute("SET statement_timeout = '5min'").await.map_err(postgres_error)?;
@@ -110,11 +117,15 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     Ok(End::Fine)
 }
 
-fn admin_options(config: &Config, args: &Args) -> Result<Options> {
-    let Some(text) = &args.admin_url else { return Ok(config.relay.sql.clone()) };
+/// What `--admin-url` says, or else `source.url`.
+///
+/// # Errors
+/// Where it cannot be read, or names another database.
+pub(super) fn admin_options(config: &Config, admin_url: Option<&str>) -> Result<Options> {
+    let Some(text) = admin_url else { return Ok(config.relay.sql.clone()) };
     let filled = load::fill_in_url(text).map_err(|e| e.context("--admin-url"))?;
     let admin = Options::parse(&Secret::new(&*filled)).map_err(|e| e.context("--admin-url"))?;
-    if admin.password.is_some() && *text == filled {
+    if admin.password.is_some() && text == &*filled {
         print_warning(
             "a password on the command line is visible to every user of this machine; \
              use '${NAME}' or '${file:/path}' in --admin-url",

@@ -17,6 +17,7 @@ mod ask;
 mod broker;
 mod check;
 mod demo;
+mod drop;
 mod find;
 mod findings;
 mod gap_rows;
@@ -80,6 +81,8 @@ enum Command {
     Find(find::Args),
     /// Accept the gap a verdict reported and move the checkpoint past it.
     Resync(resync::Args),
+    /// Remove the slot, the publication and the schema from the database.
+    Drop(drop::Args),
     /// Show Watership at work on private servers, through two faults.
     Demo(demo::Args),
 }
@@ -110,6 +113,7 @@ pub async fn execute(
         Command::Resync(args) => {
             resync::execute(&load_with_warnings(&cli.config)?, &args, out).await
         }
+        Command::Drop(args) => drop::execute(&load_with_warnings(&cli.config)?, &args, out).await,
         Command::Demo(args) => Ok(if demo::run(args).await? { End::Fine } else { End::Failed }),
     }
 }

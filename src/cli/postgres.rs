@@ -17,7 +17,8 @@ use crate::relay::check::server::{encoding_risk, may_be_waited_for};
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::check::tables;
 use crate::relay::checkpoint;
-use crate::relay::session::{facts, rights, wal};
+use crate::relay::session::rights::{self, Lack};
+use crate::relay::session::{facts, wal};
 use crate::route::keys_of;
 use crate::verdict::Verdict;
 
@@ -193,7 +194,11 @@ async fn check_role(
         ),
         None => f.problem("role", "role watership_relay does not exist", INIT),
     }
-    for lack in rights::lacking(client, None).await? {
+    let mut lacks = rights::lacking(client, None).await?;
+    if lacks.iter().any(Lack::is_everything) {
+        lacks.retain(|lack| lack.app || lack.hidden);
+    }
+    for lack in lacks {
         let (what, hint) = lack.told();
         f.problem("rights", what, hint);
     }

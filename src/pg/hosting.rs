@@ -69,6 +69,22 @@ pub async fn how_to_admit(client: &impl GenericClient, role: &str) -> Result<Str
     Ok(service(client).await?.admits.replace("{}", &escape_identifier(role)))
 }
 
+/// What creates `role` with that right on this server.
+///
+/// # Errors
+/// What the server says.
+pub async fn how_to_create(client: &impl GenericClient, role: &str) -> Result<String> {
+    let quoted = escape_identifier(role);
+    let service = service(client).await?;
+    if service.role.is_empty() {
+        return Ok(format!(
+            "as a superuser: CREATE ROLE {quoted} LOGIN REPLICATION PASSWORD '...'"
+        ));
+    }
+    let admits = service.admits.replace("{}", &quoted);
+    Ok(format!("CREATE ROLE {quoted} LOGIN PASSWORD '...'; then, {admits}"))
+}
+
 /// What makes `wal_level` logical on this server.
 ///
 /// # Errors

@@ -53,10 +53,13 @@ pub const MIGRATIONS: &[Migration] = &[
 ];
 
 /// The last step of `watership init`: what applications may do.
-const GRANT: &str = include_str!("../../sql/grant.sql");
+pub const GRANT: &str = include_str!("../../sql/grant.sql");
 
 /// Taken while migrations or grants run. The first number is "WSTP"; `watership.maintain` uses 2.
 const LOCK: &str = "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)";
+
+/// Nothing of `public` is found by an unqualified name.
+const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp";
 
 /// A row of `watership.migration`.
 struct Record {
@@ -92,6 +95,20 @@ pub async fn apply(client: &mut Client) -> Result<Vec<Applied>> {
     Ok(applied)
 }
 
+/// The same as [`apply`] with these migrations, as a script for psql.
+pub fn script(pending: &[Migration]) -> String {
+    const CHECKSUM: &str = include_str!("../../sql/query/migration_checksum.sql");
+    let mut text = format!("BEGIN;\n{SEARCH_PATH};\n{LOCK};\n\n");
+    for migration in pending {
+        let checksum = format!("'{}'", checksum(migration.sql));
+        let store = CHECKSUM.replace("= $2", &format!("= {checksum}"));
+        let store = store.replace("= $1", &format!("= {}", migration.version));
+        let (sql, store) = (migration.sql, store.trim_end());
+        text += &format!("{sql}\nSET LOCAL ROLE watership_owner;\n{store};\nRESET ROLE;\n\n");
+    }
+    text + "COMMIT;\n\n"
+}
+
 /// The migrations that the database does not have yet; needs SELECT on `watership.migration`.
 ///
 /// # Errors
@@ -118,7 +135,7 @@ pub async fn grant_applications(client: &mut Client) -> Result<()> {
 
 async fn locked(client: &mut Client) -> Result<Transaction<'_>> {
     let tx = client.transaction().await.map_err(postgres_error)?;
-    let start = format!("SET LOCAL search_path = pg_catalog, pg_temp; {LOCK}");
+    let start = format!("{SEARCH_PATH}; {LOCK}");
     tx.batch_execute(&start).await.map_err(postgres_error)?;
     Ok(tx)
 }

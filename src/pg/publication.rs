@@ -199,14 +199,35 @@ pub async fn create_publication(
     name: &str,
     tables: &[TableName],
 ) -> Result<()> {
+    let sql = create_statement(name, tables);
+    let failed = |e| postgres_error(e).context(format!("creating the publication {name}"));
+    client.batch_execute(&sql).await.map_err(failed)
+}
+
+/// The statement of [`create_publication`].
+pub fn create_statement(name: &str, tables: &[TableName]) -> String {
     assert!(!tables.is_empty(), "a publication without tables publishes nothing");
-    let sql = format!(
+    format!(
         "CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true, \
          publish = 'insert, update, delete, truncate')",
         escape_identifier(name),
         quoted_list(tables)
-    );
-    let failed = |e| postgres_error(e).context(format!("creating the publication {name}"));
+    )
+}
+
+/// The statement of [`add_tables`].
+pub fn add_statement(name: &str, tables: &[TableName]) -> String {
+    assert!(!tables.is_empty(), "there is something to add");
+    format!("ALTER PUBLICATION {} ADD TABLE {}", escape_identifier(name), quoted_list(tables))
+}
+
+/// Drops the publication.
+///
+/// # Errors
+/// What the server says: the right is lacking.
+pub async fn drop_publication(client: &impl GenericClient, name: &str) -> Result<()> {
+    let sql = format!("DROP PUBLICATION IF EXISTS {}", escape_identifier(name));
+    let failed = |e| postgres_error(e).context(format!("dropping the publication {name}"));
     client.batch_execute(&sql).await.map_err(failed)
 }
 
@@ -219,9 +240,7 @@ pub async fn add_tables(
     name: &str,
     tables: &[TableName],
 ) -> Result<()> {
-    assert!(!tables.is_empty(), "there is something to add");
-    let sql =
-        format!("ALTER PUBLICATION {} ADD TABLE {}", escape_identifier(name), quoted_list(tables));
+    let sql = add_statement(name, tables);
     let failed = |e| postgres_error(e).context(format!("adding to the publication {name}"));
     client.batch_execute(&sql).await.map_err(failed)
 }

@@ -193,11 +193,7 @@ fn lsn(row: &Row, column: usize) -> Option<Lsn> {
 /// # Errors
 /// What the server says: the name is taken, no slot is free, `wal_level` is not logical.
 pub async fn create_slot(client: &impl GenericClient, name: &str, failover: bool) -> Result<Lsn> {
-    let further = if failover { ", failover => true" } else { "" };
-    let sql = &*format!(
-        "SELECT lsn FROM pg_catalog.pg_create_logical_replication_slot($1::text, \
-         'pgoutput'{further})"
-    );
+    let sql = &*create_statement(failover);
     let failed = |e| postgres_error(e).context(format!("creating the replication slot {name}"));
     // Waiting for a transaction counts as waiting for a lock.
     let patient = "SET statement_timeout = '5min'; SET lock_timeout = '5min'";
@@ -206,6 +202,25 @@ pub async fn create_slot(client: &impl GenericClient, name: &str, failover: bool
     client.batch_execute("RESET statement_timeout; RESET lock_timeout").await.map_err(failed)?;
     let row = made.map_err(failed)?;
     lsn(&row, 0).ok_or_else(|| Error::protocol("a new slot has no consistent point"))
+}
+
+/// The statement of [`create_slot`], with the slot's name as its parameter.
+pub fn create_statement(failover: bool) -> String {
+    let further = if failover { ", failover => true" } else { "" };
+    format!(
+        "SELECT lsn FROM pg_catalog.pg_create_logical_replication_slot($1::text, \
+         'pgoutput'{further})"
+    )
+}
+
+/// Ends the session that reads the slot, if there is one.
+///
+/// # Errors
+/// What the server says: the role may not.
+pub async fn end_reader(client: &impl GenericClient, name: &str) -> Result<()> {
+    let sql = "SELECT pg_catalog.pg_terminate_backend(active_pid) \
+        FROM pg_catalog.pg_replication_slots WHERE slot_name = $1::text AND active";
+    client.execute(sql, &[&name]).await.map(drop).map_err(postgres_error)
 }
 
 /// Drops a slot.

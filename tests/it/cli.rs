@@ -121,7 +121,7 @@ async fn a_missing_file_is_told_with_its_name() {
 #[tokio::test]
 async fn every_command_has_help_with_an_example_and_usage_errors_end_with_2() {
     let file = PathBuf::from("unused.toml");
-    for name in ["init", "check", "run", "status", "parked", "find", "resync", "demo"] {
+    for name in ["init", "check", "run", "status", "parked", "find", "resync", "drop", "demo"] {
         let ran = watership(&file, &[name, "--help"]).await;
         assert_eq!(ran.code, 0);
         assert!(ran.out.contains("Example:\n  watership"), "{name}: {}", ran.out);

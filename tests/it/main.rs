@@ -31,6 +31,7 @@ mod relay_operation;
 mod relay_routes;
 mod relay_types;
 mod relay_verdicts;
+mod removal;
 mod rights;
 mod rotation;
 mod slot;

@@ -22,7 +22,7 @@ async fn refused(sql: &str, texts: &[&str]) -> Tried {
     let init = run(&file, &["init"]).await;
     init.expect_code(1).expect_text(texts);
     let made = "SELECT count(*) FROM pg_namespace WHERE nspname = 'watership'";
-    let made: i64 = client.query_one(made, &[]).await.unwrap().get(0);
+    let made: i64 = client.query_one(made, &[]).await.expect("the catalog").get(0);
     assert_eq!(made, 0, "nothing was made");
     let check = run(&file, &["check"]).await;
     check.expect_text(texts);

@@ -88,10 +88,8 @@ async fn check_relay_role(client: &Client, config: &Config, server: &ServerFacts
     }
     let sql = "SELECT FROM pg_catalog.pg_roles WHERE rolname = $1::text";
     if client.query_opt(sql, &[user]).await.map_err(postgres_error)?.is_none() {
-        let quoted = postgres_protocol::escape::escape_identifier(user);
-        let how = hosting::how_to_admit(client, user).await?;
         return Err(Error::refused(format!("role {user:?} of source.url does not exist"))
-            .hint(format!("CREATE ROLE {quoted} LOGIN PASSWORD '…'; then, {how}")));
+            .hint(hosting::how_to_create(client, user).await?));
     }
     let what = format!("role {user:?} of source.url may not replicate");
     may_replicate(client, &config.relay.sql, &what).await

@@ -27,6 +27,11 @@ pub struct Lack {
 }
 
 impl Lack {
+    /// Whether the relay's role may not even enter the schema: then it lacks all the rest, too.
+    pub fn is_everything(&self) -> bool {
+        !self.app && self.object == "SCHEMA watership"
+    }
+
     /// What is lacking, and what to do.
     pub fn told(&self) -> (String, String) {
         let Self { role, object, .. } = self;
@@ -92,6 +97,13 @@ pub async fn lacking(client: &Client, role: Option<&str>) -> Result<Vec<Lack>> {
 /// # Errors
 /// [`crate::error::Kind::Refused`] with everything that is lacking, and the statements.
 pub fn verify(lacks: &[Lack]) -> Result<()> {
+    if let Some(Lack { role, .. }) = lacks.iter().find(|lack| lack.is_everything()) {
+        let quoted = postgres_protocol::escape::escape_identifier(role);
+        return Err(Error::refused(format!("role {role:?} lacks the rights of watership_relay"))
+            .hint(format!(
+                "run `watership init`, or as a superuser: GRANT watership_relay TO {quoted}"
+            )));
+    }
     let told: Vec<_> = lacks.iter().filter(|lack| lack.vital).map(Lack::told).collect();
     if told.is_empty() {
         return Ok(());

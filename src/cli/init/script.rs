@@ -1,0 +1,117 @@
+//! `init --print-sql`: what `init` would run, for somebody who runs it by hand.
+
+use postgres_protocol::escape::{escape_identifier, escape_literal};
+use tokio_postgres::Client;
+
+use crate::cli::{End, print_warning};
+use crate::config::Config;
+use crate::error::Result;
+use crate::pg::client::{SqlConnection, sql};
+use crate::pg::connect::Options;
+use crate::pg::migrate::{self, Migration};
+use crate::pg::publication::{
+    Publication, TableName, add_statement, create_statement, read_publication,
+};
+use crate::pg::slot::{create_statement as create_slot, read_slot};
+use crate::pg::sqlstate::postgres_error;
+use crate::relay::checkpoint;
+
+/// What is there already.
+#[derive(Default)]
+struct Found {
+    pending: Vec<Migration>,
+    member: bool,
+    publication: Option<Publication>,
+    slot: bool,
+    checkpoint: bool,
+}
+
+impl Found {
+    /// As in an empty database.
+    fn nothing() -> Self {
+        Self { pending: migrate::MIGRATIONS.to_vec(), ..Self::default() }
+    }
+
+    async fn read(client: &Client, config: &Config) -> Result<Self> {
+        let pending = migrate::pending(client).await?;
+        let installed = pending.len() < migrate::MIGRATIONS.len();
+        let member = "SELECT coalesce(bool_or(pg_has_role(u.oid, g.oid, 'USAGE')), false) \
+            FROM pg_catalog.pg_roles AS u, pg_catalog.pg_roles AS g \
+            WHERE u.rolname = $1::text AND g.rolname = 'watership_relay'";
+        let user = &config.relay.sql.user;
+        let member = client.query_one(member, &[user]).await.map_err(postgres_error)?.get(0);
+        let name = &config.relay.name;
+        Ok(Self {
+            pending,
+            member,
+            publication: read_publication(client, &config.relay.publication).await?,
+            slot: read_slot(client, &config.relay.slot).await?.is_some(),
+            checkpoint: installed && checkpoint::read(client, name).await?.is_some(),
+        })
+    }
+}
+
+/// Prints it, and changes nothing.
+///
+/// # Errors
+/// Where the configuration names no table, or the server's; a server that cannot be reached is
+/// taken for one with an empty database.
+pub(super) async fn print(config: &Config, admin: &Options) -> Result<End> {
+    let found = match sql(admin).await {
+        Ok(SqlConnection { client, closed: _closed }) => Found::read(&client, config).await?,
+        Err(error) => {
+            print_warning(&format!("{error}; the SQL is that for an empty database"));
+            Found::nothing()
+        }
+    };
+    let text = script(config, &found)?;
+    // `head` closes the pipe early; that is not our failure.
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
+    Ok(End::Fine)
+}
+
+fn script(config: &Config, found: &Found) -> Result<String> {
+    const CHECKPOINT: &str = include_str!("../../../sql/query/checkpoint_by_hand.sql");
+    let relay = &config.relay;
+    let mut text = format!(
+        "-- What `watership init` would run for relay {:?} in database {:?}. Nothing was changed.\n\
+         -- As a superuser, or as a role with CREATEROLE, REPLICATION and CREATE on the database\n\
+         -- that owns the captured tables:  psql -v ON_ERROR_STOP=1 -f FILE\n\n",
+        relay.name, relay.sql.database
+    );
+    if !found.pending.is_empty() {
+        text += &migrate::script(&found.pending);
+    }
+    if !found.member {
+        text += &format!("GRANT watership_relay TO {};\n\n", escape_identifier(&relay.sql.user));
+    }
+    let wanted: Vec<TableName> = relay.wanted().iter().map(|t| t.parse()).collect::<Result<_>>()?;
+    let publication = &relay.publication;
+    match &found.publication {
+        None => text += &format!("{};\n\n", create_statement(publication, &wanted)),
+        Some(there) => {
+            let is_there = |t: &&TableName| there.table(t).is_none();
+            let missing: Vec<TableName> = wanted.iter().filter(is_there).cloned().collect();
+            if !missing.is_empty() {
+                text += &format!("{};\n\n", add_statement(publication, &missing));
+            }
+        }
+    }
+    if !found.slot {
+        text +=
+            "-- Before applications write: a row that is older than the slot is never streamed.\n";
+        text += &create_slot(config.failover).replace("$1::text", &escape_literal(&relay.slot));
+        text += ";\n\n";
+    }
+    if !found.checkpoint {
+        text += &CHECKPOINT
+            .replace(":name,", &format!("{},", escape_literal(&relay.name)))
+            .replace("= :slot", &format!("= {}", escape_literal(&relay.slot)))
+            .replace("= :publication", &format!("= {}", escape_literal(publication)));
+        text += "\n";
+    }
+    text += migrate::GRANT;
+    text += "\n-- Then: GRANT watership_app TO the role of your application. Exchanges, queues\n\
+        -- and bindings are declared by `watership run`.\n";
+    Ok(text)
+}
