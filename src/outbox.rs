@@ -52,7 +52,8 @@ pub struct NewEvent<'a> {
     pub event_type: &'a str,
     /// The body.
     pub payload: Payload<'a>,
-    /// Headers of the message: an object, at most 64 KiB, without `CC`, `BCC`, `x-*` and `ws-*`.
+    /// Headers of the message: an object, at most 57,344 bytes as AMQP fields, without `CC`, `BCC`,
+    /// `x-*` and `ws-*`.
     pub headers: Option<&'a Value>,
     /// The event's id, never used again; absent means a random one.
     pub id: Option<Uuid>,

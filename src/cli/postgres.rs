@@ -9,10 +9,10 @@ use crate::pg::client::{SqlConnection, sql};
 use crate::pg::hosting;
 use crate::pg::migrate;
 use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName};
-use crate::pg::publication::{read_publication, read_table};
+use crate::pg::publication::{filter_columns, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::{TOO_MANY_CONNECTIONS, postgres_error};
-use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
+use crate::relay::check::publishable::{Harm, Obstacle, filter_breaks, obstacles};
 use crate::relay::check::server::{encoding_risk, may_be_waited_for};
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::check::tables;
@@ -397,7 +397,16 @@ async fn check_tables(
     for name in &config.relay.tables {
         let table: TableName = name.parse()?;
         match read_table(client, &table).await? {
-            Some(facts) => check_table(f, config, &facts, publication),
+            Some(facts) => {
+                if let Some(publication) = publication
+                    && let Some(published) = publication.table(&table)
+                    && let columns = filter_columns(client, published).await?
+                    && let Some(broken) = filter_breaks(&facts, publication, &columns)
+                {
+                    f.problem("table", broken.what, broken.hint);
+                }
+                check_table(f, config, &facts, publication);
+            }
             None => f.problem(
                 "table",
                 format!("{name} does not exist"),

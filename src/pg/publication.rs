@@ -187,6 +187,28 @@ async fn read_tables(client: &impl GenericClient, name: &str) -> Result<Vec<Publ
     Ok(rows.into_iter().map(table).collect())
 }
 
+/// The columns that the row filter of a published table looks at. None for a table with a column
+/// list, whose columns cannot be told from them.
+///
+/// # Errors
+/// What the server says.
+pub async fn filter_columns(
+    client: &impl GenericClient,
+    published: &PublishedTable,
+) -> Result<Vec<String>> {
+    let PublishedTable { entry: Some(entry), row_filter: Some(_), columns: None, .. } = published
+    else {
+        return Ok(Vec::new());
+    };
+    let sql = "SELECT a.attname::text FROM pg_catalog.pg_depend AS d \
+        JOIN pg_catalog.pg_attribute AS a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid \
+        WHERE d.classid = 'pg_catalog.pg_publication_rel'::regclass AND d.objid = $1 \
+            AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = $2 \
+        ORDER BY a.attnum";
+    let rows = client.query(sql, &[entry, &published.oid]).await.map_err(postgres_error)?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
 /// Creates the publication for `tables`, with every operation, under the roots' names. Tables that
 /// inherit from them are left out: they may have no replica identity, and are captured by name.
 ///

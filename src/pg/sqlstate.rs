@@ -225,7 +225,7 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
             (Kind::Busy, "another relay is using the slot; this relay is on standby")
         }
         (_, INSUFFICIENT_PRIVILEGE) => {
-            (Kind::Refused, "grant the role what the message names, or the role that owns it")
+            (Kind::Refused, "grant what the message names; `watership check` says what is lacking")
         }
         (_, "42704") => {
             (Kind::Verdict, "a slot or publication no longer exists; `watership check` shows which")

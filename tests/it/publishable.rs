@@ -154,3 +154,30 @@ async fn a_route_key_that_is_not_a_column_is_told_under_every_identity() {
         run(&file, &["check"]).await.expect_code(1).expect_text(&told);
     }
 }
+
+#[tokio::test]
+async fn a_filter_or_a_list_of_somebody_else_that_makes_changes_fail_is_found_by_check() {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let client = database.connect().await;
+    let sql = "CREATE TABLE public.t (id int PRIMARY KEY, v text)";
+    client.batch_execute(sql).await.expect("a table");
+    let setup = Setup { tables: &["public.t"], ..Setup::default() };
+    let (file, _) =
+        configuration(&database.url, &format!("slot_{}", database.name), &vhost, &setup);
+    run(&file, &["init"]).await.expect_code(0);
+    let set = "ALTER PUBLICATION watership SET TABLE watership.outbox, watership.canary, public.t";
+    for (clause, text) in [
+        ("WHERE (v <> 'x')", "the row filter of public.t looks at column \"v\""),
+        ("(v)", "the column list of public.t lacks \"id\""),
+    ] {
+        client.batch_execute(&format!("{set} {clause}")).await.expect(clause);
+        let update = "INSERT INTO public.t VALUES (1, 'a') ON CONFLICT DO NOTHING; \
+            UPDATE public.t SET v = 'b'";
+        client.batch_execute(update).await.expect_err("the application's changes fail");
+        run(&file, &["check"]).await.expect_text(&[text]);
+    }
+    client.batch_execute(&format!("{set} WHERE (id > 0)")).await.expect("a filter of the key");
+    client.batch_execute("UPDATE public.t SET v = 'b'").await.expect("changes work");
+    let checked = run(&file, &["check"]).await;
+    assert!(!checked.log.contains("UPDATE and DELETE on it fail"), "{}", checked.log);
+}

@@ -151,6 +151,9 @@ fn check_table(
 ) -> Result<()> {
     let table = &facts.table;
     let is_there = publication.is_some_and(|publication| publication.table(table).is_some());
+    if facts.nature.other_than_table.is_none() {
+        tables::keys_its_changes(facts, publication)?;
+    }
     for Obstacle { harm, what, hint } in obstacles(facts, publication) {
         let fatal = match harm {
             Harm::Less => false,
@@ -167,7 +170,6 @@ fn check_table(
         };
         return Err(Error::refused(what).hint(hint));
     }
-    tables::keys_its_changes(facts, publication)?;
     for (route, key) in keys_of(&config.relay.rules, &table.to_string()) {
         if let Some((what, hint)) = tables::hides_route_key(facts, route, key) {
             print_warning(&format!("{what}; {hint}"));

@@ -78,8 +78,60 @@ pub fn obstacles(facts: &TableFacts, publication: Option<&Publication>) -> Vec<O
         identity(facts, &mut add);
         let sent = publication.is_some_and(|publication| publication.generated);
         generated(facts, sent, &mut add);
+        let published = publication.and_then(|publication| publication.table(table));
+        if let Some(list) = published.and_then(|published| published.columns.as_ref()) {
+            column_list(facts, list, &mut add);
+        }
     }
     found
+}
+
+/// A column list has to cover the replica identity, or changes fail.
+fn column_list(facts: &TableFacts, list: &[String], add: &mut impl FnMut(Harm, String, String)) {
+    let table = &facts.table;
+    let identity: &[String] = match &facts.identity {
+        CatalogIdentity::Key(columns) | CatalogIdentity::Index(columns) => columns,
+        CatalogIdentity::Full => &facts.columns,
+        CatalogIdentity::Nothing => return,
+    };
+    let full = facts.identity == CatalogIdentity::Full;
+    let missing = identity.iter().find(|column| !list.contains(column));
+    let text = match missing {
+        Some(column) => format!("lacks {column:?}, which is in its replica identity"),
+        // Postgres refuses every list here, also one of all columns.
+        None if full => "is not allowed with REPLICA IDENTITY FULL".to_owned(),
+        None => return,
+    };
+    add(
+        Harm::Breaks,
+        format!("the column list of {table} {text}: UPDATE and DELETE on it fail"),
+        "ALTER PUBLICATION ... SET TABLE, with those columns in the list, or without a list"
+            .to_owned(),
+    );
+}
+
+/// A row filter may only look at columns of the replica identity, or changes fail. `columns` are
+/// those that it looks at.
+pub fn filter_breaks(
+    facts: &TableFacts,
+    publication: &Publication,
+    columns: &[String],
+) -> Option<Obstacle> {
+    let operations = publication.operations;
+    let changes = operations.update || operations.delete;
+    let column = facts.identity.lacks(columns).filter(|_| changes && !facts.partitioned)?;
+    let table = &facts.table;
+    Some(Obstacle {
+        harm: Harm::Breaks,
+        what: format!(
+            "the row filter of {table} looks at column {column:?}, which is not in its replica \
+             identity: UPDATE and DELETE on it fail"
+        ),
+        hint: format!(
+            "ALTER TABLE {} REPLICA IDENTITY FULL, or remove the filter",
+            facts.table.quoted()
+        ),
+    })
 }
 
 /// Changes of a published table need a replica identity.
@@ -169,7 +221,7 @@ fn generated(facts: &TableFacts, sent: bool, add: &mut impl FnMut(Harm, String, 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pg::publication::{Nature, TableName};
+    use crate::pg::publication::{Nature, PublishedTable, TableName};
 
     fn names(columns: &[&str]) -> Vec<String> {
         columns.iter().map(|column| (*column).to_owned()).collect()
@@ -266,6 +318,36 @@ mod tests {
         let early = Nature { server_version: 170_000, ..Nature::default() };
         let (harm, _) = worst(&TableFacts { nature: early, ..full }).expect("it is said");
         assert_eq!(harm, Harm::Less);
+    }
+
+    #[test]
+    fn a_column_list_or_a_row_filter_that_the_replica_identity_does_not_cover_breaks_changes() {
+        let listed = |columns: &[&str]| Publication {
+            tables: vec![PublishedTable {
+                oid: 1,
+                entry: Some(3),
+                table: TableName::new("public", "t"),
+                row_filter: None,
+                columns: Some(names(columns)),
+            }],
+            ..publication(Operations::ALL, false)
+        };
+        let full = table(CatalogIdentity::Full);
+        assert!(obstacles(&keyed(), Some(&listed(&["id"]))).is_empty());
+        for (facts, list) in [
+            (&keyed(), &["title"][..]),
+            (&full, &["id", "title"]),
+            (&full, &["id", "title", "slug"]),
+        ] {
+            let found = obstacles(facts, Some(&listed(list)));
+            assert_eq!(found.first().map(|o| o.harm), Some(Harm::Breaks), "{list:?}");
+        }
+        let all = publication(Operations::ALL, false);
+        let filter =
+            |facts: &TableFacts, columns: &[&str]| filter_breaks(facts, &all, &names(columns));
+        assert_eq!(filter(&keyed(), &["id"]), None);
+        assert_eq!(filter(&full, &["title"]), None);
+        assert!(filter(&keyed(), &["id", "title"]).is_some_and(|o| o.what.contains("\"title\"")));
     }
 
     fn publication(operations: Operations, generated: bool) -> Publication {

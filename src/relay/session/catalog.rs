@@ -51,8 +51,9 @@ pub(super) async fn captured(
     let mut described = checkpoint::described(client, &options.name).await?;
     for facts in read_tables(client, options, publication).await? {
         let table = &facts.table.to_string();
-        for Obstacle { what, hint, .. } in obstacles(&facts, Some(publication)) {
-            tracing::warn!(hint, "{what}");
+        let serious = |obstacle: &Obstacle| obstacle.harm > Harm::Less;
+        for obstacle in obstacles(&facts, Some(publication)).into_iter().filter(serious) {
+            tracing::warn!(hint = obstacle.hint, "{}", obstacle.what);
         }
         for (route, key) in keys_of(&options.rules, table) {
             if let Some((what, hint)) = tables::hides_route_key(&facts, route, key) {
