@@ -3,13 +3,15 @@
 //! Invariant: logging never waits and never fails. A pipe that nobody reads, a full disk or a
 //! closed stderr costs log lines, which are counted, and nothing else.
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal as _, Write};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::time::Duration;
 
 use tracing_subscriber::fmt::MakeWriter;
+
+use super::printable;
 
 /// Maximum number of lines that wait for the thread.
 const WAITING_MAX: usize = 4096;
@@ -95,9 +97,22 @@ fn write(line: &[u8]) {
     if before > 0 {
         let _ = writeln!(stderr, "dropped {before} log lines: stderr was not read in time");
     }
-    if stderr.write_all(line).is_err() {
+    if stderr.write_all(shown(line, stderr.is_terminal()).as_bytes()).is_err() {
         metrics::counter!(SERIES).increment(1);
     }
+}
+
+/// A line of which nothing can be taken for another: tracing-subscriber escapes the message, and
+/// not every field. On a terminal it colours the line.
+fn shown(line: &[u8], coloured: bool) -> String {
+    let text = String::from_utf8_lossy(line);
+    let text = text.strip_suffix('\n').unwrap_or(&text);
+    let shown = match text.starts_with('{') {
+        true => printable::json(text),
+        false if coloured => printable::coloured_line(text),
+        false => printable::one_line(text),
+    };
+    format!("{shown}\n")
 }
 
 /// Waits until the lines so far are written, at most one second.
@@ -106,5 +121,20 @@ pub(super) fn flush() {
     let (done, written) = mpsc::sync_channel(1);
     if queue.try_send(Work::Flush(done)).is_ok() {
         let _ = written.recv_timeout(FLUSH_LIMIT);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_field_of_a_log_line_forges_another_line_or_moves_the_cursor() {
+        let line = b"\x1b[2m12:00\x1b[0m WARN error=a\n12:01 INFO forged \x1b]0;t\x07\x1b[2J\n";
+        let coloured = "\x1b[2m12:00\x1b[0m WARN error=a\\n12:01 INFO forged \
+                        \\u{1b}]0;t\\u{7}\\u{1b}[2J\n";
+        assert_eq!(shown(line, true), coloured);
+        assert_eq!(shown(line, false), coloured.replace('\x1b', "\\u{1b}"));
+        assert_eq!(shown(b"{\"a\":\"\xc2\x9b\"}\n", false), "{\"a\":\"\\u009b\"}\n");
     }
 }

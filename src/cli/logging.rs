@@ -1,8 +1,7 @@
 //! Log lines on stderr: text on a terminal, JSON elsewhere, or as the configuration says.
 //!
 //! Other crates log errors only, and lapin nothing: it returns its errors, and logs a closed
-//! connection as one. tracing-subscriber escapes control characters, so a name from outside cannot
-//! forge a line.
+//! connection as one. A name from outside cannot forge a line: what `run` logs passes `printable`.
 
 use std::io::IsTerminal as _;
 use std::sync::OnceLock;

@@ -3,8 +3,9 @@
 //! Data goes to stdout, as text or with `--json` as one object; errors and logs go to stderr. A
 //! command returns an [`End`]; `main` turns that into an exit code.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand};
 use serde::Serialize;
@@ -97,6 +98,19 @@ pub async fn execute(
     watch_signals: impl FnOnce() -> Result<watch::Receiver<bool>>,
     give_up: fn(),
 ) -> Result<End> {
+    let end = command(cli, watch_signals, give_up).await?;
+    note(io::stdout().flush());
+    if UNPRINTED.load(Ordering::Relaxed) {
+        return Err(Error::internal("stdout cannot be written, so the result is not complete"));
+    }
+    Ok(end)
+}
+
+async fn command(
+    cli: Cli,
+    watch_signals: impl FnOnce() -> Result<watch::Receiver<bool>>,
+    give_up: fn(),
+) -> Result<End> {
     let out = Out { json: cli.json };
     match cli.command {
         Command::Init(args) => init::execute(&load_with_warnings(&cli.config)?, &args, out).await,
@@ -156,11 +170,11 @@ pub fn print_error(error: &Error) {
         text.push_str(&format!("hint: {}\n", printable::lines(hint)));
     }
     // A closed stderr leaves no place to report this.
-    let _ = std::io::stderr().write_all(text.as_bytes());
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 fn print_warning(text: &str) {
-    let _ = writeln!(std::io::stderr(), "warning: {}", printable::lines(text));
+    let _ = writeln!(io::stderr(), "warning: {}", printable::lines(text));
 }
 
 /// Where data is printed. Everything passes `printable` on its way; what is one value of a line
@@ -178,15 +192,14 @@ impl Out {
 
     /// Prints a line that begins with `word` in a colour (ANSI number), if stdout is a terminal.
     fn marked(self, colour: u8, word: &str, text: &str) {
-        let coloured = std::io::stdout().is_terminal();
+        let coloured = io::stdout().is_terminal();
         let word = if coloured { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() };
         self.print(&word, text);
     }
 
     fn print(self, before: &str, text: &str) {
         if !self.json {
-            // `head` closes the pipe early; that is not our failure.
-            let _ = writeln!(std::io::stdout(), "{before}{}", printable::lines(text));
+            note(writeln!(io::stdout(), "{before}{}", printable::lines(text)));
         }
     }
 
@@ -195,8 +208,18 @@ impl Out {
         if self.json {
             let text = serde_json::to_string_pretty(data)
                 .map_err(|e| Error::internal("the result is not JSON").caused_by(e))?;
-            let _ = writeln!(std::io::stdout(), "{}", printable::json(&text));
+            note(writeln!(io::stdout(), "{}", printable::json(&text)));
         }
         Ok(())
+    }
+}
+
+/// Something could not be printed, so the command did not do its work.
+static UNPRINTED: AtomicBool = AtomicBool::new(false);
+
+/// `head` closes the pipe early; that is not our failure. A full disk is.
+fn note(written: io::Result<()>) {
+    if written.is_err_and(|error| error.kind() != io::ErrorKind::BrokenPipe) {
+        UNPRINTED.store(true, Ordering::Relaxed);
     }
 }

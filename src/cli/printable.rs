@@ -14,6 +14,22 @@ pub(super) fn one_line(text: &str) -> Cow<'_, str> {
     escaped(text, is_obeyed)
 }
 
+/// One line in which colours (`ESC [ … m`) may stand.
+pub(super) fn coloured_line(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_obeyed) {
+        return Cow::Borrowed(text);
+    }
+    let mut parts = text.split('\u{1b}');
+    let mut out = one_line(parts.next().unwrap_or_default()).into_owned();
+    for part in parts {
+        let end = part.find(|c: char| !matches!(c, '[' | ';' | '0'..='9'));
+        let is_colour = part.starts_with('[') && end.is_some_and(|at| part[at..].starts_with('m'));
+        out.push_str(if is_colour { "\u{1b}" } else { "\\u{1b}" });
+        out.push_str(&one_line(part));
+    }
+    Cow::Owned(out)
+}
+
 /// JSON in which those characters are `\u` escapes; it is the same value.
 pub(super) fn json(text: &str) -> Cow<'_, str> {
     let inside = |c: char| c != '\n' && is_obeyed(c);

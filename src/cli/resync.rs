@@ -83,6 +83,9 @@ struct Report {
 }
 
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
+    if args.reason.as_ref().is_some_and(|reason| reason.trim().is_empty()) {
+        return Err(Error::config("--reason is empty; say why the gap is accepted"));
+    }
     let SqlConnection { mut client, closed: _closed } = sql(&config.relay.sql).await?;
     let options = &config.relay;
     let found = facts::read(&client, options).await?;

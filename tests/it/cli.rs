@@ -172,6 +172,13 @@ async fn init_makes_everything_once_and_check_finds_it() {
     let status: Value = serde_json::from_str(&status.out).expect("JSON");
     assert_eq!(status["slot"]["wal_status"], "reserved");
     assert_eq!(status["checkpoint"]["flush_lsn"], status["slot"]["confirmed_flush_lsn"]);
+
+    let mut unprinted = command(&file, &["status", "--json"]);
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("Linux has it");
+    unprinted.stdout(full);
+    let ran = finish(unprinted.spawn().expect("the program starts")).await;
+    assert!(ran.err.contains("stdout cannot be written"), "{ran:?}");
+    assert_eq!(ran.code, 1, "a result that nobody has is not a success");
 }
 
 #[tokio::test]

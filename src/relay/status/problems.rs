@@ -131,3 +131,77 @@ fn stream(shown: &Snapshot) -> Vec<Concern> {
     }
     found
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::error::Error;
+    use crate::relay::status::{Held, SlotStatus, Status};
+    use crate::verdict::Verdict;
+
+    fn levels(shown: &Snapshot, is_alive: bool) -> Vec<Severity> {
+        of(shown, is_alive).into_iter().map(|problem| problem.level).collect()
+    }
+
+    #[test]
+    fn a_relay_that_streams_or_is_on_standby_has_no_problem_and_any_other_has() {
+        let status = Status::new("r", Vec::new());
+        assert_eq!(levels(&status.snapshot(), true), [Severity::Problem], "it connects");
+        status.streaming();
+        assert_eq!(levels(&status.snapshot(), true), []);
+        assert_eq!(levels(&status.snapshot(), false), [Severity::Problem], "its loop is stuck");
+        let second = Duration::from_secs(1);
+        status.waiting(&Error::unreachable("the broker is away"), second);
+        let problems = status.snapshot().problems;
+        assert!(problems[0].what.contains("the broker is away"), "{problems:?}");
+        assert_eq!(problems[0].level, Severity::Problem);
+        status.waiting(&Error::new(Kind::Busy, "the lock queue is held"), second);
+        assert_eq!(status.snapshot().problems, []);
+        status.stopped(Some(&Error::named(Verdict::SlotLost, "it is lost")));
+        assert_eq!(levels(&status.snapshot(), true), [Severity::Verdict]);
+        status.stopped(Some(&Error::unreachable("shutdown: 3 events were not confirmed")));
+        assert_eq!(levels(&status.snapshot(), true), [Severity::Problem]);
+    }
+
+    #[test]
+    fn each_thing_that_does_not_flow_is_a_problem_and_the_rest_a_warning() {
+        let status = Status::new("r", Vec::new());
+        status.streaming();
+        let good = status.snapshot();
+        type Change = fn(&mut Snapshot);
+        let changes: [(&str, Severity, Change); 7] = [
+            ("the broker blocks", Severity::Problem, |s| s.broker_blocked = true),
+            ("\"a\" has been held", Severity::Problem, |s| {
+                let reason = "no queue".to_owned();
+                s.held = vec![Held { route: "a".into(), reason, for_seconds: 3.0 }];
+            }),
+            ("may not be parked: full", Severity::Problem, |s| {
+                s.parked.blocked = vec![("a".into(), "full".into())];
+            }),
+            ("2 rows of 1 keys", Severity::Warning, |s| (s.parked.rows, s.parked.keys) = (2, 1)),
+            ("stream is 77 s old", Severity::Problem, |s| {
+                (s.canary_age_seconds, s.canary_late) = (Some(77.0), true);
+            }),
+            ("stored for 12 s", Severity::Problem, |s| s.checkpoint_age_seconds = 12.0),
+            ("the slot is at risk: soon", Severity::Warning, |s| {
+                s.slot = Some(SlotStatus {
+                    wal_status: None,
+                    safe_wal_size: None,
+                    retained_bytes: 0,
+                    lag_bytes: 0,
+                    warning: Some("soon".into()),
+                });
+            }),
+        ];
+        for (text, level, change) in changes {
+            let mut shown = good.clone();
+            change(&mut shown);
+            let found = of(&shown, true);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert!(found[0].what.contains(text) && !found[0].hint.is_empty(), "{found:?}");
+            assert_eq!(found[0].level, level, "{found:?}");
+        }
+    }
+}
