@@ -20,6 +20,17 @@ pub struct RouteId(pub u16);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ExchangeId(pub u16);
 
+/// A part of a routing key, as far as it is known without an event.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum KeyPart {
+    /// This text.
+    Text(String),
+    /// Some word: text without a dot.
+    Word,
+    /// Some text, which may have dots in it.
+    Any,
+}
+
 /// Maximum length of an AMQP short string, in bytes: routing key, type, header name and others.
 pub const SHORT_STRING_MAX: usize = 255;
 

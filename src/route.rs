@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::message::{ExchangeId, RouteId, SHORT_STRING_MAX, route_hash};
+use crate::message::{ExchangeId, KeyPart, RouteId, SHORT_STRING_MAX, route_hash};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
 pub use lanes::LaneKeys;
@@ -116,9 +116,9 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// The routing key as far as it is known without an event: `None` stands for any text. Empty
-    /// for a rule that drops, or whose template is wrong.
-    pub fn known_key(&self) -> Vec<Option<String>> {
+    /// The routing key as far as it is known without an event. Empty for a rule that drops, or
+    /// whose template is wrong.
+    pub fn known_key(&self) -> Vec<KeyPart> {
         let Action::Publish { routing_key, .. } = &self.action else { return Vec::new() };
         let (fields, known) = match &self.select {
             Select::Outbox { aggregate_type } => {
@@ -132,14 +132,21 @@ impl Rule {
         let Ok(Template(segments)) = Template::parse(routing_key, fields) else {
             return Vec::new();
         };
-        let piece = |segment| match segment {
-            Segment::Text(text) => Some(text),
+        let part = |segment| match segment {
+            Segment::Text(text) => KeyPart::Text(text),
             Segment::Field(field) => {
-                let value = known.iter().find(|(name, _)| *name == field);
-                value.map(|(_, value)| (*value).to_owned()).filter(|value| value != "*")
+                let value = known.iter().find(|(name, _)| *name == field).map(|(_, value)| *value);
+                match (value, field) {
+                    (Some(value), _) if value != "*" => KeyPart::Text(value.to_owned()),
+                    (_, Field::AggregateType | Field::AggregateId | Field::EventType) => {
+                        KeyPart::Any
+                    }
+                    // A captured table is named with one dot, between schema and table.
+                    (_, Field::Schema | Field::Table | Field::Op) => KeyPart::Word,
+                }
             }
         };
-        segments.into_iter().map(piece).collect()
+        segments.into_iter().map(part).collect()
     }
 }
 
@@ -356,14 +363,15 @@ mod tests {
 
     #[test]
     fn what_a_rule_selects_is_known_of_its_routing_key() {
-        let text = |text: &str| Some(text.to_owned());
+        use KeyPart::{Any, Word};
+        let text = |text: &str| KeyPart::Text(text.to_owned());
         let mut rule = rule("a", "x.{aggregate_type}.{event_type}");
-        assert_eq!(rule.known_key(), [text("x."), None, text("."), None]);
+        assert_eq!(rule.known_key(), [text("x."), Any, text("."), Any]);
         rule.select = Select::Outbox { aggregate_type: "order".into() };
-        assert_eq!(rule.known_key(), [text("x."), text("order"), text("."), None]);
+        assert_eq!(rule.known_key(), [text("x."), text("order"), text("."), Any]);
         let mut tables = default_rules().remove(1);
         tables.select = Select::Table { name: "public.items".into() };
-        let known = [text("public"), text("."), text("items"), text("."), None];
+        let known = [text("public"), text("."), text("items"), text("."), Word];
         assert_eq!(tables.known_key(), known);
     }
 

@@ -7,14 +7,16 @@
 //! <https://www.rabbitmq.com/docs/confirms#when-publishes-are-confirmed>
 
 mod matching;
+mod reach;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use matching::Takes;
+use crate::message::KeyPart;
+use reach::Reach;
 
 /// What a confirm is worth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -22,7 +24,7 @@ use matching::Takes;
 pub enum Grade {
     /// Confirmed is stored on a majority of several nodes, and stays until it is consumed.
     Safe,
-    /// Not known: AMQP itself shows neither bindings nor policies.
+    /// Not known: it cannot be seen, or depends on what each message is.
     NotVerified,
     /// Confirmed is stored, but power loss, a lost disk, time or a consumer may take it.
     Weak,
@@ -62,8 +64,8 @@ pub struct Graded {
     pub reason: String,
 }
 
-/// A routing key as far as it is known: `None` stands for any text.
-pub type KnownKey = [Option<String>];
+/// A routing key as far as it is known without a message.
+pub type KnownKey = [KeyPart];
 
 /// An exchange.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -74,8 +76,12 @@ pub struct ExchangeFacts {
     pub kind: String,
     /// Survives a restart of the broker.
     pub durable: bool,
+    /// Nobody but other exchanges may publish to it.
+    pub internal: bool,
     /// Among them `alternate-exchange`.
     pub arguments: Map<String, Value>,
+    /// Name of the policy that applies to it.
+    pub policy: Option<String>,
 }
 
 /// A binding of an exchange to a queue or to another exchange.
@@ -110,8 +116,12 @@ pub struct QueueFacts {
     /// The nodes that have it, where it is replicated.
     pub members: Vec<String>,
     arguments: Map<String, Value>,
-    /// What policies and operator policies make of it; an empty list when there is none.
-    effective_policy_definition: Value,
+    /// What policies and operator policies make of it; an empty list when there is none. Absent in
+    /// the first seconds of a queue, and without statistics.
+    effective_policy_definition: Option<Value>,
+    /// The vhost has policies that may apply to it.
+    #[serde(skip)]
+    pub may_have_policy: bool,
 }
 
 /// Everything that the grades depend on.
@@ -125,35 +135,53 @@ pub struct Survey {
     pub bindings: BTreeMap<String, Vec<BindingFacts>>,
     /// By name; those that do not exist are absent.
     pub queues: BTreeMap<String, QueueFacts>,
+    /// Definitions of the vhost's policies, by name; `None` when the user may not see them.
+    pub policies: Option<Policies>,
 }
 
-/// Where a route's messages can go.
-#[derive(Debug, Default)]
-struct Reach {
-    queues: BTreeSet<String>,
-    /// Some binding takes every message.
-    covered: bool,
-    seen: BTreeSet<String>,
-}
+/// Definitions of policies, by name.
+pub type Policies = BTreeMap<String, Value>;
 
 impl Survey {
     /// What a confirm is worth for messages of `route` to `exchange` with this routing key.
     pub fn grade(&self, route: &str, exchange: &str, key: &KnownKey) -> Graded {
         let is_unsafe = |reason| Graded { grade: Grade::Unsafe, reason };
-        if !self.exchanges.contains_key(exchange) {
-            return is_unsafe(format!("exchange {exchange:?} does not exist"));
+        match self.exchanges.get(exchange) {
+            None => return is_unsafe(format!("exchange {exchange:?} does not exist")),
+            Some(facts) if facts.internal => {
+                return is_unsafe(format!("exchange {exchange:?} is internal: it takes nothing"));
+            }
+            Some(_) => {}
         }
         let reach = self.reach(route, exchange, key);
+        let unknown: Vec<&str> = reach.unknown.iter().map(String::as_str).collect();
+        let unknown = unknown.join("; ");
         if reach.queues.is_empty() {
-            return is_unsafe(self.unbound(exchange, key));
+            return match unknown.as_str() {
+                "" => is_unsafe(self.unbound(exchange, key, &reach)),
+                _ => Graded { grade: Grade::NotVerified, reason: unknown },
+            };
         }
         let graded: Vec<Graded> = reach.queues.iter().map(|name| self.grade_queue(name)).collect();
         let mut grade = graded.iter().map(|v| v.grade).max().unwrap_or(Grade::Unsafe);
         let worst = graded.into_iter().filter(|v| v.grade == grade).map(|v| v.reason);
         let mut reason = worst.collect::<Vec<_>>().join("; ");
-        if !reach.covered {
+        if !unknown.is_empty() {
+            // What the queues are worth is known, but not whether these are the ones.
+            grade = Grade::NotVerified;
+            reason = format!("{unknown}; if it leads there: {reason}");
+        } else if !reach.covered {
+            // Those keys are held when they come, and nobody can say whether they will.
+            grade = grade.max(Grade::NotVerified);
             let key = shown(key);
             reason.push_str(&format!("; some routing keys of the form {key:?} match no binding"));
+        }
+        if let Some(exchange) = &reach.delayed {
+            grade = grade.max(Grade::Weak);
+            reason.push_str(&format!(
+                "; exchange {exchange:?} confirms a delayed message that is on one node only, and \
+                 drops it if no queue is bound when it is due"
+            ));
         }
         // What one queue refuses is nacked and tried again, and the others have taken it already.
         let refuses = |name: &&String| self.queues.get(*name).is_some_and(QueueFacts::refuses);
@@ -173,41 +201,26 @@ impl Survey {
         self.reach(route, exchange, key).queues.into_iter().collect()
     }
 
-    fn reach(&self, route: &str, exchange: &str, key: &KnownKey) -> Reach {
-        let mut reach = Reach::default();
-        reach.covered = self.walk(route, exchange, key, &mut reach);
-        reach
+    /// The exchanges that messages of the route can come through, its own among them.
+    pub fn exchanges_of(&self, route: &str, exchange: &str, key: &KnownKey) -> Vec<String> {
+        self.reach(route, exchange, key).exchanges.into_keys().collect()
     }
 
-    /// Follows the bindings of one exchange; returns whether one takes every message.
-    fn walk(&self, route: &str, exchange: &str, key: &KnownKey, reach: &mut Reach) -> bool {
-        if !reach.seen.insert(exchange.to_owned()) {
-            return false;
-        }
-        let Some(facts) = self.exchanges.get(exchange) else { return false };
-        let mut covered = false;
-        for binding in self.bindings.get(exchange).into_iter().flatten() {
-            let takes = facts.takes(binding, route, key);
-            if takes == Takes::None {
-                continue;
-            }
-            let reaches = if binding.destination_type == "queue" {
-                reach.queues.insert(binding.destination.clone());
-                true
-            } else {
-                self.walk(route, &binding.destination, key, reach)
-            };
-            covered |= reaches && takes == Takes::All;
-        }
-        let alternate = facts.arguments.get("alternate-exchange").and_then(Value::as_str);
-        match alternate {
-            Some(alternate) if !covered => self.walk(route, alternate, key, reach),
-            Some(_) | None => covered,
-        }
-    }
-
-    fn unbound(&self, exchange: &str, key: &KnownKey) -> String {
+    fn unbound(&self, exchange: &str, key: &KnownKey, reach: &Reach) -> String {
         const SHOWN: usize = 5;
+        if reach.exchanges.len() > 1 {
+            let others: Vec<String> = reach
+                .exchanges
+                .keys()
+                .filter(|name| *name != exchange)
+                .map(|n| format!("{n:?}"))
+                .collect();
+            return format!(
+                "no queue is reached from exchange {exchange:?} or those that it leads to: {}; \
+                 an alternate exchange gets only what no binding matches",
+                others.join(", ")
+            );
+        }
         let keys: Vec<String> = self
             .bindings
             .get(exchange)
@@ -232,22 +245,13 @@ impl Survey {
     }
 }
 
-impl ExchangeFacts {
-    fn takes(&self, binding: &BindingFacts, route: &str, key: &KnownKey) -> Takes {
-        match self.kind.as_str() {
-            "fanout" => Takes::All,
-            "direct" => matching::direct(&binding.routing_key, key),
-            "topic" => matching::topic(&binding.routing_key, key),
-            "headers" => matching::headers(&binding.arguments, route),
-            // A plugin's exchange: what it does with keys is not known.
-            _ => Takes::Some,
-        }
-    }
-}
-
 /// The key for people: what is not known is `{}`.
 fn shown(key: &KnownKey) -> String {
-    key.iter().map(|piece| piece.as_deref().unwrap_or("{}")).collect()
+    let part = |part: &KeyPart| match part {
+        KeyPart::Text(text) => text.clone(),
+        KeyPart::Word | KeyPart::Any => "{}".to_owned(),
+    };
+    key.iter().map(part).collect()
 }
 
 impl QueueFacts {
@@ -265,6 +269,9 @@ impl QueueFacts {
     fn reasons(&self, broker_major: u32) -> Vec<(Grade, String)> {
         let mut list = Vec::new();
         let mut add = |grade, text: &str| list.push((grade, text.to_owned()));
+        if self.may_have_policy && self.effective_policy_definition.is_none() {
+            add(Grade::NotVerified, "it is so new that its policy cannot be seen yet");
+        }
         if !self.durable {
             add(Grade::Unsafe, "not durable: a broker restart loses its messages");
         }
@@ -298,17 +305,29 @@ impl QueueFacts {
     }
 
     /// After how many deliveries a quorum queue drops or dead-letters a message; RabbitMQ 4 has a
-    /// default. <https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling>
+    /// default. Of policy and argument the smaller one counts, but a negative one lifts only itself
+    /// (`resolve_delivery_limit` in `deps/rabbit/src/rabbit_quorum_queue.erl`).
+    /// <https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling>
     fn delivery_limit(&self, broker_major: u32) -> Option<i64> {
         const DEFAULT: i64 = 20;
-        let set = self.value("delivery-limit").and_then(Value::as_i64);
+        let argument = self.arguments.get("x-delivery-limit").and_then(Value::as_i64);
+        let policy = self.policy("delivery-limit").and_then(Value::as_i64);
+        let set = match (argument, policy) {
+            (Some(one), Some(other)) if one < 0 || other < 0 => Some(one.max(other)),
+            (Some(one), Some(other)) => Some(one.min(other)),
+            (one, other) => one.or(other),
+        };
         let default = (broker_major >= 4).then_some(DEFAULT);
         set.or(default).filter(|limit| self.kind == "quorum" && *limit >= 0)
     }
 
+    fn policy(&self, name: &str) -> Option<&Value> {
+        self.effective_policy_definition.as_ref()?.get(name)
+    }
+
     fn value(&self, name: &str) -> Option<&Value> {
         let argument = self.arguments.get(&format!("x-{name}"));
-        argument.or_else(|| self.effective_policy_definition.get(name))
+        argument.or_else(|| self.policy(name))
     }
 
     fn is_limited(&self) -> bool {
@@ -329,8 +348,7 @@ impl QueueFacts {
     /// On a quorum queue the policy goes before the argument, on others after it
     /// (`deps/rabbit/src/rabbit_quorum_queue.erl` and `rabbit_amqqueue_process.erl`).
     fn overflow(&self) -> &str {
-        let policy =
-            self.effective_policy_definition.get("overflow").filter(|_| self.kind == "quorum");
+        let policy = self.policy("overflow").filter(|_| self.kind == "quorum");
         policy.and_then(Value::as_str).or_else(|| self.text("overflow")).unwrap_or("drop-head")
     }
 
@@ -348,20 +366,20 @@ mod tests {
     use super::*;
 
     /// A routing key with `{}` for what is not known.
-    pub(super) fn key(text: &str) -> Vec<Option<String>> {
+    pub(super) fn key(text: &str) -> Vec<KeyPart> {
         let mut pieces = Vec::new();
         for (index, piece) in text.split("{}").enumerate() {
             if index > 0 {
-                pieces.push(None);
+                pieces.push(KeyPart::Any);
             }
             if !piece.is_empty() {
-                pieces.push(Some(piece.to_owned()));
+                pieces.push(KeyPart::Text(piece.to_owned()));
             }
         }
         pieces
     }
 
-    fn queue(kind: &str, more: &str) -> QueueFacts {
+    pub(super) fn queue(kind: &str, more: &str) -> QueueFacts {
         let members = r#""members":["a","b","c"]"#;
         let json = format!(r#"{{"type":"{kind}","durable":true,{members}{more}}}"#);
         serde_json::from_str(&json).unwrap()
@@ -402,8 +420,19 @@ mod tests {
         // RabbitMQ 4 limits deliveries by default.
         assert_eq!(queue("quorum", "").grade(4).grade, Grade::Weak);
         assert_eq!(queue("quorum", dead).grade(4).grade, Grade::Safe);
+        let new = QueueFacts { may_have_policy: true, ..queue("quorum", "") };
+        assert_eq!(new.grade(3).grade, Grade::NotVerified);
         let endless = r#","arguments":{"x-delivery-limit":-1}"#;
         assert_eq!(queue("quorum", endless).grade(4).grade, Grade::Safe);
+        for (argument, policy, limit) in
+            [(50, 5, Some(5)), (5, 50, Some(5)), (-1, 5, Some(5)), (5, -1, Some(5)), (-1, -2, None)]
+        {
+            let both = format!(
+                r#","arguments":{{"x-delivery-limit":{argument}}},
+                   "effective_policy_definition":{{"delivery-limit":{policy}}}"#
+            );
+            assert_eq!(queue("quorum", &both).delivery_limit(4), limit, "{both}");
+        }
     }
 
     #[test]
@@ -413,95 +442,5 @@ mod tests {
         assert_eq!(graded.grade, Grade::Unsafe);
         let at = |text| graded.reason.find(text).unwrap_or_else(|| panic!("{}", graded.reason));
         assert!(at("overflow drop-head") < at("expire") && at("expire") < at("classic"));
-    }
-
-    fn bound(destination: &str, kind: &str, routing_key: &str) -> BindingFacts {
-        BindingFacts {
-            destination: destination.into(),
-            destination_type: kind.into(),
-            routing_key: routing_key.into(),
-            arguments: Map::new(),
-        }
-    }
-
-    fn survey(bindings: &[(&str, BindingFacts)]) -> Survey {
-        let mut survey = Survey::default();
-        for (name, kind) in [("events", "topic"), ("inner", "direct"), ("spare", "fanout")] {
-            let exchange =
-                ExchangeFacts { kind: kind.into(), durable: true, arguments: Map::new() };
-            survey.exchanges.insert(name.into(), exchange);
-        }
-        for (source, binding) in bindings {
-            survey.bindings.entry((*source).into()).or_default().push(binding.clone());
-        }
-        for (name, kind) in [("good", "quorum"), ("poor", "classic")] {
-            survey.queues.insert(name.into(), queue(kind, ""));
-        }
-        survey
-    }
-
-    #[test]
-    fn a_route_is_worth_its_worst_queue_that_its_keys_reach() {
-        let orders = key("order.{}");
-        let grade = |s: &Survey| s.grade("orders", "events", &orders);
-        let none = grade(&survey(&[]));
-        assert_eq!(
-            (none.grade, &*none.reason),
-            (Grade::Unsafe, "no queue is bound to exchange \"events\"")
-        );
-        let other = grade(&survey(&[("events", bound("good", "queue", "customer.*"))]));
-        assert_eq!(other.grade, Grade::Unsafe);
-        assert!(other.reason.contains("matches routing key \"order.{}\"; bound: \"customer.*\""));
-        let good = ("events", bound("good", "queue", "order.#"));
-        assert_eq!(grade(&survey(std::slice::from_ref(&good))).grade, Grade::Safe);
-        let poor = ("events", bound("poor", "queue", "customer.#"));
-        assert_eq!(grade(&survey(&[good.clone(), poor])).grade, Grade::Safe, "not reached");
-        let poor = ("events", bound("poor", "queue", "#"));
-        let both = grade(&survey(&[good.clone(), poor]));
-        assert!(both.grade == Grade::Weak && both.reason.starts_with("queue \"poor\": a classic"));
-        let full = ("events", bound("full", "queue", "#"));
-        let mut two = survey(&[good.clone(), full.clone()]);
-        let limited = r#","arguments":{"x-max-length":5,"x-overflow":"reject-publish"}"#;
-        two.queues.insert("full".into(), queue("quorum", limited));
-        let graded = grade(&two);
-        assert!(graded.grade == Grade::Weak && graded.reason.contains("the other queues receive"));
-        let mut one = survey(&[full]);
-        one.queues = two.queues;
-        assert_eq!(grade(&one).grade, Grade::Safe, "alone it may be full");
-        let gone = grade(&survey(&[good, ("events", bound("gone", "queue", "#"))]));
-        assert_eq!(
-            (gone.grade, &*gone.reason),
-            (Grade::Unsafe, "queue \"gone\": it does not exist")
-        );
-        let missing = survey(&[]).grade("orders", "nowhere", &orders);
-        assert_eq!(missing.reason, "exchange \"nowhere\" does not exist");
-    }
-
-    #[test]
-    fn bindings_between_exchanges_are_followed_by_the_rules_of_each() {
-        let inner = ("events", bound("inner", "exchange", "order.#"));
-        let to =
-            |routing_key| survey(&[inner.clone(), ("inner", bound("poor", "queue", routing_key))]);
-        let grade = |s: &Survey, text: &str| s.grade("orders", "events", &key(text));
-        assert_eq!(grade(&to("order.paid"), "order.paid").grade, Grade::Weak);
-        assert_eq!(grade(&to("order.#"), "order.paid").grade, Grade::Unsafe, "direct has no #");
-        let some = grade(&to("order.paid"), "order.{}");
-        assert!(
-            some.reason.ends_with("some routing keys of the form \"order.{}\" match no binding")
-        );
-        // A circle ends.
-        let circle = [inner, ("inner", bound("events", "exchange", "order.paid"))];
-        assert_eq!(grade(&survey(&circle), "order.paid").grade, Grade::Unsafe);
-    }
-
-    #[test]
-    fn what_no_binding_takes_goes_to_the_alternate_exchange() {
-        let mut survey = survey(&[("spare", bound("poor", "queue", ""))]);
-        let events = survey.exchanges.get_mut("events").unwrap();
-        events.arguments.insert("alternate-exchange".into(), "spare".into());
-        assert_eq!(survey.grade("r", "events", &key("a")).grade, Grade::Weak);
-        survey.bindings.insert("events".into(), vec![bound("good", "queue", "a")]);
-        assert_eq!(survey.grade("r", "events", &key("a")).grade, Grade::Safe);
-        assert_eq!(survey.grade("r", "events", &key("{}")).grade, Grade::Weak, "some go there");
     }
 }

@@ -5,6 +5,7 @@
 //! is still finished, and only urgent frames (heartbeats, `connection.close`) go out after it.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -26,6 +27,8 @@ use crate::tls;
 const INPUT_BYTES: usize = 64 * 1024;
 /// An empty output buffer above this size is given back.
 const OUTPUT_BYTES_KEPT: usize = 1024 * 1024;
+/// Addresses of a name that are tried; with more, none would have time to answer.
+const ADDRESSES_MAX: usize = 8;
 /// First TCP keepalive probe after this much silence.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
@@ -61,7 +64,8 @@ impl Link {
     /// Connects by TCP, and TLS where the URL says so.
     pub async fn connect(url: &Url, options: &Options) -> Result<Self> {
         let tls = options.tls_for(url)?.map(|o| tls::client_config(&o)).transpose()?;
-        let tcp = connect_tcp(url, url.connect_timeout.unwrap_or(options.connect_timeout)).await?;
+        let limit = url.connect_timeout.unwrap_or(options.connect_timeout);
+        let tcp = each_address(&url.host, url.port, limit, TcpStream::connect).await?;
         let user_timeout = options.confirm_timeout;
         prepare(&tcp, user_timeout)
             .map_err(|e| Error::unreachable("setting socket options").caused_by(e))?;
@@ -227,24 +231,40 @@ fn written(result: io::Result<usize>) -> io::Result<usize> {
     }
 }
 
-async fn connect_tcp(url: &Url, limit: Duration) -> Result<TcpStream> {
-    let addresses = lookup_host((url.host.as_str(), url.port)).await.map_err(|e| {
-        Error::unreachable(format!("host {:?} cannot be resolved", url.host)).caused_by(e)
+/// Connects to the first address of `host` that answers within its share of `limit`: one that
+/// swallows packets must leave time for the others.
+pub(super) async fn each_address<T>(
+    host: &str,
+    port: u16,
+    limit: Duration,
+    connect: impl AsyncFn(SocketAddr) -> io::Result<T>,
+) -> Result<T> {
+    let addresses = lookup_host((host, port)).await.map_err(|e| {
+        Error::unreachable(format!("host {host:?} cannot be resolved")).caused_by(e)
     })?;
-    let addresses: Vec<_> = addresses.collect();
-    // An address that swallows packets must leave time for the others.
+    let addresses = addresses.take(ADDRESSES_MAX).collect();
+    let connected = each_of(addresses, limit, connect).await;
+    connected.unwrap_or_else(|| Err(Error::unreachable(format!("host {host:?} has no address"))))
+}
+
+/// `None` without addresses.
+async fn each_of<T>(
+    addresses: Vec<SocketAddr>,
+    limit: Duration,
+    connect: impl AsyncFn(SocketAddr) -> io::Result<T>,
+) -> Option<Result<T>> {
     let share = limit / u32::try_from(addresses.len()).unwrap_or(1).max(1);
     let mut last = None;
     for address in addresses {
-        let connected = timeout(share, TcpStream::connect(address)).await;
+        let connected = timeout(share, connect(address)).await;
         match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => return Some(Ok(stream)),
             Err(e) => {
                 last = Some(io_error(&format!("no connection to {address}"), e));
             }
         }
     }
-    Err(last.unwrap_or_else(|| Error::unreachable(format!("host {:?} has no address", url.host))))
+    last.map(Err)
 }
 
 fn prepare(tcp: &TcpStream, user_timeout: Duration) -> io::Result<()> {
@@ -291,5 +311,27 @@ impl Stream {
             Stream::Plain(s) => Pin::new(s).poll_read(cx, buf),
             Stream::Tls(s) => Pin::new(s).poll_read(cx, buf),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_that_swallows_packets_leaves_the_others_their_share_of_the_time() {
+        let addresses = |n: u16| (1..=n).map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
+        let limit = Duration::from_secs(8);
+        let last_answers = async |address: SocketAddr| match address.port() {
+            4 => Ok(address.port()),
+            3 => Err(io::ErrorKind::ConnectionRefused.into()),
+            _ => std::future::pending().await,
+        };
+        let connecting = each_of(addresses(4).collect(), limit, last_answers);
+        let connected = timeout(limit, connecting).await.expect("within the limit");
+        assert_eq!(connected.unwrap().unwrap(), 4);
+        let dead = each_of(addresses(2).collect(), limit, last_answers).await.unwrap();
+        assert!(dead.unwrap_err().to_string().contains("no connection to 127.0.0.1:2"));
+        assert!(each_of(Vec::new(), limit, last_answers).await.is_none());
     }
 }

@@ -1,55 +1,39 @@
-//! Reads exchanges, bindings and queues from RabbitMQ's management plugin, because AMQP cannot list
-//! them; `audit` grades what was read.
-//!
-//! A client for a handful of GET requests: HTTP/1.0, one request per connection, so a response
-//! ends where the connection does. Read-only.
+//! Reads exchanges, bindings, queues and policies from RabbitMQ's management plugin, because AMQP
+//! cannot list them; `audit` grades what was read. Read-only.
 //!
 //! <https://www.rabbitmq.com/docs/http-api-reference>
 
-use std::time::Duration;
+mod client;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use hyper::StatusCode;
 use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::TcpStream;
-use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
+use serde_json::Value;
+use tokio::sync::Mutex;
 
-use super::audit::{BindingFacts, ExchangeFacts, Survey};
-use super::options::Options;
-use crate::error::{Error, Result};
+use super::audit::{BindingFacts, ExchangeFacts, Policies, QueueFacts, Survey};
+use super::options::{Auth, Options};
+use crate::error::{Error, Kind, Result};
 use crate::secret::{LACKS_AT, Secret, lacks_at, redact_url};
 use crate::tls;
+use client::{Client, HttpAnswer};
 
-/// Maximum size of a response, in bytes; 10,000 bindings of an exchange are about 2 MB.
-const RESPONSE_MAX: u64 = 16 << 20;
-/// Bounds one request as a whole.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of exchanges that are read, including those behind other exchanges.
 const EXCHANGES_MAX: usize = 1_000;
 /// Maximum number of queues that are read; any further ones are graded as missing.
 const QUEUES_MAX: usize = 5_000;
+/// Without it, the plugin gathers statistics from the whole cluster.
+const NO_STATISTICS: &str = "?disable_stats=true";
 
 /// Where the plugin listens, and which vhost is read.
 pub struct Management {
-    host: String,
-    port: u16,
-    tls: Option<tls::Options>,
-    authorization: Secret,
+    client: Client,
+    user: String,
     vhost: String,
     shown: String,
-}
-
-/// A binding of an exchange to a queue.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bound {
-    /// The queue.
-    pub queue: String,
-    /// The binding key.
-    pub routing_key: String,
 }
 
 #[derive(Deserialize)]
@@ -57,12 +41,43 @@ struct Overview {
     rabbitmq_version: String,
 }
 
+#[derive(Deserialize)]
+struct Policy {
+    name: String,
+    #[serde(rename = "apply-to", default)]
+    apply_to: String,
+    definition: Value,
+}
+
+/// The policies of the vhost; `None` for what the user may not see.
+struct PolicyLists {
+    ordinary: Option<Vec<Policy>>,
+    operator: Option<Vec<Policy>>,
+}
+
+impl PolicyLists {
+    /// One may apply to a queue. Which one does, only the queue's statistics say.
+    fn may_apply_to_queues(&self) -> bool {
+        let of_queues = |policy: &Policy| policy.apply_to != "exchanges";
+        let may =
+            |list: &Option<Vec<Policy>>| list.as_ref().is_none_or(|l| l.iter().any(of_queues));
+        may(&self.ordinary) || may(&self.operator)
+    }
+}
+
+/// What the plugin says when it refuses.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Refusal {
+    reason: Value,
+}
+
 impl Management {
-    /// Parses `http[s]://[user[:password]@]host[:port]`; user, password and vhost are those of the
-    /// first broker URL where the URL has none. A path prefix is not supported, and refused.
+    /// Parses `http[s]://[user[:password]@]host[:port][/prefix]`; user, password and vhost are
+    /// those of the first broker URL where the URL has none.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Config`], without the password.
+    /// [`Kind::Config`], without the password.
     pub fn new(url: &Secret, broker: &Options) -> Result<Self> {
         let shown = redact_url(url.expose());
         let wrong = |what: &str| {
@@ -79,56 +94,52 @@ impl Management {
             return Err(wrong(LACKS_AT));
         }
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
-        if !path.is_empty() || authority.contains(['?', '#']) {
-            return Err(wrong("nothing may follow the port"));
+        if rest.contains(['?', '#']) {
+            return Err(wrong("neither \"?\" nor \"#\" may follow the path"));
         }
         let (user_info, address) = authority.rsplit_once('@').unwrap_or(("", authority));
         let default_port = if tls.is_some() { 15671 } else { 15672 };
-        let (host, port) = match address.rsplit_once(':') {
-            Some((host, port)) if !port.ends_with(']') => {
-                (host, port.parse().map_err(|_| wrong("the port is not a number"))?)
-            }
-            Some(_) | None => (address, default_port),
-        };
-        if host.is_empty() {
-            return Err(wrong("no host"));
-        }
+        let (host, port) = host_and_port(address).map_err(wrong)?;
         let urls = broker.current_urls()?;
         let first = urls.first().ok_or_else(|| wrong("no broker URL"))?;
-        let credentials = match user_info {
-            "" => format!("{}:{}", first.username, first.password.expose()),
-            _ => {
-                let decode = |text| percent_decode_str(text).decode_utf8_lossy().into_owned();
-                let (user, password) = match user_info.split_once(':') {
-                    Some((user, password)) => (user, decode(password)),
-                    None => (user_info, first.password.expose().to_owned()),
-                };
-                format!("{}:{password}", decode(user))
+        let decode = |text| percent_decode_str(text).decode_utf8_lossy().into_owned();
+        let external = first.auth.unwrap_or(broker.auth) == Auth::External;
+        let (user, password) = match user_info.split_once(':') {
+            Some((user, password)) => (decode(user), decode(password)),
+            None if external => {
+                return Err(wrong("user and password are needed: the broker knows a certificate"));
             }
+            None if user_info.is_empty() => {
+                (first.username.clone(), first.password.expose().to_owned())
+            }
+            None => (decode(user_info), first.password.expose().to_owned()),
         };
-        Ok(Self {
-            host: host.trim_matches(['[', ']']).to_owned(),
-            port,
+        let credentials = STANDARD.encode(format!("{user}:{password}"));
+        let prefix = path.trim_end_matches('/');
+        let client = Client {
+            host: host.to_owned(),
+            port: port.unwrap_or(default_port),
             tls,
-            authorization: Secret::new(format!("Basic {}", STANDARD.encode(credentials))),
-            vhost: first.vhost.clone(),
-            shown,
-        })
+            prefix: if prefix.is_empty() { String::new() } else { format!("/{prefix}") },
+            authorization: Secret::new(format!("Basic {credentials}")),
+            connect_timeout: broker.connect_timeout,
+            open: Mutex::new(None),
+        };
+        Ok(Self { client, user, vhost: first.vhost.clone(), shown })
     }
 
     /// The host, where everything goes to it in plain text, the password too.
     pub fn plain_host(&self) -> Option<&str> {
-        self.tls.is_none().then_some(&self.host)
+        self.client.tls.is_none().then_some(&self.client.host)
     }
 
-    /// The queues bound to `exchange` itself; none when it does not exist.
+    /// The bindings that lead from `exchange` itself; none when it does not exist.
     ///
     /// # Errors
     /// As every request: unreachable, refused, or an answer that is not understood.
-    pub async fn bindings(&self, exchange: &str) -> Result<Vec<Bound>> {
-        let list = self.raw_bindings(exchange).await?.into_iter();
-        let queues = list.filter(|b| b.destination_type == "queue");
-        Ok(queues.map(|b| Bound { queue: b.destination, routing_key: b.routing_key }).collect())
+    pub async fn bindings(&self, exchange: &str) -> Result<Vec<BindingFacts>> {
+        let path = format!("{}/bindings/source", self.path("exchanges", exchange));
+        Ok(self.get(&path).await?.unwrap_or_default())
     }
 
     /// Everything that can be reached from these exchanges.
@@ -136,21 +147,25 @@ impl Management {
     /// # Errors
     /// As every request.
     pub async fn survey(&self, exchanges: &[String]) -> Result<Survey> {
-        let version: Option<Overview> = self.get("/api/overview").await?;
+        let version: Option<Overview> = self.get("/api/overview?disable_stats=true").await?;
         let version = version.map(|overview| overview.rabbitmq_version).unwrap_or_default();
         let major = version.split('.').next().and_then(|major| major.parse().ok());
-        let mut survey = Survey { broker_major: major.unwrap_or(0), ..Survey::default() };
+        let lists = PolicyLists {
+            ordinary: self.policies("policies").await?,
+            operator: self.policies("operator-policies").await?,
+        };
+        let of_queues = lists.may_apply_to_queues();
+        let named = |list: Vec<Policy>| list.into_iter().map(|p| (p.name, p.definition)).collect();
+        let policies: Option<Policies> = lists.ordinary.map(named);
+        let mut survey = Survey { broker_major: major.unwrap_or(0), policies, ..Survey::default() };
         let mut names: Vec<String> = exchanges.to_vec();
         let mut next = 0;
         while let Some(name) = names.get(next).cloned().filter(|_| next < EXCHANGES_MAX) {
             next += 1;
-            let Some(exchange) = self.get::<ExchangeFacts>(&self.path("exchanges", &name)).await?
-            else {
-                continue;
-            };
-            let bindings = self.raw_bindings(&name).await?;
-            let alternate = exchange.arguments.get("alternate-exchange");
-            let alternate = alternate.and_then(|name| name.as_str().map(str::to_owned));
+            let path = format!("{}{NO_STATISTICS}", self.path("exchanges", &name));
+            let Some(exchange) = self.get::<ExchangeFacts>(&path).await? else { continue };
+            let bindings = self.bindings(&name).await?;
+            let alternate = exchange.alternate(survey.policies.as_ref());
             let onward = bindings.iter().filter(|b| b.destination_type == "exchange");
             for other in onward.map(|b| b.destination.clone()).chain(alternate) {
                 if !names.contains(&other) {
@@ -158,7 +173,7 @@ impl Management {
                 }
             }
             for binding in bindings.iter().filter(|b| b.destination_type == "queue") {
-                self.add_queue(&mut survey, &binding.destination).await?;
+                self.add_queue(&mut survey, &binding.destination, of_queues).await?;
             }
             survey.exchanges.insert(name.clone(), exchange);
             survey.bindings.insert(name, bindings);
@@ -166,12 +181,24 @@ impl Management {
         Ok(survey)
     }
 
-    async fn add_queue(&self, survey: &mut Survey, name: &str) -> Result<()> {
+    /// The vhost's policies, or operator policies; `None` when the user may not see them.
+    async fn policies(&self, what: &str) -> Result<Option<Vec<Policy>>> {
+        match self.get(&format!("/api/{what}/{}", segment(&self.vhost))).await {
+            Ok(list) => Ok(list),
+            Err(error) if error.kind() == Kind::Refused => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn add_queue(&self, survey: &mut Survey, name: &str, policies: bool) -> Result<()> {
         if survey.queues.contains_key(name) || survey.queues.len() >= QUEUES_MAX {
             return Ok(());
         }
         // It may have been deleted since its binding was listed.
-        if let Some(facts) = self.get(&self.path("queues", name)).await? {
+        let statistics = if policies { "" } else { NO_STATISTICS };
+        let path = format!("{}{statistics}", self.path("queues", name));
+        if let Some(mut facts) = self.get::<QueueFacts>(&path).await? {
+            facts.may_have_policy = policies;
             survey.queues.insert(name.to_owned(), facts);
         }
         Ok(())
@@ -181,76 +208,92 @@ impl Management {
         format!("/api/{what}/{}/{}", segment(&self.vhost), segment(name))
     }
 
-    async fn raw_bindings(&self, exchange: &str) -> Result<Vec<BindingFacts>> {
-        let path = format!("{}/bindings/source", self.path("exchanges", exchange));
-        Ok(self.get(&path).await?.unwrap_or_default())
-    }
-
     /// The answer to a GET; `None` for 404.
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>> {
-        let context = |e: Error| e.context(format!("management API {}{path}", self.shown));
-        let request = timeout(REQUEST_TIMEOUT, self.request(path)).await;
-        let response = request.unwrap_or_else(|_| {
-            Err(Error::unreachable(format!("no answer within {REQUEST_TIMEOUT:?}")))
-        });
-        parse(&response.map_err(context)?).map_err(context)
+        let answer = self.client.get(path).await;
+        answer.and_then(|answer| self.parse(&answer)).map_err(|error| {
+            let path = path.split('?').next().unwrap_or(path);
+            error.context(format!("management API {}{path}", self.shown.trim_end_matches('/')))
+        })
     }
 
-    async fn request(&self, path: &str) -> Result<Vec<u8>> {
-        let failed = |e: std::io::Error| {
-            Error::unreachable(format!("cannot be reached: {e}"))
-                .hint("is rabbitmq_management enabled, and is the port right?")
-        };
-        let socket = TcpStream::connect((&*self.host, self.port)).await.map_err(failed)?;
-        match &self.tls {
-            None => self.exchange(socket, path).await.map_err(failed),
-            Some(options) => {
-                let connector = TlsConnector::from(tls::client_config(options)?);
-                let name = tls::server_name(&self.host)?;
-                let socket = connector.connect(name, socket).await.map_err(failed)?;
-                self.exchange(socket, path).await.map_err(failed)
+    fn parse<T: DeserializeOwned>(&self, answer: &HttpAnswer) -> Result<Option<T>> {
+        match answer.status {
+            StatusCode::OK => serde_json::from_slice(&answer.body)
+                .map(Some)
+                .map_err(|e| Error::protocol("the answer has an unexpected form").caused_by(e)),
+            StatusCode::NOT_FOUND => Ok(None),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(self.refused(answer)),
+            StatusCode::MOVED_PERMANENTLY
+            | StatusCode::FOUND
+            | StatusCode::TEMPORARY_REDIRECT
+            | StatusCode::PERMANENT_REDIRECT => {
+                Err(Error::refused(format!("unexpected status {}", answer.status))
+                    .hint("set broker.management_url to where it redirects, such as https://"))
             }
+            status => Err(Error::refused(format!("unexpected status {status}"))
+                .hint("see the log of the broker, or of the proxy in between")),
         }
     }
 
-    async fn exchange(
-        &self,
-        mut socket: impl AsyncRead + AsyncWrite + Unpin,
-        path: &str,
-    ) -> std::io::Result<Vec<u8>> {
-        let (host, authorization) = (&self.host, self.authorization.expose());
-        let request = format!(
-            "GET {path} HTTP/1.0\r\nHost: {host}\r\nAuthorization: {authorization}\r\n\
-             Accept: application/json\r\n\r\n"
-        );
-        socket.write_all(request.as_bytes()).await?;
-        let mut response = Vec::new();
-        socket.take(RESPONSE_MAX).read_to_end(&mut response).await?;
-        Ok(response)
+    /// Why the user may not look: the plugin gives its reason in words only.
+    fn refused(&self, answer: &HttpAnswer) -> Error {
+        let refusal: Refusal = serde_json::from_slice(&answer.body).unwrap_or_default();
+        let said = refusal.reason.as_str().unwrap_or_default().to_owned();
+        let (user, vhost, status) = (&self.user, &self.vhost, answer.status.as_u16());
+        let lower = said.to_lowercase();
+        let (what, hint) = if lower.contains("management user") {
+            (
+                format!("user {user:?} lacks the tag \"monitoring\" (or \"management\")"),
+                format!("rabbitmqctl set_user_tags {user} monitoring"),
+            )
+        } else if lower.contains("virtual host") {
+            (
+                format!("user {user:?} has no permissions in vhost {vhost:?}"),
+                format!("rabbitmqctl set_permissions -p {vhost} {user} …"),
+            )
+        } else {
+            (
+                format!("user {user:?} may not look: its password is wrong, or it lacks a tag"),
+                format!(
+                    "check the password; if it is right: rabbitmqctl set_user_tags {user} \
+                     monitoring"
+                ),
+            )
+        };
+        let said = if said.is_empty() { String::new() } else { format!(" ({said:.80})") };
+        Error::refused(format!("status {status}: {what}{said}")).hint(hint)
     }
+}
+
+/// `host`, `host:port`, `[v6]` or `[v6]:port`.
+fn host_and_port(address: &str) -> std::result::Result<(&str, Option<u16>), &'static str> {
+    let (host, port) = match address.strip_prefix('[') {
+        Some(rest) => {
+            let (host, after) = rest.split_once(']').ok_or("a \"[\" without \"]\"")?;
+            match after.strip_prefix(':') {
+                Some(port) => (host, Some(port)),
+                None if after.is_empty() => (host, None),
+                None => return Err("after \"]\" comes \":\" and the port"),
+            }
+        }
+        None => match address.split_once(':') {
+            Some((_, port)) if port.contains(':') => {
+                return Err("an IPv6 address is written in brackets: http://[::1]:15672");
+            }
+            Some((host, port)) => (host, Some(port)),
+            None => (address, None),
+        },
+    };
+    if host.is_empty() {
+        return Err("no host");
+    }
+    let port = port.map(|port| port.parse().map_err(|_| "the port is not a number")).transpose()?;
+    Ok((host, port))
 }
 
 fn segment(text: &str) -> String {
     utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
-}
-
-fn parse<T: DeserializeOwned>(response: &[u8]) -> Result<Option<T>> {
-    let end = response.windows(4).position(|w| w == b"\r\n\r\n");
-    let end = end.ok_or_else(|| Error::protocol("the answer is not HTTP"))?;
-    let head = String::from_utf8_lossy(&response[..end]);
-    let status = head.split(' ').nth(1).unwrap_or_default();
-    match status {
-        "200" => serde_json::from_slice(&response[end + 4..])
-            .map(Some)
-            .map_err(|e| Error::protocol("the answer has an unexpected form").caused_by(e)),
-        "404" => Ok(None),
-        "401" | "403" => Err(Error::refused(format!("status {status}: user or password is wrong"))
-            .hint(
-                "the user needs the tag \"monitoring\" or \"management\", and permissions in the \
-                 vhost",
-            )),
-        _ => Err(Error::refused(format!("unexpected status {status:.20}"))),
-    }
 }
 
 #[cfg(test)]
@@ -258,29 +301,67 @@ mod tests {
     use super::*;
     use crate::amqp::options::Url;
 
+    fn broker() -> Options {
+        Options::new(vec![Url::parse("amqp://relay:pw@h/shop").unwrap()])
+    }
+
+    fn management(url: &str) -> Management {
+        Management::new(&Secret::new(url), &broker()).unwrap()
+    }
+
     #[test]
     fn credentials_and_vhost_come_from_the_broker_url_unless_given() {
-        let broker = Options::new(vec![Url::parse("amqp://relay:pw@h/shop").unwrap()]);
-        let management = |url: &str| Management::new(&Secret::new(url), &broker).unwrap();
+        let sent = |m: &Management| m.client.authorization.expose().to_owned();
+        let basic = |text: &str| format!("Basic {}", STANDARD.encode(text));
         let own = management("http://admin:p%40w@[::1]:1234/");
-        assert_eq!((own.host.as_str(), own.port), ("::1", 1234));
-        assert_eq!(own.authorization.expose(), format!("Basic {}", STANDARD.encode("admin:p@w")));
+        assert_eq!((own.client.host.as_str(), own.client.port), ("::1", 1234));
+        assert_eq!(sent(&own), basic("admin:p@w"));
         let borrowed = management("http://h");
-        assert_eq!((borrowed.port, borrowed.vhost.as_str()), (15672, "shop"));
-        let expected = format!("Basic {}", STANDARD.encode("relay:pw"));
-        assert_eq!(borrowed.authorization.expose(), expected);
-        let half = management("http://admin@h");
-        let expected = format!("Basic {}", STANDARD.encode("admin:pw"));
-        assert_eq!(half.authorization.expose(), expected);
+        assert_eq!((borrowed.client.port, borrowed.vhost.as_str()), (15672, "shop"));
+        assert_eq!(sent(&borrowed), basic("relay:pw"));
+        assert_eq!(sent(&management("http://admin@h")), basic("admin:pw"));
+    }
+
+    #[test]
+    fn a_url_is_read_as_it_is_meant_or_refused_without_its_password() {
+        let proxied = management("https://h/rabbit/api-of-shop/");
+        assert_eq!((proxied.client.port, &*proxied.client.prefix), (15671, "/rabbit/api-of-shop"));
+        for (url, text) in [
+            ("http://a:secret@::1", "in brackets"),
+            ("http://a:secret@[::1]15672", "after \"]\""),
+            ("http://a:secret@[::1", "without"),
+            ("http://a:secret@:1", "no host"),
+            ("http://a:secret@h:x", "not a number"),
+            ("http://a:secret@h/p?q", "may follow"),
+            ("ftp://a:secret@h", "neither http nor https"),
+        ] {
+            let error = Management::new(&Secret::new(url), &broker()).err().unwrap().to_string();
+            assert!(error.contains(text) && !error.contains("secret"), "{error}");
+        }
+        let mut external = broker();
+        external.auth = Auth::External;
+        assert!(
+            Management::new(&Secret::new("http://h"), &external).is_err(),
+            "guest is not a user"
+        );
+        assert!(Management::new(&Secret::new("http://a:b@h"), &external).is_ok());
     }
 
     #[test]
     fn answers_are_told_apart_by_their_status() {
-        let parse = |text: &str| parse::<Vec<u8>>(text.as_bytes());
-        assert_eq!(parse("HTTP/1.1 200 OK\r\na: b\r\n\r\n[1,2]").unwrap(), Some(vec![1, 2]));
-        assert_eq!(parse("HTTP/1.1 404 Object Not Found\r\n\r\n{}").unwrap(), None);
-        assert!(parse("HTTP/1.1 401 Unauthorized\r\n\r\n").is_err());
-        assert!(parse("HTTP/1.1 200 OK\r\n\r\n[1,").is_err());
-        assert!(parse("SSH-2.0").is_err());
+        let parse = |status: u16, body: &str| {
+            let status = StatusCode::from_u16(status).unwrap();
+            let body = body.to_owned().into();
+            management("http://h").parse::<Vec<u8>>(&HttpAnswer { status, body })
+        };
+        assert_eq!(parse(200, "[1,2]").unwrap(), Some(vec![1, 2]));
+        assert_eq!(parse(404, "{}").unwrap(), None);
+        assert!(parse(200, "[1,").is_err());
+        let untagged = parse(401, r#"{"reason":"Not management user"}"#).unwrap_err();
+        assert!(untagged.to_string().contains("\"relay\" lacks the tag \"monitoring\""));
+        assert!(untagged.hint_text().unwrap().contains("set_user_tags relay monitoring"));
+        let unknown = parse(401, "not json").unwrap_err();
+        assert!(unknown.to_string().contains("password is wrong, or it lacks a tag"));
+        assert!(parse(301, "").unwrap_err().hint_text().unwrap().contains("https"));
     }
 }

@@ -1,34 +1,14 @@
-//! Declares or verifies exchanges and queues, on a connection of its own that is closed at once.
-//!
-//! Declaring again what is there the same way changes nothing; declaring it differently is an
-//! error that quotes both sides. Verifying is a passive declare: it shows that a thing exists, not
-//! of which kind it is, and it needs no configure permission (AMQP 0-9-1, `exchange.declare` and
-//! `queue.declare`). Bindings cannot be verified over AMQP at all.
-//!
-//! lapin has been seen to hang in connect, open and close, so every step has a time limit of ours,
-//! and its automatic recovery stays off.
+//! Exchanges, queues and bindings that must be there; `apply` declares or verifies them.
 
-use std::time::Duration;
+mod apply;
 
-use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::tcp::{AMQPUriTcpExt, RustlsConnector, TLSConfig};
-use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::uri::{
-    AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism,
-};
-use lapin::{Channel, Connection, ConnectionProperties, ErrorKind, ExchangeKind};
-use tokio::time::timeout;
+use std::fmt;
 
-use super::options::{Auth, Options, Url};
-use super::publisher::join_errors;
-use super::reply;
-use crate::error::{Code, Error, Kind, Result};
-use crate::fault::{classify, is_tls, with_hint};
-use crate::tls;
+use serde_json::{Map, Value};
 
-/// Largest frame of this connection, in bytes. lapin keeps 64 of them in memory, and nothing large
-/// is sent here; RabbitMQ 4 refuses a smaller one.
-const FRAME_MAX: u32 = 8192;
+use super::audit::{BindingFacts, ExchangeFacts, Survey};
+
+pub use apply::{apply, apply_each, may_publish};
 
 /// Whether missing things are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -62,6 +42,8 @@ pub struct Exchange {
     pub kind: String,
     /// Whether it survives a restart of the broker.
     pub durable: bool,
+    /// Its arguments, such as `alternate-exchange`; they cannot be changed later.
+    pub arguments: Vec<(String, Argument)>,
 }
 
 /// One durable queue.
@@ -100,7 +82,7 @@ impl QueueKind {
     }
 }
 
-/// Value of a queue argument.
+/// Value of an argument. Lists and tables are not needed by any argument of RabbitMQ.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Argument {
     /// A string.
@@ -111,216 +93,131 @@ pub enum Argument {
     Bool(bool),
 }
 
-/// Messages of `exchange` whose routing key matches `routing_key` go to `queue`.
+/// Messages of `exchange` that match go to `destination`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Binding {
-    /// The queue.
-    pub queue: String,
-    /// The exchange.
+    /// Where they go.
+    pub destination: Destination,
+    /// The exchange that they come from.
     pub exchange: String,
     /// The binding key.
     pub routing_key: String,
+    /// What a headers exchange compares: `x-match` and headers.
+    pub arguments: Vec<(String, Argument)>,
 }
 
-/// Declares or verifies `topology` on the first broker that answers.
-///
-/// # Errors
-/// `Refused` for a thing that is missing (verify), declared differently or not permitted;
-/// `Unreachable` when no broker answers within `connect_timeout`, which bounds each step.
-pub async fn apply(options: &Options, topology: &Topology) -> Result<()> {
-    let mut errors: Vec<(&Url, Error)> = Vec::new();
-    let urls = options.current_urls()?;
-    for url in &urls {
-        let limit = url.connect_timeout.unwrap_or(options.connect_timeout);
-        match connect(options, url, limit).await {
-            Ok(connection) => {
-                let result = apply_on(&connection, topology, url, limit).await;
-                // What was to be done is done or has failed; a failed close changes neither.
-                let _ = timeout(limit, connection.close(reply::REPLY_SUCCESS, "done".into())).await;
-                return result.map_err(|e| e.context(format!("broker {url}")));
-            }
-            Err(error) if error.kind() == Kind::Config => return Err(error),
-            Err(error) => errors.push((url, error)),
+/// Where a binding leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Destination {
+    /// To a queue.
+    Queue(String),
+    /// To another exchange.
+    Exchange(String),
+}
+
+/// One thing of the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Thing {
+    /// An exchange, by name.
+    Exchange(String),
+    /// A queue, by name.
+    Queue(String),
+    /// A binding.
+    Binding(Binding),
+}
+
+/// A thing that is missing, is there in another form, or may not be declared.
+#[derive(Debug)]
+pub struct Wrong {
+    /// Which thing.
+    pub thing: Thing,
+    /// It does not exist; otherwise it is there, or nobody could see.
+    pub missing: bool,
+    /// What the broker said.
+    pub error: crate::error::Error,
+}
+
+impl Topology {
+    /// Where messages go if everything is as configured. Queues have no facts.
+    pub fn survey(&self) -> Survey {
+        let mut survey = Survey::default();
+        for Exchange { name, kind, durable, arguments } in &self.exchanges {
+            let facts = ExchangeFacts {
+                kind: kind.clone(),
+                durable: *durable,
+                arguments: json(arguments),
+                ..ExchangeFacts::default()
+            };
+            survey.exchanges.insert(name.clone(), facts);
+        }
+        for Binding { destination, exchange, routing_key, arguments } in &self.bindings {
+            let (kind, name) = destination.kind_and_name();
+            survey.bindings.entry(exchange.clone()).or_default().push(BindingFacts {
+                destination: name.to_owned(),
+                destination_type: kind.to_owned(),
+                routing_key: routing_key.clone(),
+                arguments: json(arguments),
+            });
+        }
+        survey
+    }
+}
+
+impl Binding {
+    /// It is the one that the management API shows.
+    pub fn is(&self, found: &BindingFacts) -> bool {
+        let (kind, name) = self.destination.kind_and_name();
+        found.destination_type == kind
+            && found.destination == name
+            && found.routing_key == self.routing_key
+            && found.arguments == json(&self.arguments)
+    }
+}
+
+impl Destination {
+    /// `queue` or `exchange`, and its name.
+    fn kind_and_name(&self) -> (&'static str, &str) {
+        match self {
+            Destination::Queue(name) => ("queue", name),
+            Destination::Exchange(name) => ("exchange", name),
         }
     }
-    Err(join_errors(errors))
 }
 
-async fn connect(options: &Options, url: &Url, limit: Duration) -> Result<Connection> {
-    let tls = options.tls_for(url)?.map(|o| tls::client_config(&o)).transpose()?;
-    let connector = tls.map(RustlsConnector::from);
-    let runtime = lapin::runtime::default_runtime()
-        .map_err(|e| Error::internal("no runtime for the broker connection").caused_by(e))?;
-    let name = format!("{} topology", options.connection_name);
-    let properties = ConnectionProperties::default().with_connection_name(name.into());
-    // The stream is made here and not by lapin, so that all levels of TLS work as they do for the
-    // publisher: lapin's own way can only verify in full.
-    let connecting = Connection::connector(
-        uri(options, url),
-        runtime,
-        async move |uri, runtime| {
-            let plain = AMQPUri { scheme: AMQPScheme::AMQP, ..uri.clone() };
-            let stream = plain.connect_with_config_async(TLSConfig::default(), &runtime).await?;
-            match &connector {
-                None => Ok(stream),
-                Some(connector) => Ok(stream.into_rustls(connector, &uri.authority.host).await?),
-            }
-        },
-        properties,
-    );
-    step(limit, "connecting", connecting).await
-}
-
-fn uri(options: &Options, url: &Url) -> AMQPUri {
-    let mechanism = match url.auth.unwrap_or(options.auth) {
-        Auth::Plain => SASLMechanism::Plain,
-        Auth::External => SASLMechanism::External,
+/// Arguments as the management API shows them.
+fn json(arguments: &[(String, Argument)]) -> Map<String, Value> {
+    let value = |argument: &Argument| match argument {
+        Argument::Text(text) => Value::from(text.as_str()),
+        Argument::Int(number) => Value::from(*number),
+        Argument::Bool(yes) => Value::from(*yes),
     };
-    let userinfo =
-        AMQPUserInfo { username: url.username.clone(), password: url.password.expose().to_owned() };
-    AMQPUri {
-        scheme: AMQPScheme::AMQP,
-        authority: AMQPAuthority { userinfo, host: url.host.clone(), port: url.port },
-        vhost: url.vhost.clone(),
-        query: AMQPQueryString {
-            auth_mechanism: Some(mechanism),
-            frame_max: Some(FRAME_MAX),
-            ..Default::default()
-        },
+    arguments.iter().map(|(name, argument)| (name.clone(), value(argument))).collect()
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (kind, name) = self.kind_and_name();
+        write!(f, "{kind} {name:?}")
     }
 }
 
-async fn apply_on(
-    connection: &Connection,
-    topology: &Topology,
-    url: &Url,
-    limit: Duration,
-) -> Result<()> {
-    let channel = step(limit, "opening a channel", connection.create_channel()).await?;
-    for exchange in topology.exchanges.iter().filter(|e| !e.name.is_empty()) {
-        apply_exchange(&channel, exchange, topology.mode, limit)
-            .await
-            .map_err(|e| say_missing(e, "exchange", &exchange.name, url))?;
+impl fmt::Display for Binding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { destination, exchange, routing_key, arguments } = self;
+        write!(f, "{destination} to exchange {exchange:?} by {routing_key:?}")?;
+        if arguments.is_empty() {
+            return Ok(());
+        }
+        write!(f, " with {}", Value::Object(json(arguments)))
     }
-    for queue in &topology.queues {
-        apply_queue(&channel, queue, topology.mode, limit)
-            .await
-            .map_err(|e| say_missing(e, "queue", &queue.name, url))?;
-    }
-    match topology.mode {
-        Mode::Verify => Ok(()),
-        Mode::Declare => {
-            for binding in &topology.bindings {
-                apply_binding(&channel, binding, limit).await?;
-            }
-            Ok(())
+}
+
+impl fmt::Display for Thing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Thing::Exchange(name) => write!(f, "exchange {name:?}"),
+            Thing::Queue(name) => write!(f, "queue {name:?}"),
+            Thing::Binding(binding) => write!(f, "binding of {binding}"),
         }
     }
-}
-
-async fn apply_exchange(
-    channel: &Channel,
-    exchange: &Exchange,
-    mode: Mode,
-    limit: Duration,
-) -> Result<()> {
-    let options = ExchangeDeclareOptions {
-        passive: mode == Mode::Verify,
-        durable: exchange.durable,
-        ..Default::default()
-    };
-    let name = short(&exchange.name)?;
-    let kind = ExchangeKind::Custom(exchange.kind.clone());
-    let declare = channel.exchange_declare(name, kind, options, FieldTable::default());
-    step(limit, &format!("exchange {:?}", exchange.name), declare).await
-}
-
-async fn apply_queue(channel: &Channel, queue: &Queue, mode: Mode, limit: Duration) -> Result<()> {
-    let options =
-        QueueDeclareOptions { passive: mode == Mode::Verify, durable: true, ..Default::default() };
-    let declare = channel.queue_declare(short(&queue.name)?, options, arguments(queue)?);
-    step(limit, &format!("queue {:?}", queue.name), declare).await.map(|_| ())
-}
-
-async fn apply_binding(channel: &Channel, binding: &Binding, limit: Duration) -> Result<()> {
-    let Binding { queue, exchange, routing_key } = binding;
-    let bind = channel.queue_bind(
-        short(queue)?,
-        short(exchange)?,
-        short(routing_key)?,
-        QueueBindOptions::default(),
-        FieldTable::default(),
-    );
-    let what = format!("binding of queue {queue:?} to exchange {exchange:?} by {routing_key:?}");
-    step(limit, &what, bind).await
-}
-
-fn arguments(queue: &Queue) -> Result<FieldTable> {
-    let text = |value: &str| AMQPValue::LongString(value.into());
-    let mut table = FieldTable::default();
-    table.insert("x-queue-type".into(), text(queue.kind.name()));
-    if let Some(limit) = queue.max_length {
-        table.insert("x-max-length".into(), AMQPValue::LongLongInt(limit.into()));
-        table.insert("x-overflow".into(), text("reject-publish"));
-    }
-    for (name, value) in &queue.arguments {
-        let value = match value {
-            Argument::Text(value) => text(value),
-            Argument::Int(value) => AMQPValue::LongLongInt(*value),
-            Argument::Bool(value) => AMQPValue::Boolean(*value),
-        };
-        table.insert(short(name)?, value);
-    }
-    Ok(table)
-}
-
-fn short(text: &str) -> Result<ShortString> {
-    ShortString::try_new(text).map_err(|_| {
-        Error::config(format!("{text:.60?}... has {} bytes, at most 255 are allowed", text.len()))
-    })
-}
-
-/// Awaits one step of lapin, within its limit.
-async fn step<T>(
-    limit: Duration,
-    what: &str,
-    future: impl Future<Output = lapin::Result<T>>,
-) -> Result<T> {
-    match timeout(limit, future).await {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(translate(&error).context(what)),
-        Err(_) => Err(Error::unreachable(format!("{what}: no answer within {limit:?}"))),
-    }
-}
-
-/// The broker's refusal is quoted; everything else is a matter of the connection.
-fn translate(error: &lapin::Error) -> Error {
-    match error.kind() {
-        ErrorKind::ProtocolError(broker) => {
-            let error = reply::error("", broker.get_id(), broker.get_message().as_str());
-            match error.kind() {
-                // An exclusive queue of another connection; the lock queue is declared elsewhere.
-                Kind::Busy => {
-                    error.with_kind(Kind::Refused).hint("delete it, or configure another name")
-                }
-                _ => error,
-            }
-        }
-        ErrorKind::IOError(io) => {
-            let (kind, hint) = classify(io);
-            let what = if is_tls(io) { "TLS with the broker" } else { "broker connection failed" };
-            with_hint(Error::new(kind, what).caused_by(error.clone()), hint)
-        }
-        _ => Error::unreachable("broker connection failed").caused_by(error.clone()),
-    }
-}
-
-/// Turns "not found" into a sentence with what to do.
-fn say_missing(error: Error, what: &str, name: &str, url: &Url) -> Error {
-    if !reply::is_missing(&error) {
-        return error;
-    }
-    Error::refused(format!("{what} {name:?} does not exist in vhost {:?}", url.vhost))
-        .coded(Code::Reply(reply::NOT_FOUND))
-        .hint("create it, or set broker.topology = \"declare\"")
 }

@@ -4,23 +4,28 @@
 use super::findings::Findings;
 use crate::amqp::audit::{Grade, Graded, Survey};
 use crate::amqp::management::Management;
-use crate::amqp::options::Options;
-use crate::amqp::reply::is_missing;
-use crate::amqp::topology::{self, Binding, Mode, Topology};
+use crate::amqp::topology::{self, Mode, Thing, Topology, Wrong};
 use crate::config::Config;
 use crate::error::Result;
+use crate::message::KeyPart;
 use crate::relay::upkeep::route_audit;
 use crate::route::{Action, MessageIdRule, Rule, Select};
 
 /// Adds its findings; it never fails, because a failure is a finding too.
 pub(super) async fn check(f: &mut Findings, config: &Config) {
     let options = &config.relay.broker;
-    if let Err(error) = topology::apply(options, &nothing()).await {
-        return f.error("broker", &error);
-    }
+    let things = &config.relay.topology;
+    let verify = Topology { mode: Mode::Verify, ..things.clone() };
+    let wrong = match topology::apply_each(options, &verify).await {
+        Ok(wrong) => wrong,
+        Err(error) => return f.error("broker", &error),
+    };
     let urls: Vec<String> = options.urls.iter().map(ToString::to_string).collect();
     f.ok("broker", format!("connected to {}", urls.join(" or ")));
-    check_topology(f, config, options).await;
+    if let Err(error) = check_topology(f, config, &wrong).await {
+        f.error("broker", &error);
+    }
+    check_permission(f, config, &wrong).await;
     let Some(management) = config.relay.audit.management(options).transpose() else {
         f.warning(
             "bindings",
@@ -38,32 +43,55 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
     }
 }
 
-fn nothing() -> Topology {
-    Topology { mode: Mode::Verify, ..Topology::default() }
-}
-
-/// Verifies exchange by exchange and queue by queue, so that each is a finding.
-async fn check_topology(f: &mut Findings, config: &Config, options: &Options) {
-    let topology = &config.relay.topology;
-    for exchange in &topology.exchanges {
-        let one = Topology { exchanges: vec![exchange.clone()], ..nothing() };
-        let what = format!("exchange {:?}", exchange.name);
-        report(f, topology.mode, "exchange", &what, topology::apply(options, &one).await);
-    }
-    for queue in &topology.queues {
-        let one = Topology { queues: vec![queue.clone()], ..nothing() };
-        let what = format!("queue {:?}", queue.name);
-        report(f, topology.mode, "queue", &what, topology::apply(options, &one).await);
-    }
-}
-
-fn report(f: &mut Findings, mode: Mode, area: &'static str, what: &str, result: Result<()>) {
-    match result {
-        Ok(()) => f.ok(area, format!("{what} exists")),
-        Err(error) if mode == Mode::Declare && is_missing(&error) => {
-            f.ok(area, format!("{what} does not exist; `watership run` will declare it"));
+/// Each exchange and each queue is a finding. What `run` will declare and is there already is
+/// declared again: the same changes nothing, and anything else is refused as it will be then.
+async fn check_topology(f: &mut Findings, config: &Config, missing: &[Wrong]) -> Result<()> {
+    let things = &config.relay.topology;
+    let is_missing = |thing: &Thing| missing.iter().any(|wrong| wrong.thing == *thing);
+    let mut there = things.clone();
+    there.exchanges.retain(|e| !is_missing(&Thing::Exchange(e.name.clone())));
+    there.queues.retain(|q| !is_missing(&Thing::Queue(q.name.clone())));
+    there.bindings.clear();
+    let refused = match things.mode {
+        Mode::Verify => Vec::new(),
+        Mode::Declare => topology::apply_each(&config.relay.broker, &there).await?,
+    };
+    let exchanges = things.exchanges.iter().map(|e| Thing::Exchange(e.name.clone()));
+    let queues = things.queues.iter().map(|q| Thing::Queue(q.name.clone()));
+    for thing in exchanges.chain(queues) {
+        let area = if matches!(thing, Thing::Queue(_)) { "queue" } else { "exchange" };
+        let of = |list: &'_ [Wrong]| list.iter().position(|wrong| wrong.thing == thing);
+        match (of(missing), of(&refused)) {
+            (Some(at), _) if things.mode == Mode::Declare && missing[at].missing => {
+                let what = format!("{thing} does not exist; `watership run` will declare it");
+                f.ok(area, what);
+            }
+            (Some(at), _) => f.error(area, &missing[at].error),
+            (None, Some(at)) => f.error(area, &refused[at].error),
+            (None, None) => f.ok(area, format!("{thing} exists")),
         }
-        Err(error) => f.error(area, &error),
+    }
+    Ok(())
+}
+
+/// Whether the user may publish to the exchanges that exist.
+async fn check_permission(f: &mut Findings, config: &Config, missing: &[Wrong]) {
+    let mut asked = Vec::new();
+    for rule in &config.relay.rules {
+        let Action::Publish { exchange, .. } = &rule.action else { continue };
+        let part = |part: KeyPart| match part {
+            KeyPart::Text(text) => text,
+            KeyPart::Word | KeyPart::Any => "x".to_owned(),
+        };
+        let key: String = rule.known_key().into_iter().map(part).collect();
+        let thing = Thing::Exchange(exchange.clone());
+        if missing.iter().any(|wrong| wrong.thing == thing) || asked.contains(exchange) {
+            continue;
+        }
+        asked.push(exchange.clone());
+        if let Err(error) = topology::may_publish(&config.relay.broker, exchange, &key).await {
+            f.error("exchange", &error);
+        }
     }
 }
 
@@ -74,7 +102,7 @@ struct Reached<'a> {
 }
 
 async fn check_routes(f: &mut Findings, config: &Config, management: &Management) -> Result<()> {
-    check_bindings(f, &config.relay.topology, management).await?;
+    check_bindings(f, config, management).await?;
     let exchanges: Vec<String> =
         config.relay.topology.exchanges.iter().map(|e| e.name.clone()).collect();
     let survey = management.survey(&exchanges).await?;
@@ -112,21 +140,31 @@ async fn grade_by_declares(f: &mut Findings, config: &Config) {
     }
 }
 
-async fn check_bindings(f: &mut Findings, topology: &Topology, api: &Management) -> Result<()> {
-    for Binding { queue, exchange, routing_key } in &topology.bindings {
-        let what = format!("queue {queue:?} to exchange {exchange:?} with key {routing_key:?}");
-        let there = api.bindings(exchange).await?;
-        let bound = there.iter().any(|b| b.queue == *queue && b.routing_key == *routing_key);
+async fn check_bindings(f: &mut Findings, config: &Config, api: &Management) -> Result<()> {
+    let topology = &config.relay.topology;
+    for binding in &topology.bindings {
+        let there = api.bindings(&binding.exchange).await?;
+        let bound = there.iter().any(|found| binding.is(found));
         match (bound, topology.mode) {
-            (true, Mode::Declare | Mode::Verify) => f.ok("binding", what),
+            (true, Mode::Verify) => f.ok("binding", binding.to_string()),
+            (true, Mode::Declare) => {
+                // The same again changes nothing, and shows whether `run` may do it.
+                let bindings = vec![binding.clone()];
+                let again = Topology { mode: Mode::Declare, bindings, ..Topology::default() };
+                match topology::apply(&config.relay.broker, &again).await {
+                    Ok(()) => f.ok("binding", binding.to_string()),
+                    Err(error) => f.error("binding", &error),
+                }
+            }
             (false, Mode::Declare) => {
-                f.ok("binding", format!("{what} does not exist; `watership run` will declare it"));
+                let what = format!("{binding} does not exist; `watership run` will declare it");
+                f.ok("binding", what);
             }
             (false, Mode::Verify) => {
                 f.problem(
                     "binding",
-                    format!("{what} does not exist"),
-                    "bind the queue, or set broker.topology = \"declare\"",
+                    format!("{binding} does not exist"),
+                    "bind it, or set broker.topology = \"declare\"",
                 );
             }
         }

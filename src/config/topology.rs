@@ -4,7 +4,10 @@ use std::collections::HashSet;
 
 use super::routes;
 use super::section::{Scalar, Section};
-use crate::amqp::topology::{Argument, Binding, Exchange, Mode, Queue, QueueKind, Topology};
+use crate::amqp::topology::{
+    Argument, Binding, Destination, Exchange, Mode, Queue, QueueKind, Topology,
+};
+use crate::message::SHORT_STRING_MAX;
 use crate::route::Rule;
 
 const NAME: &str = "name";
@@ -16,17 +19,18 @@ pub(super) fn topology(root: &mut Section<'_>, mode: Mode, rules: &[Rule]) -> To
         root.tables("exchange").into_iter().map(|mut t| exchange(&mut t, &mut seen)).collect();
     for name in routes::exchanges(rules) {
         if !exchanges.iter().any(|exchange| exchange.name == name) {
-            exchanges.push(durable(name.to_owned(), "topic".to_owned()));
+            exchanges.push(durable(name.to_owned(), "topic".to_owned(), Vec::new()));
         }
     }
     let mut seen = HashSet::new();
     let queues = root.tables("queue").into_iter().map(|mut t| queue(&mut t, &mut seen)).collect();
-    let bindings = root.tables("binding").into_iter().map(|mut t| binding(&mut t)).collect();
+    let bindings = root.tables("binding").into_iter();
+    let bindings = bindings.filter_map(|mut t| binding(&mut t, &exchanges)).collect();
     Topology { mode, exchanges, queues, bindings }
 }
 
-fn durable(name: String, kind: String) -> Exchange {
-    Exchange { name, kind, durable: true }
+fn durable(name: String, kind: String, arguments: Vec<(String, Argument)>) -> Exchange {
+    Exchange { name, kind, durable: true, arguments }
 }
 
 /// The broker would refuse the second of two that differ, and say so in its own words.
@@ -47,20 +51,21 @@ fn exchange(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Exchange {
         let expected = "\"topic\", \"direct\", \"fanout\", \"headers\" or a plugin's \"x-…\"";
         t.invalid(KIND, format!("{kind:?}"), expected);
     }
-    durable(name, kind)
+    let arguments = arguments(t, "such as { alternate-exchange = \"unrouted\" }");
+    if kind == "x-delayed-message" && !arguments.iter().any(|(key, _)| key == "x-delayed-type") {
+        let what = format!("exchange {name:?}: the broker needs to know how it routes");
+        t.problem(KIND, format!("{what}: add arguments = {{ x-delayed-type = \"topic\" }}"));
+    }
+    durable(name, kind, arguments)
 }
 
-fn queue(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Queue {
-    let name = t.short_string(NAME);
-    unique(t, "queue", &name, seen);
-    let kinds = [QueueKind::Quorum, QueueKind::Classic, QueueKind::Stream];
-    let kind = t.word("type", &kinds.map(|kind| (kind.name(), kind)));
-    let mut given = t.table("arguments", "such as { x-max-length = 100000 }");
+/// The arguments of a thing: strings, whole numbers, true and false.
+fn arguments(t: &mut Section<'_>, example: &str) -> Vec<(String, Argument)> {
+    let mut given = t.table("arguments", example);
     let mut arguments = Vec::new();
     for key in given.keys() {
-        if key == "x-queue-type" {
-            let path = given.path(key);
-            given.problem(key, format!("{path}: set the queue's type with its key \"type\""));
+        if key.len() > SHORT_STRING_MAX {
+            given.problem(key, format!("the name {key:.60?}… has more than 255 bytes"));
         }
         let argument = given.scalar(key).map(|scalar| match scalar {
             Scalar::Text(text) => Argument::Text(text),
@@ -69,13 +74,77 @@ fn queue(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Queue {
         });
         arguments.extend(argument.map(|argument| (key.to_owned(), argument)));
     }
+    arguments
+}
+
+fn queue(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Queue {
+    let name = t.short_string(NAME);
+    unique(t, "queue", &name, seen);
+    let kinds = [QueueKind::Quorum, QueueKind::Classic, QueueKind::Stream];
+    let kind = t.word("type", &kinds.map(|kind| (kind.name(), kind)));
+    let arguments = arguments(t, "such as { x-max-length = 100000 }");
+    if arguments.iter().any(|(key, _)| key == "x-queue-type") {
+        let path = t.path("arguments.x-queue-type");
+        t.problem("arguments", format!("{path}: set the queue's type with its key \"type\""));
+    }
     Queue { name, kind, max_length: None, arguments }
 }
 
-fn binding(t: &mut Section<'_>) -> Binding {
-    Binding {
-        queue: t.short_string("queue"),
-        exchange: t.short_string("exchange"),
-        routing_key: t.text("routing_key", ""),
+/// `None` where there is a problem with where it leads.
+fn binding(t: &mut Section<'_>, exchanges: &[Exchange]) -> Option<Binding> {
+    const QUEUE: &str = "queue";
+    const TO: &str = "to_exchange";
+    let exchange = t.short_string("exchange");
+    let (queue, to) = (t.text(QUEUE, ""), t.text(TO, ""));
+    for (key, name) in [(QUEUE, &queue), (TO, &to)] {
+        if name.len() > SHORT_STRING_MAX {
+            t.problem(key, format!("{} has {} bytes; at most 255", t.path(key), name.len()));
+        }
     }
+    let routing_key = t.text("routing_key", "");
+    if routing_key.len() > SHORT_STRING_MAX {
+        let path = t.path("routing_key");
+        t.problem("routing_key", format!("{path} has {} bytes; at most 255", routing_key.len()));
+    }
+    let arguments = arguments(t, "such as { x-match = \"all\", region = \"eu\" }");
+    let destination = match (queue.is_empty(), to.is_empty()) {
+        (false, true) => Destination::Queue(queue),
+        (true, false) => Destination::Exchange(to),
+        (true, true) => {
+            t.problem(QUEUE, "a binding leads somewhere: set queue or to_exchange");
+            return None;
+        }
+        (false, false) => {
+            t.problem(TO, "a binding leads to one place: set queue or to_exchange, not both");
+            return None;
+        }
+    };
+    let kind = exchanges.iter().find(|e| e.name == exchange).map(routing);
+    let with_x = |(key, value): &(String, Argument)| match value {
+        Argument::Text(mode) => key == "x-match" && mode.ends_with("-with-x"),
+        Argument::Int(_) | Argument::Bool(_) => false,
+    };
+    let with_x = arguments.iter().any(with_x);
+    let is_compared = |key: &str| key != "x-match" && (with_x || !key.starts_with("x-"));
+    let compares = arguments.iter().any(|(key, _)| is_compared(key));
+    if kind == Some("headers") && !compares {
+        let what = format!("exchange {exchange:?} routes by headers, and a binding without any");
+        t.problem(
+            "arguments",
+            format!(
+                "{what} gets every message (or none): add the headers to compare, such as \
+                 arguments = {{ x-match = \"all\", region = \"eu\" }}"
+            ),
+        );
+    }
+    Some(Binding { destination, exchange, routing_key, arguments })
+}
+
+/// The type by whose rules an exchange routes.
+fn routing(exchange: &Exchange) -> &str {
+    let delayed = exchange.arguments.iter().find_map(|(key, value)| match value {
+        Argument::Text(kind) if key == "x-delayed-type" => Some(kind.as_str()),
+        _ => None,
+    });
+    delayed.unwrap_or(&exchange.kind)
 }

@@ -31,6 +31,7 @@ use crate::relay::checkpoint::progress::{Idle, Progress};
 use crate::relay::checkpoint::{Looking, Store, Storing};
 use crate::relay::observed::Observed;
 use crate::relay::parking::Parking;
+use crate::relay::session::broken::{BrokenRoute, Missing};
 use crate::relay::session::phantoms::RecentlyPublished;
 use crate::relay::status::Status;
 use crate::relay::upkeep::canary::Canary;
@@ -84,6 +85,8 @@ struct Making {
 struct Flight {
     window: Window,
     lanes: Lanes,
+    /// Routes that are not probed yet.
+    missing: Arc<Missing>,
     /// Kept for its capacity.
     outcomes: Vec<(Ticket, Outcome)>,
     /// What was confirmed in this session and may not be covered by a checkpoint.
@@ -151,6 +154,10 @@ pub struct RelayParts<S, P, C> {
     pub status: Arc<Status>,
     /// What was written to be seen in the stream.
     pub canary: Arc<Canary>,
+    /// Routes that begin held.
+    pub broken: Vec<BrokenRoute>,
+    /// Routes of which a thing is known to be missing.
+    pub missing: Arc<Missing>,
     /// What earlier sessions published.
     pub published: RecentlyPublished,
     /// What earlier sessions got confirms for.
@@ -191,10 +198,16 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             metrics,
             status,
             canary,
+            broken,
+            missing,
             published,
             remembered,
         } = parts;
         let now = Instant::now();
+        let mut lanes = Lanes::new();
+        for BrokenRoute { route, reason, missing } in broken {
+            lanes.hold_route(route, reason, missing, now.into_std());
+        }
         Self {
             source,
             publisher,
@@ -209,7 +222,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             },
             flight: Flight {
                 window: Window::new(),
-                lanes: Lanes::new(),
+                lanes,
+                missing,
                 outcomes: Vec::new(),
                 confirms: Confirms::new(),
                 remembered,
@@ -417,6 +431,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     async fn tick(&mut self) -> Result<()> {
         let now = Instant::now().into_std();
         self.parked.retry_due = true;
+        let missing = &self.flight.missing;
+        self.flight.lanes.probe_what_is_back(|route| missing.has(route), now);
         for entry in self.parked.parking.unblock() {
             self.flight.window.settle(entry);
         }

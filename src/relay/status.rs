@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 
 use crate::amqp::audit::Grade;
 use crate::error::{Error, Kind};
+use crate::message::RouteId;
 use crate::pg::slot::SlotState;
 use crate::pg::sqlstate::OBJECT_IN_USE;
 use crate::relay::checkpoint::progress::Progress;
@@ -30,8 +31,8 @@ const STUCK: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Status {
     inner: Mutex<Inner>,
-    /// Wakes who waits for the next session that streams.
-    started: Notify,
+    /// Wakes who looks at the broker.
+    changed: Notify,
     /// What people look for.
     pub asks: Asks,
 }
@@ -242,7 +243,7 @@ impl Status {
             checkpoint_age: Duration::ZERO,
             slot: None,
         });
-        Arc::new(Self { inner, started: Notify::new(), asks: Asks::default() })
+        Arc::new(Self { inner, changed: Notify::new(), asks: Asks::default() })
     }
 
     /// A session is being opened.
@@ -260,7 +261,7 @@ impl Status {
     pub fn streaming(&self) -> u32 {
         let mut inner = self.lock();
         let tries = inner.circuit.close();
-        self.started.notify_one();
+        self.changed.notify_one();
         inner.last_tick = Instant::now();
         inner.last_error = None;
         inner.enter(RelayState::Streaming);
@@ -316,10 +317,13 @@ impl Status {
         inner.in_flight = lanes.in_flight();
         inner.window_events = window_events;
         inner.blocked = blocked;
-        inner.held.clear();
         let held =
             lanes.holds().map(|(route, h)| (usize::from(route.0), h.reason.clone(), h.since));
-        inner.held.extend(held);
+        let before = std::mem::replace(&mut inner.held, held.collect());
+        let route = |(route, ..): &(usize, String, Instant)| *route;
+        if !before.iter().map(route).eq(inner.held.iter().map(route)) {
+            self.changed.notify_one();
+        }
     }
 
     /// The loop's tick, about routes whose messages the broker refuses.
@@ -335,9 +339,17 @@ impl Status {
         self.lock().parked = ParkedStatus { rows, keys, blocked: blocked.collect() };
     }
 
-    /// Waits for a session that streams; one that began meanwhile counts. For one waiter.
-    pub async fn started(&self) {
-        self.started.notified().await;
+    /// Waits until there is a reason to look at the broker again: a session streams, or a route is
+    /// held or released. What came meanwhile counts. For one waiter.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// The routes that are held, and for how long.
+    pub fn held(&self) -> Vec<(RouteId, Duration)> {
+        let inner = self.lock();
+        let held = inner.held.iter();
+        held.map(|(route, _, since)| (RouteId(*route as u16), since.elapsed())).collect()
     }
 
     /// What an audit of the broker found.

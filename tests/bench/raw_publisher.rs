@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use uuid::Uuid;
 use watership::amqp::options::{Options, Url};
 use watership::amqp::publisher::Connection;
-use watership::amqp::topology::{self, Binding, Exchange, Queue, QueueKind, Topology};
+use watership::amqp::topology::{self, Binding, Destination, Exchange, Queue, QueueKind, Topology};
 use watership::error::{Error, Result};
 use watership::message::{Builder, ExchangeId, Message, Properties, RouteId};
 use watership::publisher::{Outcome, Publisher, Ticket};
@@ -108,9 +108,19 @@ async fn run(arguments: &Arguments) -> Result<()> {
     let mut topology = Topology { queues: vec![queue], ..Topology::default() };
     if !arguments.exchange.is_empty() {
         let (name, kind) = (arguments.exchange.clone(), arguments.kind.clone());
-        topology.exchanges.push(Exchange { name: name.clone(), kind, durable: true });
-        let (queue, routing_key) = (arguments.queue.clone(), ROUTING_KEY.to_owned());
-        topology.bindings.push(Binding { queue, exchange: name, routing_key });
+        let none = Vec::new();
+        topology.exchanges.push(Exchange {
+            name: name.clone(),
+            kind,
+            durable: true,
+            arguments: none.clone(),
+        });
+        topology.bindings.push(Binding {
+            destination: Destination::Queue(arguments.queue.clone()),
+            exchange: name,
+            routing_key: ROUTING_KEY.to_owned(),
+            arguments: none,
+        });
     }
     topology::apply(&options, &topology).await?;
     let mut connection = Connection::open(&options).await?;

@@ -64,7 +64,7 @@ fn collect(table: &Table, path: &str, found: &mut Vec<(String, Vec<String>)>) {
         let below = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
         match value {
             // What is in it is the user's own.
-            Value::Table(_) if below == "queue.arguments" => {}
+            Value::Table(_) if below.ends_with(".arguments") => {}
             Value::Table(table) => collect(table, &below, found),
             Value::Array(list) => list
                 .first()
@@ -224,7 +224,8 @@ fn each_mistake_is_named_with_what_is_expected() {
         ("broker.management_url = 'ftp://h'", "scheme is neither http nor https"),
         ("broker.management_url = 'http://'", "no host"),
         ("broker.management_url = 'http://h:abc'", "broker.management_url: "),
-        ("broker.management_url = 'http://h/rabbit'", "nothing may follow the port"),
+        ("broker.management_url = 'http://h/rabbit?x'", "may follow the path"),
+        ("broker.management_url = 'http://::1'", "is written in brackets"),
         ("relay.max_unconfirmed = 0", "max_unconfirmed = 0 is invalid; expected 1 to 1048576"),
         ("relay.max_unconfirmed = -1", "max_unconfirmed = -1 is invalid; expected 1 to 1048576"),
         ("relay.max_unconfirmed = 99999999999999999999", "999 is invalid; expected 1 to 1048576"),
@@ -241,6 +242,23 @@ fn each_mistake_is_named_with_what_is_expected() {
             "queue[0].arguments.x is a list; expected",
         ),
         ("[[queue]]\nname = 'q'\narguments = {x-queue-type = 'x'}", "its key \"type\""),
+        ("[[binding]]\nexchange = 'e'", "set queue or to_exchange"),
+        (
+            "[[binding]]\nexchange = 'e'\nqueue = 'q'\nto_exchange = 'f'",
+            "set queue or to_exchange, not both",
+        ),
+        (
+            "[[exchange]]\nname = 'e'\nkind = 'headers'\n\
+             [[binding]]\nexchange = 'e'\nqueue = 'q'",
+            "routes by headers, and a binding without any gets every message",
+        ),
+        (
+            "[[exchange]]\nname = 'e'\nkind = 'headers'\n\
+             [[binding]]\nexchange = 'e'\nqueue = 'q'\narguments = {x-match = 'any'}",
+            "add the headers to compare",
+        ),
+        ("[[exchange]]\nname = 'e'\narguments = {x = 1.5}", "a string, a whole number"),
+        ("[[exchange]]\nname = 'e'\nkind = 'x-delayed-message'", "x-delayed-type"),
         ("[[binding]]\nqueue = 'q'", "w.toml:3:1: binding[0].exchange = \"\""),
         ("[[queue]]\nname = 'q'\n[[queue]]\nname = 'q'", "6:8: queue \"q\" is listed twice"),
         ("[[exchange]]\nname = 'e'\n[[exchange]]\nname = 'e'", "exchange \"e\" is listed twice"),

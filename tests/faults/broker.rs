@@ -3,10 +3,7 @@
 use std::time::Duration;
 
 use lapin::Channel;
-use lapin::options::{
-    BasicAckOptions, BasicConsumeOptions, BasicQosOptions, ExchangeDeclareOptions,
-    QueueDeleteOptions,
-};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
 use serde_json::Value;
 use tokio::time::Instant;
@@ -20,7 +17,7 @@ use crate::support::scene::{Place, Scene, plain, recovered_after};
 use crate::support::servers::{
     Vhost, execute, first_confirm, own_database, own_node, own_vhost, rabbit, vhost_on,
 };
-use crate::support::topology::{bind, declare, empty, held, quiet, unbind};
+use crate::support::topology::{bind, empty, held, quiet, unbind};
 use crate::support::waiting::{Patience, throughout};
 use crate::support::writers::{Load, STEADY};
 
@@ -223,14 +220,8 @@ async fn broker_d04_exchange_deleted_and_made_again() {
         })
         .await;
     assert_eq!(scene.relay().counted("watership_route_held").await, 1);
-    scene.relay().reaches("nothing is out", quiet).await;
-    scene.relay().stays(Duration::from_secs(2), held).await;
+    // The relay declares it again by itself.
     let before = scene.relay().confirmed().await;
-    let options = ExchangeDeclareOptions { durable: true, ..Default::default() };
-    let kind = lapin::ExchangeKind::Topic;
-    let declare = channel.exchange_declare(EXCHANGE.into(), kind, options, FieldTable::default());
-    declare.await.expect("declared");
-    bind(&channel).await;
     scene.recovered(Instant::now(), before).await;
     scene.relay().reaches("the hold ends", |status| !held(status)).await;
     scene.flowing(500).await;
@@ -281,11 +272,8 @@ async fn broker_d08_queue_deleted_under_load_and_made_again() {
     empty(&channel).await;
     let deleted = channel.queue_delete(QUEUE.into(), QueueDeleteOptions::default());
     assert_eq!(deleted.await.expect("deleted"), 0, "the queue was empty");
-    let time = if full() { 60 } else { 3 };
-    scene.relay().stays(Duration::from_secs(time), held).await;
+    // The relay declares it again by itself, with its binding.
     let before = scene.relay().confirmed().await;
-    declare(&channel).await;
-    bind(&channel).await;
     scene.recovered(Instant::now(), before).await;
     scene.relay().reaches("the hold ends", |status| !held(status)).await;
     assert_eq!(scene.relay().status().await["sessions"], 1, "a hold does not end the session");

@@ -9,7 +9,7 @@ use watership::amqp::options::{Options, Url};
 use watership::amqp::publisher::Connection;
 use watership::amqp::reply;
 use watership::amqp::topology::{
-    self, Argument, Binding, Exchange, Mode, Queue, QueueKind, Topology,
+    self, Argument, Binding, Destination, Exchange, Mode, Queue, QueueKind, Topology,
 };
 use watership::error::{Error, Kind};
 use watership::message::{Builder, ExchangeId, Message, Properties, RouteId};
@@ -45,11 +45,17 @@ fn queue(name: &str) -> Queue {
 }
 
 fn direct(name: &str) -> Exchange {
-    Exchange { name: name.into(), kind: "direct".into(), durable: true }
+    let (name, kind, arguments) = (name.into(), "direct".into(), Vec::new());
+    Exchange { name, kind, durable: true, arguments }
 }
 
 fn binding(queue: &str, exchange: &str) -> Binding {
-    Binding { queue: queue.into(), exchange: exchange.into(), routing_key: queue.into() }
+    Binding {
+        destination: Destination::Queue(queue.into()),
+        exchange: exchange.into(),
+        routing_key: queue.into(),
+        arguments: Vec::new(),
+    }
 }
 
 async fn refused(options: &Options) -> Error {
@@ -375,7 +381,8 @@ async fn verify_names_what_is_missing_and_declare_quotes_what_differs() {
     let missing = topology::apply(&options, &topology).await.unwrap_err();
     assert_eq!(missing.kind(), Kind::Refused);
     let text = format!("exchange \"events\" does not exist in vhost {:?}", vhost.name);
-    assert!(missing.to_string().ends_with(&text), "{missing}");
+    assert!(missing.to_string().contains(&text), "{missing}");
+    assert!(missing.to_string().contains("queue \"all\" does not exist"), "{missing}");
     assert!(missing.hint_text().unwrap().contains("topology = \"declare\""));
 
     topology.mode = Mode::Declare;

@@ -135,3 +135,23 @@ async fn an_audit_that_fails_is_counted_and_disturbs_nothing() {
     stage.inbox.count(1).await;
     assert_eq!(relay.status().await["sessions"], 1);
 }
+
+#[tokio::test]
+async fn a_route_that_is_held_or_released_is_graded_again_at_once() {
+    let settings = format!("broker.audit_interval = \"1d\"\n{}", management().await);
+    let setup = Setup { routes: ROUTES, settings: &settings, ..Setup::default() };
+    let stage = Stage::on(own_database().await, own_vhost().await, setup).await;
+    let relay = stage.start().await;
+    graded(&relay, "orders", "team-orders", "weak", "quorum queue").await;
+    let none = lapin::types::FieldTable::default();
+    let unbind =
+        stage.channel.queue_unbind("all".into(), "watership".into(), "#".into(), none.clone());
+    unbind.await.expect("unbound");
+    stage.execute("SELECT watership.emit('order', '1', 'paid', '1')").await;
+    graded(&relay, "orders", "team-orders", "unsafe", "no queue is bound").await;
+    let options = Default::default();
+    let bind =
+        stage.channel.queue_bind("all".into(), "watership".into(), "#".into(), options, none);
+    bind.await.expect("bound");
+    graded(&relay, "orders", "team-orders", "weak", "quorum queue").await;
+}

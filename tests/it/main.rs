@@ -18,6 +18,7 @@ mod hosted;
 mod identity;
 mod keys;
 mod maintain;
+mod management;
 mod parked_commands;
 mod parking;
 mod pg_stream;
@@ -38,5 +39,6 @@ mod slot;
 mod sql;
 #[path = "../support/mod.rs"]
 mod support;
+mod topology;
 mod two_relays;
 mod unstored;

@@ -199,6 +199,8 @@ impl Run {
             metrics: Arc::new(Metrics::new(&labels)),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),
+            broken: Vec::new(),
+            missing: Default::default(),
             published,
             remembered,
         };

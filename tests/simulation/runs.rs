@@ -213,6 +213,8 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
             metrics: Arc::new(Metrics::new(&[label])),
             status: Status::new("sim", Vec::new()),
             canary: Canary::new(Duration::ZERO),
+            broken: Vec::new(),
+            missing: Default::default(),
             published: Default::default(),
             remembered: Default::default(),
         };

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value};
 
 use super::KnownKey;
-use crate::message::ROUTE_HEADER;
+use crate::message::{KeyPart, ROUTE_HEADER};
 
 /// How many of a route's messages a binding takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,9 +27,10 @@ pub(super) fn topic(binding_key: &str, key: &KnownKey) -> Takes {
 
 /// Of the headers that a binding asks for, only the route is known in advance.
 pub(super) fn headers(arguments: &Map<String, Value>, route: &str) -> Takes {
-    let any =
-        arguments.get("x-match").and_then(Value::as_str).is_some_and(|m| m.starts_with("any"));
-    let mut asked = arguments.iter().filter(|(name, _)| !name.starts_with("x-")).peekable();
+    let kind = arguments.get("x-match").and_then(Value::as_str).unwrap_or("all");
+    let (any, all_names) = (kind.starts_with("any"), kind.ends_with("-with-x"));
+    let is_asked = |name: &str| name != "x-match" && (all_names || !name.starts_with("x-"));
+    let mut asked = arguments.iter().filter(|(name, _)| is_asked(name)).peekable();
     if asked.peek().is_none() {
         return if any { Takes::None } else { Takes::All };
     }
@@ -67,21 +68,22 @@ fn topic_elements(pattern: &str) -> Vec<Element<'_>> {
     elements
 }
 
-fn dotted(key: &KnownKey) -> Vec<Option<String>> {
-    let mut dotted = vec![Some(".".to_owned())];
+fn dotted(key: &KnownKey) -> Vec<KeyPart> {
+    let mut dotted = vec![KeyPart::Text(".".to_owned())];
     dotted.extend(key.iter().cloned());
     dotted
 }
 
 /// Which of the keys match the pattern: some do when both can spell the same text; all do when the
-/// pattern takes whatever stands in for what is not known, provided that it is one word.
+/// pattern takes whatever stands in for what is not known.
 fn takes(pattern: &[Element<'_>], key: &KnownKey) -> Takes {
     let steps = steps(pattern);
-    let letters: Vec<Option<char>> = key
+    let letters: Vec<Letter> = key
         .iter()
-        .flat_map(|piece| match piece {
-            Some(text) => text.chars().map(Some).collect(),
-            None => vec![None],
+        .flat_map(|part| match part {
+            KeyPart::Text(text) => text.chars().map(Letter::Known).collect(),
+            KeyPart::Word => vec![Letter::Word],
+            KeyPart::Any => vec![Letter::Any],
         })
         .collect();
     let meet = |all| Meeting { steps: &steps, letters: &letters, all }.run();
@@ -89,6 +91,23 @@ fn takes(pattern: &[Element<'_>], key: &KnownKey) -> Takes {
         (true, _) => Takes::All,
         (false, true) => Takes::Some,
         (false, false) => Takes::None,
+    }
+}
+
+/// A key, letter by letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Letter {
+    Known(char),
+    /// Some word.
+    Word,
+    /// Some text, which may have dots.
+    Any,
+}
+
+impl Letter {
+    /// What it is, is not known.
+    fn is_open(self) -> bool {
+        !matches!(self, Letter::Known(_))
     }
 }
 
@@ -119,8 +138,8 @@ fn steps(pattern: &[Element<'_>]) -> Vec<Step> {
 /// Walks pattern and key together, over all pairs of places, each once.
 struct Meeting<'a> {
     steps: &'a [Step],
-    letters: &'a [Option<char>],
-    /// Whether what is not known is one word that only a wildcard takes, or any text that fits.
+    letters: &'a [Letter],
+    /// Whether what is not known is something that only a wildcard takes, or any text that fits.
     all: bool,
 }
 
@@ -141,14 +160,20 @@ impl Meeting<'_> {
     }
 
     fn next(&self, step: usize, letter: usize, open: &mut Vec<(usize, usize)>) {
-        let known = self.letters.get(letter);
+        let known = self.letters.get(letter).copied();
+        let spells = |wanted: char| match known {
+            Some(Letter::Word) => !self.all && wanted != '.',
+            Some(Letter::Any) => !self.all,
+            Some(Letter::Known(_)) | None => false,
+        };
         match self.steps.get(step) {
             Some(Step::Optional) => open.extend([(step + 1, letter), (step + 3, letter)]),
             Some(wild @ (Step::Word | Step::Any)) => {
                 open.push((step + 1, letter));
                 let takes = match known {
-                    Some(Some(c)) => *wild == Step::Any || *c != '.',
-                    Some(None) => true,
+                    Some(Letter::Known(c)) => *wild == Step::Any || c != '.',
+                    Some(Letter::Word) => true,
+                    Some(Letter::Any) => *wild == Step::Any || !self.all,
                     None => false,
                 };
                 if takes {
@@ -156,17 +181,17 @@ impl Meeting<'_> {
                 }
             }
             Some(Step::Letter(wanted)) => {
-                if known == Some(&Some(*wanted)) {
+                if known == Some(Letter::Known(*wanted)) {
                     open.push((step + 1, letter + 1));
                 }
-                if known == Some(&None) && !self.all {
+                if spells(*wanted) {
                     open.push((step + 1, letter));
                 }
             }
             None => {}
         }
         // What is not known may also be the empty text, or be spelled to its end.
-        if known == Some(&None) && !self.all {
+        if known.is_some_and(Letter::is_open) && !self.all {
             open.push((step, letter + 1));
         }
     }
@@ -183,8 +208,8 @@ mod tests {
             ("#", "order.{}", Takes::All),
             ("#", "", Takes::All),
             ("order.#", "order.{}", Takes::All),
-            ("order.*", "order.{}", Takes::All),
-            ("*.*", "order.{}", Takes::All),
+            ("order.*", "order.{}", Takes::Some),
+            ("*.*", "order.{}", Takes::Some),
             ("order.paid", "order.{}", Takes::Some),
             ("order.*.x", "order.{}", Takes::Some),
             ("*.paid", "{}.{}", Takes::Some),
@@ -198,7 +223,7 @@ mod tests {
             ("a.#.b.*", "a.b.c", Takes::All),
             ("a.#.b.*", "a.x.b", Takes::None),
             ("public.*.insert", "public.items.{}", Takes::Some),
-            ("public.items.*", "public.items.{}", Takes::All),
+            ("public.items.*", "public.items.{}", Takes::Some),
             ("*", "a.b", Takes::None),
             ("", "", Takes::All),
             ("", "a", Takes::None),
@@ -206,6 +231,16 @@ mod tests {
             let got = topic(pattern, &key(text));
             assert_eq!(got, expected, "{pattern} with {text}");
         }
+    }
+
+    #[test]
+    fn a_star_takes_every_word_and_only_some_texts() {
+        let table = |part| [KeyPart::Text("public.items.".into()), part];
+        assert_eq!(topic("public.items.*", &table(KeyPart::Word)), Takes::All);
+        assert_eq!(topic("public.items.*", &table(KeyPart::Any)), Takes::Some);
+        assert_eq!(topic("public.items.*.*", &table(KeyPart::Word)), Takes::None);
+        assert_eq!(topic("public.items.*.*", &table(KeyPart::Any)), Takes::Some);
+        assert_eq!(topic("#", &table(KeyPart::Any)), Takes::All);
     }
 
     #[test]
@@ -232,5 +267,7 @@ mod tests {
         assert_eq!(takes(r#"{"ws-route":"other"}"#), Takes::None);
         assert_eq!(takes(r#"{"x-match":"all","ws-route":"orders","tenant":"a"}"#), Takes::Some);
         assert_eq!(takes(r#"{"x-match":"any","ws-route":"other","tenant":"a"}"#), Takes::Some);
+        assert_eq!(takes(r#"{"x-match":"all","x-tenant":"a"}"#), Takes::All);
+        assert_eq!(takes(r#"{"x-match":"all-with-x","x-tenant":"a"}"#), Takes::Some);
     }
 }

@@ -4,6 +4,7 @@
 //! relay of this name is still publishing; then the source is prepared, by its kind: the checkpoint
 //! is read, compared with the server, and taken over, and reading starts where it says.
 
+pub mod broken;
 pub(in crate::relay) mod catalog;
 pub mod circuit;
 pub mod facts;
@@ -17,6 +18,7 @@ pub mod wal;
 use std::sync::Arc;
 
 use crate::amqp::publisher::Connection;
+use crate::amqp::topology::Wrong;
 use crate::error::{Error, Kind, Result};
 use crate::metrics::Metrics;
 use crate::pg::client::Closed;
@@ -26,6 +28,7 @@ use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::progress::Progress;
 use crate::relay::checkpoint::{Checkpoint, PostgresStore};
 use crate::relay::parking::Parking;
+use crate::relay::session::broken::{BrokenRoute, Missing};
 use crate::relay::status::Status;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::{Kept, Options, Relay, RelayParts};
@@ -51,6 +54,8 @@ pub struct Shared {
     pub canary: Arc<Canary>,
     /// What the process itself last took or stored of its checkpoint.
     pub own: Arc<OwnCheckpoint>,
+    /// Routes of which a thing is known to be missing in the broker.
+    pub missing: Arc<Missing>,
     /// The keys that the session was started with.
     pub(in crate::relay) keys: Arc<catalog::StartedWith>,
 }
@@ -78,14 +83,18 @@ pub async fn open(
         }
     };
     let prepared = while_kept_alive(&mut publisher, preparing).await;
-    let Prepared { source, resumed, store, parking, row, failover, canary, closed } = match prepared
-    {
+    let prepared = match prepared {
         Ok(prepared) => prepared,
         Err(error) => {
             publisher.close().await;
             return Err(error);
         }
     };
+    let Prepared { source, resumed, store, parking, row, failover, canary, wrong, closed } =
+        prepared;
+    let broken = broken::routes(&options.topology, &options.rules, &wrong);
+    shared.missing.set(&broken);
+    report(options, &wrong);
     if let Some(failover) = failover {
         let phantoms = kept.published.take_beyond(failover.switch);
         shared.metrics.wal.phantom_suspected.increment(phantoms);
@@ -118,6 +127,8 @@ pub async fn open(
         metrics: shared.metrics.clone(),
         status: shared.status.clone(),
         canary: shared.canary.clone(),
+        broken,
+        missing: shared.missing.clone(),
         published: std::mem::take(&mut kept.published),
         remembered: std::mem::take(&mut kept.remembered),
     };
@@ -137,6 +148,22 @@ async fn while_kept_alive<T>(
             Ok(()) => Err(Error::protocol("the broker confirmed what was never published")),
         },
         done = work => done,
+    }
+}
+
+/// A line for each thing that is wrong in the broker, with the routes that are held for it.
+fn report(options: &Options, wrong: &[Wrong]) {
+    for one in wrong {
+        let of_one = broken::routes(&options.topology, &options.rules, std::slice::from_ref(one));
+        let name = |broken: &BrokenRoute| options.rules[usize::from(broken.route.0)].name.clone();
+        let routes: Vec<String> = of_one.iter().map(name).collect();
+        tracing::error!(
+            thing = %one.thing,
+            error = one.error.to_string(),
+            hint = one.error.hint_or_kind(),
+            ?routes,
+            "wrong in the broker: the routes that use it are held and probed, the others flow"
+        );
     }
 }
 
@@ -161,6 +188,8 @@ struct Prepared {
     failover: Option<Failover>,
     /// Whether the canary is in the publication.
     canary: bool,
+    /// What is wrong in the broker, thing by thing.
+    wrong: Vec<Wrong>,
     /// Reports the end of the SQL connection.
     closed: Closed,
 }

@@ -12,12 +12,13 @@ use crate::error::{Code, Error, Kind, Result, Retry};
 use crate::metrics::Metrics;
 use crate::position::Position;
 use crate::relay::checkpoint::own::OwnCheckpoint;
+use crate::relay::session::broken::Missing;
 use crate::relay::session::rotation::Rotation;
 use crate::relay::session::unsendable::Unsendable;
 use crate::relay::session::{self, Session, Shared};
 use crate::relay::status::Status;
 use crate::relay::upkeep::canary::Canary;
-use crate::relay::upkeep::{self, route_audit};
+use crate::relay::upkeep::{self, redeclare, route_audit};
 use crate::relay::{Kept, Options};
 use crate::route::Router;
 
@@ -48,11 +49,15 @@ pub async fn run(
     let router = Arc::new(Router::new(&options.rules)?);
     let canary = Canary::new(options.canary_interval);
     let (own, keys) = (Arc::new(OwnCheckpoint::default()), Arc::default());
-    let shared = Shared { metrics: metrics.clone(), status: status.clone(), canary, own, keys };
+    let missing = Arc::new(Missing::default());
+    let redeclaring = redeclare::run(options.clone(), status.clone(), missing.clone());
+    let shared =
+        Shared { metrics: metrics.clone(), status: status.clone(), canary, own, missing, keys };
     let (doubt, mut doubts) = mpsc::channel(1);
     let upkeep = tokio::spawn(upkeep::run(options.clone(), shared.clone(), doubt));
     let mut kept = Kept::default();
     let audit = tokio::spawn(route_audit::run(options.clone(), metrics.clone(), status.clone()));
+    let redeclare = tokio::spawn(redeclaring);
     let mut backoff = Backoff::new(FIRST_WAIT, SOON_LIMIT);
     let mut unsendable = Unsendable::default();
     let mut has_run = false;
@@ -97,6 +102,7 @@ pub async fn run(
     };
     upkeep.abort();
     audit.abort();
+    redeclare.abort();
     status.stopped(result.as_ref().err());
     show(&status, &metrics);
     result

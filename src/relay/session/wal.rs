@@ -41,10 +41,10 @@ pub(super) async fn prepare(
     remembered: &mut Remembered,
 ) -> Result<Prepared> {
     let busy = &shared.metrics.slot_busy;
-    let (SqlConnection { client, closed }, mut replication, ()) = tokio::try_join!(
+    let (SqlConnection { client, closed }, mut replication, wrong) = tokio::try_join!(
         sql(&options.sql),
         ReplicationConnection::connect(&options.sql),
-        topology::apply(broker, &options.topology)
+        topology::apply_each(broker, &options.topology)
     )?;
     let client = Arc::new(client);
     // Whether a standby has the checkpoint does not matter, and it may be away for long.
@@ -69,7 +69,7 @@ pub(super) async fn prepare(
     let own = shared.own.clone();
     let store = PostgresStore::new(client, &options.name, row.session_no, own).await?;
     let TakenOver { row, failover, canary, .. } = taken;
-    Ok(Prepared { source, resumed, store, parking, row, failover, canary, closed })
+    Ok(Prepared { source, resumed, store, parking, row, failover, canary, wrong, closed })
 }
 
 struct TakenOver {

@@ -4,6 +4,7 @@
 //! position ends a session.
 
 pub mod canary;
+pub mod redeclare;
 pub mod route_audit;
 
 use std::time::Duration;

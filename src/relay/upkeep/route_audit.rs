@@ -1,6 +1,6 @@
-//! Looks at the broker from the side, at every start of a session and on a timer, and says what a
-//! confirm for each route is worth. It has connections of its own, is never waited for, and never
-//! ends a session.
+//! Looks at the broker from the side, and says what a confirm for each route is worth: at every
+//! start of a session, when a route is held or released, and on a timer. It has connections of its
+//! own, is never waited for, and never ends a session.
 //!
 //! With the management API it sees bindings, arguments and policies. Without, it sees only by
 //! passive declares that something is missing; what is there stays "not verified".
@@ -14,15 +14,20 @@ use crate::amqp;
 use crate::amqp::audit::{Grade, Graded};
 use crate::amqp::management::Management;
 use crate::amqp::topology::{self, Mode, Topology};
-use crate::error::{Kind, Result};
+use crate::error::Result;
+use crate::message::RouteId;
 use crate::metrics::Metrics;
 use crate::relay::Options;
+use crate::relay::session::broken;
 use crate::relay::status::{RouteGrade, Status};
 use crate::route::{Action, Rule};
 use crate::secret::{Again, Secret};
 
-/// Shortest time between two audits, so that flapping sessions do not become a storm of requests.
-const GAP: Duration = Duration::from_secs(5);
+/// Shortest time between two audits.
+const GAP: Duration = Duration::from_secs(1);
+/// The same as a multiple of what the last one took, so that what flaps does not become a storm of
+/// requests.
+const GAP_PER_AUDIT: u32 = 4;
 /// What helps when nobody could look.
 const UNSEEN: &str = "set broker.management_url: AMQP shows neither bindings nor policies";
 
@@ -57,16 +62,17 @@ pub async fn run(options: Options, metrics: Arc<Metrics>, status: Arc<Status>) {
     loop {
         // At the very start nothing may be declared yet: the first session comes first.
         tokio::select! {
-            () = status.started() => {}
+            () = status.changed() => {}
             () = sleep_until(due) => {}
         }
+        let begin = Instant::now();
         let next = audit(&options, &metrics).await;
         report(&grades, &next);
         show(&options, &metrics, &next);
         status.graded(next.clone());
         grades = next;
         due = Instant::now() + options.audit.interval;
-        sleep(GAP).await;
+        sleep(GAP.max(begin.elapsed() * GAP_PER_AUDIT)).await;
     }
 }
 
@@ -119,33 +125,17 @@ async fn by_management(options: &Options, management: &Management) -> Result<Vec
 /// # Errors
 /// The broker's, unless something is missing: that is a grade.
 pub async fn by_declares(options: &Options) -> Result<Vec<Graded>> {
-    let things = &options.topology;
-    let is_there = async |exchanges, queues| {
-        let one = Topology { mode: Mode::Verify, exchanges, queues, bindings: Vec::new() };
-        match topology::apply(&options.broker, &one).await {
-            Ok(()) => Ok(None),
-            Err(error) if error.kind() == Kind::Refused => Ok(Some(error.to_string())),
-            Err(error) => Err(error),
-        }
-    };
-    // One connection shows that all is there, which is how it mostly is.
-    let all = is_there(things.exchanges.clone(), things.queues.clone()).await?;
-    let mut all_graded = Vec::new();
-    for (_, exchange) in published(&options.rules) {
-        let mut missing = None;
-        if all.is_some() {
-            let of_route = things.exchanges.iter().filter(|e| e.name == *exchange).cloned();
-            let bound = things.bindings.iter().filter(|b| b.exchange == *exchange);
-            let names: Vec<&str> = bound.map(|b| b.queue.as_str()).collect();
-            let queues = things.queues.iter().filter(|q| names.contains(&&*q.name)).cloned();
-            missing = is_there(of_route.collect(), queues.collect()).await?;
-        }
-        all_graded.push(match missing {
-            Some(reason) => Graded { grade: Grade::Unsafe, reason },
+    let verify = Topology { mode: Mode::Verify, ..options.topology.clone() };
+    let wrong = topology::apply_each(&options.broker, &verify).await?;
+    let broken = broken::routes(&options.topology, &options.rules, &wrong);
+    let publishes = (0..).map(RouteId).zip(&options.rules);
+    let publishes = publishes.filter(|(_, rule)| matches!(rule.action, Action::Publish { .. }));
+    let graded =
+        publishes.map(|(route, _)| match broken.iter().find(|broken| broken.route == route) {
+            Some(broken) => Graded { grade: Grade::Unsafe, reason: broken.reason.clone() },
             None => Graded { grade: Grade::NotVerified, reason: format!("not verified: {UNSEEN}") },
         });
-    }
-    Ok(all_graded)
+    Ok(graded.collect())
 }
 
 /// A line for each route whose grade is another than before.

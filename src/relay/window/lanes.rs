@@ -121,6 +121,8 @@ pub struct Hold {
     pub reason: String,
     /// Since when.
     pub since: Instant,
+    /// A thing of the route is known to be missing: no probe goes out.
+    missing: bool,
     /// When the next probe goes out, if none of another route is out.
     probe_from: Instant,
     /// When it goes out in any case.

@@ -47,7 +47,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     Cause::Destination if probes > 1 && self.flight.lanes.is_probe(ticket) => {
                         self.flight.lanes.probe_again(ticket, now);
                     }
-                    Cause::Destination => self.hold(ticket, text, now),
+                    Cause::Destination => self.hold(ticket, text, reply::classify(code).2, now),
                     Cause::Message => self.refused(ticket, &text, now),
                     Cause::Session => {
                         // What other messages became is still good.
@@ -108,7 +108,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             let error = Error::event(format!("no queue is bound for this message: {text}"));
             self.park_evicted(slots, Why::Unroutable, &error);
         } else {
-            self.hold(ticket, format!("unroutable: {text}"), now);
+            let hint = reply::classify(reply::NO_ROUTE).2;
+            self.hold(ticket, format!("unroutable: {text}"), hint, now);
         }
     }
 
@@ -126,7 +127,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let error = Error::event(format!("the broker refused it: {text}"));
         let route = self.making.router.by_id(self.flight.lanes.slot(ticket).message.route);
         if route.policy.on_poison == OnPoison::Stop {
-            self.hold(ticket, error.to_string(), now);
+            self.hold(ticket, error.to_string(), error.hint_or_kind(), now);
             self.drain(Some(error.as_verdict(Verdict::EventUnpublishable)));
             return;
         }
@@ -134,13 +135,19 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.park_evicted(slots, Why::Refused, &error);
     }
 
-    fn hold(&mut self, ticket: Ticket, reason: String, now: Instant) {
-        let route = self.flight.lanes.slot(ticket).message.route;
+    fn hold(&mut self, ticket: Ticket, reason: String, hint: &str, now: Instant) {
+        let message = &self.flight.lanes.slot(ticket).message;
+        let router = &self.making.router;
+        let exchange = router.exchanges()[usize::from(message.exchange.0)].clone();
+        let routing_key = String::from_utf8_lossy(message.routing_key()).into_owned();
+        let route = &*router.by_id(message.route).name;
         if self.flight.lanes.hold(ticket, reason.clone(), now) {
-            let route = &*self.making.router.by_id(route).name;
             tracing::error!(
                 route,
+                exchange,
+                routing_key,
                 reason,
+                hint,
                 "the destination is broken: the route is held and probed, nothing is lost"
             );
         }

@@ -31,7 +31,8 @@ impl Hold {
     /// A hold that begins at `now`.
     fn new(reason: String, now: Instant) -> Self {
         let (probing, probed) = (None, None);
-        let mut hold = Self { reason, since: now, probe_from: now, probe_by: now, probing, probed };
+        let (since, probe_from, probe_by, missing) = (now, now, now, false);
+        let mut hold = Self { reason, since, missing, probe_from, probe_by, probing, probed };
         hold.schedule(now);
         hold
     }
@@ -70,6 +71,24 @@ impl Lanes {
             None => {
                 self.holds.insert(route, Hold::new(reason, now));
                 true
+            }
+        }
+    }
+
+    /// The destination is known to be broken before anything was sent. With `missing`, no probe
+    /// goes out before [`Lanes::probe_what_is_back`] allows it.
+    pub fn hold_route(&mut self, route: RouteId, reason: String, missing: bool, now: Instant) {
+        let mut hold = Hold::new(reason, now);
+        hold.missing = missing;
+        self.holds.insert(route, hold);
+    }
+
+    /// Routes that are not `missing` any more are probed from now on.
+    pub fn probe_what_is_back(&mut self, missing: impl Fn(RouteId) -> bool, now: Instant) {
+        for (route, hold) in self.holds.iter_mut().filter(|(_, hold)| hold.missing) {
+            if !missing(*route) {
+                hold.missing = false;
+                (hold.probe_from, hold.probe_by) = (now, now);
             }
         }
     }
@@ -123,8 +142,9 @@ impl Lanes {
 
     /// Held routes of which no probe is out and that have a message for one.
     fn probes_waiting(&self) -> impl Iterator<Item = (RouteId, &Hold)> {
-        self.holds()
-            .filter(|(route, hold)| hold.probing.is_none() && self.first_aside(*route).is_some())
+        self.holds().filter(|(route, hold)| {
+            !hold.missing && hold.probing.is_none() && self.first_aside(*route).is_some()
+        })
     }
 
     fn first_aside(&self, route: RouteId) -> Option<(RouteId, u64)> {

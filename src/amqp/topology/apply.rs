@@ -1,0 +1,383 @@
+//! Declares or verifies exchanges, queues and bindings, on a connection of its own that is closed
+//! at once.
+//!
+//! Declaring again what is there the same way changes nothing; declaring it differently is an
+//! error that quotes both sides. Verifying is a passive declare: it shows that a thing exists, not
+//! of which kind it is, and it needs no configure permission (AMQP 0-9-1, `exchange.declare` and
+//! `queue.declare`). Bindings cannot be verified over AMQP at all.
+//!
+//! What is wrong with one thing is told of that thing, and the others are looked at all the same:
+//! the broker answers by closing the channel, and for a few codes the connection.
+//!
+//! lapin has been seen to hang in connect, open and close, so every step has a time limit of ours,
+//! and its automatic recovery stays off.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use lapin::options::{
+    BasicPublishOptions, ConfirmSelectOptions, ExchangeBindOptions, ExchangeDeclareOptions,
+    QueueBindOptions, QueueDeclareOptions,
+};
+use lapin::tcp::{AMQPUriTcpExt, RustlsConnector, TLSConfig};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::uri::{
+    AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism,
+};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ErrorKind, ExchangeKind};
+use tokio::time::timeout;
+
+use super::{Argument, Binding, Destination, Exchange, Mode, Queue, Thing, Topology, Wrong};
+use crate::amqp::link::each_address;
+use crate::amqp::options::{Auth, Options, Url};
+use crate::amqp::publisher::join_errors;
+use crate::amqp::reply;
+use crate::error::{Code, Error, Kind, Result};
+use crate::fault::{classify, is_tls, with_hint};
+use crate::tls;
+
+/// Largest frame of this connection, in bytes. lapin keeps 64 of them in memory, and nothing large
+/// is sent here; RabbitMQ 4 refuses a smaller one.
+const FRAME_MAX: u32 = 8192;
+/// How often the connection is opened again because a thing made the broker close it.
+const RECONNECTS_MAX: u32 = 8;
+
+/// Declares or verifies `topology` on the first broker that answers.
+///
+/// # Errors
+/// `Refused` for things that are missing (verify), declared differently or not permitted;
+/// `Unreachable` when no broker answers within `connect_timeout`, which bounds each step.
+pub async fn apply(options: &Options, topology: &Topology) -> Result<()> {
+    let mut wrong = apply_each(options, topology).await?.into_iter();
+    let Some(Wrong { error, .. }) = wrong.next() else { return Ok(()) };
+    let others: Vec<String> = wrong.map(|wrong| wrong.error.to_string()).collect();
+    if others.is_empty() {
+        return Err(error);
+    }
+    let hint = error.hint_or_kind().to_owned();
+    let text = format!("{error}; {}", others.join("; "));
+    let all = Error::new(error.kind(), text).hint(hint);
+    Err(match error.code().cloned() {
+        Some(code) => all.coded(code),
+        None => all,
+    })
+}
+
+/// Declares or verifies all of `topology`, and returns what is wrong, thing by thing.
+///
+/// # Errors
+/// Only what concerns the connection as a whole; see [`apply`].
+pub async fn apply_each(options: &Options, topology: &Topology) -> Result<Vec<Wrong>> {
+    on_first(options, async |hand| hand.apply(topology).await).await
+}
+
+/// Whether the user may publish to `exchange` by `routing_key`: what the broker says to a message
+/// that it must refuse in any case, after its permissions are checked. Nothing is published.
+///
+/// # Errors
+/// `Refused` when it may not, or the exchange is missing.
+pub async fn may_publish(options: &Options, exchange: &str, routing_key: &str) -> Result<()> {
+    on_first(options, async |hand| hand.may_publish(exchange, routing_key).await).await
+}
+
+/// Does `work` on the first broker that answers.
+async fn on_first<T>(
+    options: &Options,
+    work: impl AsyncFnOnce(&mut Hand<'_>) -> Result<T>,
+) -> Result<T> {
+    let mut errors: Vec<(&Url, Error)> = Vec::new();
+    let urls = options.current_urls()?;
+    for url in &urls {
+        let limit = url.connect_timeout.unwrap_or(options.connect_timeout);
+        match connect(options, url, limit).await {
+            Ok(connection) => {
+                let mut hand =
+                    Hand { options, url, limit, connection, channel: None, reconnects: 0 };
+                let result = work(&mut hand).await;
+                // What was to be done is done or has failed; a failed close changes neither.
+                let close = hand.connection.close(reply::REPLY_SUCCESS, "done".into());
+                let _ = timeout(limit, close).await;
+                return result.map_err(|e| e.context(format!("broker {url}")));
+            }
+            Err(error) if error.kind() == Kind::Config => return Err(error),
+            Err(error) => errors.push((url, error)),
+        }
+    }
+    Err(join_errors(errors))
+}
+
+async fn connect(options: &Options, url: &Url, limit: Duration) -> Result<Connection> {
+    let tls = options.tls_for(url)?.map(|o| tls::client_config(&o)).transpose()?;
+    let connector = tls.map(RustlsConnector::from);
+    let runtime = lapin::runtime::default_runtime()
+        .map_err(|e| Error::internal("no runtime for the broker connection").caused_by(e))?;
+    let name = format!("{} topology", options.connection_name);
+    let properties = ConnectionProperties::default().with_connection_name(name.into());
+    let failed = Arc::new(Mutex::new(None));
+    let tell = failed.clone();
+    // The stream is made here and not by lapin, so that each address of the name has its share of
+    // the time, and all levels of TLS work, as they do for the publisher.
+    let connecting = Connection::connector(
+        uri(options, url),
+        runtime,
+        async move |uri, runtime| {
+            let AMQPAuthority { host, port, .. } = &uri.authority;
+            let stream = each_address(host, *port, limit, async |address| {
+                let mut plain = AMQPUri { scheme: AMQPScheme::AMQP, ..uri.clone() };
+                plain.authority.host = address.ip().to_string();
+                plain.connect_with_config_async(TLSConfig::default(), &runtime).await
+            });
+            let stream = match stream.await {
+                Ok(stream) => stream,
+                Err(error) => {
+                    let text = error.to_string();
+                    *tell.lock().expect("nobody panics while holding it") = Some(error);
+                    return Err(std::io::Error::other(text).into());
+                }
+            };
+            match &connector {
+                None => Ok(stream),
+                Some(connector) => Ok(stream.into_rustls(connector, host).await?),
+            }
+        },
+        properties,
+    );
+    let connected = step(limit, "connecting", connecting).await;
+    let failed = failed.lock().expect("nobody panics while holding it").take();
+    connected.map_err(|error| failed.map_or(error, |failed| failed.context("connecting")))
+}
+
+fn uri(options: &Options, url: &Url) -> AMQPUri {
+    let mechanism = match url.auth.unwrap_or(options.auth) {
+        Auth::Plain => SASLMechanism::Plain,
+        Auth::External => SASLMechanism::External,
+    };
+    let userinfo =
+        AMQPUserInfo { username: url.username.clone(), password: url.password.expose().to_owned() };
+    AMQPUri {
+        scheme: AMQPScheme::AMQP,
+        authority: AMQPAuthority { userinfo, host: url.host.clone(), port: url.port },
+        vhost: url.vhost.clone(),
+        query: AMQPQueryString {
+            auth_mechanism: Some(mechanism),
+            frame_max: Some(FRAME_MAX),
+            ..Default::default()
+        },
+    }
+}
+
+/// One connection, opened again where a thing made the broker close it.
+struct Hand<'a> {
+    options: &'a Options,
+    url: &'a Url,
+    limit: Duration,
+    connection: Connection,
+    channel: Option<Channel>,
+    reconnects: u32,
+}
+
+impl Hand<'_> {
+    async fn apply(&mut self, topology: &Topology) -> Result<Vec<Wrong>> {
+        let mut wrong = Vec::new();
+        for exchange in topology.exchanges.iter().filter(|e| !e.name.is_empty()) {
+            let Err(error) = self.exchange(exchange, topology.mode).await else { continue };
+            let error = self.of_thing(error)?;
+            let mut missing = reply::is_missing(&error);
+            if may_not_declare(&error, topology.mode)
+                && let Err(seen) = self.exchange(exchange, Mode::Verify).await
+            {
+                missing = reply::is_missing(&self.of_thing(seen)?);
+            }
+            wrong.push(self.wrong(Thing::Exchange(exchange.name.clone()), missing, error));
+        }
+        for queue in &topology.queues {
+            let Err(error) = self.queue(queue, topology.mode).await else { continue };
+            let error = self.of_thing(error)?;
+            let mut missing = reply::is_missing(&error);
+            if may_not_declare(&error, topology.mode)
+                && let Err(seen) = self.queue(queue, Mode::Verify).await
+            {
+                missing = reply::is_missing(&self.of_thing(seen)?);
+            }
+            wrong.push(self.wrong(Thing::Queue(queue.name.clone()), missing, error));
+        }
+        if topology.mode == Mode::Declare {
+            for binding in &topology.bindings {
+                let Err(error) = self.binding(binding).await else { continue };
+                let error = self.of_thing(error)?;
+                let missing = reply::is_missing(&error);
+                wrong.push(self.wrong(Thing::Binding(binding.clone()), missing, error));
+            }
+        }
+        Ok(wrong)
+    }
+
+    /// The error, if it is about the thing that was asked for and not about the connection.
+    fn of_thing(&self, error: Error) -> Result<Error> {
+        let connected = self.connection.status().connected();
+        match error.reply_code() {
+            None | Some(reply::CONNECTION_FORCED) => Err(error),
+            Some(_) if !connected && self.reconnects >= RECONNECTS_MAX => Err(error),
+            Some(_) => Ok(error),
+        }
+    }
+
+    fn wrong(&self, thing: Thing, missing: bool, error: Error) -> Wrong {
+        let vhost = &self.url.vhost;
+        let error = match &thing {
+            Thing::Exchange(_) | Thing::Queue(_) if reply::is_missing(&error) => {
+                Error::refused(format!("{thing} does not exist in vhost {vhost:?}"))
+                    .coded(Code::Reply(reply::NOT_FOUND))
+                    .hint("create it, or set broker.topology = \"declare\"")
+            }
+            Thing::Exchange(_) | Thing::Queue(_) | Thing::Binding(_) => error,
+        };
+        Wrong { thing, missing, error: error.context(format!("broker {}", self.url)) }
+    }
+
+    /// An open channel; a refusal has closed the one before.
+    async fn channel(&mut self) -> Result<Channel> {
+        if !self.connection.status().connected() {
+            self.reconnects += 1;
+            self.connection = connect(self.options, self.url, self.limit).await?;
+            self.channel = None;
+        }
+        if let Some(channel) = self.channel.as_ref().filter(|c| c.status().connected()) {
+            return Ok(channel.clone());
+        }
+        let opening = self.connection.create_channel();
+        let channel = step(self.limit, "opening a channel", opening).await?;
+        Ok(self.channel.insert(channel).clone())
+    }
+
+    async fn exchange(&mut self, exchange: &Exchange, mode: Mode) -> Result<()> {
+        let channel = self.channel().await?;
+        let options = ExchangeDeclareOptions {
+            passive: mode == Mode::Verify,
+            durable: exchange.durable,
+            ..Default::default()
+        };
+        let name = short(&exchange.name)?;
+        let kind = ExchangeKind::Custom(exchange.kind.clone());
+        let declare = channel.exchange_declare(name, kind, options, table(&exchange.arguments)?);
+        step(self.limit, &format!("exchange {:?}", exchange.name), declare).await
+    }
+
+    async fn queue(&mut self, queue: &Queue, mode: Mode) -> Result<()> {
+        let channel = self.channel().await?;
+        let options = QueueDeclareOptions {
+            passive: mode == Mode::Verify,
+            durable: true,
+            ..Default::default()
+        };
+        let declare = channel.queue_declare(short(&queue.name)?, options, queue_table(queue)?);
+        step(self.limit, &format!("queue {:?}", queue.name), declare).await.map(|_| ())
+    }
+
+    async fn binding(&mut self, binding: &Binding) -> Result<()> {
+        let channel = self.channel().await?;
+        let Binding { destination, exchange, routing_key, arguments } = binding;
+        let (from, key) = (short(exchange)?, short(routing_key)?);
+        let (what, arguments) = (format!("binding of {binding}"), table(arguments)?);
+        match destination {
+            Destination::Queue(queue) => {
+                let none = QueueBindOptions::default();
+                let bind = channel.queue_bind(short(queue)?, from, key, none, arguments);
+                step(self.limit, &what, bind).await
+            }
+            Destination::Exchange(name) => {
+                let none = ExchangeBindOptions::default();
+                let bind = channel.exchange_bind(short(name)?, from, key, none, arguments);
+                step(self.limit, &what, bind).await
+            }
+        }
+    }
+
+    async fn may_publish(&mut self, exchange: &str, routing_key: &str) -> Result<()> {
+        let channel = self.channel().await?;
+        let what = format!("publishing to exchange {exchange:?} by {routing_key:?}");
+        let none = ConfirmSelectOptions::default();
+        step(self.limit, &what, channel.confirm_select(none)).await?;
+        // An expiration is a number: with this one the broker takes no message.
+        let refused = BasicProperties::default().with_expiration("none".into());
+        let (name, key) = (short(exchange)?, short(routing_key)?);
+        let publish = async {
+            let options = BasicPublishOptions::default();
+            channel.basic_publish(name, key, options, b"", refused).await?.await.map(drop)
+        };
+        match step(self.limit, &what, publish).await {
+            Err(e) if e.reply_code() == Some(reply::PRECONDITION_FAILED) => Ok(()),
+            done => done,
+        }
+    }
+}
+
+/// The thing may be there all the same: a passive declare needs no permission.
+fn may_not_declare(error: &Error, mode: Mode) -> bool {
+    mode == Mode::Declare && error.reply_code() == Some(reply::ACCESS_REFUSED)
+}
+
+fn table(arguments: &[(String, Argument)]) -> Result<FieldTable> {
+    let mut table = FieldTable::default();
+    for (name, value) in arguments {
+        let value = match value {
+            Argument::Text(value) => AMQPValue::LongString(value.as_str().into()),
+            Argument::Int(value) => AMQPValue::LongLongInt(*value),
+            Argument::Bool(value) => AMQPValue::Boolean(*value),
+        };
+        table.insert(short(name)?, value);
+    }
+    Ok(table)
+}
+
+fn queue_table(queue: &Queue) -> Result<FieldTable> {
+    let text = |value: &str| AMQPValue::LongString(value.into());
+    let mut table = table(&queue.arguments)?;
+    table.insert("x-queue-type".into(), text(queue.kind.name()));
+    if let Some(limit) = queue.max_length {
+        table.insert("x-max-length".into(), AMQPValue::LongLongInt(limit.into()));
+        table.insert("x-overflow".into(), text("reject-publish"));
+    }
+    Ok(table)
+}
+
+fn short(text: &str) -> Result<ShortString> {
+    ShortString::try_new(text).map_err(|_| {
+        Error::config(format!("{text:.60?}... has {} bytes, at most 255 are allowed", text.len()))
+    })
+}
+
+/// Awaits one step of lapin, within its limit.
+async fn step<T>(
+    limit: Duration,
+    what: &str,
+    future: impl Future<Output = lapin::Result<T>>,
+) -> Result<T> {
+    match timeout(limit, future).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(translate(&error).context(what)),
+        Err(_) => Err(Error::unreachable(format!("{what}: no answer within {limit:?}"))),
+    }
+}
+
+/// The broker's refusal is quoted; everything else is a matter of the connection.
+fn translate(error: &lapin::Error) -> Error {
+    match error.kind() {
+        ErrorKind::ProtocolError(broker) => {
+            let error = reply::error("", broker.get_id(), broker.get_message().as_str());
+            match error.kind() {
+                // An exclusive queue of another connection; the lock queue is declared elsewhere.
+                Kind::Busy => {
+                    error.with_kind(Kind::Refused).hint("delete it, or configure another name")
+                }
+                _ => error,
+            }
+        }
+        ErrorKind::IOError(io) => {
+            let (kind, hint) = classify(io);
+            let what = if is_tls(io) { "TLS with the broker" } else { "broker connection failed" };
+            with_hint(Error::new(kind, what).caused_by(error.clone()), hint)
+        }
+        _ => Error::unreachable("broker connection failed").caused_by(error.clone()),
+    }
+}

@@ -1,0 +1,67 @@
+//! Looks at the exchanges and queues of held routes from the side: says when what was missing is
+//! there, and declares again what was deleted, if the configuration says to declare.
+//!
+//! A binding that somebody took away is left alone: that is how a queue is taken out of use. It is
+//! made again with its queue or exchange, and at the start of a session.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use crate::amqp::topology::{self, Mode, Thing, Topology, Wrong};
+use crate::error::Result;
+use crate::message::RouteId;
+use crate::relay::Options;
+use crate::relay::session::broken::{self, Missing};
+use crate::relay::status::Status;
+
+/// How often there may be something to do.
+const TICK: Duration = Duration::from_secs(1);
+/// How long a route is held before somebody looks: most holds end by themselves.
+const LOOK_AFTER: Duration = Duration::from_secs(2);
+/// Shortest time between two looks; each is a connection.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// Runs until it is aborted.
+pub async fn run(options: Options, status: Arc<Status>, missing: Arc<Missing>) {
+    let mut look_at = Instant::now();
+    loop {
+        sleep(TICK).await;
+        let held = status.held();
+        let due = held.iter().any(|(_, since)| *since >= LOOK_AFTER);
+        if !due || Instant::now() < look_at {
+            continue;
+        }
+        let held: BTreeSet<RouteId> = held.into_iter().map(|(route, _)| route).collect();
+        if let Err(error) = look(&options, &held, &missing).await {
+            tracing::debug!(error = %error, "the destinations of held routes could not be seen");
+        }
+        look_at = Instant::now() + LOOK_EVERY;
+    }
+}
+
+async fn look(options: &Options, held: &BTreeSet<RouteId>, missing: &Missing) -> Result<()> {
+    let things = &options.topology;
+    let part = broken::part(things, &options.rules, held);
+    let verify = Topology { mode: Mode::Verify, ..part.clone() };
+    let mut gone = still_missing(topology::apply_each(&options.broker, &verify).await?);
+    if things.mode == Mode::Declare && !gone.is_empty() {
+        let lost = broken::lost(part, &gone.iter().map(|w| w.thing.clone()).collect::<Vec<_>>());
+        let before = gone;
+        gone = topology::apply_each(&options.broker, &lost).await?;
+        let is_there = |thing: &Thing| !gone.iter().any(|wrong| wrong.thing == *thing);
+        for thing in before.into_iter().map(|wrong| wrong.thing).filter(is_there) {
+            tracing::warn!(%thing, "it was deleted while its route is in use: declared again");
+        }
+        gone = still_missing(gone);
+    }
+    let left = broken::routes(things, &options.rules, &gone);
+    missing.keep(&left.into_iter().map(|broken| broken.route).collect());
+    Ok(())
+}
+
+fn still_missing(wrong: Vec<Wrong>) -> Vec<Wrong> {
+    wrong.into_iter().filter(|wrong| wrong.missing).collect()
+}

@@ -1,0 +1,339 @@
+//! One thing that is wrong in the broker stops the routes that use it, and no other.
+
+use serde_json::Value;
+use watership::dev::Rabbit;
+
+use crate::support::inbox::{Inbox, Message};
+use crate::support::servers::{Vhost, own_database, own_vhost, rabbit};
+use crate::support::stage::{Running, Setup, Stage};
+use crate::support::waiting::until;
+
+const TWO_ROUTES: &str = r##"
+    [[route]]
+    name = "good"
+    outbox = { aggregate_type = "good" }
+    exchange = "watership"
+    [[route]]
+    name = "bad"
+    outbox = { aggregate_type = "bad" }
+    exchange = "other"
+    routing_key = "bad"
+    [[exchange]]
+    name = "other"
+    [[queue]]
+    name = "others"
+    [[binding]]
+    queue = "others"
+    exchange = "other"
+    routing_key = "#"
+    "##;
+
+/// A stage whose broker connection is that of a user of its own, so that rights can be taken away.
+async fn stage() -> (Stage, String) {
+    let vhost = own_vhost().await;
+    let (name, user) = (vhost.name.clone(), format!("user-{}", vhost.name));
+    let node = rabbit().await;
+    let path = format!("/api/users/{user}");
+    let made = node.management("PUT", &path, r#"{"password":"pw","tags":""}"#).await;
+    made.expect("a user");
+    rights(node, &name, ".*").await;
+    let url = vhost.url.replace("guest:guest", &format!("{user}:pw"));
+    let vhost = Vhost { url, name: name.clone() };
+    let settings = "broker.topology = \"declare\"";
+    let setup = Setup { routes: TWO_ROUTES, settings, ..Setup::default() };
+    (Stage::on(own_database().await, vhost, setup).await, name)
+}
+
+async fn rights(node: &Rabbit, vhost: &str, configure: &str) {
+    let path = format!("/api/permissions/{vhost}/user-{vhost}");
+    let body = format!(r#"{{"configure":"{configure}","write":".*","read":".*"}}"#);
+    node.management("PUT", &path, &body).await.expect("rights are set");
+}
+
+async fn emit_both(stage: &Stage, numbers: std::ops::RangeInclusive<u32>) {
+    for n in numbers {
+        for kind in ["good", "bad"] {
+            stage.execute(&format!("SELECT watership.emit('{kind}', '1', 'e', '{n}')")).await;
+        }
+    }
+}
+
+fn bodies(messages: &[Message]) -> Vec<&str> {
+    messages.iter().map(|message| &*message.body).collect()
+}
+
+fn held(status: &Value) -> Vec<&str> {
+    let list = status["held"].as_array().into_iter().flatten();
+    list.filter_map(|held| held["route"].as_str()).collect()
+}
+
+/// Ends the session of the relay and waits for the next one.
+async fn reconnect(stage: &Stage, relay: &Running) {
+    let before = relay.status().await["sessions"].as_u64().expect("a number");
+    let all = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+               WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    stage.execute(all).await;
+    until("the next session streams", async || {
+        let status = relay.status().await;
+        status["sessions"].as_u64() > Some(before) && status["state"] == "streaming"
+    })
+    .await;
+}
+
+/// Waits until only `bad` is held, for a reason with all of `texts`.
+async fn held_for(relay: &Running, texts: &[&str]) {
+    until(&format!("held for {texts:?}"), async || {
+        let status = relay.status().await;
+        let reason = status["held"][0]["reason"].as_str().unwrap_or_default().to_owned();
+        held(&status) == ["bad"] && texts.iter().all(|text| reason.contains(text))
+    })
+    .await;
+}
+
+async fn released(relay: &Running) {
+    until("the hold ends", async || held(&relay.status().await).is_empty()).await;
+}
+
+async fn declare(stage: &Stage, queue: &str, arguments: lapin::types::FieldTable) {
+    let options = lapin::options::QueueDeclareOptions { durable: true, ..Default::default() };
+    stage.channel.queue_declare(queue.into(), options, arguments).await.expect("declared");
+    bind(stage, queue, "#").await;
+}
+
+async fn bind(stage: &Stage, queue: &str, key: &str) {
+    let (none, options) = (Default::default(), Default::default());
+    let bind = stage.channel.queue_bind(queue.into(), "other".into(), key.into(), options, none);
+    bind.await.expect("bound");
+}
+
+async fn delete_queue(stage: &Stage, queue: &str) {
+    stage.channel.queue_delete(queue.into(), Default::default()).await.expect("deleted");
+}
+
+fn quorum() -> lapin::types::FieldTable {
+    let mut arguments = lapin::types::FieldTable::default();
+    let quorum = lapin::types::AMQPValue::LongString("quorum".into());
+    arguments.insert("x-queue-type".into(), quorum);
+    arguments
+}
+
+#[tokio::test]
+async fn a_queue_that_is_missing_at_a_reconnect_holds_its_route_only_and_hides_behind_no_other() {
+    let (stage, _) = stage().await;
+    stage.replace_configuration(&stage.configuration().replace("\"declare\"", "\"verify\""));
+    let relay = stage.start().await;
+    delete_queue(&stage, "others").await;
+    // A probe would be confirmed by this one, although a queue that is wanted gets nothing.
+    declare(&stage, "spare", quorum()).await;
+    reconnect(&stage, &relay).await;
+    held_for(&relay, &["queue \"others\" does not exist"]).await;
+    emit_both(&stage, 1..=3).await;
+    assert_eq!(bodies(&stage.inbox.count(3).await), ["1", "2", "3"]);
+    let spare = Inbox::open(&stage.channel, "spare").await;
+    assert!(spare.flush(&stage.channel, "spare").await.is_empty());
+    assert_eq!(held(&relay.status().await), ["bad"]);
+    assert_eq!(relay.get("/readyz").await.0, 200, "the other route works");
+    declare(&stage, "others", quorum()).await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    assert_eq!(bodies(&others.count(3).await), ["1", "2", "3"]);
+    released(&relay).await;
+    assert_eq!(relay.status().await["sessions"], 2);
+    relay.stop().await.expect_code(0).expect_text(&[
+        "wrong in the broker",
+        "routes=[\"bad\"]",
+        "queue \"others\"",
+    ]);
+}
+
+#[tokio::test]
+async fn a_queue_that_was_declared_with_other_arguments_stops_nothing_at_a_reconnect_or_a_start() {
+    let (stage, _) = stage().await;
+    let relay = stage.start().await;
+    delete_queue(&stage, "others").await;
+    let mut limited = quorum();
+    limited.insert("x-max-length".into(), lapin::types::AMQPValue::LongLongInt(1000));
+    declare(&stage, "others", limited).await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    reconnect(&stage, &relay).await;
+    held_for(&relay, &["406", "x-max-length", "queue \"others\""]).await;
+    emit_both(&stage, 1..=3).await;
+    assert_eq!(bodies(&stage.inbox.count(3).await), ["1", "2", "3"]);
+    assert_eq!(bodies(&others.count(3).await), ["1", "2", "3"], "the queue takes them");
+    released(&relay).await;
+    relay.stop().await.expect_code(0);
+
+    let relay = stage.start().await;
+    held_for(&relay, &["406", "x-max-length"]).await;
+    emit_both(&stage, 4..=5).await;
+    assert_eq!(bodies(&others.count(5).await), ["1", "2", "3", "4", "5"]);
+    relay.stop().await.expect_code(0);
+    // The commands that look say so, and `init` does not go on.
+    stage.run(&["check"]).await.expect_code(1).expect_text(&["queue \"others\": 406"]);
+}
+
+#[tokio::test]
+async fn a_right_to_declare_that_was_taken_away_stops_nothing_at_a_reconnect() {
+    let (stage, vhost) = stage().await;
+    let relay = stage.start().await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    rights(rabbit().await, &vhost, "^(watership.*|all)$").await;
+    reconnect(&stage, &relay).await;
+    held_for(&relay, &["403", "others"]).await;
+    emit_both(&stage, 1..=3).await;
+    assert_eq!(bodies(&stage.inbox.count(3).await), ["1", "2", "3"]);
+    assert_eq!(bodies(&others.count(3).await), ["1", "2", "3"], "the queue takes them");
+    released(&relay).await;
+    relay.stop().await.expect_code(0);
+    stage.run(&["check"]).await.expect_code(1).expect_text(&["403", "\"others\"", "\"other\""]);
+}
+
+#[tokio::test]
+async fn an_exchange_of_another_type_holds_its_route_only_until_messages_arrive() {
+    let (stage, _) = stage().await;
+    let relay = stage.start().await;
+    let deleted = stage.channel.exchange_delete("other".into(), Default::default());
+    deleted.await.expect("deleted");
+    let options = lapin::options::ExchangeDeclareOptions { durable: true, ..Default::default() };
+    let kind = lapin::ExchangeKind::Direct;
+    let declared =
+        stage.channel.exchange_declare("other".into(), kind, options, Default::default());
+    declared.await.expect("declared");
+    reconnect(&stage, &relay).await;
+    held_for(&relay, &["406", "exchange \"other\"", "'direct'"]).await;
+    // The binding by "#" is made, and matches nothing in a direct exchange.
+    emit_both(&stage, 1..=2).await;
+    assert_eq!(bodies(&stage.inbox.count(2).await), ["1", "2"]);
+    held_for(&relay, &["unroutable"]).await;
+    bind(&stage, "others", "bad").await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    assert_eq!(bodies(&others.count(2).await), ["1", "2"]);
+    released(&relay).await;
+    relay.stop().await.expect_code(0);
+    stage.run(&["check"]).await.expect_code(1).expect_text(&["exchange \"other\": 406"]);
+}
+
+#[tokio::test]
+async fn an_exchange_whose_type_the_broker_lost_stops_nothing_else() {
+    let (stage, _) = stage().await;
+    // Asking for it makes the broker close the whole connection.
+    let unknown = "[[exchange]]\nname = \"lost\"\nkind = \"x-lost\"\n";
+    stage.append_to_configuration(unknown);
+    let relay = stage.start().await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    emit_both(&stage, 1..=2).await;
+    assert_eq!(bodies(&stage.inbox.count(2).await), ["1", "2"]);
+    assert_eq!(bodies(&others.count(2).await), ["1", "2"]);
+    relay.stop().await.expect_code(0).expect_text(&["exchange \"lost\"", "x-lost"]);
+}
+
+#[tokio::test]
+async fn a_queue_or_exchange_that_is_deleted_while_running_is_declared_again() {
+    let (stage, vhost) = stage().await;
+    let node = rabbit().await;
+    let relay = stage.start().await;
+    let is_there = async |what: &str| {
+        node.management("GET", &format!("/api/{what}?disable_stats=true"), "").await.is_ok()
+    };
+    delete_queue(&stage, "others").await;
+    emit_both(&stage, 1..=2).await;
+    let queue = format!("queues/{vhost}/others");
+    until("the queue is declared", async || is_there(&queue).await).await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    assert_eq!(bodies(&others.count(2).await), ["1", "2"]);
+    released(&relay).await;
+    let deleted = stage.channel.exchange_delete("other".into(), Default::default());
+    deleted.await.expect("deleted");
+    emit_both(&stage, 3..=4).await;
+    assert_eq!(bodies(&others.count(4).await), ["1", "2", "3", "4"]);
+    released(&relay).await;
+    assert_eq!(relay.status().await["sessions"], 1);
+    relay.stop().await.expect_code(0).expect_text(&[
+        "declared again",
+        "exchange=\"other\"",
+        "routing_key=\"bad\"",
+        "hint=\"bind a queue",
+    ]);
+}
+
+#[tokio::test]
+async fn check_tells_what_run_will_meet_before_it_does() {
+    let (stage, vhost) = stage().await;
+    let node = rabbit().await;
+    let path = format!("/api/permissions/{vhost}/user-{vhost}");
+    // The relay may declare everything, and publish nothing to one exchange.
+    let body = r#"{"configure":".*","write":"^(watership|all|others)$","read":".*"}"#;
+    node.management("PUT", &path, body).await.expect("rights are set");
+    let publishing = "publishing to exchange \"other\" by \"bad\": 403";
+    stage.run(&["check"]).await.expect_code(1).expect_text(&[publishing]);
+    rights(node, &vhost, ".*").await;
+    stage.run(&["check"]).await.expect_code(0).expect_text(&["exchange \"other\" exists"]);
+    let queue = stage.inbox.flush(&stage.channel, "all").await;
+    assert!(queue.is_empty(), "nothing was published");
+    // An exchange that exists with arguments, and is configured without.
+    let mut arguments = lapin::types::FieldTable::default();
+    let spare = lapin::types::AMQPValue::LongString("spare".into());
+    arguments.insert("alternate-exchange".into(), spare);
+    let options = lapin::options::ExchangeDeclareOptions { durable: true, ..Default::default() };
+    let kind = lapin::ExchangeKind::Topic;
+    let declare = stage.channel.exchange_declare("third".into(), kind, options, arguments);
+    declare.await.expect("declared");
+    let third = "[[exchange]]\nname = \"third\"\n";
+    stage.append_to_configuration(third);
+    let refused = stage.run(&["check"]).await;
+    refused.expect_code(1).expect_text(&["exchange \"third\": 406", "alternate-exchange"]);
+    let with = format!("{third}arguments = {{ alternate-exchange = \"spare\" }}\n");
+    stage.replace_configuration(&stage.configuration().replace(third, &with));
+    stage.run(&["check"]).await.expect_code(0).expect_text(&["exchange \"third\" exists"]);
+}
+
+#[tokio::test]
+async fn bindings_with_arguments_and_between_exchanges_route_as_configured() {
+    let routes = r##"
+        [[route]]
+        name = "regions"
+        outbox = { aggregate_type = "region" }
+        exchange = "heads"
+        [[route]]
+        name = "hashed"
+        outbox = { aggregate_type = "hash" }
+        exchange = "outer"
+        routing_key = "a.{event_type}"
+        [[exchange]]
+        name = "heads"
+        kind = "headers"
+        arguments = { alternate-exchange = "watership" }
+        [[exchange]]
+        name = "outer"
+        [[queue]]
+        name = "eu"
+        [[binding]]
+        queue = "eu"
+        exchange = "heads"
+        arguments = { x-match = "all", region = "eu", level = 7 }
+        [[binding]]
+        to_exchange = "watership"
+        exchange = "outer"
+        routing_key = "a.#"
+        "##;
+    let stage = Stage::new(Setup { routes, ..Setup::default() }).await;
+    let relay = stage.start().await;
+    let eu = Inbox::open(&stage.channel, "eu").await;
+    for headers in [r#"{"region":"eu","level":7}"#, r#"{"region":"us","level":7}"#] {
+        let sql = format!("SELECT watership.emit('region', '1', 'e', '1', '{headers}')");
+        stage.execute(&sql).await;
+    }
+    stage.execute("SELECT watership.emit('hash', '1', 'e', '2')").await;
+    let both = bodies(&stage.inbox.count(2).await).concat();
+    assert!(both == "12" || both == "21", "{both}");
+    assert_eq!(eu.count(1).await.len(), 1);
+    assert_eq!(stage.settled().await.len(), 2, "the rest of the headers, and the inner exchange");
+    assert_eq!(eu.flush(&stage.channel, "eu").await.len(), 1, "only what its headers say");
+    relay.stop().await.expect_code(0);
+    let url = rabbit().await.management_url().expect("management runs");
+    let text = stage.configuration();
+    stage.replace_configuration(&format!("broker.management_url = \"{url}\"\n{text}"));
+    stage.run(&["check"]).await.expect_code(0).expect_text(&[
+        "queue \"eu\" to exchange \"heads\" by \"\" with {",
+        "exchange \"watership\" to exchange \"outer\" by \"a.#\"",
+    ]);
+}
