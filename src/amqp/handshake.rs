@@ -5,7 +5,7 @@
 
 use std::future::poll_fn;
 
-use amq_protocol::protocol::{AMQPClass, channel, connection, queue};
+use amq_protocol::protocol::{AMQPClass, basic, channel, connection, queue};
 use amq_protocol::types::{AMQPValue, FieldTable, LongString};
 
 use super::link::Link;
@@ -18,6 +18,9 @@ use crate::message::PROPERTIES_MAX;
 
 /// The channel of the lock queue; publishing channels follow it.
 pub(super) const CONTROL_CHANNEL: u16 = 1;
+
+/// The client property that says what a connection works for.
+pub(super) const SERVES: &str = "serves";
 
 /// The smallest `frame_max` that takes every message's properties in one frame.
 const FRAME_MIN: usize = PROPERTIES_MAX + 64;
@@ -102,13 +105,76 @@ pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
     put_class(link, CONTROL_CHANNEL, AMQPClass::Queue(queue::AMQPMethod::Declare(declare)));
     match receive(link).await? {
         Incoming::Method(CONTROL_CHANNEL, AMQPClass::Queue(queue::AMQPMethod::DeclareOk(_))) => {
-            Ok(())
+            watch_lock(link, name).await
         }
         Incoming::Method(
             CONTROL_CHANNEL,
             AMQPClass::Channel(channel::AMQPMethod::Close(close)),
         ) => Err(lock_error(name, &close)),
         other => Err(unexpected(&other, "queue.declare-ok")),
+    }
+}
+
+/// Consumes the lock queue: a policy with `expires` deletes only queues that nobody uses, and the
+/// broker tells a consumer when its queue is deleted (`basic.cancel`).
+///
+/// The lock holds without it. So a user who may not read the queue is only told.
+async fn watch_lock(link: &mut Link, name: &str) -> Result<()> {
+    let consume = basic::Consume {
+        queue: name.into(),
+        consumer_tag: "lock".into(),
+        no_local: false,
+        no_ack: true,
+        exclusive: true,
+        nowait: false,
+        arguments: FieldTable::default(),
+    };
+    put_class(link, CONTROL_CHANNEL, AMQPClass::Basic(basic::AMQPMethod::Consume(consume)));
+    match receive(link).await? {
+        Incoming::Method(CONTROL_CHANNEL, AMQPClass::Basic(basic::AMQPMethod::ConsumeOk(_))) => {
+            Ok(())
+        }
+        Incoming::Method(
+            CONTROL_CHANNEL,
+            AMQPClass::Channel(channel::AMQPMethod::Close(close)),
+        ) if close.reply_code == reply::ACCESS_REFUSED => {
+            let ok = channel::AMQPMethod::CloseOk(channel::CloseOk {});
+            put_class(link, CONTROL_CHANNEL, AMQPClass::Channel(ok));
+            tracing::warn!(
+                queue = name,
+                reason = close.reply_text.as_str(),
+                hint = "grant read permission on it (rabbitmqctl set_permissions)",
+                "the lock queue cannot be watched: a policy with expires would delete it unnoticed"
+            );
+            Ok(())
+        }
+        Incoming::Method(
+            CONTROL_CHANNEL,
+            AMQPClass::Channel(channel::AMQPMethod::Close(close)),
+        ) => Err(lock_error(name, &close)),
+        other => Err(unexpected(&other, "basic.consume-ok")),
+    }
+}
+
+/// What came on the channel of the lock queue, after it was taken.
+///
+/// # Errors
+/// When the queue is gone, or its channel: another relay may take the lock.
+pub(super) fn received_of_lock(class: AMQPClass) -> Result<()> {
+    match class {
+        // Somebody published to the lock queue; it is not for us.
+        AMQPClass::Basic(basic::AMQPMethod::Deliver(_)) => Ok(()),
+        AMQPClass::Basic(basic::AMQPMethod::Cancel(_)) => Err(Error::unreachable(
+            "the lock queue of this relay was deleted",
+        )
+        .hint("no action needed, the next session takes the lock again; nobody should delete it")),
+        AMQPClass::Channel(channel::AMQPMethod::Close(close)) => {
+            let what = "broker closed the channel of the lock queue";
+            Err(reply::error(what, close.reply_code, close.reply_text.as_str()))
+        }
+        other => {
+            Err(unexpected(&Incoming::Method(CONTROL_CHANNEL, other), "nothing on this channel"))
+        }
     }
 }
 
@@ -148,7 +214,7 @@ fn start_ok(
         Auth::External => String::new(),
     };
     Ok(connection::StartOk {
-        client_properties: client_properties(&options.connection_name),
+        client_properties: client_properties(options),
         mechanism: mechanism.into(),
         response: response.into(),
         locale: "en_US".into(),
@@ -156,7 +222,7 @@ fn start_ok(
 }
 
 /// <https://www.rabbitmq.com/docs/connections#capabilities>
-fn client_properties(connection_name: &str) -> FieldTable {
+fn client_properties(options: &Options) -> FieldTable {
     let text = |value: &str| AMQPValue::LongString(LongString::from(value));
     let mut capabilities = FieldTable::default();
     for name in [
@@ -172,7 +238,10 @@ fn client_properties(connection_name: &str) -> FieldTable {
     properties.insert("product".into(), text("watership"));
     properties.insert("version".into(), text(env!("CARGO_PKG_VERSION")));
     properties.insert("platform".into(), text("Rust"));
-    properties.insert("connection_name".into(), text(connection_name));
+    properties.insert("connection_name".into(), text(&options.connection_name));
+    if !options.serves.is_empty() {
+        properties.insert(SERVES.into(), text(&options.serves));
+    }
     properties.insert("capabilities".into(), AMQPValue::FieldTable(capabilities));
     properties
 }

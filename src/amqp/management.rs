@@ -15,6 +15,7 @@ use serde_json::Value;
 use tokio::sync::Mutex;
 
 use super::audit::{BindingFacts, ExchangeFacts, Policies, QueueFacts, Survey};
+use super::handshake::SERVES;
 use super::options::{Auth, Options};
 use crate::error::{Error, Kind, Result};
 use crate::secret::{LACKS_AT, Secret, lacks_at, redact_url};
@@ -63,6 +64,12 @@ impl PolicyLists {
             |list: &Option<Vec<Policy>>| list.as_ref().is_none_or(|l| l.iter().any(of_queues));
         may(&self.ordinary) || may(&self.operator)
     }
+}
+
+#[derive(Deserialize)]
+struct Owned {
+    #[serde(default)]
+    owner_pid_details: Value,
 }
 
 /// What the plugin says when it refuses.
@@ -179,6 +186,26 @@ impl Management {
             survey.bindings.insert(name, bindings);
         }
         Ok(survey)
+    }
+
+    /// The connection that owns an exclusive queue: what it works for and where it comes from;
+    /// `None` when the queue does not exist, or its statistics do not show it yet.
+    ///
+    /// # Errors
+    /// As every request.
+    pub async fn owner(&self, queue: &str) -> Result<Option<String>> {
+        let Some(owned) = self.get::<Owned>(&self.path("queues", queue)).await? else {
+            return Ok(None);
+        };
+        let Some(name) = owned.owner_pid_details.get("name").and_then(Value::as_str) else {
+            return Ok(None);
+        };
+        let path = format!("/api/connections/{}", segment(name));
+        let connection: Option<Value> = self.get(&path).await?;
+        let properties = connection.as_ref().and_then(|c| c.get("client_properties"));
+        let text = |key: &str| properties?.get(key)?.as_str();
+        let serves = text(SERVES).or_else(|| text("connection_name")).unwrap_or("unknown");
+        Ok(Some(format!("{serves} (connection {name})")))
     }
 
     /// The vhost's policies, or operator policies; `None` when the user may not see them.

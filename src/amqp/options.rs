@@ -49,6 +49,9 @@ pub struct Options {
     pub lock_queue: Option<String>,
     /// Shown in the broker's list of connections.
     pub connection_name: String,
+    /// What this connection works for, such as a database: shown to operators, and to the standby
+    /// of another database. Empty: nothing is shown.
+    pub serves: String,
     /// Largest body, in bytes. RabbitMQ 4.0 and later: 16 MiB by default.
     pub max_message_size: usize,
 }
@@ -68,6 +71,7 @@ impl Options {
             channels_per_exchange: CHANNELS_PER_EXCHANGE,
             lock_queue: None,
             connection_name: "watership".into(),
+            serves: String::new(),
             max_message_size: 16 * 1024 * 1024,
         }
     }

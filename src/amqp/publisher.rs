@@ -278,7 +278,13 @@ impl Connection {
             Incoming::Ack { channel, tag, multiple } => {
                 self.channel(channel)?.confirm(tag, multiple, Answer::Ack, outcomes)
             }
-            Incoming::Heartbeat => Ok(()),
+            Incoming::Heartbeat
+            | Incoming::ContentHeader { channel: CONTROL_CHANNEL, .. }
+            | Incoming::ContentBody { channel: CONTROL_CHANNEL, .. } => Ok(()),
+            Incoming::Method(CONTROL_CHANNEL, class) => {
+                let url = &self.url;
+                handshake::received_of_lock(class).map_err(|e| e.context(format!("broker {url}")))
+            }
             Incoming::ContentHeader { channel, body_size, message_id, route } => {
                 self.channel(channel)?.content_header(body_size, message_id, route)
             }

@@ -38,13 +38,15 @@ const CONNECTION_START: [u8; 4] = [0, 10, 0, 10];
 
 /// Class and method of what a broker sends to a publisher, without those that carry a table.
 #[rustfmt::skip]
-const RECEIVED: [(u8, u8); 15] = [
+const RECEIVED: [(u8, u8); 18] = [
     // connection: secure, tune, open-ok, close, close-ok, blocked, unblocked
     (10, 20), (10, 30), (10, 41), (10, 50), (10, 51), (10, 60), (10, 61),
     // channel: open-ok, close, close-ok
     (20, 11), (20, 40), (20, 41),
-    // queue.declare-ok, basic: return, ack of an odd length, nack, confirm.select-ok
-    (50, 11), (60, 50), (60, 80), (60, 120), (85, 11),
+    // queue.declare-ok, basic: consume-ok, cancel, return, deliver, ack of an odd length, nack
+    (50, 11), (60, 21), (60, 30), (60, 50), (60, 60), (60, 80), (60, 120),
+    // confirm.select-ok
+    (85, 11),
 ];
 
 /// One received frame, as far as a publisher cares.

@@ -256,6 +256,12 @@ fn relay_lines(relay: &Value, line: impl Fn(&str, &str)) {
     if let Some(because) = relay["standing_by"]["because"].as_str() {
         line("waits for", because);
     }
+    if let Some(owner) = relay["standing_by"]["lock_owner"].as_str() {
+        line("lock held for", owner);
+    }
+    if let Some(doubt) = relay["standing_by"]["doubt"].as_str() {
+        line("doubt", doubt);
+    }
     if let Some(pid) = relay["standing_by"]["slot_holder"]["pid"].as_i64() {
         let client = relay["standing_by"]["slot_holder"]["client"].as_str();
         let client = client.unwrap_or("a local client");

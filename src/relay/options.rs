@@ -52,6 +52,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// The queue that only one relay of the name can hold.
+    pub fn lock_queue(&self) -> String {
+        format!("watership.{}.lock", self.name)
+    }
+
     /// The tables whose changes the relay expects in its stream.
     pub fn wanted(&self) -> Vec<String> {
         let own = [&self.outbox.table, &TableName::canary()].map(ToString::to_string);

@@ -27,6 +27,11 @@ pub use problems::{Concern, Severity};
 /// A streaming loop that has not ticked for this long is stuck.
 const STUCK: Duration = Duration::from_secs(30);
 
+/// What a standby may not know of the relay that it waits for.
+const NOBODY_READS: &str = "nobody reads this relay's slot: the other relay of this name serves \
+     another database (give one of them another name or vhost), or its connection is dead and the \
+     broker has not noticed yet";
+
 /// The shared cell.
 #[derive(Debug)]
 pub struct Status {
@@ -48,6 +53,9 @@ struct Inner {
     last_error: Option<Trouble>,
     circuit: Circuit,
     holder: Option<Holder>,
+    /// The slot was looked at while another relay was active.
+    slot_looked_at: bool,
+    lock_owner: Option<String>,
     grades: Vec<RouteGrade>,
     progress: Option<Progress>,
     in_flight: usize,
@@ -137,6 +145,10 @@ pub struct StandingBy {
     pub because: String,
     /// Who reads the slot; absent when nobody does, then only the lock queue is held.
     pub slot_holder: Option<Holder>,
+    /// Whom the connection that holds the lock queue works for, as the management API shows it.
+    pub lock_owner: Option<String>,
+    /// Why it may wait in vain.
+    pub doubt: Option<&'static str>,
 }
 
 /// What a confirm for a route's messages is worth, as the last audit found.
@@ -230,6 +242,8 @@ impl Status {
             last_error: None,
             circuit: Circuit::new(),
             holder: None,
+            slot_looked_at: false,
+            lock_owner: None,
             grades: Vec::new(),
             progress: None,
             in_flight: 0,
@@ -363,7 +377,14 @@ impl Status {
             let pid = slot.active_pid?;
             Some(Holder { slot: slot.name.clone(), pid, client: slot.active_client.clone() })
         });
-        self.lock().holder = holder;
+        let mut inner = self.lock();
+        inner.slot_looked_at = inner.state == RelayState::StandingBy;
+        inner.holder = holder;
+    }
+
+    /// Whom the connection that holds the lock works for.
+    pub fn lock_owner(&self, owner: Option<String>) {
+        self.lock().lock_owner = owner;
     }
 
     /// Why it is not ready, for people; absent when it is.
@@ -477,7 +498,10 @@ impl Inner {
             (RelayState::StandingBy, Some(error)) => error.error.clone(),
             _ => return None,
         };
-        Some(StandingBy { because, slot_holder: self.holder.clone() })
+        let unread = self.slot_looked_at && self.holder.is_none();
+        let doubt = unread.then_some(NOBODY_READS);
+        let (slot_holder, lock_owner) = (self.holder.clone(), self.lock_owner.clone());
+        Some(StandingBy { because, slot_holder, lock_owner, doubt })
     }
 
     fn enter(&mut self, state: RelayState) {
@@ -491,6 +515,12 @@ impl Inner {
 impl fmt::Display for StandingBy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "on standby: {}", self.because)?;
+        if let Some(owner) = &self.lock_owner {
+            write!(f, "; the lock is held for {owner}")?;
+        }
+        if let Some(doubt) = self.doubt {
+            write!(f, "; {doubt}")?;
+        }
         let Some(Holder { slot, pid, client }) = &self.slot_holder else { return Ok(()) };
         write!(f, "; slot {slot:?} is in use by pid {pid}")?;
         client.as_ref().map_or(Ok(()), |client| write!(f, " from {client}"))

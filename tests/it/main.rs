@@ -17,6 +17,7 @@ mod harmless;
 mod hosted;
 mod identity;
 mod keys;
+mod lock;
 mod maintain;
 mod management;
 mod parked_commands;

@@ -75,7 +75,8 @@ pub async fn open(
 ) -> Result<Session> {
     let mut broker = options.broker.clone();
     broker.exchanges = router.exchanges().to_vec();
-    broker.lock_queue = Some(format!("watership.{}.lock", options.name));
+    broker.lock_queue = Some(options.lock_queue());
+    broker.serves = format!("database {}", options.sql);
     let mut publisher = count_busy(Connection::open(&broker).await, &shared.metrics.lock_busy)?;
     let preparing = async {
         match options.kind {

@@ -18,7 +18,7 @@ use crate::relay::session::unsendable::Unsendable;
 use crate::relay::session::{self, Session, Shared};
 use crate::relay::status::Status;
 use crate::relay::upkeep::canary::Canary;
-use crate::relay::upkeep::{self, redeclare, route_audit};
+use crate::relay::upkeep::{self, lock_owner, redeclare, route_audit};
 use crate::relay::{Kept, Options};
 use crate::route::Router;
 
@@ -58,6 +58,7 @@ pub async fn run(
     let mut kept = Kept::default();
     let audit = tokio::spawn(route_audit::run(options.clone(), metrics.clone(), status.clone()));
     let redeclare = tokio::spawn(redeclaring);
+    let lock = tokio::spawn(lock_owner::run(options.clone(), status.clone()));
     let mut backoff = Backoff::new(FIRST_WAIT, SOON_LIMIT);
     let mut unsendable = Unsendable::default();
     let mut has_run = false;
@@ -103,6 +104,7 @@ pub async fn run(
     upkeep.abort();
     audit.abort();
     redeclare.abort();
+    lock.abort();
     status.stopped(result.as_ref().err());
     show(&status, &metrics);
     result

@@ -4,6 +4,7 @@
 //! position ends a session.
 
 pub mod canary;
+pub mod lock_owner;
 pub mod redeclare;
 pub mod route_audit;
 
