@@ -272,7 +272,13 @@ fn split_port(host: &str, default: u16) -> Result<(String, u16), String> {
     let (name, port) = match host.strip_prefix('[') {
         Some(rest) => {
             let (name, rest) = rest.split_once(']').ok_or("IPv6 address lacks its ']'")?;
-            (name, rest.strip_prefix(':'))
+            match rest {
+                "" => (name, None),
+                _ => (name, Some(rest.strip_prefix(':').ok_or("only a port may follow the ']'")?)),
+            }
+        }
+        None if host.matches(':').count() > 1 => {
+            return Err("an IPv6 address stands in brackets, as in [::1]:5672".into());
         }
         None => host.split_once(':').map_or((host, None), |(name, port)| (name, Some(port))),
     };
@@ -354,6 +360,8 @@ mod tests {
             ("amqp://relay:hunter2", "it has no '@', and what follows its ':' cannot be a port"),
             ("amqp://relay:hunter2/shop", "it has no '@'"),
             ("amqp://relay:hun?ter2", "it has no '@'"),
+            ("amqp://r@::1/v", "an IPv6 address stands in brackets"),
+            ("amqp://r@[::1]5673/v", "only a port may follow the ']'"),
             ("amqp://h?hunter2=1", "parameter \"***\" is unknown"),
         ] {
             let error = Url::parse(text).unwrap_err();

@@ -1,4 +1,4 @@
-//! Start-up and authentication of our own connection.
+//! Start-up and authentication of every connection, ordinary SQL and replication alike.
 //!
 //! Invariants: a clear-text password is never sent, an md5 hash only when allowed, and where
 //! channel binding or SCRAM is required nothing less lets us in. The start-up packet fixes every
@@ -9,12 +9,12 @@
 use std::io;
 
 use postgres_protocol::authentication::md5_hash;
-use postgres_protocol::authentication::sasl::{self, ScramSha256};
-use postgres_protocol::message::backend::{AuthenticationSaslBody, Message};
+use postgres_protocol::message::backend::{AuthenticationSaslBody, Message, ParameterStatusBody};
 use postgres_protocol::message::frontend;
 use tokio_postgres::fallible_iterator::FallibleIterator;
 
 use super::connect::{ChannelBinding, Options};
+use super::scram::{Scram, ScramBinding};
 use super::wire::{Reply, Wire};
 use crate::error::{Error, Result};
 use crate::secret::Secret;
@@ -24,7 +24,7 @@ use crate::secret::Secret;
 /// of `public` is found by an unqualified name.
 ///
 /// A space in a value has to be escaped with a backslash, as in the server's command line.
-pub(super) const SETTINGS: &str = "-c search_path=pg_catalog -c DateStyle=ISO,YMD \
+const SETTINGS: &str = "-c search_path=pg_catalog -c DateStyle=ISO,YMD \
      -c IntervalStyle=iso_8601 -c TimeZone=UTC -c extra_float_digits=3 -c bytea_output=hex \
      -c lc_monetary=C -c quote_all_identifiers=off -c idle_session_timeout=0";
 
@@ -44,6 +44,24 @@ const REPLICATION_SETTINGS: &str = " -c statement_timeout=0 -c lock_timeout=0 \
      -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
      -c client_min_messages=warning";
 
+/// Limits of an ordinary session, so that no statement of ours holds a lock indefinitely. Longer
+/// work sets its own with `SET LOCAL`. Idle sessions are allowed: a limit that the role sets for
+/// them would look like a failure.
+///
+/// Rows that row-level security would hide are an error and never just absent. And a server that
+/// was made read-only by its default, as hosting services do when the disk is full, still takes the
+/// checkpoint: only that lets it remove WAL.
+const LIMITS: &str = " -c statement_timeout=30s -c lock_timeout=5s \
+     -c idle_in_transaction_session_timeout=60s -c idle_session_timeout=0 -c row_security=off \
+     -c default_transaction_read_only=off";
+
+/// Settings that a server reports, and what they are in each session of ours.
+const REPORTED: [(&str, &str); 3] =
+    [("DateStyle", "ISO, YMD"), ("IntervalStyle", "iso_8601"), ("TimeZone", "UTC")];
+
+const SCRAM: &str = "SCRAM-SHA-256";
+const SCRAM_PLUS: &str = "SCRAM-SHA-256-PLUS";
+
 /// What the server asked for as proof.
 enum Proof {
     /// Nothing: trust, peer or a client certificate.
@@ -54,6 +72,28 @@ enum Proof {
     Sasl(AuthenticationSaslBody),
 }
 
+/// Whether a server that reports this of a session of ours has ignored its settings: a value in
+/// another form would be another text, also in ids.
+pub(super) fn check_reported(name: &str, value: &str) -> Result<()> {
+    match REPORTED.iter().find(|(known, expected)| *known == name && *expected != value) {
+        None => Ok(()),
+        Some((_, expected)) => Err(Error::refused(format!(
+            "the server ignores the settings of this connection: {name} is {value:?}, not \
+             {expected:?}"
+        ))
+        .hint("connect to Postgres itself; a pooler such as PgBouncer ignores them")),
+    }
+}
+
+/// Checks what the server reports, and keeps its version.
+pub(super) fn note_reported(body: &ParameterStatusBody, version: &mut String) -> Result<()> {
+    let (name, value) = (body.name().unwrap_or_default(), body.value().unwrap_or_default());
+    if name == "server_version" {
+        value.clone_into(version);
+    }
+    check_reported(name, value)
+}
+
 /// Sends the start-up packet and authenticates.
 ///
 /// # Errors
@@ -61,7 +101,7 @@ enum Proof {
 pub(super) async fn start_up(wire: &mut Wire, options: &Options, replication: bool) -> Result<()> {
     let settings = match replication {
         true => format!("{SETTINGS}{REPLICATION_SETTINGS}"),
-        false => SETTINGS.to_owned(),
+        false => format!("{SETTINGS}{LIMITS}"),
     };
     let mut parameters = vec![
         ("user", options.user.as_str()),
@@ -109,13 +149,13 @@ async fn asked_proof(wire: &mut Wire) -> Result<Proof> {
 }
 
 /// The error for a server that asks for the password itself.
-pub(super) fn refuse_clear_text() -> Error {
+fn refuse_clear_text() -> Error {
     Error::refused("the server asks for a clear-text password, which is never sent")
         .hint("use scram-sha-256 instead of `password` for this role in pg_hba.conf")
 }
 
 /// Whether a server may let us in without authentication.
-pub(super) fn admit_without_proof(options: &Options) -> Result<()> {
+fn admit_without_proof(options: &Options) -> Result<()> {
     if options.channel_binding == ChannelBinding::Require {
         let text = "the server requires no authentication, so channel binding is impossible";
         return Err(Error::refused(text)
@@ -131,7 +171,7 @@ pub(super) fn admit_without_proof(options: &Options) -> Result<()> {
 }
 
 /// Whether an md5 hash may be sent.
-pub(super) fn admit_md5(options: &Options) -> Result<()> {
+fn admit_md5(options: &Options) -> Result<()> {
     if options.channel_binding == ChannelBinding::Require || options.require_scram {
         return Err(Error::refused(
             "the server asks for an md5 password hash, but the URL requires scram-sha-256",
@@ -150,7 +190,7 @@ pub(super) fn admit_md5(options: &Options) -> Result<()> {
 }
 
 /// The password, now that the server asks for one.
-pub(super) fn password(options: &Options) -> Result<&Secret> {
+fn password(options: &Options) -> Result<&Secret> {
     options.password.as_ref().ok_or_else(|| {
         Error::config(format!("the server asks for the password of {:?}", options.user))
             .hint("put a password in the URL, or set source.password")
@@ -160,20 +200,20 @@ pub(super) fn password(options: &Options) -> Result<&Secret> {
 async fn scram(wire: &mut Wire, options: &Options, body: &AuthenticationSaslBody) -> Result<()> {
     let offered: Vec<&str> = body.mechanisms().collect().map_err(broken)?;
     let (mechanism, binding) = choose(wire, options, &offered)?;
-    let mut scram = ScramSha256::new(password(options)?.expose().as_bytes(), binding);
-    frontend::sasl_initial_response(mechanism, scram.message(), wire.output()).map_err(encoding)?;
-    match wire.reply().await? {
+    let mut scram = Scram::new(password(options)?, binding)?;
+    let first = scram.first();
+    frontend::sasl_initial_response(mechanism, first.as_bytes(), wire.output())
+        .map_err(encoding)?;
+    let answer = match wire.reply().await? {
         Reply::Message(Message::AuthenticationSaslContinue(body)) => {
-            scram.update(body.data()).map_err(broken)?;
+            scram.answer(body.data()).await?
         }
         other => return Err(wire.unexpected(other, "authenticating")),
-    }
-    frontend::sasl_response(scram.message(), wire.output()).map_err(encoding)?;
+    };
+    frontend::sasl_response(answer.as_bytes(), wire.output()).map_err(encoding)?;
     match wire.reply().await? {
         // The server proves here that it knows the password too.
-        Reply::Message(Message::AuthenticationSaslFinal(body)) => {
-            scram.finish(body.data()).map_err(broken)?;
-        }
+        Reply::Message(Message::AuthenticationSaslFinal(body)) => scram.finish(body.data())?,
         other => return Err(wire.unexpected(other, "authenticating")),
     }
     authenticated(wire).await
@@ -187,10 +227,10 @@ fn choose(
     wire: &Wire,
     options: &Options,
     offered: &[&str],
-) -> Result<(&'static str, sasl::ChannelBinding)> {
+) -> Result<(&'static str, ScramBinding)> {
     let wanted = options.channel_binding != ChannelBinding::Disable;
     let hash = wire.socket().channel_binding().filter(|_| wanted);
-    let plus = offered.contains(&sasl::SCRAM_SHA_256_PLUS);
+    let plus = offered.contains(&SCRAM_PLUS);
     if options.channel_binding == ChannelBinding::Require {
         let why = match (&hash, plus) {
             (Some(_), true) => None,
@@ -203,15 +243,13 @@ fn choose(
         }
     }
     match hash {
-        Some(hash) if plus => {
-            Ok((sasl::SCRAM_SHA_256_PLUS, sasl::ChannelBinding::tls_server_end_point(hash)))
-        }
-        _ if !offered.contains(&sasl::SCRAM_SHA_256) => Err(Error::refused(format!(
+        Some(hash) if plus => Ok((SCRAM_PLUS, ScramBinding::EndPoint(hash))),
+        _ if !offered.contains(&SCRAM) => Err(Error::refused(format!(
             "the server offers {}; allowed: SCRAM-SHA-256, SCRAM-SHA-256-PLUS",
             offered.join(", ")
         ))),
-        Some(_) => Ok((sasl::SCRAM_SHA_256, sasl::ChannelBinding::unrequested())),
-        None => Ok((sasl::SCRAM_SHA_256, sasl::ChannelBinding::unsupported())),
+        Some(_) => Ok((SCRAM, ScramBinding::NotOffered)),
+        None => Ok((SCRAM, ScramBinding::Impossible)),
     }
 }
 

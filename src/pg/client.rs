@@ -1,9 +1,9 @@
 //! Ordinary SQL, by tokio-postgres, over our own socket.
 //!
-//! tokio-postgres runs on a stream that `socket.rs` opened, because by itself it knows no
-//! verify-full and answers a server that asks for the clear-text password. Here the TLS session
-//! exists before tokio-postgres sees the stream, the channel binding is handed to it, and a guard
-//! reads the first answer of the server before tokio-postgres does.
+//! tokio-postgres runs on a stream that `socket.rs` opened and `auth.rs` logged in on, because by
+//! itself it knows no verify-full, answers a server that asks for the clear-text password, and does
+//! not do as many SCRAM iterations as hardened servers ask for. It sees a server that lets it in
+//! without asking: its start-up packet is not sent.
 //!
 //! Invariant: the connection is driven by a task of its own, so the end of it (57P01 at a server
 //! shutdown) is seen at once, even while no query runs.
@@ -12,31 +12,22 @@ use std::convert::Infallible;
 use std::future::{Ready, poll_fn};
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
+use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use tokio_postgres::config::{ChannelBinding as Binding, SslMode, SslNegotiation};
+use tokio_postgres::config::{ChannelBinding, SslMode, SslNegotiation};
 use tokio_postgres::tls::{ChannelBinding as BindingBytes, TlsConnect, TlsStream};
 use tokio_postgres::{AsyncMessage, Client, Connection};
 
 use super::auth;
-use super::connect::{ChannelBinding, Options};
+use super::connect::Options;
 use super::socket::Socket;
-use super::sqlstate::{login_error, postgres_error};
+use super::sqlstate::postgres_error;
+use super::wire::Wire;
 use crate::error::{Error, Result};
-
-/// Limits of a session, so that no statement of ours holds a lock indefinitely. Longer work sets
-/// its own with `SET LOCAL`. Idle sessions are allowed: a limit that the role sets for them would
-/// look like a failure.
-///
-/// Rows that row-level security would hide are an error and never just absent. And a server that
-/// was made read-only by its default, as hosting services do when the disk is full, still takes the
-/// checkpoint: only that lets it remove WAL.
-const LIMITS: &str = " -c statement_timeout=30s -c lock_timeout=5s \
-     -c idle_in_transaction_session_timeout=60s -c idle_session_timeout=0 -c row_security=off \
-     -c default_transaction_read_only=off";
 
 /// A connection for ordinary SQL.
 #[derive(Debug)]
@@ -85,29 +76,27 @@ pub async fn sql(options: &Options) -> Result<SqlConnection> {
     Ok(SqlConnection { client, closed: Closed(receiver) })
 }
 
-type Driver = Connection<Guard, Guard>;
+type Driver = Connection<LoggedIn, LoggedIn>;
 
 async fn open(options: &Options) -> Result<(Client, Driver)> {
-    let socket = Socket::open(options).await?;
+    let (socket, behind) = Wire::log_in(options).await?;
     let mut config = tokio_postgres::Config::new();
+    // The user has to be given, and goes nowhere.
     config
         .user(&options.user)
-        .dbname(&options.database)
-        .application_name(&options.application_name)
-        .options(format!("{}{LIMITS}", auth::SETTINGS))
-        // "Direct" makes tokio-postgres take the stream as it is and ask it for its binding.
+        // "Direct" makes tokio-postgres take the stream as it is.
         .ssl_mode(SslMode::Require)
         .ssl_negotiation(SslNegotiation::Direct)
-        .channel_binding(match options.channel_binding {
-            ChannelBinding::Disable => Binding::Disable,
-            ChannelBinding::Prefer => Binding::Prefer,
-            ChannelBinding::Require => Binding::Require,
-        });
-    if let Some(password) = &options.password {
-        config.password(password.expose());
+        .channel_binding(ChannelBinding::Disable);
+    let mut answer = BytesMut::from(AUTHENTICATION_OK);
+    answer.extend_from_slice(&behind);
+    let logged_in = LoggedIn { socket, answer, start_up: StartUp::Length(Vec::new()) };
+    let (client, connection) =
+        config.connect_raw(logged_in, Established).await.map_err(postgres_error)?;
+    for name in ["DateStyle", "IntervalStyle", "TimeZone"] {
+        connection.parameter(name).map_or(Ok(()), |value| auth::check_reported(name, value))?;
     }
-    let guard = Guard { socket, options: options.clone(), first: First::Awaited(Vec::new()) };
-    config.connect_raw(guard, Established).await.map_err(login_error)
+    Ok((client, connection))
 }
 
 /// Drives the connection until it ends. Ends by itself when the client is dropped.
@@ -129,104 +118,92 @@ async fn drive(mut connection: Driver, ended: mpsc::Sender<Error>) {
 /// Hands over a stream that needs no handshake any more.
 struct Established;
 
-impl TlsConnect<Guard> for Established {
-    type Stream = Guard;
+impl TlsConnect<LoggedIn> for Established {
+    type Stream = LoggedIn;
     type Error = Infallible;
-    type Future = Ready<Result<Guard, Infallible>>;
+    type Future = Ready<Result<LoggedIn, Infallible>>;
 
-    fn connect(self, stream: Guard) -> Self::Future {
+    fn connect(self, stream: LoggedIn) -> Self::Future {
         std::future::ready(Ok(stream))
     }
 }
 
-/// The socket, which checks the first message of the server before it hands it on.
-struct Guard {
-    socket: Socket,
-    options: Options,
-    first: First,
-}
-
-enum First {
-    /// The first bytes so far, not handed on yet.
-    Awaited(Vec<u8>),
-    /// Judged; these bytes are to be handed on.
-    Judged(Vec<u8>),
-    /// Handed on.
-    Passed,
-}
-
-/// Tag, length and request code of an authentication request.
-const REQUEST: usize = 9;
-
-/// Judges the first message; anything but an authentication request is left to tokio-postgres.
+/// What a server says that lets somebody in.
 ///
 /// <https://www.postgresql.org/docs/current/protocol-message-formats.html>
-fn judge(first: &[u8], options: &Options) -> Result<()> {
-    let [b'R', _, _, _, _, code @ ..] = first else { return Ok(()) };
-    match code {
-        [0, 0, 0, 0] => auth::admit_without_proof(options),
-        [0, 0, 0, 3] => Err(auth::refuse_clear_text()),
-        [0, 0, 0, 5] => auth::admit_md5(options).and(auth::password(options).map(drop)),
-        [0, 0, 0, 10] => auth::password(options).map(drop),
-        _ => Ok(()),
-    }
+const AUTHENTICATION_OK: &[u8] = b"R\0\0\0\x08\0\0\0\0";
+
+/// The socket after the login, for a client that has yet to log in.
+struct LoggedIn {
+    socket: Socket,
+    /// What is read before what the socket has.
+    answer: BytesMut,
+    start_up: StartUp,
 }
 
-impl Guard {
-    fn poll_first(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let First::Awaited(seen) = &mut self.first else { return Poll::Ready(Ok(())) };
-        while seen.len() < REQUEST {
-            let mut space = [0; REQUEST];
-            let mut buf = ReadBuf::new(&mut space[seen.len()..]);
-            ready!(Pin::new(&mut self.socket).poll_read(cx, &mut buf))?;
-            if buf.filled().is_empty() {
-                break;
+/// How much of the client's start-up packet, which is not sent, has been written.
+enum StartUp {
+    /// A part of its length.
+    Length(Vec<u8>),
+    /// All but this many bytes.
+    Left(usize),
+}
+
+impl LoggedIn {
+    /// Takes bytes of the start-up packet; returns how many.
+    fn swallow(&mut self, bytes: &[u8]) -> usize {
+        match &mut self.start_up {
+            StartUp::Length(seen) => {
+                let taken = bytes.len().min(4 - seen.len());
+                seen.extend_from_slice(&bytes[..taken]);
+                if let [a, b, c, d] = seen[..] {
+                    let length = u32::from_be_bytes([a, b, c, d]) as usize;
+                    self.start_up = StartUp::Left(length.saturating_sub(4));
+                }
+                taken
             }
-            seen.extend_from_slice(buf.filled());
+            StartUp::Left(left) => {
+                let taken = bytes.len().min(*left);
+                *left -= taken;
+                taken
+            }
         }
-        judge(seen, &self.options).map_err(io::Error::other)?;
-        self.first = First::Judged(std::mem::take(seen));
-        Poll::Ready(Ok(()))
     }
 }
 
-impl TlsStream for Guard {
+impl TlsStream for LoggedIn {
     fn channel_binding(&self) -> BindingBytes {
-        let hash = self.socket.channel_binding();
-        hash.map_or_else(BindingBytes::none, BindingBytes::tls_server_end_point)
+        BindingBytes::none()
     }
 }
 
-impl AsyncRead for Guard {
+impl AsyncRead for LoggedIn {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let guard = self.get_mut();
-        ready!(guard.poll_first(cx))?;
-        match &mut guard.first {
-            First::Judged(rest) if !rest.is_empty() => {
-                let n = rest.len().min(buf.remaining());
-                buf.put_slice(&rest[..n]);
-                rest.drain(..n);
-                Poll::Ready(Ok(()))
-            }
-            First::Judged(_) | First::Passed | First::Awaited(_) => {
-                guard.first = First::Passed;
-                Pin::new(&mut guard.socket).poll_read(cx, buf)
-            }
+        let this = self.get_mut();
+        if this.answer.is_empty() {
+            return Pin::new(&mut this.socket).poll_read(cx, buf);
         }
+        let n = this.answer.len().min(buf.remaining());
+        buf.put_slice(&this.answer.split_to(n));
+        Poll::Ready(Ok(()))
     }
 }
 
-impl AsyncWrite for Guard {
+impl AsyncWrite for LoggedIn {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.get_mut().socket).poll_write(cx, buf)
+        let this = self.get_mut();
+        match this.start_up {
+            StartUp::Left(0) => Pin::new(&mut this.socket).poll_write(cx, buf),
+            StartUp::Length(_) | StartUp::Left(_) => Poll::Ready(Ok(this.swallow(buf))),
+        }
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

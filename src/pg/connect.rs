@@ -174,7 +174,9 @@ fn parse(url: &str) -> Result<Options> {
     let parts = split(url)?;
     let host = host(&parts)?;
     let user = parts.either("user", &parts.user).map(str::to_owned);
-    let user = user.ok_or_else(|| Error::config("the URL has no user"))?;
+    let user = user.ok_or_else(|| {
+        Error::config("the URL has no user").hint("name the role: postgres://user@host/database")
+    })?;
     let database = parts.either("dbname", &parts.database).unwrap_or(&user).to_owned();
     let password = parts.parameter("password").or(parts.password.as_deref());
     let tls = tls_options(&parts, &host)?;
@@ -214,14 +216,16 @@ fn split(url: &str) -> Result<Parts> {
     let (authority, database) = front.split_once('/').unwrap_or((front, ""));
     let (user_info, address) = authority.rsplit_once('@').unwrap_or(("", authority));
     if address.contains(',') {
-        return Err(Error::config(SEVERAL_HOSTS));
+        return Err(several_hosts());
     }
     let (user, password) = match user_info.split_once(':') {
         Some((user, password)) => (user, Some(decode(password)?)),
         None => (user_info, None),
     };
     let (host, port) = match address.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((host, port)) => (host, port.strip_prefix(':').unwrap_or(port)),
+        Some((host, "")) => (host, ""),
+        Some((host, port)) => (host, port.strip_prefix(':').ok_or_else(unbracketed)?),
+        None if address.matches(':').count() > 1 => return Err(unbracketed()),
         None => address.split_once(':').unwrap_or((address, "")),
     };
     Ok(Parts {
@@ -263,7 +267,17 @@ fn decode(text: &str) -> Result<String> {
 }
 
 /// A slot belongs to one server; after a failover the name must lead to the new primary.
-const SEVERAL_HOSTS: &str = "the URL names several hosts; only one is allowed";
+fn several_hosts() -> Error {
+    Error::config("the URL names several hosts; only one is allowed").hint(
+        "name the host that always leads to the primary: a DNS name or an address that moves, or a \
+         proxy that asks each server",
+    )
+}
+
+fn unbracketed() -> Error {
+    Error::config("the host is an IPv6 address without brackets, or something follows its bracket")
+        .hint("the form is postgres://user@[::1]:5432/database")
+}
 
 fn host(parts: &Parts) -> Result<Host> {
     let host = parts.either("host", &parts.host).ok_or_else(|| {
@@ -271,7 +285,7 @@ fn host(parts: &Parts) -> Result<Host> {
             .hint("for a unix socket, give its directory: postgres://user@/db?host=/run/postgresql")
     })?;
     if host.contains(',') {
-        return Err(Error::config(SEVERAL_HOSTS));
+        return Err(several_hosts());
     }
     match host.starts_with('/') {
         true => Ok(Host::Unix(PathBuf::from(host))),
@@ -458,6 +472,10 @@ mod tests {
             ("postgres://h/x", "no user"),
             ("postgres://r:x/y", "has no '@'"),
             ("postgres://r@/x", "no host"),
+            ("postgres://r@::1/x", "IPv6 address without brackets"),
+            ("postgres://r@fe80::1:5432/x", "IPv6 address without brackets"),
+            ("postgres://r@[::1]5432/x", "something follows its bracket"),
+            ("postgres:///x?host=/run/postgresql", "no user"),
             ("postgres://r@a,b/x", "several hosts"),
             ("postgres://r@h/x?sslmode=require&sslrootcert=system", "proves nothing unless"),
             ("postgres://r@a:1,b:2/x", "several hosts"),

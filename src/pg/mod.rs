@@ -17,6 +17,8 @@ pub mod publication;
 #[cfg(feature = "relay")]
 pub mod replication;
 #[cfg(feature = "relay")]
+mod scram;
+#[cfg(feature = "relay")]
 pub mod slot;
 #[cfg(feature = "relay")]
 pub mod socket;

@@ -15,8 +15,6 @@ use tokio_postgres::fallible_iterator::FallibleIterator;
 
 use crate::error::{Code, Error, Kind};
 use crate::fault::io_error;
-#[cfg(feature = "relay")]
-use crate::fault::is_tls;
 
 /// Another process uses it: the slot has a reader.
 pub const OBJECT_IN_USE: &str = "55006";
@@ -110,27 +108,6 @@ pub fn postgres_error(error: tokio_postgres::Error) -> Error {
         Failure::Io(cause) => io_error("talking to Postgres", cause),
         // A parameter or a column of another type than we ask for.
         Failure::Other(text, cause) => Error::internal(text).caused_by(cause),
-    }
-}
-
-/// The error of an ordinary SQL connection that is being opened on a socket that is open already.
-///
-/// What kind of failure it is, tokio-postgres keeps to itself. But its own refusals (an unknown
-/// mechanism) have no I/O error below them, and an I/O error that no socket makes comes from an
-/// answer that does not fit the login: a server that does not know the password, for example.
-#[cfg(feature = "relay")]
-pub fn login_error(error: tokio_postgres::Error) -> Error {
-    let refused = || {
-        Error::refused("authentication with Postgres failed")
-            .hint("is this the Postgres server itself, or a proxy that answers for it?")
-    };
-    match failure(error) {
-        Failure::Known(error) => error,
-        Failure::Io(cause) if cause.kind() == io::ErrorKind::InvalidInput && !is_tls(&cause) => {
-            refused().caused_by(cause)
-        }
-        Failure::Io(cause) => io_error("logging in to Postgres", cause),
-        Failure::Other(_, cause) => refused().caused_by(cause),
     }
 }
 

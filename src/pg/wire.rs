@@ -123,6 +123,13 @@ impl Wire {
         Ok(wire)
     }
 
+    /// For ordinary SQL, up to where the server has let us in: the socket, and what came behind.
+    pub(super) async fn log_in(options: &Options) -> Result<(Socket, BytesMut)> {
+        let mut wire = Self::new(Socket::open(options).await?);
+        auth::start_up(&mut wire, options, false).await?;
+        Ok((wire.socket, wire.input))
+    }
+
     fn new(socket: Socket) -> Self {
         Self {
             socket,
@@ -286,18 +293,16 @@ impl Wire {
             Ok(Some(parsed)) => parsed,
             Ok(None) => unreachable!("the message is complete"),
             Err(e) => {
-                return Err(
-                    self.fail(Error::protocol("unreadable message from the server").caused_by(e))
-                );
+                let error = Error::protocol("unreadable message from the server");
+                return Err(self.fail(error.caused_by(e)));
             }
         };
         match parsed {
             Message::NoticeResponse(body) => self.notice(&body)?,
             Message::NotificationResponse(_) => {}
             Message::ParameterStatus(body) => {
-                if matches!(body.name(), Ok("server_version")) {
-                    self.server_version = body.value().unwrap_or_default().to_owned();
-                }
+                let checked = auth::note_reported(&body, &mut self.server_version);
+                checked.map_err(|error| self.fail(error))?;
             }
             other => return Ok(Some(Reply::Message(other))),
         }

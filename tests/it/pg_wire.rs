@@ -85,6 +85,8 @@ async fn make_guarded() -> Guarded {
         line("open", "trust"),
         line("scram", "scram-sha-256"),
         line("hashed", "md5"),
+        line("hardened", "scram-sha-256"),
+        line("odd", "scram-sha-256"),
         line("clear", "password"),
         "hostssl all secure 127.0.0.1/32 scram-sha-256".into(),
         "hostssl all certified 127.0.0.1/32 cert".into(),
@@ -326,6 +328,70 @@ async fn rogue(answer: &'static [u8]) -> (String, tokio::task::JoinHandle<Vec<Ve
         heard
     });
     (url, task)
+}
+
+/// What `scram_iterations` of Postgres 16 and later makes of the password.
+fn verifier(password: &str, iterations: u32) -> String {
+    use base64::Engine as _;
+    use ring::{digest, hmac, pbkdf2};
+    let (salt, mut salted) = (b"sixteen bytes ok", [0; 32]);
+    let count = iterations.try_into().expect("not zero");
+    let secret = password.as_bytes();
+    pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, count, salt, secret, &mut salted);
+    let key = hmac::Key::new(hmac::HMAC_SHA256, &salted);
+    let stored = digest::digest(&digest::SHA256, hmac::sign(&key, b"Client Key").as_ref());
+    let encode = |bytes: &[u8]| base64::engine::general_purpose::STANDARD.encode(bytes);
+    let (stored, server) = (encode(stored.as_ref()), hmac::sign(&key, b"Server Key"));
+    let (salt, server) = (encode(salt), encode(server.as_ref()));
+    format!("SCRAM-SHA-256${iterations}:{salt}${stored}:{server}")
+}
+
+#[tokio::test]
+async fn a_hardened_server_may_ask_for_many_iterations_and_not_for_any_number() {
+    let it = guarded().await;
+    let many = verifier(PASSWORD, 150_000);
+    let role = "CREATE ROLE hardened LOGIN REPLICATION PASSWORD";
+    it.server.execute(&format!("{role} '{many}'")).await.unwrap();
+    let url = format!("{}connect_timeout=60", it.local("hardened", ""));
+    enter(&url).await.unwrap();
+    let wrong = url.replace(PASSWORD, "other");
+    assert_eq!(refused(&wrong).await.sqlstate(), Some("28P01"));
+    let verifier = verifier(PASSWORD, 1_000).replace("$1000:", "$5000000:");
+    it.server.execute(&format!("ALTER ROLE hardened PASSWORD '{verifier}'")).await.unwrap();
+    let error = refused(&it.local("hardened", "")).await;
+    assert!(error.to_string().contains("asks for 5000000 SCRAM iterations"), "{error}");
+    assert!(error.hint_text().unwrap().contains("scram_iterations"), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_password_may_hold_any_character() {
+    let it = guarded().await;
+    it.server.execute("CREATE ROLE odd LOGIN REPLICATION").await.unwrap();
+    for password in
+        ["p w", "100%", "%41", "a@b:c/d?e#f", "€ ü 日本", "quo'te\"s\\", "ﬁ\u{a0}x", "$$"]
+    {
+        let sql = format!("ALTER ROLE odd PASSWORD '{}'", password.replace('\'', "''"));
+        it.server.execute(&sql).await.unwrap();
+        let encoded =
+            percent_encoding::utf8_percent_encode(password, percent_encoding::NON_ALPHANUMERIC);
+        let url = it.local("odd", "").replace(PASSWORD, &encoded.to_string());
+        enter(&url).await.unwrap_or_else(|e| panic!("{password}: {e:?}"));
+        let mut options = options(&it.local("odd", ""));
+        options.password = Some(Secret::new(password));
+        client::sql(&options).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_pooler_that_ignores_our_settings_is_refused() {
+    let answer = b"R\0\0\0\x08\0\0\0\0S\0\0\0\x16DateStyle\0ISO, DMY\0Z\0\0\0\x05I";
+    let length = "DateStyle".len() + "ISO, DMY".len() + 2 + 4;
+    let mut answer = answer.to_vec();
+    answer[13] = u8::try_from(length).unwrap();
+    let (url, _task) = rogue(answer.leak()).await;
+    let error = refused(&url).await;
+    assert!(error.to_string().contains("DateStyle is \"ISO, DMY\""), "{error}");
+    assert!(error.hint_text().unwrap().contains("PgBouncer"), "{error:?}");
 }
 
 #[tokio::test]
