@@ -68,8 +68,10 @@ pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> 
     match receive(link).await? {
         Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::OpenOk(_))) => Ok(tuned),
         Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
+            // The same code stands for a vhost that is missing and for a limit that is reached.
             let hint = format!(
-                "create the virtual host {:?} and give user {:?} permissions in it",
+                "create the virtual host {:?} and give user {:?} permissions in it; where a limit \
+                 is named, raise it or close connections",
                 url.vhost, url.username
             );
             say_close_ok(link).await;

@@ -190,7 +190,13 @@ fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, graded
             what,
             "bind a queue with a matching key; until then the route is held",
         ),
-        Grade::Weak | Grade::NotVerified => {
+        Grade::NotVerified => f.warning(
+            "route",
+            what,
+            "the reason says what is not known: bind with \"#\" where a value may have dots, and give \
+             the user of broker.management_url the tag \"monitoring\"",
+        ),
+        Grade::Weak => {
             f.warning(
                 "route",
                 what,
