@@ -193,8 +193,8 @@ fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, graded
         Grade::NotVerified => f.warning(
             "route",
             what,
-            "the reason says what is not known: bind with \"#\" where a value may have dots, and give \
-             the user of broker.management_url the tag \"monitoring\"",
+            "the reason says what is not known: bind with \"#\" where a value may have dots, and \
+             give the user of broker.management_url the tag \"monitoring\"",
         ),
         Grade::Weak => {
             f.warning(
