@@ -398,7 +398,7 @@ mod tests {
         assert_eq!(*properties.timestamp(), Some(1_700_000_000));
         assert_eq!(*properties.delivery_mode(), Some(2));
         let headers = properties.headers().as_ref().unwrap().inner();
-        assert_eq!(headers.len(), 6);
+        assert_eq!(headers.len(), 5);
         assert_eq!(headers["n"], AMQPValue::LongLongInt(-3));
         assert_eq!(headers["b"], AMQPValue::Boolean(true));
         assert_eq!(headers["ws-route"], AMQPValue::LongString("orders".into()));

@@ -41,18 +41,17 @@ pub(super) fn has_transaction_timeout(server_version: &str) -> bool {
 /// A walsender waits as long as it takes; its statements never time out. Its warnings are needed:
 /// one of them reports changes that it leaves out.
 const REPLICATION_SETTINGS: &str = " -c statement_timeout=0 -c lock_timeout=0 \
-     -c idle_in_transaction_session_timeout=0 -c idle_session_timeout=0 \
+     -c idle_in_transaction_session_timeout=0 \
      -c client_min_messages=warning";
 
 /// Limits of an ordinary session, so that no statement of ours holds a lock indefinitely. Longer
-/// work sets its own with `SET LOCAL`. Idle sessions are allowed: a limit that the role sets for
-/// them would look like a failure.
+/// work sets its own with `SET LOCAL`.
 ///
 /// Rows that row-level security would hide are an error and never just absent. And a server that
 /// was made read-only by its default, as hosting services do when the disk is full, still takes the
 /// checkpoint: only that lets it remove WAL.
 const LIMITS: &str = " -c statement_timeout=30s -c lock_timeout=5s \
-     -c idle_in_transaction_session_timeout=60s -c idle_session_timeout=0 -c row_security=off \
+     -c idle_in_transaction_session_timeout=60s -c row_security=off \
      -c default_transaction_read_only=off";
 
 /// Settings that a server reports, and what they are in each session of ours.

@@ -126,6 +126,8 @@ pub struct Parking {
     /// The first row that found the limit of lanes reached. Later rows find the same until a row
     /// is removed.
     keys_full_from: RefCell<Option<ParkedKey>>,
+    /// Rows to be tried again.
+    retrying: usize,
     /// Waiting rows of events that no route selected, and those of them on their way.
     unrouted: usize,
     unrouted_loaded: usize,
@@ -298,8 +300,8 @@ impl Parking {
             if self.changes.contains_key(&key) {
                 continue;
             }
-            if let Some(waiting) = self.rows.get_mut(&key) {
-                waiting.state = state;
+            if self.rows.contains_key(&key) {
+                self.set_state(&key, state);
             } else if is_new {
                 let place = Place::Stored;
                 self.insert(&key, Waiting { lanes, state, why, place, bytes, parked_at });
@@ -326,7 +328,7 @@ impl Parking {
             if before.is_some_and(|before| before.state != RowState::Retrying) {
                 continue;
             }
-            self.rows.get_mut(&key).expect("it was just read").state = RowState::Retrying;
+            self.set_state(&key, RowState::Retrying);
             match waiting.place {
                 Place::Blocked => {}
                 Place::Stored | Place::Pending => self.change(key, RowState::Retrying, None),
@@ -337,7 +339,7 @@ impl Parking {
     /// The next rows to try again: they head all of their lanes, or only such rows stand before
     /// them. Those of a `held` route would only lie in memory.
     pub fn next_retry(&mut self, held: impl Fn(&str) -> bool) -> Option<Next> {
-        if self.rows.is_empty() || self.loaded.len() >= LOADED_MAX {
+        if self.retrying == 0 || self.loaded.len() >= LOADED_MAX {
             return None;
         }
         let mut blocking = Blocking::default();
@@ -441,8 +443,8 @@ impl Parking {
         waiting.place =
             if self.pending.contains_key(&key) { Place::Pending } else { Place::Stored };
         self.insert(&key, waiting);
-        self.change(key, RowState::Parked, why);
-        self.park_followers();
+        self.change(key.clone(), RowState::Parked, why);
+        self.park_followers(&key);
     }
 
     /// A row that was to be tried again failed before it was on its way.
@@ -451,25 +453,33 @@ impl Parking {
         self.failed(number, Some((why, error)));
     }
 
-    /// What waits behind a parked row waits for a person, too.
-    fn park_followers(&mut self) {
-        let mut parked = Blocking::default();
-        let mut changed = Vec::new();
-        for (key, waiting) in &mut self.rows {
-            if waiting.state == RowState::Retrying && parked.holds(waiting.lanes) {
-                waiting.state = RowState::Parked;
-                changed.push((key.clone(), waiting.place));
-            }
-            if waiting.state == RowState::Parked {
-                parked.add(waiting.lanes);
+    /// What waits behind this row, which is parked again, waits for a person, too. What waits
+    /// behind other parked rows does so already.
+    fn park_followers(&mut self, first: &ParkedKey) {
+        let mut next = vec![first.clone()];
+        while let Some(key) = next.pop() {
+            for key in self.behind(&key) {
+                let waiting = self.rows[&key];
+                if waiting.state != RowState::Retrying {
+                    continue;
+                }
+                self.set_state(&key, RowState::Parked);
+                match waiting.place {
+                    Place::Blocked => {}
+                    Place::Stored | Place::Pending => {
+                        self.change(key.clone(), RowState::Parked, None);
+                    }
+                }
+                next.push(key);
             }
         }
-        for (key, place) in changed {
-            match place {
-                Place::Blocked => {}
-                Place::Stored | Place::Pending => self.change(key, RowState::Parked, None),
-            }
-        }
+    }
+
+    fn set_state(&mut self, key: &ParkedKey, state: RowState) {
+        let waiting = self.rows.get_mut(key).expect("a row that waits");
+        self.retrying -= usize::from(waiting.state == RowState::Retrying);
+        self.retrying += usize::from(state == RowState::Retrying);
+        waiting.state = state;
     }
 
     /// Notes a change of a row where it is: in memory, or to be written.
@@ -500,6 +510,7 @@ impl Parking {
             self.map(set).entry(set.hash()).or_default().insert(key.clone());
         }
         self.unrouted += usize::from(key.route.is_empty());
+        self.retrying += usize::from(waiting.state == RowState::Retrying);
         self.rows.insert(key.clone(), waiting);
     }
 
@@ -507,6 +518,7 @@ impl Parking {
         let waiting = self.rows.remove(key)?;
         self.keys_full_from.take();
         self.unrouted -= usize::from(key.route.is_empty());
+        self.retrying -= usize::from(waiting.state == RowState::Retrying);
         for set in sets(waiting.lanes) {
             let map = self.map(set);
             let keys = map.get_mut(&set.hash()).expect("a row stands in its lanes");

@@ -1,8 +1,11 @@
 //! Which rows wait for which: rows of a lane for each other, all rows of a table for a truncate,
 //! and it for them. Pure.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
+use std::ops::Bound;
 
+use super::Parking;
+use crate::relay::parking::row::ParkedKey;
 use crate::route::LaneKeys;
 
 /// A set in which a row stands.
@@ -63,5 +66,29 @@ impl Blocking {
             }
             LaneKeys::Barrier { group } => self.tables.contains(&group),
         }
+    }
+}
+
+impl Parking {
+    /// The rows that may only follow this one: of its lanes, and truncates of its table, behind
+    /// which everything waits.
+    pub(super) fn behind(&self, key: &ParkedKey) -> Vec<ParkedKey> {
+        let after = |set: Option<&BTreeSet<ParkedKey>>| -> Vec<ParkedKey> {
+            let after = (Bound::Excluded(key), Bound::Unbounded);
+            set.map_or(Vec::new(), |set| set.range::<ParkedKey, _>(after).cloned().collect())
+        };
+        let mut found = Vec::new();
+        let lanes = self.rows[key].lanes;
+        for set in sets(lanes) {
+            found.extend(match set {
+                Set::Lane(lane) => after(self.lanes.get(&lane)),
+                Set::Table(table) if matches!(lanes, LaneKeys::Barrier { .. }) => {
+                    after(self.tables.get(&table))
+                }
+                Set::Table(table) => after(self.barriers.get(&table)),
+                Set::Barriers(_) => Vec::new(),
+            });
+        }
+        found
     }
 }

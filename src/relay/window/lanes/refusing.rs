@@ -96,7 +96,7 @@ struct Destination {
     nacks_in_row: u32,
     /// Between two messages.
     wait: Duration,
-    /// Above this a confirm halves the wait, below it takes a twentieth off.
+    /// Above this a confirm halves the wait, below it takes a tenth off.
     careful_from: Duration,
     /// When the last message went, or was refused.
     last: Instant,
@@ -207,7 +207,7 @@ impl Destination {
         self.nacks_in_row = 0;
         self.window = self.window.saturating_add(1);
         let wait = self.wait;
-        self.wait = if wait > self.careful_from { wait / 2 } else { wait - wait / 20 };
+        self.wait = if wait > self.careful_from { wait / 2 } else { wait - wait / 10 };
         if self.wait < NO_WAIT {
             self.wait = Duration::ZERO;
         }
