@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{RelayState, Snapshot};
 use crate::error::Kind;
+use crate::relay::window::refusals::RefusedRoute;
 
 /// Seconds without a stored checkpoint, although there is something to store, that are too many.
 const CHECKPOINT_AGE_MAX: f64 = 10.0;
@@ -59,6 +60,21 @@ pub(super) fn of(shown: &Snapshot, is_alive: bool) -> Vec<Concern> {
             format!("route {route:?} has been held for {seconds:.0} s: {reason}"),
             "fix the exchange, queue, binding or permission; the relay keeps probing, and the \
              route resumes by itself",
+        ));
+    }
+    for refused in &shown.refused {
+        let RefusedRoute { route, exchange, routing_key, waiting, for_seconds, .. } = refused;
+        let others = match refused.destinations {
+            0 | 1 => String::new(),
+            several => format!(" (and {} other routing keys)", several - 1),
+        };
+        found.push(Concern::new(
+            format!(
+                "the broker has refused messages of route {route:?} for {for_seconds:.0} s: \
+                 exchange {exchange:?}, routing key {routing_key:?}{others}, {waiting} keys wait"
+            ),
+            "a queue behind it is full or has no majority: see `rabbitmqctl list_queues`; what is \
+             refused is sent again, more and more slowly, until the queue takes it",
         ));
     }
     for (route, reason) in &shown.parked.blocked {
@@ -171,11 +187,21 @@ mod tests {
         status.streaming();
         let good = status.snapshot();
         type Change = fn(&mut Snapshot);
-        let changes: [(&str, Severity, Change); 7] = [
+        let changes: [(&str, Severity, Change); 8] = [
             ("the broker blocks", Severity::Problem, |s| s.broker_blocked = true),
             ("\"a\" has been held", Severity::Problem, |s| {
                 let reason = "no queue".to_owned();
                 s.held = vec![Held { route: "a".into(), reason, for_seconds: 3.0 }];
+            }),
+            ("key \"k\" (and 1 other routing keys), 3 keys wait", Severity::Problem, |s| {
+                s.refused = vec![RefusedRoute {
+                    route: "a".into(),
+                    exchange: "e".into(),
+                    routing_key: "k".into(),
+                    destinations: 2,
+                    waiting: 3,
+                    for_seconds: 4.0,
+                }];
             }),
             ("may not be parked: full", Severity::Problem, |s| {
                 s.parked.blocked = vec![("a".into(), "full".into())];
