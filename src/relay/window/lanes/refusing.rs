@@ -247,9 +247,8 @@ impl Refusing {
         now: Instant,
     ) -> bool {
         let [own, shared] = keys(message.exchange, message.routing_key());
-        let key = self.find(message).unwrap_or_else(|| {
-            if self.destinations.len() < DESTINATIONS_MAX { own } else { shared }
-        });
+        let other = if self.destinations.len() < DESTINATIONS_MAX { own } else { shared };
+        let key = self.find(message).unwrap_or(other);
         let is_new = !self.destinations.contains_key(&key);
         if is_new {
             self.destinations.insert(key, Destination::new(message, now));
