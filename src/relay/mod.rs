@@ -433,6 +433,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.parked.retry_due = true;
         let missing = &self.flight.missing;
         self.flight.lanes.probe_what_is_back(|route| missing.has(route), now);
+        for route in missing.take_well() {
+            if self.flight.lanes.end_idle_hold(route) {
+                let route = &*self.making.router.by_id(route).name;
+                tracing::info!(route, "nothing is wrong with its destination: it is not held");
+            }
+        }
         for entry in self.parked.parking.unblock() {
             self.flight.window.settle(entry);
         }

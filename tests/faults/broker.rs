@@ -314,7 +314,7 @@ async fn broker_d10_nacks_of_a_full_queue_with_a_slow_consumer() {
     class.note("events_per_second", (f64::from(events) / seconds).round());
     class.note("nacks", nacks);
     assert!(nacks > 0, "the queue was never full");
-    scene.relay().says_nothing();
+    scene.relay().logs(&["the broker refuses messages of the route"]).await;
     let judged = scene.judge().await;
     assert_eq!(judged.duplicates, 0, "a nacked message is in no queue");
     class.survived(&judged);

@@ -366,6 +366,7 @@ fn every_test_that_is_named_exists_and_the_table_is_told() {
                 let (module, function) = name.rsplit_once("::").unwrap_or(("", name));
                 let path = match binary {
                     "it" => format!("tests/it/{module}.rs"),
+                    "config" => "tests/config/main.rs".to_owned(),
                     other => format!("tests/{other}.rs"),
                 };
                 let source = std::fs::read_to_string(&path).expect("the file is there");

@@ -71,7 +71,7 @@ async fn mistakes_in_the_file_are_told_with_place_value_and_remedy() {
     for (text, expected) in [
         (
             format!("{least}[sorce]\nurl = \"x\"\n"),
-            "error: FILE:3:2: unknown key \"sorce\"\n  |\n3 | [sorce]\n  |  ^^^^^\n\
+            "error: FILE:3:2: unknown key \"sorce\"\n  |\n3 | sorce\n  | ^^^^^\n\
              hint: did you mean \"source\"?\n",
         ),
         (

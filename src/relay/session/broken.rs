@@ -22,28 +22,45 @@ pub struct BrokenRoute {
     pub missing: bool,
 }
 
-/// Routes of which a thing is known to be missing.
+/// Routes of which a thing is known to be missing, and held ones of which nothing is wrong any more.
 #[derive(Debug, Default)]
-pub struct Missing(Mutex<BTreeSet<RouteId>>);
+pub struct Missing(Mutex<Looked>);
+
+#[derive(Debug, Default)]
+struct Looked {
+    missing: BTreeSet<RouteId>,
+    well: BTreeSet<RouteId>,
+}
 
 impl Missing {
     /// A session begins, and these are all.
     pub fn set(&self, broken: &[BrokenRoute]) {
         let missing = broken.iter().filter(|broken| broken.missing);
-        *self.lock() = missing.map(|broken| broken.route).collect();
+        let missing = missing.map(|broken| broken.route).collect();
+        *self.lock() = Looked { missing, well: BTreeSet::new() };
     }
 
     /// Only these are left.
     pub fn keep(&self, left: &BTreeSet<RouteId>) {
-        self.lock().retain(|route| left.contains(route));
+        self.lock().missing.retain(|route| left.contains(route));
+    }
+
+    /// Somebody looked, and nothing is wrong with what these held routes come through.
+    pub fn set_well(&self, well: BTreeSet<RouteId>) {
+        self.lock().well = well;
+    }
+
+    /// The routes that were found well since the last call.
+    pub fn take_well(&self) -> BTreeSet<RouteId> {
+        std::mem::take(&mut self.lock().well)
     }
 
     /// Whether the route is one of them.
     pub fn has(&self, route: RouteId) -> bool {
-        self.lock().contains(&route)
+        self.lock().missing.contains(&route)
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeSet<RouteId>> {
+    fn lock(&self) -> MutexGuard<'_, Looked> {
         self.0.lock().expect("nobody panics while holding it")
     }
 }

@@ -46,6 +46,7 @@ async fn look(options: &Options, held: &BTreeSet<RouteId>, missing: &Missing) ->
     let things = &options.topology;
     let part = broken::part(things, &options.rules, held);
     let verify = Topology { mode: Mode::Verify, ..part.clone() };
+    let alone = Topology { bindings: Vec::new(), ..part.clone() };
     let mut gone = still_missing(topology::apply_each(&options.broker, &verify).await?);
     if things.mode == Mode::Declare && !gone.is_empty() {
         let lost = broken::lost(part, &gone.iter().map(|w| w.thing.clone()).collect::<Vec<_>>());
@@ -59,6 +60,12 @@ async fn look(options: &Options, held: &BTreeSet<RouteId>, missing: &Missing) ->
     }
     let left = broken::routes(things, &options.rules, &gone);
     missing.keep(&left.into_iter().map(|broken| broken.route).collect());
+    // The same again changes nothing, and anything else is refused. A route that nothing was sent
+    // on since has no probe that could tell.
+    let wrong = topology::apply_each(&options.broker, &alone).await?;
+    let wrong = broken::routes(things, &options.rules, &wrong);
+    let is_wrong = |route: &RouteId| wrong.iter().any(|broken| broken.route == *route);
+    missing.set_well(held.iter().copied().filter(|route| !is_wrong(route)).collect());
     Ok(())
 }
 

@@ -83,6 +83,16 @@ impl Lanes {
         self.holds.insert(route, hold);
     }
 
+    /// A route of which nothing is wrong any more is not held without a message that could probe it.
+    /// Returns whether its hold has ended.
+    pub fn end_idle_hold(&mut self, route: RouteId) -> bool {
+        let probing = self.holds.get(&route).is_some_and(|hold| hold.probing.is_some());
+        if probing || self.first_aside(route).is_some() {
+            return false;
+        }
+        self.holds.remove(&route).is_some()
+    }
+
     /// Routes that are not `missing` any more are probed from now on.
     pub fn probe_what_is_back(&mut self, missing: impl Fn(RouteId) -> bool, now: Instant) {
         for (route, hold) in self.holds.iter_mut().filter(|(_, hold)| hold.missing) {

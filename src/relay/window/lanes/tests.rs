@@ -443,3 +443,17 @@ fn a_probe_that_closes_the_channel_does_not_keep_another_route_from_its_answer()
         assert!(bench.lanes.holds().all(|(route, _)| route.0 == quick));
     }
 }
+
+#[test]
+fn a_route_is_not_held_without_a_message_when_nothing_is_wrong_any_more() {
+    let mut bench = Bench::new();
+    for route in [0, 1] {
+        bench.lanes.hold_route(RouteId(route), "no permission".into(), false, bench.now);
+    }
+    bench.admit_on(1, 1, one(1));
+    assert!(bench.send().is_empty(), "it waits for its turn as a probe");
+    assert!(bench.lanes.end_idle_hold(RouteId(0)));
+    assert!(!bench.lanes.end_idle_hold(RouteId(1)), "its message probes");
+    assert_eq!(bench.lanes.holds().map(|(route, _)| route.0).collect::<Vec<_>>(), [1]);
+    assert!(!bench.lanes.end_idle_hold(RouteId(2)), "it was not held");
+}
