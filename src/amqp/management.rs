@@ -277,7 +277,7 @@ impl Management {
         } else if lower.contains("virtual host") {
             (
                 format!("user {user:?} has no permissions in vhost {vhost:?}"),
-                format!("rabbitmqctl set_permissions -p {vhost} {user} …"),
+                format!("rabbitmqctl set_permissions -p {vhost} {user} CONFIGURE WRITE READ"),
             )
         } else {
             (

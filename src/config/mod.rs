@@ -203,7 +203,7 @@ fn tuning(t: &mut Section<'_>) -> relay::Tuning {
     relay::Tuning {
         window: relay::WindowLimits {
             events: t.number("max_window_events", 8192, WINDOW),
-            bytes: t.size("max_window_bytes", 2 << 20, 1 << 16..=4 << 30),
+            bytes: t.size("max_window_bytes", 16 << 20, 1 << 16..=4 << 30),
             unconfirmed: t.number("max_unconfirmed", 2048, WINDOW),
         },
         max_unstored: t.number("max_unstored_events", 16_384, WINDOW),

@@ -48,6 +48,8 @@ pub use options::{Options, Tuning, WindowLimits};
 
 /// Items taken from the source at once; keeps the loop responsive.
 const BATCH_MAX: usize = 512;
+/// Bytes of messages that wait for nothing but their turn: more of them make nothing faster.
+const MOVING_BYTES: usize = 2 << 20;
 /// Longest time between two ticks: connections are kept alive by them, and probes look at them.
 const TICK_MAX: Duration = Duration::from_secs(1);
 /// How long the end of a session without a broker may wait for its last checkpoint.
@@ -87,6 +89,8 @@ struct Flight {
     lanes: Lanes,
     /// Routes that are not probed yet.
     missing: Arc<Missing>,
+    /// Bytes of messages that wait for a broken or refusing destination, at the last tick.
+    stuck_bytes: usize,
     /// Kept for its capacity.
     outcomes: Vec<(Ticket, Outcome)>,
     /// What was confirmed in this session and may not be covered by a checkpoint.
@@ -224,6 +228,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 window: Window::new(),
                 lanes,
                 missing,
+                stuck_bytes: 0,
                 outcomes: Vec::new(),
                 confirms: Confirms::new(),
                 remembered,
@@ -329,7 +334,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// How many more items may be taken.
     fn room(&self) -> usize {
         let bytes = self.flight.window.bytes() + self.parked.parking.pending_bytes();
-        let full = bytes >= self.tuning.window.bytes;
+        let moving = bytes.saturating_sub(self.flight.stuck_bytes);
+        let full = bytes >= self.tuning.window.bytes || moving >= MOVING_BYTES;
         let unstored = self.flight.window.left() - self.durable.stored_left;
         let unstored = usize::try_from(unstored).unwrap_or(usize::MAX);
         if full || matches!(self.ending, Ending::Draining { .. }) {
@@ -431,14 +437,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     async fn tick(&mut self) -> Result<()> {
         let now = Instant::now().into_std();
         self.parked.retry_due = true;
-        let missing = &self.flight.missing;
-        self.flight.lanes.probe_what_is_back(|route| missing.has(route), now);
-        for route in missing.take_well() {
-            if self.flight.lanes.end_idle_hold(route) {
-                let route = &*self.making.router.by_id(route).name;
-                tracing::info!(route, "nothing is wrong with its destination: it is not held");
-            }
-        }
+        self.look_at_holds(now);
         for entry in self.parked.parking.unblock() {
             self.flight.window.settle(entry);
         }
@@ -514,32 +513,6 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             ))
             .hint("nothing is lost: they are sent again at the next start")),
         }
-    }
-
-    fn publish_progress(&mut self, now: std::time::Instant) {
-        let metrics = &self.seen.metrics;
-        metrics.window.in_flight.set(self.flight.lanes.in_flight() as f64);
-        metrics.window.events.set(self.flight.window.len() as f64);
-        metrics.window.bytes.set(self.flight.window.bytes() as f64);
-        metrics.window.paused.set(f64::from(u8::from(self.room() == 0)));
-        let blocked = self.publisher.is_blocked();
-        let (progress, seen) = (&self.durable.progress, self.source.seen());
-        let age = self.seen.observed.tick(metrics, progress, seen, blocked, now);
-        self.seen.status.checkpoint_age(age);
-        self.seen.observed.parked(metrics, &self.parked.parking, &self.flight.lanes, now);
-        metrics.probes.increment(self.flight.lanes.take_probes());
-        self.seen.status.update(
-            &self.durable.progress,
-            &self.flight.lanes,
-            self.flight.window.len(),
-            blocked,
-            now,
-        );
-        self.seen.status.parked(&self.parked.parking);
-        self.flight.lanes.forget_well(now);
-        let (lanes, router) = (&self.flight.lanes, &self.making.router);
-        let refused = self.seen.refusals.tick(lanes, router, metrics, now);
-        self.seen.status.refused(refused);
     }
 }
 

@@ -3,10 +3,13 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::metrics::Metrics;
+use crate::publisher::Publisher;
+use crate::relay::Relay;
+use crate::relay::checkpoint::Store;
 use crate::relay::checkpoint::progress::Progress;
 use crate::relay::parking::Parking;
 use crate::relay::window::lanes::Lanes;
-use crate::source::Seen;
+use crate::source::{Seen, Source};
 
 /// What one session has told so far.
 #[derive(Debug)]
@@ -84,5 +87,33 @@ impl Observed {
             route.held.set(f64::from(u8::from(hold.is_some())));
             route.held_seconds.set(held.as_secs_f64());
         }
+    }
+}
+
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
+    pub(super) fn publish_progress(&mut self, now: std::time::Instant) {
+        let metrics = &self.seen.metrics;
+        metrics.window.in_flight.set(self.flight.lanes.in_flight() as f64);
+        metrics.window.events.set(self.flight.window.len() as f64);
+        metrics.window.bytes.set(self.flight.window.bytes() as f64);
+        metrics.window.paused.set(f64::from(u8::from(self.room() == 0)));
+        let blocked = self.publisher.is_blocked();
+        let (progress, seen) = (&self.durable.progress, self.source.seen());
+        let age = self.seen.observed.tick(metrics, progress, seen, blocked, now);
+        self.seen.status.checkpoint_age(age);
+        self.seen.observed.parked(metrics, &self.parked.parking, &self.flight.lanes, now);
+        metrics.probes.increment(self.flight.lanes.take_probes());
+        self.seen.status.update(
+            &self.durable.progress,
+            &self.flight.lanes,
+            self.flight.window.len(),
+            blocked,
+            now,
+        );
+        self.seen.status.parked(&self.parked.parking);
+        self.flight.lanes.forget_well(now);
+        let (lanes, router) = (&self.flight.lanes, &self.making.router);
+        let refused = self.seen.refusals.tick(lanes, router, metrics, now);
+        self.seen.status.refused(refused);
     }
 }

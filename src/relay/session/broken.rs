@@ -22,7 +22,7 @@ pub struct BrokenRoute {
     pub missing: bool,
 }
 
-/// Routes of which a thing is known to be missing, and held ones of which nothing is wrong any more.
+/// Routes of which a thing is known to be missing, and held ones where nothing is wrong any more.
 #[derive(Debug, Default)]
 pub struct Missing(Mutex<Looked>);
 

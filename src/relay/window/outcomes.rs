@@ -9,10 +9,10 @@ use crate::error::{Error, Result};
 use crate::message::RouteId;
 use crate::metrics::RouteMetrics;
 use crate::publisher::{Outcome, Publisher, Ticket};
-use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
 use crate::relay::parking::row::{ParkedKey, ParkedRow, RowState, Why, raw_message, shorten};
 use crate::relay::window::lanes::{Confirmed, Owner, Pending};
+use crate::relay::{Flight, Relay};
 use crate::route::OnPoison;
 use crate::source::Source;
 use crate::verdict::Verdict;
@@ -200,6 +200,19 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             lanes: slot.keys,
             raw: raw_message(&slot.message),
         }
+    }
+
+    /// What was seen of the destinations of held routes, and what waits for them.
+    pub(in crate::relay) fn look_at_holds(&mut self, now: Instant) {
+        let Flight { lanes, missing, .. } = &mut self.flight;
+        lanes.probe_what_is_back(|route| missing.has(route), now);
+        for route in missing.take_well() {
+            if lanes.end_idle_hold(route) {
+                let route = &*self.making.router.by_id(route).name;
+                tracing::info!(route, "nothing is wrong with its destination: it is not held");
+            }
+        }
+        self.flight.stuck_bytes = lanes.stuck_bytes();
     }
 
     pub(in crate::relay) fn settle_prefix(&mut self) {

@@ -83,7 +83,7 @@ impl Lanes {
         self.holds.insert(route, hold);
     }
 
-    /// A route of which nothing is wrong any more is not held without a message that could probe it.
+    /// A route where nothing is wrong any more is not held without a message that could probe it.
     /// Returns whether its hold has ended.
     pub fn end_idle_hold(&mut self, route: RouteId) -> bool {
         let probing = self.holds.get(&route).is_some_and(|hold| hold.probing.is_some());

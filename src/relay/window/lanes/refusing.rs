@@ -215,6 +215,11 @@ impl Destination {
 }
 
 impl Refusing {
+    /// No destination refuses.
+    pub(super) fn is_empty(&self) -> bool {
+        self.destinations.is_empty()
+    }
+
     /// Messages that wait here.
     pub(super) fn waiting(&self) -> usize {
         self.waiting
