@@ -38,7 +38,7 @@ pub(super) fn environment(name: &str) -> Option<String> {
 /// Replaces `${…}` in the URL of a command line option from the process environment.
 ///
 /// # Errors
-/// As [`Filled::parse`] and [`Filled::text`].
+/// A variable that is not set, a file that cannot be read, or a `${…}` of another form.
 pub fn fill_in_url(text: &str) -> Result<String> {
     Filled::parse(text, Notation::Url, &environment, Path::new(""))?.text()
 }
