@@ -45,8 +45,7 @@ pub(super) fn problems(status: &Value) -> Vec<Concern> {
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] when nobody listens, [`crate::error::Kind::Unreachable`] when
-/// there is no answer in time,
-/// [`crate::error::Kind::Protocol`] when it is not HTTP.
+/// the answer takes too long, [`crate::error::Kind::Protocol`] when it is not HTTP.
 pub(super) async fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     let host = reachable(address);
     let request = async {

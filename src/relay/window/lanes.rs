@@ -42,8 +42,6 @@ pub struct Nacked {
     pub times: u32,
     /// Other messages of its route were confirmed since it was refused first.
     pub others_pass: bool,
-    /// Its destination did not refuse before.
-    pub refuses: bool,
 }
 
 /// The event that a message tells of, as far as it is needed when the message ends.
@@ -305,10 +303,10 @@ impl Lanes {
             slot.confirms_then = confirms;
         }
         let place = Place { order: slot.order, id };
-        let refuses = self.refusing.nacked(&slot.message, place, slot.nacks, epoch, now);
+        self.refusing.nacked(&slot.message, place, slot.nacks, epoch, now);
         slot.nacks = slot.nacks.saturating_add(1);
         let others_pass = confirms > slot.confirms_then;
-        let nacked = Nacked { times: slot.nacks, others_pass, refuses };
+        let nacked = Nacked { times: slot.nacks, others_pass };
         self.end_probe(id, route);
         nacked
     }

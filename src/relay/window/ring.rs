@@ -2,8 +2,8 @@
 //!
 //! Invariant: a source advances only past settled events. Entries stand in source order and
 //! leave only from the front, so receipts come back as the settled prefix; a receipt is not
-//! `Clone`, so there is no other way to get one. A commit goes with the entry before it: a
-//! transaction is over when everything before its commit is.
+//! `Clone`, so there is no other way to get one. A commit needs no entry of
+//! its own: its receipt joins that of the last event before it.
 
 use std::collections::VecDeque;
 

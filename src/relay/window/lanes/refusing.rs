@@ -57,7 +57,7 @@ pub(super) struct Place {
 
 /// A destination's key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DestinationKey(u64);
+pub(super) struct DestinationKey(u64);
 
 /// All destinations that refuse.
 #[derive(Debug, Default)]
@@ -241,8 +241,8 @@ impl Refusing {
         self.waiting += 1;
     }
 
-    /// A message was nacked for the `times`th time; it went out in `epoch`, 0 where nobody refused
-    /// then. Returns whether the destination refuses from now on.
+    /// A message was nacked, as it had been `times` before; it went out in `epoch`, 0 where nobody
+    /// refused then. From now on its destination refuses.
     pub(super) fn nacked(
         &mut self,
         message: &Message,
@@ -250,16 +250,13 @@ impl Refusing {
         times: u32,
         epoch: u32,
         now: Instant,
-    ) -> bool {
+    ) {
         let [own, shared] = keys(message.exchange, message.routing_key());
         let other = if self.destinations.len() < DESTINATIONS_MAX { own } else { shared };
         let key = self.find(message).unwrap_or(other);
-        let is_new = !self.destinations.contains_key(&key);
-        if is_new {
-            self.destinations.insert(key, Destination::new(message, now));
-        }
+        self.destinations.entry(key).or_insert_with(|| Destination::new(message, now));
         let retry = WAIT_FIRST.saturating_mul(1 << times.min(16)).min(MESSAGE_LIMIT);
-        let mut grew = None;
+        let mut probed = None;
         self.with(key, |destination| {
             destination.nacks += 1;
             destination.refused_at = now;
@@ -268,23 +265,19 @@ impl Refusing {
             // is refused while others pass says nothing about them.
             let alone = times >= ALONE_FROM && !destination.is_probing();
             if epoch == destination.epoch && !alone {
-                let probe = destination.is_probing();
+                probed = destination.is_probing().then_some(destination.exchange);
                 destination.on_nack(now);
-                grew = Some((destination.exchange, probe));
             }
         });
         self.waiting += 1;
-        if let Some((exchange, probe)) = grew {
+        if let Some(exchange) = probed {
             let budget = self.budget(exchange, now);
-            if probe {
-                budget.wait = (budget.wait * 2).clamp(WAIT_FIRST, BUDGET_LIMIT);
-                budget.next_at = now + budget.wait;
-            }
+            budget.wait = (budget.wait * 2).clamp(WAIT_FIRST, BUDGET_LIMIT);
+            budget.next_at = now + budget.wait;
         }
-        is_new
     }
 
-    /// What was sent from here in `epoch` was confirmed.
+    /// What was sent from here was confirmed.
     pub(super) fn confirmed(&mut self, key: DestinationKey, now: Instant) {
         let mut probed = None;
         self.with(key, |destination| {
