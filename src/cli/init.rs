@@ -142,9 +142,9 @@ pub(super) fn admin_options(config: &Config, admin_url: Option<&str>) -> Result<
 }
 
 async fn schema(steps: &mut Steps, client: &mut Client) -> Result<()> {
-    let applied = migrate::apply(client).await?;
+    let applied = migrate::OUTBOX.apply(client).await?;
     if applied.is_empty() {
-        let newest = migrate::MIGRATIONS.last().map_or("", |m| m.name);
+        let newest = migrate::OUTBOX.newest();
         steps.add(Done::Exists, "schema", format!("watership, at {newest}"));
         return Ok(());
     }

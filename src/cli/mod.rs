@@ -22,6 +22,7 @@ mod drop;
 mod find;
 mod findings;
 mod gap_rows;
+mod inbox;
 mod init;
 mod log_writer;
 mod logging;
@@ -84,6 +85,8 @@ enum Command {
     Resync(resync::Args),
     /// Remove the slot, the publication and the schema from the database.
     Drop(drop::Args),
+    /// The consumer's side: install and maintain the inbox, handle what is parked, test a consumer.
+    Inbox(inbox::Args),
     /// Show Watership at work on private servers, through two faults.
     Demo(demo::Args),
 }
@@ -128,6 +131,7 @@ async fn command(
             resync::execute(&load_with_warnings(&cli.config)?, &args, out).await
         }
         Command::Drop(args) => drop::execute(&load_with_warnings(&cli.config)?, &args, out).await,
+        Command::Inbox(args) => inbox::execute(&args, out).await,
         Command::Demo(args) => Ok(if demo::run(args).await? { End::Fine } else { End::Failed }),
     }
 }

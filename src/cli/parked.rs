@@ -279,7 +279,7 @@ fn print_list(rows: &[Listed], more: bool, out: Out) {
 }
 
 /// A duration in the unit that suits it.
-fn age(seconds: f64) -> String {
+pub(super) fn age(seconds: f64) -> String {
     match seconds {
         s if s < 120.0 => format!("{s:.0} s"),
         s if s < 7200.0 => format!("{:.0} min", s / 60.0),
@@ -363,7 +363,7 @@ fn print_row(shown: &Shown, out: Out) {
 }
 
 /// Prints `text` below `name`, indented, so that no line of it can be taken for one of ours.
-fn print_content(name: &str, text: &str, shown: usize, bytes: i32, out: Out) {
+pub(super) fn print_content(name: &str, text: &str, shown: usize, bytes: i32, out: Out) {
     out.line(&format!("{name:<12} {bytes} bytes"));
     text.split('\n').for_each(|part| out.line(&format!("    {}", lines(part))));
     let more = usize::try_from(bytes).unwrap_or_default().saturating_sub(shown);
@@ -384,7 +384,7 @@ fn text_of(body: &[u8], bytes: i32) -> Option<&str> {
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -207,9 +207,9 @@ async fn check_role(
 
 /// True when the schema is complete and readable.
 async fn check_schema(f: &mut Findings, client: &Client) -> bool {
-    match migrate::pending(client).await {
+    match migrate::OUTBOX.pending(client).await {
         Ok(pending) if pending.is_empty() => {
-            let newest = migrate::MIGRATIONS.last().map_or("", |m| m.name);
+            let newest = migrate::OUTBOX.newest();
             f.ok("schema", format!("watership, at {newest}"));
             true
         }

@@ -28,6 +28,7 @@ pub mod consumer;
 pub mod ledger;
 mod postgres;
 mod rabbit;
+pub mod torture;
 
 pub use postgres::{Postgres, PostgresOptions, StopMode};
 pub use rabbit::{Rabbit, RabbitOptions};

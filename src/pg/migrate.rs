@@ -1,4 +1,5 @@
-//! The schema in the database: which files of `sql/` ran there, and running the others.
+//! A schema in the database: which files of `sql/` ran there, and running the others. There are two,
+//! which know nothing of each other: the [`OUTBOX`] of a producer and the [`INBOX`] of a consumer.
 //!
 //! Invariant: a numbered file never changes once released. Its SHA-256 is stored with its version,
 //! and a difference stops everything. Files run in order, all in one transaction, under an advisory
@@ -9,6 +10,7 @@
 //! [`grant_applications`].
 
 use sha2::{Digest, Sha256};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, GenericClient, Transaction};
 
 use crate::error::{Error, Result};
@@ -35,33 +37,90 @@ pub struct Applied {
     pub name: &'static str,
 }
 
-/// Every migration that this program knows, in order.
-pub const MIGRATIONS: &[Migration] = &[
-    Migration { version: 1, name: "0001_schema", sql: include_str!("../../sql/0001_schema.sql") },
-    Migration { version: 2, name: "0002_emit", sql: include_str!("../../sql/0002_emit.sql") },
-    Migration {
-        version: 3,
-        name: "0003_maintain",
-        sql: include_str!("../../sql/0003_maintain.sql"),
-    },
-    Migration { version: 4, name: "0004_parked", sql: include_str!("../../sql/0004_parked.sql") },
-    Migration {
-        version: 5,
-        name: "0005_position",
-        sql: include_str!("../../sql/0005_position.sql"),
-    },
-];
+/// A schema that numbered files make.
+#[derive(Debug, Clone, Copy)]
+pub struct Schema {
+    /// Its name in the database.
+    pub name: &'static str,
+    /// The role that owns it.
+    owner: &'static str,
+    /// Where its files are.
+    folder: &'static str,
+    /// Its files, in order.
+    pub migrations: &'static [Migration],
+    /// Taken while migrations or grants run. The first number is "WSTP"; 2 and 3 are those of
+    /// `watership.maintain` and `watership_inbox.maintain`.
+    lock: &'static str,
+}
+
+/// Outbox, checkpoint and parked rows: `sql/`, for the producer's database.
+pub const OUTBOX: Schema = Schema {
+    name: "watership",
+    owner: "watership_owner",
+    folder: "sql",
+    migrations: &[
+        Migration {
+            version: 1,
+            name: "0001_schema",
+            sql: include_str!("../../sql/0001_schema.sql"),
+        },
+        Migration { version: 2, name: "0002_emit", sql: include_str!("../../sql/0002_emit.sql") },
+        Migration {
+            version: 3,
+            name: "0003_maintain",
+            sql: include_str!("../../sql/0003_maintain.sql"),
+        },
+        Migration {
+            version: 4,
+            name: "0004_parked",
+            sql: include_str!("../../sql/0004_parked.sql"),
+        },
+        Migration {
+            version: 5,
+            name: "0005_position",
+            sql: include_str!("../../sql/0005_position.sql"),
+        },
+    ],
+    lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
+};
+
+/// What a consumer has handled and parked: `sql/inbox/`, for the consumer's database.
+pub const INBOX: Schema = Schema {
+    name: "watership_inbox",
+    owner: "watership_inbox_owner",
+    folder: "sql/inbox",
+    migrations: &[
+        Migration {
+            version: 1,
+            name: "0001_schema",
+            sql: include_str!("../../sql/inbox/0001_schema.sql"),
+        },
+        Migration {
+            version: 2,
+            name: "0002_claim",
+            sql: include_str!("../../sql/inbox/0002_claim.sql"),
+        },
+        Migration {
+            version: 3,
+            name: "0003_receive",
+            sql: include_str!("../../sql/inbox/0003_receive.sql"),
+        },
+        Migration {
+            version: 4,
+            name: "0004_maintain",
+            sql: include_str!("../../sql/inbox/0004_maintain.sql"),
+        },
+    ],
+    lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 4)",
+};
 
 /// The last step of `watership init`: what applications may do.
 pub const GRANT: &str = include_str!("../../sql/grant.sql");
 
-/// Taken while migrations or grants run. The first number is "WSTP"; `watership.maintain` uses 2.
-const LOCK: &str = "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)";
-
 /// Nothing of `public` is found by an unqualified name.
 const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp";
 
-/// A row of `watership.migration`.
+/// A row of the schema's table `migration`.
 struct Record {
     version: i32,
     name: String,
@@ -69,54 +128,125 @@ struct Record {
     checksum: Option<String>,
 }
 
-/// Runs every migration that the database does not have yet, all or none.
-///
-/// The client's user needs CREATEROLE (or superuser) and CREATE on the database.
-///
-/// # Errors
-/// [`crate::error::Kind::Verdict`] when a file differs from what was run, or when the database is
-/// newer than this program; otherwise what the server says, with the file's name.
-pub async fn apply(client: &mut Client) -> Result<Vec<Applied>> {
-    const CHECKSUM: &str = include_str!("../../sql/query/migration_checksum.sql");
-    let tx = locked(client).await?;
-    let mut applied = Vec::new();
-    for migration in pending(&tx).await? {
-        let failed = |e| postgres_error(e).context(format!("sql/{}.sql", migration.name));
-        tx.batch_execute(migration.sql).await.map_err(failed)?;
-        // The table is the owner's, and a member need not inherit the owner's rights.
-        tx.batch_execute("SET LOCAL ROLE watership_owner").await.map_err(failed)?;
-        tx.execute(CHECKSUM, &[&migration.version, &checksum(migration.sql)])
-            .await
-            .map_err(failed)?;
-        tx.batch_execute("RESET ROLE").await.map_err(failed)?;
-        applied.push(Applied { version: migration.version, name: migration.name });
+impl Schema {
+    /// Runs every migration that the database does not have yet, all or none.
+    ///
+    /// The client's user needs CREATEROLE (or superuser) and CREATE on the database.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Verdict`] when a file differs from what was run, or when the database
+    /// is newer than this program; otherwise what the server says, with the file's name.
+    pub async fn apply(&self, client: &mut Client) -> Result<Vec<Applied>> {
+        let store = self.own(include_str!("../../sql/query/migration_checksum.sql"));
+        let owner = format!("SET LOCAL ROLE {}", self.owner);
+        let tx = self.locked(client).await?;
+        let mut applied = Vec::new();
+        for migration in self.pending(&tx).await? {
+            let failed = |e| postgres_error(e).context(self.file(migration.name));
+            tx.batch_execute(migration.sql).await.map_err(failed)?;
+            // The table is the owner's, and a member need not inherit the owner's rights.
+            tx.batch_execute(&owner).await.map_err(failed)?;
+            let values: &[&(dyn ToSql + Sync)] = &[&migration.version, &checksum(migration.sql)];
+            tx.execute(&store, values).await.map_err(failed)?;
+            tx.batch_execute("RESET ROLE").await.map_err(failed)?;
+            applied.push(Applied { version: migration.version, name: migration.name });
+        }
+        tx.commit().await.map_err(postgres_error)?;
+        Ok(applied)
     }
-    tx.commit().await.map_err(postgres_error)?;
-    Ok(applied)
-}
 
-/// The same as [`apply`] with these migrations, as a script for psql.
-pub fn script(pending: &[Migration]) -> String {
-    const CHECKSUM: &str = include_str!("../../sql/query/migration_checksum.sql");
-    let mut text = format!("BEGIN;\n{SEARCH_PATH};\n{LOCK};\n\n");
-    for migration in pending {
-        let checksum = format!("'{}'", checksum(migration.sql));
-        let store = CHECKSUM.replace("= $2", &format!("= {checksum}"));
-        let store = store.replace("= $1", &format!("= {}", migration.version));
-        let (sql, store) = (migration.sql, store.trim_end());
-        text += &format!("{sql}\nSET LOCAL ROLE watership_owner;\n{store};\nRESET ROLE;\n\n");
+    /// The same as [`Schema::apply`] with these migrations, as a script for psql.
+    pub fn script(&self, pending: &[Migration]) -> String {
+        let store = self.own(include_str!("../../sql/query/migration_checksum.sql"));
+        let mut text = format!("BEGIN;\n{SEARCH_PATH};\n{};\n\n", self.lock);
+        for migration in pending {
+            let checksum = format!("'{}'", checksum(migration.sql));
+            let store = store.replace("= $2", &format!("= {checksum}"));
+            let store = store.replace("= $1", &format!("= {}", migration.version));
+            let (sql, store, owner) = (migration.sql, store.trim_end(), self.owner);
+            text += &format!("{sql}\nSET LOCAL ROLE {owner};\n{store};\nRESET ROLE;\n\n");
+        }
+        text + "COMMIT;\n\n"
     }
-    text + "COMMIT;\n\n"
-}
 
-/// The migrations that the database does not have yet; needs SELECT on `watership.migration`.
-///
-/// # Errors
-/// As [`apply`].
-pub async fn pending(client: &impl GenericClient) -> Result<Vec<Migration>> {
-    let done = records(client).await?;
-    verify(&done)?;
-    Ok(MIGRATIONS.iter().filter(|m| done.iter().all(|d| d.version != m.version)).copied().collect())
+    /// The migrations that the database does not have yet; needs SELECT on the table `migration`.
+    ///
+    /// # Errors
+    /// As [`Schema::apply`].
+    pub async fn pending(&self, client: &impl GenericClient) -> Result<Vec<Migration>> {
+        let done = self.records(client).await?;
+        self.verify(&done)?;
+        let is_new = |m: &&Migration| done.iter().all(|d| d.version != m.version);
+        Ok(self.migrations.iter().filter(is_new).copied().collect())
+    }
+
+    /// The name of the newest file.
+    pub fn newest(&self) -> &'static str {
+        self.migrations.last().map_or("", |m| m.name)
+    }
+
+    /// A statement of `sql/query`, which name the outbox's schema, for this one.
+    fn own(&self, statement: &str) -> String {
+        statement.replace("watership.", &format!("{}.", self.name))
+    }
+
+    fn file(&self, name: &str) -> String {
+        format!("{}/{name}.sql", self.folder)
+    }
+
+    async fn locked<'a>(&self, client: &'a mut Client) -> Result<Transaction<'a>> {
+        let tx = client.transaction().await.map_err(postgres_error)?;
+        let start = format!("{SEARCH_PATH}; {}", self.lock);
+        tx.batch_execute(&start).await.map_err(postgres_error)?;
+        Ok(tx)
+    }
+
+    async fn records(&self, client: &impl GenericClient) -> Result<Vec<Record>> {
+        let table = format!("SELECT pg_catalog.to_regclass('{}.migration') IS NOT NULL", self.name);
+        let there: bool = client.query_one(&table, &[]).await.map_err(postgres_error)?.get(0);
+        if !there {
+            return Ok(Vec::new());
+        }
+        let read = self.own(include_str!("../../sql/query/migration_read.sql"));
+        let rows = client.query(&read, &[]).await.map_err(postgres_error)?;
+        let record = |row: tokio_postgres::Row| Record {
+            version: row.get(0),
+            name: row.get(1),
+            checksum: row.get(2),
+        };
+        Ok(rows.into_iter().map(record).collect())
+    }
+
+    fn verify(&self, done: &[Record]) -> Result<()> {
+        for record in done {
+            let file = self.file(&record.name);
+            let Some(known) = self.migrations.iter().find(|m| m.version == record.version) else {
+                let newest = self.migrations.last().map_or(0, |m| m.version);
+                let text = format!(
+                    "the schema in the database is at version {} ({file}), but this program only \
+                     knows versions up to {newest}",
+                    record.version
+                );
+                return Err(Error::named(Verdict::SchemaUnknown, text)
+                    .hint("use the newer watership that installed this schema"));
+            };
+            let ours = checksum(known.sql);
+            let differs = record.checksum.as_ref().is_some_and(|theirs| *theirs != ours);
+            if differs || record.name != known.name {
+                let text = format!(
+                    "{file} was run in this database with checksum {}, but this program has {} with \
+                     checksum {ours}",
+                    record.checksum.as_deref().unwrap_or("unknown"),
+                    known.name
+                );
+                return Err(Error::named(Verdict::SchemaUnknown, text).hint(
+                    "a migration never changes after its release: use the watership that installed \
+                     this schema, or compare the file with the database by hand",
+                ));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Lets the role `watership_app` write to the outbox; may be repeated.
@@ -128,63 +258,9 @@ pub async fn pending(client: &impl GenericClient) -> Result<Vec<Migration>> {
 /// What the server says, with the file's name.
 pub async fn grant_applications(client: &mut Client) -> Result<()> {
     let failed = |e| postgres_error(e).context("sql/grant.sql");
-    let tx = locked(client).await?;
+    let tx = OUTBOX.locked(client).await?;
     tx.batch_execute(GRANT).await.map_err(failed)?;
     tx.commit().await.map_err(failed)
-}
-
-async fn locked(client: &mut Client) -> Result<Transaction<'_>> {
-    let tx = client.transaction().await.map_err(postgres_error)?;
-    let start = format!("{SEARCH_PATH}; {LOCK}");
-    tx.batch_execute(&start).await.map_err(postgres_error)?;
-    Ok(tx)
-}
-
-async fn records(client: &impl GenericClient) -> Result<Vec<Record>> {
-    const READ: &str = include_str!("../../sql/query/migration_read.sql");
-    let table = "SELECT pg_catalog.to_regclass('watership.migration') IS NOT NULL";
-    let there: bool = client.query_one(table, &[]).await.map_err(postgres_error)?.get(0);
-    if !there {
-        return Ok(Vec::new());
-    }
-    let rows = client.query(READ, &[]).await.map_err(postgres_error)?;
-    let record = |row: tokio_postgres::Row| Record {
-        version: row.get(0),
-        name: row.get(1),
-        checksum: row.get(2),
-    };
-    Ok(rows.into_iter().map(record).collect())
-}
-
-fn verify(done: &[Record]) -> Result<()> {
-    for record in done {
-        let file = format!("sql/{}.sql", record.name);
-        let Some(known) = MIGRATIONS.iter().find(|m| m.version == record.version) else {
-            let newest = MIGRATIONS.last().map_or(0, |m| m.version);
-            let text = format!(
-                "the schema in the database is at version {} ({file}), but this program only \
-                 knows versions up to {newest}",
-                record.version
-            );
-            return Err(Error::named(Verdict::SchemaUnknown, text)
-                .hint("use the newer watership that installed this schema"));
-        };
-        let ours = checksum(known.sql);
-        let differs = record.checksum.as_ref().is_some_and(|theirs| *theirs != ours);
-        if differs || record.name != known.name {
-            let text = format!(
-                "{file} was run in this database with checksum {}, but this program has {} with \
-                 checksum {ours}",
-                record.checksum.as_deref().unwrap_or("unknown"),
-                known.name
-            );
-            return Err(Error::named(Verdict::SchemaUnknown, text).hint(
-                "a migration never changes after its release: use the watership that installed \
-                 this schema, or compare the file with the database by hand",
-            ));
-        }
-    }
-    Ok(())
 }
 
 /// SHA-256 in lower-case hexadecimal.
@@ -208,30 +284,34 @@ mod tests {
 
     #[test]
     fn each_file_is_numbered_in_order_and_registers_itself() {
-        for (index, migration) in MIGRATIONS.iter().enumerate() {
-            assert_eq!(migration.version as usize, index + 1);
-            assert!(migration.name.starts_with(&format!("{:04}_", migration.version)));
-            let insert = format!("VALUES ({}, '{}')", migration.version, migration.name);
-            assert!(migration.sql.contains(&insert), "{}", migration.name);
+        for schema in [OUTBOX, INBOX] {
+            for (index, migration) in schema.migrations.iter().enumerate() {
+                assert_eq!(migration.version as usize, index + 1);
+                assert!(migration.name.starts_with(&format!("{:04}_", migration.version)));
+                let table = format!("INSERT INTO {}.migration", schema.name);
+                let row = format!("VALUES ({}, '{}')", migration.version, migration.name);
+                assert!(migration.sql.contains(&table), "{}", migration.name);
+                assert!(migration.sql.contains(&row), "{}", migration.name);
+            }
         }
     }
 
     #[test]
     fn a_file_run_by_hand_counts_as_done() {
-        assert!(verify(&[record(1, "0001_schema", None)]).is_ok());
+        assert!(OUTBOX.verify(&[record(1, "0001_schema", None)]).is_ok());
     }
 
     #[test]
     fn a_changed_file_is_named_and_needs_a_person() {
-        let error = verify(&[record(2, "0002_emit", Some("00ff"))]).unwrap_err();
+        let error = OUTBOX.verify(&[record(2, "0002_emit", Some("00ff"))]).unwrap_err();
         assert_eq!(error.kind(), Kind::Verdict);
         assert!(error.to_string().contains("sql/0002_emit.sql"), "{error}");
-        assert!(verify(&[record(2, "0002_other", None)]).is_err());
+        assert!(OUTBOX.verify(&[record(2, "0002_other", None)]).is_err());
     }
 
     #[test]
     fn a_newer_schema_asks_for_a_newer_program() {
-        let error = verify(&[record(9999, "9999_later", None)]).unwrap_err();
+        let error = OUTBOX.verify(&[record(9999, "9999_later", None)]).unwrap_err();
         assert_eq!(error.kind(), Kind::Verdict);
         assert!(error.to_string().contains("version 9999"), "{error}");
         assert!(error.hint_text().unwrap().contains("newer watership"));

@@ -16,7 +16,7 @@ use crate::support::servers::{self, Database};
 pub async fn installed() -> (Database, Client) {
     let database = servers::own_database().await;
     let mut client = database.connect().await;
-    migrate::apply(&mut client).await.expect("the schema");
+    migrate::OUTBOX.apply(&mut client).await.expect("the schema");
     migrate::grant_applications(&mut client).await.expect("the grants");
     (database, client)
 }
@@ -349,7 +349,7 @@ async fn the_relay_owns_nothing_and_can_do_its_job() {
     ] {
         relay.batch_execute(sql).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
     }
-    assert!(migrate::pending(&relay).await.unwrap().is_empty());
+    assert!(migrate::OUTBOX.pending(&relay).await.unwrap().is_empty());
     for sql in [
         "INSERT INTO watership.checkpoint (name, epoch, mark, ordinal, flush_mark, slot, \
          system_identifier, timeline, publication, publication_oid) VALUES \
@@ -422,12 +422,16 @@ async fn a_hostile_search_path_changes_nothing() {
 async fn applying_twice_or_at_once_installs_once() {
     let database = servers::own_database().await;
     let (mut one, mut two) = (database.connect().await, database.connect().await);
-    assert_eq!(migrate::pending(&one).await.unwrap().len(), migrate::MIGRATIONS.len());
-    let (first, second) = tokio::join!(migrate::apply(&mut one), migrate::apply(&mut two));
+    assert_eq!(
+        migrate::OUTBOX.pending(&one).await.unwrap().len(),
+        migrate::OUTBOX.migrations.len()
+    );
+    let (first, second) =
+        tokio::join!(migrate::OUTBOX.apply(&mut one), migrate::OUTBOX.apply(&mut two));
     let ran = first.unwrap().len() + second.unwrap().len();
-    assert_eq!(ran, migrate::MIGRATIONS.len());
-    assert!(migrate::apply(&mut one).await.unwrap().is_empty());
-    assert!(migrate::pending(&one).await.unwrap().is_empty());
+    assert_eq!(ran, migrate::OUTBOX.migrations.len());
+    assert!(migrate::OUTBOX.apply(&mut one).await.unwrap().is_empty());
+    assert!(migrate::OUTBOX.pending(&one).await.unwrap().is_empty());
     let (first, second) =
         tokio::join!(migrate::grant_applications(&mut one), migrate::grant_applications(&mut two));
     first.and(second).unwrap();
@@ -440,13 +444,13 @@ async fn a_changed_or_unknown_migration_needs_a_person() {
     let (_database, mut admin) = installed().await;
     let change = "UPDATE watership.migration SET checksum = 'other' WHERE version = 2";
     admin.batch_execute(change).await.unwrap();
-    let error = migrate::apply(&mut admin).await.unwrap_err();
+    let error = migrate::OUTBOX.apply(&mut admin).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Verdict);
     assert!(error.to_string().contains("sql/0002_emit.sql"), "{error}");
     let newer = "UPDATE watership.migration SET checksum = NULL WHERE version = 2; \
         INSERT INTO watership.migration VALUES (9999, '9999_later')";
     admin.batch_execute(newer).await.unwrap();
-    let error = migrate::pending(&admin).await.unwrap_err();
+    let error = migrate::OUTBOX.pending(&admin).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Verdict);
     assert!(error.to_string().contains("9999"), "{error}");
 }
@@ -459,7 +463,7 @@ async fn files_run_by_hand_with_psql_count_as_done() {
         std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.retain(|f| f.file_name().unwrap().as_encoded_bytes()[0].is_ascii_digit());
     files.sort();
-    assert_eq!(files.len(), migrate::MIGRATIONS.len(), "each numbered file is a migration");
+    assert_eq!(files.len(), migrate::OUTBOX.migrations.len(), "each numbered file is a migration");
     files.push(folder.join("grant.sql"));
     let own = servers::postgres().await.bin_dir().join("psql");
     let psql = if own.exists() { own } else { PathBuf::from("psql") };
@@ -471,7 +475,7 @@ async fn files_run_by_hand_with_psql_count_as_done() {
         assert!(output.status.success() && text.is_empty(), "{}: {text}", file.display());
     }
     let mut client = database.connect().await;
-    assert!(migrate::apply(&mut client).await.unwrap().is_empty());
+    assert!(migrate::OUTBOX.apply(&mut client).await.unwrap().is_empty());
     let app = login_as(&database, &client, "watership_app").await;
     app.batch_execute("SELECT watership.emit('t', '1', 'e', '{}')").await.unwrap();
 }
@@ -494,7 +498,7 @@ async fn an_administrator_without_superuser_can_install() {
         root.batch_execute(&grant).await.unwrap();
     }
     let mut client = connect_as(&database, &admin).await;
-    migrate::apply(&mut client).await.unwrap();
+    migrate::OUTBOX.apply(&mut client).await.unwrap();
     migrate::grant_applications(&mut client).await.unwrap();
     let app = login_as(&database, &root, "watership_app").await;
     app.batch_execute("SELECT watership.emit('t', '1', 'e', '{}')").await.unwrap();

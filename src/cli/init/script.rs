@@ -29,12 +29,12 @@ struct Found {
 impl Found {
     /// As in an empty database.
     fn nothing() -> Self {
-        Self { pending: migrate::MIGRATIONS.to_vec(), ..Self::default() }
+        Self { pending: migrate::OUTBOX.migrations.to_vec(), ..Self::default() }
     }
 
     async fn read(client: &Client, config: &Config) -> Result<Self> {
-        let pending = migrate::pending(client).await?;
-        let installed = pending.len() < migrate::MIGRATIONS.len();
+        let pending = migrate::OUTBOX.pending(client).await?;
+        let installed = pending.len() < migrate::OUTBOX.migrations.len();
         let member = "SELECT coalesce(bool_or(pg_has_role(u.oid, g.oid, 'USAGE')), false) \
             FROM pg_catalog.pg_roles AS u, pg_catalog.pg_roles AS g \
             WHERE u.rolname = $1::text AND g.rolname = 'watership_relay'";
@@ -80,7 +80,7 @@ fn script(config: &Config, found: &Found) -> Result<String> {
         relay.name, relay.sql.database
     );
     if !found.pending.is_empty() {
-        text += &migrate::script(&found.pending);
+        text += &migrate::OUTBOX.script(&found.pending);
     }
     if !found.member {
         text += &format!("GRANT watership_relay TO {};\n\n", escape_identifier(&relay.sql.user));

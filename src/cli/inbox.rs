@@ -1,0 +1,217 @@
+//! `watership inbox`: the consumer's side. Needs no configuration file, only the consumer's database.
+
+use serde::Serialize;
+use tokio_postgres::Client;
+
+use super::{End, Out, print_warning};
+use crate::config::load;
+use crate::error::{Error, Result};
+use crate::pg::client::{SqlConnection, sql};
+use crate::pg::connect::Options;
+use crate::pg::migrate::INBOX;
+use crate::pg::sqlstate::postgres_error;
+use crate::secret::Secret;
+
+mod parked;
+mod torture;
+
+/// Options of `inbox`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  \
+    watership inbox install --url 'postgres://postgres:${PW}@127.0.0.1/billing'\n  \
+    watership inbox parked --url 'postgres://billing:${PW}@127.0.0.1/billing' list\n\n\
+    The schema watership_inbox lives in the database of the consumer; see docs/consuming.md.")]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install the schema watership_inbox, or bring it up to date. May be run again.
+    Install {
+        #[command(flatten)]
+        database: Database,
+        /// Print the SQL of the steps that are missing, and change nothing.
+        #[arg(long)]
+        print_sql: bool,
+    },
+    /// Move the window on, once. The helpers do it by themselves, once an hour.
+    Maintain {
+        #[command(flatten)]
+        database: Database,
+    },
+    /// Show what the inbox remembers, and what is parked.
+    Status {
+        #[command(flatten)]
+        database: Database,
+    },
+    /// List, show, retry or discard what a consumer has parked.
+    Parked {
+        #[command(flatten)]
+        database: Database,
+        #[command(subcommand)]
+        command: parked::Command,
+    },
+    /// Kill a consumer at random, and judge whether each effect happened once and in order.
+    Torture(torture::Args),
+}
+
+use clap::Subcommand;
+
+/// Where the inbox is.
+#[derive(Debug, clap::Args)]
+struct Database {
+    /// The consumer's database. ${NAME} and ${file:/path} are filled in.
+    #[arg(long, value_name = "URL")]
+    url: String,
+}
+
+impl Database {
+    /// The options of the URL, and the URL with its variables filled in.
+    fn options(&self) -> Result<(Options, String)> {
+        let filled = load::fill_in_url(&self.url).map_err(|e| e.context("--url"))?;
+        let options = Options::parse(&Secret::new(&*filled)).map_err(|e| e.context("--url"))?;
+        if options.password.is_some() && self.url == filled {
+            print_warning(
+                "a password on the command line is visible to every user of this machine; \
+                 use '${NAME}' or '${file:/path}' in --url",
+            );
+        }
+        Ok((options, filled))
+    }
+
+    async fn connect(&self) -> Result<SqlConnection> {
+        sql(&self.options()?.0).await
+    }
+
+    /// A connection to a database that has the inbox.
+    async fn inbox(&self) -> Result<SqlConnection> {
+        let connection = self.connect().await?;
+        let there = "SELECT pg_catalog.to_regnamespace('watership_inbox') IS NOT NULL, \
+            current_database()::text";
+        let row = connection.client.query_one(there, &[]).await.map_err(postgres_error)?;
+        if !row.get::<_, bool>(0) {
+            let text = format!("database {:?} has no inbox", row.get::<_, String>(1));
+            return Err(Error::refused(text).hint("install it: watership inbox install --url …"));
+        }
+        Ok(connection)
+    }
+}
+
+pub(super) async fn execute(args: &Args, out: Out) -> Result<End> {
+    match &args.command {
+        Command::Install { database, print_sql: true } => print_sql(database).await,
+        Command::Install { database, print_sql: false } => install(database, out).await,
+        Command::Maintain { database } => maintain(database, out).await,
+        Command::Status { database } => status(database, out).await,
+        Command::Parked { database, command } => {
+            let SqlConnection { client, closed: _closed } = database.inbox().await?;
+            parked::execute(&client, command, out).await
+        }
+        Command::Torture(args) => torture::execute(args, out).await,
+    }
+}
+
+#[derive(Serialize)]
+struct Installed {
+    applied: Vec<&'static str>,
+    newest: &'static str,
+}
+
+async fn install(database: &Database, out: Out) -> Result<End> {
+    let SqlConnection { mut client, closed: _closed } = database.connect().await?;
+    let applied = INBOX.apply(&mut client).await?;
+    let applied: Vec<_> = applied.iter().map(|one| one.name).collect();
+    match &*applied {
+        [] => out.line(&format!("exists  schema watership_inbox, at {}", INBOX.newest())),
+        names => out.line(&format!("created schema watership_inbox: {}", names.join(", "))),
+    }
+    out.line("\nNext: give the role to the consumer's user (GRANT watership_consumer TO …).");
+    out.data(&Installed { applied, newest: INBOX.newest() })?;
+    Ok(End::Fine)
+}
+
+async fn print_sql(database: &Database) -> Result<End> {
+    let SqlConnection { client, closed: _closed } = database.connect().await?;
+    let pending = INBOX.pending(&client).await?;
+    let text = match &*pending {
+        [] => "-- nothing is missing\n".to_owned(),
+        pending => INBOX.script(pending),
+    };
+    // Data for psql, whatever --json says.
+    Out { json: false }.line(text.trim_end());
+    Ok(End::Fine)
+}
+
+#[derive(Serialize)]
+struct Maintained {
+    done: Vec<String>,
+    postponed: Vec<String>,
+    more: bool,
+}
+
+async fn maintain(database: &Database, out: Out) -> Result<End> {
+    const SQL: &str = include_str!("../../sql/query/inbox_maintain.sql");
+    let SqlConnection { client, closed: _closed } = database.inbox().await?;
+    let row = client.query_one(SQL, &[]).await.map_err(postgres_error)?;
+    let result = Maintained { done: row.get(0), postponed: row.get(1), more: row.get(2) };
+    if result.done.is_empty() && result.postponed.is_empty() {
+        out.line("nothing to do");
+    }
+    result.done.iter().for_each(|what| out.line(what));
+    result.postponed.iter().for_each(|what| out.line(&format!("postponed: {what}")));
+    if result.more {
+        out.line("there may be more to do: call it again");
+    }
+    out.data(&result)?;
+    Ok(End::Fine)
+}
+
+/// What the inbox remembers.
+#[derive(Debug, Serialize)]
+struct Remembered {
+    window_days: i32,
+    /// Claims of earlier days are refused.
+    first_day: String,
+    last_day: String,
+    /// Days until claims fail if nobody calls `maintain`.
+    days_left: i32,
+    parked: i64,
+    /// Seconds since the last attempt that did not end.
+    unfinished_seconds: f64,
+}
+
+async fn remembered(client: &Client) -> Result<Remembered> {
+    const SQL: &str = include_str!("../../sql/query/inbox_remembered.sql");
+    let row = client.query_one(SQL, &[]).await.map_err(postgres_error)?;
+    Ok(Remembered {
+        window_days: row.get(0),
+        first_day: row.get(1),
+        last_day: row.get(2),
+        days_left: row.get(3),
+        parked: row.get(4),
+        unfinished_seconds: row.get(5),
+    })
+}
+
+/// With fewer days left nobody has called `maintain` for weeks.
+const DAYS_LEFT_MIN: i32 = 3;
+
+async fn status(database: &Database, out: Out) -> Result<End> {
+    let SqlConnection { client, closed: _closed } = database.inbox().await?;
+    let now = remembered(&client).await?;
+    let Remembered { window_days, first_day, last_day, days_left, parked, .. } = &now;
+    out.line(&format!("window       {window_days} days: messages from {first_day} on"));
+    out.line(&format!("slots        up to {last_day}"));
+    out.line(&format!("parked       {parked} messages; see: watership inbox parked list"));
+    let is_maintained = *days_left >= DAYS_LEFT_MIN;
+    if !is_maintained {
+        out.line(&format!(
+            "problem      claims fail in {days_left} days, because nobody calls \
+             watership_inbox.maintain(); run a helper, or `watership inbox maintain` once an hour"
+        ));
+    }
+    out.data(&now)?;
+    Ok(if is_maintained { End::Fine } else { End::Failed })
+}
