@@ -57,8 +57,8 @@ CREATE TABLE watership_inbox.consumer (
 -- Messages with a time of their own: a ring of 40 slots, one for each UTC day of that time.
 --
 -- Invariant: a slot holds claims of one day only. Days before `first_day` are refused (the window
--- has passed them), days from `emptied_before` + 40 on have no slot yet. `first_day` is stored, never
--- computed from now() inside a claim, so that every claim of a moment agrees on it.
+-- has passed them), days from `emptied_before` + 40 on have no slot yet. `first_day` is stored, and
+-- never computed from now() inside a claim, so that every claim of a moment agrees on it.
 CREATE TABLE watership_inbox.ring (
     one            boolean PRIMARY KEY DEFAULT true CHECK (one),
     -- How long a message is remembered, in days after its own. At most 35: the ring also needs

@@ -5,8 +5,8 @@
 --     -- true:  handle the message, then COMMIT and acknowledge
 --     -- false: it was handled before; COMMIT and acknowledge
 --
--- `occurred_at` is AMQP's `timestamp` property, and nothing else: it belongs to the event and is the
--- same on every delivery. Only its UTC day counts. A message without one: claim(consumer, id).
+-- `occurred_at` is AMQP's `timestamp` property, and nothing else: it belongs to the event and is
+-- the same on every delivery. Only its UTC day counts. A message without one: claim(consumer, id).
 -- A second claim of the same message waits for the first one's transaction. A duplicate is never an
 -- error; under REPEATABLE READ and SERIALIZABLE, 40001 and 40P01 are for the caller to retry.
 --

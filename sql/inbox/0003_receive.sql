@@ -43,13 +43,14 @@ BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         INSERT INTO watership_inbox.parked_key (consumer, lane) VALUES (consumer_id, lane)
         ON CONFLICT DO NOTHING;
-        DELETE FROM watership_inbox.parked_key AS k WHERE k.consumer = consumer_id AND k.lane = lane;
+        DELETE FROM watership_inbox.parked_key AS k
+        WHERE k.consumer = consumer_id AND k.lane = lane;
     END IF;
     RETURN false;
 END
 $$;
 
--- Records the message as seen: `first` is true the first time. `unknown` says why it cannot be known.
+-- Records the message as seen: `first` is true the first time. `unknown` says why nobody can know.
 CREATE FUNCTION watership_inbox.record(
     consumer text, consumer_id integer, message_id text, occurred_at timestamptz, body_hash bytea,
     OUT first boolean, OUT unknown text
@@ -112,7 +113,7 @@ AS $$
 #variable_conflict use_variable
 BEGIN
     IF jsonb_typeof(properties) IS DISTINCT FROM 'object' OR body IS NULL THEN
-        RAISE EXCEPTION 'message % cannot be parked without its body and a JSON object of properties',
+        RAISE EXCEPTION 'message % cannot be parked without body and a JSON object of properties',
             quote_literal(left(message_id, 100))
             USING ERRCODE = 'invalid_parameter_value',
                 HINT = 'pass body and properties to watership_inbox.receive and park';
@@ -333,8 +334,8 @@ BEGIN
 END
 $$;
 
--- For operators. Gives parked messages up: the key's, or one message. They count as handled from now
--- on. Returns how many. Waits for a retry of the key that is going on.
+-- For operators. Gives parked messages up: the key's, or one message. They count as handled from
+-- now on. Returns how many. Waits for a retry of the key that is going on.
 CREATE FUNCTION watership_inbox.discard(
     consumer text, reason text, key text DEFAULT NULL, message_id text DEFAULT NULL
 ) RETURNS bigint

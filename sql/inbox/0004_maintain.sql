@@ -1,8 +1,8 @@
 -- Watership inbox 0004: maintain, which lets the window move on; and views for operators.
 --
 -- The helpers call maintain() once an hour; so may any scheduler, or `watership inbox maintain`. It
--- needs a transaction of its own. A call does little: it empties what everybody has passed, and moves
--- the window by one day with claims at most, so that a wrong clock cannot empty it.
+-- needs a transaction of its own. A call does little: it empties what everybody has passed, and
+-- moves the window by one day with claims at most, so that a wrong clock cannot empty it.
 
 SET ROLE watership_inbox_owner;
 
@@ -50,43 +50,43 @@ CREATE FUNCTION watership_inbox.turn_ring(today date, OUT done text[], OUT postp
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
-    ring watership_inbox.ring%ROWTYPE;
+    state watership_inbox.ring%ROWTYPE;
     slots integer[];
     next_day date;
     filled boolean;
     passed_filled boolean := false;
 BEGIN
     done := '{}'; postponed := '{}';
-    SELECT * INTO ring FROM watership_inbox.ring FOR UPDATE;
-    IF ring.emptied_before < ring.first_day THEN
-        IF NOT watership_inbox.seen_by_all(ring.moved_by) THEN
+    SELECT * INTO state FROM watership_inbox.ring FOR UPDATE;
+    IF state.emptied_before < state.first_day THEN
+        IF NOT watership_inbox.seen_by_all(state.moved_by) THEN
             postponed := ARRAY[format('emptying days before %s: a transaction is older than the '
-                'move', ring.first_day)];
+                'move', state.first_day)];
             RETURN;
         END IF;
         SELECT array_agg((d::date - date '2000-01-01') % 40) INTO slots
-        FROM generate_series(ring.emptied_before, ring.first_day - 1, interval '1 day') AS d;
+        FROM generate_series(state.emptied_before, state.first_day - 1, interval '1 day') AS d;
         BEGIN
             PERFORM watership_inbox.empty_slots('claimed', slots);
             PERFORM watership_inbox.empty_slots('duplicate', slots);
         EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-            postponed := ARRAY[format('emptying days before %s: %s', ring.first_day, SQLERRM)];
+            postponed := ARRAY[format('emptying days before %s: %s', state.first_day, SQLERRM)];
             RETURN;
         END;
-        UPDATE watership_inbox.ring SET emptied_before = ring.first_day;
-        done := ARRAY[format('emptied days before %s', ring.first_day)];
+        UPDATE watership_inbox.ring SET emptied_before = state.first_day;
+        done := ARRAY[format('emptied days before %s', state.first_day)];
     END IF;
-    next_day := ring.first_day;
-    WHILE next_day < today - ring.window_days LOOP
+    next_day := state.first_day;
+    WHILE next_day < today - state.window_days LOOP
         SELECT EXISTS (SELECT FROM watership_inbox.claimed AS c
             WHERE c.slot = (next_day - date '2000-01-01') % 40) INTO filled;
         EXIT WHEN filled AND passed_filled;
         passed_filled := passed_filled OR filled;
         next_day := next_day + 1;
         -- One turn of the ring is as far as it can go before something is emptied.
-        EXIT WHEN next_day - ring.first_day >= 40;
+        EXIT WHEN next_day - state.first_day >= 40;
     END LOOP;
-    IF next_day > ring.first_day THEN
+    IF next_day > state.first_day THEN
         UPDATE watership_inbox.ring SET first_day = next_day, moved_by = pg_current_xact_id();
         done := done || format('messages before %s are beyond the window', next_day);
     END IF;
@@ -105,8 +105,8 @@ BEGIN
     done := '{}'; postponed := '{}';
     SELECT * INTO state FROM watership_inbox.generation FOR UPDATE;
     IF state.opening THEN
-        -- First: nobody is left who will write into the current generation alone. Then: whoever has
-        -- written so has ended, so that its row is seen by all who read it from now on.
+        -- First: nobody is left who will write into the current generation alone. Then: all
+        -- who have written so have ended, so that their rows are seen by every later reader.
         IF state.horizon IS NULL THEN
             IF watership_inbox.seen_by_all(state.changed_by) THEN
                 UPDATE watership_inbox.generation

@@ -1,4 +1,4 @@
-//! `watership inbox`: the consumer's side. Needs no configuration file, only the consumer's database.
+//! `watership inbox`: the consumer's side. Needs no configuration file, only the database.
 
 use serde::Serialize;
 use tokio_postgres::Client;

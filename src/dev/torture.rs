@@ -53,7 +53,7 @@ pub struct Options {
     pub events: usize,
     /// Keys that they have.
     pub keys: usize,
-    /// Publish so many of a hundred events a second time, later.
+    /// Percentage of events that are published a second time, later.
     pub duplicates_percent: u8,
     /// How often a process is killed.
     pub kills: usize,
@@ -338,7 +338,7 @@ impl<'a> Run<'a> {
         Ok(row.map_err(postgres_error)?.get(0))
     }
 
-    /// Waits until there are so many effects, or none comes any more.
+    /// Waits until there are `goal` effects, or none comes any more.
     async fn wait_for(&mut self, goal: i64) -> Result<()> {
         let (mut last, mut moved) = (-1, Instant::now());
         loop {

@@ -1,5 +1,5 @@
-//! A schema in the database: which files of `sql/` ran there, and running the others. There are two,
-//! which know nothing of each other: the [`OUTBOX`] of a producer and the [`INBOX`] of a consumer.
+//! A schema in the database: which files of `sql/` ran there, and running the others. There are
+//! two, which know nothing of each other: a producer's [`OUTBOX`] and a consumer's [`INBOX`].
 //!
 //! Invariant: a numbered file never changes once released. Its SHA-256 is stored with its version,
 //! and a difference stops everything. Files run in order, all in one transaction, under an advisory
@@ -234,8 +234,8 @@ impl Schema {
             let differs = record.checksum.as_ref().is_some_and(|theirs| *theirs != ours);
             if differs || record.name != known.name {
                 let text = format!(
-                    "{file} was run in this database with checksum {}, but this program has {} with \
-                     checksum {ours}",
+                    "{file} was run in this database with checksum {}, but this program has {} \
+                     with checksum {ours}",
                     record.checksum.as_deref().unwrap_or("unknown"),
                     known.name
                 );

@@ -16,6 +16,7 @@ mod find;
 mod harmless;
 mod hosted;
 mod identity;
+mod inbox_commands;
 mod keys;
 mod lock;
 mod maintain;

@@ -145,18 +145,19 @@ pub fn headless(files: &[Code]) -> Vec<String> {
         .collect()
 }
 
-/// Migrations are `sql/NNNN_name.sql`, numbered from 0001 without holes or twins. What begins
-/// without a digit is another kind of script.
+/// Migrations are `sql/NNNN_name.sql` and `sql/inbox/NNNN_name.sql`, each folder numbered from 0001
+/// without holes or twins. What begins without a digit is another kind of script.
 pub fn migration_holes(files: &[Code]) -> Vec<String> {
     let numbered = files.iter().filter_map(|f| {
         let name = f.path.strip_prefix("sql/")?.strip_suffix(".sql")?;
-        let name = name.rsplit('/').next().unwrap_or(name);
-        name.starts_with(|c: char| c.is_ascii_digit()).then_some((f, name))
+        let (folder, name) = name.rsplit_once('/').unwrap_or(("", name));
+        name.starts_with(|c: char| c.is_ascii_digit()).then_some((f, folder, name))
     });
-    let mut found = Vec::new();
-    for (index, (file, name)) in numbered.enumerate() {
+    let (mut found, mut last) = (Vec::new(), ("", 0));
+    for (file, folder, name) in numbered {
         let number = name.split('_').next().unwrap_or_default();
-        let wanted = format!("{:04}", index + 1);
+        last = (folder, if last.0 == folder { last.1 + 1 } else { 1 });
+        let wanted = format!("{:04}", last.1);
         if number != wanted {
             found.push(format!("{}: expected number {wanted} here", file.path));
         }

@@ -1,5 +1,5 @@
-//! `watership inbox parked`: what a consumer could not handle. Nothing is handled from here: keys are
-//! marked, and the running consumer does the rest, in their order.
+//! `watership inbox parked`: what a consumer could not handle. Nothing is handled from here: keys
+//! are marked, and the running consumer does the rest, in their order.
 
 use clap::Subcommand;
 use serde::Serialize;

@@ -12,10 +12,11 @@ use crate::error::Result;
 #[command(after_help = "Example:\n  \
     watership inbox torture --url postgres://billing@127.0.0.1/billing \\\n    \
     --amqp amqp://guest:guest@127.0.0.1/%2f --queue torture --ordered -- python consumer.py\n\n\
-    The command is a consumer: it reads DATABASE_URL, AMQP_URL, QUEUE, CONSUMER and ORDERED from its\n\
-    environment and runs until SIGTERM. For each message, {\"key\": \"k7\", \"number\": 13}, its \
-    handler\ninserts message_id, key and number into watership_torture.effect, in the transaction of \
-    the inbox.\nThe schema watership_torture is dropped and made by this command.\n\
+    The command is a consumer: it reads DATABASE_URL, AMQP_URL, QUEUE, CONSUMER and ORDERED from \
+    its\nenvironment and runs until SIGTERM. For each message, {\"key\": \"k7\", \"number\": 13}, \
+    its \
+    handler\ninserts message_id, key and number into watership_torture.effect, in the transaction \
+    of the\ninbox. The schema watership_torture is dropped and made by this command.\n\
     Exit code 0 if each event had its effect once (and, with --ordered, in the order of its key).")]
 pub(super) struct Args {
     #[command(flatten)]
@@ -35,7 +36,7 @@ pub(super) struct Args {
     /// Number of keys.
     #[arg(long, default_value_t = 50, value_parser = at_least_one)]
     keys: usize,
-    /// Of a hundred events, so many are published twice.
+    /// Percentage of events that are published twice.
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u8).range(0..=100))]
     duplicates: u8,
     /// How often a process is killed.

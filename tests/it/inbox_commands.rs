@@ -1,0 +1,138 @@
+//! `watership inbox`: what an operator of a consumer does.
+
+use std::process::Stdio;
+
+use serde_json::Value;
+use tokio::process::Command;
+use tokio_postgres::Client;
+
+use crate::support::servers::{Database, own_database, own_vhost};
+use crate::support::waiting::LIMIT;
+
+/// Runs the command, which must end with `code`, and returns stdout and stderr.
+async fn inbox(arguments: &[&str], code: i32) -> (String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
+    command.arg("inbox").args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    let output = tokio::time::timeout(LIMIT, command.output()).await;
+    let output = output.expect("the command ends").expect("the program starts");
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    let (out, err) = (text(output.stdout), text(output.stderr));
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}\n{out}\n{err}");
+    (out, err)
+}
+
+async fn installed() -> (Database, Client) {
+    let database = own_database().await;
+    inbox(&["install", "--url", &database.url], 0).await;
+    let client = database.connect().await;
+    (database, client)
+}
+
+async fn receive(client: &Client, id: &str, days_ago: i32, key: &str) -> String {
+    let sql = "SELECT watership_inbox.receive('billing', $1, now() - make_interval(days => $2), \
+               $3, '\\x7b7d', '{\"type\": \"x\"}')";
+    client.query_one(sql, &[&id, &days_ago, &key]).await.expect("receive").get(0)
+}
+
+async fn park(client: &Client, id: &str, key: &str) {
+    let sql = "SELECT watership_inbox.park('billing', $1, now(), $2, 'failed', 'no such account', \
+               '\\x7b7d', '{}')";
+    let parked: bool = client.query_one(sql, &[&id, &key]).await.expect("park").get(0);
+    assert!(parked);
+}
+
+#[tokio::test]
+async fn the_inbox_is_installed_once_and_printed_for_psql() {
+    let database = own_database().await;
+    let (_, error) = inbox(&["status", "--url", &database.url], 1).await;
+    assert!(error.contains("has no inbox") && error.contains("inbox install"), "{error}");
+    let (script, _) = inbox(&["install", "--url", &database.url, "--print-sql"], 0).await;
+    let client = database.connect().await;
+    client.batch_execute(&script).await.expect("the printed script runs");
+    let (out, _) = inbox(&["install", "--url", &database.url], 0).await;
+    assert!(out.starts_with("exists"), "{out}");
+    let checked = "SELECT count(*) FROM watership_inbox.migration WHERE checksum IS NOT NULL";
+    let files: i64 = client.query_one(checked, &[]).await.expect("the migrations").get(0);
+    assert_eq!(files, 4);
+    let (out, _) = inbox(&["status", "--url", &database.url], 0).await;
+    assert!(out.contains("7 days"), "{out}");
+}
+
+#[tokio::test]
+async fn an_inbox_and_an_outbox_live_in_one_database() {
+    let (database, mut client) = installed().await;
+    watership::pg::migrate::OUTBOX.apply(&mut client).await.expect("the outbox");
+    inbox(&["install", "--url", &database.url], 0).await;
+    assert_eq!(receive(&client, "m1", 0, "k").await, "handle");
+}
+
+#[tokio::test]
+async fn claims_fail_soon_is_a_problem_of_status() {
+    let (database, client) = installed().await;
+    // As after weeks without maintenance.
+    let past = "UPDATE watership_inbox.ring SET first_day = first_day - 31, \
+                emptied_before = emptied_before - 31";
+    client.batch_execute(past).await.expect("weeks pass");
+    let (out, _) = inbox(&["status", "--url", &database.url], 1).await;
+    assert!(out.contains("problem") && out.contains("inbox maintain"), "{out}");
+    let (out, _) = inbox(&["maintain", "--url", &database.url], 0).await;
+    assert!(out.contains("beyond the window"), "{out}");
+    inbox(&["maintain", "--url", &database.url], 0).await;
+    inbox(&["status", "--url", &database.url], 0).await;
+}
+
+/// What `inbox parked` prints as JSON.
+async fn parked(url: &str, arguments: &[&str]) -> Value {
+    let all = [&["--json", "parked", "--url", url], arguments].concat();
+    serde_json::from_str(&inbox(&all, 0).await.0).expect("JSON")
+}
+
+#[tokio::test]
+async fn an_operator_retries_and_discards_what_a_consumer_parked() {
+    let (database, client) = installed().await;
+    let url = &*database.url;
+    park(&client, "m1", "order/1").await;
+    assert_eq!(receive(&client, "m2", 0, "order/1").await, "parked");
+    assert_eq!(receive(&client, "old", 30, "order/2").await, "parked");
+    park(&client, "m3", "order/3").await;
+
+    let list = parked(url, &["list"]).await;
+    let keys: Vec<_> = list.as_array().expect("a list").iter().map(|row| &row["key"]).collect();
+    assert_eq!(keys, ["order/1", "order/2", "order/3"]);
+    assert_eq!((&list[0]["reason"], &list[0]["waiting"]), (&"failed".into(), &2.into()));
+    assert_eq!(list[1]["reason"], "beyond_window");
+
+    let shown = parked(url, &["show", "--consumer", "billing", "m1"]).await;
+    assert_eq!((&shown["error"], &shown["body"]), (&"no such account".into(), &"{}".into()));
+
+    let retry = parked(url, &["retry", "--consumer", "billing", "--all"]).await;
+    assert_eq!((&retry["keys"], &retry["beyond_window"]), (&2.into(), &1.into()));
+    let retry = parked(url, &["retry", "--consumer", "billing", "old", "--beyond-window"]).await;
+    assert_eq!(retry["keys"], 1);
+    let marked = "SELECT count(*) FROM watership_inbox.parked_keys WHERE retry_at IS NOT NULL";
+    let marked: i64 = client.query_one(marked, &[]).await.expect("the keys").get(0);
+    assert_eq!(marked, 3);
+
+    let gone = parked(url, &["discard", "--consumer", "billing", "m1", "--reason", "a test"]).await;
+    assert_eq!(gone["messages"], 1);
+    let gone =
+        parked(url, &["discard", "--consumer", "billing", "--key", "order/3", "--reason", "x"]);
+    assert_eq!(gone.await["messages"], 1);
+    let list = parked(url, &["list"]).await;
+    let keys: Vec<_> = list.as_array().expect("a list").iter().map(|row| &row["key"]).collect();
+    assert_eq!(keys, ["order/1", "order/2"], "what was behind the discarded one stays");
+    assert_eq!(receive(&client, "m1", 0, "order/1").await, "duplicate", "discarded is handled");
+    let none = ["parked", "--url", url, "retry", "--consumer", "billing", "--key", "order/9"];
+    let (_, error) = inbox(&none, 1).await;
+    assert!(error.contains("parked nothing like that"), "{error}");
+}
+
+#[tokio::test]
+async fn a_consumer_that_does_nothing_fails_the_torture() {
+    let (database, _client) = installed().await;
+    let vhost = own_vhost().await;
+    let torture = ["torture", "--url", &database.url, "--amqp", &vhost.url, "--queue", "q"];
+    let ends = [&torture[..], &["--events", "10", "--kills", "0", "--", "false"]].concat();
+    let (_, error) = inbox(&ends, 1).await;
+    assert!(error.contains("ended by itself"), "{error}");
+}
