@@ -198,7 +198,8 @@ $$;
 
 -- The next parked message to handle, of a key that an operator marked for retry: at most one row,
 -- locked with its key for the caller's transaction. Handle it, call retry_done(id), COMMIT. On
--- failure ROLLBACK, then retry_failed(id, error) in a transaction of its own.
+-- failure ROLLBACK, then retry_failed(id, error) in a transaction of its own. COMMIT without a row,
+-- too: what turned out to be a duplicate is removed by then.
 CREATE FUNCTION watership_inbox.retry_next(consumer text)
 RETURNS TABLE (
     id bigint, message_id text, occurred_at timestamptz, key text, body bytea, properties jsonb,

@@ -27,7 +27,8 @@ BEGIN
         SELECT FROM pg_stat_activity AS a JOIN pg_database AS d ON d.oid = a.datid
         WHERE d.datname = current_database() AND a.pid <> pg_backend_pid()
             AND a.backend_xmin IS NOT NULL
-            AND a.backend_type NOT IN ('autovacuum worker', 'walsender')
+            -- NULL where the kind of a backend is hidden from the owner of this function.
+            AND coalesce(a.backend_type, '') NOT IN ('autovacuum worker', 'walsender')
             AND age(a.backend_xmin) >=
                 CASE WHEN passed > 1000000000 THEN 1000000000 ELSE age(mover::xid) END);
 END
