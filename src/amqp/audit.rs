@@ -330,6 +330,14 @@ impl QueueFacts {
         argument.or_else(|| self.policy(name))
     }
 
+    /// How long a message may wait in it, in milliseconds; of policy and argument the smaller counts.
+    /// <https://www.rabbitmq.com/docs/ttl#per-queue-message-ttl>
+    pub fn message_ttl_ms(&self) -> Option<u64> {
+        let argument = self.arguments.get("x-message-ttl").and_then(Value::as_u64);
+        let policy = self.policy("message-ttl").and_then(Value::as_u64);
+        argument.into_iter().chain(policy).min()
+    }
+
     fn is_limited(&self) -> bool {
         self.has("max-length") || self.has("max-length-bytes")
     }

@@ -1,5 +1,6 @@
 //! `watership inbox`: the consumer's side. Needs no configuration file, only the database.
 
+use clap::Subcommand;
 use serde::Serialize;
 use tokio_postgres::Client;
 
@@ -12,6 +13,7 @@ use crate::pg::migrate::INBOX;
 use crate::pg::sqlstate::postgres_error;
 use crate::secret::Secret;
 
+pub(super) mod check;
 mod parked;
 mod torture;
 
@@ -57,7 +59,8 @@ enum Command {
     Torture(torture::Args),
 }
 
-use clap::Subcommand;
+/// The option of these commands that names the database.
+const URL: &str = "--url";
 
 /// Where the inbox is.
 #[derive(Debug, clap::Args)]
@@ -69,25 +72,26 @@ struct Database {
 
 impl Database {
     /// The options of the URL, and the URL with its variables filled in.
-    fn options(&self) -> Result<(Options, String)> {
-        let filled = load::fill_in_url(&self.url).map_err(|e| e.context("--url"))?;
-        let options = Options::parse(&Secret::new(&*filled)).map_err(|e| e.context("--url"))?;
+    /// `option` is the name of the option that has the URL.
+    fn options(&self, option: &str) -> Result<(Options, String)> {
+        let filled = load::fill_in_url(&self.url).map_err(|e| e.context(option))?;
+        let options = Options::parse(&Secret::new(&*filled)).map_err(|e| e.context(option))?;
         if options.password.is_some() && self.url == filled {
-            print_warning(
+            print_warning(&format!(
                 "a password on the command line is visible to every user of this machine; \
-                 use '${NAME}' or '${file:/path}' in --url",
-            );
+                 use '${{NAME}}' or '${{file:/path}}' in {option}"
+            ));
         }
         Ok((options, filled))
     }
 
-    async fn connect(&self) -> Result<SqlConnection> {
-        sql(&self.options()?.0).await
+    async fn connect(&self, option: &str) -> Result<SqlConnection> {
+        sql(&self.options(option)?.0).await
     }
 
     /// A connection to a database that has the inbox.
-    async fn inbox(&self) -> Result<SqlConnection> {
-        let connection = self.connect().await?;
+    async fn inbox(&self, option: &str) -> Result<SqlConnection> {
+        let connection = self.connect(option).await?;
         let there = "SELECT pg_catalog.to_regnamespace('watership_inbox') IS NOT NULL, \
             current_database()::text";
         let row = connection.client.query_one(there, &[]).await.map_err(postgres_error)?;
@@ -106,7 +110,7 @@ pub(super) async fn execute(args: &Args, out: Out) -> Result<End> {
         Command::Maintain { database } => maintain(database, out).await,
         Command::Status { database } => status(database, out).await,
         Command::Parked { database, command } => {
-            let SqlConnection { client, closed: _closed } = database.inbox().await?;
+            let SqlConnection { client, closed: _closed } = database.inbox(URL).await?;
             parked::execute(&client, command, out).await
         }
         Command::Torture(args) => torture::execute(args, out).await,
@@ -120,7 +124,7 @@ struct Installed {
 }
 
 async fn install(database: &Database, out: Out) -> Result<End> {
-    let SqlConnection { mut client, closed: _closed } = database.connect().await?;
+    let SqlConnection { mut client, closed: _closed } = database.connect(URL).await?;
     let applied = INBOX.apply(&mut client).await?;
     let applied: Vec<_> = applied.iter().map(|one| one.name).collect();
     match &*applied {
@@ -133,7 +137,7 @@ async fn install(database: &Database, out: Out) -> Result<End> {
 }
 
 async fn print_sql(database: &Database) -> Result<End> {
-    let SqlConnection { client, closed: _closed } = database.connect().await?;
+    let SqlConnection { client, closed: _closed } = database.connect(URL).await?;
     let pending = INBOX.pending(&client).await?;
     let text = match &*pending {
         [] => "-- nothing is missing\n".to_owned(),
@@ -153,7 +157,7 @@ struct Maintained {
 
 async fn maintain(database: &Database, out: Out) -> Result<End> {
     const SQL: &str = include_str!("../../sql/query/inbox_maintain.sql");
-    let SqlConnection { client, closed: _closed } = database.inbox().await?;
+    let SqlConnection { client, closed: _closed } = database.inbox(URL).await?;
     let row = client.query_one(SQL, &[]).await.map_err(postgres_error)?;
     let result = Maintained { done: row.get(0), postponed: row.get(1), more: row.get(2) };
     if result.done.is_empty() && result.postponed.is_empty() {
@@ -199,7 +203,7 @@ async fn remembered(client: &Client) -> Result<Remembered> {
 const DAYS_LEFT_MIN: i32 = 3;
 
 async fn status(database: &Database, out: Out) -> Result<End> {
-    let SqlConnection { client, closed: _closed } = database.inbox().await?;
+    let SqlConnection { client, closed: _closed } = database.inbox(URL).await?;
     let now = remembered(&client).await?;
     let Remembered { window_days, first_day, last_day, days_left, parked, .. } = &now;
     out.line(&format!("window       {window_days} days: messages from {first_day} on"));

@@ -5,8 +5,9 @@ use std::process::Stdio;
 use serde_json::Value;
 use tokio::process::Command;
 use tokio_postgres::Client;
+use watership::dev;
 
-use crate::support::servers::{Database, own_database, own_vhost};
+use crate::support::servers::{Database, own_database, own_vhost, rabbit};
 use crate::support::waiting::LIMIT;
 
 /// Runs the command, which must end with `code`, and returns stdout and stderr.
@@ -135,4 +136,53 @@ async fn a_consumer_that_does_nothing_fails_the_torture() {
     let ends = [&torture[..], &["--events", "10", "--kills", "0", "--", "false"]].concat();
     let (_, error) = inbox(&ends, 1).await;
     assert!(error.contains("ended by itself"), "{error}");
+}
+
+#[tokio::test]
+async fn check_says_what_can_come_after_the_window() {
+    let (inbox_database, _client) = installed().await;
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let (_connection, channel) = vhost.connect().await;
+    let mut arguments = lapin::types::FieldTable::default();
+    arguments.insert("x-message-ttl".into(), lapin::types::AMQPValue::LongInt(864_000_000));
+    let durable = lapin::options::QueueDeclareOptions { durable: true, ..Default::default() };
+    channel.queue_declare("slow".into(), durable, arguments).await.expect("a queue");
+    let management = rabbit().await.management_url().expect("a management URL");
+    let text = format!(
+        "source.url = \"{}\"\nsource.slot = \"slot_{}\"\nbroker.url = \"{}\"\n\
+         broker.management_url = \"{management}\"\nadmin.listen = \"\"\n\
+         broker.topology = \"verify\"\n",
+        database.url, database.name, vhost.url
+    );
+    let exchange = lapin::options::ExchangeDeclareOptions { durable: true, ..Default::default() };
+    let topic = lapin::ExchangeKind::Topic;
+    let declared =
+        channel.exchange_declare("watership".into(), topic, exchange, Default::default());
+    declared.await.expect("an exchange");
+    let bound = channel.queue_bind(
+        "slow".into(),
+        "watership".into(),
+        "#".into(),
+        Default::default(),
+        Default::default(),
+    );
+    bound.await.expect("a binding");
+    let mut admin = database.connect().await;
+    watership::pg::migrate::OUTBOX.apply(&mut admin).await.expect("the outbox");
+    let row = "INSERT INTO watership.parked (name, epoch, mark, ordinal, sub, route, state, kind, \
+               error, event_id, source, key, committed_at, lanes, barrier, event, size) \
+               VALUES ('watership', 1, 1, 1, 0, 'r', 'parked', 'x', 'x', gen_random_uuid(), 's', \
+               'k', now() - interval '9 days', '{1}', false, '{}', 1)";
+    admin.batch_execute(row).await.expect("a parked row");
+
+    let path = dev::home().expect("a directory").join("inbox-check.toml");
+    std::fs::write(&path, text).expect("the file");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
+    command.arg("--config").arg(&path).args(["check", "--inbox-url", &inbox_database.url]);
+    let output = command.stdin(Stdio::null()).output().await.expect("the program runs");
+    let out = String::from_utf8_lossy(&output.stdout);
+    let says = |text: &str| assert!(out.contains(text), "{text}\n{out}");
+    says("messages are remembered for 7 days");
+    says("the relay has a parked row of 9 days ago; the window is 7 days");
+    says("queue \"slow\" keeps messages for 10 days; the window is 7 days");
 }

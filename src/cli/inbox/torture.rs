@@ -65,7 +65,7 @@ fn at_least_one(text: &str) -> std::result::Result<usize, String> {
 const SHOWN_MAX: usize = 10;
 
 pub(super) async fn execute(args: &Args, out: Out) -> Result<End> {
-    let (postgres, postgres_url) = args.database.options()?;
+    let (postgres, postgres_url) = args.database.options(super::URL)?;
     let options = torture::Options {
         postgres,
         postgres_url,

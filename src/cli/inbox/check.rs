@@ -1,0 +1,76 @@
+//! What `watership check --inbox-url` adds: whether a message can come to this consumer after the
+//! window in which the inbox remembers it.
+
+use super::{DAYS_LEFT_MIN, Database, Remembered, remembered};
+use crate::amqp::audit::QueueFacts;
+use crate::amqp::management::Management;
+use crate::cli::findings::Findings;
+use crate::config::Config;
+use crate::error::Result;
+use crate::pg::client::{SqlConnection, sql};
+use crate::pg::sqlstate::postgres_error;
+
+const AREA: &str = "inbox";
+const MS_PER_DAY: u64 = 86_400_000;
+
+/// Adds findings about the inbox at `url`.
+pub(in crate::cli) async fn check(findings: &mut Findings, config: &Config, url: &str) {
+    if let Err(error) = look(findings, config, url).await {
+        findings.error(AREA, &error);
+    }
+}
+
+async fn look(findings: &mut Findings, config: &Config, url: &str) -> Result<()> {
+    let database = Database { url: url.to_owned() };
+    let SqlConnection { client, closed: _closed } = database.inbox("--inbox-url").await?;
+    let now = remembered(&client).await?;
+    let Remembered { window_days, days_left, .. } = now;
+    findings.ok(AREA, format!("messages are remembered for {window_days} days"));
+    if days_left < DAYS_LEFT_MIN {
+        findings.problem(
+            AREA,
+            format!("claims fail in {days_left} days: nobody calls watership_inbox.maintain()"),
+            "run a helper, or `watership inbox maintain` once an hour",
+        );
+    }
+    let hint = "raise window_days in watership_inbox.ring; what comes later is parked at the \
+                consumer as beyond_window";
+    if let Some(days) = oldest_parked(config).await?.filter(|days| *days >= window_days) {
+        let what = format!(
+            "the relay has a parked row of {days} days ago; the window is {window_days} days"
+        );
+        findings.warning(AREA, what, hint);
+    }
+    let Some(management) = config.relay.audit.management(&config.relay.broker)? else {
+        findings.ok(AREA, "the TTL of queues is not known without broker.management_url");
+        return Ok(());
+    };
+    for (queue, ttl) in ttls(config, &management).await? {
+        let window_ms = u64::from(window_days.unsigned_abs()) * MS_PER_DAY;
+        if ttl > window_ms {
+            let days = ttl / MS_PER_DAY;
+            let what = format!(
+                "queue {queue:?} keeps messages for {days} days; the window is {window_days} days"
+            );
+            findings.warning(AREA, what, hint);
+        }
+    }
+    Ok(())
+}
+
+/// How many days ago the oldest parked row of this relay was committed.
+async fn oldest_parked(config: &Config) -> Result<Option<i32>> {
+    const SQL: &str = include_str!("../../../sql/query/parked_oldest.sql");
+    let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
+    let row = client.query_opt(SQL, &[&config.relay.name]).await.map_err(postgres_error)?;
+    Ok(row.map(|row| row.get(0)))
+}
+
+/// Queues that keep messages for a limited time, in milliseconds.
+async fn ttls(config: &Config, management: &Management) -> Result<Vec<(String, u64)>> {
+    let exchanges: Vec<_> =
+        config.relay.topology.exchanges.iter().map(|e| e.name.clone()).collect();
+    let survey = management.survey(&exchanges).await?;
+    let ttl = |(name, queue): (&String, &QueueFacts)| Some((name.clone(), queue.message_ttl_ms()?));
+    Ok(survey.queues.iter().filter_map(ttl).collect())
+}
