@@ -113,9 +113,10 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION watership_inbox.claim(
-    consumer text, message_id text, occurred_at timestamptz,
-    body_hash bytea DEFAULT NULL, strict boolean DEFAULT false
+-- What claim does when its one statement made no row: says what is wrong, registers the consumer, or
+-- finds the earlier claim.
+CREATE FUNCTION watership_inbox.claim_with_care(
+    consumer text, message_id text, occurred_at timestamptz, body_hash bytea, strict boolean
 ) RETURNS boolean
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
@@ -160,6 +161,31 @@ BEGIN
 END
 $$;
 
+-- Runs with the caller's rights and settings, and its usual way is one statement: a function with
+-- SET or SECURITY DEFINER, or a second statement, costs about as much again as the row itself.
+CREATE FUNCTION watership_inbox.claim(
+    consumer text, message_id text, occurred_at timestamptz,
+    body_hash bytea DEFAULT NULL, strict boolean DEFAULT false
+) RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+AS $$
+#variable_conflict use_variable
+BEGIN
+    INSERT INTO watership_inbox.claimed (slot, day, consumer, message_id, body_hash)
+    SELECT (d.day - date '2000-01-01') % 40, d.day, c.id, message_id, body_hash
+    FROM watership_inbox.ring AS r, watership_inbox.consumer AS c,
+        (SELECT (occurred_at AT TIME ZONE 'UTC')::date) AS d (day)
+    WHERE c.name = consumer AND octet_length(message_id) BETWEEN 1 AND 1024
+        AND d.day BETWEEN r.first_day AND r.emptied_before + 39
+        AND d.day <= (clock_timestamp() AT TIME ZONE 'UTC')::date + 1
+    ON CONFLICT DO NOTHING;
+    IF FOUND THEN
+        RETURN true;
+    END IF;
+    RETURN watership_inbox.claim_with_care(consumer, message_id, occurred_at, body_hash, strict);
+END
+$$;
+
 -- The new ones among these messages; each is returned once. All of them are claimed, or none.
 CREATE FUNCTION watership_inbox.claim_many(consumer text, ids text[], times timestamptz[])
 RETURNS SETOF text
@@ -191,7 +217,7 @@ BEGIN
     LIMIT 1;
     IF FOUND THEN
         -- One call that says what is wrong with it.
-        PERFORM watership_inbox.claim(consumer, wrong.id, wrong.at);
+        PERFORM watership_inbox.claim_with_care(consumer, wrong.id, wrong.at, NULL, false);
     END IF;
     -- In one order everywhere, or two batches wait for each other.
     WITH claimed_now AS (
@@ -303,9 +329,15 @@ END
 $$;
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA watership_inbox FROM PUBLIC;
+-- What claim needs. A consumer can add claims, and take none away but by forget.
+GRANT SELECT (first_day, emptied_before) ON watership_inbox.ring TO watership_consumer;
+GRANT SELECT (id, name) ON watership_inbox.consumer TO watership_consumer;
+GRANT INSERT (slot, day, consumer, message_id, body_hash) ON watership_inbox.claimed
+    TO watership_consumer;
 GRANT EXECUTE ON FUNCTION
     watership_inbox.register(text),
     watership_inbox.claim(text, text, timestamptz, bytea, boolean),
+    watership_inbox.claim_with_care(text, text, timestamptz, bytea, boolean),
     watership_inbox.claim(text, text),
     watership_inbox.claim_many(text, text[], timestamptz[]),
     watership_inbox.forget(text, text)

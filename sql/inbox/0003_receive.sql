@@ -22,17 +22,18 @@ RETURN CASE WHEN key IS NULL THEN 'm' || message_id ELSE 'k' || key END;
 
 -- Handlers, parking and retries of one key take turns, to the end of their transactions. A number
 -- that two keys share costs some waiting.
-CREATE FUNCTION watership_inbox.lane_lock(consumer_id integer, lane text) RETURNS bigint
+CREATE FUNCTION watership_inbox.lane_lock(consumer text, lane text) RETURNS bigint
 LANGUAGE sql IMMUTABLE
-RETURN hashtextextended(lane, 1465079888 + consumer_id);
+RETURN hashtextextended(lane, hashtextextended(consumer, 1465079888));
 
 -- Locks the key. True if it is parked.
-CREATE FUNCTION watership_inbox.lock_lane(consumer_id integer, lane text) RETURNS boolean
+CREATE FUNCTION watership_inbox.lock_lane(consumer text, consumer_id integer, lane text)
+RETURNS boolean
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_variable
 BEGIN
-    PERFORM pg_advisory_xact_lock(watership_inbox.lane_lock(consumer_id, lane));
+    PERFORM pg_advisory_xact_lock(watership_inbox.lane_lock(consumer, lane));
     IF EXISTS (SELECT FROM watership_inbox.parked_key AS k
         WHERE k.consumer = consumer_id AND k.lane = lane)
     THEN
@@ -129,9 +130,10 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION watership_inbox.receive(
+-- What receive does when its one statement made no row.
+CREATE FUNCTION watership_inbox.receive_with_care(
     consumer text, message_id text, occurred_at timestamptz, key text,
-    body bytea, properties jsonb DEFAULT '{}', body_hash bytea DEFAULT NULL
+    body bytea, properties jsonb, body_hash bytea
 ) RETURNS text
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
@@ -145,7 +147,7 @@ BEGIN
     IF octet_length(message_id) NOT BETWEEN 1 AND 1024 OR message_id IS NULL THEN
         PERFORM watership_inbox.refuse_message_id(message_id);
     END IF;
-    is_parked := watership_inbox.lock_lane(consumer_id, lane);
+    is_parked := watership_inbox.lock_lane(consumer, consumer_id, lane);
     seen := watership_inbox.record(consumer, consumer_id, message_id, occurred_at, body_hash);
     IF NOT seen.first THEN
         RETURN 'duplicate';
@@ -156,6 +158,38 @@ BEGIN
     PERFORM watership_inbox.store_parked(consumer_id, lane, key, message_id, occurred_at,
         seen.unknown IS NULL, coalesce(seen.unknown, 'behind'), NULL, body, properties);
     RETURN 'parked';
+END
+$$;
+
+-- As claim: one statement in the usual case, with the caller's rights. Only under READ COMMITTED does
+-- that statement see what was committed before the lock was taken.
+CREATE FUNCTION watership_inbox.receive(
+    consumer text, message_id text, occurred_at timestamptz, key text,
+    body bytea, properties jsonb DEFAULT '{}', body_hash bytea DEFAULT NULL
+) RETURNS text
+LANGUAGE plpgsql VOLATILE
+AS $$
+#variable_conflict use_variable
+BEGIN
+    IF current_setting('transaction_isolation') = 'read committed' THEN
+        PERFORM pg_advisory_xact_lock(watership_inbox.lane_lock(consumer,
+            watership_inbox.lane(key, message_id)));
+        INSERT INTO watership_inbox.claimed (slot, day, consumer, message_id, body_hash)
+        SELECT (d.day - date '2000-01-01') % 40, d.day, c.id, message_id, body_hash
+        FROM watership_inbox.ring AS r, watership_inbox.consumer AS c,
+            (SELECT (occurred_at AT TIME ZONE 'UTC')::date) AS d (day)
+        WHERE c.name = consumer AND octet_length(message_id) BETWEEN 1 AND 1024
+            AND d.day BETWEEN r.first_day AND r.emptied_before + 39
+            AND d.day <= (clock_timestamp() AT TIME ZONE 'UTC')::date + 1
+            AND NOT EXISTS (SELECT FROM watership_inbox.parked_key AS k
+                WHERE k.consumer = c.id AND k.lane = watership_inbox.lane(key, message_id))
+        ON CONFLICT DO NOTHING;
+        IF FOUND THEN
+            RETURN 'handle';
+        END IF;
+    END IF;
+    RETURN watership_inbox.receive_with_care(consumer, message_id, occurred_at, key, body,
+        properties, body_hash);
 END
 $$;
 
@@ -181,7 +215,7 @@ BEGIN
             coalesce(quote_literal(left(reason, 40)), 'NULL')
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    PERFORM watership_inbox.lock_lane(consumer_id, lane);
+    PERFORM watership_inbox.lock_lane(consumer, consumer_id, lane);
     seen := watership_inbox.record(consumer, consumer_id, message_id, occurred_at, NULL);
     IF NOT seen.first
         AND NOT watership_inbox.claimed_here(consumer_id, message_id, occurred_at)
@@ -218,7 +252,7 @@ BEGIN
         WHERE k.consumer = consumer_id AND k.retry_at IS NOT NULL ORDER BY k.retry_at LIMIT 100
     LOOP
         CONTINUE WHEN NOT pg_try_advisory_xact_lock(
-            watership_inbox.lane_lock(consumer_id, candidate.lane));
+            watership_inbox.lane_lock(consumer, candidate.lane));
         LOOP
             -- Again, now that the key is ours.
             SELECT p.id, p.message_id, p.occurred_at, p.key, p.body, p.properties, p.reason,
@@ -366,7 +400,7 @@ BEGIN
     IF lane IS NULL THEN
         RETURN 0;
     END IF;
-    PERFORM watership_inbox.lock_lane(consumer_id, lane);
+    PERFORM watership_inbox.lock_lane(consumer, consumer_id, lane);
     FOR gone IN
         DELETE FROM watership_inbox.parked AS p
         WHERE p.consumer = consumer_id AND p.lane = lane
@@ -440,7 +474,11 @@ END
 $$;
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA watership_inbox FROM PUBLIC;
+GRANT SELECT (consumer, lane) ON watership_inbox.parked_key TO watership_consumer;
 GRANT EXECUTE ON FUNCTION
+    watership_inbox.lane(text, text),
+    watership_inbox.lane_lock(text, text),
+    watership_inbox.receive_with_care(text, text, timestamptz, text, bytea, jsonb, bytea),
     watership_inbox.receive(text, text, timestamptz, text, bytea, jsonb, bytea),
     watership_inbox.park(text, text, timestamptz, text, text, text, bytea, jsonb),
     watership_inbox.retry_next(text),
