@@ -113,8 +113,8 @@ BEGIN
 END
 $$;
 
--- What claim does when its one statement made no row: says what is wrong, registers the consumer, or
--- finds the earlier claim.
+-- What claim does when its one statement made no row: says what is wrong, registers the consumer,
+-- or finds the earlier claim.
 CREATE FUNCTION watership_inbox.claim_with_care(
     consumer text, message_id text, occurred_at timestamptz, body_hash bytea, strict boolean
 ) RETURNS boolean

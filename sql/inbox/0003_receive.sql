@@ -161,8 +161,8 @@ BEGIN
 END
 $$;
 
--- As claim: one statement in the usual case, with the caller's rights. Only under READ COMMITTED does
--- that statement see what was committed before the lock was taken.
+-- As claim: one statement in the usual case, with the caller's rights. Only under READ COMMITTED
+-- does that statement see what was committed before the lock was taken.
 CREATE FUNCTION watership_inbox.receive(
     consumer text, message_id text, occurred_at timestamptz, key text,
     body bytea, properties jsonb DEFAULT '{}', body_hash bytea DEFAULT NULL

@@ -330,7 +330,7 @@ impl QueueFacts {
         argument.or_else(|| self.policy(name))
     }
 
-    /// How long a message may wait in it, in milliseconds; of policy and argument the smaller counts.
+    /// How long a message may wait in it, in milliseconds: the smaller of policy and argument.
     /// <https://www.rabbitmq.com/docs/ttl#per-queue-message-ttl>
     pub fn message_ttl_ms(&self) -> Option<u64> {
         let argument = self.arguments.get("x-message-ttl").and_then(Value::as_u64);
