@@ -68,7 +68,9 @@ CREATE TABLE watership_inbox.ring (
     emptied_before date    NOT NULL CHECK (emptied_before <= first_day),
     -- The transaction that moved first_day. A slot is emptied only when nobody can still have the
     -- value from before, because TRUNCATE empties it for old snapshots too.
-    moved_by       xid8    NOT NULL
+    moved_by       xid8    NOT NULL,
+    -- When first_day passed a day with claims by the clock alone.
+    passed_at      timestamptz NOT NULL DEFAULT '-infinity'
 );
 INSERT INTO watership_inbox.ring (first_day, emptied_before, moved_by)
 SELECT day, day, pg_current_xact_id() FROM (SELECT (now() AT TIME ZONE 'UTC')::date - 7) AS d (day);

@@ -77,8 +77,8 @@ BEGIN
         RAISE EXCEPTION 'message % is of %, and the inbox has slots to % only',
             quote_literal(left(message_id, 100)), day, last_day
             USING ERRCODE = 'WI003',
-                HINT = 'call watership_inbox.maintain() once an hour; now, until it returns '
-                    'more = false';
+                HINT = 'call watership_inbox.maintain() once an hour; now, with the message''s '
+                    'time, until it returns more = false';
     END IF;
 END
 $$;

@@ -1,8 +1,8 @@
 -- Watership inbox 0004: maintain, which lets the window move on; and views for operators.
 --
 -- The helpers call maintain() once an hour; so may any scheduler, or `watership inbox maintain`. It
--- needs a transaction of its own. A call does little: it empties what everybody has passed, and
--- moves the window by one day with claims at most, so that a wrong clock cannot empty it.
+-- needs a transaction of its own. A wrong clock cannot empty the window: what claims or
+-- `occurred_at` show to be over is passed at once, and by the clock alone one day an hour.
 
 SET ROLE watership_inbox_owner;
 
@@ -46,16 +46,19 @@ BEGIN
 END
 $$;
 
--- `today` is a parameter for the sake of tests.
-CREATE FUNCTION watership_inbox.turn_ring(today date, OUT done text[], OUT postponed text[])
+-- `today` is the clock's; `seen` the day of a message that claims could not take, or NULL.
+CREATE FUNCTION watership_inbox.turn_ring(
+    today date, seen date DEFAULT NULL, OUT done text[], OUT postponed text[]
+)
 LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     state watership_inbox.ring%ROWTYPE;
     slots integer[];
     next_day date;
-    filled boolean;
-    passed_filled boolean := false;
+    -- What the messages say: the window may move on to the newest of them.
+    newest date := seen;
+    by_clock boolean := false;
 BEGIN
     done := '{}'; postponed := '{}';
     SELECT * INTO state FROM watership_inbox.ring FOR UPDATE;
@@ -77,18 +80,31 @@ BEGIN
         UPDATE watership_inbox.ring SET emptied_before = state.first_day;
         done := ARRAY[format('emptied days before %s', state.first_day)];
     END IF;
+    FOR ahead IN REVERSE 39..0 LOOP
+        EXIT WHEN newest >= state.first_day + ahead;
+        IF EXISTS (SELECT FROM watership_inbox.claimed AS c
+            WHERE c.slot = (state.first_day + ahead - date '2000-01-01') % 40)
+        THEN
+            newest := state.first_day + ahead;
+        END IF;
+    END LOOP;
     next_day := state.first_day;
     WHILE next_day < today - state.window_days LOOP
-        SELECT EXISTS (SELECT FROM watership_inbox.claimed AS c
-            WHERE c.slot = (next_day - date '2000-01-01') % 40) INTO filled;
-        EXIT WHEN filled AND passed_filled;
-        passed_filled := passed_filled OR filled;
+        IF (newest IS NULL OR next_day >= newest - state.window_days)
+            AND EXISTS (SELECT FROM watership_inbox.claimed AS c
+                WHERE c.slot = (next_day - date '2000-01-01') % 40)
+        THEN
+            EXIT WHEN by_clock OR clock_timestamp() BETWEEN
+                state.passed_at - interval '1 hour' AND state.passed_at + interval '1 hour';
+            by_clock := true;
+        END IF;
         next_day := next_day + 1;
         -- One turn of the ring is as far as it can go before something is emptied.
         EXIT WHEN next_day - state.first_day >= 40;
     END LOOP;
     IF next_day > state.first_day THEN
-        UPDATE watership_inbox.ring SET first_day = next_day, moved_by = pg_current_xact_id();
+        UPDATE watership_inbox.ring SET first_day = next_day, moved_by = pg_current_xact_id(),
+            passed_at = CASE WHEN by_clock THEN clock_timestamp() ELSE state.passed_at END;
         done := done || format('messages before %s are beyond the window', next_day);
     END IF;
 END
@@ -157,8 +173,11 @@ END
 $$;
 
 -- `done` says what it did, `postponed` what must wait and for what, `more` whether another call can
--- do something now.
-CREATE FUNCTION watership_inbox.maintain(OUT done text[], OUT postponed text[], OUT more boolean)
+-- do something now. After WI003 pass the message's `occurred_at`: it is the proof that the clock is
+-- right and that the window has to move.
+CREATE FUNCTION watership_inbox.maintain(
+    occurred_at timestamptz DEFAULT NULL, OUT done text[], OUT postponed text[], OUT more boolean
+)
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET lock_timeout = '100ms'
@@ -172,7 +191,8 @@ BEGIN
         postponed := ARRAY['all: maintenance is running in another session'];
         RETURN;
     END IF;
-    part := watership_inbox.turn_ring((now() AT TIME ZONE 'UTC')::date);
+    part := watership_inbox.turn_ring((now() AT TIME ZONE 'UTC')::date,
+        (occurred_at AT TIME ZONE 'UTC')::date);
     done := done || part.done; postponed := postponed || part.postponed;
     part := watership_inbox.turn_generation(now());
     done := done || part.done; postponed := postponed || part.postponed;
@@ -249,7 +269,7 @@ JOIN watership_inbox.consumer AS c ON c.id = p.consumer
 JOIN watership_inbox.parked_key AS k ON k.consumer = p.consumer AND k.lane = p.lane;
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA watership_inbox FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION watership_inbox.maintain() TO watership_consumer;
+GRANT EXECUTE ON FUNCTION watership_inbox.maintain(timestamptz) TO watership_consumer;
 GRANT SELECT ON watership_inbox.remembered, watership_inbox.processed_per_hour,
     watership_inbox.seen, watership_inbox.duplicates, watership_inbox.body_mismatches,
     watership_inbox.unfinished_attempts, watership_inbox.parked_keys,

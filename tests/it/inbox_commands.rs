@@ -70,6 +70,7 @@ async fn an_inbox_and_an_outbox_live_in_one_database() {
 #[tokio::test]
 async fn claims_fail_soon_is_a_problem_of_status() {
     let (database, client) = installed().await;
+    assert_eq!(receive(&client, "m1", 0, "k").await, "handle");
     // As after weeks without maintenance.
     let past = "UPDATE watership_inbox.ring SET first_day = first_day - 31, \
                 emptied_before = emptied_before - 31";
