@@ -34,6 +34,7 @@ final class Subscription {
             factory.setAutomaticRecoveryEnabled(false); // it would hide what was lost
             factory.setRequestedHeartbeat(5);
             broker = factory.newConnection();
+            subscribe(broker.createChannel());
             var watch = broker.createChannel();
             every(15, "watchdog", () -> {
                 var q = watch.queueDeclarePassive(QUEUE);
@@ -46,7 +47,6 @@ final class Subscription {
                 while (!lost.isDone() && Inbox.retry(retries, side)) {}
             });
             every(3600, "database", Inbox::maintain);
-            subscribe(broker.createChannel());
             var cause = lost.get();
             timers.shutdown();
             while (Consumer.stopping && inHand.get() > 0) {
