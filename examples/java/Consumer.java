@@ -1,5 +1,5 @@
-// A consumer: each message has its effect once, in order within its key, whatever crashes. This file
-// is yours; take the others as they are. For Java 17, amqp-client 5 and pgjdbc 42.
+// A consumer: each message has its effect once, in order within its key, whatever crashes. This
+// file is yours; take the others as they are. For Java 17, amqp-client 5 and pgjdbc 42.
 
 import java.sql.Connection;
 import java.util.concurrent.CountDownLatch;
@@ -9,8 +9,9 @@ public final class Consumer {
     static volatile boolean stopping;
     static volatile Subscription current;
 
-    // What it does on this connection has its effect once; it does not commit. When it throws, it is
-    // called again later, and in the end the message is parked with its key. (For the crash test.)
+    // What it does on this connection has its effect once; it does not commit. When it throws, it
+    // is called again, and in the end the message is parked with its key; at once if it throws
+    // Inbox.Permanent. (This one is for the crash test.)
     static void handle(Connection transaction, Message message) throws Exception {
         try (var insert = transaction.prepareStatement("""
                 INSERT INTO watership_torture.effect (message_id, key, number)

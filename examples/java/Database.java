@@ -4,8 +4,8 @@ import java.net.URI;
 import java.sql.Connection;
 import java.sql.DriverManager;
 import java.sql.SQLException;
+import java.util.List;
 import java.util.Properties;
-import java.util.Set;
 
 final class Database {
     private Database() {}
@@ -26,7 +26,8 @@ final class Database {
     }
 
     // The first row of a SELECT, or null.
-    static Object[] ask(Connection connection, String select, Object... arguments) throws SQLException {
+    static Object[] ask(Connection connection, String select, Object... arguments)
+        throws SQLException {
         try (var statement = connection.prepareStatement("SELECT " + select)) {
             for (int i = 0; i < arguments.length; i++) {
                 statement.setObject(i + 1, arguments[i]);
@@ -44,9 +45,13 @@ final class Database {
         }
     }
 
+    static boolean isState(Throwable e, String... states) {
+        return e instanceof SQLException sql && List.of(states).contains("" + sql.getSQLState())
+            || e.getCause() != null && isState(e.getCause(), states);
+    }
+
     // A conflict of two transactions is no fault of the handler.
     static boolean isConflict(Throwable e) {
-        return e instanceof SQLException sql && Set.of("40001", "40P01").contains("" + sql.getSQLState())
-            || e.getCause() != null && isConflict(e.getCause());
+        return isState(e, "40001", "40P01");
     }
 }

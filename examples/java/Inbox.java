@@ -10,9 +10,18 @@ final class Inbox {
 
     private Inbox() {}
 
+    // An error of the handler that another try would not change.
+    @SuppressWarnings("serial")
+    static final class Permanent extends Exception {
+        Permanent(String message) {
+            super(message);
+        }
+    }
+
     // An attempt begins, at a message that came back: what ends the process each time is given up.
     private static void started(Connection c, Message m) throws SQLException {
-        var row = Database.ask(c, "failed, killed FROM watership_inbox.attempt_started(?, ?)", CONSUMER, m.id);
+        var row = Database.ask(c, "failed, killed FROM watership_inbox.attempt_started(?, ?)",
+            CONSUMER, m.id);
         c.commit();
         m.again = false;
         m.recorded = true;
@@ -24,9 +33,11 @@ final class Inbox {
     }
 
     private static void receive(Connection c, Message m) throws Exception {
-        if (m.reason == null && Database.ask(c, "watership_inbox.receive(?, ?, ?, ?, ?, ?::jsonb)", CONSUMER, m.id,
-            m.time, m.key, m.body, m.properties)[0].equals("handle")) {
-            // The last try has a savepoint: nothing of the key passes before the message is parked.
+        var verdict = m.reason != null ? m.reason : Database.ask(c,
+            "watership_inbox.receive(?, ?, ?, ?, ?, ?::jsonb)",
+            CONSUMER, m.id, m.time, m.key, m.body, m.properties)[0];
+        if (verdict.equals("handle")) {
+            // The last try has a savepoint: nothing of the key passes before it is parked.
             var savepoint = m.failures + 1 < MAX_FAILURES ? null : c.setSavepoint();
             try {
                 Consumer.handle(c, m);
@@ -41,8 +52,8 @@ final class Inbox {
         }
         if (m.reason != null) {
             System.err.printf("parking %s of key %s (%s): %s%n", m.id, m.key, m.reason, m.why);
-            Database.ask(c, "watership_inbox.park(?, ?, ?, ?, ?, ?, ?, ?::jsonb)", CONSUMER, m.id, m.time, m.key,
-                m.reason, m.why, m.body, m.properties);
+            Database.ask(c, "watership_inbox.park(?, ?, ?, ?, ?, ?, ?, ?::jsonb)", CONSUMER, m.id,
+                m.time, m.key, m.reason, m.why, m.body, m.properties);
         } else if (m.recorded) {
             Database.ask(c, "watership_inbox.attempt_ended(?, ?)", CONSUMER, m.id);
         }
@@ -63,10 +74,15 @@ final class Inbox {
                 return false;
             }
             System.err.printf("failed: %s of key %s: %s%n", m.id, m.key, e);
+            if (Database.isState(e, "WI003")) { // nobody has called it for weeks
+                maintain();
+                return false;
+            }
             m.recorded = true;
-            m.failures = (int) Database.ask(c, "watership_inbox.attempt_failed(?, ?, ?)", CONSUMER, m.id, "" + e)[0];
+            m.failures = (int) Database.ask(c, "watership_inbox.attempt_failed(?, ?, ?)",
+                CONSUMER, m.id, "" + e)[0];
             c.commit();
-            if (m.failures >= MAX_FAILURES) { // when the commit fails, for example
+            if (m.failures >= MAX_FAILURES || e instanceof Permanent) {
                 m.reason = "failed";
                 m.why = "" + e;
             }
@@ -74,10 +90,10 @@ final class Inbox {
         }
     }
 
-    // Handles the next parked message of a key that an operator marked for retry. False: there is none.
+    // Handles the next parked message of a key that an operator marked for retry, if there is one.
     static boolean retry(Connection c, Connection side) throws SQLException {
-        var row = Database.ask(c, "id, message_id, key, body, properties::text FROM watership_inbox.retry_next(?)",
-            CONSUMER);
+        var row = Database.ask(c, """
+            id, message_id, key, body, properties::text FROM watership_inbox.retry_next(?)""", CONSUMER);
         if (row == null) {
             c.commit(); // a key without messages is live again
             return false;
@@ -105,11 +121,12 @@ final class Inbox {
 
     // Milliseconds before the next try: 100, doubled up to 10 s, with full jitter.
     static long backoff(Message m) {
-        return ThreadLocalRandom.current().nextLong(Math.min(10_000, 100L << Math.min(m.failures, 7)));
+        var most = Math.min(10_000, 100L << Math.min(m.failures, 7));
+        return ThreadLocalRandom.current().nextLong(most);
     }
 
     // Lets the window of remembered messages move on.
-    static void maintain() throws Exception {
+    static void maintain() throws SQLException {
         try (var c = Database.open()) {
             for (var more = true; more; c.commit()) {
                 more = (boolean) Database.ask(c, "more FROM watership_inbox.maintain()")[0];

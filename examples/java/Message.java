@@ -9,9 +9,10 @@ import java.util.*;
 import java.util.stream.Collectors;
 
 final class Message {
-    final String id, key, properties; // JSON: exchange, routing_key, headers (with traceparent), …
+    final String id, key;
     final OffsetDateTime time;
     final byte[] body;
+    final String properties; // JSON: exchange, routing_key, headers (with traceparent), …
     String reason, why = ""; // with a reason, it is parked and not handled (again)
     boolean again, recorded; // it was delivered before; the inbox knows of an attempt
     int failures, conflicts;
@@ -21,7 +22,8 @@ final class Message {
         Map<String, Object> headers = p.getHeaders() == null ? Map.of() : p.getHeaders();
         body = delivery.getBody();
         key = headers.get("ws-key") == null ? null : headers.get("ws-key").toString();
-        time = p.getTimestamp() == null ? null : p.getTimestamp().toInstant().atOffset(ZoneOffset.UTC);
+        time = p.getTimestamp() == null ? null
+            : p.getTimestamp().toInstant().atOffset(ZoneOffset.UTC);
         again = delivery.getEnvelope().isRedeliver()
             || headers.get("x-delivery-count") instanceof Number count && count.longValue() > 0;
         var missing = p.getMessageId() == null || p.getMessageId().isEmpty();
@@ -60,7 +62,8 @@ final class Message {
 
     private static String json(Object value) {
         if (value instanceof Map<?, ?> map) {
-            return map.entrySet().stream().map(e -> json("" + e.getKey()) + ":" + json(e.getValue()))
+            return map.entrySet().stream()
+                .map(e -> json("" + e.getKey()) + ":" + json(e.getValue()))
                 .collect(Collectors.joining(",", "{", "}"));
         } else if (value instanceof List<?> list) {
             return list.stream().map(Message::json).collect(Collectors.joining(",", "[", "]"));
@@ -68,7 +71,7 @@ final class Message {
             || value instanceof Number number && Double.isFinite(number.doubleValue())) {
             return "" + value;
         }
-        var text = value instanceof byte[] bytes ? Base64.getEncoder().encodeToString(bytes) : "" + value;
+        var text = value instanceof byte[] b ? Base64.getEncoder().encodeToString(b) : "" + value;
         return text.chars().mapToObj(c -> c == '"' || c == '\\' ? "\\" + (char) c
             : c < ' ' ? String.format("\\u%04x", c) : "" + (char) c)
             .collect(Collectors.joining("", "\"", "\""));

@@ -1,6 +1,7 @@
-// A producer: the event exists exactly when the transaction commits. With Spring, in a method that is
-// @Transactional, after the change:
-//     jdbcTemplate.queryForObject("SELECT watership.emit('order', ?, 'paid', ?)", UUID.class, id, json);
+// A producer: the event exists exactly when the transaction commits. With Spring, in a method that
+// is @Transactional, after the change:
+//     jdbcTemplate.queryForObject(
+//         "SELECT watership.emit('order', ?, 'paid', ?)", UUID.class, id, json);
 // With JPA, likewise; flush first, so that the change comes before its event:
 //     entityManager.flush();
 //     entityManager
@@ -15,12 +16,14 @@ public final class Producer {
 
     static void pay(Connection connection, long order) throws SQLException {
         try {
-            // The change comes first: its row lock puts the events of an order into the order of commits.
-            try (var change = connection.prepareStatement("UPDATE orders SET state = 'paid' WHERE id = ?")) {
+            // The change comes first: by its row lock, events of an order come in the order of commits.
+            try (var change = connection.prepareStatement(
+                    "UPDATE orders SET state = 'paid' WHERE id = ?")) {
                 change.setLong(1, order);
                 change.executeUpdate();
             }
-            try (var emit = connection.prepareStatement("SELECT watership.emit('order', ?, 'paid', ?)")) {
+            try (var emit = connection.prepareStatement(
+                    "SELECT watership.emit('order', ?, 'paid', ?)")) {
                 emit.setLong(1, order);
                 emit.setString(2, "{\"id\": " + order + ", \"state\": \"paid\"}");
                 emit.execute();

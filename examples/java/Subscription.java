@@ -1,5 +1,5 @@
-// What a consumer does is written in clients/README.md. Left out here: giving up to a dead-letter
-// exchange (it parks), final errors, WI003 (maintain runs every hour), counters (there are log lines).
+// What it does is written in clients/README.md. Left out: dead_letter (it parks), and counters (there
+// are log lines).
 
 import com.rabbitmq.client.Channel;
 import com.rabbitmq.client.ConnectionFactory;
@@ -12,6 +12,7 @@ import java.util.concurrent.atomic.AtomicInteger;
 final class Subscription {
     static final String QUEUE = System.getenv("QUEUE");
     static final int CONCURRENCY = 8;
+    static final CompletableFuture<Void> NOTHING = CompletableFuture.completedFuture(null);
 
     final CompletableFuture<String> lost = new CompletableFuture<>();
     final BlockingQueue<Connection> connections = new LinkedBlockingQueue<>();
@@ -50,9 +51,9 @@ final class Subscription {
             var cause = lost.get();
             timers.shutdown();
             while (Consumer.stopping && inHand.get() > 0) {
-                Thread.sleep(10);
+                Thread.sleep(10); // what has begun may end
             }
-            timers.awaitTermination(30, TimeUnit.SECONDS); // a retry that has begun may end
+            timers.awaitTermination(30, TimeUnit.SECONDS);
             return cause;
         } catch (Exception e) {
             return e + (e.getCause() == null ? "" : ": " + e.getCause().getMessage());
@@ -74,7 +75,7 @@ final class Subscription {
             heard = System.nanoTime();
             inHand.incrementAndGet();
             var message = new Message(delivery);
-            var before = lanes.getOrDefault(message.lane(), CompletableFuture.completedFuture(null));
+            var before = lanes.getOrDefault(message.lane(), NOTHING);
             var last = before.thenRunAsync(guarded("database", () -> {
                 if (deliver(message)) {
                     channel.basicAck(delivery.getEnvelope().getDeliveryTag(), false);
@@ -85,7 +86,8 @@ final class Subscription {
                 lanes.remove(message.lane(), last);
                 inHand.decrementAndGet();
             });
-        }, tag -> lost.complete("cancelled by the broker"), (tag, cause) -> lost.complete("closed: " + cause));
+        }, tag -> lost.complete("cancelled by the broker"),
+            (tag, cause) -> lost.complete("closed: " + cause.getMessage()));
     }
 
     // Tries until the message is handled or parked. False: the subscription was lost before.
@@ -139,6 +141,6 @@ final class Subscription {
     }
 
     private void every(int seconds, String cause, Work work) {
-        timers.scheduleWithFixedDelay(guarded(cause, work), seconds == 15 ? 15 : 0, seconds, TimeUnit.SECONDS);
+        timers.scheduleWithFixedDelay(guarded(cause, work), 0, seconds, TimeUnit.SECONDS);
     }
 }

@@ -20,7 +20,8 @@ public static class Consumer
         (ushort)(Environment.GetEnvironmentVariable("ORDERED") == "true" ? 1 : 50);
 
     // What it does in this transaction has its effect once. When it throws, it is called again, and
-    // in the end the message is parked with its key. (This one is for the crash test.)
+    // in the end the message is parked with its key; at once if it throws PermanentException.
+    // (This one is for the crash test.)
     public static async Task HandleAsync(NpgsqlTransaction transaction, Message message)
     {
         await using var insert = new NpgsqlCommand(

@@ -5,11 +5,11 @@ using Npgsql;
 internal static class Database
 {
     // Npgsql takes no URL. Of DATABASE_URL it gets all but the options.
-    internal static string ConnectionString()
+    internal static NpgsqlDataSource Create()
     {
         var url = new Uri(Environment.GetEnvironmentVariable("DATABASE_URL")!);
         var login = url.UserInfo.Split(':', 2).Select(Uri.UnescapeDataString).ToArray();
-        return new NpgsqlConnectionStringBuilder
+        return NpgsqlDataSource.Create(new NpgsqlConnectionStringBuilder
         {
             Host = url.Host,
             Port = url.Port < 0 ? 5432 : url.Port,
@@ -18,7 +18,7 @@ internal static class Database
             Database = Uri.UnescapeDataString(url.AbsolutePath.TrimStart('/')),
             MaxPoolSize = Subscription.Concurrency + 4, // for retries and housekeeping
             KeepAlive = 10,
-        }.ConnectionString;
+        });
     }
 
     private static NpgsqlCommand Command(NpgsqlConnection c, string select, object?[] arguments)

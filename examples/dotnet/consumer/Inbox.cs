@@ -79,7 +79,7 @@ internal static class Inbox
             var row = await c.AskAsync(
                 "watership_inbox.attempt_failed($1, $2, $3)", Name, m.Id, e.Message);
             (m.Recorded, m.Failures) = (true, (int)row![0]);
-            if (m.Failures >= MaxFailures) // when the commit fails, for example
+            if (m.Failures >= MaxFailures || e is PermanentException)
             {
                 (m.Reason, m.Why) = ("failed", e.Message);
             }

@@ -7,6 +7,9 @@ using System.Text.Json;
 using RabbitMQ.Client;
 using RabbitMQ.Client.Events;
 
+// An error of the handler that another try would not change.
+public sealed class PermanentException(string message) : Exception(message);
+
 public sealed class Message
 {
     public required string Id { get; init; }

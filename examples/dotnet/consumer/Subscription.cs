@@ -1,6 +1,5 @@
-// Not covered by tests. What a consumer does is written in clients/README.md. Left out here: giving
-// up to a dead-letter exchange (it parks), final errors, WI003 (maintain runs every hour), counters
-// (there are log lines).
+// Not covered by tests. What it does is written in clients/README.md. Left out: dead_letter (it
+// parks), the answer to WI003 (maintain runs every hour), counters (there are log lines).
 
 using System.Collections.Concurrent;
 using Npgsql;
@@ -15,7 +14,7 @@ internal sealed class Subscription(CancellationToken stop)
 
     private readonly CancellationTokenSource lost =
         CancellationTokenSource.CreateLinkedTokenSource(stop);
-    private readonly NpgsqlDataSource database = NpgsqlDataSource.Create(Database.ConnectionString());
+    private readonly NpgsqlDataSource database = Database.Create();
     private readonly SemaphoreSlim slots = new(Concurrency);
     private readonly ConcurrentDictionary<string, Task> lanes = new();
     private string? cause;

@@ -1,4 +1,4 @@
-// NOT COVERED BY TESTS: written against the documentation of EF Core 8 and Npgsql 8, and not run.
+// NOT COVERED BY TESTS: written against the documented API of EF Core 8 and Npgsql 8.
 // A producer: the event exists exactly when the transaction commits.
 
 using System.ComponentModel.DataAnnotations.Schema;
@@ -14,7 +14,7 @@ static async Task PayAsync(Shop shop, long id)
     await using var transaction = await shop.Database.BeginTransactionAsync();
     var order = await shop.Orders.SingleAsync(o => o.Id == id);
     order.State = "paid";
-    // The change comes first: its row lock puts the events of an order into the order of commits.
+    // The change comes first: by its row lock, events of an order come in the order of commits.
     await shop.SaveChangesAsync();
     var payload = JsonSerializer.Serialize(new { id, state = order.State });
     // Each {…} is sent as a parameter: bigint and text.

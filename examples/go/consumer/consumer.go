@@ -1,7 +1,6 @@
-// What a consumer does is written in clients/README.md. Left out here: giving up to a dead-letter
-// exchange (it parks), Permanent, WI003 (maintain runs every hour), and counters (there are log lines).
-// Debian has pgx 4. With pgx 5, the current major: "pgx/v5" in the imports, pgxpool.NewWithConfig for
-// ConnectConfig, and pgx.BeginFunc(always, c, …) for c.BeginFunc(always, …) in message.go.
+// What it does is written in clients/README.md. Left out: dead_letter (it parks), and counters (there
+// are log lines). Debian has pgx 4. With the current major, 5: "pgx/v5" in the imports,
+// pgxpool.NewWithConfig for ConnectConfig, pgx.BeginFunc(always, c, …) for c.BeginFunc(always, …).
 package main
 
 import (
@@ -24,7 +23,7 @@ func run(stop context.Context, databaseURL, amqpURL string, ordered bool) {
 		began := time.Now()
 		if err := consume(stop, databaseURL, amqpURL, ordered); stop.Err() == nil {
 			log.Printf("subscription lost: %v", err)
-			if time.Since(began) > 10*time.Second {
+			if time.Since(began) > 5*time.Second {
 				wait = 100 * time.Millisecond
 			}
 			pause(stop, wait)
@@ -83,7 +82,8 @@ func consume(stop context.Context, databaseURL, amqpURL string, ordered bool) er
 	for {
 		select {
 		case <-stop.Done():
-			for limit := time.Now().Add(stopTimeout); atomic.LoadInt64(&inHand) > 0 && time.Now().Before(limit); {
+			limit := time.Now().Add(stopTimeout)
+			for atomic.LoadInt64(&inHand) > 0 && time.Now().Before(limit) {
 				time.Sleep(10 * time.Millisecond)
 			}
 			return nil

@@ -1,5 +1,5 @@
-// A consumer: each message has its effect once, in order within its key, whatever crashes. This file
-// is yours; take consumer.go and message.go as they are.
+// A consumer: each message has its effect once, in order within its key, whatever crashes. This
+// file is yours; take the others as they are.
 package main
 
 import (
@@ -13,8 +13,8 @@ import (
 
 var consumer, queue = os.Getenv("CONSUMER"), os.Getenv("QUEUE")
 
-// What it does in tx has its effect once. An error: it is tried again, and in the end parked with its
-// key. This one is what the crash test judges.
+// What it does in tx has its effect once. An error: it is called again, and in the end the message is
+// parked with its key; at once if the error is permanent. (This one is for the crash test.)
 func handle(ctx context.Context, tx pgx.Tx, m *message) error {
 	_, err := tx.Exec(ctx, `INSERT INTO watership_torture.effect (message_id, key, number)
 		SELECT $1, e ->> 'key', (e ->> 'number')::bigint

@@ -20,6 +20,9 @@ const maxFailures, maxKills, maxConflicts = 5, 10, 10
 
 var always = context.Background() // what has begun may end
 
+// An error of the handler that another try would not change.
+type permanent struct{ error }
+
 type message struct {
 	ID, Key, lane       string // lane: what is handled one after the other
 	Time                *time.Time
@@ -43,17 +46,27 @@ func read(d amqp.Delivery) *message {
 	if !d.Timestamp.IsZero() {
 		m.Time = &d.Timestamp
 	}
-	m.Properties, _ = json.Marshal(map[string]any{"exchange": d.Exchange, "routing_key": d.RoutingKey,
-		"content_type": d.ContentType, "type": d.Type, "app_id": d.AppId, "headers": d.Headers})
+	m.Properties, _ = json.Marshal(map[string]any{
+		"exchange": d.Exchange, "routing_key": d.RoutingKey, "content_type": d.ContentType,
+		"type": d.Type, "app_id": d.AppId, "headers": d.Headers})
 	return m
 }
 
-func isConflict(err error) bool { // of two transactions: no fault of the handler
+func isState(err error, states ...string) bool {
 	var e interface{ SQLState() string }
-	return errors.As(err, &e) && (e.SQLState() == "40001" || e.SQLState() == "40P01")
+	for _, state := range states {
+		if errors.As(err, &e) && e.SQLState() == state {
+			return true
+		}
+	}
+	return false
 }
 
-// Tries until the message is handled or parked, and acknowledges it. An error: the database is lost.
+func isConflict(err error) bool { // of two transactions: no fault of the handler
+	return isState(err, "40001", "40P01")
+}
+
+// Tries until the message is handled or parked; then acknowledges it. An error: the database is lost.
 func deliver(ctx context.Context, pool *pgxpool.Pool, m *message, d amqp.Delivery) error {
 	for wait := 100 * time.Millisecond; ctx.Err() == nil; {
 		c, err := pool.Acquire(ctx)
@@ -95,10 +108,14 @@ func (m *message) started(c *pgxpool.Conn) error {
 
 func (m *message) failed(c *pgxpool.Conn, err error) {
 	log.Printf("failed: %s of key %q: %v", m.ID, m.Key, err)
+	if isState(err, "WI003") { // nobody has called it for weeks
+		maintain(c)
+		return
+	}
 	m.recorded = true
 	_ = c.QueryRow(always, "SELECT watership_inbox.attempt_failed($1, $2, $3)", consumer, m.ID,
 		err.Error()).Scan(&m.failures)
-	if m.failures >= maxFailures { // when the commit fails, for example
+	if m.failures >= maxFailures || errors.As(err, &permanent{}) {
 		m.reason, m.why = "failed", err.Error()
 	}
 }
@@ -107,10 +124,11 @@ func (m *message) failed(c *pgxpool.Conn, err error) {
 func (m *message) receive(tx pgx.Tx) (err error) {
 	verdict := ""
 	if m.reason == "" {
-		err = tx.QueryRow(always, "SELECT watership_inbox.receive($1, $2, $3, nullif($4, ''), $5, $6)",
-			consumer, m.ID, m.Time, m.Key, m.Body, m.Properties).Scan(&verdict)
+		err = tx.QueryRow(always, `SELECT watership_inbox.receive(
+			$1, $2, $3, nullif($4, ''), $5, $6)`, consumer, m.ID, m.Time, m.Key, m.Body,
+			m.Properties).Scan(&verdict)
 	}
-	if verdict == "handle" { // in a savepoint, so that nothing of the key passes before it is parked
+	if verdict == "handle" { // in a savepoint: nothing of the key passes before it is parked
 		err = tx.BeginFunc(always, func(tx pgx.Tx) error { return handle(always, tx, m) })
 		if err != nil && !isConflict(err) && m.failures+1 >= maxFailures {
 			m.reason, m.why, err = "failed", err.Error(), nil
@@ -118,8 +136,9 @@ func (m *message) receive(tx pgx.Tx) (err error) {
 	}
 	if err == nil && m.reason != "" {
 		log.Printf("parking %s of key %q (%s): %s", m.ID, m.Key, m.reason, m.why)
-		_, err = tx.Exec(always, "SELECT watership_inbox.park($1, $2, $3, nullif($4, ''), $5, $6, $7, $8)",
-			consumer, m.ID, m.Time, m.Key, m.reason, m.why, m.Body, m.Properties)
+		_, err = tx.Exec(always, `SELECT watership_inbox.park(
+			$1, $2, $3, nullif($4, ''), $5, $6, $7, $8)`, consumer, m.ID, m.Time, m.Key, m.reason,
+			m.why, m.Body, m.Properties)
 	} else if err == nil && m.recorded {
 		_, err = tx.Exec(always, "SELECT watership_inbox.attempt_ended($1, $2)", consumer, m.ID)
 	}

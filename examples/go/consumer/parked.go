@@ -1,4 +1,4 @@
-// Once a second: parked messages of keys that an operator marked for retry. Once an hour: housekeeping.
+// Parked messages of keys that an operator marked for retry; and housekeeping.
 package main
 
 import (
@@ -24,11 +24,8 @@ func retries(ctx context.Context, pool *pgxpool.Pool) error {
 	}
 	defer side.Release()
 	for second := 0; ctx.Err() == nil; second++ {
-		for more := second%3600 == 0; more; {
-			if err = side.QueryRow(ctx, "SELECT more FROM watership_inbox.maintain()").Scan(&more); err != nil {
-				log.Printf("maintain: %v", err)
-				break
-			}
+		if second%3600 == 0 {
+			maintain(side)
 		}
 		for ctx.Err() == nil && retry(c, side) {
 		}
@@ -40,13 +37,25 @@ func retries(ctx context.Context, pool *pgxpool.Pool) error {
 	return nil
 }
 
+// Lets the window of remembered messages move on.
+func maintain(c *pgxpool.Conn) {
+	for more := true; more; {
+		err := c.QueryRow(always, "SELECT more FROM watership_inbox.maintain()").Scan(&more)
+		if err != nil {
+			log.Printf("maintain: %v", err)
+			return
+		}
+	}
+}
+
 // Handles the next one. False: there is none, or it failed.
 func retry(c, side *pgxpool.Conn) (more bool) {
 	id, m := int64(0), &message{}
 	err := c.BeginFunc(always, func(tx pgx.Tx) error {
-		err := tx.QueryRow(always, `SELECT id, message_id, occurred_at, coalesce(key, ''), body, properties
-			FROM watership_inbox.retry_next($1)`, consumer).Scan(&id, &m.ID, &m.Time, &m.Key, &m.Body,
-			&m.Properties)
+		err := tx.QueryRow(always, `
+			SELECT id, message_id, occurred_at, coalesce(key, ''), body, properties
+			FROM watership_inbox.retry_next($1)`, consumer).
+			Scan(&id, &m.ID, &m.Time, &m.Key, &m.Body, &m.Properties)
 		if errors.Is(err, pgx.ErrNoRows) {
 			return nil // the commit counts: a key without messages is live again
 		}

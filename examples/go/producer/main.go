@@ -19,12 +19,13 @@ func pay(ctx context.Context, db *pgx.Conn, order int64) error {
 		return err
 	}
 	return db.BeginFunc(ctx, func(tx pgx.Tx) error {
-		// The change comes first: its row lock puts the events of an order into the order of commits.
-		if _, err := tx.Exec(ctx, "UPDATE orders SET state = 'paid' WHERE id = $1", order); err != nil {
+		// The change comes first: by its row lock, events of an order come in the order of commits.
+		_, err := tx.Exec(ctx, "UPDATE orders SET state = 'paid' WHERE id = $1", order)
+		if err != nil {
 			return err
 		}
 		// The cast says which emit is meant: aggregate_id may be bigint, uuid or text.
-		_, err := tx.Exec(ctx, "SELECT watership.emit('order', $1::bigint, 'paid', $2)", order,
+		_, err = tx.Exec(ctx, "SELECT watership.emit('order', $1::bigint, 'paid', $2)", order,
 			string(payload))
 		return err
 	})
