@@ -51,7 +51,6 @@ final class Inbox {
             }
         }
         if (m.reason != null) {
-            System.err.printf("parking %s of key %s (%s): %s%n", m.id, m.key, m.reason, m.why);
             Database.ask(c, "watership_inbox.park(?, ?, ?, ?, ?, ?, ?, ?::jsonb)", CONSUMER, m.id,
                 m.time, m.key, m.reason, m.why, m.body, m.properties);
         } else if (m.recorded) {
@@ -67,6 +66,9 @@ final class Inbox {
             }
             receive(c, m);
             c.commit();
+            if (m.reason != null) {
+                System.err.printf("parked: %s of key %s (%s): %s%n", m.id, m.key, m.reason, m.why);
+            }
             return true;
         } catch (Exception e) {
             c.rollback();

@@ -71,7 +71,8 @@ final class Message {
             || value instanceof Number number && Double.isFinite(number.doubleValue())) {
             return "" + value;
         }
-        var text = value instanceof byte[] b ? Base64.getEncoder().encodeToString(b) : "" + value;
+        var text = value instanceof byte[] bytes ? Base64.getEncoder().encodeToString(bytes)
+            : value instanceof Date date ? "" + date.toInstant() : "" + value;
         return text.chars().mapToObj(c -> c == '"' || c == '\\' ? "\\" + (char) c
             : c < ' ' ? String.format("\\u%04x", c) : "" + (char) c)
             .collect(Collectors.joining("", "\"", "\""));

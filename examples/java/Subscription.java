@@ -1,5 +1,4 @@
-// What it does is written in clients/README.md. Left out: dead_letter (it parks), and counters (there
-// are log lines).
+// What it does is in clients/README.md. Left out: dead_letter (it parks), counters (it logs).
 
 import com.rabbitmq.client.Channel;
 import com.rabbitmq.client.ConnectionFactory;
@@ -111,7 +110,11 @@ final class Subscription {
             if (handled) {
                 return true;
             }
-            Thread.sleep(Inbox.backoff(message));
+            try {
+                lost.get(Inbox.backoff(message), TimeUnit.MILLISECONDS);
+            } catch (TimeoutException e) {
+                // Time for the next try.
+            }
         }
         return false;
     }

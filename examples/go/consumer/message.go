@@ -84,6 +84,9 @@ func deliver(ctx context.Context, pool *pgxpool.Pool, m *message, d amqp.Deliver
 		}
 		c.Release()
 		if err == nil {
+			if m.reason != "" {
+				log.Printf("parked: %s of key %q (%s): %s", m.ID, m.Key, m.reason, m.why)
+			}
 			_ = d.Ack(false) // on a closed channel: it comes again, as a duplicate
 			return nil
 		} else if lost {
@@ -135,7 +138,6 @@ func (m *message) receive(tx pgx.Tx) (err error) {
 		}
 	}
 	if err == nil && m.reason != "" {
-		log.Printf("parking %s of key %q (%s): %s", m.ID, m.Key, m.reason, m.why)
 		_, err = tx.Exec(always, `SELECT watership_inbox.park(
 			$1, $2, $3, nullif($4, ''), $5, $6, $7, $8)`, consumer, m.ID, m.Time, m.Key, m.reason,
 			m.why, m.Body, m.Properties)
