@@ -2,6 +2,7 @@
 
 import java.sql.Connection;
 import java.sql.SQLException;
+import java.time.OffsetDateTime;
 import java.util.concurrent.ThreadLocalRandom;
 
 final class Inbox {
@@ -77,7 +78,7 @@ final class Inbox {
             }
             System.err.printf("failed: %s of key %s: %s%n", m.id, m.key, e);
             if (Database.isState(e, "WI003")) { // nobody has called it for weeks
-                maintain();
+                maintain(m.time);
                 return false;
             }
             m.recorded = true;
@@ -127,11 +128,11 @@ final class Inbox {
         return ThreadLocalRandom.current().nextLong(most);
     }
 
-    // Lets the window of remembered messages move on.
-    static void maintain() throws SQLException {
+    // Lets the window of remembered messages move on; to a message that it could not take, if given.
+    static void maintain(OffsetDateTime seen) throws SQLException {
         try (var c = Database.open()) {
             for (var more = true; more; c.commit()) {
-                more = (boolean) Database.ask(c, "more FROM watership_inbox.maintain()")[0];
+                more = (boolean) Database.ask(c, "more FROM watership_inbox.maintain(?)", seen)[0];
             }
         }
     }

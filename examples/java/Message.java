@@ -21,12 +21,14 @@ final class Message {
         var p = delivery.getProperties();
         Map<String, Object> headers = p.getHeaders() == null ? Map.of() : p.getHeaders();
         body = delivery.getBody();
-        key = headers.get("ws-key") == null ? null : headers.get("ws-key").toString();
+        key = headers.get("ws-key") == null ? null : clean(headers.get("ws-key").toString());
         time = p.getTimestamp() == null ? null
             : p.getTimestamp().toInstant().atOffset(ZoneOffset.UTC);
         again = delivery.getEnvelope().isRedeliver()
             || headers.get("x-delivery-count") instanceof Number count && count.longValue() > 0;
-        var missing = p.getMessageId() == null || p.getMessageId().isEmpty();
+        // The client reads what is not UTF-8 as U+FFFD: different ids would become one.
+        var missing = p.getMessageId() == null || p.getMessageId().isEmpty()
+            || p.getMessageId().contains("\0") || p.getMessageId().contains("\uFFFD");
         reason = missing ? "no_message_id" : null;
         id = missing ? "sha256-" + HexFormat.of().formatHex(sha256(body)) : p.getMessageId();
         var all = new LinkedHashMap<String, Object>();
@@ -52,6 +54,11 @@ final class Message {
         return key == null ? "m" + id : "k" + key;
     }
 
+    // What Postgres cannot store becomes U+FFFD.
+    private static String clean(String text) {
+        return text.replace('\0', '\uFFFD');
+    }
+
     private static byte[] sha256(byte[] bytes) {
         try {
             return MessageDigest.getInstance("SHA-256").digest(bytes);
@@ -73,7 +80,7 @@ final class Message {
         }
         var text = value instanceof byte[] bytes ? Base64.getEncoder().encodeToString(bytes)
             : value instanceof Date date ? "" + date.toInstant() : "" + value;
-        return text.chars().mapToObj(c -> c == '"' || c == '\\' ? "\\" + (char) c
+        return clean(text).chars().mapToObj(c -> c == '"' || c == '\\' ? "\\" + (char) c
             : c < ' ' ? String.format("\\u%04x", c) : "" + (char) c)
             .collect(Collectors.joining("", "\"", "\""));
     }

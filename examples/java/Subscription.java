@@ -46,7 +46,7 @@ final class Subscription {
             every(1, "database", () -> {
                 while (!lost.isDone() && Inbox.retry(retries, side)) {}
             });
-            every(3600, "database", Inbox::maintain);
+            every(3600, "database", () -> Inbox.maintain(null));
             var cause = lost.get();
             timers.shutdown();
             while (Consumer.stopping && inHand.get() > 0) {

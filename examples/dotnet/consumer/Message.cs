@@ -34,7 +34,9 @@ public sealed class Message
         var p = d.BasicProperties;
         var headers = p.Headers ?? new Dictionary<string, object?>();
         var body = d.Body.ToArray(); // the client reuses its memory
-        var missing = string.IsNullOrEmpty(p.MessageId);
+        // The client reads what is not UTF-8 as U+FFFD: different ids would become one.
+        var missing = string.IsNullOrEmpty(p.MessageId)
+            || p.MessageId.Contains('\0') || p.MessageId.Contains('\uFFFD');
         // A time that no DateTimeOffset holds is far from now in any case.
         var seconds = Math.Clamp(p.Timestamp.UnixTime, 0, 253402300799);
         return new Message
@@ -47,9 +49,9 @@ public sealed class Message
             {
                 ["exchange"] = d.Exchange,
                 ["routing_key"] = d.RoutingKey,
-                ["content_type"] = p.ContentType,
-                ["type"] = p.Type,
-                ["app_id"] = p.AppId,
+                ["content_type"] = Clean(p.ContentType ?? ""),
+                ["type"] = Clean(p.Type ?? ""),
+                ["app_id"] = Clean(p.AppId ?? ""),
                 ["headers"] = Plain(headers),
             }),
             Reason = missing ? "no_message_id" : null,
@@ -60,15 +62,18 @@ public sealed class Message
 
     private static string Hex(byte[] bytes) => Convert.ToHexString(bytes).ToLowerInvariant();
 
+    // What Postgres cannot store becomes U+FFFD.
+    private static string Clean(string text) => text.Replace('\0', '\uFFFD');
+
     // Header values as JSON knows them. Strings come as bytes.
     private static object? Plain(object? value) => value switch
     {
-        byte[] bytes => Encoding.UTF8.GetString(bytes),
+        byte[] bytes => Clean(Encoding.UTF8.GetString(bytes)),
         BinaryTableValue binary => Convert.ToBase64String(binary.Bytes ?? []),
         AmqpTimestamp time => time.UnixTime,
         double d when !double.IsFinite(d) => d.ToString(),
         float f when !float.IsFinite(f) => f.ToString(),
-        IDictionary<string, object?> table => table.ToDictionary(e => e.Key, e => Plain(e.Value)),
+        IDictionary<string, object?> table => table.ToDictionary(e => Clean(e.Key), e => Plain(e.Value)),
         IList list => list.Cast<object?>().Select(Plain).ToList(),
         _ => value,
     };

@@ -25,7 +25,7 @@ func retries(ctx context.Context, pool *pgxpool.Pool) error {
 	defer side.Release()
 	for second := 0; ctx.Err() == nil; second++ {
 		if second%3600 == 0 {
-			maintain(side)
+			maintain(side, nil)
 		}
 		for ctx.Err() == nil && retry(c, side) {
 		}
@@ -37,10 +37,10 @@ func retries(ctx context.Context, pool *pgxpool.Pool) error {
 	return nil
 }
 
-// Lets the window of remembered messages move on.
-func maintain(c *pgxpool.Conn) {
+// Lets the window of remembered messages move on; to a message that it could not take, if given.
+func maintain(c *pgxpool.Conn, seen *time.Time) {
 	for more := true; more; {
-		err := c.QueryRow(always, "SELECT more FROM watership_inbox.maintain()").Scan(&more)
+		err := c.QueryRow(always, "SELECT more FROM watership_inbox.maintain($1)", seen).Scan(&more)
 		if err != nil {
 			log.Printf("maintain: %v", err)
 			return
