@@ -27,17 +27,15 @@ internal static class Inbox
             Name, m.Id, m.Time, m.Key, m.Body, m.Properties);
         if (verdict?[0] is "handle")
         {
-            // The last try has a savepoint: nothing of the key passes before the message is parked.
-            var last = m.Failures + 1 >= MaxFailures;
-            if (last)
-            {
-                await t.SaveAsync("handler");
-            }
+            // By the savepoint, nothing of the key passes before the message is parked. Its release
+            // fails where the handler hid an error of a statement, and nothing can be committed.
             try
             {
+                await t.SaveAsync("handler");
                 await Consumer.HandleAsync(t, m);
+                await t.ReleaseAsync("handler");
             }
-            catch (Exception e) when (last && !Database.IsConflict(e))
+            catch (Exception e) when (m.Failures + 1 >= MaxFailures && !Database.IsConflict(e))
             {
                 await t.RollbackAsync("handler");
                 (m.Reason, m.Why) = ("failed", e.Message);
