@@ -38,12 +38,14 @@ final class Inbox {
             "watership_inbox.receive(?, ?, ?, ?, ?, ?::jsonb)",
             CONSUMER, m.id, m.time, m.key, m.body, m.properties)[0];
         if (verdict.equals("handle")) {
-            // The last try has a savepoint: nothing of the key passes before it is parked.
-            var savepoint = m.failures + 1 < MAX_FAILURES ? null : c.setSavepoint();
+            // By the savepoint, nothing of the key passes before the message is parked. Its release
+            // fails where the handler hid an error of a statement: a commit would then roll back.
+            var savepoint = c.setSavepoint();
             try {
                 Consumer.handle(c, m);
+                c.releaseSavepoint(savepoint);
             } catch (Exception e) {
-                if (savepoint == null || Database.isConflict(e)) {
+                if (m.failures + 1 < MAX_FAILURES || Database.isConflict(e)) {
                     throw e;
                 }
                 c.rollback(savepoint);
