@@ -2,7 +2,8 @@
 //! tests that are not in Rust.
 //!
 //! The command gets DATABASE_URL (a superuser's, with inbox and outbox installed), AMQP_URL (with
-//! every right in its vhost) and MANAGEMENT_URL. The exit code is the command's.
+//! every right in its vhost), MANAGEMENT_URL, and WATERSHIP, the program. The exit code is the
+//! command's.
 
 use std::io::{self, Write as _};
 use std::process::{Command, ExitCode};
@@ -36,11 +37,14 @@ async fn run(arguments: &[std::ffi::OsString]) -> Result<ExitCode, Box<dyn std::
     grant_applications(&mut client).await?;
     INBOX.apply(&mut client).await?;
     rabbit.create_vhost(database).await?;
+    // Beside this example's folder, where cargo puts it.
+    let watership = std::env::current_exe()?.with_file_name("../watership");
     let status = Command::new(program)
         .args(rest)
         .env("DATABASE_URL", url)
         .env("AMQP_URL", rabbit.url(database))
         .env("MANAGEMENT_URL", rabbit.management_url().unwrap_or_default())
+        .env("WATERSHIP", watership)
         .env("TMPDIR", dev::home()?)
         .status()?;
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, Into::into))
