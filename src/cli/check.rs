@@ -1,7 +1,7 @@
 //! `watership check`: checks everything the relay needs, and changes nothing.
 
 use super::findings::Findings;
-use super::{End, Out, ask, broker, postgres};
+use super::{End, Out, ask, broker, partitions, postgres};
 use crate::config::Config;
 use crate::error::{Kind, Result};
 use crate::relay::status::Concern;
@@ -12,9 +12,13 @@ use crate::relay::status::Concern;
     watership --config shop.toml check --json | jq '.findings[] | select(.level != \"ok\")'\n\n\
     A relay that runs is asked what is wrong with it: held routes, parked rows, and so on.\n\
     Exit codes: 0 no problems, 1 problems, 3 a verdict for you to decide, such as a lost slot.")]
-pub(super) struct Args {}
+pub(super) struct Args {
+    /// Report other partitions than before as a warning, even while messages are queued.
+    #[arg(long)]
+    accept_reorder: bool,
+}
 
-pub(super) async fn execute(config: &Config, Args {}: &Args, out: Out) -> Result<End> {
+pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
     let mut findings = Findings::new(out);
     let routes = config.relay.rules.len();
     findings.ok("config", format!("relay {:?}, {routes} routes", config.relay.name));
@@ -23,6 +27,7 @@ pub(super) async fn execute(config: &Config, Args {}: &Args, out: Out) -> Result
     }
     postgres::check(&mut findings, config).await;
     broker::check(&mut findings, config).await;
+    partitions::check(&mut findings, config, args.accept_reorder).await;
     running(&mut findings, config).await;
     findings.finish()
 }

@@ -50,6 +50,11 @@ pub const MIGRATIONS: &[Migration] = &[
         name: "0005_position",
         sql: include_str!("../../sql/0005_position.sql"),
     },
+    Migration {
+        version: 6,
+        name: "0006_partitions",
+        sql: include_str!("../../sql/0006_partitions.sql"),
+    },
 ];
 
 /// The last step of `watership init`: what applications may do.
