@@ -11,6 +11,7 @@
 //! in docs/consuming.md.
 
 use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
@@ -20,24 +21,28 @@ use lapin::options::{
     ConfirmSelectOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Connection};
-use tokio::time::timeout;
+use lapin::{BasicProperties, Channel, Connection};
+use tokio::time::{interval, timeout};
 use watership::dev::{Rabbit, RabbitOptions};
 
 /// Messages of one run.
 const MESSAGES: u32 = 200;
 /// Consumers of a random run that are killed.
 const KILLS: usize = 20;
-/// No delivery for so long: the consumer has what its prefetch allows.
+/// Between two messages that are published while consumers die.
+const PACE: Duration = Duration::from_millis(8);
+/// No delivery for this long: the consumer has what its prefetch allows.
 const SETTLED: Duration = Duration::from_millis(100);
 /// All of this program's waits together may take so long.
 const LIMIT: Duration = Duration::from_secs(1800);
 
-/// A consumer that will be killed: how many it may hold, and how many it handles before.
+/// A consumer that will be killed: how many it may hold, how many it handles before, and whether it
+/// is killed as soon as it has, or when it has all that its prefetch allows.
 #[derive(Debug, Clone, Copy)]
 struct Plan {
     prefetch: u16,
     handles: u32,
+    at_once: bool,
 }
 
 /// What one consumer did.
@@ -89,8 +94,8 @@ async fn experiment(runs: u32) {
         );
         for (what, plans) in chosen {
             let plans: Vec<Plan> =
-                plans.iter().map(|&(prefetch, handles)| Plan { prefetch, handles }).collect();
-            let lives = run(&connection, &url, &plans, standby).await;
+                plans.iter().map(|&(prefetch, handles)| plan(prefetch, handles)).collect();
+            let lives = run(&connection, &url, &plans, standby, MESSAGES).await;
             println!("  {what}: {}", judged(&lives));
             for Life { plan, handled, held } in &lives {
                 let (handled, held) = (ranges(handled), ranges(held));
@@ -98,7 +103,7 @@ async fn experiment(runs: u32) {
             }
         }
     }
-    println!("\n{runs} random runs of each, {KILLS} kills in each:");
+    println!("\n{runs} random runs of each, {KILLS} kills in each, while messages are published:");
     let kinds: [(&str, &[u16]); 7] = [
         ("prefetch 1", &[1]),
         ("prefetch 2", &[2]),
@@ -112,16 +117,18 @@ async fn experiment(runs: u32) {
         for standby in [false, true] {
             let (mut wrong, mut inversions) = (0, 0);
             for _ in 0..runs {
-                let plan = |_| {
+                let random = |_| {
                     let prefetch = *fastrand::choice(choices).expect("there are some");
                     // As often all that it has as a part of it.
                     let most = u32::from(prefetch.min(16));
-                    Plan { prefetch, handles: fastrand::u32(0..=most) }
+                    Plan { prefetch, handles: fastrand::u32(0..=most), at_once: fastrand::bool() }
                 };
-                let mut plans: Vec<Plan> = (0..KILLS).map(plan).collect();
+                let mut plans: Vec<Plan> = (0..KILLS).map(random).collect();
                 let last = *fastrand::choice(choices).expect("there are some");
-                plans.push(Plan { prefetch: last, handles: MESSAGES });
-                let found = out_of_order(&run(&connection, &url, &plans, standby).await);
+                plans.push(plan(last, MESSAGES));
+                let first = MESSAGES / 4;
+                let lives = run(&connection, &url, &plans, standby, first).await;
+                let found = out_of_order(&lives);
                 wrong += u32::from(found > 0);
                 inversions += found;
             }
@@ -131,8 +138,33 @@ async fn experiment(runs: u32) {
     }
 }
 
-/// One queue, from full to empty.
-async fn run(connection: &Connection, url: &str, plans: &[Plan], standby: bool) -> Vec<Life> {
+fn plan(prefetch: u16, handles: u32) -> Plan {
+    Plan { prefetch, handles, at_once: false }
+}
+
+/// Publishes messages with these numbers, one every few milliseconds if `slowly`.
+async fn publish(channel: Channel, queue: String, numbers: RangeInclusive<u32>, slowly: bool) {
+    let mut pace = interval(PACE);
+    for number in numbers {
+        if slowly {
+            pace.tick().await;
+        }
+        let (body, properties) = (number.to_string(), BasicProperties::default());
+        let options = BasicPublishOptions::default();
+        let name = queue.as_str().into();
+        let sent = channel.basic_publish("".into(), name, options, body.as_bytes(), properties);
+        sent.await.expect("sent").await.expect("confirmed");
+    }
+}
+
+/// One queue until it is empty, which holds `first` messages when the first consumer comes.
+async fn run(
+    connection: &Connection,
+    url: &str,
+    plans: &[Plan],
+    standby: bool,
+    first: u32,
+) -> Vec<Life> {
     let queue = format!("run-{}", fastrand::u64(..));
     let channel = connection.create_channel().await.expect("a channel");
     let mut arguments = FieldTable::default();
@@ -143,13 +175,8 @@ async fn run(connection: &Connection, url: &str, plans: &[Plan], standby: bool) 
     let declared = channel.queue_declare(queue.as_str().into(), options, arguments).await;
     declared.expect("the queue is declared");
     channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
-    for number in 1..=MESSAGES {
-        let (body, properties) = (number.to_string(), BasicProperties::default());
-        let options = BasicPublishOptions::default();
-        let name = queue.as_str().into();
-        let sent = channel.basic_publish("".into(), name, options, body.as_bytes(), properties);
-        sent.await.expect("sent").await.expect("confirmed");
-    }
+    publish(channel.clone(), queue.clone(), 1..=first, false).await;
+    let rest = tokio::spawn(publish(channel.clone(), queue.clone(), first + 1..=MESSAGES, true));
     let mut children = Vec::new();
     let mut lives = Vec::new();
     let mut seen: BTreeSet<u32> = BTreeSet::new();
@@ -174,7 +201,8 @@ async fn run(connection: &Connection, url: &str, plans: &[Plan], standby: bool) 
                 _ => break,
             }
             seen.extend(handled.last());
-            if seen.len() as u32 == MESSAGES {
+            let is_done = handled.len() as u32 == plan.handles && plan.at_once;
+            if is_done || seen.len() as u32 == MESSAGES {
                 break;
             }
         }
@@ -185,6 +213,7 @@ async fn run(connection: &Connection, url: &str, plans: &[Plan], standby: bool) 
             break;
         }
     }
+    rest.await.expect("all is published");
     for (mut child, _) in children {
         child.kill().expect("it is killed");
         child.wait().expect("it has ended");
@@ -232,10 +261,10 @@ async fn consume(url: &str, queue: &str, prefetch: u16, handles: u32) {
     println!("attached");
     let (mut handled, mut held) = (0, Vec::new());
     loop {
-        let next = match held.len() {
-            // As a standby it may wait for long.
-            0 if handled == 0 => Ok(consumer.next().await),
-            _ => timeout(SETTLED, consumer.next()).await,
+        // As a standby it may wait for long, and for a message that is not published yet.
+        let next = match handled < handles || (handled == 0 && held.is_empty()) {
+            true => Ok(consumer.next().await),
+            false => timeout(SETTLED, consumer.next()).await,
         };
         let Ok(next) = next else { break };
         let delivery = next.expect("a consumer").expect("a delivery");

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use futures_util::StreamExt as _;
 use serde_json::{Value, json};
 use watership::route::Partitions;
 
@@ -116,18 +117,12 @@ async fn partitions_are_declared_so_that_keys_stay_in_order_and_nothing_is_dropp
     stage.execute("SELECT watership.emit('order', '1', 'e', '1')").await;
     let partition = partitions(4).name(partitions(4).of_key("order/1"));
     // What a consumer rejects is not dropped.
-    let get = async || {
-        let got = stage.channel.basic_get(partition.as_str().into(), Default::default()).await;
-        got.expect("the broker answers")
-    };
-    let mut got = None;
-    until("the message is there", async || {
-        got = get().await;
-        got.is_some()
-    })
-    .await;
+    let (options, none) = (Default::default(), Default::default());
+    let consume = stage.channel.basic_consume(partition.as_str().into(), "".into(), options, none);
+    let mut consumer = consume.await.expect("a consumer");
+    let delivery = consumer.next().await.expect("a consumer").expect("a delivery");
     let reject = lapin::options::BasicRejectOptions { requeue: false };
-    got.expect("it is there").acker.reject(reject).await.expect("rejected");
+    delivery.acker.reject(reject).await.expect("rejected");
     let letters = dead.count(1).await;
     assert_eq!((&*letters[0].body, &*letters[0].routing_key), ("1", &*partition));
     relay.stop().await.expect_code(0);

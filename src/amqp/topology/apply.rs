@@ -81,7 +81,7 @@ pub async fn may_publish(options: &Options, exchange: &str, routing_key: &str) -
 }
 
 /// Messages that are ready, and consumers, of each of these queues; absent for one that does not
-/// exist. For a queue with a single active consumer, the broker counts that one only.
+/// exist. What a consumer holds is not among the messages.
 ///
 /// # Errors
 /// As [`apply_each`], and `Refused` where a queue may not be looked at.
