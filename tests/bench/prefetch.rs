@@ -136,6 +136,13 @@ async fn experiment(runs: u32) {
             println!("  {what:<13} {how:<24} {wrong} runs out of order, {inversions} inversions");
         }
     }
+    println!("\nleft of {MESSAGES} after {} kills of consumers that handle none:", KILLS + 1);
+    for (what, limit) in [("x-delivery-limit 1000", Some(1000)), ("no x-delivery-limit", None)] {
+        for prefetch in [1, 100] {
+            let left = left(&connection, &url, prefetch, limit).await;
+            println!("  {what:<21} prefetch {prefetch:>3}: {left}");
+        }
+    }
 }
 
 fn plan(prefetch: u16, handles: u32) -> Plan {
@@ -157,6 +164,44 @@ async fn publish(channel: Channel, queue: String, numbers: RangeInclusive<u32>, 
     }
 }
 
+async fn declare(channel: &Channel, queue: &str, delivery_limit: Option<i64>) {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+    if let Some(limit) = delivery_limit {
+        arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(limit));
+    }
+    let options = QueueDeclareOptions { durable: true, ..Default::default() };
+    let declared = channel.queue_declare(queue.into(), options, arguments).await;
+    declared.expect("the queue is declared");
+    channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+}
+
+/// Messages that are left of [`MESSAGES`] after consumers with this prefetch were killed that
+/// handled none, one more than RabbitMQ 4 allows by default.
+async fn left(connection: &Connection, url: &str, prefetch: u16, limit: Option<i64>) -> u32 {
+    let queue = format!("left-{}", fastrand::u64(..));
+    let channel = connection.create_channel().await.expect("a channel");
+    declare(&channel, &queue, limit).await;
+    publish(channel.clone(), queue.clone(), 1..=MESSAGES, false).await;
+    for _ in 0..=KILLS {
+        let (mut child, mut out) = start(url, &queue, plan(prefetch, 0)).await;
+        while out.next().await.is_some_and(|line| line != "settled") {}
+        child.kill().expect("it is killed");
+        child.wait().expect("it has ended");
+    }
+    // What was held comes back when the broker has noticed the last end.
+    let mut consumer = start(url, &queue, plan(2000, 0)).await;
+    let mut left = 0;
+    while consumer.1.next().await.is_some_and(|line| line != "settled") {
+        left += 1;
+    }
+    consumer.0.kill().expect("it is killed");
+    consumer.0.wait().expect("it has ended");
+    channel.queue_delete(queue.as_str().into(), Default::default()).await.expect("deleted");
+    left
+}
+
 /// One queue until it is empty, which holds `first` messages when the first consumer comes.
 async fn run(
     connection: &Connection,
@@ -167,14 +212,7 @@ async fn run(
 ) -> Vec<Life> {
     let queue = format!("run-{}", fastrand::u64(..));
     let channel = connection.create_channel().await.expect("a channel");
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-    arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
-    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(1000));
-    let options = QueueDeclareOptions { durable: true, ..Default::default() };
-    let declared = channel.queue_declare(queue.as_str().into(), options, arguments).await;
-    declared.expect("the queue is declared");
-    channel.confirm_select(ConfirmSelectOptions::default()).await.expect("confirms");
+    declare(&channel, &queue, Some(1000)).await;
     publish(channel.clone(), queue.clone(), 1..=first, false).await;
     let rest = tokio::spawn(publish(channel.clone(), queue.clone(), first + 1..=MESSAGES, true));
     let mut children = Vec::new();

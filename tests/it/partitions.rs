@@ -129,6 +129,38 @@ async fn partitions_are_declared_so_that_keys_stay_in_order_and_nothing_is_dropp
 }
 
 #[tokio::test]
+async fn the_documented_rights_are_enough_to_declare_partitions() {
+    let vhost = own_vhost().await;
+    let node = rabbit().await;
+    let (name, user) = (vhost.name.clone(), format!("user-{}", vhost.name));
+    let path = format!("/api/users/{user}");
+    let made = node.management("PUT", &path, r#"{"password":"pw","tags":""}"#).await;
+    made.expect("a user");
+    let docs = include_str!("../../docs/configuration.md");
+    let (_, rights) = docs.split_once("# partitions\nrabbitmqctl").expect("they are documented");
+    let mut rights = rights.split('\'').skip(1).step_by(2);
+    // What the test's own queue and exchange need comes on top.
+    let mut next = || {
+        let pattern = rights.next().expect("three patterns");
+        format!("{}|^(watership|all)$", pattern.replace('\\', "\\\\"))
+    };
+    let (configure, write, read) = (next(), next(), next());
+    let path = format!("/api/permissions/{name}/{user}");
+    let body = format!(r#"{{"configure":"{configure}","write":"{write}","read":"{read}"}}"#);
+    node.management("PUT", &path, &body).await.expect("rights are set");
+    let url = vhost.url.replace("guest:guest", &format!("{user}:pw"));
+    let setup = Setup { routes: ROUTE, ..Setup::default() };
+    let database = own_database().await;
+    let stage = Stage::on(database, Vhost { url, name }, setup).await;
+    stage.run(&["check"]).await.expect_code(0);
+    let relay = stage.start().await;
+    let inboxes = consume(&stage, 4).await;
+    emit(&stage, 10, 1..=1).await;
+    arrived(&inboxes, 10).await;
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
 async fn check_names_what_is_wrong_with_a_partition() {
     let vhost = own_vhost().await;
     let node = rabbit().await;
