@@ -10,12 +10,13 @@
 //! chosen cases, and then how often N random runs of each kind were out of order. See "Partitions"
 //! in docs/consuming.md.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::RangeInclusive;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
+use futures_util::future::select_all;
 use lapin::options::{
     BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
     ConfirmSelectOptions, QueueDeclareOptions,
@@ -185,19 +186,17 @@ async fn left(connection: &Connection, url: &str, prefetch: u16, limit: Option<i
     declare(&channel, &queue, limit).await;
     publish(channel.clone(), queue.clone(), 1..=MESSAGES, false).await;
     for _ in 0..=KILLS {
-        let (mut child, mut out) = start(url, &queue, plan(prefetch, 0)).await;
-        while out.next().await.is_some_and(|line| line != "settled") {}
-        child.kill().expect("it is killed");
-        child.wait().expect("it has ended");
+        let mut consumer = start(url, &queue, plan(prefetch, 0)).await;
+        while consumer.lines.next().await.is_some_and(|line| line != "settled") {}
+        end(&mut consumer.child);
     }
     // What was held comes back when the broker has noticed the last end.
     let mut consumer = start(url, &queue, plan(2000, 0)).await;
     let mut left = 0;
-    while consumer.1.next().await.is_some_and(|line| line != "settled") {
+    while consumer.lines.next().await.is_some_and(|line| line != "settled") {
         left += 1;
     }
-    consumer.0.kill().expect("it is killed");
-    consumer.0.wait().expect("it has ended");
+    end(&mut consumer.child);
     channel.queue_delete(queue.as_str().into(), Default::default()).await.expect("deleted");
     left
 }
@@ -215,25 +214,31 @@ async fn run(
     declare(&channel, &queue, Some(1000)).await;
     publish(channel.clone(), queue.clone(), 1..=first, false).await;
     let rest = tokio::spawn(publish(channel.clone(), queue.clone(), first + 1..=MESSAGES, true));
-    let mut children = Vec::new();
+    let (last, killed) = plans.split_last().expect("there are some");
+    let mut waiting: VecDeque<Plan> = killed.iter().copied().collect();
+    let mut attached = Vec::new();
     let mut lives = Vec::new();
     let mut seen: BTreeSet<u32> = BTreeSet::new();
-    if standby {
-        // In this order they become active.
-        for plan in plans {
-            children.push(start(url, &queue, *plan).await);
+    while (seen.len() as u32) < MESSAGES {
+        let all = if standby { waiting.len() } else { 1 };
+        if attached.is_empty() {
+            let mut next: Vec<Plan> = waiting.drain(..all.min(waiting.len())).collect();
+            if next.is_empty() {
+                next.push(*last);
+            }
+            for plan in next {
+                attached.push(start(url, &queue, plan).await);
+            }
         }
-        children.reverse();
-    }
-    for plan in plans.iter().copied() {
-        if !standby {
-            children.push(start(url, &queue, plan).await);
-        }
-        let (mut child, mut out) = children.pop().expect("one for each plan");
+        // Which of them becomes active is up to the broker.
+        let first = select_all(attached.iter_mut().map(|one| Box::pin(one.lines.next())));
+        let (line, index, _) = first.await;
+        let Consumer { plan, mut child, mut lines } = attached.swap_remove(index);
         let (mut handled, mut held) = (Vec::new(), Vec::new());
-        while let Some(line) = out.next().await {
+        let mut line = line;
+        loop {
             let number = |text: &str| text.parse().expect("a number");
-            match line.split_once(' ') {
+            match line.as_deref().unwrap_or_default().split_once(' ') {
                 Some(("handled", text)) => handled.push(number(text)),
                 Some(("held", text)) => held.push(number(text)),
                 _ => break,
@@ -243,19 +248,13 @@ async fn run(
             if is_done || seen.len() as u32 == MESSAGES {
                 break;
             }
+            line = lines.next().await;
         }
-        child.kill().expect("it is killed");
-        child.wait().expect("it has ended");
+        end(&mut child);
         lives.push(Life { plan, handled, held });
-        if seen.len() as u32 == MESSAGES {
-            break;
-        }
     }
     rest.await.expect("all is published");
-    for (mut child, _) in children {
-        child.kill().expect("it is killed");
-        child.wait().expect("it has ended");
-    }
+    attached.iter_mut().for_each(|one| end(&mut one.child));
     channel.queue_delete(queue.as_str().into(), Default::default()).await.expect("deleted");
     lives
 }
@@ -275,8 +274,21 @@ impl Lines {
     }
 }
 
+/// A consumer process.
+struct Consumer {
+    plan: Plan,
+    child: Child,
+    lines: Lines,
+}
+
+/// Ends it with kill -9.
+fn end(child: &mut Child) {
+    child.kill().expect("it is killed");
+    child.wait().expect("it has ended");
+}
+
 /// Starts a consumer and waits until it is attached.
-async fn start(url: &str, queue: &str, plan: Plan) -> (Child, Lines) {
+async fn start(url: &str, queue: &str, plan: Plan) -> Consumer {
     let program = std::env::current_exe().expect("this program");
     let (prefetch, handles) = (plan.prefetch.to_string(), plan.handles.to_string());
     let mut command = Command::new(program);
@@ -284,7 +296,7 @@ async fn start(url: &str, queue: &str, plan: Plan) -> (Child, Lines) {
     let mut child = command.spawn().expect("it starts");
     let mut lines = Lines::of(child.stdout.take().expect("a pipe"));
     assert_eq!(lines.next().await.as_deref(), Some("attached"));
-    (child, lines)
+    Consumer { plan, child, lines }
 }
 
 /// The consumer process.
