@@ -356,6 +356,26 @@ async fn a_partition_that_is_full_holds_up_its_own_keys_only() {
 }
 
 #[tokio::test]
+async fn a_partition_that_is_deleted_is_declared_again_as_it_was() {
+    let vhost = own_vhost().await;
+    let name = vhost.name.clone();
+    let stage = stage(vhost, ROUTE).await;
+    let relay = stage.start().await;
+    let before = queue(&name, "orders.02").await;
+    let deleted = stage.channel.queue_delete("orders.02".into(), Default::default());
+    deleted.await.expect("deleted");
+    emit(&stage, 20, 1..=1).await;
+    let declared = async || {
+        let path = format!("/api/queues/{name}/orders.02?disable_stats=true");
+        rabbit().await.management("GET", &path, "").await.is_ok()
+    };
+    until("it is declared", declared).await;
+    assert_eq!(queue(&name, "orders.02").await["arguments"], before["arguments"]);
+    judge(&arrived(&consume(&stage, 4).await, 20).await, 20, 1);
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
 async fn a_parked_message_is_retried_into_the_partition_that_its_key_has_by_then() {
     let vhost = own_vhost().await;
     let node = rabbit().await;
