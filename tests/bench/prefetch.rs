@@ -104,6 +104,18 @@ async fn experiment(runs: u32) {
             }
         }
     }
+    random(&connection, &url, runs).await;
+    println!("\nleft of {MESSAGES} after {} kills of consumers that handle none:", KILLS + 1);
+    for (what, limit) in [("x-delivery-limit 1000", Some(1000)), ("no x-delivery-limit", None)] {
+        for prefetch in [1, 100] {
+            let left = left(&connection, &url, prefetch, limit).await;
+            println!("  {what:<21} prefetch {prefetch:>3}: {left}");
+        }
+    }
+}
+
+/// How often consumers of each kind, killed at random, are out of order.
+async fn random(connection: &Connection, url: &str, runs: u32) {
     println!("\n{runs} random runs of each, {KILLS} kills in each, while messages are published:");
     let kinds: [(&str, &[u16]); 7] = [
         ("prefetch 1", &[1]),
@@ -118,30 +130,23 @@ async fn experiment(runs: u32) {
         for standby in [false, true] {
             let (mut wrong, mut inversions) = (0, 0);
             for _ in 0..runs {
-                let random = |_| {
+                let choose = |_| {
                     let prefetch = *fastrand::choice(choices).expect("there are some");
                     // As often all that it has as a part of it.
                     let most = u32::from(prefetch.min(16));
                     Plan { prefetch, handles: fastrand::u32(0..=most), at_once: fastrand::bool() }
                 };
-                let mut plans: Vec<Plan> = (0..KILLS).map(random).collect();
+                let mut plans: Vec<Plan> = (0..KILLS).map(choose).collect();
                 let last = *fastrand::choice(choices).expect("there are some");
                 plans.push(plan(last, MESSAGES));
                 let first = MESSAGES / 4;
-                let lives = run(&connection, &url, &plans, standby, first).await;
+                let lives = run(connection, url, &plans, standby, first).await;
                 let found = out_of_order(&lives);
                 wrong += u32::from(found > 0);
                 inversions += found;
             }
             let how = if standby { "attached from the start" } else { "one after another" };
             println!("  {what:<13} {how:<24} {wrong} runs out of order, {inversions} inversions");
-        }
-    }
-    println!("\nleft of {MESSAGES} after {} kills of consumers that handle none:", KILLS + 1);
-    for (what, limit) in [("x-delivery-limit 1000", Some(1000)), ("no x-delivery-limit", None)] {
-        for prefetch in [1, 100] {
-            let left = left(&connection, &url, prefetch, limit).await;
-            println!("  {what:<21} prefetch {prefetch:>3}: {left}");
         }
     }
 }
