@@ -71,11 +71,11 @@ impl Envelope {
         part: u16,
     ) -> Result<Message> {
         let route = &*plan.route;
-        route.routing_key(event, &mut self.routing_key)?;
         self.key.clear();
         self.key.push_str(&row.aggregate_type);
         self.key.push('/');
         self.key.push_str(&row.aggregate_id);
+        route.routing_key(event, &self.key, &mut self.routing_key)?;
         let default = match &row.payload {
             OutboxPayload::Json(_) => JSON,
             OutboxPayload::Hex(_) | OutboxPayload::Broken(_) => BYTES,
@@ -108,7 +108,6 @@ impl Envelope {
         part: u16,
     ) -> Result<Message> {
         let route = &*plan.route;
-        route.routing_key(event, &mut self.routing_key)?;
         let op = event.op().as_str();
         self.kind.clear();
         self.kind.push_str(&event.table.full_name);
@@ -117,6 +116,7 @@ impl Envelope {
         self.key.clear();
         self.key.push_str(&event.table.full_name);
         write_key_text(&mut self.key, &event.table, table, change)?;
+        route.routing_key(event, &self.key, &mut self.routing_key)?;
         if self.committed_at.0 != event.committed_at_us {
             self.committed_at = (event.committed_at_us, iso_time(event.committed_at_us));
         }

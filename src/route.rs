@@ -4,10 +4,11 @@
 //! none selects is poison: dropping needs a rule that says so.
 //!
 //! To change how routing works, open: this file for the rules, `route/template.rs` for the fields
-//! of a routing key, `route/plan.rs` for what a route decides once for each table, and
-//! `route/lanes.rs` for which messages wait for each other.
+//! of a routing key, `route/partition.rs` for which queue a key goes to, `route/plan.rs` for what a
+//! route decides once for each table, and `route/lanes.rs` for which messages wait for each other.
 
 mod lanes;
+mod partition;
 mod plan;
 mod template;
 
@@ -19,6 +20,7 @@ use crate::message::{ExchangeId, KeyPart, RouteId, SHORT_STRING_MAX, route_hash}
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
 pub use lanes::LaneKeys;
+pub use partition::{PARTITIONS_MAX, Partitions};
 pub use plan::{Decision, Plan, Plans, Resumed, TablePlan, unrouted, unrouted_lanes};
 
 /// Most rules that a configuration may have.
@@ -87,8 +89,11 @@ pub enum Action {
     Publish {
         /// Name of the exchange.
         exchange: String,
-        /// Template of the routing key: text with `{field}`; `{{` and `}}` are braces.
+        /// Template of the routing key: text with `{field}`; `{{` and `}}` are braces. Empty for a
+        /// route with partitions, whose names are its routing keys.
         routing_key: String,
+        /// The queues that its keys are spread over.
+        partitions: Option<Partitions>,
         /// Order within a key.
         ordering: Ordering,
         /// What the message id is.
@@ -116,9 +121,26 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// The routing key as far as it is known without an event. Empty for a rule that drops, or
-    /// whose template is wrong.
-    pub fn known_key(&self) -> Vec<KeyPart> {
+    /// The queues that its keys are spread over.
+    pub fn partitions(&self) -> Option<&Partitions> {
+        match &self.action {
+            Action::Publish { partitions, .. } => partitions.as_ref(),
+            Action::Drop => None,
+        }
+    }
+
+    /// Its routing keys as far as they are known without an event: one for each partition, or one.
+    pub fn known_keys(&self) -> Vec<Vec<KeyPart>> {
+        match self.partitions() {
+            Some(partitions) => {
+                partitions.names().into_iter().map(|name| vec![KeyPart::Text(name)]).collect()
+            }
+            None => vec![self.known_key()],
+        }
+    }
+
+    /// Empty for a rule that drops, or whose template is wrong.
+    fn known_key(&self) -> Vec<KeyPart> {
         let Action::Publish { routing_key, .. } = &self.action else { return Vec::new() };
         let (fields, known) = match &self.select {
             Select::Outbox { aggregate_type } => {
@@ -134,6 +156,7 @@ impl Rule {
         };
         let part = |segment| match segment {
             Segment::Text(text) => KeyPart::Text(text),
+            Segment::Partition(_) => unreachable!("no template is parsed into it"),
             Segment::Field(field) => {
                 let value = known.iter().find(|(name, _)| *name == field).map(|(_, value)| *value);
                 match (value, field) {
@@ -160,6 +183,7 @@ pub fn default_rules() -> Vec<Rule> {
         action: Action::Publish {
             exchange: "watership".into(),
             routing_key: routing_key.into(),
+            partitions: None,
             ordering: Ordering::Keyed,
             message_id: MessageIdRule::Event,
             key: Vec::new(),
@@ -263,8 +287,15 @@ impl Router {
     }
 
     fn parse(&mut self, id: RouteId, rule: &Rule) -> Result<Parsed> {
-        let Action::Publish { exchange, routing_key, ordering, message_id, key, policy } =
-            &rule.action
+        let Action::Publish {
+            exchange,
+            routing_key,
+            partitions,
+            ordering,
+            message_id,
+            key,
+            policy,
+        } = &rule.action
         else {
             return Ok(Parsed::Drop(id));
         };
@@ -278,6 +309,10 @@ impl Router {
                         (aggregate_type, aggregate_id)";
             return Err(in_route(Error::config(text)));
         }
+        let routing_key = match partitions {
+            Some(partitions) => Template::of_partitions(partitions),
+            None => Template::parse(routing_key, fields).map_err(in_route)?,
+        };
         let known = self.exchanges.iter().position(|e| e == exchange);
         let exchange = known.unwrap_or_else(|| {
             self.exchanges.push(exchange.clone());
@@ -292,20 +327,21 @@ impl Router {
             message_id: *message_id,
             policy: *policy,
             seed: route_hash(&rule.name),
-            routing_key: Template::parse(routing_key, fields).map_err(in_route)?,
+            routing_key,
             key: key.clone(),
         })))
     }
 }
 
 impl Route {
-    /// Writes the routing key into `out`, which is cleared first.
+    /// Writes the routing key into `out`, which is cleared first; `key` is the text of the event's
+    /// key.
     ///
     /// # Errors
     /// [`crate::error::Kind::Event`] when it is longer than 255 bytes.
-    pub fn routing_key(&self, event: &Event, out: &mut String) -> Result<()> {
+    pub fn routing_key(&self, event: &Event, key: &str, out: &mut String) -> Result<()> {
         out.clear();
-        self.routing_key.render(event, out);
+        self.routing_key.render(event, key, out);
         if out.len() > SHORT_STRING_MAX {
             let (name, len) = (&self.name, out.len());
             let text = format!(
@@ -314,6 +350,14 @@ impl Route {
             return Err(Error::event(text));
         }
         Ok(())
+    }
+
+    /// The routing key of the partition for the key with this text; absent without partitions.
+    pub fn partition_of(&self, key: &str) -> Option<&str> {
+        match self.routing_key.0.as_slice() {
+            [Segment::Partition(names)] => Some(template::partition(names, key)),
+            _ => None,
+        }
     }
 
     /// [`route_hash`] of its name.

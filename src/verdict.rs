@@ -59,11 +59,13 @@ pub enum Verdict {
     EventUnpublishable,
     /// What cannot be published cannot be parked either: Postgres refuses the row.
     ParkingRefused,
+    /// A route would use other partitions while messages are queued in those in force.
+    PartitionsChanged,
 }
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Verdict; 23] = [
+    pub const ALL: [Verdict; 24] = [
         Verdict::WalLevel,
         Verdict::OtherCluster,
         Verdict::TimelineChanged,
@@ -87,6 +89,7 @@ impl Verdict {
         Verdict::RowUnsendable,
         Verdict::EventUnpublishable,
         Verdict::ParkingRefused,
+        Verdict::PartitionsChanged,
     ];
 
     /// The stable name.
@@ -115,6 +118,7 @@ impl Verdict {
             Verdict::RowUnsendable => "row_unsendable",
             Verdict::EventUnpublishable => "event_unpublishable",
             Verdict::ParkingRefused => "parking_refused",
+            Verdict::PartitionsChanged => "partitions_changed",
         }
     }
 }

@@ -7,6 +7,7 @@
 //! <https://www.rabbitmq.com/docs/confirms#when-publishes-are-confirmed>
 
 mod matching;
+mod partition;
 mod reach;
 
 use std::collections::BTreeMap;
@@ -192,6 +193,19 @@ impl Survey {
             reason.push_str(&format!(
                 "; while queue {name:?} is full, the other queues receive every retry"
             ));
+        }
+        Graded { grade, reason }
+    }
+
+    /// The same for a route with several routing keys: it is worth as much as the worst.
+    pub fn grade_keys(&self, route: &str, exchange: &str, keys: &[Vec<KeyPart>]) -> Graded {
+        let all: Vec<Graded> = keys.iter().map(|key| self.grade(route, exchange, key)).collect();
+        let grade = all.iter().map(|graded| graded.grade).max().unwrap_or(Grade::Unsafe);
+        let mut worst = all.into_iter().filter(|graded| graded.grade == grade);
+        let mut reason = worst.next().map_or_else(String::new, |graded| graded.reason);
+        let more = worst.count();
+        if more > 0 {
+            reason.push_str(&format!("; the same grade for {more} more of {} keys", keys.len()));
         }
         Graded { grade, reason }
     }

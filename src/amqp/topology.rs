@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::audit::{BindingFacts, ExchangeFacts, Survey};
 
-pub use apply::{apply, apply_each, may_publish};
+pub use apply::{apply, apply_each, counts, may_publish};
 
 /// Whether missing things are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

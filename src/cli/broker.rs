@@ -2,7 +2,8 @@
 //! management URL.
 
 use super::findings::Findings;
-use crate::amqp::audit::{Grade, Graded, Survey};
+use super::partitions;
+use crate::amqp::audit::{Grade, Graded};
 use crate::amqp::management::Management;
 use crate::amqp::topology::{self, Mode, Thing, Topology, Wrong};
 use crate::config::Config;
@@ -83,7 +84,7 @@ async fn check_permission(f: &mut Findings, config: &Config, missing: &[Wrong]) 
             KeyPart::Text(text) => text,
             KeyPart::Word | KeyPart::Any => "x".to_owned(),
         };
-        let key: String = rule.known_key().into_iter().map(part).collect();
+        let key: String = rule.known_keys().swap_remove(0).into_iter().map(part).collect();
         let thing = Thing::Exchange(exchange.clone());
         if missing.iter().any(|wrong| wrong.thing == thing) || asked.contains(exchange) {
             continue;
@@ -109,10 +110,16 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
     let mut reached = Vec::new();
     for rule in &config.relay.rules {
         let Action::Publish { exchange, .. } = &rule.action else { continue };
-        let key = rule.known_key();
-        grade(f, config, rule, &survey, &survey.grade(&rule.name, exchange, &key));
-        reached.push(Reached { rule, queues: survey.queues_of(&rule.name, exchange, &key) });
+        let keys = rule.known_keys();
+        let of_key = |key: &Vec<KeyPart>| survey.queues_of(&rule.name, exchange, key);
+        let queues = keys.iter().flat_map(of_key).collect();
+        let route = Reached { rule, queues };
+        let unreached = keys.iter().any(|key| of_key(key).is_empty());
+        grade(f, config, rule, unreached, &survey.grade_keys(&rule.name, exchange, &keys));
+        reached.push(route);
+        partitions::check_queues(f, rule, &survey);
     }
+    partitions::check_dead_letters(f, config, management).await?;
     warn_of_shared_ids(f, &reached);
     Ok(())
 }
@@ -172,11 +179,10 @@ async fn check_bindings(f: &mut Findings, config: &Config, api: &Management) -> 
     Ok(())
 }
 
-fn grade(f: &mut Findings, config: &Config, rule: &Rule, survey: &Survey, graded: &Graded) {
+fn grade(f: &mut Findings, config: &Config, rule: &Rule, unreached: bool, graded: &Graded) {
     let Graded { grade, reason } = graded;
     let what = format!("{:?} is {grade} ({reason})", rule.name);
     let Action::Publish { exchange, .. } = &rule.action else { return };
-    let unreached = survey.queues_of(&rule.name, exchange, &rule.known_key()).is_empty();
     let declared = config.relay.topology.bindings.iter().any(|b| b.exchange == *exchange);
     match grade {
         Grade::Safe => f.ok("route", what),

@@ -1,7 +1,7 @@
 //! `watership check`: checks everything the relay needs, and changes nothing.
 
 use super::findings::Findings;
-use super::{End, Out, ask, broker, inbox, postgres};
+use super::{End, Out, ask, broker, inbox, partitions, postgres};
 use crate::config::Config;
 use crate::error::{Kind, Result};
 use crate::relay::status::Concern;
@@ -17,6 +17,9 @@ pub(super) struct Args {
     /// which its inbox remembers it. ${NAME} and ${file:/path} are filled in.
     #[arg(long, value_name = "URL")]
     inbox_url: Option<String>,
+    /// Report other partitions than before as a warning, even while messages are queued.
+    #[arg(long)]
+    accept_reorder: bool,
 }
 
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
@@ -31,6 +34,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     if let Some(url) = &args.inbox_url {
         inbox::check::check(&mut findings, config, url).await;
     }
+    partitions::check(&mut findings, config, args.accept_reorder).await;
     running(&mut findings, config).await;
     findings.finish()
 }

@@ -139,8 +139,8 @@ async fn rows(client: &Client, config: &Config, args: &Args) -> Result<Vec<Row>>
         };
         Ok(Row {
             id: row.try_get::<_, Uuid>(0).map_err(postgres_error)?.to_string(),
+            routes: routes(&config.relay.rules, &text(2)?, &text(1)?),
             key: text(1)?,
-            routes: routes(&config.relay.rules, &text(2)?),
             event_type: text(3)?,
             created_at: text(4)?,
             checkpoint,
@@ -150,15 +150,18 @@ async fn rows(client: &Client, config: &Config, args: &Args) -> Result<Vec<Row>>
     found.map_err(postgres_error)?.iter().map(row).collect()
 }
 
-/// What the rules do with an outbox event of this type.
-fn routes(rules: &[Rule], kind: &str) -> Vec<String> {
+/// What the rules do with an outbox event of this type and key.
+fn routes(rules: &[Rule], kind: &str, key: &str) -> Vec<String> {
     let selects = |rule: &&Rule| match &rule.select {
         Select::Outbox { aggregate_type } => aggregate_type == "*" || aggregate_type == kind,
         Select::Table { .. } => false,
     };
     let say = |rule: &Rule| match &rule.action {
-        Action::Publish { exchange, .. } => {
-            format!("route {:?} publishes it to exchange {exchange:?}", rule.name)
+        Action::Publish { exchange, partitions, .. } => {
+            let queue = partitions.as_ref().map_or_else(String::new, |partitions| {
+                format!(" for queue {:?}", partitions.name(partitions.of_key(key)))
+            });
+            format!("route {:?} publishes it to exchange {exchange:?}{queue}", rule.name)
         }
         Action::Drop => format!("route {:?} drops it", rule.name),
     };

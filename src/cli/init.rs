@@ -24,9 +24,11 @@ use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
+use crate::relay;
+use crate::relay::check::partitions::PartitionChange;
 use crate::relay::check::position;
 use crate::relay::checkpoint::{self, NewCheckpoint};
-use crate::relay::session::{facts, rights, wal};
+use crate::relay::session::{self, facts, rights, wal};
 use crate::secret::Secret;
 use crate::verdict::Verdict;
 
@@ -48,6 +50,10 @@ pub(super) struct Args {
     /// never come.
     #[arg(long)]
     publish_anyway: bool,
+    /// Use other partitions than before even while messages are queued: events of one key may be
+    /// handled out of order.
+    #[arg(long)]
+    accept_reorder: bool,
     /// Print the SQL of the steps that are missing in the database, and change nothing.
     #[arg(long)]
     print_sql: bool,
@@ -108,7 +114,9 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     let publication = publication(&mut steps, &client, config).await?;
     slot_and_checkpoint(&mut steps, &client, config, args, &server, &publication).await?;
     grants(&mut steps, &mut client).await?;
+    let changes = partitions(&client, config, args.accept_reorder).await?;
     broker(&mut steps, config).await?;
+    session::partitions::record(&client, &config.relay, &changes).await?;
     out.line(
         "\nNext: grant the role to your application's user (GRANT watership_app TO …), then run \
          `watership check` and `watership run`.",
@@ -403,6 +411,21 @@ async fn grants(steps: &mut Steps, client: &mut Client) -> Result<()> {
     let done = if before { Done::Exists } else { Done::Created };
     steps.add(done, "grants", "watership_app may insert into the outbox and call emit");
     Ok(())
+}
+
+/// Refuses other partitions than those in force while messages are queued. Returns what may be
+/// recorded: a relay may still run with the ones before, and it alone records a change that nobody
+/// had to accept.
+async fn partitions(
+    client: &Client,
+    config: &Config,
+    accept: bool,
+) -> Result<Vec<PartitionChange>> {
+    let options = relay::Options { accept_reorder: accept, ..config.relay.clone() };
+    let mut changes = session::partitions::changed(client, &options).await?;
+    session::partitions::verify(&options, &options.broker, &changes).await?;
+    changes.retain(|change| accept || change.from.is_none());
+    Ok(changes)
 }
 
 async fn broker(steps: &mut Steps, config: &Config) -> Result<()> {

@@ -27,6 +27,7 @@ mod init;
 mod log_writer;
 mod logging;
 mod parked;
+mod partitions;
 mod postgres;
 mod printable;
 mod resync;

@@ -21,15 +21,21 @@ use crate::verdict::Verdict;
     On SIGTERM or SIGINT it takes no new events, waits for confirms, stores the checkpoint and \
     exits. A second signal exits at once.\n\
     After a verdict it serves /status and /metrics for admin.linger more, then exits with code 3.")]
-pub(super) struct Args {}
+pub(super) struct Args {
+    /// Use other partitions than before even while messages are queued: events of one key may be
+    /// handled out of order.
+    #[arg(long)]
+    accept_reorder: bool,
+}
 
 pub(super) async fn execute(
-    config: Config,
-    Args {}: &Args,
+    mut config: Config,
+    Args { accept_reorder }: &Args,
     watch_signals: impl FnOnce() -> Result<watch::Receiver<bool>>,
     give_up: fn(),
 ) -> Result<End> {
     logging::start(&config.log);
+    config.relay.accept_reorder = *accept_reorder;
     config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     let shutdown = watch_signals()?;
 

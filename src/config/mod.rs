@@ -26,6 +26,7 @@ use crate::{admin, relay};
 
 mod broker;
 pub mod load;
+mod partitions;
 mod problems;
 mod routes;
 mod section;
@@ -164,7 +165,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
     let connection = broker::connection(&mut broker, &name);
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);
-    let rules = routes::rules(root, &tables);
+    let (rules, partitioned) = routes::rules(root, &tables);
     let admin = admin_options(&mut admin);
     let log = Log {
         format: log.word(
@@ -182,7 +183,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
         tables,
         binary: source.flag("binary", false),
         broker: connection,
-        topology: topology::topology(root, mode, &rules),
+        topology: topology::topology(root, mode, &rules, &partitioned),
         audit,
         rules,
         tuning: tuning(&mut relay),
@@ -190,6 +191,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
         retain: outbox.duration("retain", DAY * 7, Duration::ZERO..=YEAR),
         parked_retain: relay.duration("parked_retain", DAY * 7, HOUR..=YEAR),
         canary_interval: canary_interval(&mut relay),
+        accept_reorder: false,
         // Last, so that every key was asked for.
         sql: sql?,
     };

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::mem::discriminant;
 
+use super::partitions::Partitioned;
 use super::section::Section;
 use crate::route::{
     Action, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
@@ -14,14 +15,16 @@ use crate::route::{
 /// Maximum of `nack_limit`.
 const NACKS_MAX: u32 = 1_000_000;
 
-/// The rules of the file, or the default rules when it has none.
-pub(super) fn rules(root: &mut Section<'_>, tables: &[String]) -> Vec<Rule> {
+/// The rules of the file, or the default rules when it has none; and the partitions of its routes.
+pub(super) fn rules(root: &mut Section<'_>, tables: &[String]) -> (Vec<Rule>, Vec<Partitioned>) {
     const ROUTE: &str = "route";
     let routes = root.tables(ROUTE);
     if routes.is_empty() {
-        return default_rules();
+        return (default_rules(), Vec::new());
     }
-    let found: Vec<Option<Rule>> = routes.into_iter().map(|mut t| rule(&mut t)).collect();
+    let mut partitioned = Vec::new();
+    let found: Vec<Option<Rule>> =
+        routes.into_iter().map(|mut t| rule(&mut t, &mut partitioned)).collect();
     let complete = found.iter().all(Option::is_some);
     let rules: Vec<Rule> = found.into_iter().flatten().collect();
     // The checks across routes would repeat the problems of a single one.
@@ -31,7 +34,7 @@ pub(super) fn rules(root: &mut Section<'_>, tables: &[String]) -> Vec<Rule> {
         }
         check_tables(root, &rules, tables);
     }
-    rules
+    (rules, partitioned)
 }
 
 /// The exchanges that the rules publish to, each once.
@@ -48,7 +51,7 @@ pub(super) fn exchanges(rules: &[Rule]) -> Vec<&str> {
 }
 
 /// `None` when there is a problem with what it selects or does.
-fn rule(t: &mut Section<'_>) -> Option<Rule> {
+fn rule(t: &mut Section<'_>, partitioned: &mut Vec<Partitioned>) -> Option<Rule> {
     const NAME: &str = "name";
     const DROP: &str = "drop";
     let name = t.short_string(NAME);
@@ -59,8 +62,13 @@ fn rule(t: &mut Section<'_>) -> Option<Rule> {
     let select = select(t);
     let drop = t.flag(DROP, false);
     let first = t.asked();
-    let action = publishing(t, select.as_ref(), !drop);
+    let of_route = Partitioned::read(t);
+    let action = publishing(t, select.as_ref(), !drop, of_route.as_ref());
     let action = if drop { Some(Action::Drop) } else { action };
+    if let (Some(mut of_route), Some(Action::Publish { exchange, .. })) = (of_route, &action) {
+        exchange.clone_into(&mut of_route.exchange);
+        partitioned.push(of_route);
+    }
     // What a route asks for to publish is of no use to one that drops.
     let unused = t.given_since(first);
     if drop && !unused.is_empty() {
@@ -98,10 +106,28 @@ fn select(t: &mut Section<'_>) -> Option<Select> {
 }
 
 /// All keys of a route that publishes; without `select` or an exchange there is none.
-fn publishing(t: &mut Section<'_>, select: Option<&Select>, publishes: bool) -> Option<Action> {
+fn publishing(
+    t: &mut Section<'_>,
+    select: Option<&Select>,
+    publishes: bool,
+    partitioned: Option<&Partitioned>,
+) -> Option<Action> {
     const EXCHANGE: &str = "exchange";
-    let exchange = if publishes { t.short_string(EXCHANGE) } else { t.text(EXCHANGE, "") };
-    let routing_key = t.text("routing_key", "");
+    const ROUTING_KEY: &str = "routing_key";
+    let exchange = match (publishes, partitioned) {
+        (false, _) => t.text(EXCHANGE, ""),
+        (true, None) => t.short_string(EXCHANGE),
+        (true, Some(of_route)) => {
+            let own = t.text(EXCHANGE, "");
+            if own.is_empty() { of_route.partitions.queue.clone() } else { own }
+        }
+    };
+    let routing_key = t.text(ROUTING_KEY, "");
+    if partitioned.is_some() && !routing_key.is_empty() {
+        let path = t.path(ROUTING_KEY);
+        let text = "with partitions the routing key is the name of the key's queue; remove it";
+        t.problem(ROUTING_KEY, format!("{path}: {text}"));
+    }
     let key = t.list("key");
     let orderings = [("keyed", Ordering::Keyed), ("pipelined", Ordering::Pipelined)];
     let ordering = t.word("ordering", &orderings);
@@ -113,12 +139,16 @@ fn publishing(t: &mut Section<'_>, select: Option<&Select>, publishes: bool) -> 
     let nack_limit = t.number("nack_limit", 0, 0..=NACKS_MAX);
     let nack_limit = (nack_limit > 0).then_some(nack_limit);
     let select = select?;
-    let routing_key =
-        if routing_key.is_empty() { default_routing_key(select) } else { routing_key };
+    let routing_key = match (routing_key.is_empty(), partitioned) {
+        (_, Some(_)) => String::new(),
+        (true, None) => default_routing_key(select),
+        (false, None) => routing_key,
+    };
     let policy = Policy { on_poison, park_unroutable, nack_limit };
     (!exchange.is_empty()).then_some(Action::Publish {
         exchange,
         routing_key,
+        partitions: partitioned.map(|of_route| of_route.partitions.clone()),
         ordering,
         message_id,
         key,

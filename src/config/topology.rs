@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::partitions::{self, Partitioned};
 use super::routes;
 use super::section::{Scalar, Section};
 use crate::amqp::topology::{
@@ -12,24 +13,33 @@ use crate::route::Rule;
 
 const NAME: &str = "name";
 
-/// What is listed, and the exchanges of the routes: durable topic exchanges unless listed.
-pub(super) fn topology(root: &mut Section<'_>, mode: Mode, rules: &[Rule]) -> Topology {
+/// What is listed, and the exchanges of the routes: durable topic exchanges unless listed. Those of
+/// partitions are direct exchanges, and come with their queues and bindings.
+pub(super) fn topology(
+    root: &mut Section<'_>,
+    mode: Mode,
+    rules: &[Rule],
+    partitioned: &[Partitioned],
+) -> Topology {
     let mut seen = HashSet::new();
     let mut exchanges: Vec<Exchange> =
         root.tables("exchange").into_iter().map(|mut t| exchange(&mut t, &mut seen)).collect();
     for name in routes::exchanges(rules) {
         if !exchanges.iter().any(|exchange| exchange.name == name) {
-            exchanges.push(durable(name.to_owned(), "topic".to_owned(), Vec::new()));
+            let kind = partitions::kind_of_exchange(partitioned, rules, name);
+            exchanges.push(durable(name.to_owned(), kind.to_owned(), Vec::new()));
         }
     }
     let mut seen = HashSet::new();
     let queues = root.tables("queue").into_iter().map(|mut t| queue(&mut t, &mut seen)).collect();
     let bindings = root.tables("binding").into_iter();
     let bindings = bindings.filter_map(|mut t| binding(&mut t, &exchanges)).collect();
-    Topology { mode, exchanges, queues, bindings }
+    let mut topology = Topology { mode, exchanges, queues, bindings };
+    partitions::add_all(root, partitioned, &mut topology);
+    topology
 }
 
-fn durable(name: String, kind: String, arguments: Vec<(String, Argument)>) -> Exchange {
+pub(super) fn durable(name: String, kind: String, arguments: Vec<(String, Argument)>) -> Exchange {
     Exchange { name, kind, durable: true, arguments }
 }
 
@@ -60,7 +70,7 @@ fn exchange(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Exchange {
 }
 
 /// The arguments of a thing: strings, whole numbers, true and false.
-fn arguments(t: &mut Section<'_>, example: &str) -> Vec<(String, Argument)> {
+pub(super) fn arguments(t: &mut Section<'_>, example: &str) -> Vec<(String, Argument)> {
     let mut given = t.table("arguments", example);
     let mut arguments = Vec::new();
     for key in given.keys() {
@@ -141,7 +151,7 @@ fn binding(t: &mut Section<'_>, exchanges: &[Exchange]) -> Option<Binding> {
 }
 
 /// The type by whose rules an exchange routes.
-fn routing(exchange: &Exchange) -> &str {
+pub(super) fn routing(exchange: &Exchange) -> &str {
     let delayed = exchange.arguments.iter().find_map(|(key, value)| match value {
         Argument::Text(kind) if key == "x-delayed-type" => Some(kind.as_str()),
         _ => None,

@@ -80,6 +80,11 @@ pub const OUTBOX: Schema = Schema {
             name: "0005_position",
             sql: include_str!("../../sql/0005_position.sql"),
         },
+        Migration {
+            version: 6,
+            name: "0006_partitions",
+            sql: include_str!("../../sql/0006_partitions.sql"),
+        },
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
 };

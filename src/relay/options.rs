@@ -49,6 +49,8 @@ pub struct Options {
     pub parked_retain: Duration,
     /// How often the canary is written; zero means never.
     pub canary_interval: Duration,
+    /// Whether other partitions than before may be used while messages are queued in these.
+    pub accept_reorder: bool,
 }
 
 impl Options {

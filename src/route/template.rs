@@ -1,6 +1,7 @@
 //! Routing keys with fields, such as `{aggregate_type}.{event_type}`: parsed, and written for an
-//! event. `Rule::known_key` expands the same fields without an event, for the audit. Pure.
+//! event. `Rule::known_keys` expands the same fields without an event, for the audit. Pure.
 
+use super::partition::{self, Partitions};
 use crate::error::{Error, Result};
 use crate::event::{Content, Event, Op};
 
@@ -26,6 +27,8 @@ pub(super) const TABLE_FIELDS: &[(&str, Field)] =
 pub(super) enum Segment {
     Text(String),
     Field(Field),
+    /// The name of the key's partition, out of all names.
+    Partition(Box<[Box<str>]>),
 }
 
 /// Text with fields, parsed.
@@ -33,6 +36,12 @@ pub(super) enum Segment {
 pub(super) struct Template(pub(super) Vec<Segment>);
 
 impl Template {
+    /// That of a route with partitions: the name of the queue.
+    pub(super) fn of_partitions(partitions: &Partitions) -> Self {
+        let names = partitions.names().into_iter().map(String::into_boxed_str);
+        Self(vec![Segment::Partition(names.collect())])
+    }
+
     pub(super) fn parse(text: &str, fields: &[(&str, Field)]) -> Result<Self> {
         let wrong = |what: &str| Error::config(format!("routing_key {text:?}: {what}"));
         let mut segments = Vec::new();
@@ -70,14 +79,21 @@ impl Template {
         Ok(Self(segments))
     }
 
-    pub(super) fn render(&self, event: &Event, out: &mut String) {
+    pub(super) fn render(&self, event: &Event, key: &str, out: &mut String) {
         for segment in &self.0 {
             match segment {
                 Segment::Text(text) => out.push_str(text),
                 Segment::Field(field) => out.push_str(field.of(event)),
+                Segment::Partition(names) => out.push_str(partition(names, key)),
             }
         }
     }
+}
+
+/// The name of the key's partition.
+pub(super) fn partition<'a>(names: &'a [Box<str>], key: &str) -> &'a str {
+    let count = u16::try_from(names.len()).expect("at most PARTITIONS_MAX");
+    &names[usize::from(partition::of_key(key, count))]
 }
 
 impl Field {

@@ -304,6 +304,74 @@ fn each_mistake_in_routes_is_named() {
     }
 }
 
+const PARTITIONS: &str = "[[route]]\nname = 'r'\noutbox = {aggregate_type = '*'}\n\
+                          partitions = 3\nqueue = 'orders'\n";
+
+#[test]
+fn each_mistake_in_partitions_is_named() {
+    let route = "[[route]]\nname = 'r'\noutbox = {aggregate_type = '*'}\n";
+    for (more, part) in [
+        (
+            format!("{route}exchange = 'x'\nqueue = 'orders'\ndelivery_limit = 50"),
+            "route \"r\": partitions is not set, and queue, delivery_limit would have no effect",
+        ),
+        (
+            format!("{route}exchange = 'x'\narguments = {{ x = 1 }}"),
+            "arguments would have no effect",
+        ),
+        (format!("{route}partitions = 3"), "queue = \"\" is invalid; expected 1 to 250 bytes"),
+        (format!("{route}partitions = 3\nqueue = 'a.*'"), "without \"*\" and \"#\""),
+        (format!("{route}partitions = 101\nqueue = 'q'"), "= 101 is invalid; expected 0 to 100"),
+        (
+            format!("{PARTITIONS}routing_key = 'a'"),
+            "with partitions the routing key is the name of the key's queue; remove it",
+        ),
+        (
+            format!("{PARTITIONS}arguments = {{ x-overflow = 'drop-head' }}"),
+            "arguments.x-overflow: the relay sets it itself for partitions",
+        ),
+        (
+            format!("{PARTITIONS}[[exchange]]\nname = 'orders'\nkind = 'fanout'"),
+            "exchange \"orders\" routes as \"fanout\", and partitions need one that routes by",
+        ),
+        (
+            format!("{PARTITIONS}[[queue]]\nname = 'orders.02'"),
+            "queue \"orders.02\" is a partition of a route; do not list it",
+        ),
+        (
+            format!("{PARTITIONS}{}", PARTITIONS.replace("'r'", "'s'").replace('3', "4")),
+            "two routes have partitions of queue \"orders\" and say different things of them",
+        ),
+        (format!("{PARTITIONS}drop = true"), "drop = true ignores partitions, queue; remove one"),
+    ] {
+        let text = problem(&more);
+        assert!(text.contains(part), "{more}\n{text}");
+    }
+}
+
+#[test]
+fn partitions_come_with_their_queues_bindings_and_dead_letters() {
+    let topology = |more: &str| config(&format!("{LEAST}{more}")).unwrap().relay.topology;
+    let made = topology(PARTITIONS);
+    let queues: Vec<&str> = made.queues.iter().map(|queue| &*queue.name).collect();
+    assert_eq!(queues, ["orders.dead", "orders.00", "orders.01", "orders.02"]);
+    let exchanges: Vec<_> = made.exchanges.iter().map(|e| (&*e.name, &*e.kind)).collect();
+    assert_eq!(exchanges, [("orders", "direct"), ("orders.dlx", "fanout")]);
+    let bindings: Vec<String> = made.bindings.iter().map(ToString::to_string).collect();
+    assert_eq!(bindings[1], "queue \"orders.01\" to exchange \"orders\" by \"orders.01\"");
+    assert_eq!(bindings[3], "queue \"orders.dead\" to exchange \"orders.dlx\" by \"#\"");
+    assert_eq!(bindings.len(), 4);
+    // A second route may share them, and what is listed is declared as it is listed.
+    let listed = "[[exchange]]\nname = 'orders.dlx'\nkind = 'direct'\n\
+                  [[queue]]\nname = 'orders.dead'\ntype = 'classic'\n";
+    let shared = PARTITIONS.replace("'r'", "'s'").replace("'*'", "'order'");
+    let made = topology(&format!("{PARTITIONS}{shared}{listed}"));
+    assert_eq!((made.queues.len(), made.exchanges.len(), made.bindings.len()), (4, 2, 6));
+    // Another route of the exchange may need patterns.
+    let patterns = "[[route]]\nname = 'p'\noutbox = {aggregate_type = '*'}\nexchange = 'orders'\n";
+    assert_eq!(topology(&format!("{PARTITIONS}{patterns}")).exchanges[0].kind, "topic");
+}
+
 #[test]
 fn a_broken_file_is_reported_with_its_place() {
     let long = format!("name = 'a'\nnote = '{}", "x".repeat(1 << 20));

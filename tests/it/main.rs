@@ -23,6 +23,7 @@ mod maintain;
 mod management;
 mod parked_commands;
 mod parking;
+mod partitions;
 mod pg_stream;
 mod pg_wire;
 mod position;

@@ -80,6 +80,28 @@ pub async fn may_publish(options: &Options, exchange: &str, routing_key: &str) -
     on_first(options, async |hand| hand.may_publish(exchange, routing_key).await).await
 }
 
+/// Messages that are ready, and consumers, of each of these queues; absent for one that does not
+/// exist. What a consumer holds is not among the messages.
+///
+/// # Errors
+/// As [`apply_each`], and `Refused` where a queue may not be looked at.
+pub async fn counts(options: &Options, queues: &[String]) -> Result<Vec<Option<(u32, u32)>>> {
+    on_first(options, async |hand| {
+        let mut counts = Vec::new();
+        for queue in queues {
+            counts.push(
+                match hand.declare_queue(queue, Mode::Verify, FieldTable::default()).await {
+                    Ok(queue) => Some((queue.message_count(), queue.consumer_count())),
+                    Err(error) if reply::is_missing(&error) => None,
+                    Err(error) => return Err(error),
+                },
+            );
+        }
+        Ok(counts)
+    })
+    .await
+}
+
 /// Does `work` on the first broker that answers.
 async fn on_first<T>(
     options: &Options,
@@ -264,14 +286,23 @@ impl Hand<'_> {
     }
 
     async fn queue(&mut self, queue: &Queue, mode: Mode) -> Result<()> {
+        self.declare_queue(&queue.name, mode, queue_table(queue)?).await.map(drop)
+    }
+
+    async fn declare_queue(
+        &mut self,
+        name: &str,
+        mode: Mode,
+        arguments: FieldTable,
+    ) -> Result<lapin::Queue> {
         let channel = self.channel().await?;
         let options = QueueDeclareOptions {
             passive: mode == Mode::Verify,
             durable: true,
             ..Default::default()
         };
-        let declare = channel.queue_declare(short(&queue.name)?, options, queue_table(queue)?);
-        step(self.limit, &format!("queue {:?}", queue.name), declare).await.map(|_| ())
+        let declare = channel.queue_declare(short(name)?, options, arguments);
+        step(self.limit, &format!("queue {name:?}"), declare).await
     }
 
     async fn binding(&mut self, binding: &Binding) -> Result<()> {

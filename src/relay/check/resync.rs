@@ -97,7 +97,8 @@ fn allowed_by(verdict: Verdict, slot: &str) -> Result<ResumeFrom> {
         | Verdict::OutboxAltered
         | Verdict::RowUnsendable
         | Verdict::EventUnpublishable
-        | Verdict::ParkingRefused => {
+        | Verdict::ParkingRefused
+        | Verdict::PartitionsChanged => {
             return Err(Error::refused(format!(
                 "{} is not a gap that can be accepted",
                 verdict.name()

@@ -138,7 +138,8 @@ pub fn taken_over(name: &str) -> Error {
         .hint("two relays with one name: this one is on standby")
 }
 
-fn missing_schema(error: tokio_postgres::Error) -> Error {
+/// What the server says, as a verdict where a table of the schema is missing.
+pub fn missing_schema(error: tokio_postgres::Error) -> Error {
     let error = postgres_error(error);
     if !matches!(error.sqlstate(), Some(UNDEFINED_TABLE | INVALID_SCHEMA_NAME)) {
         return error;

@@ -157,6 +157,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 event
             }
             (Raw::Message { routing_key, properties, body }, Some(route)) => {
+                // The number of partitions may have changed since.
+                let routing_key = route.partition_of(&row.key_text).unwrap_or(routing_key);
                 let parts = Parts { key: &row.key_text, routing_key, properties, body };
                 let message = Message::from_parts(&parts, route.exchange, route.id, row.id);
                 let mut message = message.map_err(|error| (Why::Invalid, error))?;

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard};
 
 use crate::amqp::topology::{Binding, Destination, Thing, Topology, Wrong};
-use crate::message::{KeyPart, RouteId};
+use crate::message::RouteId;
 use crate::route::{Action, Rule};
 
 /// A route that begins held.
@@ -134,10 +134,12 @@ fn things(topology: &Topology, rules: &[Rule]) -> Vec<(RouteId, Things)> {
     let mut all = Vec::new();
     for (id, rule) in (0..).map(RouteId).zip(rules) {
         let Action::Publish { exchange, .. } = &rule.action else { continue };
-        let key: Vec<KeyPart> = rule.known_key();
-        let exchanges = survey.exchanges_of(&rule.name, exchange, &key);
-        let queues = survey.queues_of(&rule.name, exchange, &key);
-        all.push((id, Things { exchanges, queues }));
+        let mut things = Things { exchanges: Vec::new(), queues: Vec::new() };
+        for key in rule.known_keys() {
+            things.exchanges.extend(survey.exchanges_of(&rule.name, exchange, &key));
+            things.queues.extend(survey.queues_of(&rule.name, exchange, &key));
+        }
+        all.push((id, things));
     }
     all
 }
@@ -157,6 +159,7 @@ mod tests {
             action: Action::Publish {
                 exchange: exchange.into(),
                 routing_key: "{aggregate_type}.{event_type}".into(),
+                partitions: None,
                 ordering: Ordering::Keyed,
                 message_id: MessageIdRule::Event,
                 key: Vec::new(),

@@ -8,6 +8,7 @@ pub mod broken;
 pub(in crate::relay) mod catalog;
 pub mod circuit;
 pub mod facts;
+pub mod partitions;
 pub mod phantoms;
 pub mod rights;
 mod rotation;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio_postgres::Client;
 
 use super::facts::{self, StartFacts};
-use super::{Prepared, Shared, catalog, count_busy, rights};
+use super::{Prepared, Shared, catalog, count_busy, partitions, rights};
 use crate::amqp::{self, topology};
 use crate::error::{Code, Error, Kind, Result};
 use crate::pg;
@@ -18,6 +18,7 @@ use crate::pg::slot::{ServerFacts, insert_lsn};
 use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
 use crate::position::Lsn;
 use crate::relay::Options;
+use crate::relay::check::partitions::PartitionChange;
 use crate::relay::check::position::{self, Failover, Start};
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::{self, Checkpoint, PostgresStore};
@@ -41,17 +42,26 @@ pub(super) async fn prepare(
     remembered: &mut Remembered,
 ) -> Result<Prepared> {
     let busy = &shared.metrics.slot_busy;
-    let (SqlConnection { client, closed }, mut replication, wrong) = tokio::try_join!(
-        sql(&options.sql),
-        ReplicationConnection::connect(&options.sql),
-        topology::apply_each(broker, &options.topology)
-    )?;
+    let replicating = ReplicationConnection::connect(&options.sql);
+    let declaring = topology::apply_each(broker, &options.topology);
+    let comparing = compare_partitions(options, broker);
+    let is_partitioned = options.rules.iter().any(|rule| rule.partitions().is_some());
+    let (compared, mut replication, wrong) = if is_partitioned {
+        // Partitions that are refused must not be declared.
+        let compared = comparing.await?;
+        let (replication, wrong) = tokio::try_join!(replicating, declaring)?;
+        (compared, replication, wrong)
+    } else {
+        tokio::try_join!(comparing, replicating, declaring)?
+    };
+    let (SqlConnection { client, closed }, changes) = compared;
     let client = Arc::new(client);
     // Whether a standby has the checkpoint does not matter, and it may be away for long.
     client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
     let (timelines, system_id) = timelines(&mut replication).await?;
     let taken = take_over(&client, options, &timelines, &shared.own, remembered).await;
     let taken = count_busy(taken, busy)?;
+    partitions::record(&client, options, &changes).await?;
     let row = &taken.row;
     if system_id != row.system_id {
         let text = "the replication connection and the SQL connection reach different clusters";
@@ -72,6 +82,18 @@ pub(super) async fn prepare(
     Ok(Prepared { source, resumed, store, parking, row, failover, canary, wrong, closed })
 }
 
+/// Connects, and refuses other partitions than those in force while messages are queued.
+async fn compare_partitions(
+    options: &Options,
+    broker: &amqp::options::Options,
+) -> Result<(SqlConnection, Vec<PartitionChange>)> {
+    let connected = sql(&options.sql).await?;
+    rights::verify(&rights::lacking(&connected.client, None).await?)?;
+    let changes = partitions::changed(&connected.client, options).await?;
+    partitions::verify(options, broker, &changes).await?;
+    Ok((connected, changes))
+}
+
 struct TakenOver {
     row: Checkpoint,
     server: ServerFacts,
@@ -90,7 +112,6 @@ async fn take_over(
     remembered: &mut Remembered,
 ) -> Result<TakenOver> {
     let (name, last_known) = (&options.name, own.last_known());
-    rights::verify(&rights::lacking(client, None).await?)?;
     let found = facts::read(client, options).await?;
     let (stored, slot, server) = found.position();
     if server.timeline != timelines.current() {

@@ -114,8 +114,9 @@ async fn by_management(options: &Options, management: &Management) -> Result<Vec
     exchanges.sort();
     exchanges.dedup();
     let survey = management.survey(&exchanges).await?;
-    let grade =
-        |(rule, exchange): &(&Rule, &str)| survey.grade(&rule.name, exchange, &rule.known_key());
+    let grade = |(rule, exchange): &(&Rule, &str)| {
+        survey.grade_keys(&rule.name, exchange, &rule.known_keys())
+    };
     Ok(rules.iter().map(grade).collect())
 }
 
