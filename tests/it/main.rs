@@ -18,6 +18,7 @@ mod hosted;
 mod identity;
 mod keys;
 mod lock;
+mod lost_tables;
 mod maintain;
 mod management;
 mod parked_commands;

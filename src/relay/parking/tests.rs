@@ -17,7 +17,7 @@ fn key(lsn: u64) -> ParkedKey {
     ParkedKey { position: at(lsn), route: "orders".into(), part: 0 }
 }
 
-fn row(lsn: u64, lanes: LaneKeys, why: Why) -> ParkedRow {
+pub(super) fn row(lsn: u64, lanes: LaneKeys, why: Why) -> ParkedRow {
     ParkedRow {
         key: key(lsn),
         state: RowState::Parked,
@@ -33,7 +33,7 @@ fn row(lsn: u64, lanes: LaneKeys, why: Why) -> ParkedRow {
     }
 }
 
-fn lane(lane: u64) -> LaneKeys {
+pub(super) fn lane(lane: u64) -> LaneKeys {
     LaneKeys::One { lane, group: None }
 }
 

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::backoff::Backoff;
 use crate::error::{Code, Error, Kind, Result, Retry};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, TableMetrics};
 use crate::position::Position;
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::session::broken::Missing;
@@ -51,8 +51,9 @@ pub async fn run(
     let (own, keys) = (Arc::new(OwnCheckpoint::default()), Arc::default());
     let missing = Arc::new(Missing::default());
     let redeclaring = redeclare::run(options.clone(), status.clone(), missing.clone());
-    let shared =
-        Shared { metrics: metrics.clone(), status: status.clone(), canary, own, missing, keys };
+    let held = Arc::new(TableMetrics::new(options.held.iter().map(ToString::to_string)));
+    let (of_all, shown) = (metrics.clone(), status.clone());
+    let shared = Shared { metrics: of_all, status: shown, canary, own, missing, keys, held };
     let (doubt, mut doubts) = mpsc::channel(1);
     let upkeep = tokio::spawn(upkeep::run(options.clone(), shared.clone(), doubt));
     let mut kept = Kept::default();

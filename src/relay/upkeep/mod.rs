@@ -230,8 +230,16 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
         return Ok(Some(error));
     }
     let Some(publication) = found.publication() else { return Ok(None) };
-    match catalog::read_tables(client, options, publication).await {
-        Ok(tables) => Ok(shared.keys.compare(&tables)),
+    match catalog::read_tables(client, options, publication, found.agreed()).await {
+        Ok(tables) => {
+            let (keys, end) = (&shared.keys, found.position().2.wal_lsn);
+            let changed = |agreed| catalog::held_changed(options, publication, &tables, agreed);
+            let held = found.agreed().and_then(changed);
+            if held.is_none() {
+                keys.seen_intact(end);
+            }
+            Ok(held.or_else(|| keys.compare(&tables.found)))
+        }
         // The next session refuses to start, and says what to alter.
         Err(error) if error.kind() == Kind::Refused => Ok(Some(error)),
         Err(error) => Err(error),
