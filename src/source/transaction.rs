@@ -225,8 +225,7 @@ impl Assembler {
             Role::Own | Role::Canary(_) => self.own_change(received.relation, Some(new)),
             Role::Unwanted => {}
             Role::Outbox(columns) => {
-                let types = self.options.types.as_ref();
-                let values = Values { data: received.data, table, types };
+                let values = Values::new(received.data, table, &self.options);
                 let (id, occurred_at_us, row) = outbox_row(&values, columns, new);
                 // A row without an id that can be read is parked, and needs one for that.
                 let id = match id {
@@ -279,8 +278,7 @@ impl Assembler {
         if let Some(column) = unknown_type {
             self.has_known_types(&counted.transaction, table, *column)?;
         }
-        let types = self.options.types.as_ref();
-        let change = change(&Values { data: received.data, table, types })?;
+        let change = change(&Values::new(received.data, table, &self.options))?;
         let row = match &change {
             Change::Insert { new } | Change::Update { new, .. } => new,
             Change::Delete { old } => old.row(),

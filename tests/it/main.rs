@@ -21,6 +21,7 @@ mod lock;
 mod lost_tables;
 mod maintain;
 mod management;
+mod memory;
 mod parked_commands;
 mod parking;
 mod pg_stream;

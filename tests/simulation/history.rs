@@ -387,6 +387,7 @@ pub fn options(
         types: None,
         canary: String::new(),
         canary_accepted: 0,
+        max_body: 16 << 20,
     }
 }
 

@@ -224,6 +224,7 @@ async fn stream(
         captured,
         catalog_at,
         types,
+        max_body: options.broker.max_message_size,
         canary: options.name.clone(),
         canary_accepted: canary::accepted(client, &options.name).await?,
     });

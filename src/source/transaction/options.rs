@@ -30,6 +30,8 @@ pub struct Options {
     pub catalog_at: Lsn,
     /// How values of users' types are sent in binary; absent in text mode, which needs no types.
     pub types: Option<Types>,
+    /// Most bytes of a body: a value that alone makes a larger one is not made text of.
+    pub max_body: usize,
     /// Name of the relay whose canary is looked for.
     pub canary: String,
     /// Canaries up to this number may be missing: a person accepted that.
