@@ -338,6 +338,12 @@ fn check_fresh_slot(slot: &SlotState, server: &ServerFacts) -> Result<Lsn> {
         && !slot.two_phase
         && slot.wal_status != Some(WalStatus::Lost);
     match slot.confirmed_flush_lsn {
+        Some(_) if fits && let Some(pid) = slot.active_pid => {
+            let text = format!("slot {name:?} has no checkpoint, and pid {pid} reads it");
+            Err(Error::new(Kind::Busy, text).hint(
+                "end that reader if the slot is to be this relay's, or set another source.slot",
+            ))
+        }
         Some(point) if fits => Ok(point),
         None if fits && let Some(pid) = slot.active_pid => {
             let text = format!(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::backoff::Backoff;
 use crate::error::{Code, Error, Kind, Result, Retry};
@@ -28,6 +28,9 @@ const FIRST_WAIT: Duration = Duration::from_millis(50);
 const SOON_LIMIT: Duration = Duration::from_secs(1);
 /// Longest wait where someone must change something.
 const SLOW_LIMIT: Duration = Duration::from_secs(15);
+/// Longest time in which a session is opened: each connection and each query has a limit of its
+/// own, but for a server that is frozen.
+const OPEN_LIMIT: Duration = Duration::from_secs(180);
 /// A session that lived this long was healthy: the next wait is short again.
 const HEALTHY: Duration = Duration::from_secs(5);
 
@@ -153,7 +156,7 @@ async fn one_session(
     show(status, &shared.metrics);
     let opened = tokio::select! { biased;
         _ = shutdown.wait_for(|stop| *stop) => return Life::unopened(Ok(())),
-        opened = session::open(options, router, shared, kept) => opened,
+        opened = in_time(session::open(options, router, shared, kept)) => opened,
     };
     let Session { mut relay, mut closed } = match opened {
         Ok(session) => session,
@@ -191,6 +194,15 @@ async fn one_session(
     Life { result, streamed: Some(began.elapsed()), received, by_stream }
 }
 
+/// A server that stops in the middle of a step would keep the session from ending and the process
+/// from noticing.
+async fn in_time<T>(open: impl Future<Output = Result<T>>) -> Result<T> {
+    timeout(OPEN_LIMIT, open).await.unwrap_or_else(|_| {
+        let text = format!("no session was open within {OPEN_LIMIT:?}: a server does not answer");
+        Err(Error::unreachable(text))
+    })
+}
+
 /// The circuit as metrics.
 fn show(status: &Status, metrics: &Metrics) {
     let view = status.circuit();
@@ -220,5 +232,16 @@ impl Told {
         } else {
             tracing::debug!(error = %error, kind, tries, wait_ms, circuit, "session ended");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_frozen_while_a_session_is_opened_ends_that_try() {
+        let frozen = in_time(std::future::pending::<Result<()>>()).await;
+        assert_eq!(frozen.expect_err("it ends").kind(), Kind::Unreachable);
     }
 }
