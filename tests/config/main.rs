@@ -432,3 +432,15 @@ fn a_captured_table_may_say_what_its_loss_means() {
         assert!(problem.contains(expected), "{problem}");
     }
 }
+
+#[test]
+fn certificates_beside_a_url_without_tls_are_a_mistake() {
+    let expected = "broker.tls_ca is set, but broker.url is amqp://, which is plain text";
+    assert!(problem("broker.tls_ca = '/ca.pem'\n").contains(expected));
+    let secure = LEAST.replace("amqp://", "amqps://");
+    config(&format!("{secure}broker.tls_ca = '/ca.pem'\n")).unwrap();
+    // They are for the management API, too.
+    let management = "broker.management_url = 'https://127.0.0.1:15671'\n";
+    let problem = config(&format!("{LEAST}broker.tls_ca = '/ca.pem'\n{management}")).err();
+    assert!(!problem.is_some_and(|text| text.contains(expected)));
+}

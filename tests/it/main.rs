@@ -16,6 +16,7 @@ mod find;
 mod harmless;
 mod hosted;
 mod identity;
+mod init_again;
 mod keys;
 mod lock;
 mod lost_tables;
