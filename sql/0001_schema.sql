@@ -177,7 +177,7 @@ CREATE TABLE watership.checkpoint (
 ) WITH (fillfactor = 10);
 
 -- Partitions that were detached and wait to be dropped: every row that was ever written to them
--- lies before `lsn` in the WAL.
+-- lies before `lsn` in the WAL, and was written before `range_to`.
 CREATE TABLE watership.retired_partition (
     name        text        PRIMARY KEY,
     range_to    timestamptz NOT NULL,

@@ -3,27 +3,59 @@
 -- The relay calls it once an hour and at start, and again at once while it returns more = true.
 -- A call is one transaction, and what it locks stays locked to its end; so a call does little:
 --   1. days ahead: all that are missing, or one while the default partition has rows (blocks
---      nobody who writes to a day);
---   2. detached partitions that every relay has passed: drops up to 4;
+--      nobody who writes to a day). If the default partition has grown beyond 8 MiB, because days
+--      were missing for long, an empty one takes its place first, and it is detached;
+--   2. detached partitions that every relay has passed and whose rows are old: drops up to 4;
 --   3. old rows in the default partition that every relay has passed: deletes up to 1,000;
---   4. only when it did none of these: detaches one old partition. That alone stops writers, for
---      at most 100 ms of waiting for each lock, then it gives up and names it in `postponed`.
+--   4. only when it did none of these: detaches one old partition.
+-- Detaching alone stops writers, for at most 100 ms of waiting for each lock, then it gives up and
+-- names it in `postponed`.
 -- Passed means: the smallest flush_lsn of watership.checkpoint has reached the WAL position that
 -- was noted in an earlier call. Without a checkpoint row nothing is dropped or deleted.
 
 SET ROLE watership_owner;
 
+-- Puts an empty default partition in the place of one that is too large to attach days beside it.
+-- Nothing is read for that, and writers wait only for the locks. The old one is retired like a day
+-- that was detached: its rows were written before now, and are read from the WAL.
+CREATE FUNCTION watership.renew_default(OUT renewed text, OUT postponed text)
+LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    old text := 'outbox_default_' || to_char(clock_timestamp(), 'YYYYMMDDHH24MISSUS');
+BEGIN
+    -- The root comes last: a session that waits for it has nothing else left to wait for.
+    LOCK TABLE ONLY watership.outbox_default IN ACCESS EXCLUSIVE MODE;
+    ALTER TABLE watership.outbox DETACH PARTITION watership.outbox_default;
+    EXECUTE format('ALTER TABLE watership.outbox_default RENAME TO %I', old);
+    EXECUTE format('ALTER INDEX watership.outbox_default_created_at RENAME TO %I',
+        old || '_created_at');
+    CREATE TABLE watership.outbox_default PARTITION OF watership.outbox DEFAULT;
+    CREATE INDEX outbox_default_created_at ON watership.outbox_default (created_at);
+    INSERT INTO watership.retired_partition (name, range_to, lsn)
+    VALUES (old, now(), pg_current_wal_insert_lsn());
+    -- It was about rows of the old one.
+    DELETE FROM watership.default_retirement;
+    renewed := old;
+EXCEPTION WHEN OTHERS THEN
+    postponed := format('replacing outbox_default: %s', SQLERRM);
+END
+$$;
+
 -- The first day is today (UTC), the last today + days.
 CREATE FUNCTION watership.create_days_ahead(
-    days integer, OUT created text[], OUT skipped text[], OUT postponed text[]
+    days integer, OUT created text[], OUT renewed text, OUT skipped text[], OUT postponed text[]
 ) LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
+    -- To attach a day, Postgres reads all of the default partition, and locks it to the end of the
+    -- transaction. Empty, that is nothing; small, one day a call is enough; larger, it would keep
+    -- writers waiting. (A CHECK that spares the reading would refuse rows of that day meanwhile.)
+    read_most CONSTANT bigint := 8 * 1024 * 1024;
     day date;
+    missing date[] := '{}';
     leaf text;
     there bigint;
-    -- To attach a day, Postgres reads all of the default partition, and locks it to the end of the
-    -- transaction. Empty, that is nothing; else one day a call is enough.
-    crowded boolean := EXISTS (SELECT FROM ONLY watership.outbox_default);
+    later text;
+    crowded boolean;
 BEGIN
     created := '{}'; skipped := '{}'; postponed := '{}';
     FOR i IN 0..days LOOP
@@ -32,6 +64,21 @@ BEGIN
         CONTINUE WHEN EXISTS (SELECT FROM pg_inherits
             WHERE inhparent = 'watership.outbox'::regclass
                 AND inhrelid = to_regclass('watership.' || leaf));
+        missing := missing || day;
+    END LOOP;
+    IF missing = '{}' THEN
+        RETURN;
+    END IF;
+    IF pg_relation_size('watership.outbox_default') > read_most THEN
+        SELECT * INTO renewed, later FROM watership.renew_default();
+        IF renewed IS NULL THEN
+            postponed := postponed || later;
+            RETURN;
+        END IF;
+    END IF;
+    crowded := EXISTS (SELECT FROM ONLY watership.outbox_default);
+    FOREACH day IN ARRAY missing LOOP
+        leaf := 'outbox_' || to_char(day, 'YYYYMMDD');
         SELECT count(*) INTO there FROM (
             SELECT FROM ONLY watership.outbox_default
             WHERE created_at >= day AND created_at < day + 1 LIMIT 1000) AS rows;
@@ -60,14 +107,15 @@ END
 $$;
 
 CREATE FUNCTION watership.drop_passed(
-    flush_lsn pg_lsn, most integer, OUT dropped text[], OUT postponed text[]
+    flush_lsn pg_lsn, retain interval, most integer, OUT dropped text[], OUT postponed text[]
 ) LANGUAGE plpgsql VOLATILE AS $$
 DECLARE
     leaf text;
 BEGIN
     dropped := '{}'; postponed := '{}';
     FOR leaf IN SELECT name FROM watership.retired_partition AS r
-        WHERE r.lsn <= drop_passed.flush_lsn ORDER BY r.lsn LIMIT most LOOP
+        WHERE r.lsn <= drop_passed.flush_lsn AND r.range_to <= now() - retain
+        ORDER BY r.lsn LIMIT most LOOP
         -- Somebody attached it again: it is live, not ours to drop.
         IF EXISTS (SELECT FROM pg_inherits WHERE inhrelid = to_regclass('watership.' || leaf)) THEN
             DELETE FROM watership.retired_partition WHERE name = leaf;
@@ -178,6 +226,7 @@ DECLARE
     delete_most CONSTANT integer := 1000;
     count_most CONSTANT integer := 100000;
     flush_lsn pg_lsn;
+    renewed text;
     later text[];
 BEGIN
     IF retain IS NULL OR retain < interval '0' THEN
@@ -188,8 +237,9 @@ BEGIN
     IF pg_try_advisory_xact_lock(1465079888, 2) THEN
         -- A relay that does not read the WAL passes no WAL position, and holds everything back.
         SELECT min(coalesce(c.flush_lsn, '0/0')) INTO flush_lsn FROM watership.checkpoint AS c;
-        SELECT * INTO created, skipped, postponed FROM watership.create_days_ahead(days_ahead);
-        SELECT * INTO dropped, later FROM watership.drop_passed(flush_lsn, drop_most);
+        SELECT * INTO created, renewed, skipped, postponed
+        FROM watership.create_days_ahead(days_ahead);
+        SELECT * INTO dropped, later FROM watership.drop_passed(flush_lsn, retain, drop_most);
         postponed := postponed || later;
         default_deleted := watership.delete_passed_default_rows(flush_lsn, retain, delete_most);
         more := created <> '{}' OR dropped <> '{}' OR default_deleted > 0;
@@ -197,6 +247,9 @@ BEGIN
             SELECT * INTO detached, later FROM watership.detach_oldest(retain);
             postponed := postponed || later;
             more := detached <> '{}';
+        END IF;
+        IF renewed IS NOT NULL THEN
+            detached := detached || renewed;
         END IF;
     ELSE
         created := '{}'; skipped := '{}'; more := false;

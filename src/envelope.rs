@@ -319,7 +319,7 @@ pub fn key_text(event: &Event, plan: &Plan) -> String {
         Content::Outbox(row) => return format!("{}/{}", row.aggregate_type, row.aggregate_id),
         Content::Change(change) => change,
     };
-    let mut text = String::new();
+    let mut text = event.table.full_name.to_string();
     if let Some(table) = &plan.table {
         // A key that is not text is shown as far as it is.
         let _ = write_key_text(&mut text, &event.table, table, change);

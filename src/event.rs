@@ -4,6 +4,7 @@
 //! that buffer alive, so an event must not outlive its batch.
 
 pub mod id;
+mod size;
 pub mod stored;
 
 use std::sync::Arc;

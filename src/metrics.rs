@@ -12,6 +12,7 @@
 //! samples wait in memory until then.
 
 mod parked;
+mod tables;
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
@@ -20,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::position::Lsn;
 use crate::verdict::Verdict;
 pub use parked::ParkedMetrics;
+pub use tables::TableMetrics;
 
 /// Upper bounds of the buckets of every `_seconds` histogram, in seconds: 0.5 ms to 60 s.
 const BUCKETS: [f64; 16] =

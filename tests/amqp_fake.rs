@@ -9,7 +9,7 @@ mod fake_broker;
 use std::time::Duration;
 
 use amq_protocol::frame::AMQPFrame;
-use amq_protocol::protocol::{AMQPClass, connection};
+use amq_protocol::protocol::{AMQPClass, channel, connection};
 use amq_protocol::types::AMQPValue;
 use fake_broker::{Peer, broker, closed_port, message, options};
 use futures_util::FutureExt;
@@ -478,5 +478,55 @@ async fn login_is_by_password_or_by_certificate_and_tells_who_and_what_we_are() 
         });
         Connection::open(&options).await.unwrap();
         script.await.unwrap();
+    }
+}
+
+/// Why a connection to a broker that does what `script` says cannot be opened.
+async fn refusal<S>(script: impl FnOnce(Peer) -> S + Send + 'static) -> String
+where
+    S: Future<Output = Peer> + Send + 'static,
+{
+    let (url, listener) = broker().await;
+    let script = tokio::spawn(async move { script(Peer::accept(&listener).await).await });
+    let opened = Connection::open(&Options { urls: vec![url], ..options(&["a"]) }).await;
+    let error = opened.err().expect("it is refused");
+    drop(script.await.expect("the script ends"));
+    error.text_with_hint()
+}
+
+#[tokio::test]
+async fn what_a_broker_does_not_offer_is_named_with_what_to_do() {
+    let text = refusal(async |mut peer: Peer| {
+        peer.offers("AMQPLAIN EXTERNAL").await;
+        peer
+    });
+    let text = text.await;
+    for part in ["mechanism PLAIN, only AMQPLAIN EXTERNAL", "auth_mechanisms in rabbitmq.conf"] {
+        assert!(text.contains(part), "{text}");
+    }
+    let text = refusal(async |mut peer: Peer| {
+        peer.tunes(1).await;
+        peer
+    });
+    let text = text.await;
+    for part in ["broker allows 1 channel a connection; 2 are needed", "raise channel_max"] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn a_channel_that_is_closed_while_it_is_opened_ends_the_session_in_the_brokers_words() {
+    let text = refusal(async |mut peer: Peer| {
+        peer.handshake().await;
+        let open = channel::AMQPMethod::Open(channel::Open {});
+        assert_eq!(peer.receive().await, AMQPFrame::Method(2, AMQPClass::Channel(open)));
+        let reply_text = "RESOURCE_ERROR - no more of them".into();
+        let close = channel::Close { reply_code: 506, reply_text, class_id: 20, method_id: 10 };
+        peer.channel(2, channel::AMQPMethod::Close(close)).await;
+        peer
+    });
+    let text = text.await;
+    for part in ["closed channel 2 while it was opened", "no more of them"] {
+        assert!(text.contains(part), "{text}");
     }
 }

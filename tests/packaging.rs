@@ -349,3 +349,65 @@ fn service_unit_keeps_the_relay_in_its_box() {
         assert!(lines.contains(wanted), "packaging/watership.service has no {wanted}");
     }
 }
+
+/// Whether it always names the same image: by an exact version, or a digest.
+fn is_pinned(image: &str) -> bool {
+    if let Some((_, digest)) = image.split_once("@sha256:") {
+        return digest.len() == 64 && digest.bytes().all(|b| b.is_ascii_hexdigit());
+    }
+    let Some((name, tag)) = image.rsplit_once(':') else { return false };
+    let version = tag.trim_start_matches('v').split('-').next().unwrap_or_default();
+    let numbers = version.split('.').filter(|part| part.parse::<u32>().is_ok()).count();
+    // Postgres has versions of two numbers.
+    numbers >= if name == "postgres" { 2 } else { 3 }
+}
+
+#[test]
+fn images_are_pinned() {
+    let (compose, dockerfile) = (yaml("docker-compose.yml"), read(DOCKERFILE));
+    let workflow = yaml(".github/workflows/ci.yml");
+    let mut images: Vec<String> = Vec::new();
+    images.extend(services(&compose).values().filter_map(|s| s["image"].as_str().map(Into::into)));
+    let from = dockerfile.lines().filter_map(|line| line.strip_prefix("FROM "));
+    images.extend(from.map(|line| line.split(' ').next().unwrap().to_owned()));
+    let jobs = workflow["jobs"].as_object().expect("jobs").values();
+    images.extend(jobs.filter_map(|job| job["container"]["image"].as_str().map(Into::into)));
+    assert_eq!(images.len(), 6, "{images:?}");
+    let moving: Vec<_> = images.iter().filter(|image| !is_pinned(image)).collect();
+    assert!(moving.is_empty(), "{moving:?}: name an exact version or a digest");
+    // What the frontend is could not be seen above.
+    assert!(!dockerfile.contains("# syntax="), "an image of its own, which moves");
+    for moving in ["postgres:17", "rabbitmq:4.1-management", "rust:1-slim", "rust", "a@sha256:1"] {
+        assert!(!is_pinned(moving), "{moving}");
+    }
+}
+
+#[test]
+fn ci_gets_no_more_rights_than_it_needs() {
+    let text = read(".github/workflows/ci.yml");
+    assert!(!text.contains("privileged"), "a privileged container is root on its host");
+}
+
+#[test]
+fn no_dependency_asks_for_a_newer_rust_than_is_promised() {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let mut command = Command::new(cargo);
+    command
+        .args(["metadata", "--locked", "--offline", "--format-version", "1"])
+        .current_dir(root());
+    let output = command.output().expect("cargo starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: Value = serde_json::from_slice(&output.stdout).expect("it prints JSON");
+    let packages = metadata["packages"].as_array().expect("packages");
+    let version = |package: &Value| {
+        let text = package["rust_version"].as_str().unwrap_or("0").to_owned();
+        let mut numbers = text.split('.').map(|part| part.parse::<u32>().expect("a number"));
+        [(); 3].map(|()| numbers.next().unwrap_or(0))
+    };
+    let ours = packages.iter().find(|package| package["name"] == "watership").expect("ours");
+    let promised = version(ours);
+    let newer: Vec<_> = packages.iter().filter(|package| version(package) > promised).collect();
+    let names: Vec<_> = newer.iter().map(|package| &package["name"]).collect();
+    assert!(names.is_empty(), "{names:?} ask for more than {promised:?}");
+    assert!(packages.len() > 100, "all of them were looked at");
+}

@@ -209,7 +209,12 @@ fn start_ok(
         return Err(Error::refused(format!(
             "broker does not offer the SASL mechanism {mechanism}, only {mechanisms}"
         ))
-        .hint("EXTERNAL needs TLS, a client certificate and rabbitmq_auth_mechanism_ssl"));
+        .hint(match auth {
+            Auth::Plain => {
+                "enable it (auth_mechanisms in rabbitmq.conf), or use broker.auth = \"external\""
+            }
+            Auth::External => "it needs TLS, a client certificate and rabbitmq_auth_mechanism_ssl",
+        }));
     }
     let response = match auth {
         Auth::Plain => format!("\0{}\0{}", url.username, url.password.expose()),
@@ -261,6 +266,14 @@ fn tune_with(tune: &connection::Tune, url: &Url, options: &Options) -> Result<Tu
         .hint("raise frame_max in rabbitmq.conf; the default is 131072"));
     }
     let channel_max = if tune.channel_max == 0 { u16::MAX } else { tune.channel_max };
+    if channel_max <= CONTROL_CHANNEL {
+        return Err(Error::refused(format!(
+            "broker allows {channel_max} channel a connection; {} are needed, for the lock queue \
+             and to publish",
+            CONTROL_CHANNEL + 1
+        ))
+        .hint("raise channel_max in rabbitmq.conf; the default is 2047"));
+    }
     let heartbeat = url.heartbeat.unwrap_or(options.heartbeat).as_secs().clamp(1, 3600);
     Ok(Tuned { frame_max, channel_max, heartbeat: heartbeat as u16 })
 }

@@ -386,6 +386,13 @@ impl Connection {
                 wire::put_method(self.link.out(), number, AMQPClass::Confirm(select));
                 Ok(())
             }
+            channel::AMQPMethod::Close(close)
+                if matches!(self.channel(number)?.state, State::Opening | State::Selecting) =>
+            {
+                let what =
+                    format!("broker {} closed channel {number} while it was opened", self.url);
+                Err(reply::error(&what, close.reply_code, close.reply_text.as_str()))
+            }
             channel::AMQPMethod::Close(close) => {
                 self.channel(number)?.close(close.reply_code, close.reply_text.as_str(), outcomes);
                 // After the publishes that are still in the buffer: the broker drops those.

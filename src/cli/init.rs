@@ -19,14 +19,14 @@ use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Options;
 use crate::pg::migrate;
 use crate::pg::publication::{Publication, TableName};
-use crate::pg::publication::{add_tables, create_publication, read_publication};
+use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
 use crate::relay;
 use crate::relay::check::partitions::PartitionChange;
-use crate::relay::check::position;
+use crate::relay::check::{lost, position};
 use crate::relay::checkpoint::{self, NewCheckpoint};
 use crate::relay::session::{self, facts, rights, wal};
 use crate::secret::Secret;
@@ -188,7 +188,11 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
     let name = &config.relay.publication;
     let mut wanted = vec![TableName::outbox(), TableName::canary()];
     for table in &config.relay.tables {
-        wanted.push(table.parse()?);
+        let table: TableName = table.parse()?;
+        // A held one may be missing; that was said.
+        if !config.relay.held.contains(&table) || read_table(client, &table).await?.is_some() {
+            wanted.push(table);
+        }
     }
     let detail = |tables: &[TableName]| {
         let names: Vec<String> = tables.iter().map(ToString::to_string).collect();
@@ -303,7 +307,8 @@ async fn agree(steps: &mut Steps, client: &Client, config: &Config) -> Result<()
     match (found.verify_publication(options), found.publication()) {
         (Ok(()), Some(publication)) => {
             let facts = position::facts(publication, &options.wanted());
-            checkpoint::agree(client, &config.relay.name, &facts).await
+            let agreed = lost::keep_held(found.agreed(), facts, &options.held);
+            checkpoint::agree(client, &config.relay.name, &agreed).await
         }
         (Ok(()), None) => Err(Error::protocol("the publication was dropped during init")),
         (Err(doubt), _) => {
@@ -341,6 +346,12 @@ fn check_fresh_slot(slot: &SlotState, server: &ServerFacts) -> Result<Lsn> {
         && !slot.two_phase
         && slot.wal_status != Some(WalStatus::Lost);
     match slot.confirmed_flush_lsn {
+        Some(_) if fits && let Some(pid) = slot.active_pid => {
+            let text = format!("slot {name:?} has no checkpoint, and pid {pid} reads it");
+            Err(Error::new(Kind::Busy, text).hint(
+                "end that reader if the slot is to be this relay's, or set another source.slot",
+            ))
+        }
         Some(point) if fits => Ok(point),
         None if fits && let Some(pid) = slot.active_pid => {
             let text = format!(

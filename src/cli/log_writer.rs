@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tracing_subscriber::fmt::MakeWriter;
 
-use super::printable;
+use super::{colour, printable};
 
 /// Maximum number of lines that wait for the thread.
 const WAITING_MAX: usize = 4096;
@@ -97,7 +97,7 @@ fn write(line: &[u8]) {
     if before > 0 {
         let _ = writeln!(stderr, "dropped {before} log lines: stderr was not read in time");
     }
-    if stderr.write_all(shown(line, stderr.is_terminal()).as_bytes()).is_err() {
+    if stderr.write_all(shown(line, colour::is_wanted(stderr.is_terminal())).as_bytes()).is_err() {
         metrics::counter!(SERIES).increment(1);
     }
 }

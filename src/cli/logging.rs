@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
+use super::colour;
 use super::log_writer::{self, ToThread};
 use crate::config::{Log, LogFormat};
 
@@ -56,7 +57,7 @@ fn install(json: bool, filter: &str, writer: BoxMakeWriter) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_writer(writer)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_ansi(colour::is_wanted(std::io::stderr().is_terminal()));
     let installed = if json {
         builder.json().flatten_event(true).with_current_span(true).try_init()
     } else {

@@ -17,6 +17,7 @@ use crate::error::{Error, Kind, Result};
 mod ask;
 mod broker;
 mod check;
+mod colour;
 mod demo;
 mod drop;
 mod find;
@@ -195,9 +196,9 @@ impl Out {
         self.print("", text);
     }
 
-    /// Prints a line that begins with `word` in a colour (ANSI number), if stdout is a terminal.
+    /// Prints a line that begins with `word`, in a colour (ANSI number) where that is wanted.
     fn marked(self, colour: u8, word: &str, text: &str) {
-        let coloured = io::stdout().is_terminal();
+        let coloured = colour::is_wanted(io::stdout().is_terminal());
         let word = if coloured { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() };
         self.print(&word, text);
     }

@@ -16,6 +16,7 @@ use crate::pg::publication::Publication;
 use crate::pg::slot::{create_slot, drop_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
+use crate::relay::check::lost::Agreed;
 use crate::relay::check::position::facts;
 use crate::relay::check::resync::{ResumeFrom, ResyncPlan, plan};
 use crate::relay::checkpoint;
@@ -222,7 +223,8 @@ async fn accept(
     let tx = client.transaction().await.map_err(postgres_error)?;
     let epoch = move_checkpoint(&tx, config, found, publication, &resumed).await?;
     canary::accept(&tx, &config.relay.name).await?;
-    checkpoint::agree(&tx, &config.relay.name, &facts(publication, &config.relay.wanted())).await?;
+    let agreed = Agreed::whole(facts(publication, &config.relay.wanted()));
+    checkpoint::agree(&tx, &config.relay.name, &agreed).await?;
     report.epoch = Some(epoch);
     record(&tx, config, args, found, &resumed, report).await?;
     tx.commit().await.map_err(postgres_error)?;

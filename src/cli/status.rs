@@ -170,9 +170,8 @@ async fn ask_probe(path: &Path, args: &Args) -> Result<()> {
         (false, true) => ("/readyz?standby=ok", "ready"),
         (false, false) => ("/readyz", "ready"),
     };
-    if args.ready {
-        ask::status(&name, address).await?;
-    }
+    // Another relay that has this port says nothing about ours.
+    ask::status(&name, address).await?;
     let (code, body) = ask::get(address, path).await?;
     if code == 200 {
         return Ok(());

@@ -43,7 +43,9 @@ pub(super) fn connection(t: &mut Section<'_>, name: &str) -> Options {
 pub(super) fn audit(t: &mut Section<'_>, broker: &Options) -> AuditOptions {
     const URL: &str = "management_url";
     let interval = t.duration("audit_interval", 60 * SECOND, SECOND..=DAY);
-    let Some(url) = t.url(URL) else {
+    let url = t.url(URL);
+    check_tls_files(t, broker, url.as_ref());
+    let Some(url) = url else {
         return AuditOptions { interval, management_url: None, url_again: Again::default() };
     };
     let files = url.files().map(Path::to_owned).collect();
@@ -134,6 +136,23 @@ fn check(t: &Section<'_>, options: &Options) {
         let heartbeat = quoted(heartbeat);
         let expected = format!("more than twice broker.heartbeat, which is {heartbeat}");
         t.invalid("confirm_timeout", quoted(options.confirm_timeout), expected);
+    }
+}
+
+/// Certificates beside URLs of which none uses TLS: who meant `amqps://` would send in plain text.
+fn check_tls_files(t: &Section<'_>, options: &Options, management: Option<&Filled>) {
+    let text = management.and_then(|url| url.text().ok()).unwrap_or_default();
+    let used =
+        text.starts_with("https://") || options.urls.iter().any(|u| u.scheme == Scheme::Amqps);
+    let files = [("tls_ca", &options.tls.root_cert), ("tls_cert", &options.tls.client_cert)];
+    let Some((key, _)) = files.iter().find(|(_, file)| file.is_some()) else { return };
+    // External authentication has a problem of its own.
+    if !used && !options.urls.is_empty() && options.auth == Auth::Plain {
+        let what = format!(
+            "broker.{key} is set, but broker.url is amqp://, which is plain text; use amqps://, or \
+             remove {key}"
+        );
+        t.problem(key, what);
     }
 }
 

@@ -31,7 +31,7 @@ pub(super) fn read(path: &Path) -> Result<String> {
 }
 
 /// A variable of the process environment.
-pub(super) fn environment(name: &str) -> Option<String> {
+pub fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 

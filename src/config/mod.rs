@@ -161,7 +161,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
     let kind = source::kind(&mut source);
     let sql = source::connection(&mut source);
     let failover = source.flag("failover", false);
-    let tables = source::tables(&mut source);
+    let (tables, held) = source::tables(&mut source);
     let connection = broker::connection(&mut broker, &name);
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);
@@ -181,6 +181,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
         slot: source.name("slot", "watership", "_"),
         publication: source.name("publication", "watership", "_-."),
         tables,
+        held,
         binary: source.flag("binary", false),
         broker: connection,
         topology: topology::topology(root, mode, &rules, &partitioned),

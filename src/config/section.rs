@@ -103,6 +103,12 @@ pub(super) enum Scalar {
     Bool(bool),
 }
 
+/// An item of a list that has texts, tables, or both.
+pub(super) enum Entry<'f> {
+    Text(String),
+    Table(Section<'f>),
+}
+
 impl<'f> Section<'f> {
     fn new(
         document: &'f Document<'f>,
@@ -254,6 +260,27 @@ impl<'f> Section<'f> {
     pub(super) fn list(&mut self, key: &'static str) -> Vec<String> {
         let Some(value) = self.ask(key) else { return Vec::new() };
         self.strings(key, value).unwrap_or_default()
+    }
+
+    /// A list of texts and tables; `expected` shows how an item is written.
+    pub(super) fn entries(&mut self, key: &'static str, expected: &str) -> Vec<Entry<'f>> {
+        let Some(value) = self.ask(key) else { return Vec::new() };
+        let Some(items) = value.get_ref().as_array() else {
+            self.wrong_type(key, value, &format!("a list of {expected}"));
+            return Vec::new();
+        };
+        let mut entries = Vec::new();
+        for (index, item) in items.iter().enumerate() {
+            let path = format!("{key}[{index}]");
+            if let DeValue::Table(table) = item.get_ref() {
+                let prefix = format!("{}.", self.path(&path));
+                let section = Section::new(self.document, prefix, Some(table), Some(item.span()));
+                entries.push(Entry::Table(section));
+            } else if let Some((_, text)) = self.fill(&path, item, expected, Notation::Plain) {
+                entries.push(Entry::Text(text));
+            }
+        }
+        entries
     }
 
     /// A text, a whole number, true or false; `None` when there is a problem with it.

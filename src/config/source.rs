@@ -3,9 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::load::Filled;
-use super::section::Section;
+use super::section::{Entry, Section};
 use crate::error::Result;
 use crate::pg::connect::Options;
+use crate::pg::publication::TableName;
 use crate::secret::{Again, Secret};
 use crate::source::SourceKind;
 use crate::tls::SslMode;
@@ -67,10 +68,24 @@ pub(super) fn kind(t: &mut Section<'_>) -> SourceKind {
     kind.unwrap_or(wal)
 }
 
-/// Captured tables, `schema.table`.
-pub(super) fn tables(t: &mut Section<'_>) -> Vec<String> {
+/// Captured tables, `schema.table`, and those of them that are held when they are lost.
+pub(super) fn tables(t: &mut Section<'_>) -> (Vec<String>, Vec<TableName>) {
     const TABLES: &str = "tables";
-    let tables = t.list(TABLES);
+    let (mut tables, mut held) = (Vec::new(), Vec::new());
+    for entry in t.entries(TABLES, "\"schema.table\" or { name = \"schema.table\" }") {
+        let (name, holds) = match entry {
+            Entry::Text(name) => (name, false),
+            Entry::Table(mut table) => {
+                let name = table.text("name", "");
+                table.call_it(&format!("captured table {name:?}"));
+                (name, table.word("on_table_lost", &[("stop", false), ("hold", true)]))
+            }
+        };
+        if holds && let Ok(name) = name.parse() {
+            held.push(name);
+        }
+        tables.push(name);
+    }
     for (index, table) in tables.iter().enumerate() {
         let expected = if !is_table_name(table) {
             "\"schema.table\""
@@ -84,7 +99,7 @@ pub(super) fn tables(t: &mut Section<'_>) -> Vec<String> {
         let what = format!("source.tables has {table:?}; expected {expected}");
         t.problem(TABLES, what);
     }
-    tables
+    (tables, held)
 }
 
 fn is_table_name(text: &str) -> bool {

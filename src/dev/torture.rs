@@ -143,7 +143,8 @@ fn broker(error: lapin::Error) -> Error {
 
 /// An empty table of effects, which every role may write.
 async fn prepare(client: &Client) -> Result<()> {
-    let there = "SELECT pg_catalog.to_regprocedure('watership_inbox.maintain(timestamptz)') IS NOT NULL";
+    let there =
+        "SELECT pg_catalog.to_regprocedure('watership_inbox.maintain(timestamptz)') IS NOT NULL";
     let there: bool = client.query_one(there, &[]).await.map_err(postgres_error)?.get(0);
     if !there {
         return Err(Error::refused("the database has no inbox")

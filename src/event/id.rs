@@ -18,6 +18,7 @@
 //! `relay/check/tables` warns where two publications disagree on what an id is made of; the two
 //! change together.
 
+use ring::digest::{Context, SHA1_FOR_LEGACY_USE_ONLY};
 use uuid::Uuid;
 
 use crate::event::{Identity, Row, Table, Value};
@@ -37,11 +38,16 @@ pub fn namespace(system_id: u64, timeline: u32) -> Uuid {
     Uuid::new_v5(&CAPTURED, &name)
 }
 
+/// A value above this size, in bytes, is hashed where it is, not copied.
+const COPIED_MAX: usize = 64 * 1024;
+
 /// Gives ids to the changes of a stream, one after the other.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Ids {
     /// Scratch space for the name that is hashed.
     name: Vec<u8>,
+    /// What comes before it, of a name with a large value in it.
+    hashed: Option<Context>,
     /// LSN of the last change.
     at: Lsn,
     /// Ids that were given at this LSN, with how many rows would have had each of them. Few: a
@@ -62,13 +68,19 @@ pub struct Origin {
     pub xid: u32,
 }
 
+impl std::fmt::Debug for Ids {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ids").field("at", &self.at).finish_non_exhaustive()
+    }
+}
+
 impl Ids {
     /// The id of a changed row: `row` is the new one, or the old one of a delete; `columns` are
     /// those of [`columns`].
     pub fn row(&mut self, source: Origin, columns: &[usize], row: &Row) -> Uuid {
         self.begin(source);
         for &column in columns {
-            self.value(&row[column]);
+            self.value(source.namespace, &row[column]);
         }
         self.number(source)
     }
@@ -85,6 +97,7 @@ impl Ids {
             self.at = source.lsn;
             self.given.clear();
         }
+        self.hashed = None;
         self.name.clear();
         self.name.extend_from_slice(&source.lsn.0.to_be_bytes());
         self.name.extend_from_slice(&source.committed_at_us.to_be_bytes());
@@ -94,7 +107,7 @@ impl Ids {
     /// Values are told apart from each other and from null by two bits of kind below their length,
     /// as a LEB128: one byte for a short value, so that with an integer key all that is hashed
     /// fits into one block of SHA-1.
-    fn value(&mut self, value: &Value) {
+    fn value(&mut self, namespace: Uuid, value: &Value) {
         let (kind, bytes): (u64, &[u8]) = match value {
             Value::Null => (0, &[]),
             Value::Text(text) => (1, text),
@@ -108,11 +121,31 @@ impl Ids {
             head >>= 7;
         }
         self.name.push(head as u8);
-        self.name.extend_from_slice(bytes);
+        if bytes.len() <= COPIED_MAX {
+            self.name.extend_from_slice(bytes);
+            return;
+        }
+        let hashed = self.hashed.get_or_insert_with(|| {
+            let mut hashed = Context::new(&SHA1_FOR_LEGACY_USE_ONLY);
+            hashed.update(namespace.as_bytes());
+            hashed
+        });
+        hashed.update(&self.name);
+        hashed.update(bytes);
+        self.name.clear();
     }
 
     fn number(&mut self, source: Origin) -> Uuid {
-        let first = Uuid::new_v5(&source.namespace, &self.name);
+        let first = match self.hashed.take() {
+            None => Uuid::new_v5(&source.namespace, &self.name),
+            // The same, in pieces (RFC 9562, section 5.5).
+            Some(mut hashed) => {
+                hashed.update(&self.name);
+                let hash = hashed.finish();
+                let bytes = hash.as_ref().first_chunk().expect("SHA-1 has 20 bytes");
+                uuid::Builder::from_sha1_bytes(*bytes).into_uuid()
+            }
+        };
         match self.given.iter_mut().find(|(id, _)| *id == first) {
             Some((_, number)) => {
                 *number += 1;
@@ -185,6 +218,27 @@ mod tests {
 
     fn row(values: &[&'static str]) -> Row {
         values.iter().map(|value| Value::Text(value.as_bytes().into())).collect()
+    }
+
+    #[test]
+    fn a_large_value_gives_the_id_that_it_would_give_in_one_piece() {
+        let large = vec![b'x'; COPIED_MAX + 1];
+        let text = |bytes: &[u8]| Value::Text(bytes.to_vec().into());
+        let id = Ids::default().row(
+            SOURCE,
+            &[0, 1, 2],
+            &[text(b"7"), text(&large), text(b"after")].into(),
+        );
+        let mut name = Vec::new();
+        name.extend_from_slice(&SOURCE.lsn.0.to_be_bytes());
+        name.extend_from_slice(&SOURCE.committed_at_us.to_be_bytes());
+        name.extend_from_slice(&SOURCE.xid.to_be_bytes());
+        name.extend_from_slice(b"\x057");
+        // 65,537 bytes, and the kind in the two lowest bits, as a LEB128.
+        name.extend_from_slice(b"\x85\x80\x10");
+        name.extend_from_slice(&large);
+        name.extend_from_slice(b"\x15after");
+        assert_eq!(id, Uuid::new_v5(&SOURCE.namespace, &name));
     }
 
     /// The ids of rows with one LSN, one after the other.

@@ -23,10 +23,10 @@ use crate::position::{Lsn, Position};
 /// Version of the form that this program writes. It reads this one and those before it.
 const FORM: u32 = 1;
 
-/// Bytes of a document above which large values are left out of it. Postgres takes no parameter and
-/// no value of 1 GiB (`MaxAllocSize` in `src/include/utils/memutils.h`), and has to read and write
-/// it within the time of one statement.
-pub const STORED_MAX: usize = 256 << 20;
+/// Bytes of a document above which large values are left out of it. It is in memory several times
+/// while it is written or tried again, and Postgres has to read and write it within the time of one
+/// statement.
+pub const STORED_MAX: usize = 64 << 20;
 /// Bytes of a value that stays even then.
 const KEPT_MAX: usize = 1 << 20;
 
@@ -129,8 +129,48 @@ pub fn to_json(event: &Event) -> String {
     document(event, STORED_MAX)
 }
 
+/// What is certainly too large is not copied before its large values are left out.
 fn document(event: &Event, max: usize) -> String {
-    let mut stored = Stored {
+    let whole = (event.bytes() <= max).then(|| stored(event, usize::MAX));
+    let whole = whole.and_then(|stored| {
+        let mut out = Bounded { bytes: Vec::new(), max };
+        serde_json::to_writer(&mut out, &stored).ok().map(|()| out.bytes)
+    });
+    let bytes = whole.unwrap_or_else(|| {
+        let stored = stored(event, KEPT_MAX);
+        serde_json::to_vec(&stored).expect("strings and numbers are always JSON")
+    });
+    String::from_utf8(bytes).expect("JSON is UTF-8")
+}
+
+/// Takes no more than `max` bytes.
+struct Bounded {
+    bytes: Vec<u8>,
+    max: usize,
+}
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.bytes.len() + bytes.len() > self.max {
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// With values of up to `kept` bytes.
+fn stored(event: &Event, kept: usize) -> Stored {
+    let cells = |row: &Row| cells(row, kept);
+    let old = |old: &OldRow| match old {
+        OldRow::Key(row) => StoredOld::Key(cells(row)),
+        OldRow::Full(row) => StoredOld::Full(cells(row)),
+    };
+    Stored {
         form: FORM,
         lsn: event.lsn.map(|lsn| lsn.0),
         occurred_at_us: event.occurred_at_us,
@@ -138,73 +178,16 @@ fn document(event: &Event, max: usize) -> String {
         xid: event.xid,
         table: store_table(&event.table),
         content: match &event.content {
-            Content::Outbox(row) => StoredContent::Outbox(Box::new(store_outbox(row))),
+            Content::Outbox(row) => StoredContent::Outbox(Box::new(store_outbox(row, kept))),
             Content::Change(Change::Insert { new }) => StoredContent::Insert { new: cells(new) },
-            Content::Change(Change::Update { old, new }) => {
-                StoredContent::Update { old: old.as_ref().map(store_old), new: cells(new) }
+            Content::Change(Change::Update { old: before, new }) => {
+                StoredContent::Update { old: before.as_ref().map(old), new: cells(new) }
             }
-            Content::Change(Change::Delete { old }) => {
-                StoredContent::Delete { old: store_old(old) }
+            Content::Change(Change::Delete { old: before }) => {
+                StoredContent::Delete { old: old(before) }
             }
             Content::Change(Change::Truncate) => StoredContent::Truncate,
         },
-    };
-    let text = |stored: &Stored| {
-        serde_json::to_string(stored).expect("strings and numbers are always JSON")
-    };
-    let whole = text(&stored);
-    if whole.len() <= max {
-        return whole;
-    }
-    stored.content.cells_mut().into_iter().for_each(|cell| cell.leave_out());
-    text(&stored)
-}
-
-impl StoredContent {
-    fn cells_mut(&mut self) -> Vec<&mut Cell> {
-        match self {
-            StoredContent::Outbox(row) => {
-                let mut cells: Vec<&mut Cell> = row.headers.iter_mut().collect();
-                match &mut row.payload {
-                    StoredPayload::Json(cell) | StoredPayload::Data(cell) => cells.push(cell),
-                    StoredPayload::Broken { columns, .. } => {
-                        cells.extend(columns.iter_mut().map(|(_, cell)| cell));
-                    }
-                }
-                cells
-            }
-            StoredContent::Insert { new } => new.iter_mut().collect(),
-            StoredContent::Update { old, new } => {
-                let old = old.iter_mut().flat_map(StoredOld::cells_mut);
-                new.iter_mut().chain(old).collect()
-            }
-            StoredContent::Delete { old } => old.cells_mut().iter_mut().collect(),
-            StoredContent::Truncate => Vec::new(),
-        }
-    }
-}
-
-impl StoredOld {
-    fn cells_mut(&mut self) -> &mut Vec<Cell> {
-        match self {
-            StoredOld::Key(cells) | StoredOld::Full(cells) => cells,
-        }
-    }
-}
-
-impl Cell {
-    /// Takes a large value out, and says so.
-    fn leave_out(&mut self) {
-        if let Cell::Text(value) | Cell::Base64 { base64: value } = self
-            && value.len() > KEPT_MAX
-        {
-            let unreadable = format!(
-                "a value of {} bytes was too large to be kept with the parked row (discard the \
-                 row, and have its consumers read the table)",
-                value.len()
-            );
-            *self = Cell::Unreadable { unreadable, base64_binary: None };
-        }
     }
 }
 
@@ -302,7 +285,8 @@ fn load_table(stored: StoredTable) -> Result<Table> {
     })
 }
 
-fn store_outbox(row: &OutboxRow) -> StoredOutbox {
+fn store_outbox(row: &OutboxRow, kept: usize) -> StoredOutbox {
+    let cell = |bytes: &Bytes| cell(bytes, kept);
     let text = |text: &ByteString| text.to_string();
     let named = |(name, value): &(String, Option<Bytes>)| {
         (name.clone(), value.as_ref().map_or(Cell::Null, cell))
@@ -357,18 +341,11 @@ fn load_outbox(stored: StoredOutbox) -> Result<OutboxRow> {
     })
 }
 
-fn store_old(old: &OldRow) -> StoredOld {
-    match old {
-        OldRow::Key(row) => StoredOld::Key(cells(row)),
-        OldRow::Full(row) => StoredOld::Full(cells(row)),
-    }
-}
-
-fn cells(row: &Row) -> Vec<Cell> {
+fn cells(row: &Row, kept: usize) -> Vec<Cell> {
     let one = |value: &Value| match value {
         Value::Null => Cell::Null,
         Value::Unchanged => Cell::Unchanged { unchanged: true },
-        Value::Text(bytes) => cell(bytes),
+        Value::Text(bytes) => cell(bytes, kept),
         Value::Unreadable(value) => Cell::Unreadable {
             unreadable: value.why.clone(),
             base64_binary: value.bytes.as_ref().map(|bytes| STANDARD.encode(bytes)),
@@ -377,7 +354,16 @@ fn cells(row: &Row) -> Vec<Cell> {
     row.iter().map(one).collect()
 }
 
-fn cell(bytes: &Bytes) -> Cell {
+/// A value of more than `kept` bytes is left out, and that is said in its place.
+fn cell(bytes: &Bytes, kept: usize) -> Cell {
+    if bytes.len() > kept {
+        let unreadable = format!(
+            "a value of {} bytes was too large to be kept with the parked row (discard the row, \
+             and have its consumers read the table)",
+            bytes.len()
+        );
+        return Cell::Unreadable { unreadable, base64_binary: None };
+    }
     match std::str::from_utf8(bytes) {
         Ok(text) => Cell::Text(text.to_owned()),
         Err(_) => Cell::Base64 { base64: STANDARD.encode(bytes) },

@@ -17,6 +17,8 @@ pub struct ParkedMetrics {
     pub oldest_seconds: Gauge,
     /// Messages that were tried again.
     pub retried: Counter,
+    /// Rows that a promoted server lacks, as far as this process knows.
+    pub lost: Counter,
 }
 
 #[derive(Clone)]
@@ -50,6 +52,7 @@ impl ParkedMetrics {
             keys: gauge!("watership_parked_keys"),
             oldest_seconds: gauge!("watership_parked_oldest_seconds"),
             retried: counter!("watership_parked_retried_total"),
+            lost: counter!("watership_parked_lost_total"),
         }
     }
 

@@ -31,6 +31,7 @@ use crate::relay::checkpoint::progress::{Idle, Progress};
 use crate::relay::checkpoint::{Looking, Store, Storing};
 use crate::relay::observed::Observed;
 use crate::relay::parking::Parking;
+use crate::relay::parking::recent::RecentlyParked;
 use crate::relay::session::broken::{BrokenRoute, Missing};
 use crate::relay::session::phantoms::RecentlyPublished;
 use crate::relay::status::Status;
@@ -130,6 +131,7 @@ struct Seen {
     observed: Observed,
     canary: Arc<Canary>,
     published: RecentlyPublished,
+    parked: RecentlyParked,
     refusals: Refusals,
     recent: RecentConfirms,
     metrics: Arc<Metrics>,
@@ -164,6 +166,8 @@ pub struct RelayParts<S, P, C> {
     pub missing: Arc<Missing>,
     /// What earlier sessions published.
     pub published: RecentlyPublished,
+    /// What they parked.
+    pub recently_parked: RecentlyParked,
     /// What earlier sessions got confirms for.
     pub remembered: Remembered,
 }
@@ -173,6 +177,8 @@ pub struct RelayParts<S, P, C> {
 pub struct Kept {
     /// What was published lately.
     pub published: RecentlyPublished,
+    /// What was parked lately.
+    pub parked: RecentlyParked,
     /// What was confirmed and may not be covered by a checkpoint.
     pub remembered: Remembered,
 }
@@ -205,6 +211,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             broken,
             missing,
             published,
+            recently_parked,
             remembered,
         } = parts;
         let now = Instant::now();
@@ -247,6 +254,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 observed: Observed::new(now.into_std()),
                 canary,
                 published,
+                parked: recently_parked,
                 refusals: Refusals::new(),
                 recent: RecentConfirms::default(),
                 metrics,
@@ -318,7 +326,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let (stored, _) = self.durable.progress.stored_checkpoint();
         let remembered = self.flight.remembered.after(&self.flight.confirms, stored, released);
         tokio::join!(self.publisher.close(), self.source.close());
-        Kept { published: self.seen.published, remembered }
+        Kept { published: self.seen.published, parked: self.seen.parked, remembered }
     }
 
     /// Progress so far.
@@ -386,6 +394,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.durable.storing_left = self.flight.window.left();
         let mut riders = self.parked.parking.take_riders(position);
         parking::tell_releases(&riders);
+        self.seen.parked.written(&riders);
         riders.extend(checkpoint::rider::of_notes(std::mem::take(&mut self.durable.notes)));
         self.durable.storing = Some(Box::pin(self.store.store(position, flush, riders)));
     }

@@ -29,6 +29,8 @@ pub struct Options {
     pub outbox: OutboxTable,
     /// Captured tables in addition to the outbox, `schema.table`.
     pub tables: Vec<String>,
+    /// Those of them whose loss holds back only their own changes (`on_table_lost = "hold"`).
+    pub held: Vec<TableName>,
     /// Whether values come in binary form: allows rows whose text form exceeds 1 GB.
     pub binary: bool,
     /// How to reach the broker and log in. The relay fills in `exchanges` and `lock_queue`.

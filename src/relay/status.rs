@@ -2,8 +2,9 @@
 //! the admin server's thread.
 
 mod problems;
+mod standby;
+mod tables;
 
-use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -23,14 +24,11 @@ use crate::relay::window::lanes::Lanes;
 use crate::relay::window::refusals::RefusedRoute;
 
 pub use problems::{Concern, Severity};
+pub use standby::{Holder, StandingBy};
+pub use tables::{LostTable, ReturnedTable};
 
 /// A streaming loop that has not ticked for this long is stuck.
 const STUCK: Duration = Duration::from_secs(30);
-
-/// What a standby may not know of the relay that it waits for.
-const NOBODY_READS: &str = "nobody reads this relay's slot: the other relay of this name serves \
-     another database (give one of them another name or vhost), or its connection is dead and the \
-     broker has not noticed yet";
 
 /// The shared cell.
 #[derive(Debug)]
@@ -68,6 +66,7 @@ struct Inner {
     canary_late: bool,
     checkpoint_age: Duration,
     slot: Option<SlotStatus>,
+    tables: tables::Tables,
 }
 
 /// What is parked.
@@ -125,30 +124,6 @@ pub struct Trouble {
     pub hint: String,
     /// Wait before the next session, in milliseconds.
     pub next_try_ms: Option<u64>,
-}
-
-/// Who reads the slot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Holder {
-    /// The slot.
-    pub slot: String,
-    /// Process id of the walsender in Postgres.
-    pub pid: i32,
-    /// Address and port of the reader; absent for a unix socket, or when the role may not see it.
-    pub client: Option<String>,
-}
-
-/// What a standby relay waits for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct StandingBy {
-    /// What is held: the error of the last try.
-    pub because: String,
-    /// Who reads the slot; absent when nobody does, then only the lock queue is held.
-    pub slot_holder: Option<Holder>,
-    /// Whom the connection that holds the lock queue works for, as the management API shows it.
-    pub lock_owner: Option<String>,
-    /// Why it may wait in vain.
-    pub doubt: Option<&'static str>,
 }
 
 /// What a confirm for a route's messages is worth, as the last audit found.
@@ -224,6 +199,10 @@ pub struct Snapshot {
     pub checkpoint_age_seconds: f64,
     /// The replication slot.
     pub slot: Option<SlotStatus>,
+    /// Captured tables whose changes do not come.
+    pub lost_tables: Vec<LostTable>,
+    /// Captured tables that were lost since the process started, and are there again.
+    pub returned_tables: Vec<ReturnedTable>,
     /// Everything that is wrong, with what to do; empty when all flows.
     pub problems: Vec<Concern>,
 }
@@ -256,6 +235,7 @@ impl Status {
             canary_late: false,
             checkpoint_age: Duration::ZERO,
             slot: None,
+            tables: tables::Tables::default(),
         });
         Arc::new(Self { inner, changed: Notify::new(), asks: Asks::default() })
     }
@@ -423,6 +403,16 @@ impl Status {
         now != then
     }
 
+    /// The captured tables that are lost and held now. Returns those for which that is news.
+    pub fn lost_tables(&self, lost: Vec<LostTable>) -> Vec<LostTable> {
+        self.lock().tables.lose(lost)
+    }
+
+    /// A held table is there again.
+    pub fn returned_table(&self, back: ReturnedTable) {
+        self.lock().tables.find(back);
+    }
+
     /// A session runs.
     pub fn is_streaming(&self) -> bool {
         self.lock().state == RelayState::Streaming
@@ -477,6 +467,8 @@ impl Status {
             canary_late: inner.canary_late,
             checkpoint_age_seconds: inner.checkpoint_age.as_secs_f64(),
             slot: inner.slot.clone(),
+            lost_tables: inner.tables.lost.clone(),
+            returned_tables: inner.tables.returned.clone(),
             problems: Vec::new(),
         };
         shown.problems = problems::of(&shown, inner.is_alive());
@@ -499,7 +491,7 @@ impl Inner {
             _ => return None,
         };
         let unread = self.slot_looked_at && self.holder.is_none();
-        let doubt = unread.then_some(NOBODY_READS);
+        let doubt = unread.then_some(standby::NOBODY_READS);
         let (slot_holder, lock_owner) = (self.holder.clone(), self.lock_owner.clone());
         Some(StandingBy { because, slot_holder, lock_owner, doubt })
     }
@@ -509,21 +501,6 @@ impl Inner {
             self.state = state;
             self.since = Instant::now();
         }
-    }
-}
-
-impl fmt::Display for StandingBy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "on standby: {}", self.because)?;
-        if let Some(owner) = &self.lock_owner {
-            write!(f, "; the lock is held for {owner}")?;
-        }
-        if let Some(doubt) = self.doubt {
-            write!(f, "; {doubt}")?;
-        }
-        let Some(Holder { slot, pid, client }) = &self.slot_holder else { return Ok(()) };
-        write!(f, "; slot {slot:?} is in use by pid {pid}")?;
-        client.as_ref().map_or(Ok(()), |client| write!(f, " from {client}"))
     }
 }
 

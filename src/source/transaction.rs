@@ -32,7 +32,8 @@ mod tests;
 #[cfg(test)]
 mod tests_identity;
 
-pub use options::{CapturedTable, Former, Options, OutboxNames, OutboxTable, Timelines};
+pub use options::{CapturedTable, Former, HeldTable};
+pub use options::{Options, OutboxNames, OutboxTable, Timelines};
 
 /// Relations described by one stream; more would be a leak on somebody's side.
 const RELATIONS_MAX: usize = 100_000;
@@ -224,8 +225,7 @@ impl Assembler {
             Role::Own | Role::Canary(_) => self.own_change(received.relation, Some(new)),
             Role::Unwanted => {}
             Role::Outbox(columns) => {
-                let types = self.options.types.as_ref();
-                let values = Values { data: received.data, table, types };
+                let values = Values::new(received.data, table, &self.options);
                 let (id, occurred_at_us, row) = outbox_row(&values, columns, new);
                 // A row without an id that can be read is parked, and needs one for that.
                 let id = match id {
@@ -278,8 +278,7 @@ impl Assembler {
         if let Some(column) = unknown_type {
             self.has_known_types(&counted.transaction, table, *column)?;
         }
-        let types = self.options.types.as_ref();
-        let change = change(&Values { data: received.data, table, types })?;
+        let change = change(&Values::new(received.data, table, &self.options))?;
         let row = match &change {
             Change::Insert { new } | Change::Update { new, .. } => new,
             Change::Delete { old } => old.row(),
@@ -319,6 +318,9 @@ impl Assembler {
             State::Open(transaction) => transaction.commit_lsn < self.options.catalog_at,
             State::Idle => true,
         };
+        if !is_older && let Some(table) = describe::held_is_another(relation, &self.options) {
+            return Err(just_lost_or_found(table));
+        }
         let mut described = describe::describe(relation, &self.options, is_older)?;
         // A partition of a captured root is never captured itself: a table that is, and that comes
         // right after a root, is another one of the same truncate.
@@ -518,6 +520,12 @@ fn id_source(namespace: &mut (u32, Uuid), options: &Options, counted: &Counted) 
 fn just_changed(table: &str) -> Error {
     Error::protocol(format!("the key or the replica identity of {table} has just changed"))
         .hint("no action needed: the next session reads it again")
+}
+
+/// The next session finds out which, leaves out what is not certain, and says what may be missing.
+fn just_lost_or_found(table: &str) -> Error {
+    Error::protocol(format!("the held table {table} has just been lost, or is there again"))
+        .hint("no action needed: the next session looks at it, and says what may be missing")
 }
 
 fn described(tables: &BTreeMap<u32, Described>, relation: u32) -> Result<&Described> {

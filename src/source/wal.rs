@@ -47,7 +47,8 @@ impl Timing {
         const MOST: Duration = Duration::from_secs(10);
         let third = wal_sender_timeout.map_or(MOST, |t| (t / 3).min(MOST));
         let silence = Duration::from_secs(15);
-        let patience = wal_sender_timeout.map_or(Duration::ZERO, |t| t / 2 + REPLY_GRACE);
+        // Without a limit of its own a walsender may take longest; the default of it is a minute.
+        let patience = wal_sender_timeout.unwrap_or(Duration::from_secs(60)) / 2 + REPLY_GRACE;
         Self { status_interval: third, silence, reply_limit: REPLY_LIMIT.max(patience) }
     }
 }
@@ -247,6 +248,6 @@ mod tests {
         assert_eq!(limit(Some(60)), (10, 45));
         assert_eq!(limit(Some(300)), (10, 165));
         assert_eq!(limit(Some(3)), (1, 16));
-        assert_eq!(limit(None), (10, 10));
+        assert_eq!(limit(None), (10, 45));
     }
 }

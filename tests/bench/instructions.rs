@@ -201,6 +201,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         types: None,
         canary: String::new(),
         canary_accepted: 0,
+        max_body: 16 << 20,
     });
     let mut relation = b"R\0\0\x40\x07watership\0outbox\0d\0\x0c".to_vec();
     let columns = [

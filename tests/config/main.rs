@@ -420,8 +420,8 @@ fn a_value_of_the_wrong_type_is_reported_with_what_to_write() {
             "such as { aggregate_type = \"order\" }",
         ),
         ("log = 'info'", "3:7: log is a string; expected a table, written [log], once, with its"),
-        ("source.tables = 'a.b'", "source.tables is a string; expected a list of strings, such as"),
-        ("source.tables = [7]", "source.tables[0] is an integer; expected a list of strings"),
+        ("source.tables = 'a.b'", "source.tables is a string; expected a list of \"schema.table\""),
+        ("source.tables = [7]", "source.tables[0] is an integer; expected \"schema.table\""),
         ("relay.max_unconfirmed = '7'", "is a string; expected a whole number, without quotes"),
         ("relay.drain_timeout = 10", "is an integer; expected a duration in quotes, such as \"3"),
         ("relay.max_window_bytes = 10", "is an integer; expected a size in quotes, such as \"16"),
@@ -474,4 +474,41 @@ fn weak_transport_is_warned_about() {
     let text = text.replace("amqp:", "amqps:") + "\nbroker.management_url = 'http://mq:15672'";
     let warnings = config(&text).unwrap().warnings;
     assert!(warnings[1].contains("sends a password in plain text to mq"), "{warnings:?}");
+}
+
+#[test]
+fn a_captured_table_may_say_what_its_loss_means() {
+    let tables = "source.tables = [\"public.a\", \
+                  { name = \"public.b\", on_table_lost = \"hold\" }, \
+                  { name = \"public.c\", on_table_lost = \"stop\" }, { name = \"public.d\" }]\n";
+    let listed = "[[source.tables]]\nname = \"public.b\"\non_table_lost = \"hold\"\n";
+    for (text, count) in [(tables, 4), (listed, 1)] {
+        let relay = config(&format!("{LEAST}{text}")).unwrap_or_else(|e| panic!("{e}")).relay;
+        assert_eq!(relay.tables.len(), count);
+        let held: Vec<String> = relay.held.iter().map(ToString::to_string).collect();
+        assert_eq!(held, ["public.b"]);
+    }
+    for (text, expected) in [
+        ("[{ name = \"public.a\", on_table_lost = \"park\" }]", "on_table_lost = \"park\""),
+        ("[{ name = \"public.a\", on_lost = \"hold\" }]", "unknown key \"on_lost\""),
+        ("[{ on_table_lost = \"hold\" }]", "source.tables has \"\"; expected \"schema.table\""),
+        ("[1]", "source.tables[0] is an integer; expected \"schema.table\" or { name"),
+        ("\"public.a\"", "source.tables is a string; expected a list of"),
+        ("[\"public.a\", { name = \"public.a\" }]", "expected each table once"),
+    ] {
+        let problem = problem(&format!("source.tables = {text}\n"));
+        assert!(problem.contains(expected), "{problem}");
+    }
+}
+
+#[test]
+fn certificates_beside_a_url_without_tls_are_a_mistake() {
+    let expected = "broker.tls_ca is set, but broker.url is amqp://, which is plain text";
+    assert!(problem("broker.tls_ca = '/ca.pem'\n").contains(expected));
+    let secure = LEAST.replace("amqp://", "amqps://");
+    config(&format!("{secure}broker.tls_ca = '/ca.pem'\n")).unwrap();
+    // They are for the management API, too.
+    let management = "broker.management_url = 'https://127.0.0.1:15671'\n";
+    let problem = config(&format!("{LEAST}broker.tls_ca = '/ca.pem'\n{management}")).err();
+    assert!(!problem.is_some_and(|text| text.contains(expected)));
 }

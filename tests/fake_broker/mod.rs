@@ -78,8 +78,8 @@ impl Peer {
         Self { stream, input: Vec::new(), one_byte_at_a_time: false }
     }
 
-    /// Up to `connection.open-ok`; returns what the client said of itself.
-    pub async fn handshake(&mut self) -> connection::StartOk {
+    /// Up to `connection.start`.
+    pub async fn offers(&mut self, mechanisms: &str) {
         let mut header = [0; 8];
         self.stream.read_exact(&mut header).await.expect("the fake broker works");
         assert_eq!(&header, b"AMQP\0\0\x09\x01");
@@ -87,16 +87,27 @@ impl Peer {
             version_major: 0,
             version_minor: 9,
             server_properties: Default::default(),
-            mechanisms: "PLAIN EXTERNAL".into(),
+            mechanisms: mechanisms.into(),
             locales: "en_US".into(),
         }))
         .await;
+    }
+
+    /// Up to `connection.tune`; returns what the client said of itself.
+    pub async fn tunes(&mut self, channel_max: u16) -> connection::StartOk {
+        self.offers("PLAIN EXTERNAL").await;
         let start_ok = match self.receive_connection().await {
             connection::AMQPMethod::StartOk(ok) => ok,
             other => panic!("{other:?}"),
         };
-        let tune = connection::Tune { channel_max: 2047, frame_max: 131_072, heartbeat: 60 };
+        let tune = connection::Tune { channel_max, frame_max: 131_072, heartbeat: 60 };
         self.connection(connection::AMQPMethod::Tune(tune)).await;
+        start_ok
+    }
+
+    /// Up to `connection.open-ok`; returns what the client said of itself.
+    pub async fn handshake(&mut self) -> connection::StartOk {
+        let start_ok = self.tunes(2047).await;
         match self.receive_connection().await {
             connection::AMQPMethod::TuneOk(_) => {}
             other => panic!("{other:?}"),
@@ -292,7 +303,7 @@ impl Peer {
         self.send(AMQPFrame::Method(channel, AMQPClass::Basic(method))).await;
     }
 
-    async fn channel(&mut self, channel: u16, method: channel::AMQPMethod) {
+    pub async fn channel(&mut self, channel: u16, method: channel::AMQPMethod) {
         self.send(AMQPFrame::Method(channel, AMQPClass::Channel(method))).await;
     }
 

@@ -238,3 +238,16 @@ async fn a_broken_or_foreign_answer_on_the_port_is_not_taken_for_the_relays() {
     stage.run(&["status"]).await.expect_code(1).expect_text(&["is not a relay"]);
     answers.abort();
 }
+
+#[tokio::test]
+async fn another_relay_on_the_port_is_not_taken_for_this_one() {
+    let stage = Stage::new(Setup::default()).await;
+    let relay = stage.start().await;
+    let other = stage.configuration().replacen("name = \"shop\"", "name = \"other\"", 1);
+    stage.replace_configuration(&other);
+    for probe in ["--alive", "--ready"] {
+        let texts = ["is \"shop\", not \"other\""];
+        stage.run(&["status", probe]).await.expect_code(1).expect_text(&texts);
+    }
+    relay.stop().await.expect_code(0);
+}

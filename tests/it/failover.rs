@@ -3,7 +3,7 @@
 use watership::dev::{Postgres, StopMode};
 
 use crate::support::inbox::Message;
-use crate::support::servers::{Database, database_of, own_vhost, private_postgres};
+use crate::support::servers::{database_of, own_vhost, private_postgres};
 use crate::support::stage::{Running, Setup, Stage};
 use crate::support::waiting::until;
 
@@ -30,8 +30,29 @@ impl Pair {
         self.stage.execute(&format!("SELECT watership.emit('t', '1', '{kind}', '1')")).await;
     }
 
+    /// Waits until the standby has a copy of the slot that has passed `lsn`.
+    async fn synchronised(&self, lsn: &str) {
+        let standby = database_of(&self.standby).connect().await;
+        let synced = format!(
+            "SELECT count(*) FROM pg_replication_slots WHERE synced AND NOT temporary \
+             AND invalidation_reason IS NULL AND confirmed_flush_lsn > '{lsn}'::pg_lsn"
+        );
+        until("the slot is synchronised", async || {
+            // The primary's slot has to move before the standby can keep its copy.
+            self.stage.execute("SELECT pg_log_standby_snapshot()").await;
+            self.emit("before").await;
+            standby.query_one(&synced, &[]).await.expect("a count").get::<_, i64>(0) == 1
+        })
+        .await;
+    }
+
     /// The primary dies, the standby is promoted and takes its address.
     async fn fail_over(&mut self) {
+        self.fail_over_with("SELECT").await;
+    }
+
+    /// The same; `sql` is run on the promoted standby before the relay sees it.
+    async fn fail_over_with(&mut self, sql: &str) {
         self.standby.stop(StopMode::Fast).await.expect("the standby stops");
         for n in 0..PHANTOMS {
             self.emit(&format!("phantom-{n}")).await;
@@ -43,6 +64,9 @@ impl Pair {
         self.primary.stop(StopMode::Immediate).await.expect("the primary dies");
         self.standby.start_again().await.expect("the standby is there");
         self.standby.execute("SELECT pg_promote()").await.expect("it is promoted");
+        let promoted = database_of(&self.standby).connect().await;
+        promoted.batch_execute(sql).await.expect("the SQL of the test");
+        drop(promoted);
         self.standby.stop(StopMode::Fast).await.expect("it stops");
         self.standby.move_to(self.primary.port()).expect("it moves");
         self.standby.start_again().await.expect("it is the primary");
@@ -59,16 +83,8 @@ async fn after_a_failover_the_stream_goes_on_from_a_synchronised_slot_and_counts
         return;
     }
     let mut pair = Pair::new("source.failover = true", "sync_replication_slots = on").await;
-    let standby = Database { ..database_of(&pair.standby) }.connect().await;
-    let synced = "SELECT count(*) FROM pg_replication_slots WHERE synced AND NOT temporary \
-        AND invalidation_reason IS NULL";
-    until("the slot is synchronised", async || {
-        // The primary's slot has to move before the standby can keep its copy.
-        pair.stage.execute("SELECT pg_log_standby_snapshot()").await;
-        pair.emit("before").await;
-        standby.query_one(synced, &[]).await.expect("a count").get::<_, i64>(0) == 1
-    })
-    .await;
+    pair.synchronised("0/0").await;
+    let standby = database_of(&pair.standby).connect().await;
     pair.emit("last").await;
     let passed = pair.stage.text("pg_current_wal_insert_lsn()").await;
     until("the standby has it", async || {
@@ -91,6 +107,40 @@ async fn after_a_failover_the_stream_goes_on_from_a_synchronised_slot_and_counts
     assert_eq!(phantoms, Some(PHANTOMS as f64));
     pair.relay.stop().await.expect_code(0).expect_text(&["a standby was promoted"]);
     pair.stage.start().await.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn parked_rows_that_an_asynchronous_failover_loses_are_counted_and_named() {
+    if private_postgres(&[], None).await.major() < 17 {
+        return;
+    }
+    let settings = "source.failover = true\nbroker.max_message_size = \"64KiB\"";
+    let mut pair = Pair::new(settings, "sync_replication_slots = on").await;
+    pair.emit("before").await;
+    pair.stage.settled().await;
+    let row = "SELECT format('mark = %s, ordinal = %s, flush_mark = %s', mark, ordinal, \
+        flush_mark) FROM watership.checkpoint";
+    let earlier = pair.stage.text(row).await;
+    let large = "SELECT watership.emit('t', '9', 'large', to_json(repeat('x', 100000)))";
+    pair.stage.execute(large).await;
+    until("it is parked", async || {
+        pair.stage.holds("SELECT count(*) = 1 FROM watership.parked").await
+    })
+    .await;
+    let position = pair.stage.text("SELECT pg_current_wal_insert_lsn()").await;
+    pair.synchronised(&position).await;
+    // As if the standby had the slot's last position and not the checkpoint before it.
+    let lost = format!("DELETE FROM watership.parked; UPDATE watership.checkpoint SET {earlier}");
+    pair.fail_over_with(&lost).await;
+    pair.emit("after").await;
+    let arrived = |all: &[Message]| all.iter().any(|m| m.kind() == "after");
+    pair.stage.inbox.wait("the event on the new timeline", arrived).await;
+    assert_eq!(pair.relay.metric("watership_parked_lost_total").await, Some(1.0));
+    let recorded = "SELECT count(*) FROM watership.resync WHERE verdicts = '{timeline_changed}' \
+        AND gap_from < gap_to";
+    assert_eq!(pair.stage.text(recorded).await, "1");
+    let texts = ["a parked row was lost by the failover", "missing in watership.parked"];
+    pair.relay.stop().await.expect_code(0).expect_text(&texts);
 }
 
 #[tokio::test]

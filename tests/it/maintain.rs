@@ -85,6 +85,80 @@ async fn a_day_with_rows_in_the_default_partition_is_skipped_and_named() {
     assert_eq!(list(&maintain(&client).await, "created"), [format!("outbox_{day}")]);
 }
 
+/// Days ahead are missing, and their rows are not, as after a long time without maintenance.
+async fn neglected(client: &Client, rows: u32) {
+    let days = "SELECT 'DROP TABLE ' || string_agg(inhrelid::regclass::text, ', ') \
+        FROM pg_inherits WHERE inhparent = 'watership.outbox'::regclass \
+            AND inhrelid <> 'watership.outbox_default'::regclass";
+    let drop: String = client.query_one(days, &[]).await.expect("days").get(0);
+    client.batch_execute(&drop).await.expect("days are dropped");
+    let fill = format!(
+        "INSERT INTO watership.outbox (aggregate_type, aggregate_id, event_type, payload) \
+         SELECT 't', n::text, 'e', to_json(repeat('x', 900)) FROM generate_series(1, {rows}) AS n"
+    );
+    client.batch_execute(&fill).await.expect("rows");
+}
+
+#[tokio::test]
+async fn days_come_back_beside_a_large_default_partition_without_reading_it() {
+    let (database, client) = installed().await;
+    const ROWS: i64 = 12_000;
+    neglected(&client, ROWS as u32).await;
+    assert!(number(&client, "SELECT pg_relation_size('watership.outbox_default')").await > 8 << 20);
+    let read = |table: &str| {
+        format!(
+            "SELECT coalesce(seq_tup_read, 0) FROM pg_stat_all_tables \
+             WHERE schemaname = 'watership' AND relname = '{table}'"
+        )
+    };
+    // A transaction that has written to it is not waited for, and its neighbours do not wait.
+    let open = database.connect().await;
+    let writer = database.connect().await;
+    open.batch_execute("BEGIN; SELECT watership.emit('t', '1', 'e', '{}')").await.unwrap();
+    let emit = writer.batch_execute("SELECT watership.emit('t', '2', 'e', '{}')");
+    let both = async { tokio::join!(maintain(&client), emit) };
+    let (row, emitted) = within("nobody waits for it", both).await;
+    emitted.unwrap();
+    let postponed = list(&row, "postponed");
+    assert!(postponed[0].starts_with("replacing outbox_default: "), "{postponed:?}");
+    open.batch_execute("COMMIT").await.unwrap();
+
+    // The counters of a session are shown when it has been idle.
+    let flush = "SELECT pg_stat_force_next_flush()";
+    client.batch_execute(flush).await.unwrap();
+    let before = number(&client, &read("outbox_default")).await;
+    let row = maintain(&client).await;
+    assert_eq!(list(&row, "created").len(), 15, "today, too");
+    let [old] = &list(&row, "detached")[..] else { panic!("one is detached") };
+    client.batch_execute(flush).await.unwrap();
+    let after = number(&client, &read(old)).await;
+    assert!(after - before < ROWS, "{} rows were read", after - before);
+    client.batch_execute("SELECT watership.emit('t', '3', 'e', '{}')").await.unwrap();
+    assert_eq!(number(&client, "SELECT count(*) FROM watership.outbox_default").await, 0);
+    assert_eq!(number(&client, "SELECT count(*) FROM watership.outbox").await, 1);
+
+    // It stays until every relay has passed it, and its rows are old.
+    let there = format!("SELECT count(*) FROM watership.{old}");
+    pass(&client, "'0/1'").await;
+    let retain = |days: u32| format!("SELECT * FROM watership.maintain('{days} days')");
+    let dropped =
+        async |days| list(&client.query_one(&retain(days), &[]).await.unwrap(), "dropped");
+    assert_eq!(dropped(0).await, [""; 0], "no relay has passed it");
+    pass(&client, "pg_current_wal_insert_lsn()").await;
+    assert_eq!(dropped(1).await, [""; 0], "its rows are not old");
+    assert_eq!(number(&client, &there).await, ROWS + 2);
+    assert_eq!(dropped(0).await, [old.as_str()]);
+}
+
+#[tokio::test]
+async fn a_small_default_partition_is_kept_and_days_come_one_at_a_call() {
+    let (_database, client) = installed().await;
+    neglected(&client, 10).await;
+    let row = maintain(&client).await;
+    assert_eq!((list(&row, "created").len(), list(&row, "detached").len()), (1, 0));
+    assert_eq!(list(&row, "skipped").len(), 1, "its rows are of today");
+}
+
 #[tokio::test]
 async fn a_partition_is_detached_and_dropped_only_after_every_relay_passed_it() {
     let (_database, client) = installed().await;

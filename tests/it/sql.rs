@@ -318,7 +318,7 @@ async fn nobody_else_may_do_anything() {
         "SELECT watership.append_event(NULL, 't', '1', 'e', '{}', NULL, NULL, NULL)",
         "SELECT * FROM watership.maintain('1 day')",
         "SELECT * FROM watership.create_days_ahead(1)",
-        "SELECT * FROM watership.drop_passed('0/0', 1)",
+        "SELECT * FROM watership.drop_passed('0/0', '0', 1)",
         "SELECT watership.delete_passed_default_rows('0/0', '1 day', 1)",
         "SELECT * FROM watership.outbox",
     ] {

@@ -364,7 +364,8 @@ pub fn captured_tables(described: &BTreeMap<u32, Arc<Table>>) -> HashMap<String,
         let inserts_only = table.identity == b'n';
         let leading = vec!["id".to_owned(), "body".to_owned(), "pad".to_owned()];
         let (oid, partitioned) = (table.oid, false);
-        CapturedTable { oid, primary_key, leading, partitioned, inserts_only, former }
+        let held = None;
+        CapturedTable { oid, primary_key, leading, partitioned, inserts_only, former, held }
     };
     TABLES.iter().map(|table| (format!("public.{}", table.name), captured(table))).collect()
 }
@@ -386,6 +387,7 @@ pub fn options(
         types: None,
         canary: String::new(),
         canary_accepted: 0,
+        max_body: 16 << 20,
     }
 }
 

@@ -184,7 +184,7 @@ impl Run {
             .iter()
             .map(|r| RouteLabel { name: r.name.clone(), owner: r.owner.clone() })
             .collect();
-        let Kept { published, remembered } = std::mem::take(&mut self.process.kept);
+        let Kept { published, parked, remembered } = std::mem::take(&mut self.process.kept);
         let parts = RelayParts {
             source: SimSource::new(&self.world, &self.store, position, flush.lsn()),
             publisher: SimPublisher::new(&self.world),
@@ -202,6 +202,7 @@ impl Run {
             broken: Vec::new(),
             missing: Default::default(),
             published,
+            recently_parked: parked,
             remembered,
         };
         let idle_interval = Duration::from_millis(300);

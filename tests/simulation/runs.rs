@@ -216,6 +216,7 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
             broken: Vec::new(),
             missing: Default::default(),
             published: Default::default(),
+            recently_parked: Default::default(),
             remembered: Default::default(),
         };
         let tuning = TUNING;

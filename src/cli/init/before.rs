@@ -131,10 +131,17 @@ async fn check_tables(
     let publication = read_publication(client, &config.relay.publication).await?;
     for name in &config.relay.tables {
         let table: TableName = name.parse()?;
-        let facts = read_table(client, &table).await?.ok_or_else(|| {
-            Error::refused(format!("captured table {name} does not exist"))
-                .hint("create it, or remove it from source.tables")
-        })?;
+        let Some(facts) = read_table(client, &table).await? else {
+            let what = format!("captured table {name} does not exist");
+            if config.relay.held.contains(&table) {
+                print_warning(&format!(
+                    "{what}; it is held (on_table_lost = \"hold\"): the relay works without it, \
+                     and `init` publishes it once it is there"
+                ));
+                continue;
+            }
+            return Err(Error::refused(what).hint("create it, or remove it from source.tables"));
+        };
         check_table(config, server, &facts, publication.as_ref(), publish_anyway)?;
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! What must hold before a session starts, and while it runs. Pure: others read, these compare.
 
+pub mod lost;
 pub mod partitions;
 pub mod position;
 pub mod publishable;

@@ -36,6 +36,9 @@ pub struct Failover {
     pub sub: u32,
     /// Where the stream begins.
     pub flush_lsn: Lsn,
+    /// How far the checkpoint is that the promoted server has, with the rows that were parked up
+    /// to there. If the stream begins later, the server lacks what was parked in between.
+    pub parked_until: Lsn,
 }
 
 /// Compares the checkpoint with the server and the slot. `history` lists the ancestors of the
@@ -199,6 +202,7 @@ fn failover(
     let common = row.flush_lsn <= *switch && commit_lsn <= *switch;
     let keeps = common && commit_lsn >= confirmed;
     Ok(Failover {
+        parked_until: row.flush_lsn,
         timeline: now,
         switch: *switch,
         mark: if keeps { row.position.mark } else { confirmed.into() },
@@ -219,7 +223,7 @@ pub fn facts(publication: &Publication, wanted: &[String]) -> Publication {
 const ALTERED: &str = "find out who altered it; changes may be missing";
 
 /// Compares the publication with what was agreed to; `wanted` are the tables that the relay reads
-/// now. Tables that were not read before may be new.
+/// now. Tables that were not read before may be new, and those in `held` may come and go.
 ///
 /// # Errors
 /// A named verdict with the range between the checkpoint and the end of WAL.
@@ -230,6 +234,7 @@ pub fn verify_publication(
     agreed: Option<&Publication>,
     found: Option<&Publication>,
     wanted: &[String],
+    held: &[TableName],
 ) -> Result<()> {
     let verdict = |verdict: Verdict, text: String, what_to_do: &str| {
         let hint = format!("{what_to_do}; to accept the gap and continue: {RESYNC}");
@@ -261,37 +266,51 @@ pub fn verify_publication(
         return verdict(Verdict::PublicationAltered, text, ALTERED);
     }
     for then in agreed.tables.iter().filter(|t| wanted.contains(&t.table.to_string())) {
-        let table = &then.table;
-        let Some(now) = found.tables.iter().find(|t| t.table == *table) else {
-            return verdict(
-                Verdict::TableRemoved,
-                format!("table {table} is not in publication {name:?} any more"),
-                "put it back with `watership init`, or take it out of source.tables first",
-            );
-        };
-        if now.oid != then.oid {
-            return verdict(
-                Verdict::TableRecreated,
-                format!(
-                    "table {table} was dropped and created again: oid {}, not {}",
-                    now.oid, then.oid
-                ),
-                "changes committed before it was in the publication again were not streamed",
-            );
+        let now = found.table(&then.table);
+        let same = |now: &PublishedTable| (now.oid, now.entry) == (then.oid, then.entry);
+        if held.contains(&then.table) && !now.is_some_and(same) {
+            continue;
         }
-        if let Some(what) = narrowed(then, now) {
-            let text = format!("publication {name:?} was altered: table {table}: {what}");
-            return verdict(Verdict::PublicationAltered, text, ALTERED);
-        }
-        if now.entry != then.entry {
-            return verdict(
-                Verdict::TableRemoved,
-                format!("table {table} was taken out of publication {name:?} and put back"),
-                "changes committed in between were not streamed",
-            );
+        if let Some((named, text, what_to_do)) = table_altered(name, then, now) {
+            return verdict(named, text, what_to_do);
         }
     }
     Ok(())
+}
+
+/// The verdict about one table, its text, and what to do.
+fn table_altered(
+    name: &str,
+    then: &PublishedTable,
+    now: Option<&PublishedTable>,
+) -> Option<(Verdict, String, &'static str)> {
+    let table = &then.table;
+    let Some(now) = now else {
+        return Some((
+            Verdict::TableRemoved,
+            format!("table {table} is not in publication {name:?} any more"),
+            "put it back with `watership init`, or take it out of source.tables first",
+        ));
+    };
+    if now.oid != then.oid {
+        let (now, then) = (now.oid, then.oid);
+        return Some((
+            Verdict::TableRecreated,
+            format!("table {table} was dropped and created again: oid {now}, not {then}"),
+            "changes committed before it was in the publication again were not streamed",
+        ));
+    }
+    if let Some(what) = narrowed(then, now) {
+        let text = format!("publication {name:?} was altered: table {table}: {what}");
+        return Some((Verdict::PublicationAltered, text, ALTERED));
+    }
+    (now.entry != then.entry).then(|| {
+        (
+            Verdict::TableRemoved,
+            format!("table {table} was taken out of publication {name:?} and put back"),
+            "changes committed in between were not streamed",
+        )
+    })
 }
 
 /// Whether the publication can carry what the relay is told to read. What it leaves out would be
@@ -299,7 +318,7 @@ pub fn verify_publication(
 ///
 /// # Errors
 /// What is wrong and the command that fixes it.
-pub fn carries(publication: &Publication, wanted: &[String]) -> Result<()> {
+pub fn carries(publication: &Publication, wanted: &[String], held: &[TableName]) -> Result<()> {
     let name = &publication.name;
     if !publication.via_root {
         let text = format!(
@@ -318,7 +337,8 @@ pub fn carries(publication: &Publication, wanted: &[String]) -> Result<()> {
     // Without the canary nothing is lost; that is warned about.
     let canary = TableName::canary().to_string();
     let there = |name: &String| publication.tables.iter().any(|t| t.table.to_string() == *name);
-    match wanted.iter().find(|name| **name != canary && !there(name)) {
+    let may_lack = |name: &String| held.iter().any(|held| held.to_string() == *name);
+    match wanted.iter().find(|name| **name != canary && !there(name) && !may_lack(name)) {
         None => Ok(()),
         Some(table) => {
             let text = format!("table {table} is not in publication {name:?}");
@@ -352,7 +372,8 @@ fn altered(then: &Publication, now: &Publication) -> Option<String> {
     None
 }
 
-fn narrowed(then: &PublishedTable, now: &PublishedTable) -> Option<String> {
+/// What of a table is published otherwise than before.
+pub(super) fn narrowed(then: &PublishedTable, now: &PublishedTable) -> Option<String> {
     if then.row_filter != now.row_filter {
         let show = |t: &PublishedTable| t.row_filter.clone().unwrap_or_else(|| "none".into());
         return Some(format!("row filter {} instead of {}", show(now), show(then)));

@@ -225,7 +225,7 @@ fn a_failover_without_a_synchronised_slot_is_a_verdict() {
 fn each_change_of_the_publication_has_its_name() {
     let wanted = ["public.a".to_owned(), "public.b".to_owned()];
     let check = |found: Option<&Publication>, wanted: &[String]| {
-        verify_publication(&row(), Lsn(5000), "p", Some(&publication()), found, wanted)
+        verify_publication(&row(), Lsn(5000), "p", Some(&publication()), found, wanted, &[])
     };
     check(Some(&publication()), &wanted).unwrap();
     type Change = fn(&mut Publication);
@@ -266,10 +266,28 @@ fn each_change_of_the_publication_has_its_name() {
 }
 
 #[test]
+fn a_held_table_may_come_and_go_but_not_be_narrowed_where_it_is() {
+    let wanted = ["public.a".to_owned(), "public.b".to_owned()];
+    let held = [TableName::new("public", "a")];
+    let check = |change: fn(&mut Publication)| {
+        let mut found = publication();
+        change(&mut found);
+        let (agreed, found) = (Some(publication()), Some(&found));
+        verify_publication(&row(), Lsn(5000), "p", agreed.as_ref(), found, &wanted, &held)
+    };
+    check(|p| drop(p.tables.remove(0))).unwrap();
+    check(|p| p.tables[0].oid = 9).unwrap();
+    check(|p| p.tables[0].entry = Some(99)).unwrap();
+    let narrowed = check(|p| p.tables[0].row_filter = Some("(id > 5)".into()));
+    assert_eq!(told(narrowed).0, "publication_altered");
+    assert_eq!(told(check(|p| drop(p.tables.pop()))).0, "table_removed", "another one");
+}
+
+#[test]
 fn without_a_note_the_oid_in_the_checkpoint_is_compared() {
     let check = |oid| {
         let found = Publication { oid, ..publication() };
-        verify_publication(&row(), Lsn(5000), "p", None, Some(&found), &[])
+        verify_publication(&row(), Lsn(5000), "p", None, Some(&found), &[], &[])
     };
     check(500).unwrap();
     assert_eq!(told(check(501)).0, "publication_recreated");

@@ -23,9 +23,9 @@ use tokio_postgres::types::{PgLsn, ToSql};
 use tokio_postgres::{Client, GenericClient, Row as SqlRow, Statement};
 
 use crate::error::{Error, Kind, Result};
-use crate::pg::publication::Publication;
 use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_TABLE, postgres_error};
 use crate::position::{Lsn, Mark, ORDINAL_END, Position};
+use crate::relay::check::lost::Agreed;
 use crate::relay::check::position::Failover;
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::rider::{Rider, STATEMENTS};
@@ -225,7 +225,7 @@ fn epoch(row: &SqlRow) -> Result<u32> {
 ///
 /// # Errors
 /// The server's; a missing table is a [`Kind::Verdict`].
-pub async fn read_agreed(client: &impl GenericClient, name: &str) -> Result<Option<Publication>> {
+pub async fn read_agreed(client: &impl GenericClient, name: &str) -> Result<Option<Agreed>> {
     const SQL: &str = include_str!("../../../sql/query/publication_seen_read.sql");
     let Some(row) = client.query_opt(SQL, &[&name]).await.map_err(missing_schema)? else {
         return Ok(None);
@@ -239,10 +239,53 @@ pub async fn read_agreed(client: &impl GenericClient, name: &str) -> Result<Opti
 ///
 /// # Errors
 /// The server's.
-pub async fn agree(client: &impl GenericClient, name: &str, facts: &Publication) -> Result<()> {
+pub async fn agree(client: &impl GenericClient, name: &str, facts: &Agreed) -> Result<()> {
     const SQL: &str = include_str!("../../../sql/query/publication_seen_store.sql");
     let facts = serde_json::to_value(facts).expect("plain data is JSON");
     client.execute(SQL, &[&name, &facts]).await.map(drop).map_err(postgres_error)
+}
+
+/// A range of the WAL that the relay itself went past, because that was accepted beforehand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    /// What it would have been.
+    pub verdict: Verdict,
+    /// From this LSN,
+    pub from: Lsn,
+    /// up to this one.
+    pub to: Lsn,
+}
+
+/// Records it beside the gaps that a person accepted.
+///
+/// # Errors
+/// The server's.
+pub async fn record_gap(
+    client: &Client,
+    name: &str,
+    row: &Checkpoint,
+    gap: &Gap,
+    reason: &str,
+) -> Result<()> {
+    const SQL: &str = include_str!("../../../sql/query/resync_record.sql");
+    let verdicts = [gap.verdict.name()];
+    let [from, to, at] = [gap.from, gap.to, row.flush_lsn].map(|lsn| PgLsn::from(lsn.0));
+    let (timeline, epoch) = (i64::from(row.timeline), i64::from(row.position.epoch));
+    let values: [&(dyn ToSql + Sync); 12] = [
+        &name,
+        &"the relay",
+        &reason,
+        &&verdicts[..],
+        &from,
+        &to,
+        &"checkpoint",
+        &at,
+        &row.slot,
+        &false,
+        &timeline,
+        &epoch,
+    ];
+    client.query_one(SQL, &values).await.map(drop).map_err(postgres_error)
 }
 
 /// Where progress is kept, and the parked rows with it. Production: Postgres; and memory, for the

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::position::Mark;
 use crate::relay::parking::Parking;
-use crate::relay::parking::row::{ParkedKey, ParkedRow, ROW_BYTES_MAX, RowState};
+use crate::relay::parking::row::{ParkedKey, ParkedRow, ROW_BYTES_MAX, RowState, Why};
 use crate::route::LaneKeys;
 
 /// Limits of `watership.parked`, for one relay.
@@ -81,5 +81,16 @@ impl Parking {
             *full_from = Some(row.key.clone());
         }
         full
+    }
+
+    /// A blocked row that was to be tried again cannot be published either: it is parked for that
+    /// reason when it may be.
+    pub fn refused_blocked(&mut self, key: &ParkedKey, why: Why, error: String) {
+        self.set_state(key, RowState::Parked);
+        self.rows.get_mut(key).expect("blocked rows are rows").why = why;
+        let row = &mut self.blocked.get_mut(key).expect("it is blocked").row;
+        (row.state, row.why, row.error) = (RowState::Parked, why, error);
+        row.attempts += 1;
+        self.park_followers(key);
     }
 }

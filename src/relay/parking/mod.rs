@@ -10,6 +10,7 @@
 
 mod bounds;
 mod order;
+pub mod recent;
 mod retries;
 pub mod row;
 mod shown;
@@ -275,6 +276,11 @@ impl Parking {
             riders.push(Rider::Unparked(changes));
         }
         riders
+    }
+
+    /// The row is in the database, neither released nor discarded.
+    pub fn is_stored(&self, key: &ParkedKey) -> bool {
+        self.stored.contains_key(key)
     }
 
     /// There is something that would ride on a checkpoint at `settled`.

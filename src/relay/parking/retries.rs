@@ -17,7 +17,7 @@ use crate::relay::checkpoint::rider::Rider;
 use crate::relay::parking::Next;
 use crate::relay::parking::row::{ParkedKey, ParkedRow, Raw, RowState, Why, shorten};
 use crate::relay::parking::store::Found;
-use crate::relay::window::admission::fits;
+use crate::relay::window::admission::{fits, may_fit};
 use crate::relay::window::lanes::{About, Owner};
 use crate::relay::window::remembered::MessageKey;
 use crate::relay::{Ending, Relay};
@@ -53,8 +53,15 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 }
                 Some(Next::Pending(row)) => self.retry(row),
                 Some(Next::Blocked(row, entry)) => {
-                    let messages = self.messages_of(&row);
-                    let Ok(messages) = messages else { break };
+                    let messages = match self.messages_of(&row) {
+                        Ok(messages) => messages,
+                        // It follows, and could not be published by itself: what comes behind
+                        // waits for it, and nothing else does.
+                        Err((why, error)) => {
+                            self.parked.parking.refused_blocked(&row.key, why, shorten(&error));
+                            continue;
+                        }
+                    };
                     self.parked.parking.unload_blocked(&row.key);
                     // The entry waits for one: the row.
                     self.flight.window.becomes(entry, messages.len());
@@ -171,6 +178,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 return Err((Why::Invalid, Error::event("the stored row names no route")));
             }
         };
+        may_fit(event.least_body(), max_body)?;
         // A row that no route selected becomes what all routes make of it now.
         let part = row.key.part;
         let (mut made, mut selected) = (Vec::new(), false);

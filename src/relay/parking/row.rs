@@ -7,6 +7,7 @@ use std::sync::Arc;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::envelope::key_text;
@@ -233,7 +234,7 @@ impl ParkedRow {
         let (lanes, table_lane, barrier) = lanes_to_columns(self.lanes);
         let (event, routing_key, properties, body) = match &self.raw {
             Raw::Event(json) => {
-                let raw = serde_json::value::RawValue::from_string(json.clone());
+                let raw: serde_json::Result<&RawValue> = serde_json::from_str(json);
                 (Some(raw.expect("the document is JSON")), None, None, None)
             }
             Raw::Message { routing_key, properties, body } => {
@@ -393,7 +394,7 @@ struct JsonRow<'a> {
     lanes: Vec<i64>,
     table_lane: Option<i64>,
     barrier: bool,
-    event: Option<Box<serde_json::value::RawValue>>,
+    event: Option<&'a RawValue>,
     routing_key: Option<&'a str>,
     properties: Option<String>,
     body: Option<String>,

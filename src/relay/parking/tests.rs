@@ -17,7 +17,7 @@ fn key(lsn: u64) -> ParkedKey {
     ParkedKey { position: at(lsn), route: "orders".into(), part: 0 }
 }
 
-fn row(lsn: u64, lanes: LaneKeys, why: Why) -> ParkedRow {
+pub(super) fn row(lsn: u64, lanes: LaneKeys, why: Why) -> ParkedRow {
     ParkedRow {
         key: key(lsn),
         state: RowState::Parked,
@@ -33,7 +33,7 @@ fn row(lsn: u64, lanes: LaneKeys, why: Why) -> ParkedRow {
     }
 }
 
-fn lane(lane: u64) -> LaneKeys {
+pub(super) fn lane(lane: u64) -> LaneKeys {
     LaneKeys::One { lane, group: None }
 }
 
@@ -347,4 +347,23 @@ fn bytes_that_are_on_their_way_leave_less_for_the_next_read() {
     parking.confirmed(numbers[0]);
     let Some(Next::Read(keys)) = parking.next_retry(none_held) else { panic!("one fits again") };
     assert_eq!(keys, [key(12)]);
+}
+
+#[test]
+fn a_blocked_row_that_cannot_be_published_lets_the_other_retries_go() {
+    let limits = Limits { rows: 1, keys: usize::MAX };
+    let mut parking = Parking::new(limits, Vec::new(), Known::default());
+    park(&mut parking, row(10, lane(1), Why::TooLarge));
+    assert_eq!(park(&mut parking, row(20, lane(1), Why::Follows)), Disposition::Blocked);
+    parking.take_riders(at(15));
+    retry_all(&mut parking);
+    let number = parking.load(&key(10), 1);
+    let Some(Next::Blocked(first, _)) = parking.next_retry(none_held) else { panic!("20 follows") };
+    parking.refused_blocked(&first.key, Why::TooLarge, "larger than by now".into());
+    assert!(parking.next_retry(none_held).is_none(), "it waits for a person");
+    assert_eq!(parking.follows(&key(30), lane(1)).map(|f| f.state), Some(RowState::Parked));
+    parking.confirmed(number);
+    assert_eq!(parking.unblock().len(), 1, "and is parked for its own reason");
+    let written = rows(parking.take_riders(at(20)));
+    assert_eq!((written[0].why, written[0].error.as_str()), (Why::TooLarge, "larger than by now"));
 }

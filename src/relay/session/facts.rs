@@ -8,6 +8,7 @@ use crate::pg::publication::{Publication, read_publication};
 use crate::pg::slot::{ServerFacts, SlotState, read_slot, server_facts};
 use crate::position::Lsn;
 use crate::relay::Options;
+use crate::relay::check::lost::Agreed;
 use crate::relay::check::position::{self, Start};
 use crate::relay::checkpoint::own::LastKnown;
 use crate::relay::checkpoint::{self, Checkpoint};
@@ -18,7 +19,7 @@ pub struct StartFacts {
     row: Checkpoint,
     server: ServerFacts,
     slot: Option<SlotState>,
-    agreed: Option<Publication>,
+    agreed: Option<Agreed>,
     publication: Option<Publication>,
 }
 
@@ -86,8 +87,9 @@ impl StartFacts {
     pub fn verify_publication(&self, options: &Options) -> Result<()> {
         let Self { row, server, agreed, publication, .. } = self;
         let (end, name, wanted) = (server.wal_lsn, &options.publication, options.wanted());
-        let (agreed, found) = (agreed.as_ref(), publication.as_ref());
-        position::verify_publication(row, end, name, agreed, found, &wanted)
+        let agreed = agreed.as_ref().map(|agreed| &agreed.publication);
+        let (found, held) = (publication.as_ref(), &options.held);
+        position::verify_publication(row, end, name, agreed, found, &wanted, held)
     }
 
     /// The checkpoint, the slot, and the server.
@@ -101,7 +103,7 @@ impl StartFacts {
     }
 
     /// The publication as it was agreed to last.
-    pub fn agreed(&self) -> Option<&Publication> {
+    pub fn agreed(&self) -> Option<&Agreed> {
         self.agreed.as_ref()
     }
 

@@ -8,6 +8,8 @@ pub mod broken;
 pub(in crate::relay) mod catalog;
 pub mod circuit;
 pub mod facts;
+mod failed_over;
+mod held;
 pub mod partitions;
 pub mod phantoms;
 pub mod rights;
@@ -21,7 +23,7 @@ use std::sync::Arc;
 use crate::amqp::publisher::Connection;
 use crate::amqp::topology::Wrong;
 use crate::error::{Error, Kind, Result};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, TableMetrics};
 use crate::pg::client::Closed;
 use crate::publisher::Publisher as _;
 use crate::relay::check::position::Failover;
@@ -59,6 +61,8 @@ pub struct Shared {
     pub missing: Arc<Missing>,
     /// The keys that the session was started with.
     pub(in crate::relay) keys: Arc<catalog::StartedWith>,
+    /// Metrics handles of the captured tables that are held when they are lost.
+    pub held: Arc<TableMetrics>,
 }
 
 /// Opens all three connections and starts the stream.
@@ -98,17 +102,7 @@ pub async fn open(
     shared.missing.set(&broken);
     report(options, &wrong);
     if let Some(failover) = failover {
-        let phantoms = kept.published.take_beyond(failover.switch);
-        shared.metrics.wal.phantom_suspected.increment(phantoms);
-        tracing::warn!(
-            timeline = failover.timeline,
-            switch = %failover.switch,
-            from = %failover.flush_lsn,
-            phantoms,
-            epoch = row.position.epoch,
-            "a standby was promoted: the stream continues from its slot in a new epoch; phantoms \
-             are events that were published and then rolled back"
-        );
+        failed_over::tell(&failover, row.position.epoch, kept, &parking, shared);
     }
     tracing::info!(
         session = row.session_no,
@@ -132,6 +126,7 @@ pub async fn open(
         broken,
         missing: shared.missing.clone(),
         published: std::mem::take(&mut kept.published),
+        recently_parked: std::mem::take(&mut kept.parked),
         remembered: std::mem::take(&mut kept.remembered),
     };
     shared.canary.begin(row.flush_lsn, canary, std::time::Instant::now());

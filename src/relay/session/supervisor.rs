@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::backoff::Backoff;
 use crate::error::{Code, Error, Kind, Result, Retry};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, TableMetrics};
 use crate::position::Position;
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::session::broken::Missing;
@@ -28,6 +28,9 @@ const FIRST_WAIT: Duration = Duration::from_millis(50);
 const SOON_LIMIT: Duration = Duration::from_secs(1);
 /// Longest wait where someone must change something.
 const SLOW_LIMIT: Duration = Duration::from_secs(15);
+/// Longest time in which a session is opened: each connection and each query has a limit of its
+/// own, but for a server that is frozen.
+const OPEN_LIMIT: Duration = Duration::from_secs(180);
 /// A session that lived this long was healthy: the next wait is short again.
 const HEALTHY: Duration = Duration::from_secs(5);
 
@@ -51,8 +54,9 @@ pub async fn run(
     let (own, keys) = (Arc::new(OwnCheckpoint::default()), Arc::default());
     let missing = Arc::new(Missing::default());
     let redeclaring = redeclare::run(options.clone(), status.clone(), missing.clone());
-    let shared =
-        Shared { metrics: metrics.clone(), status: status.clone(), canary, own, missing, keys };
+    let held = Arc::new(TableMetrics::new(options.held.iter().map(ToString::to_string)));
+    let (of_all, shown) = (metrics.clone(), status.clone());
+    let shared = Shared { metrics: of_all, status: shown, canary, own, missing, keys, held };
     let (doubt, mut doubts) = mpsc::channel(1);
     let upkeep = tokio::spawn(upkeep::run(options.clone(), shared.clone(), doubt));
     let mut kept = Kept::default();
@@ -152,7 +156,7 @@ async fn one_session(
     show(status, &shared.metrics);
     let opened = tokio::select! { biased;
         _ = shutdown.wait_for(|stop| *stop) => return Life::unopened(Ok(())),
-        opened = session::open(options, router, shared, kept) => opened,
+        opened = in_time(session::open(options, router, shared, kept)) => opened,
     };
     let Session { mut relay, mut closed } = match opened {
         Ok(session) => session,
@@ -190,6 +194,15 @@ async fn one_session(
     Life { result, streamed: Some(began.elapsed()), received, by_stream }
 }
 
+/// A server that stops in the middle of a step would keep the session from ending and the process
+/// from noticing.
+async fn in_time<T>(open: impl Future<Output = Result<T>>) -> Result<T> {
+    timeout(OPEN_LIMIT, open).await.unwrap_or_else(|_| {
+        let text = format!("no session was open within {OPEN_LIMIT:?}: a server does not answer");
+        Err(Error::unreachable(text))
+    })
+}
+
 /// The circuit as metrics.
 fn show(status: &Status, metrics: &Metrics) {
     let view = status.circuit();
@@ -219,5 +232,16 @@ impl Told {
         } else {
             tracing::debug!(error = %error, kind, tries, wait_ms, circuit, "session ended");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_frozen_while_a_session_is_opened_ends_that_try() {
+        let frozen = in_time(std::future::pending::<Result<()>>()).await;
+        assert_eq!(frozen.expect_err("it ends").kind(), Kind::Unreachable);
     }
 }

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use tokio_postgres::Client;
 
+use super::catalog::Captured;
 use super::facts::{self, StartFacts};
-use super::{Prepared, Shared, catalog, count_busy, partitions, rights};
+use super::{Prepared, Shared, catalog, count_busy, failed_over, held, partitions, rights};
 use crate::amqp::{self, topology};
 use crate::error::{Code, Error, Kind, Result};
 use crate::pg;
@@ -18,9 +19,9 @@ use crate::pg::slot::{ServerFacts, insert_lsn};
 use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
 use crate::position::Lsn;
 use crate::relay::Options;
+use crate::relay::check::lost::{self, Agreed, Returned};
 use crate::relay::check::partitions::PartitionChange;
 use crate::relay::check::position::{self, Failover, Start};
-use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::{self, Checkpoint, PostgresStore};
 use crate::relay::parking::{Parking, store as parked};
 use crate::relay::upkeep::canary;
@@ -59,7 +60,7 @@ pub(super) async fn prepare(
     // Whether a standby has the checkpoint does not matter, and it may be away for long.
     client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
     let (timelines, system_id) = timelines(&mut replication).await?;
-    let taken = take_over(&client, options, &timelines, &shared.own, remembered).await;
+    let taken = take_over(&client, options, &timelines, shared, remembered).await;
     let taken = count_busy(taken, busy)?;
     partitions::record(&client, options, &changes).await?;
     let row = &taken.row;
@@ -98,6 +99,7 @@ struct TakenOver {
     row: Checkpoint,
     server: ServerFacts,
     publication: Publication,
+    agreed: Agreed,
     failover: Option<Failover>,
     /// Whether the canary is in the publication.
     canary: bool,
@@ -108,9 +110,10 @@ async fn take_over(
     client: &Client,
     options: &Options,
     timelines: &Timelines,
-    own: &OwnCheckpoint,
+    shared: &Shared,
     remembered: &mut Remembered,
 ) -> Result<TakenOver> {
+    let own = &shared.own;
     let (name, last_known) = (&options.name, own.last_known());
     let found = facts::read(client, options).await?;
     let (stored, slot, server) = found.position();
@@ -129,9 +132,9 @@ async fn take_over(
     let publication = found
         .publication()
         .ok_or_else(|| Error::internal("verification passed without a publication"))?;
-    position::carries(publication, &options.wanted())?;
+    position::carries(publication, &options.wanted(), &options.held)?;
     // Before the checkpoint is taken: what cannot work must not replace what does.
-    catalog::read_tables(client, options, publication).await?;
+    let tables = catalog::read_tables(client, options, publication, found.agreed()).await?;
     if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
         // Before the checkpoint is taken: a relay on another broker or vhost, which has another
         // lock, continues undisturbed.
@@ -145,20 +148,30 @@ async fn take_over(
         followed.ok_or_else(|| checkpoint::taken_over(name))?;
     }
     let row = checkpoint::take_session(client, name, publication.oid).await?;
+    if let Some(failover) = &failover {
+        failed_over::record(client, options, &row, failover).await?;
+    }
     own.took(&row, remembered);
-    let canary = agree(client, options, &found, publication).await?;
+    let intact = shared.keys.intact().unwrap_or(row.flush_lsn);
+    let (agreed, returned) =
+        agree(client, options, &found, publication, &tables, &row, intact).await?;
+    held::tell(shared, &agreed, &returned, tables.gone);
+    let canary = has_canary(options, publication);
     let (publication, server) = (publication.clone(), found.into_server());
-    Ok(TakenOver { row, server, publication, failover, canary })
+    Ok(TakenOver { row, server, publication, agreed, failover, canary })
 }
 
-/// Records the publication as it is now, and reports what is odd about it. Returns whether the
-/// canary is in it.
+/// Records the publication as it is now, and reports what is odd about it. Returns it with the held
+/// tables that have come back.
 async fn agree(
     client: &Client,
     options: &Options,
     found: &StartFacts,
     publication: &Publication,
-) -> Result<bool> {
+    tables: &Captured,
+    row: &Checkpoint,
+    intact: Lsn,
+) -> Result<(Agreed, Vec<Returned>)> {
     let wanted = options.wanted();
     let unwanted = publication.tables.iter().map(|published| published.table.to_string());
     let unwanted: Vec<String> = unwanted.filter(|table| !wanted.contains(table)).collect();
@@ -171,17 +184,29 @@ async fn agree(
         );
     }
     let facts = position::facts(publication, &wanted);
+    let gone: Vec<TableName> = tables.gone.iter().map(|gone| gone.table.clone()).collect();
+    let range = (intact, found.position().2.wal_lsn);
+    let (facts, returned) = lost::agree(found.agreed(), facts, &options.held, &gone, range);
     if found.agreed() != Some(&facts) {
         tracing::info!(
             publication = options.publication,
-            tables = ?facts.tables.iter().map(|t| t.table.to_string()).collect::<Vec<_>>(),
+            tables = ?facts.tables().map(ToString::to_string).collect::<Vec<_>>(),
             "recorded the current publication"
         );
+        // Before it is agreed to, because afterwards nothing tells of it.
+        for table in &returned {
+            held::record(client, options, row, table).await?;
+        }
         checkpoint::agree(client, &options.name, &facts).await?;
     }
+    Ok((facts, returned))
+}
+
+/// Whether the canary is in the publication; warns where it is not.
+fn has_canary(options: &Options, publication: &Publication) -> bool {
     // From the second on, a canary is an update of its row.
     let updates = publication.operations.update;
-    let canary = updates && facts.tables.iter().any(|t| t.table == TableName::canary());
+    let canary = updates && publication.table(&TableName::canary()).is_some();
     if !canary && !options.canary_interval.is_zero() {
         tracing::warn!(
             publication = options.publication,
@@ -190,7 +215,7 @@ async fn agree(
              unnoticed: run `watership init`, and make sure the publication publishes updates"
         );
     }
-    Ok(canary)
+    canary
 }
 
 async fn stream(
@@ -205,7 +230,7 @@ async fn stream(
     // The place comes first: what is changed in between is then read, or newer.
     let catalog_at = insert_lsn(client).await?;
     let types = if options.binary { Some(catalog::user_types(client).await?) } else { None };
-    let captured = catalog::captured(client, options, &taken.publication).await?;
+    let captured = catalog::captured(client, options, &taken.publication, &taken.agreed).await?;
     started_with.set(&captured);
     let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));
     let names = captured.iter().map(|(name, table)| (table.oid, name.as_str().into()));
@@ -220,6 +245,7 @@ async fn stream(
         captured,
         catalog_at,
         types,
+        max_body: options.broker.max_message_size,
         canary: options.name.clone(),
         canary_accepted: canary::accepted(client, &options.name).await?,
     });

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{RelayState, Snapshot};
+use super::{RelayState, Snapshot, tables};
 use crate::error::Kind;
 use crate::relay::window::refusals::RefusedRoute;
 
@@ -83,6 +83,7 @@ pub(super) fn of(shown: &Snapshot, is_alive: bool) -> Vec<Concern> {
             "fix the cause; or make room in watership.parked, see `watership parked list`",
         ));
     }
+    found.extend(tables::concerns(&shown.lost_tables, &shown.returned_tables));
     if shown.parked.rows > 0 {
         let (rows, keys) = (shown.parked.rows, shown.parked.keys);
         found.push(Concern::warning(

@@ -121,13 +121,21 @@ impl Canary {
         let mut inner = self.lock();
         inner.last_written = Some(written.at);
         inner.own_bytes += written.span.min(SPAN_MAX);
+        let begin = Lsn(written.end.0.saturating_sub(written.span));
+        // A smaller number than one that had come before it was written: the row was made again.
+        if let Some(seen) = &mut inner.last_seen
+            && seen.number > written.number
+            && seen.end <= begin
+        {
+            seen.number = 0;
+        }
         // The stream can be faster than the answer to the write; and what lies before the session
         // does not come in it.
         let came = inner.last_seen.is_some_and(|seen| seen.number >= written.number);
         if came {
             inner.fresh_at = inner.fresh_at.max(Some(written.at));
         }
-        let came = came || written.end <= inner.began.0;
+        let came = came || begin <= inner.began.0;
         if !came && inner.pending.len() < PENDING_MAX {
             inner.pending.push_back(written);
         }
@@ -137,7 +145,7 @@ impl Canary {
     pub fn seen(&self, seen: Option<Seen>, now: Instant) {
         let Some(seen) = seen else { return };
         let mut inner = self.lock();
-        if inner.last_seen == Some(seen) {
+        if inner.last_seen.is_some_and(|last| seen.end <= last.end) {
             return;
         }
         inner.last_seen = Some(seen);
@@ -268,13 +276,38 @@ mod tests {
     const INTERVAL: Duration = Duration::from_secs(10);
 
     fn written(number: u64, end: u64, at: Instant) -> Written {
-        Written { number, end: Lsn(end), span: 100, at }
+        Written { number, end: Lsn(end), span: 10, at }
     }
 
     fn listening(at: Instant) -> Arc<Canary> {
         let canary = Canary::new(INTERVAL);
         canary.begin(Lsn(50), true, at);
         canary
+    }
+
+    #[test]
+    fn a_row_that_was_made_again_counts_from_one_and_is_waited_for() {
+        let (now, hour) = (Instant::now(), Duration::from_secs(3600));
+        let canary = Canary::new(Duration::from_secs(10));
+        canary.begin(Lsn(100), true, now);
+        canary.wrote(Written { number: 57, end: Lsn(200), span: 10, at: now });
+        let old = Some(Seen { number: 57, end: Lsn(195) });
+        canary.seen(old, now);
+        canary.wrote(Written { number: 1, end: Lsn(300), span: 10, at: now });
+        canary.seen(old, now);
+        assert!(canary.verdict(Lsn(400), now + hour).is_some(), "it did not come");
+        canary.seen(Some(Seen { number: 1, end: Lsn(295) }), now);
+        assert!(canary.verdict(Lsn(400), now + hour).is_none());
+    }
+
+    #[test]
+    fn one_that_may_lie_before_the_session_is_not_waited_for() {
+        let (now, hour) = (Instant::now(), Duration::from_secs(3600));
+        let canary = Canary::new(Duration::from_secs(10));
+        canary.begin(Lsn(295), true, now);
+        // Its end is looked at after the session began.
+        canary.wrote(Written { number: 2, end: Lsn(300), span: 10, at: now });
+        assert!(canary.verdict(Lsn(400), now + hour).is_none());
     }
 
     #[test]
@@ -373,6 +406,6 @@ mod tests {
         assert_eq!(canary.age(after(6)), Some(Duration::from_secs(6)));
         canary.seen(Some(Seen { number: 1, end: Lsn(95) }), after(20));
         assert_eq!(canary.age(after(20)), Some(Duration::from_secs(20)), "nothing new came");
-        assert_eq!((canary.take_own_bytes(), canary.take_own_bytes()), (100, 0));
+        assert_eq!((canary.take_own_bytes(), canary.take_own_bytes()), (10, 0));
     }
 }

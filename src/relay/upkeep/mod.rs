@@ -11,7 +11,7 @@ pub mod route_audit;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_postgres::Client;
 
 use crate::error::{Error, Kind, Result};
@@ -51,6 +51,17 @@ enum Job {
     Maintain,
     /// The row that must come through the stream.
     WriteCanary,
+}
+
+impl Job {
+    /// How long it may take: longer than `statement_timeout`, for a server or a proxy that answers
+    /// nothing. Maintenance is many statements.
+    fn limit(self) -> Duration {
+        match self {
+            Job::LookAtSlot | Job::Compare | Job::WriteCanary => Duration::from_secs(60),
+            Job::Maintain => Duration::from_secs(600),
+        }
+    }
 }
 
 /// What there is to look after.
@@ -137,13 +148,22 @@ async fn once(
     let mut result = Ok(());
     for job in jobs(options.kind) {
         if due.take(*job, &shared.canary) {
-            let done = match job {
-                Job::LookAtSlot => look_at_slot(client, options, shared).await,
-                Job::Compare => compare_streaming(client, options, shared, doubts).await,
-                Job::Maintain => clean_up(client, options, shared, due).await,
-                Job::WriteCanary => write_canary(client, options, shared).await,
+            let work = async {
+                match job {
+                    Job::LookAtSlot => look_at_slot(client, options, shared).await,
+                    Job::Compare => compare_streaming(client, options, shared, doubts).await,
+                    Job::Maintain => clean_up(client, options, shared, due).await,
+                    Job::WriteCanary => write_canary(client, options, shared).await,
+                }
             };
-            result = result.and(done);
+            match timeout(job.limit(), work).await {
+                Ok(done) => result = result.and(done),
+                // The connection is dead, and so are the other pieces.
+                Err(_) => {
+                    let text = format!("Postgres did not answer within {:?}", job.limit());
+                    return Err(Error::unreachable(text));
+                }
+            }
         }
     }
     result
@@ -230,8 +250,16 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
         return Ok(Some(error));
     }
     let Some(publication) = found.publication() else { return Ok(None) };
-    match catalog::read_tables(client, options, publication).await {
-        Ok(tables) => Ok(shared.keys.compare(&tables)),
+    match catalog::read_tables(client, options, publication, found.agreed()).await {
+        Ok(tables) => {
+            let (keys, end) = (&shared.keys, found.position().2.wal_lsn);
+            let changed = |agreed| catalog::held_changed(options, publication, &tables, agreed);
+            let held = found.agreed().and_then(changed);
+            if held.is_none() {
+                keys.seen_intact(end);
+            }
+            Ok(held.or_else(|| keys.compare(&tables.found)))
+        }
         // The next session refuses to start, and says what to alter.
         Err(error) if error.kind() == Kind::Refused => Ok(Some(error)),
         Err(error) => Err(error),

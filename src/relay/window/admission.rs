@@ -71,6 +71,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.making.made.clear();
         let mut selected = false;
         let max_body = self.max_body();
+        let least = event.least_body();
         for decision in self.making.plans.decide(&self.making.router, event) {
             selected = true;
             match decision {
@@ -78,9 +79,11 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     self.seen.metrics.routes[usize::from(rule.0)].dropped.increment(1);
                 }
                 Decision::Publish(plan, lanes) => {
-                    let made = self.making.envelope.message(event, plan, 0);
-                    let made = made.map_err(|error| (Why::Invalid, error));
-                    self.making.made.push(match made.and_then(|m| fits(m, max_body)) {
+                    let made = may_fit(least, max_body).and_then(|()| {
+                        let made = self.making.envelope.message(event, plan, 0);
+                        fits(made.map_err(|error| (Why::Invalid, error))?, max_body)
+                    });
+                    self.making.made.push(match made {
                         Ok(message) => Made::Message(message, lanes),
                         Err((why, error)) => poison(event, plan, lanes, why, error)?,
                     });
@@ -240,6 +243,18 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 }
 
+/// Whether the broker could take a message of which the body has at least this size, in bytes. One
+/// that it could not is not made, because it may be larger than the memory.
+pub(in crate::relay) fn may_fit(least: usize, max: usize) -> Result<(), (Why, Error)> {
+    if least <= max {
+        return Ok(());
+    }
+    let text = format!("its body has at least {least} bytes, the limit is {max}");
+    Err((Why::TooLarge, Error::event(text).hint(RAISE_LIMIT)))
+}
+
+const RAISE_LIMIT: &str = "raise broker.max_message_size if the broker takes more";
+
 /// The message, if the broker takes one of its size.
 pub(in crate::relay) fn fits(message: Message, max: usize) -> Result<Message, (Why, Error)> {
     let len = message.body().len();
@@ -247,8 +262,7 @@ pub(in crate::relay) fn fits(message: Message, max: usize) -> Result<Message, (W
         return Ok(message);
     }
     let text = format!("its body has {len} bytes, the limit is {max}");
-    let hint = "raise broker.max_message_size if the broker takes more";
-    Err((Why::TooLarge, Error::event(text).hint(hint)))
+    Err((Why::TooLarge, Error::event(text).hint(RAISE_LIMIT)))
 }
 
 fn poison(event: &Event, plan: &Plan, lanes: LaneKeys, why: Why, error: Error) -> Result<Made> {

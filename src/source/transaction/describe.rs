@@ -11,7 +11,7 @@ use xxhash_rust::xxh64::Xxh64;
 
 use super::canary::CanaryColumns;
 use super::rows::OutboxColumns;
-use super::{CapturedTable, Options};
+use super::{CapturedTable, HeldTable, Options};
 use crate::column::binary::Types;
 use crate::error::Result;
 use crate::event::{Column, Identity, Table, id};
@@ -146,15 +146,36 @@ pub(super) fn is_former(table: &Table, options: &Options) -> bool {
 
 /// By OID, or by name: a table that was renamed is still captured, and its changes before and after
 /// that are of one table, whose name is that of the configuration. A table that was created again
-/// has another OID; what came before is recognised by the name.
+/// has another OID; what came before is recognised by the name. Of a held table that is lost, only
+/// what was written under its name is taken.
 fn captured<'a>(
     options: &'a Options,
     described: &str,
     oid: u32,
 ) -> Option<(&'a String, &'a CapturedTable)> {
     let captured = &options.captured;
-    let by_oid = captured.iter().find(|(_, table)| table.oid == oid);
-    by_oid.or_else(|| captured.get_key_value(described))
+    let is_it = |(name, table): &(&String, &CapturedTable)| {
+        table.oid == oid && (!table.is_lost() || *name == described)
+    };
+    let by_name = || captured.get_key_value(described).filter(|(_, table)| !table.is_lost());
+    captured.iter().find(is_it).or_else(by_name)
+}
+
+/// The held table that has just gone or come, as this description shows, which is younger than what
+/// was read of the catalog: another table has its name, or it has another name.
+pub(super) fn held_is_another<'a>(
+    relation: &Relation<'_>,
+    options: &'a Options,
+) -> Option<&'a String> {
+    let is_named = |name: &str| {
+        name.split_once('.').is_some_and(|name| name == (relation.namespace, relation.name))
+    };
+    let is_another = |(name, table): &(&String, &CapturedTable)| match table.held {
+        None => false,
+        Some(HeldTable::There) => (table.oid == relation.id) != is_named(name),
+        Some(HeldTable::Lost { unfit }) => is_named(name) && relation.id != unfit,
+    };
+    options.captured.iter().find(is_another).map(|(name, _)| name)
 }
 
 fn identity(relation: &Relation<'_>) -> Identity {

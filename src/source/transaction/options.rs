@@ -30,6 +30,8 @@ pub struct Options {
     pub catalog_at: Lsn,
     /// How values of users' types are sent in binary; absent in text mode, which needs no types.
     pub types: Option<Types>,
+    /// Most bytes of a body: a value that alone makes a larger one is not made text of.
+    pub max_body: usize,
     /// Name of the relay whose canary is looked for.
     pub canary: String,
     /// Canaries up to this number may be missing: a person accepted that.
@@ -110,6 +112,26 @@ pub struct CapturedTable {
     pub inserts_only: bool,
     /// How the stream described it at the position that is resumed.
     pub former: Option<Former>,
+    /// Its loss holds back only its own changes: what is not certain to be of it is left out.
+    pub held: Option<HeldTable>,
+}
+
+impl CapturedTable {
+    pub(super) fn is_lost(&self) -> bool {
+        matches!(self.held, Some(HeldTable::Lost { .. }))
+    }
+}
+
+/// What a table with `on_table_lost = "hold"` is when a session begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HeldTable {
+    /// It is there.
+    There,
+    /// It is not; the OID is the one that it had, or 0.
+    Lost {
+        /// OID of the table that has its name and cannot be captured; 0 without one.
+        unfit: u32,
+    },
 }
 
 /// What is kept of a description.

@@ -7,9 +7,9 @@ use bytes::Bytes;
 use bytestring::ByteString;
 use uuid::Uuid;
 
-use super::options::OutboxNames;
+use super::options::{Options, OutboxNames};
 use crate::column::binary::Types;
-use crate::column::instant;
+use crate::column::{instant, oid};
 use crate::error::{Error, Result};
 use crate::event::{
     self, Broken, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table, Unreadable, Value,
@@ -87,9 +87,15 @@ pub(super) struct Values<'a> {
     pub(super) table: &'a Table,
     /// How to read values in binary; absent in text mode.
     pub(super) types: Option<&'a Types>,
+    /// Most bytes of a body.
+    pub(super) max_body: usize,
 }
 
-impl Values<'_> {
+impl<'a> Values<'a> {
+    pub(super) fn new(data: &'a Bytes, table: &'a Table, options: &'a Options) -> Self {
+        Self { data, table, types: options.types.as_ref(), max_body: options.max_body }
+    }
+
     fn value(&self, index: usize, value: &pgoutput::TupleValue<'_>) -> event::Value {
         match value {
             pgoutput::TupleValue::Null => event::Value::Null,
@@ -98,6 +104,10 @@ impl Values<'_> {
             pgoutput::TupleValue::Binary(bytes) => {
                 let type_oid = self.table.columns[index].type_oid;
                 let text = match self.types {
+                    // As text it would be twice as large, and no message can be made of it.
+                    Some(_) if type_oid == oid::BYTEA && bytes.len() > self.max_body => {
+                        Err(too_large(bytes.len(), self.max_body))
+                    }
                     Some(types) => types.text(type_oid, bytes),
                     None => Err(Error::event("a binary value where text was requested")),
                 };
@@ -144,6 +154,11 @@ impl Values<'_> {
         }
         Ok(tuple.columns().enumerate().map(|(index, value)| self.value(index, &value)).collect())
     }
+}
+
+fn too_large(len: usize, max: usize) -> Error {
+    Error::event(format!("a bytea of {len} bytes is larger than a body of {max} bytes may be"))
+        .hint("raise broker.max_message_size if the broker takes more")
 }
 
 /// The row with its id and its `created_at` (microseconds since 1970-01-01 UTC), if it has one that

@@ -28,6 +28,7 @@ fn assembler(resume_after: Position) -> Assembler {
         )]),
         canary: "shop".into(),
         canary_accepted: 0,
+        max_body: 16 << 20,
     });
     let outbox = ["id", "aggregate_type", "aggregate_id", "event_type", "payload"];
     let columns = ["name", "number", "written_at"];

@@ -25,6 +25,7 @@ fn assembler(primary_key: &[&str]) -> Assembler {
         types: None,
         canary: "shop".into(),
         canary_accepted: 0,
+        max_body: 16 << 20,
     })
 }
 
