@@ -37,6 +37,7 @@ const EXCEPTIONS: &[Exception] = &[
         why: "the grain of every wait, which ends on what it sees",
     },
     Exception { path: "tests/soak", words: "sleep", why: "a fault lasts as long as its seed says" },
+    Exception { path: "tests/consumers", words: "sleep", why: "a kill comes when its seed says" },
     Exception {
         path: "tests/it/dev.rs",
         words: "#[ignore",
