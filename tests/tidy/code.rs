@@ -124,7 +124,8 @@ fn walk(root: &Path, folder: &str, files: &mut Vec<Code>) {
         let name = entry.file_name().into_string().expect("names are UTF-8");
         let path = if folder.is_empty() { name } else { format!("{folder}/{name}") };
         let kind = entry.file_type().expect("a kind of file");
-        if SKIPPED.contains(&path.as_str()) || path.ends_with("/target") {
+        let foreign = ["/target", "/node_modules"].iter().any(|end| path.ends_with(end));
+        if foreign || SKIPPED.contains(&path.as_str()) {
             continue;
         }
         if kind.is_dir() {
