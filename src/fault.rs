@@ -25,7 +25,7 @@ pub fn io_error(what: &str, error: io::Error) -> Error {
 
 /// An error of reading a file that the configuration names. That this process has no file
 /// descriptor left says nothing about the file.
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub fn file_error(what: &str, error: io::Error) -> Error {
     if is_out_of_files(&error) || error.kind() == io::ErrorKind::Interrupted {
         return io_error(what, error);
@@ -41,14 +41,14 @@ fn is_out_of_files(error: &io::Error) -> bool {
 }
 
 /// Whether the TLS library failed, and not the socket below it.
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub fn is_tls(error: &io::Error) -> bool {
     error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>())
 }
 
 /// The kind of an I/O error and our hint; a TLS error inside it decides.
 pub fn classify(error: &io::Error) -> (Kind, Option<&'static str>) {
-    #[cfg(feature = "relay")]
+    #[cfg(any(feature = "inbox", feature = "relay"))]
     {
         if let Some(tls) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
             return classify_tls(tls);
@@ -109,7 +109,7 @@ pub fn classify_io(kind: io::ErrorKind) -> (Kind, Option<&'static str>) {
 }
 
 /// The table of TLS errors: a bad certificate stays bad until a person replaces it.
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
     use rustls::CertificateError as C;
     use rustls::Error as T;
@@ -169,7 +169,7 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
 }
 
 /// What webpki says about a certificate, where rustls has no error of its own for it.
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub fn webpki_error(error: &rustls::Error) -> Option<&webpki::Error> {
     match error {
         rustls::Error::InvalidCertificate(rustls::CertificateError::Other(other)) => {
@@ -180,7 +180,7 @@ pub fn webpki_error(error: &rustls::Error) -> Option<&webpki::Error> {
 }
 
 /// How to make a certificate that a server can have, where `openssl` without options made another.
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 fn unfit_certificate(error: &rustls::Error) -> &'static str {
     match webpki_error(error) {
         Some(webpki::Error::CaUsedAsEndEntity) => {

@@ -23,17 +23,19 @@
 //!    source is told.
 //!
 //! [`relay::Relay::run`] is the loop that does all this; [`relay::session::supervisor`] opens
-//! everything and starts over after any error. Applications need [`outbox`]; everything else serves
-//! the `watership` program.
+//! everything and starts over after any error. Applications need [`outbox`] where events begin and
+//! [`inbox`] where they arrive; everything else serves the `watership` program.
 //!
-//! Cargo features: `outbox` (emit events) without the dependencies of the program, `inbox` (still
-//! empty) and `relay` (the program). `outbox` and `relay` are on by default.
+//! Cargo features: `outbox` (emit events, with tokio-postgres), `inbox` (consume them, with lapin
+//! and tokio-postgres), `sqlx` (both in a transaction of sqlx, without the other two) and `relay`
+//! (the program). All but `sqlx` are on by default; an application names what it needs, with
+//! `default-features = false`.
 
 #[cfg(feature = "relay")]
 pub mod admin;
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod amqp;
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod backoff;
 #[cfg(feature = "relay")]
 pub mod cli;
@@ -49,13 +51,15 @@ pub mod error;
 #[cfg(feature = "relay")]
 pub mod event;
 pub mod fault;
+#[cfg(any(feature = "inbox", feature = "sqlx"))]
+pub mod inbox;
 #[cfg(feature = "relay")]
 pub mod message;
 #[cfg(feature = "relay")]
 pub mod metrics;
-#[cfg(feature = "outbox")]
+#[cfg(any(feature = "outbox", feature = "sqlx"))]
 pub mod outbox;
-#[cfg(any(feature = "outbox", feature = "relay"))]
+#[cfg(any(feature = "inbox", feature = "outbox", feature = "relay"))]
 pub mod pg;
 #[cfg(feature = "relay")]
 pub mod position;
@@ -65,10 +69,10 @@ pub mod publisher;
 pub mod relay;
 #[cfg(feature = "relay")]
 pub mod route;
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod secret;
 #[cfg(feature = "relay")]
 pub mod source;
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod tls;
 pub mod verdict;

@@ -4,6 +4,8 @@
 //! after the change of state that the event tells of, then readers of the event find that state.
 //! The application's user needs the role `watership_app`.
 //!
+//! `emit` is for tokio-postgres (feature `outbox`), `sqlx::emit` for sqlx (feature `sqlx`).
+//!
 //! ```no_run
 //! use watership::outbox::{NewEvent, Payload, emit};
 //!
@@ -20,12 +22,18 @@
 //! ```
 
 use serde_json::{Map, Value};
+#[cfg(feature = "outbox")]
 use tokio_postgres::GenericClient;
+#[cfg(feature = "outbox")]
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
+#[cfg(feature = "outbox")]
 use crate::pg::sqlstate::postgres_error;
+
+#[cfg(feature = "sqlx")]
+pub mod sqlx;
 
 /// The body of an event. It is sent byte for byte as it stands here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +97,7 @@ impl<'a> NewEvent<'a> {
 /// # Errors
 /// What the server says: the event breaks a limit of the outbox, the payload is not JSON, the
 /// role lacks the right. The transaction is then aborted.
+#[cfg(feature = "outbox")]
 pub async fn emit(client: &impl GenericClient, event: &NewEvent<'_>) -> Result<Uuid> {
     const JSON: &str = "SELECT watership.emit($1, $2, $3, $4, $5, $6)";
     const BYTES: &str = "SELECT watership.emit_bytes($1, $2, $3, $4, $7, $5, $6)";

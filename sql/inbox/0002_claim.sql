@@ -146,15 +146,19 @@ BEGIN
     THEN
         PERFORM watership_inbox.refuse_day(message_id, day, ring.first_day, ring.last_day);
     END IF;
-    INSERT INTO watership_inbox.claimed (slot, day, consumer, message_id, body_hash)
-    VALUES ((day - date '2000-01-01') % 40, day, ring.id, message_id, body_hash)
-    ON CONFLICT DO NOTHING;
-    IF FOUND THEN
-        RETURN true;
-    END IF;
-    SELECT c.claimed_at, c.body_hash INTO earlier FROM watership_inbox.claimed AS c
-    WHERE c.slot = (day - date '2000-01-01') % 40 AND c.consumer = ring.id
-        AND c.message_id = message_id;
+    LOOP
+        INSERT INTO watership_inbox.claimed (slot, day, consumer, message_id, body_hash)
+        VALUES ((day - date '2000-01-01') % 40, day, ring.id, message_id, body_hash)
+        ON CONFLICT DO NOTHING;
+        IF FOUND THEN
+            RETURN true;
+        END IF;
+        SELECT c.claimed_at, c.body_hash INTO earlier FROM watership_inbox.claimed AS c
+        WHERE c.slot = (day - date '2000-01-01') % 40 AND c.consumer = ring.id
+            AND c.message_id = message_id;
+        -- Not there: it was forgotten in between.
+        EXIT WHEN FOUND;
+    END LOOP;
     PERFORM watership_inbox.note_duplicate(ring.id, message_id, day, earlier.claimed_at,
         earlier.body_hash, body_hash, strict);
     RETURN false;

@@ -16,9 +16,12 @@
 
 SET ROLE watership_inbox_owner;
 
+-- A key that an index does not take counts by its hash.
 CREATE FUNCTION watership_inbox.lane(key text, message_id text) RETURNS text
 LANGUAGE sql IMMUTABLE
-RETURN CASE WHEN key IS NULL THEN 'm' || message_id ELSE 'k' || key END;
+RETURN CASE WHEN key IS NULL THEN 'm' || message_id
+    WHEN octet_length(key) > 1024 THEN 'h' || encode(sha256(convert_to(key, 'UTF8')), 'hex')
+    ELSE 'k' || key END;
 
 -- Handlers, parking and retries of one key take turns, to the end of their transactions. A number
 -- that two keys share costs some waiting.
@@ -37,6 +40,11 @@ BEGIN
     IF EXISTS (SELECT FROM watership_inbox.parked_key AS k
         WHERE k.consumer = consumer_id AND k.lane = lane)
     THEN
+        -- It may show a key that lives again since. Locking its row raises 40001 then.
+        IF current_setting('transaction_isolation') <> 'read committed' THEN
+            PERFORM FROM watership_inbox.parked_key AS k
+            WHERE k.consumer = consumer_id AND k.lane = lane FOR SHARE;
+        END IF;
         RETURN true;
     END IF;
     -- A snapshot from before the lock does not show a key that was parked since. A row of the same
@@ -101,7 +109,31 @@ BEGIN
     END IF;
     -- xmin has the low 32 bits; a savepoint's is a little above the transaction's own.
     low := (low - own % 4294967296 + 4294967296 + 2147483648) % 4294967296 - 2147483648;
-    RETURN pg_xact_status((own + low)::text::xid8) = 'in progress';
+    -- NULL: it is so old that Postgres has forgotten it.
+    RETURN coalesce(pg_xact_status((own + low)::text::xid8) = 'in progress', false);
+END
+$$;
+
+-- Claims a message that was parked without a claim, because its time was out of bounds. In its day,
+-- where that has a slot by now: there its next delivery would look.
+CREATE FUNCTION watership_inbox.claim_unrecorded(
+    consumer_id integer, message_id text, occurred_at timestamptz
+) RETURNS boolean
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_variable
+DECLARE
+    day CONSTANT date := (occurred_at AT TIME ZONE 'UTC')::date;
+BEGIN
+    IF day BETWEEN (SELECT r.first_day FROM watership_inbox.ring AS r)
+        AND (SELECT r.emptied_before + 39 FROM watership_inbox.ring AS r)
+    THEN
+        INSERT INTO watership_inbox.claimed (slot, day, consumer, message_id)
+        VALUES ((day - date '2000-01-01') % 40, day, consumer_id, message_id)
+        ON CONFLICT DO NOTHING;
+        RETURN FOUND;
+    END IF;
+    RETURN watership_inbox.claim_in_generation(consumer_id, message_id, NULL, false);
 END
 $$;
 
@@ -206,6 +238,7 @@ DECLARE
     consumer_id CONSTANT integer := watership_inbox.register(consumer);
     lane CONSTANT text := watership_inbox.lane(key, message_id);
     seen record;
+    unknown text;
 BEGIN
     IF octet_length(message_id) NOT BETWEEN 1 AND 1024 OR message_id IS NULL THEN
         PERFORM watership_inbox.refuse_message_id(message_id);
@@ -216,14 +249,15 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
     PERFORM watership_inbox.lock_lane(consumer, consumer_id, lane);
-    seen := watership_inbox.record(consumer, consumer_id, message_id, occurred_at, NULL);
-    IF NOT seen.first
-        AND NOT watership_inbox.claimed_here(consumer_id, message_id, occurred_at)
-    THEN
-        RETURN false;
+    IF NOT watership_inbox.claimed_here(consumer_id, message_id, occurred_at) THEN
+        seen := watership_inbox.record(consumer, consumer_id, message_id, occurred_at, NULL);
+        IF NOT seen.first THEN
+            RETURN false;
+        END IF;
+        unknown := seen.unknown;
     END IF;
     PERFORM watership_inbox.store_parked(consumer_id, lane, key, message_id, occurred_at,
-        seen.unknown IS NULL, reason, error, body, properties);
+        unknown IS NULL, reason, error, body, properties);
     DELETE FROM watership_inbox.attempt AS a
     WHERE a.consumer = consumer_id AND a.message_id = message_id;
     RETURN true;
@@ -276,8 +310,8 @@ BEGIN
                     WHERE k.consumer = consumer_id AND k.lane = candidate.lane;
                     EXIT;
                 END IF;
-                IF NOT watership_inbox.claim_in_generation(
-                    consumer_id, head.message_id, NULL, false)
+                IF NOT watership_inbox.claim_unrecorded(
+                    consumer_id, head.message_id, head.occurred_at)
                 THEN
                     PERFORM watership_inbox.retry_done(head.id);
                     CONTINUE;
@@ -359,7 +393,7 @@ BEGIN
     UPDATE watership_inbox.parked_key AS k
     SET retry_at = clock_timestamp(), beyond_window = k.beyond_window OR beyond_window
     WHERE k.consumer = consumer_id
-        AND (all_keys OR k.lane = 'k' || key OR k.lane IN (SELECT p.lane
+        AND (all_keys OR k.lane = watership_inbox.lane(key, NULL) OR k.lane IN (SELECT p.lane
             FROM watership_inbox.parked AS p
             WHERE p.consumer = consumer_id AND p.message_id = message_id))
         AND (beyond_window OR k.beyond_window OR (SELECT p.recorded FROM watership_inbox.parked AS p
@@ -392,7 +426,7 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF key IS NOT NULL THEN
-        lane := 'k' || key;
+        lane := watership_inbox.lane(key, NULL);
     ELSE
         SELECT p.lane INTO lane FROM watership_inbox.parked AS p
         WHERE p.consumer = consumer_id AND p.message_id = message_id;
@@ -408,7 +442,8 @@ BEGIN
         RETURNING p.key, p.message_id, p.occurred_at, p.reason, p.recorded
     LOOP
         IF NOT gone.recorded THEN
-            PERFORM watership_inbox.claim_in_generation(consumer_id, gone.message_id, NULL, false);
+            PERFORM watership_inbox.claim_unrecorded(consumer_id, gone.message_id,
+                gone.occurred_at);
         END IF;
         INSERT INTO watership_inbox.discarded (consumer, key, message_id, occurred_at, parked_for,
             reason)

@@ -16,19 +16,22 @@ DECLARE
     passed CONSTANT bigint :=
         pg_snapshot_xmax(pg_current_snapshot())::text::bigint - mover::text::bigint;
 BEGIN
+    -- Not committed yet: it is this very transaction.
+    IF mover = pg_current_xact_id_if_assigned() THEN
+        RETURN false;
+    END IF;
     -- From another cluster, whose counter was ahead: restored from a dump.
     IF passed <= 0 THEN
         RETURN true;
     END IF;
     -- The list of backends must be newer than the commit.
     PERFORM pg_stat_clear_snapshot();
-    -- age() compares 32 bits: what is older than half of their range counts as that old.
+    -- Of other roles' sessions only some columns are shown; autovacuum has no user. age() compares
+    -- 32 bits: what is older than half of their range counts as that old.
     RETURN NOT EXISTS (
         SELECT FROM pg_stat_activity AS a JOIN pg_database AS d ON d.oid = a.datid
         WHERE d.datname = current_database() AND a.pid <> pg_backend_pid()
-            AND a.backend_xmin IS NOT NULL
-            -- NULL where the kind of a backend is hidden from the owner of this function.
-            AND coalesce(a.backend_type, '') NOT IN ('autovacuum worker', 'walsender')
+            AND a.backend_xmin IS NOT NULL AND a.usesysid IS NOT NULL
             AND age(a.backend_xmin) >=
                 CASE WHEN passed > 1000000000 THEN 1000000000 ELSE age(mover::xid) END);
 END
@@ -68,8 +71,9 @@ BEGIN
                 'move', state.first_day)];
             RETURN;
         END IF;
-        SELECT array_agg((d::date - date '2000-01-01') % 40) INTO slots
-        FROM generate_series(state.emptied_before, state.first_day - 1, interval '1 day') AS d;
+        -- Days as numbers: a series of times would depend on the session's time zone.
+        SELECT array_agg((state.emptied_before + n - date '2000-01-01') % 40) INTO slots
+        FROM generate_series(0, state.first_day - state.emptied_before - 1) AS n;
         BEGIN
             PERFORM watership_inbox.empty_slots('claimed', slots);
             PERFORM watership_inbox.empty_slots('duplicate', slots);
@@ -123,16 +127,24 @@ BEGIN
     SELECT * INTO state FROM watership_inbox.generation FOR UPDATE;
     IF state.opening THEN
         -- First: nobody is left who will write into the current generation alone. Then: all
-        -- who have written so have ended, so that their rows are seen by every later reader.
+        -- who have written so have ended, so that their rows are seen by every later reader. Their
+        -- numbers are below that of a transaction that begins after the first is known, which is
+        -- why this takes three calls. The first leaves horizon = changed_by.
         IF state.horizon IS NULL THEN
             IF watership_inbox.seen_by_all(state.changed_by) THEN
                 UPDATE watership_inbox.generation
-                SET horizon = pg_snapshot_xmax(pg_current_snapshot());
+                SET horizon = pg_current_xact_id(), changed_by = pg_current_xact_id();
                 done := ARRAY[format('generation %s is open to all', state.current + 1)];
             ELSE
                 postponed := ARRAY[format('generation %s: a transaction is older than its opening',
                     state.current + 1)];
             END IF;
+        ELSIF state.horizon = pg_current_xact_id() THEN
+            postponed := ARRAY[format('generation %s: maintain needs a transaction of its own',
+                state.current + 1)];
+        ELSIF state.horizon = state.changed_by THEN
+            UPDATE watership_inbox.generation SET horizon = pg_current_xact_id();
+            done := ARRAY[format('generation %s has a horizon', state.current + 1)];
         ELSIF pg_snapshot_xmin(pg_current_snapshot()) >= state.horizon
             OR state.horizon > pg_snapshot_xmax(pg_current_snapshot())
         THEN

@@ -4,21 +4,19 @@
 //! continued by the next poll. While output is held (the broker blocks us), the frame in progress
 //! is still finished, and only urgent frames (heartbeats, `connection.close`) go out after it.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::{Mutex, MutexGuard};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpStream, lookup_host};
-use tokio::time::{Instant, timeout};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use super::client::each_address;
 use super::options::{Options, Url};
 use super::wire::{self, Incoming};
 use crate::error::{Error, Result};
@@ -29,8 +27,6 @@ use crate::tls;
 const INPUT_BYTES: usize = 64 * 1024;
 /// An empty output buffer above this size is given back.
 const OUTPUT_BYTES_KEPT: usize = 1024 * 1024;
-/// Addresses of a name that are tried; with more, none would have time to answer.
-const ADDRESSES_MAX: usize = 8;
 /// First TCP keepalive probe after this much silence.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
@@ -233,55 +229,6 @@ fn written(result: io::Result<usize>) -> io::Result<usize> {
     }
 }
 
-/// Connects to the first address of `host` that answers within its share of `limit`: one that
-/// swallows packets must leave time for the others.
-pub(super) async fn each_address<T>(
-    host: &str,
-    port: u16,
-    limit: Duration,
-    connect: impl AsyncFn(SocketAddr) -> io::Result<T>,
-) -> Result<T> {
-    let addresses = lookup_host((host, port)).await.map_err(|e| {
-        Error::unreachable(format!("host {host:?} cannot be resolved")).caused_by(e)
-    })?;
-    let mut addresses: Vec<SocketAddr> = addresses.take(ADDRESSES_MAX).collect();
-    let name = (host.to_owned(), port);
-    let last = answered().get(&name).copied();
-    // What answered last time comes first: one that swallows packets costs its share of the time.
-    addresses.sort_by_key(|address| Some(*address) != last);
-    let connected = each_of(addresses, limit, connect).await;
-    let no_address = || Err(Error::unreachable(format!("host {host:?} has no address")));
-    let (address, stream) = connected.unwrap_or_else(no_address)?;
-    answered().insert(name, address);
-    Ok(stream)
-}
-
-/// The address of each host and port that was connected to last.
-fn answered() -> MutexGuard<'static, BTreeMap<(String, u16), SocketAddr>> {
-    static ANSWERED: Mutex<BTreeMap<(String, u16), SocketAddr>> = Mutex::new(BTreeMap::new());
-    ANSWERED.lock().expect("nobody panics while holding the addresses")
-}
-
-/// `None` without addresses.
-async fn each_of<T>(
-    addresses: Vec<SocketAddr>,
-    limit: Duration,
-    connect: impl AsyncFn(SocketAddr) -> io::Result<T>,
-) -> Option<Result<(SocketAddr, T)>> {
-    let share = limit / u32::try_from(addresses.len()).unwrap_or(1).max(1);
-    let mut last = None;
-    for address in addresses {
-        let connected = timeout(share, connect(address)).await;
-        match connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
-            Ok(stream) => return Some(Ok((address, stream))),
-            Err(e) => {
-                last = Some(io_error(&format!("no connection to {address}"), e));
-            }
-        }
-    }
-    last.map(Err)
-}
-
 fn prepare(tcp: &TcpStream, user_timeout: Duration) -> io::Result<()> {
     tcp.set_nodelay(true)?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3);
@@ -326,49 +273,5 @@ impl Stream {
             Stream::Plain(s) => Pin::new(s).poll_read(cx, buf),
             Stream::Tls(s) => Pin::new(s).poll_read(cx, buf),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn the_address_that_answered_last_is_tried_first() {
-        let tried = Mutex::new(Vec::new());
-        // Names of this machine have more than one address only by chance: one is remembered.
-        let only = async |wanted: SocketAddr| {
-            let connect = async |address: SocketAddr| {
-                tried.lock().unwrap().push(address);
-                (address == wanted).then_some(()).ok_or(io::ErrorKind::ConnectionRefused.into())
-            };
-            let addresses = lookup_host(("localhost", 7)).await.unwrap().collect::<Vec<_>>();
-            each_address("localhost", 7, Duration::from_secs(1), connect).await.ok();
-            addresses
-        };
-        let nowhere = SocketAddr::from(([127, 0, 0, 9], 7));
-        let addresses = only(nowhere).await;
-        let last = *addresses.last().expect("localhost has an address");
-        only(last).await;
-        tried.lock().unwrap().clear();
-        only(nowhere).await;
-        assert_eq!(tried.lock().unwrap()[0], last);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_address_that_swallows_packets_leaves_the_others_their_share_of_the_time() {
-        let addresses = |n: u16| (1..=n).map(|port| SocketAddr::from(([127, 0, 0, 1], port)));
-        let limit = Duration::from_secs(8);
-        let last_answers = async |address: SocketAddr| match address.port() {
-            4 => Ok(address.port()),
-            3 => Err(io::ErrorKind::ConnectionRefused.into()),
-            _ => std::future::pending().await,
-        };
-        let connecting = each_of(addresses(4).collect(), limit, last_answers);
-        let connected = timeout(limit, connecting).await.expect("within the limit");
-        assert_eq!(connected.unwrap().unwrap().1, 4);
-        let dead = each_of(addresses(2).collect(), limit, last_answers).await.unwrap();
-        assert!(dead.unwrap_err().to_string().contains("no connection to 127.0.0.1:2"));
-        assert!(each_of(Vec::new(), limit, last_answers).await.is_none());
     }
 }

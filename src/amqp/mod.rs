@@ -9,17 +9,27 @@
 //! | `reply` | what a reply code of the broker means, pure |
 //! | `channel` | the unconfirmed publishes of one channel, pure |
 //! | `publisher` | the connection: the `Publisher` of messages to RabbitMQ |
+//! | `client` | connections by lapin, for `topology` and for consumers |
 //! | `topology` | declares or verifies exchanges and queues (lapin) |
 //! | `management` | what only the management API shows: bindings, policies |
 //! | `audit` | what a confirm is worth, by what `management` has read, pure |
 
+#[cfg(feature = "relay")]
 pub mod audit;
+#[cfg(feature = "relay")]
 mod channel;
+pub mod client;
+#[cfg(feature = "relay")]
 mod handshake;
+#[cfg(feature = "relay")]
 mod link;
+#[cfg(feature = "relay")]
 pub mod management;
 pub mod options;
+#[cfg(feature = "relay")]
 pub mod publisher;
 pub mod reply;
+#[cfg(feature = "relay")]
 pub mod topology;
+#[cfg(feature = "relay")]
 pub mod wire;

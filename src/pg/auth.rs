@@ -13,7 +13,7 @@ use postgres_protocol::message::backend::{AuthenticationSaslBody, Message, Param
 use postgres_protocol::message::frontend;
 use tokio_postgres::fallible_iterator::FallibleIterator;
 
-use super::connect::{ChannelBinding, Options};
+use super::connect::{ChannelBinding, Options, Settings};
 use super::scram::{Scram, ScramBinding};
 use super::wire::{Reply, Wire};
 use crate::error::{Error, Result};
@@ -98,17 +98,21 @@ pub(super) fn note_reported(body: &ParameterStatusBody, version: &mut String) ->
 /// # Errors
 /// [`crate::error::Kind::Refused`] when the server asks for what is not allowed, or refuses us.
 pub(super) async fn start_up(wire: &mut Wire, options: &Options, replication: bool) -> Result<()> {
-    let settings = match replication {
-        true => format!("{SETTINGS}{REPLICATION_SETTINGS}"),
-        false => format!("{SETTINGS}{LIMITS}"),
+    let settings = match (options.settings, replication) {
+        (Settings::Relay, true) => format!("{SETTINGS}{REPLICATION_SETTINGS}"),
+        (Settings::Relay, false) => format!("{SETTINGS}{LIMITS}"),
+        (Settings::Application, _) => String::new(),
     };
     let mut parameters = vec![
         ("user", options.user.as_str()),
         ("database", options.database.as_str()),
         ("client_encoding", "UTF8"),
         ("application_name", options.application_name.as_str()),
-        ("options", settings.as_str()),
     ];
+    // A pooler in between refuses what it does not know, and may be told to.
+    if !settings.is_empty() {
+        parameters.push(("options", settings.as_str()));
+    }
     if replication {
         parameters.push(("replication", "database"));
     }

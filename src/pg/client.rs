@@ -23,7 +23,7 @@ use tokio_postgres::tls::{ChannelBinding as BindingBytes, TlsConnect, TlsStream}
 use tokio_postgres::{AsyncMessage, Client, Connection};
 
 use super::auth;
-use super::connect::Options;
+use super::connect::{Options, Settings};
 use super::socket::Socket;
 use super::sqlstate::postgres_error;
 use super::wire::Wire;
@@ -65,7 +65,8 @@ pub async fn sql(options: &Options) -> Result<SqlConnection> {
         opened.map_err(|error| error.context(format!("Postgres {options}")))?;
     let (sender, receiver) = mpsc::channel(1);
     let version = connection.parameter("server_version").unwrap_or_default();
-    let is_limited = auth::has_transaction_timeout(version);
+    let ours = options.settings == Settings::Relay;
+    let is_limited = ours && auth::has_transaction_timeout(version);
     tokio::spawn(drive(connection, sender));
     if is_limited {
         timeout(limit, client.batch_execute(auth::NO_TRANSACTION_TIMEOUT))
@@ -93,7 +94,8 @@ async fn open(options: &Options) -> Result<(Client, Driver)> {
     let logged_in = LoggedIn { socket, answer, start_up: StartUp::Length(Vec::new()) };
     let (client, connection) =
         config.connect_raw(logged_in, Established).await.map_err(postgres_error)?;
-    for name in ["DateStyle", "IntervalStyle", "TimeZone"] {
+    let ours = options.settings == Settings::Relay;
+    for name in ["DateStyle", "IntervalStyle", "TimeZone"].into_iter().filter(|_| ours) {
         connection.parameter(name).map_or(Ok(()), |value| auth::check_reported(name, value))?;
     }
     Ok((client, connection))

@@ -64,6 +64,15 @@ pub enum ChannelBinding {
     Require,
 }
 
+/// Whose settings a session has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Settings {
+    /// Ours: values as exact text, limits on every statement.
+    Relay,
+    /// What the server, the database and the role say: an application's statements run there.
+    Application,
+}
+
 /// Everything that a connection needs to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
@@ -93,6 +102,8 @@ pub struct Options {
     pub keepalives: bool,
     /// How long sent bytes may stay unacknowledged before the kernel gives up (Linux).
     pub tcp_user_timeout: Duration,
+    /// Whose settings its sessions have; a URL means the relay's.
+    pub settings: Settings,
     /// The same again, where the credentials are in files.
     pub again: Again<Options>,
 }
@@ -193,6 +204,7 @@ fn parse(url: &str) -> Result<Options> {
         tcp_user_timeout: number(&parts, "tcp_user_timeout")?
             .map_or(DEFAULT_TCP_USER_TIMEOUT, Duration::from_millis),
         password: password.map(Secret::new),
+        settings: Settings::Relay,
         again: Again::default(),
         host,
         user,

@@ -1,10 +1,10 @@
 //! Speaks Postgres; knows no event, no broker, no config.
 
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod auth;
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod client;
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod connect;
 #[cfg(feature = "relay")]
 pub mod hosting;
@@ -16,12 +16,13 @@ pub mod pgoutput;
 pub mod publication;
 #[cfg(feature = "relay")]
 pub mod replication;
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 mod scram;
 #[cfg(feature = "relay")]
 pub mod slot;
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod socket;
+#[cfg(any(feature = "inbox", feature = "outbox", feature = "relay"))]
 pub mod sqlstate;
-#[cfg(feature = "relay")]
+#[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod wire;

@@ -17,6 +17,8 @@ mod harmless;
 mod hosted;
 mod identity;
 mod inbox_commands;
+mod inbox_parking;
+mod inbox_sql;
 mod init_again;
 mod keys;
 mod lock;

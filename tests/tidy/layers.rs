@@ -25,6 +25,8 @@ const LAYERS: &[(&[&str], &[&[&str]])] = &[
     (&["pg", "amqp"], &[PROTOCOL_NOUNS]),
     (&["route"], &[NOUNS]),
     (&["envelope"], &[NOUNS, &["route"]]),
+    // A consumer stands between a queue and a database. `relay` and what is above never meet it.
+    (&["inbox"], &[NOUNS, &["pg", "amqp"]]),
     (APPLICATIONS, &[NOUNS, &["pg"]]),
     (&["source"], &[NOUNS, &["pg"], PURE, APPLICATIONS]),
     (&["relay"], &[NOUNS, &["pg", "amqp"], PURE, APPLICATIONS, &["source"]]),
@@ -62,6 +64,7 @@ const PURE_FILES: &[&str] = &[
     "route",
     "envelope",
     "column",
+    "inbox/lanes",
     "pg/pgoutput",
     "source/transaction",
     "relay/check",
@@ -108,7 +111,7 @@ pub struct Home {
 
 pub const LAPIN: Home = Home {
     words: &["lapin"],
-    modules: &["amqp/topology", "inbox", "cli/demo", "dev"],
+    modules: &["amqp/client", "amqp/topology", "inbox", "cli/demo", "dev"],
     tests_too: false,
 };
 pub const CLAP: Home = Home { words: &["clap"], modules: &["cli", "main"], tests_too: true };

@@ -5,8 +5,9 @@ use std::collections::HashMap;
 use super::code::{Code, is_word};
 use super::{accepts, finds, holds};
 
-/// Names that say the same everywhere: the module in front of them says of what.
-const SHARED: &[&str] = &["Args", "Options"];
+/// Names that say the same everywhere: the module in front of them says of what. To a publisher and
+/// to a consumer a message is theirs.
+const SHARED: &[&str] = &["Args", "Message", "Options"];
 
 /// Types that others can name and that share their name with such a type of another file.
 pub fn shared_types(files: &[Code]) -> Vec<String> {

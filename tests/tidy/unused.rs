@@ -1,6 +1,7 @@
 //! Dead code that the compiler cannot see: every module is public, so to it every `pub fn` has a
 //! user. Here it needs one other than a test: in `src`, in a doctest, in an example, a benchmark or
-//! a fuzz target. What is under `src/dev` exists for tests, so their use counts for it.
+//! a fuzz target. What is under `src/dev` exists for tests, and `src/inbox` for applications
+//! elsewhere, so the use of tests counts for them.
 //!
 //! Names are all that is compared: a method that shares its name with one that is in use stays
 //! unseen.
@@ -105,7 +106,7 @@ impl<'a> User<'a> {
     /// Whether what stands at `at` may be a use that counts for this function.
     fn counts(&self, function: &Function<'_>, at: usize) -> bool {
         let is_user = USERS.iter().any(|folder| self.file.path.starts_with(folder));
-        is_user || !self.file.is_test(at) || function.file.is_in(&["dev"])
+        is_user || !self.file.is_test(at) || function.file.is_in(&["dev", "inbox"])
     }
 
     fn imports(&self, name: &str) -> bool {

@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
-use crate::amqp::link::each_address;
+use crate::amqp::client::each_address;
 use crate::error::{Error, Kind, Result};
 use crate::fault::io_error;
 use crate::secret::Secret;

@@ -9,32 +9,24 @@
 //! What is wrong with one thing is told of that thing, and the others are looked at all the same:
 //! the broker answers by closing the channel, and for a few codes the connection.
 //!
-//! lapin has been seen to hang in connect, open and close, so every step has a time limit of ours,
-//! and its automatic recovery stays off.
+//! The connection is lapin's, by `amqp/client`.
 
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use lapin::options::{
     BasicPublishOptions, ConfirmSelectOptions, ExchangeBindOptions, ExchangeDeclareOptions,
     QueueBindOptions, QueueDeclareOptions,
 };
-use lapin::tcp::{AMQPUriTcpExt, RustlsConnector, TLSConfig};
-use lapin::types::{AMQPValue, FieldTable, ShortString};
-use lapin::uri::{
-    AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism,
-};
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, ErrorKind, ExchangeKind};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Connection, ExchangeKind};
 use tokio::time::timeout;
 
 use super::{Argument, Binding, Destination, Exchange, Mode, Queue, Thing, Topology, Wrong};
-use crate::amqp::link::each_address;
-use crate::amqp::options::{Auth, Options, Url};
+use crate::amqp::client::{self, Use, short, step};
+use crate::amqp::options::{Options, Url};
 use crate::amqp::publisher::join_errors;
 use crate::amqp::reply;
 use crate::error::{Code, Error, Kind, Result};
-use crate::fault::{classify, is_tls, with_hint};
-use crate::tls;
 
 /// Largest frame of this connection, in bytes. lapin keeps 64 of them in memory, and nothing large
 /// is sent here; RabbitMQ 4 refuses a smaller one.
@@ -129,63 +121,9 @@ async fn on_first<T>(
 }
 
 async fn connect(options: &Options, url: &Url, limit: Duration) -> Result<Connection> {
-    let tls = options.tls_for(url)?.map(|o| tls::client_config(&o)).transpose()?;
-    let connector = tls.map(RustlsConnector::from);
-    let runtime = lapin::runtime::default_runtime()
-        .map_err(|e| Error::internal("no runtime for the broker connection").caused_by(e))?;
     let name = format!("{} topology", options.connection_name);
-    let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let failed = Arc::new(Mutex::new(None));
-    let tell = failed.clone();
-    // The stream is made here and not by lapin, so that each address of the name has its share of
-    // the time, and all levels of TLS work, as they do for the publisher.
-    let connecting = Connection::connector(
-        uri(options, url),
-        runtime,
-        async move |uri, runtime| {
-            let AMQPAuthority { host, port, .. } = &uri.authority;
-            let stream = each_address(host, *port, limit, async |address| {
-                let mut plain = AMQPUri { scheme: AMQPScheme::AMQP, ..uri.clone() };
-                plain.authority.host = address.ip().to_string();
-                plain.connect_with_config_async(TLSConfig::default(), &runtime).await
-            });
-            let stream = match stream.await {
-                Ok(stream) => stream,
-                Err(error) => {
-                    let text = error.to_string();
-                    *tell.lock().expect("nobody panics while holding it") = Some(error);
-                    return Err(std::io::Error::other(text).into());
-                }
-            };
-            match &connector {
-                None => Ok(stream),
-                Some(connector) => Ok(stream.into_rustls(connector, host).await?),
-            }
-        },
-        properties,
-    );
-    let connected = step(limit, "connecting", connecting).await;
-    let failed = failed.lock().expect("nobody panics while holding it").take();
-    connected.map_err(|error| failed.map_or(error, |failed| failed.context("connecting")))
-}
-
-fn uri(options: &Options, url: &Url) -> AMQPUri {
-    let mechanism = match url.auth.unwrap_or(options.auth) {
-        Auth::Plain => SASLMechanism::Plain,
-        Auth::External => SASLMechanism::External,
-    };
-    let userinfo =
-        AMQPUserInfo { username: url.username.clone(), password: url.password.expose().to_owned() };
-    AMQPUri {
-        scheme: AMQPScheme::AMQP,
-        authority: AMQPAuthority { userinfo, host: url.host.clone(), port: url.port },
-        vhost: url.vhost.clone(),
-        query: AMQPQueryString {
-            auth_mechanism: Some(mechanism),
-            frame_max: Some(FRAME_MAX),
-            ..Default::default()
-        },
-    }
+    let kind = Use { name, frame_max: FRAME_MAX, heartbeat: None };
+    client::connect(options, url, limit, &kind).await
 }
 
 /// One connection, opened again where a thing made the broker close it.
@@ -370,45 +308,4 @@ fn queue_table(queue: &Queue) -> Result<FieldTable> {
         table.insert("x-overflow".into(), text("reject-publish"));
     }
     Ok(table)
-}
-
-fn short(text: &str) -> Result<ShortString> {
-    ShortString::try_new(text).map_err(|_| {
-        Error::config(format!("{text:.60?}... has {} bytes, at most 255 are allowed", text.len()))
-    })
-}
-
-/// Awaits one step of lapin, within its limit.
-async fn step<T>(
-    limit: Duration,
-    what: &str,
-    future: impl Future<Output = lapin::Result<T>>,
-) -> Result<T> {
-    match timeout(limit, future).await {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(translate(&error).context(what)),
-        Err(_) => Err(Error::unreachable(format!("{what}: no answer within {limit:?}"))),
-    }
-}
-
-/// The broker's refusal is quoted; everything else is a matter of the connection.
-fn translate(error: &lapin::Error) -> Error {
-    match error.kind() {
-        ErrorKind::ProtocolError(broker) => {
-            let error = reply::error("", broker.get_id(), broker.get_message().as_str());
-            match error.kind() {
-                // An exclusive queue of another connection; the lock queue is declared elsewhere.
-                Kind::Busy => {
-                    error.with_kind(Kind::Refused).hint("delete it, or configure another name")
-                }
-                _ => error,
-            }
-        }
-        ErrorKind::IOError(io) => {
-            let (kind, hint) = classify(io);
-            let what = if is_tls(io) { "TLS with the broker" } else { "broker connection failed" };
-            with_hint(Error::new(kind, what).caused_by(error.clone()), hint)
-        }
-        _ => Error::unreachable("broker connection failed").caused_by(error.clone()),
-    }
 }

@@ -1,0 +1,61 @@
+//! The inbox's calls that only the helper makes: attempts, and maintenance.
+
+use tokio_postgres::types::Type;
+use tokio_postgres::{Client, GenericClient, Transaction};
+
+use super::claim::{Param, one};
+use crate::error::Result;
+use crate::pg::sqlstate::postgres_error;
+
+/// Why a message that `receive` has stored waits.
+pub(super) async fn parked_for(
+    tx: &Transaction<'_>,
+    consumer: &str,
+    message_id: &str,
+) -> Result<String> {
+    const REASON: &str = "SELECT coalesce((SELECT m.reason \
+        FROM watership_inbox.parked_messages AS m \
+        WHERE m.consumer = $1 AND m.message_id = $2), 'behind')";
+    let params: [Param<'_>; 2] = [(&consumer, Type::TEXT), (&message_id, Type::TEXT)];
+    one(tx, REASON, &params).await
+}
+
+/// An attempt begins: recorded failures, and attempts that neither failed nor ended.
+pub(super) async fn started(client: &Client, consumer: &str, id: &str) -> Result<(u32, u32)> {
+    const STARTED: &str = "SELECT failed, killed FROM watership_inbox.attempt_started($1, $2)";
+    let params: [Param<'_>; 2] = [(&consumer, Type::TEXT), (&id, Type::TEXT)];
+    let row = client.query_typed_one(STARTED, &params).await.map_err(postgres_error)?;
+    let number = |column| row.try_get::<_, i32>(column).map_err(postgres_error);
+    let count = |n: i32| u32::try_from(n).unwrap_or(0);
+    Ok((count(number(0)?), count(number(1)?)))
+}
+
+/// An attempt failed: recorded failures.
+pub(super) async fn failed(client: &Client, consumer: &str, id: &str, error: &str) -> Result<u32> {
+    let error = error.replace('\0', "\u{fffd}");
+    let params: [Param<'_>; 3] = [(&consumer, Type::TEXT), (&id, Type::TEXT), (&error, Type::TEXT)];
+    let call = "SELECT watership_inbox.attempt_failed($1, $2, $3)";
+    let failures: i32 = one(client, call, &params).await?;
+    Ok(u32::try_from(failures).unwrap_or(1).max(1))
+}
+
+/// The message needs no more attempts.
+pub(super) async fn ended(client: &impl GenericClient, consumer: &str, id: &str) -> Result<()> {
+    let params: [Param<'_>; 2] = [(&consumer, Type::TEXT), (&id, Type::TEXT)];
+    let call = "SELECT watership_inbox.attempt_ended($1, $2)";
+    client.query_typed(call, &params).await.map(drop).map_err(postgres_error)
+}
+
+/// Lets the window move on by a step, as far as everybody has passed it. True if another call can
+/// do more at once. Once an hour is enough, and slow on purpose: a wrong clock must not empty the
+/// window.
+pub(super) async fn maintain(client: &Client, consumer: &str) -> Result<bool> {
+    const MAINTAIN: &str = "SELECT done, postponed, more FROM watership_inbox.maintain()";
+    let row = client.query_typed_one(MAINTAIN, &[]).await.map_err(postgres_error)?;
+    let text = |column| row.try_get::<_, Vec<String>>(column).map_err(postgres_error);
+    let (done, postponed) = (text(0)?.join("; "), text(1)?.join("; "));
+    if !(done.is_empty() && postponed.is_empty()) {
+        tracing::info!(consumer, done, postponed, "maintained the inbox");
+    }
+    row.try_get(2).map_err(postgres_error)
+}

@@ -1,0 +1,492 @@
+//! One message: claim and handler in one transaction, then what its outcome asks for.
+//!
+//! Invariant: a message is acknowledged only after the commit that makes it handled, parked or a
+//! duplicate, or after the broker has confirmed its dead letter; on the channel that delivered it.
+
+use std::mem;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt as _;
+use lapin::message::Delivery;
+use lapin::options::BasicAckOptions;
+use lapin::{Acker, BasicProperties};
+use tokio::time::{sleep, timeout};
+use tokio_postgres::{Client, IsolationLevel, Transaction};
+use tracing::Instrument as _;
+
+use super::attempts::{ended, failed, maintain, parked_for, started};
+use super::claim::{park, receive};
+use super::counters::Counters;
+use super::dead_letters::{self, DeadLetters, Reason};
+use super::handler::{HandlerError, is_serialization};
+use super::message::Message;
+use super::options::{Boxed, OnFailure, Options};
+use super::sql::Received;
+use crate::error::{Error, Kind, Result};
+use crate::pg::sqlstate::postgres_error;
+
+/// The handler of the application.
+pub(super) trait Handler:
+    for<'a> Fn(&'a Message, &'a Transaction<'a>) -> Boxed<'a, Result<(), HandlerError>>
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<H> Handler for H where
+    H: for<'a> Fn(&'a Message, &'a Transaction<'a>) -> Boxed<'a, Result<(), HandlerError>>
+        + Send
+        + Sync
+        + 'static
+{
+}
+
+/// Attempts at one transaction that Postgres cannot serialize.
+const SERIALIZATION_TRIES: u32 = 10;
+/// Longest pause between two of them.
+const SERIALIZATION_PAUSE: Duration = Duration::from_millis(50);
+/// Pauses between attempts: the first, doubled up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// An acknowledgement is written by then, or the channel is not to be trusted.
+const ACK_LIMIT: Duration = Duration::from_secs(10);
+/// The inbox has no slot for today: nobody called maintain.
+const NOT_MAINTAINED: &str = "WI003";
+/// Calls of maintain in a row, at most: a turn of the ring needs two for each day.
+const MAINTAIN_TRIES: u32 = 100;
+/// The word for a handler that fails, and for one that its process does not survive.
+pub(super) const FAILED: &str = "failed";
+pub(super) const KILLED: &str = "killed";
+const NO_MESSAGE_ID: &str = "no_message_id";
+/// Commits. What a handler left aborted, or has ended by itself, would otherwise commit nothing and
+/// look like success.
+const COMMIT: &str = "SAVEPOINT watership; COMMIT";
+
+/// A delivered message on its way.
+pub(super) struct InHand {
+    pub message: Message,
+    /// As they came, for a dead letter.
+    properties: BasicProperties,
+    acker: Acker,
+    /// The subscription that it came from.
+    pub session: u64,
+    /// Failures that are recorded.
+    failures: u32,
+    /// Whether attempts are recorded.
+    recorded: bool,
+    /// Whether this process has begun with it.
+    begun: bool,
+}
+
+impl InHand {
+    pub fn new(delivery: Delivery, session: u64) -> Self {
+        let message = Message::parse(&delivery);
+        let Delivery { properties, acker, .. } = delivery;
+        Self { message, properties, acker, session, failures: 0, recorded: false, begun: false }
+    }
+
+    /// The lane of the message: its key, or itself.
+    pub fn lane(&self) -> String {
+        match &self.message.key {
+            Some(key) => format!("k{key}"),
+            None => format!("m{}", self.message.id),
+        }
+    }
+}
+
+/// What became of an attempt.
+#[derive(Debug)]
+pub(super) enum Attempt {
+    /// Acknowledged.
+    Settled,
+    /// To be tried again after this time.
+    Again(Duration),
+    /// The channel does not take the acknowledgement.
+    NotAcknowledged,
+    /// The database is away.
+    DatabaseAway(Error),
+}
+
+/// Why an attempt did not commit.
+enum Failure {
+    /// The handler, or what it left to the commit.
+    Handler(HandlerError),
+    /// The inbox itself.
+    Inbox(Error),
+}
+
+impl Failure {
+    fn is_serialization(&self) -> bool {
+        match self {
+            Self::Handler(error) => error.is_serialization(),
+            Self::Inbox(error) => error.sqlstate().is_some_and(is_serialization),
+        }
+    }
+
+    fn into_error(self) -> HandlerError {
+        match self {
+            Self::Handler(error) => error,
+            Self::Inbox(error) => error.into(),
+        }
+    }
+
+    fn is_not_maintained(&self) -> bool {
+        matches!(self, Self::Inbox(error) if error.sqlstate() == Some(NOT_MAINTAINED))
+    }
+}
+
+/// What every attempt needs.
+pub(super) struct Worker<H> {
+    pub options: Options,
+    pub handler: Arc<H>,
+    pub counters: Arc<Counters>,
+    pub dead_letters: Arc<DeadLetters>,
+}
+
+impl<H> Clone for Worker<H> {
+    fn clone(&self) -> Self {
+        Self {
+            options: self.options.clone(),
+            handler: self.handler.clone(),
+            counters: self.counters.clone(),
+            dead_letters: self.dead_letters.clone(),
+        }
+    }
+}
+
+impl<H: Handler> Worker<H> {
+    /// One attempt at a delivered message.
+    pub async fn attempt(&self, client: &mut Client, item: &mut InHand) -> Attempt {
+        let attempted = self.try_item(client, item).await;
+        attempted.unwrap_or_else(|error| self.inbox_failed(client, item, error))
+    }
+
+    /// The inbox itself refuses: the message waits, others go on.
+    fn inbox_failed(&self, client: &Client, item: &InHand, error: Error) -> Attempt {
+        if client.is_closed() || error.kind() == Kind::Unreachable {
+            return Attempt::DatabaseAway(error);
+        }
+        tracing::error!(
+            consumer = self.options.consumer,
+            message_id = item.message.id,
+            key = item.message.key,
+            error = error.text_with_hint(),
+            "the inbox refuses the message; it waits and is tried again"
+        );
+        Attempt::Again(LONGEST_PAUSE)
+    }
+
+    async fn try_item(&self, client: &mut Client, item: &mut InHand) -> Result<Attempt> {
+        let consumer = &self.options.consumer;
+        if !item.message.has_id {
+            let error = "the message has no message_id, so its duplicates cannot be recognized";
+            self.park(client, item, NO_MESSAGE_ID, error).await?;
+            return Ok(self.acknowledge(item).await);
+        }
+        if !item.begun && item.message.came_back() {
+            self.counters.redelivered.increment(1);
+            let (failures, killed) = started(client, consumer, &item.message.id).await?;
+            (item.failures, item.recorded) = (failures, true);
+            if killed >= self.options.max_kills {
+                let error = format!("{killed} attempts neither failed nor ended");
+                return self.give_up(client, item, KILLED, &error).await;
+            }
+        }
+        item.begun = true;
+        let last = item.failures + 1 >= self.options.max_failures;
+        match self.transaction(client, item, last).await {
+            Ok(()) => Ok(self.acknowledge(item).await),
+            Err(Failure::Inbox(error)) if client.is_closed() => Err(error),
+            Err(failure) => self.failed(client, item, failure.into_error()).await,
+        }
+    }
+
+    /// Claim, handler and commit; again while Postgres asks for that.
+    async fn transaction(
+        &self,
+        client: &mut Client,
+        item: &InHand,
+        last: bool,
+    ) -> Result<(), Failure> {
+        let mut tries = 1;
+        let mut maintained = false;
+        loop {
+            let failure = match self.once(client, item, last).await {
+                Ok(()) => return Ok(()),
+                Err(failure) => failure,
+            };
+            if client.is_closed() {
+                let text = failure.into_error().to_string();
+                return Err(Failure::Inbox(Error::unreachable(text)));
+            }
+            if failure.is_not_maintained() && !maintained {
+                maintained = true;
+                for _ in 0..MAINTAIN_TRIES {
+                    let more = maintain(client, &self.options.consumer).await;
+                    if !more.map_err(Failure::Inbox)? {
+                        break;
+                    }
+                }
+                continue;
+            }
+            if !failure.is_serialization() || tries >= SERIALIZATION_TRIES {
+                return Err(failure);
+            }
+            tries += 1;
+            self.counters.retries.increment(1);
+            sleep(SERIALIZATION_PAUSE.mul_f64(fastrand::f64())).await;
+        }
+    }
+
+    async fn once(&self, client: &mut Client, item: &InHand, last: bool) -> Result<(), Failure> {
+        let inbox = |error| Failure::Inbox(postgres_error(error));
+        let Options { consumer, isolation, on_failure, .. } = &self.options;
+        let message = &item.message;
+        let tx = begin(client, *isolation).await.map_err(inbox)?;
+        match receive(&tx, consumer, message).await.map_err(Failure::Inbox)? {
+            Received::Handle if last && *on_failure == OnFailure::Park => {
+                return self.last(tx, item).await;
+            }
+            Received::Handle => {
+                if let Err(error) = self.handle(message, &tx).await {
+                    rolled_back(tx.rollback().await);
+                    return Err(Failure::Handler(error));
+                }
+                if item.recorded {
+                    ended(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
+                }
+                commit(tx).await?;
+                self.counters.handled.increment(1);
+            }
+            Received::Duplicate => {
+                if item.recorded {
+                    ended(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
+                }
+                tx.commit().await.map_err(inbox)?;
+                self.counters.duplicates.increment(1);
+                tracing::debug!(consumer, message_id = message.id, "handled before");
+            }
+            Received::Parked => {
+                let reason =
+                    parked_for(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
+                tx.commit().await.map_err(inbox)?;
+                self.told_parked(message, &reason, "it waits behind others of its key, or is old");
+            }
+        }
+        Ok(())
+    }
+
+    /// The last attempt: if it fails too, the message is parked without a moment in which something
+    /// of its key passes.
+    async fn last(&self, mut tx: Transaction<'_>, item: &InHand) -> Result<(), Failure> {
+        let inbox = |error| Failure::Inbox(postgres_error(error));
+        let (consumer, message) = (&self.options.consumer, &item.message);
+        let inner = tx.savepoint("watership_handler").await.map_err(inbox)?;
+        let failed = match self.handle(message, &inner).await {
+            // A transaction that the handler left aborted fails here.
+            Ok(()) => inner.commit().await.err().map(|error| postgres_error(error).into()),
+            Err(error) => {
+                rolled_back(inner.rollback().await);
+                Some(error)
+            }
+        };
+        match failed {
+            None => {
+                if item.recorded {
+                    ended(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
+                }
+                commit(tx).await?;
+                self.counters.handled.increment(1);
+            }
+            Some(error) if error.is_serialization() => return Err(Failure::Handler(error)),
+            Some(error) => {
+                let text = error.to_string();
+                park(&tx, consumer, message, FAILED, &text).await.map_err(Failure::Inbox)?;
+                tx.commit().await.map_err(inbox)?;
+                self.counters.failures.increment(1);
+                self.told_parked(message, FAILED, &text);
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls the handler in its span; a panic is a failure.
+    pub async fn handle(
+        &self,
+        message: &Message,
+        tx: &Transaction<'_>,
+    ) -> Result<(), HandlerError> {
+        let span = tracing::info_span!(
+            "handle",
+            consumer = self.options.consumer,
+            message_id = message.id,
+            key = message.key,
+            traceparent = message.traceparent()
+        );
+        // The call itself may panic as well.
+        let called = async { (self.handler)(message, tx).await };
+        let handled = AssertUnwindSafe(called).catch_unwind().instrument(span).await;
+        handled.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            Err(format!("the handler panicked: {}", text.unwrap_or_default()).into())
+        })
+    }
+
+    /// The handler has failed: records it, and decides.
+    async fn failed(
+        &self,
+        client: &Client,
+        item: &mut InHand,
+        error: HandlerError,
+    ) -> Result<Attempt> {
+        let (consumer, message) = (&self.options.consumer, &item.message);
+        let text = error.to_string();
+        self.counters.failures.increment(1);
+        let failures = failed(client, consumer, &message.id, &text).await?;
+        tracing::warn!(
+            consumer,
+            message_id = message.id,
+            key = message.key,
+            failures,
+            error = text,
+            "the handler failed"
+        );
+        (item.failures, item.recorded) = (failures, true);
+        if error.is_permanent() || failures >= self.options.max_failures {
+            return self.give_up(client, item, FAILED, &text).await;
+        }
+        let bound = FIRST_PAUSE.saturating_mul(1 << (failures - 1).min(20)).min(LONGEST_PAUSE);
+        Ok(Attempt::Again(bound.mul_f64(fastrand::f64())))
+    }
+
+    async fn give_up(
+        &self,
+        client: &Client,
+        item: &InHand,
+        word: &'static str,
+        error: &str,
+    ) -> Result<Attempt> {
+        let Options { consumer, on_failure, .. } = &self.options;
+        let OnFailure::DeadLetter { exchange, routing_key } = on_failure else {
+            self.park(client, item, word, error).await?;
+            return Ok(self.acknowledge(item).await);
+        };
+        let reason = Reason { consumer, word, error, failures: item.failures };
+        let letter = dead_letters::properties(&item.properties, &reason);
+        let body = &item.message.body;
+        let published = self.dead_letters.publish(exchange, routing_key, letter, body);
+        if let Err(error) = published.await {
+            tracing::error!(
+                consumer,
+                message_id = item.message.id,
+                key = item.message.key,
+                error = error.text_with_hint(),
+                "the message cannot be dead-lettered; it is tried again"
+            );
+            return Ok(Attempt::Again(LONGEST_PAUSE));
+        }
+        // Moved back from there, it begins again.
+        ended(client, consumer, &item.message.id).await?;
+        self.counters.dead_lettered(word);
+        tracing::error!(
+            consumer,
+            message_id = item.message.id,
+            key = item.message.key,
+            reason = word,
+            error,
+            "dead-lettered"
+        );
+        Ok(self.acknowledge(item).await)
+    }
+
+    /// Parks in a transaction of its own.
+    async fn park(&self, client: &Client, item: &InHand, word: &str, error: &str) -> Result<()> {
+        let (consumer, message) = (&self.options.consumer, &item.message);
+        let mut tries = 1;
+        let parked = loop {
+            match park(client, consumer, message, word, error).await {
+                // Where the database's own level is a stricter one.
+                Err(error)
+                    if error.sqlstate().is_some_and(is_serialization)
+                        && tries < SERIALIZATION_TRIES =>
+                {
+                    tries += 1;
+                    sleep(SERIALIZATION_PAUSE.mul_f64(fastrand::f64())).await;
+                }
+                parked => break parked?,
+            }
+        };
+        if parked {
+            self.told_parked(message, word, error);
+        } else {
+            self.counters.duplicates.increment(1);
+        }
+        Ok(())
+    }
+
+    fn told_parked(&self, message: &Message, reason: &str, error: &str) {
+        self.counters.parked(reason);
+        tracing::warn!(
+            consumer = self.options.consumer,
+            message_id = message.id,
+            key = message.key,
+            reason,
+            error,
+            "parked; see `watership inbox parked`"
+        );
+    }
+
+    async fn acknowledge(&self, item: &InHand) -> Attempt {
+        let ack = item.acker.ack(BasicAckOptions { multiple: false });
+        match timeout(ACK_LIMIT, ack).await {
+            Ok(Ok(true)) => Attempt::Settled,
+            // The channel is gone: the message comes again and is found to be handled.
+            Ok(Ok(false) | Err(_)) | Err(_) => Attempt::NotAcknowledged,
+        }
+    }
+}
+
+/// Begins the handler's transaction.
+pub(super) async fn begin(
+    client: &mut Client,
+    isolation: Option<IsolationLevel>,
+) -> Result<Transaction<'_>, tokio_postgres::Error> {
+    let builder = client.build_transaction();
+    match isolation {
+        None => builder.start().await,
+        Some(level) => builder.isolation_level(level).start().await,
+    }
+}
+
+/// Commits, or says why nothing was committed: an error of the commit is the handler's (a deferred
+/// constraint, say), as is a transaction that it left aborted.
+pub(super) async fn commit(tx: Transaction<'_>) -> Result<(), HandlerCommit> {
+    match tx.batch_execute(COMMIT).await {
+        Ok(()) => {
+            // It has ended on the server: there is nothing to roll back any more.
+            mem::forget(tx);
+            Ok(())
+        }
+        Err(error) => Err(HandlerCommit(postgres_error(error).context("committing"))),
+    }
+}
+
+/// An error of the commit.
+pub(super) struct HandlerCommit(pub Error);
+
+impl From<HandlerCommit> for Failure {
+    fn from(error: HandlerCommit) -> Self {
+        Failure::Handler(error.0.into())
+    }
+}
+
+/// A rollback that fails has lost its connection, and the next use of that says so.
+fn rolled_back(result: Result<(), tokio_postgres::Error>) {
+    if let Err(error) = result {
+        tracing::debug!(%error, "rolling back");
+    }
+}
