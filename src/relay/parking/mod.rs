@@ -9,6 +9,7 @@
 //! the first checkpoint that passes it, so nothing durable ever passes a row that is not.
 
 mod bounds;
+mod next;
 mod order;
 pub mod recent;
 mod retries;
@@ -127,8 +128,11 @@ pub struct Parking {
     /// The first row that found the limit of lanes reached. Later rows find the same until a row
     /// is removed.
     keys_full_from: RefCell<Option<ParkedKey>>,
-    /// Rows to be tried again.
-    retrying: usize,
+    /// Rows to be tried again, by route.
+    retrying: BTreeMap<Arc<str>, BTreeSet<ParkedKey>>,
+    /// Of `loaded`: its bytes, and how many there are of each route.
+    loaded_bytes: usize,
+    loaded_of: HashMap<Arc<str>, usize>,
     /// Waiting rows of events that no route selected, and those of them on their way.
     unrouted: usize,
     unrouted_loaded: usize,
@@ -342,53 +346,6 @@ impl Parking {
         }
     }
 
-    /// The next rows to try again: they head all of their lanes, or only such rows stand before
-    /// them. Those of a `held` route would only lie in memory.
-    pub fn next_retry(&mut self, held: impl Fn(&str) -> bool) -> Option<Next> {
-        if self.retrying == 0 || self.loaded.len() >= LOADED_MAX {
-            return None;
-        }
-        let mut blocking = Blocking::default();
-        let mut bytes: usize = self.loaded.values().map(|loaded| loaded.waiting.bytes).sum();
-        let mut chosen = Vec::new();
-        let mut on_their_way: HashMap<Arc<str>, usize> = HashMap::new();
-        for loaded in self.loaded.values() {
-            *on_their_way.entry(loaded.key.route.clone()).or_default() += 1;
-        }
-        for (key, waiting) in &self.rows {
-            // Until it is written that it is to be tried again, it cannot be read.
-            let unwritten = waiting.place == Place::Stored && self.changes.contains_key(key);
-            let stands = waiting.state != RowState::Retrying
-                || unwritten
-                || held(&key.route)
-                || blocking.holds(waiting.lanes);
-            let of_route = on_their_way.get(&key.route).copied().unwrap_or(0);
-            let full = of_route >= RETRYING_MAX || bytes > RETRYING_BYTES;
-            if stands || full {
-                blocking.add(waiting.lanes);
-                continue;
-            }
-            match waiting.place {
-                Place::Stored => {
-                    bytes += waiting.bytes;
-                    *on_their_way.entry(key.route.clone()).or_default() += 1;
-                    chosen.push(key.clone());
-                }
-                // Behind rows that are still to be read: their turn comes.
-                Place::Pending | Place::Blocked if !chosen.is_empty() => {
-                    blocking.add(waiting.lanes)
-                }
-                Place::Pending => return self.pending.get(key).cloned().map(Next::Pending),
-                Place::Blocked if waiting.why == Why::Follows => {
-                    let blocked = &self.blocked[key];
-                    return Some(Next::Blocked(blocked.row.clone(), blocked.entry));
-                }
-                Place::Blocked => blocking.add(waiting.lanes),
-            }
-        }
-        (!chosen.is_empty()).then_some(Next::Read(chosen))
-    }
-
     /// The row still waits to be tried again.
     pub fn is_retrying(&self, key: &ParkedKey) -> bool {
         self.rows.get(key).is_some_and(|waiting| waiting.state == RowState::Retrying)
@@ -400,6 +357,8 @@ impl Parking {
         let number = self.next_number;
         self.next_number += 1;
         self.unrouted_loaded += usize::from(key.route.is_empty());
+        self.loaded_bytes += waiting.bytes;
+        *self.loaded_of.entry(key.route.clone()).or_default() += 1;
         self.loaded.insert(number, Loaded { key: key.clone(), waiting, open });
         number
     }
@@ -407,6 +366,8 @@ impl Parking {
     fn unload(&mut self, number: u64) -> Option<Loaded> {
         let loaded = self.loaded.remove(&number)?;
         self.unrouted_loaded -= usize::from(loaded.key.route.is_empty());
+        self.loaded_bytes -= loaded.waiting.bytes;
+        *self.loaded_of.get_mut(&loaded.key.route).expect("it was counted") -= 1;
         Some(loaded)
     }
 
@@ -483,9 +444,8 @@ impl Parking {
 
     fn set_state(&mut self, key: &ParkedKey, state: RowState) {
         let waiting = self.rows.get_mut(key).expect("a row that waits");
-        self.retrying -= usize::from(waiting.state == RowState::Retrying);
-        self.retrying += usize::from(state == RowState::Retrying);
         waiting.state = state;
+        self.note_retrying(key, state);
     }
 
     /// Notes a change of a row where it is: in memory, or to be written.
@@ -516,7 +476,7 @@ impl Parking {
             self.map(set).entry(set.hash()).or_default().insert(key.clone());
         }
         self.unrouted += usize::from(key.route.is_empty());
-        self.retrying += usize::from(waiting.state == RowState::Retrying);
+        self.note_retrying(key, waiting.state);
         self.rows.insert(key.clone(), waiting);
     }
 
@@ -524,7 +484,7 @@ impl Parking {
         let waiting = self.rows.remove(key)?;
         self.keys_full_from.take();
         self.unrouted -= usize::from(key.route.is_empty());
-        self.retrying -= usize::from(waiting.state == RowState::Retrying);
+        self.note_retrying(key, RowState::Parked);
         for set in sets(waiting.lanes) {
             let map = self.map(set);
             let keys = map.get_mut(&set.hash()).expect("a row stands in its lanes");

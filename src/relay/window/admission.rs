@@ -246,13 +246,15 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 /// Whether the broker could take a message of which the body has at least this size, in bytes. One
 /// that it could not is not made, because it may be larger than the memory.
 pub(in crate::relay) fn may_fit(least: usize, max: usize) -> Result<(), (Why, Error)> {
-    if least <= max {
+    if least <= max.max(COUNTED_MAX) {
         return Ok(());
     }
     let text = format!("its body has at least {least} bytes, the limit is {max}");
     Err((Why::TooLarge, Error::event(text).hint(RAISE_LIMIT)))
 }
 
+/// A body of up to this size, in bytes, is made all the same: then it is known how large it is.
+const COUNTED_MAX: usize = 1 << 20;
 const RAISE_LIMIT: &str = "raise broker.max_message_size if the broker takes more";
 
 /// The message, if the broker takes one of its size.
