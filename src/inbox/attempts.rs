@@ -4,6 +4,7 @@ use tokio_postgres::types::Type;
 use tokio_postgres::{Client, GenericClient, Transaction};
 
 use super::claim::{Param, one};
+use super::message::seconds;
 use crate::error::Result;
 use crate::pg::sqlstate::postgres_error;
 
@@ -47,11 +48,18 @@ pub(super) async fn ended(client: &impl GenericClient, consumer: &str, id: &str)
 }
 
 /// Lets the window move on by a step, as far as everybody has passed it. True if another call can
-/// do more at once. Once an hour is enough, and slow on purpose: a wrong clock must not empty the
-/// window.
-pub(super) async fn maintain(client: &Client, consumer: &str) -> Result<bool> {
-    const MAINTAIN: &str = "SELECT done, postponed, more FROM watership_inbox.maintain()";
-    let row = client.query_typed_one(MAINTAIN, &[]).await.map_err(postgres_error)?;
+/// do more at once. `occurred_at` is the time of a message that found no slot, which shows that the
+/// window has to move and the clock is right.
+pub(super) async fn maintain(
+    client: &Client,
+    consumer: &str,
+    occurred_at: Option<u64>,
+) -> Result<bool> {
+    const MAINTAIN: &str =
+        "SELECT done, postponed, more FROM watership_inbox.maintain(to_timestamp($1))";
+    let at = occurred_at.map(seconds);
+    let row = client.query_typed_one(MAINTAIN, &[(&at, Type::FLOAT8)]).await;
+    let row = row.map_err(postgres_error)?;
     let text = |column| row.try_get::<_, Vec<String>>(column).map_err(postgres_error);
     let (done, postponed) = (text(0)?.join("; "), text(1)?.join("; "));
     if !(done.is_empty() && postponed.is_empty()) {

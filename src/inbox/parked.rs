@@ -69,7 +69,7 @@ async fn keep_connected<H: Handler>(
     let (mut client, side) = (database.connect().await?, database.connect().await?);
     loop {
         if maintained.is_none_or(|at| at.elapsed() >= UPKEEP) {
-            maintain(&side, &worker.options.consumer).await?;
+            maintain(&side, &worker.options.consumer, None).await?;
             *maintained = Some(Instant::now());
         }
         while !*halted.borrow() && retry(worker, &mut client, &side).await? {}

@@ -225,7 +225,8 @@ impl<H: Handler> Worker<H> {
             if failure.is_not_maintained() && !maintained {
                 maintained = true;
                 for _ in 0..MAINTAIN_TRIES {
-                    let more = maintain(client, &self.options.consumer).await;
+                    let at = item.message.occurred_at;
+                    let more = maintain(client, &self.options.consumer, at).await;
                     if !more.map_err(Failure::Inbox)? {
                         break;
                     }

@@ -15,6 +15,8 @@ fn certificates(directory: &Path) -> (PathBuf, PathBuf, PathBuf) {
     let key = KeyPair::generate().expect("a key");
     let mut params = CertificateParams::new(Vec::new()).expect("a root");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    // With the name of its certificates it would be taken for one of them.
+    params.distinguished_name.push(rcgen::DnType::CommonName, "root");
     std::fs::write(path("ca.pem"), params.self_signed(&key).expect("a root").pem())
         .expect("a file");
     let root = Issuer::new(params, key);

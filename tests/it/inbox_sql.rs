@@ -45,8 +45,11 @@ impl Installed {
         client
     }
 
-    /// One turn of the ring, as if today were this many days from now; what was postponed.
+    /// One turn of the ring, as if today were this many days from now, and an hour had passed since
+    /// the last one; what was postponed.
     async fn turn(&self, days: i32) -> Vec<String> {
+        let hour = "UPDATE watership_inbox.ring SET passed_at = '-infinity'";
+        run(&self.keeper, hour).await;
         let sql = "SELECT postponed FROM watership_inbox.turn_ring(\
                    (now() AT TIME ZONE 'UTC')::date + $1::integer)";
         self.keeper.query_one(sql, &[&days]).await.expect("a turn").get(0)
@@ -330,8 +333,11 @@ async fn errors_have_names_of_their_own() {
     assert_eq!(claim(&a, "m", 0).await, Err("WI003".into()));
     let mut more = true;
     while more {
-        more =
-            a.query_one("SELECT more FROM watership_inbox.maintain()", &[]).await.unwrap().get(0);
+        more = a
+            .query_one("SELECT more FROM watership_inbox.maintain(now())", &[])
+            .await
+            .unwrap()
+            .get(0);
     }
     assert_eq!(claim(&a, "n", 0).await, Ok(true));
 }
