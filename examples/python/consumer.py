@@ -3,12 +3,14 @@
     pip install './clients/python[async]' 'psycopg[binary]'
     AMQP_URL=... DATABASE_URL=... QUEUE=... CONSUMER=... python examples/python/consumer.py
 
-Runs until SIGTERM. ORDERED=true for a queue with x-single-active-consumer.
+Runs until SIGTERM. ORDERED=true for a queue with x-single-active-consumer; QUEUE may name several,
+separated by commas: the partitions of a route, each of which has its own keys.
 """
 
 import asyncio
 import logging
 import os
+import signal
 from typing import Any
 
 import psycopg
@@ -24,9 +26,22 @@ async def handle(message: Message, conn: psycopg.AsyncConnection[Any]) -> None:
         (message.id, message.json()["key"], message.json()["number"]))
 
 
+async def main() -> None:
+    queues = os.environ["QUEUE"].split(",")
+    inboxes = [Inbox(
+        consumer=os.environ["CONSUMER"], queue=queue, amqp=os.environ["AMQP_URL"],
+        database=os.environ["DATABASE_URL"], ordered=os.environ.get("ORDERED") == "true",
+        concurrency=8 if len(queues) == 1 else 1, signals=False) for queue in queues]
+
+    def stop() -> None:
+        for inbox in inboxes:
+            inbox.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    await asyncio.gather(*(inbox.run(handle) for inbox in inboxes))
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    asyncio.run(Inbox(
-        consumer=os.environ["CONSUMER"], queue=os.environ["QUEUE"], amqp=os.environ["AMQP_URL"],
-        database=os.environ["DATABASE_URL"], ordered=os.environ.get("ORDERED") == "true",
-    ).run(handle))
+    asyncio.run(main())

@@ -1,8 +1,10 @@
 // A complete consumer: one row for each message, once, in the order of its key.
 //
 // It reads AMQP_URL, DATABASE_URL, QUEUE, CONSUMER and ORDERED ("true" for a queue with
-// x-single-active-consumer), and runs until SIGTERM. `watership inbox torture` can start it.
-import { Inbox } from 'watership';
+// x-single-active-consumer), and runs until SIGTERM. QUEUE may name several queues, separated by
+// commas: the partitions of a route, each of which has its own keys. `watership inbox torture` can
+// start it.
+import { Inbox, type Handler } from 'watership';
 
 function setting(name: string): string {
   const value = process.env[name];
@@ -10,19 +12,23 @@ function setting(name: string): string {
   return value;
 }
 
-const inbox = new Inbox(setting('CONSUMER'), {
+const queues = setting('QUEUE').split(',');
+const inboxes = queues.map((queue) => new Inbox(setting('CONSUMER'), {
   amqp: setting('AMQP_URL'),
   database: setting('DATABASE_URL'),
-  queue: setting('QUEUE'),
+  queue,
+  concurrency: queues.length === 1 ? 8 : 1,
   ordered: process.env['ORDERED'] === 'true',
-});
-process.once('SIGTERM', () => void inbox.stop());
-process.once('SIGINT', () => void inbox.stop());
+}));
+const stop = (): void => inboxes.forEach((inbox) => void inbox.stop());
+process.once('SIGTERM', stop);
+process.once('SIGINT', stop);
 
-await inbox.run(async (message, tx) => {
+const handle: Handler = async (message, tx) => {
   const { key, number } = message.json<{ key: string; number: number }>();
   await tx.query(
     'INSERT INTO watership_torture.effect (message_id, key, number) VALUES ($1, $2, $3)',
     [message.id, key, number],
   );
-});
+};
+await Promise.all(inboxes.map((inbox) => inbox.run(handle)));

@@ -174,7 +174,8 @@ CREATE TABLE watership_inbox.attempt (
 CREATE INDEX attempt_by_age ON watership_inbox.attempt (last_at);
 
 -- A key with parked messages: later messages of it are parked behind them, so its order is kept.
--- `lane` is 'k' and the key; or, for a message without one, 'm' and its id.
+-- `lane` is 'k' and the key, or 'h' and the hash of a long one; or, for a message without a key,
+-- 'm' and its id.
 CREATE TABLE watership_inbox.parked_key (
     consumer      integer     NOT NULL,
     lane          text        NOT NULL,

@@ -1,7 +1,7 @@
 //! What a handler says of a message that it could not handle.
 
 use std::error::Error as StdError;
-use std::fmt;
+use std::{fmt, io};
 
 use tokio_postgres::error::SqlState;
 
@@ -38,7 +38,9 @@ impl HandlerError {
             if code.is_some_and(is_serialization) {
                 return true;
             }
-            error = e.source();
+            // An io::Error names the source of what it holds, and passes over that itself.
+            let held = e.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+            error = held.map(|held| held as &(dyn StdError + 'static)).or_else(|| e.source());
         }
         false
     }

@@ -294,7 +294,7 @@ mod tests {
         for (inbox, text) in [
             (Inbox::new("c"), "the inbox has no database"),
             (Inbox::new("c").postgres("postgres://u@h/d"), "the inbox has no broker"),
-            (whole().postgres("mysql://hunter2@h"), "not a Postgres URL"),
+            (whole().postgres("mysql://u:hunter2@h"), "not a Postgres URL"),
             (whole().amqp("http://u:hunter2@h"), "use amqp or amqps"),
             (whole().queue(""), "queue has 0 bytes; allowed: 1 to 255"),
             (whole().concurrency(0), "concurrency is 0; allowed: 1 to 1000"),

@@ -2,6 +2,7 @@
 //! since 1970, or NULL: so no client needs a type for times.
 
 pub(super) const CLAIM: &str = "SELECT watership_inbox.claim($1, $2, to_timestamp($3))";
+#[cfg(feature = "inbox")]
 pub(super) const CLAIM_WITH_HASH: &str =
     "SELECT watership_inbox.claim($1, $2, to_timestamp($3), $4, $5)";
 pub(super) const CLAIM_WITHOUT_TIME: &str = "SELECT watership_inbox.claim($1, $2)";

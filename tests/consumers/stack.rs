@@ -94,7 +94,9 @@ pub async fn run(wanted: &Arguments) {
 impl<'a> Stack<'a> {
     async fn start(wanted: &'a Arguments) -> Self {
         // What is confirmed must survive a kill of Postgres, as in production.
-        let options = PostgresOptions { fsync: true, ..Default::default() };
+        // Each consumer has connections for each partition.
+        let conf = vec!["max_connections = 400".to_owned()];
+        let options = PostgresOptions { fsync: true, conf, ..Default::default() };
         let postgres = Postgres::start(options).await.expect("Postgres");
         let rabbit = Rabbit::start(RabbitOptions::default()).await.expect("RabbitMQ");
         postgres.create_database(DATABASE).await.expect("a database");

@@ -410,8 +410,8 @@ fn the_root_is_read_at_a_glance() {
         files.extend([Code::new("0/another", ""), Code::new(".hidden", "")]);
         documents::crowded_root(&files)
     };
-    assert!(root(17).is_empty());
-    assert_eq!(root(18).len(), 1);
+    assert!(root(16).is_empty());
+    assert_eq!(root(17).len(), 1);
 }
 
 #[test]

@@ -56,7 +56,9 @@ export class Inbox {
   #running: Promise<void> | undefined;
 
   constructor(readonly consumer: string, options: InboxOptions) {
-    const { amqp, database, concurrency, socket } = this.#options = { ...DEFAULTS, ...options };
+    const given = Object.fromEntries(Object.entries(options).filter(([, v]) => v !== undefined));
+    const { amqp, database, concurrency, socket } = this.#options =
+      { ...DEFAULTS, ...given as unknown as InboxOptions };
     const name = `watership inbox ${consumer}`;
     this.#inSlot = slots(concurrency);
     this.#connection = new Connection(amqp, name, socket);

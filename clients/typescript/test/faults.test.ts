@@ -139,14 +139,14 @@ test('terminated database connections lose nothing and are nobody\'s failure', a
       running -= 1;
     }
   }, { prefetch: 5, concurrency: 4 });
-  const ids = Array.from({ length: 60 }, (_, i) => `m${i}`);
+  const ids = Array.from({ length: 300 }, (_, i) => `m${i}`);
   await scene.send(...ids.map((id, i) => ({ id, key: `k${i % 6}` })));
   for (let i = 0; i < 4; i += 1) {
     await until('work', () => running > 1);
     await backends(scene.name);
-    await until('the loss', () => count(inbox, 'resubscribed', 'cause="database"') === i + 1);
+    await until('the loss', () => count(inbox, 'resubscribed', 'cause="database"') > i);
   }
-  assert.deepEqual((await scene.settled(60, inbox)).sort(), [...ids].sort());
+  assert.deepEqual((await scene.settled(300, inbox)).sort(), [...ids].sort());
   assert.equal(count(inbox, 'failures'), 0);
   assert.deepEqual(await scene.parked(), []);
 });
