@@ -72,6 +72,8 @@ pub mod sqlx;
 #[cfg(feature = "inbox")]
 mod subscription;
 #[cfg(feature = "inbox")]
+mod turns;
+#[cfg(feature = "inbox")]
 mod version;
 #[cfg(feature = "inbox")]
 mod watchdog;

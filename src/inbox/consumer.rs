@@ -19,6 +19,7 @@ use super::lanes::KeyLanes;
 use super::options::Options;
 use super::parked;
 use super::subscription::{Subscriber, Subscription};
+use super::turns::Turns;
 use super::watchdog::{self, Activity};
 use super::work::{Attempt, Handler, InHand, Worker};
 use crate::amqp::options::Options as Broker;
@@ -40,7 +41,8 @@ pub(super) async fn run<H: Handler>(
     let mut stop = pin!(stop);
     let counters = Arc::new(Counters::new(&options.consumer));
     let dead_letters = Arc::new(DeadLetters::new(&broker));
-    let worker = Worker { options, handler, counters, dead_letters };
+    let turns = Turns::default();
+    let worker = Worker { options, handler, counters, dead_letters, turns };
     let mut keeper = JoinSet::new();
     match Stoppable::until(&mut stop, first_connection(&database, &worker.options)).await {
         None => return Ok(()),

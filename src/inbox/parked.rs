@@ -161,6 +161,7 @@ async fn try_next<H: Handler>(
     side: &Client,
 ) -> Result<Result<Tried, (Parked, HandlerError)>> {
     let consumer = &worker.options.consumer;
+    let _turn = worker.turns.beside_others().await;
     let tx = begin(client, worker.options.isolation).await.map_err(postgres_error)?;
     let rows = tx.query_typed(NEXT, &[(consumer, Type::TEXT)]).await;
     let rows = match rows.map_err(postgres_error) {

@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres::{Client, IsolationLevel, Transaction};
 use tracing::Instrument as _;
 
-use super::attempts::{ended, failed, maintain, parked_for, started};
+use super::attempts::{ended, failed, has_killed, maintain, parked_for, started};
 use super::claim::{park, receive};
 use super::counters::Counters;
 use super::dead_letters::{self, DeadLetters, Reason};
@@ -24,6 +24,7 @@ use super::handler::{HandlerError, is_serialization};
 use super::message::Message;
 use super::options::{Boxed, OnFailure, Options};
 use super::sql::Received;
+use super::turns::Turns;
 use crate::error::{Error, Kind, Result};
 use crate::pg::sqlstate::postgres_error;
 
@@ -79,13 +80,24 @@ pub(super) struct InHand {
     recorded: bool,
     /// Whether this process has begun with it.
     begun: bool,
+    /// Whether a process died at it before.
+    suspect: bool,
 }
 
 impl InHand {
     pub fn new(delivery: Delivery, session: u64) -> Self {
         let message = Message::parse(&delivery);
         let Delivery { properties, acker, .. } = delivery;
-        Self { message, properties, acker, session, failures: 0, recorded: false, begun: false }
+        Self {
+            message,
+            properties,
+            acker,
+            session,
+            failures: 0,
+            recorded: false,
+            begun: false,
+            suspect: false,
+        }
     }
 
     /// The lane of the message: its key, or itself.
@@ -144,6 +156,7 @@ pub(super) struct Worker<H> {
     pub handler: Arc<H>,
     pub counters: Arc<Counters>,
     pub dead_letters: Arc<DeadLetters>,
+    pub turns: Turns,
 }
 
 impl<H> Clone for Worker<H> {
@@ -153,6 +166,7 @@ impl<H> Clone for Worker<H> {
             handler: self.handler.clone(),
             counters: self.counters.clone(),
             dead_letters: self.dead_letters.clone(),
+            turns: self.turns.clone(),
         }
     }
 }
@@ -186,7 +200,16 @@ impl<H: Handler> Worker<H> {
             self.park(client, item, NO_MESSAGE_ID, error).await?;
             return Ok(self.acknowledge(item).await);
         }
-        if !item.begun && item.message.came_back() {
+        let came_back = !item.begun && item.message.came_back();
+        if came_back {
+            item.suspect = has_killed(client, consumer, &item.message.id).await?;
+        }
+        // Before a transaction holds anything that another one may wait for.
+        let _turn = match item.suspect {
+            true => self.turns.alone().await,
+            false => self.turns.beside_others().await,
+        };
+        if came_back {
             self.counters.redelivered.increment(1);
             let (failures, killed) = started(client, consumer, &item.message.id).await?;
             (item.failures, item.recorded) = (failures, true);
