@@ -6,6 +6,7 @@ const { AMQP_URL = '', DATABASE_URL = '', QUEUE = '', CONSUMER = '', ORDERED, TA
 const inbox = new Inbox(CONSUMER, { amqp: AMQP_URL, database: DATABASE_URL, queue: QUEUE,
   ordered: ORDERED === 'true', maxKills: 4 });
 process.once('SIGTERM', () => void inbox.stop());
+process.send?.('ready', () => process.disconnect());
 await inbox.run(async (message, tx) => {
   const { number = null, die, slow } =
     message.json<{ number?: number; die?: boolean; slow?: boolean }>();
