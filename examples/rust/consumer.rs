@@ -1,7 +1,8 @@
 //! A consumer: inserts a row for each message, once, in the order of its key.
 //!
 //! It reads `AMQP_URL`, `DATABASE_URL`, `QUEUE` (or several, separated by commas), `CONSUMER` and
-//! `ORDERED` from its environment, and runs until SIGTERM or Ctrl-C. This is also what `watership inbox torture` kills:
+//! `ORDERED` from its environment, and runs until SIGTERM or Ctrl-C. This is also what
+//! `watership inbox torture` kills:
 //!
 //! ```text
 //! cargo run --example inbox_consumer --no-default-features --features inbox

@@ -1,6 +1,6 @@
-//! Who may be at work beside whom. A message at which a process died before is handled while no other
-//! is: if it kills this process too, no innocent message has been at work beside it and is counted as
-//! killed.
+//! Who may be at work beside whom. A message at which a process died before is handled while no
+//! other is: if it kills this process too, no innocent message was at work beside it, to be counted
+//! as killed.
 //!
 //! A turn is taken before a transaction begins: one that waits for its turn must hold no lock.
 

@@ -77,10 +77,13 @@ async fn a_connection_that_breaks_in_the_middle_of_handlers_repeats_no_effect() 
     let proxy = Proxy::before(rabbit().await.port(), Protocol::Amqp).await;
     let running = run(through(&stage, &proxy), |message, tx| Box::pin(record(message, tx)));
     for round in 0_u32..5 {
+        let before = stage.counted("handled_total", "");
         for n in 1..=30 {
             let number = round * 30 + n;
             stage.publish(&format!("m{number}"), &format!("k{}", n % 4), &number.to_string()).await;
         }
+        // Only a consumer that is connected loses its connection.
+        until("some are handled", async || stage.counted("handled_total", "") > before).await;
         proxy.cut(if round % 2 == 0 { How::Reset } else { How::Fin });
     }
     let effects = stage.effects_come(150).await;
