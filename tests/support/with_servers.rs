@@ -26,7 +26,9 @@ async fn main() -> ExitCode {
 
 async fn run(arguments: &[std::ffi::OsString]) -> Result<ExitCode, Box<dyn std::error::Error>> {
     let [program, rest @ ..] = arguments else { return Err("no command is given".into()) };
-    let postgres = Postgres::start(PostgresOptions::default()).await?;
+    // For what measures: a commit waits for the disk only then.
+    let fsync = std::env::var_os("WATERSHIP_FSYNC").is_some();
+    let postgres = Postgres::start(PostgresOptions { fsync, ..Default::default() }).await?;
     let rabbit = Rabbit::start(RabbitOptions { management: true, ..Default::default() }).await?;
     let database = "clients";
     postgres.create_database(database).await?;
