@@ -285,13 +285,20 @@ impl fmt::Display for Error {
     /// The text with the whole chain of causes on one line, without the hint.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.what)?;
-        let mut cause = self.source.as_ref().map(|e| &**e as &dyn StdError);
-        while let Some(e) = cause {
-            write!(f, ": {e}")?;
-            cause = e.source();
-        }
-        Ok(())
+        write_causes(f, self.source.as_ref().map(|e| &**e as &dyn StdError))
     }
+}
+
+/// Adds a cause and the causes of that, on the same line.
+pub(crate) fn write_causes(
+    f: &mut fmt::Formatter<'_>,
+    mut cause: Option<&dyn StdError>,
+) -> fmt::Result {
+    while let Some(e) = cause {
+        write!(f, ": {e}")?;
+        cause = e.source();
+    }
+    Ok(())
 }
 
 impl fmt::Debug for Error {

@@ -41,7 +41,7 @@ The parts by themselves, in a transaction of the caller: [`Message::parse`], [`c
 [`park`] and [`forget`]. `run` connects by itself and takes URLs; [`Inbox::postgres_by`] takes
 clients that the application has opened. What is logged has the fields `consumer`, `message_id` and
 `key`; the handler runs in the span `handle`, with `traceparent` of the message among its fields.
-The counters are in [`metrics`](https://docs.rs/metrics), as `watership_inbox_..._total`.
+The counters go to the crate `metrics`, as `watership_inbox_..._total`.
 "#
 )]
 

@@ -39,15 +39,17 @@ BEGIN
 END
 $$;
 
-CREATE FUNCTION watership_inbox.refuse_message_id(message_id text) RETURNS void
-LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+CREATE FUNCTION watership_inbox.check_message_id(message_id text) RETURNS void
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    RAISE EXCEPTION 'message_id is %, and must be a text of 1 to 1024 bytes',
-        coalesce(quote_literal(left(message_id, 40)), 'NULL')
-        USING ERRCODE = 'invalid_parameter_value',
-            HINT = 'pass the AMQP property message_id; a message without one cannot be told from '
-                'its duplicates';
+    IF octet_length(message_id) NOT BETWEEN 1 AND 1024 OR message_id IS NULL THEN
+        RAISE EXCEPTION 'message_id is %, and must be a text of 1 to 1024 bytes',
+            coalesce(quote_literal(left(message_id, 40)), 'NULL')
+            USING ERRCODE = 'invalid_parameter_value',
+                HINT = 'pass the AMQP property message_id; a message without one cannot be told '
+                    'from its duplicates';
+    END IF;
 END
 $$;
 
@@ -131,9 +133,7 @@ BEGIN
     IF ring.id IS NULL THEN
         ring.id := watership_inbox.register(consumer);
     END IF;
-    IF octet_length(message_id) NOT BETWEEN 1 AND 1024 OR message_id IS NULL THEN
-        PERFORM watership_inbox.refuse_message_id(message_id);
-    END IF;
+    PERFORM watership_inbox.check_message_id(message_id);
     IF day IS NULL OR NOT isfinite(day) THEN
         RAISE EXCEPTION 'occurred_at of message % is %, and must be a time',
             quote_literal(left(message_id, 100)), coalesce(occurred_at::text, 'NULL')
@@ -295,9 +295,7 @@ CREATE FUNCTION watership_inbox.claim(consumer text, message_id text) RETURNS bo
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
-    IF octet_length(message_id) NOT BETWEEN 1 AND 1024 OR message_id IS NULL THEN
-        PERFORM watership_inbox.refuse_message_id(message_id);
-    END IF;
+    PERFORM watership_inbox.check_message_id(message_id);
     RETURN watership_inbox.claim_in_generation(watership_inbox.register(consumer), message_id,
         NULL, false);
 END

@@ -176,9 +176,7 @@ DECLARE
     is_parked boolean;
     seen record;
 BEGIN
-    IF octet_length(message_id) NOT BETWEEN 1 AND 1024 OR message_id IS NULL THEN
-        PERFORM watership_inbox.refuse_message_id(message_id);
-    END IF;
+    PERFORM watership_inbox.check_message_id(message_id);
     is_parked := watership_inbox.lock_lane(consumer, consumer_id, lane);
     seen := watership_inbox.record(consumer, consumer_id, message_id, occurred_at, body_hash);
     IF NOT seen.first THEN
@@ -240,9 +238,7 @@ DECLARE
     seen record;
     unknown text;
 BEGIN
-    IF octet_length(message_id) NOT BETWEEN 1 AND 1024 OR message_id IS NULL THEN
-        PERFORM watership_inbox.refuse_message_id(message_id);
-    END IF;
+    PERFORM watership_inbox.check_message_id(message_id);
     IF octet_length(reason) NOT BETWEEN 1 AND 255 OR reason IS NULL THEN
         RAISE EXCEPTION 'reason is %, and must have 1 to 255 bytes',
             coalesce(quote_literal(left(reason, 40)), 'NULL')

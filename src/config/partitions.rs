@@ -12,7 +12,8 @@ use crate::route::{Action, PARTITIONS_MAX, Partitions, Rule};
 
 /// Default of `delivery_limit`: RabbitMQ 4 has 20, and every crash of a consumer counts.
 const DELIVERY_LIMIT: u32 = 1000;
-/// Limit of the dead-letter queue, behind which there is no other: looking at a message counts.
+/// Limit of the dead-letter queue. Even reading a message there counts as a delivery, and past the
+/// limit the message would be dropped.
 const DEAD_LETTER_DELIVERY_LIMIT: i64 = 1_000_000;
 /// Longest name of a partition's queue without its number, in bytes.
 const QUEUE_MAX: usize = SHORT_STRING_MAX - ".dead".len();

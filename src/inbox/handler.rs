@@ -5,7 +5,7 @@ use std::{fmt, io};
 
 use tokio_postgres::error::SqlState;
 
-use crate::error::Error;
+use crate::error::{Error, write_causes};
 
 /// Why a message was not handled. Every error becomes one by `?`, and its message is tried again.
 pub struct HandlerError {
@@ -61,12 +61,7 @@ impl<E: Into<Box<dyn StdError + Send + Sync>>> From<E> for HandlerError {
 impl fmt::Display for HandlerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.source)?;
-        let mut cause = self.source.source();
-        while let Some(e) = cause {
-            write!(f, ": {e}")?;
-            cause = e.source();
-        }
-        Ok(())
+        write_causes(f, self.source.source())
     }
 }
 

@@ -50,7 +50,7 @@ impl<T> KeyLanes<T> {
         Some((lane, message))
     }
 
-    /// The message in work is done with, or is no longer ours.
+    /// Work on the lane's message has ended: it was settled, or its subscription was lost.
     pub fn done(&mut self, lane: &str) {
         self.working.remove(lane);
         self.free(lane);

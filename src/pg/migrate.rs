@@ -28,6 +28,17 @@ pub struct Migration {
     pub sql: &'static str,
 }
 
+/// The file of this number, folder and name.
+macro_rules! migration {
+    ($version:literal, $folder:literal, $name:literal) => {
+        Migration {
+            version: $version,
+            name: $name,
+            sql: include_str!(concat!("../../", $folder, "/", $name, ".sql")),
+        }
+    };
+}
+
 /// A migration that `apply` ran.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Applied {
@@ -59,32 +70,12 @@ pub const OUTBOX: Schema = Schema {
     owner: "watership_owner",
     folder: "sql",
     migrations: &[
-        Migration {
-            version: 1,
-            name: "0001_schema",
-            sql: include_str!("../../sql/0001_schema.sql"),
-        },
-        Migration { version: 2, name: "0002_emit", sql: include_str!("../../sql/0002_emit.sql") },
-        Migration {
-            version: 3,
-            name: "0003_maintain",
-            sql: include_str!("../../sql/0003_maintain.sql"),
-        },
-        Migration {
-            version: 4,
-            name: "0004_parked",
-            sql: include_str!("../../sql/0004_parked.sql"),
-        },
-        Migration {
-            version: 5,
-            name: "0005_position",
-            sql: include_str!("../../sql/0005_position.sql"),
-        },
-        Migration {
-            version: 6,
-            name: "0006_partitions",
-            sql: include_str!("../../sql/0006_partitions.sql"),
-        },
+        migration!(1, "sql", "0001_schema"),
+        migration!(2, "sql", "0002_emit"),
+        migration!(3, "sql", "0003_maintain"),
+        migration!(4, "sql", "0004_parked"),
+        migration!(5, "sql", "0005_position"),
+        migration!(6, "sql", "0006_partitions"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
 };
@@ -95,26 +86,10 @@ pub const INBOX: Schema = Schema {
     owner: "watership_inbox_owner",
     folder: "sql/inbox",
     migrations: &[
-        Migration {
-            version: 1,
-            name: "0001_schema",
-            sql: include_str!("../../sql/inbox/0001_schema.sql"),
-        },
-        Migration {
-            version: 2,
-            name: "0002_claim",
-            sql: include_str!("../../sql/inbox/0002_claim.sql"),
-        },
-        Migration {
-            version: 3,
-            name: "0003_receive",
-            sql: include_str!("../../sql/inbox/0003_receive.sql"),
-        },
-        Migration {
-            version: 4,
-            name: "0004_maintain",
-            sql: include_str!("../../sql/inbox/0004_maintain.sql"),
-        },
+        migration!(1, "sql/inbox", "0001_schema"),
+        migration!(2, "sql/inbox", "0002_claim"),
+        migration!(3, "sql/inbox", "0003_receive"),
+        migration!(4, "sql/inbox", "0004_maintain"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 4)",
 };

@@ -1,9 +1,9 @@
 //! The window: everything received and not yet settled, in source order. Pure.
 //!
 //! Invariant: a source advances only past settled events. Entries stand in source order and
-//! leave only from the front, so receipts come back as the settled prefix; a receipt is not
-//! `Clone`, so there is no other way to get one. A commit needs no entry of
-//! its own: its receipt joins that of the last event before it.
+//! leave only from the front, so receipts come back as the settled prefix. A receipt cannot be
+//! cloned, so this is the only way to get one. A commit has no entry: its receipt joins that of the
+//! last event before it.
 
 use std::collections::VecDeque;
 
