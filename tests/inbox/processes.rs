@@ -1,5 +1,5 @@
-//! The example's program, killed: at random, by the crash test that any consumer can be put through,
-//! and at one message again and again.
+//! The example's program, killed: at random, by the crash test that is for any consumer, and at one
+//! message again and again.
 
 use std::path::PathBuf;
 use std::process::Command;
