@@ -166,7 +166,7 @@ async fn maintain(database: &Database, out: Out) -> Result<End> {
     result.done.iter().for_each(|what| out.line(what));
     result.postponed.iter().for_each(|what| out.line(&format!("postponed: {what}")));
     if result.more {
-        out.line("there may be more to do: call it again");
+        out.line("there may be more to do: run it again");
     }
     out.data(&result)?;
     Ok(End::Fine)
@@ -201,21 +201,28 @@ async fn remembered(client: &Client) -> Result<Remembered> {
 
 /// With fewer days left nobody has called `maintain` for weeks.
 const DAYS_LEFT_MIN: i32 = 3;
+const MAINTAIN_HINT: &str = "run a helper, or `watership inbox maintain` once an hour";
+
+impl Remembered {
+    /// Claims fail soon, or already.
+    fn problem(&self) -> Option<String> {
+        let text = "watership_inbox.maintain() is not being called";
+        (self.days_left < DAYS_LEFT_MIN)
+            .then(|| format!("claims fail for messages after {}: {text}", self.last_day))
+    }
+}
 
 async fn status(database: &Database, out: Out) -> Result<End> {
     let SqlConnection { client, closed: _closed } = database.inbox(URL).await?;
     let now = remembered(&client).await?;
-    let Remembered { window_days, first_day, last_day, days_left, parked, .. } = &now;
+    let Remembered { window_days, first_day, last_day, parked, .. } = &now;
     out.line(&format!("window       {window_days} days: messages from {first_day} on"));
     out.line(&format!("slots        up to {last_day}"));
     out.line(&format!("parked       {parked} messages; see: watership inbox parked list"));
-    let is_maintained = *days_left >= DAYS_LEFT_MIN;
-    if !is_maintained {
-        out.line(&format!(
-            "problem      claims fail in {days_left} days, because nobody calls \
-             watership_inbox.maintain(); run a helper, or `watership inbox maintain` once an hour"
-        ));
+    let problem = now.problem();
+    if let Some(problem) = &problem {
+        out.line(&format!("problem      {problem}; {MAINTAIN_HINT}"));
     }
     out.data(&now)?;
-    Ok(if is_maintained { End::Fine } else { End::Failed })
+    Ok(if problem.is_none() { End::Fine } else { End::Failed })
 }

@@ -349,7 +349,7 @@ fn check_fresh_slot(slot: &SlotState, server: &ServerFacts) -> Result<Lsn> {
         Some(_) if fits && let Some(pid) = slot.active_pid => {
             let text = format!("slot {name:?} has no checkpoint, and pid {pid} reads it");
             Err(Error::new(Kind::Busy, text).hint(
-                "end that reader if the slot is to be this relay's, or set another source.slot",
+                "stop that reader if this relay is to use the slot, or set another source.slot",
             ))
         }
         Some(point) if fits => Ok(point),

@@ -140,7 +140,10 @@ pub(super) async fn check_dead_letters(
             ),
             queues => {
                 let queues = queues.join(", ");
-                f.ok(AREA, format!("dead letters go by exchange {exchange:?} to queue {queues}"));
+                f.ok(
+                    AREA,
+                    format!("dead letters go through exchange {exchange:?} to queue {queues}"),
+                );
             }
         }
     }

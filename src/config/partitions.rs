@@ -188,7 +188,7 @@ pub(super) fn add_all(root: &Section<'_>, all: &[Partitioned], topology: &mut To
             Some(_) => {
                 let queue = &one.partitions.queue;
                 let text = format!(
-                    "two routes have partitions of queue {queue:?} and say different things of \
+                    "two routes have partitions of queue {queue:?} and disagree about \
                      them; partitions, exchange, delivery_limit, dead_letter_exchange, \
                      dead_letter_queue and arguments must be the same"
                 );

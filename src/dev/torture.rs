@@ -170,7 +170,9 @@ async fn make_queue(connection: &Connection, options: &Options) -> Result<bool> 
     if let Ok(queue) = probe.queue_declare(name.into(), passive, FieldTable::default()).await {
         if queue.message_count() > 0 {
             let text = format!("queue {name:?} holds {} messages", queue.message_count());
-            return Err(Error::refused(text).hint("name an empty queue, or one that is not there"));
+            return Err(
+                Error::refused(text).hint("name an empty queue, or one that does not exist")
+            );
         }
         return Ok(false);
     }

@@ -340,7 +340,7 @@ fn each_mistake_in_partitions_is_named() {
         ),
         (
             format!("{PARTITIONS}{}", PARTITIONS.replace("'r'", "'s'").replace('3', "4")),
-            "two routes have partitions of queue \"orders\" and say different things of them",
+            "two routes have partitions of queue \"orders\" and disagree about them",
         ),
         (format!("{PARTITIONS}drop = true"), "drop = true ignores partitions, queue; remove one"),
     ] {

@@ -126,7 +126,7 @@ async fn an_operator_retries_and_discards_what_a_consumer_parked() {
     assert_eq!(receive(&client, "m1", 0, "order/1").await, "duplicate", "discarded is handled");
     let none = ["parked", "--url", url, "retry", "--consumer", "billing", "--key", "order/9"];
     let (_, error) = inbox(&none, 1).await;
-    assert!(error.contains("parked nothing like that"), "{error}");
+    assert!(error.contains("no such parked message"), "{error}");
 }
 
 #[tokio::test]

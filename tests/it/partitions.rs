@@ -110,7 +110,7 @@ async fn partitions_are_declared_so_that_keys_stay_in_order_and_nothing_is_dropp
     }
     stage.run(&["check"]).await.expect_code(0).expect_text(&[
         "route \"orders\": 4 of queue \"orders\"",
-        "dead letters go by exchange \"orders.dlx\" to queue orders.dead",
+        "dead letters go through exchange \"orders.dlx\" to queue orders.dead",
     ]);
     let relay = stage.start().await;
     let dead = Inbox::open(&stage.channel, "orders.dead").await;

@@ -28,7 +28,7 @@ impl QueueFacts {
         let explicit = self.has("delivery-limit");
         match self.delivery_limit(broker_major).filter(|limit| *limit <= DEFAULT_LIMIT) {
             _ if !explicit => wrong.push(format!(
-                "has no delivery limit of its own: RabbitMQ 4 takes a message away after \
+                "has no delivery limit of its own: RabbitMQ 4 drops a message after \
                  {DEFAULT_LIMIT} redeliveries, which crashes of consumers use up"
             )),
             Some(limit) => wrong.push(format!(
@@ -45,13 +45,13 @@ impl QueueFacts {
             );
         } else if self.text("dead-letter-strategy") != Some("at-least-once") {
             wrong.push(
-                "has not x-dead-letter-strategy = \"at-least-once\": a dead letter that its queue \
+                "lacks x-dead-letter-strategy = \"at-least-once\": a dead letter that its queue \
                  cannot take is dropped"
                     .to_owned(),
             );
         } else if self.overflow() != "reject-publish" {
             wrong.push(
-                "has not x-overflow = \"reject-publish\", without which dead letters are sent at \
+                "lacks x-overflow = \"reject-publish\", without which dead letters are sent at \
                  most once"
                     .to_owned(),
             );
@@ -88,6 +88,6 @@ mod tests {
         assert!(by_policy.starts_with("has the delivery limit 5"), "{by_policy}");
         let policy = r#""dead-letter-exchange":"d","delivery-limit":500"#;
         let most_once = wrong("quorum", r#""x-single-active-consumer":true"#, policy);
-        assert!(most_once.starts_with("has not x-dead-letter-strategy"), "{most_once}");
+        assert!(most_once.starts_with("lacks x-dead-letter-strategy"), "{most_once}");
     }
 }

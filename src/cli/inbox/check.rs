@@ -1,7 +1,7 @@
 //! What `watership check --inbox-url` adds: whether a message can come to this consumer after the
 //! window in which the inbox remembers it.
 
-use super::{DAYS_LEFT_MIN, Database, Remembered, remembered};
+use super::{Database, MAINTAIN_HINT, remembered};
 use crate::amqp::audit::QueueFacts;
 use crate::amqp::management::Management;
 use crate::cli::findings::Findings;
@@ -24,14 +24,10 @@ async fn look(findings: &mut Findings, config: &Config, url: &str) -> Result<()>
     let database = Database { url: url.to_owned() };
     let SqlConnection { client, closed: _closed } = database.inbox("--inbox-url").await?;
     let now = remembered(&client).await?;
-    let Remembered { window_days, days_left, .. } = now;
+    let window_days = now.window_days;
     findings.ok(AREA, format!("messages are remembered for {window_days} days"));
-    if days_left < DAYS_LEFT_MIN {
-        findings.problem(
-            AREA,
-            format!("claims fail in {days_left} days: nobody calls watership_inbox.maintain()"),
-            "run a helper, or `watership inbox maintain` once an hour",
-        );
+    if let Some(problem) = now.problem() {
+        findings.problem(AREA, problem, MAINTAIN_HINT);
     }
     let hint = "raise window_days in watership_inbox.ring; what comes later is parked at the \
                 consumer as beyond_window";
@@ -42,7 +38,7 @@ async fn look(findings: &mut Findings, config: &Config, url: &str) -> Result<()>
         findings.warning(AREA, what, hint);
     }
     let Some(management) = config.relay.audit.management(&config.relay.broker)? else {
-        findings.ok(AREA, "the TTL of queues is not known without broker.management_url");
+        findings.ok(AREA, "the TTL of queues is unknown without broker.management_url");
         return Ok(());
     };
     for (queue, ttl) in ttls(config, &management).await? {

@@ -147,7 +147,7 @@ pub(super) async fn execute(client: &Client, command: &Command, out: Out) -> Res
 }
 
 fn nothing(consumer: &str) -> Error {
-    Error::refused(format!("consumer {consumer:?} has parked nothing like that"))
+    Error::refused(format!("consumer {consumer:?} has no such parked message"))
         .hint("`watership inbox parked list` lists what is parked")
 }
 
