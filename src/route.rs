@@ -4,9 +4,11 @@
 //! none selects is poison: dropping needs a rule that says so.
 //!
 //! To change how routing works, open: this file for the rules, `route/template.rs` for the fields
-//! of a routing key, `route/partition.rs` for which queue a key goes to, `route/plan.rs` for what a
-//! route decides once for each table, and `route/lanes.rs` for which messages wait for each other.
+//! of a routing key, `route/format.rs` for what messages look like, `route/partition.rs` for which
+//! queue a key goes to, `route/plan.rs` for what a route decides once for each table, and
+//! `route/lanes.rs` for which messages wait for each other.
 
+mod format;
 mod lanes;
 mod partition;
 mod plan;
@@ -19,6 +21,7 @@ use crate::event::Event;
 use crate::message::{ExchangeId, KeyPart, RouteId, SHORT_STRING_MAX, route_hash};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
+pub use format::Format;
 pub use lanes::LaneKeys;
 pub use partition::{PARTITIONS_MAX, Partitions};
 pub use plan::{Decision, Plan, Plans, Resumed, TablePlan, unrouted, unrouted_lanes};
@@ -94,6 +97,8 @@ pub enum Action {
         routing_key: String,
         /// The queues that its keys are spread over.
         partitions: Option<Partitions>,
+        /// What its messages look like.
+        format: Format,
         /// Order within a key.
         ordering: Ordering,
         /// What the message id is.
@@ -176,7 +181,7 @@ impl Rule {
 /// The rules that apply when the configuration has none: everything goes to the topic exchange
 /// `watership`.
 pub fn default_rules() -> Vec<Rule> {
-    let rule = |name: &str, select, routing_key: &str| Rule {
+    let rule = |name: &str, select, format, routing_key: &str| Rule {
         name: name.into(),
         owner: String::new(),
         select,
@@ -184,6 +189,7 @@ pub fn default_rules() -> Vec<Rule> {
             exchange: "watership".into(),
             routing_key: routing_key.into(),
             partitions: None,
+            format,
             ordering: Ordering::Keyed,
             message_id: MessageIdRule::Event,
             key: Vec::new(),
@@ -191,9 +197,11 @@ pub fn default_rules() -> Vec<Rule> {
         },
     };
     let all = || "*".to_owned();
+    let outbox = Select::Outbox { aggregate_type: all() };
+    let tables = Select::Table { name: all() };
     vec![
-        rule("outbox", Select::Outbox { aggregate_type: all() }, "{aggregate_type}.{event_type}"),
-        rule("tables", Select::Table { name: all() }, "{schema}.{table}.{op}"),
+        rule("outbox", outbox, Format::Raw, "{aggregate_type}.{event_type}"),
+        rule("tables", tables, Format::Watership, "{schema}.{table}.{op}"),
     ]
 }
 
@@ -208,6 +216,8 @@ pub struct Route {
     pub label: Arc<str>,
     /// Where its messages go.
     pub exchange: ExchangeId,
+    /// What its messages look like.
+    pub format: Format,
     /// Order within a key.
     pub ordering: Ordering,
     /// What the message id is.
@@ -291,6 +301,7 @@ impl Router {
             exchange,
             routing_key,
             partitions,
+            format,
             ordering,
             message_id,
             key,
@@ -309,6 +320,11 @@ impl Router {
                         (aggregate_type, aggregate_id)";
             return Err(in_route(Error::config(text)));
         }
+        if matches!(rule.select, Select::Table { .. }) && *format == Format::Raw {
+            let text = "format \"raw\" is the payload of an outbox row, and a captured table has \
+                        none; use \"watership\"";
+            return Err(in_route(Error::config(text)));
+        }
         let routing_key = match partitions {
             Some(partitions) => Template::of_partitions(partitions),
             None => Template::parse(routing_key, fields).map_err(in_route)?,
@@ -323,6 +339,7 @@ impl Router {
             name: rule.name.clone(),
             label: rule.name.as_str().into(),
             exchange: ExchangeId(u16::try_from(exchange).expect("RULES_MAX fits")),
+            format: format.clone(),
             ordering: *ordering,
             message_id: *message_id,
             policy: *policy,

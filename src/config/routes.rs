@@ -9,7 +9,7 @@ use std::mem::discriminant;
 use super::partitions::Partitioned;
 use super::section::Section;
 use crate::route::{
-    Action, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
+    Action, Format, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
 };
 
 /// Maximum of `nack_limit`.
@@ -128,6 +128,7 @@ fn publishing(
         let text = "with partitions the routing key is the name of the key's queue; remove it";
         t.problem(ROUTING_KEY, format!("{path}: {text}"));
     }
+    let format = t.word("format", &formats(select));
     let key = t.list("key");
     let orderings = [("keyed", Ordering::Keyed), ("pipelined", Ordering::Pipelined)];
     let ordering = t.word("ordering", &orderings);
@@ -149,11 +150,21 @@ fn publishing(
         exchange,
         routing_key,
         partitions: partitioned.map(|of_route| of_route.partitions.clone()),
+        format,
         ordering,
         message_id,
         key,
         policy,
     })
+}
+
+/// The formats by name; the first is the default.
+fn formats(select: Option<&Select>) -> Vec<(&'static str, Format)> {
+    let mut formats = vec![Format::Raw, Format::Watership];
+    if matches!(select, Some(Select::Table { .. })) {
+        formats.swap(0, 1);
+    }
+    formats.into_iter().map(|format| (format.as_str(), format)).collect()
 }
 
 /// That of the default rule for events of the same kind.

@@ -99,14 +99,15 @@ impl Section<'_> {
     }
 
     /// One of a list of words; the first is the default.
-    pub(super) fn word<T: Copy>(&mut self, key: &'static str, words: &[(&str, T)]) -> T {
-        let Some(text) = self.string(key, "a string") else { return words[0].1 };
+    pub(super) fn word<T: Clone>(&mut self, key: &'static str, words: &[(&str, T)]) -> T {
+        let default = || words[0].1.clone();
+        let Some(text) = self.string(key, "a string") else { return default() };
         if let Some((_, value)) = words.iter().find(|(word, _)| *word == text) {
-            return *value;
+            return value.clone();
         }
         let list: Vec<String> = words.iter().map(|(word, _)| format!("{word:?}")).collect();
         self.invalid(key, format!("{text:?}"), list.join(", "));
-        words[0].1
+        default()
     }
 }
 

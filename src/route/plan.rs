@@ -10,7 +10,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh64::Xxh64;
 
 use super::lanes::{self, LaneKeys};
-use super::{MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template};
+use super::{Format, MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template};
 use crate::column;
 use crate::event::{Content, Event, Table};
 use crate::message::{ExchangeId, RouteId, route_hash};
@@ -332,6 +332,7 @@ pub fn unrouted(event: &Event) -> Plan {
         name: String::new(),
         label: "".into(),
         exchange: ExchangeId(0),
+        format: Format::Watership,
         ordering: Ordering::Keyed,
         message_id: MessageIdRule::Event,
         policy: Policy::default(),

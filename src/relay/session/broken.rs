@@ -149,7 +149,7 @@ mod tests {
     use super::*;
     use crate::amqp::topology::{Exchange, Mode, Queue, QueueKind};
     use crate::error::Error;
-    use crate::route::{MessageIdRule, Ordering, Policy, Select};
+    use crate::route::{Format, MessageIdRule, Ordering, Policy, Select};
 
     fn rule(name: &str, exchange: &str) -> Rule {
         Rule {
@@ -160,6 +160,7 @@ mod tests {
                 exchange: exchange.into(),
                 routing_key: "{aggregate_type}.{event_type}".into(),
                 partitions: None,
+                format: Format::Raw,
                 ordering: Ordering::Keyed,
                 message_id: MessageIdRule::Event,
                 key: Vec::new(),
