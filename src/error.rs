@@ -168,11 +168,6 @@ impl Error {
         Self::new(Kind::Event, what)
     }
 
-    /// A [`Kind::Verdict`] error that has no name yet; see [`Error::as_verdict`].
-    pub fn undecided(what: impl Into<String>) -> Self {
-        Self::new(Kind::Verdict, what)
-    }
-
     /// A [`Kind::Verdict`] error with a stable name, which begins its text.
     pub fn named(verdict: Verdict, what: impl fmt::Display) -> Self {
         let what = format!("{}: {what}", verdict.name());
@@ -328,7 +323,7 @@ mod tests {
 
     #[test]
     fn the_kind_decides_about_another_attempt() {
-        assert_eq!(Error::undecided("slot recreated").retry(), Retry::Never);
+        assert_eq!(Error::named(Verdict::SlotRecreated, "x").retry(), Retry::Never);
         assert_eq!(Error::refused("password").retry(), Retry::Slowly);
         assert_eq!(Error::internal("no publication").retry(), Retry::Slowly);
         assert_eq!(Error::unreachable("down").retry(), Retry::Soon);

@@ -20,7 +20,8 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_postgres::config::{ChannelBinding, SslMode, SslNegotiation};
 use tokio_postgres::tls::{ChannelBinding as BindingBytes, TlsConnect, TlsStream};
-use tokio_postgres::{AsyncMessage, Client, Connection};
+use tokio_postgres::types::FromSql;
+use tokio_postgres::{AsyncMessage, Client, Connection, Row};
 
 use super::auth;
 use super::connect::{Options, Settings};
@@ -48,6 +49,15 @@ impl Closed {
         let closed = || Error::unreachable("the connection to Postgres is closed");
         self.0.recv().await.unwrap_or_else(closed)
     }
+}
+
+/// The value of a column. Never a panic: an object that goes away while a query runs can make a
+/// catalog function return null where there always is a value.
+///
+/// # Errors
+/// [`crate::error::Kind::Internal`] when it is null or of another type than asked for.
+pub fn column<'r, T: FromSql<'r>>(row: &'r Row, index: usize) -> Result<T> {
+    row.try_get(index).map_err(postgres_error)
 }
 
 /// Connects within the connect timeout.

@@ -10,9 +10,10 @@ use std::str::FromStr;
 
 use postgres_protocol::escape::escape_identifier;
 use serde::{Deserialize, Serialize};
-use tokio_postgres::GenericClient;
+use tokio_postgres::{GenericClient, Row};
 
 use crate::error::{Error, Result};
+use crate::pg::client::column;
 use crate::pg::sqlstate::postgres_error;
 
 /// A table by schema and name, each as it stands in the catalog (not quoted, not folded).
@@ -147,18 +148,18 @@ pub async fn read_publication(
         return Ok(None);
     };
     Ok(Some(Publication {
-        oid: row.get(0),
-        altered_by: row.get(8),
+        oid: column(&row, 0)?,
+        altered_by: column(&row, 8)?,
         name: name.to_owned(),
-        via_root: row.get(1),
-        all_tables: row.get(2),
+        via_root: column(&row, 1)?,
+        all_tables: column(&row, 2)?,
         operations: Operations {
-            insert: row.get(3),
-            update: row.get(4),
-            delete: row.get(5),
-            truncate: row.get(6),
+            insert: column(&row, 3)?,
+            update: column(&row, 4)?,
+            delete: column(&row, 5)?,
+            truncate: column(&row, 6)?,
         },
-        generated: row.get(7),
+        generated: column(&row, 7)?,
         tables: read_tables(client, name).await?,
     }))
 }
@@ -177,14 +178,16 @@ async fn read_tables(client: &impl GenericClient, name: &str) -> Result<Vec<Publ
             ON s.pnpubid = p.oid AND s.pnnspid = n.oid \
         WHERE t.pubname = $1::text ORDER BY t.schemaname, t.tablename";
     let rows = client.query(sql, &[&name]).await.map_err(postgres_error)?;
-    let table = |row: tokio_postgres::Row| PublishedTable {
-        oid: row.get(0),
-        table: TableName::new(row.get::<_, String>(1), row.get::<_, String>(2)),
-        row_filter: row.get(3),
-        columns: row.get(4),
-        entry: row.get(5),
+    let table = |row: &Row| {
+        Ok(PublishedTable {
+            oid: column(row, 0)?,
+            table: TableName::new(column::<String>(row, 1)?, column::<String>(row, 2)?),
+            row_filter: column(row, 3)?,
+            columns: column(row, 4)?,
+            entry: column(row, 5)?,
+        })
     };
-    Ok(rows.into_iter().map(table).collect())
+    rows.iter().map(table).collect()
 }
 
 /// The columns that the row filter of a published table looks at. None for a table with a column
@@ -206,7 +209,7 @@ pub async fn filter_columns(
             AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = $2 \
         ORDER BY a.attnum";
     let rows = client.query(sql, &[entry, &published.oid]).await.map_err(postgres_error)?;
-    Ok(rows.iter().map(|row| row.get(0)).collect())
+    rows.iter().map(|row| column(row, 0)).collect()
 }
 
 /// Creates the publication for `tables`, with every operation, under the roots' names. Tables that

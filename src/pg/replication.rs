@@ -15,10 +15,11 @@ use tokio::time::Instant;
 
 use super::auth::{NO_TRANSACTION_TIMEOUT, has_transaction_timeout};
 use super::connect::Options;
-use super::sqlstate::INSUFFICIENT_PRIVILEGE;
+use super::sqlstate::{INSUFFICIENT_PRIVILEGE, OBJECT_NOT_IN_PREREQUISITE_STATE, UNDEFINED_OBJECT};
 use super::wire::{Rows, Wire};
 use crate::error::{Error, Kind, Result};
 use crate::position::Lsn;
+use crate::verdict::{RESYNC, Verdict};
 
 /// Length limit of a name in Postgres (`NAMEDATALEN` - 1), in bytes.
 const NAME_MAX: usize = 63;
@@ -152,7 +153,7 @@ impl ReplicationConnection {
     ) -> Result<ReplicationStream> {
         let slot = slot_name(slot)?;
         let command = start_command(slot, from, publications, options)?;
-        self.wire.start_copy(&command).await.map_err(|e| about(e, "slot", slot))?;
+        self.wire.start_copy(&command).await.map_err(|e| about_slot(e, slot))?;
         Ok(ReplicationStream { wire: self.wire, flushed: Lsn::ZERO })
     }
 
@@ -174,10 +175,10 @@ impl ReplicationStream {
     /// The next frame that has fully arrived; `None` when `fill` has to be awaited. Never waits.
     ///
     /// # Errors
-    /// Sticky: the server's error, [`Kind::Unreachable`] when it ended the stream,
-    /// [`Kind::Protocol`] for a malformed frame.
+    /// Sticky: the server's error, as a [`Kind::Verdict`] when publication or slot is lost,
+    /// [`Kind::Unreachable`] when it ended the stream, [`Kind::Protocol`] for a malformed frame.
     pub fn try_next(&mut self) -> Result<Option<Frame>> {
-        match self.wire.try_copy()? {
+        match self.wire.try_copy().map_err(name_loss)? {
             Some(body) => decode(body).map(Some).map_err(|e| self.wire.fail(e)),
             None => Ok(None),
         }
@@ -188,7 +189,7 @@ impl ReplicationStream {
     /// # Errors
     /// [`Kind::Unreachable`] when the peer is gone.
     pub async fn fill(&mut self) -> Result<()> {
-        self.wire.fill().await
+        self.wire.fill().await.map_err(name_loss)
     }
 
     /// Sends what is queued. Dropping the future loses nothing.
@@ -335,6 +336,37 @@ fn about(error: Error, thing: &str, name: &str) -> Error {
         return error;
     }
     error.context(format!("{thing} {name:?}"))
+}
+
+/// What a stream that has begun lacks: an object is its publication, because the slot cannot go
+/// while it is read (an error up to Postgres 17, later a warning); a state is that of the slot.
+fn name_loss(error: Error) -> Error {
+    match error.sqlstate() {
+        Some(UNDEFINED_OBJECT) => error.as_verdict(Verdict::PublicationMissing).hint(format!(
+            "create it with `watership init` if it is gone; changes committed without it are not \
+             streamed; to accept the gap: {RESYNC}"
+        )),
+        Some(OBJECT_NOT_IN_PREREQUISITE_STATE) => error.as_verdict(Verdict::SlotLost).hint(
+            format!("`watership check` shows the state of the slot; to accept the gap: {RESYNC}"),
+        ),
+        _ => error,
+    }
+}
+
+/// Why the server does not stream from a slot. A missing one and a lost one are found before the
+/// stream is asked for; here they went in between.
+fn about_slot(error: Error, slot: &str) -> Error {
+    let verdict = match error.sqlstate() {
+        Some(UNDEFINED_OBJECT) => Verdict::SlotMissing,
+        Some(OBJECT_NOT_IN_PREREQUISITE_STATE) if error.to_string().contains("wal_level") => {
+            Verdict::WalLevel
+        }
+        Some(OBJECT_NOT_IN_PREREQUISITE_STATE) => Verdict::SlotLost,
+        _ => return about(error, "slot", slot),
+    };
+    about(error, "slot", slot)
+        .as_verdict(verdict)
+        .hint(format!("`watership check` says more; to accept the gap: {RESYNC}"))
 }
 
 #[cfg(test)]

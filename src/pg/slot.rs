@@ -13,6 +13,7 @@ use tokio_postgres::types::PgLsn;
 use tokio_postgres::{GenericClient, Row};
 
 use crate::error::{Error, Result};
+use crate::pg::client::column;
 use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
 
@@ -153,35 +154,35 @@ pub async fn read_slot(client: &impl GenericClient, name: &str) -> Result<Option
 }
 
 fn slot_from(row: &Row) -> Result<SlotState> {
-    let confirmed_flush_lsn = lsn(row, 6);
-    let restart_lsn = lsn(row, 7);
-    let end = lsn(row, 13).unwrap_or(Lsn::ZERO);
-    let wal_status = row.get::<_, Option<&str>>(8).map(str::parse).transpose()?;
+    let confirmed_flush_lsn = lsn(row, 6)?;
+    let restart_lsn = lsn(row, 7)?;
+    let end = lsn(row, 13)?.unwrap_or(Lsn::ZERO);
+    let wal_status = column::<Option<&str>>(row, 8)?.map(str::parse).transpose()?;
     Ok(SlotState {
-        name: row.get(0),
-        plugin: row.get(1),
-        database: row.get(2),
-        temporary: row.get(3),
-        two_phase: row.get(4),
-        active_pid: row.get(5),
-        active_client: row.get(14),
-        synchronous: row.get(17),
+        name: column(row, 0)?,
+        plugin: column(row, 1)?,
+        database: column(row, 2)?,
+        temporary: column(row, 3)?,
+        two_phase: column(row, 4)?,
+        active_pid: column(row, 5)?,
+        active_client: column(row, 14)?,
+        synchronous: column(row, 17)?,
         confirmed_flush_lsn,
         restart_lsn,
         wal_status,
-        safe_wal_size: row.get(9),
-        invalidation_reason: row.get(10),
-        failover: row.get(11),
-        synced: row.get(12),
-        waits_for: row.get(16),
-        decoded: row.get(15),
+        safe_wal_size: column(row, 9)?,
+        invalidation_reason: column(row, 10)?,
+        failover: column(row, 11)?,
+        synced: column(row, 12)?,
+        waits_for: column(row, 16)?,
+        decoded: column(row, 15)?,
         lag_bytes: confirmed_flush_lsn.map_or(0, |lsn| end.bytes_since(lsn)),
         retained_bytes: restart_lsn.map_or(0, |lsn| end.bytes_since(lsn)),
     })
 }
 
-fn lsn(row: &Row, column: usize) -> Option<Lsn> {
-    row.get::<_, Option<PgLsn>>(column).map(|lsn| Lsn(u64::from(lsn)))
+fn lsn(row: &Row, index: usize) -> Result<Option<Lsn>> {
+    Ok(column::<Option<PgLsn>>(row, index)?.map(|lsn| Lsn(u64::from(lsn))))
 }
 
 /// Creates a permanent logical slot for pgoutput and returns its consistent point: what commits
@@ -201,7 +202,7 @@ pub async fn create_slot(client: &impl GenericClient, name: &str, failover: bool
     let made = client.query_one(sql, &[&name]).await;
     client.batch_execute("RESET statement_timeout; RESET lock_timeout").await.map_err(failed)?;
     let row = made.map_err(failed)?;
-    lsn(&row, 0).ok_or_else(|| Error::protocol("a new slot has no consistent point"))
+    lsn(&row, 0)?.ok_or_else(|| Error::protocol("a new slot has no consistent point"))
 }
 
 /// The statement of [`create_slot`], with the slot's name as its parameter.
@@ -292,28 +293,28 @@ pub async fn server_facts(client: &impl GenericClient) -> Result<ServerFacts> {
          current_setting('synchronous_standby_names')"
     );
     let row = client.query_one(&sql, &[]).await.map_err(postgres_error)?;
-    let count = |column: usize| row.get::<_, i32>(column).unsigned_abs();
+    let count = |index: usize| Ok::<_, Error>(column::<i32>(&row, index)?.unsigned_abs());
     let max_slot_wal_keep_size = setting(client, "max_slot_wal_keep_size").await?;
     let idle = setting(client, "idle_replication_slot_timeout").await?;
     let wal_sender = setting(client, "wal_sender_timeout").await?;
     Ok(ServerFacts {
-        version_num: row.get(0),
-        version: row.get(1),
-        wal_level: row.get(2),
-        max_replication_slots: count(3),
-        used_replication_slots: count(4),
-        max_wal_senders: count(5),
-        used_wal_senders: count(6),
-        in_recovery: row.get(7),
-        wal_lsn: lsn(&row, 8).unwrap_or(Lsn::ZERO),
-        timeline: row.get::<_, i32>(9).cast_unsigned(),
-        system_identifier: row.get::<_, i64>(10).cast_unsigned(),
+        version_num: column(&row, 0)?,
+        version: column(&row, 1)?,
+        wal_level: column(&row, 2)?,
+        max_replication_slots: count(3)?,
+        used_replication_slots: count(4)?,
+        max_wal_senders: count(5)?,
+        used_wal_senders: count(6)?,
+        in_recovery: column(&row, 7)?,
+        wal_lsn: lsn(&row, 8)?.unwrap_or(Lsn::ZERO),
+        timeline: column::<i32>(&row, 9)?.cast_unsigned(),
+        system_identifier: column::<i64>(&row, 10)?.cast_unsigned(),
         max_slot_wal_keep_size,
         idle_replication_slot_timeout: idle.filter(|ms| *ms > 0).map(Duration::from_millis),
         wal_sender_timeout: wal_sender.filter(|ms| *ms > 0).map(Duration::from_millis),
-        database: row.get(11),
-        user: row.get(12),
-        synchronous_standby_names: row.get(13),
+        database: column(&row, 11)?,
+        user: column(&row, 12)?,
+        synchronous_standby_names: column(&row, 13)?,
     })
 }
 
@@ -332,7 +333,7 @@ pub async fn max_slot_wal_keep_size(client: &impl GenericClient) -> Result<Optio
 pub async fn insert_lsn(client: &impl GenericClient) -> Result<Lsn> {
     let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()";
     let row = client.query_one(sql, &[]).await.map_err(postgres_error)?;
-    lsn(&row, 0).ok_or_else(|| Error::protocol("the server reports no end of WAL"))
+    lsn(&row, 0)?.ok_or_else(|| Error::protocol("the server reports no end of WAL"))
 }
 
 /// A numeric setting in bytes or milliseconds; absent when it is negative or this version has none.
@@ -341,7 +342,8 @@ async fn setting(client: &impl GenericClient, name: &str) -> Result<Option<u64>>
         WHEN 's' THEN 1000 WHEN 'min' THEN 60000 ELSE 1 END \
         FROM pg_catalog.pg_settings WHERE name = $1";
     let row = client.query_opt(sql, &[&name]).await.map_err(postgres_error)?;
-    Ok(row.and_then(|row| u64::try_from(row.get::<_, i64>(0)).ok()))
+    let value = row.map(|row| column::<i64>(&row, 0)).transpose()?;
+    Ok(value.and_then(|value| u64::try_from(value).ok()))
 }
 
 #[cfg(test)]

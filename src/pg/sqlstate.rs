@@ -22,6 +22,8 @@ pub const OBJECT_IN_USE: &str = "55006";
 pub const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
 /// No table of that name.
 pub const UNDEFINED_TABLE: &str = "42P01";
+/// No object of that name: of a slot or a publication.
+pub const UNDEFINED_OBJECT: &str = "42704";
 /// No schema of that name.
 pub const INVALID_SCHEMA_NAME: &str = "3F000";
 /// Bytes that are not text in the encoding.
@@ -204,8 +206,9 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
         (_, INSUFFICIENT_PRIVILEGE) => {
             (Kind::Refused, "grant what the message names; `watership check` says what is lacking")
         }
-        (_, "42704") => {
-            (Kind::Verdict, "a slot or publication no longer exists; `watership check` shows which")
+        // Of a slot or publication that is needed, what asked for it makes a named verdict.
+        (_, UNDEFINED_OBJECT) => {
+            (Kind::Refused, "something that is named does not exist; `watership check` shows which")
         }
         (_, "53400") => (Kind::Refused, "raise max_replication_slots, or drop unused slots"),
         (_, TOO_MANY_CONNECTIONS) => {
@@ -216,8 +219,8 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
             (Kind::Unreachable, "the server has run out of a resource; see the Postgres log")
         }
         (_, OBJECT_NOT_IN_PREREQUISITE_STATE) => (
-            Kind::Verdict,
-            "the slot is lost, or wal_level is not logical; `watership check` shows which",
+            Kind::Refused,
+            "something is not in the state that this needs; `watership check` shows what",
         ),
         (_, "57014") => {
             (Kind::Unreachable, "cancelled by a timeout or an operator; Watership retries")
@@ -257,7 +260,7 @@ mod tests {
             (Kind::Refused, &["28P01", "28000", "3D000", "42501", "42P01", "53400", "08P01"]),
             (Kind::Refused, &["42601", "0A000", "23505", "42710", "58P01", "", "é", "日"]),
             (Kind::Busy, &["55006", "55P03", "40001", "40P01"]),
-            (Kind::Verdict, &["42704", "55000"]),
+            (Kind::Refused, &["42704", "55000"]),
             (Kind::Protocol, &["XX000"]),
         ] {
             for code in codes {

@@ -26,6 +26,7 @@ use super::socket::Socket;
 use super::sqlstate::{OBJECT_NOT_IN_PREREQUISITE_STATE, ServerError};
 use crate::error::{Code, Error, Kind, Result};
 use crate::fault::io_error;
+use crate::verdict::{RESYNC, Verdict};
 
 /// One read takes at most this much: starts low, doubles while reads come back full.
 const READ_MIN: usize = 64 * 1024;
@@ -310,9 +311,8 @@ impl Wire {
     }
 
     /// From Postgres 18 a walsender leaves out the changes of a publication that did not exist when
-    /// they were made, and warns with this code, before whatever comes next; older ones fail. The
-    /// same code comes from elsewhere too, for example while the server waits for a standby; the
-    /// text is translated, the name of the file is not.
+    /// they were made, and warns with this code, before whatever comes next; older ones fail. Other
+    /// files use this code too, and the text is translated.
     fn notice(&mut self, body: &NoticeResponseBody) -> Result<()> {
         let notice = ServerError::read(body.fields());
         let notice = notice.map_err(|e| {
@@ -325,10 +325,10 @@ impl Wire {
         {
             let detail = notice.detail.as_deref().unwrap_or_default();
             let text = format!("changes are missing from the stream: {}: {detail}", notice.message);
-            return Err(self.fail(Error::undecided(text).hint(
-                "the publication was dropped or re-created: changes made in that period were not \
-                 published; create it with `watership init`, then decide whether to accept the gap",
-            )));
+            return Err(self.fail(Error::named(Verdict::PublicationMissing, text).hint(format!(
+                "changes made while the publication was gone are not published; create it with \
+                 `watership init`; to accept the gap: {RESYNC}"
+            ))));
         }
         Ok(())
     }

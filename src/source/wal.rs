@@ -14,7 +14,6 @@ use crate::pg::replication::{Frame, ReplicationStream};
 use crate::position::{Lsn, Mark};
 use crate::source::transaction::Assembler;
 use crate::source::{Item, Receipt, Seen, Source};
-use crate::verdict::{RESYNC, Verdict};
 
 /// Frames taken at once when none of them becomes an item, so that other work gets its turn.
 const FRAMES_MAX: usize = 4096;
@@ -92,7 +91,7 @@ impl Wal {
             if batch.len() >= room {
                 return Ok(Taken::Some);
             }
-            match self.stream.try_next().map_err(name_publication_loss)? {
+            match self.stream.try_next()? {
                 None if batch.is_empty() => return Ok(Taken::Nothing),
                 None => return Ok(Taken::Some),
                 Some(Frame::XLogData { wal_start, wal_end, data, .. }) => {
@@ -159,18 +158,6 @@ impl Wal {
             Err(Error::unreachable(format!("Postgres read no status update for {seconds} s")))
         })
     }
-}
-
-/// A stream that began and then has something missing has lost its publication: the slot cannot go
-/// while it is read. Up to Postgres 17 that is an error, later a warning.
-fn name_publication_loss(error: Error) -> Error {
-    if !error.kind().is_verdict() || error.verdict().is_some() {
-        return error;
-    }
-    Error::named(Verdict::PublicationMissing, &error).hint(format!(
-        "create it with `watership init` if it is gone; changes committed without it are not \
-         streamed; to accept the gap: {RESYNC}"
-    ))
 }
 
 enum Taken {

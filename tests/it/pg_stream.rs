@@ -11,6 +11,7 @@ use watership::pg::replication::{Frame, ReplicationConnection, ReplicationStream
 use watership::pg::slot::{create_slot, drop_slot};
 use watership::position::Lsn;
 use watership::secret::Secret;
+use watership::verdict::Verdict;
 
 use crate::support::servers;
 use crate::support::waiting::LIMIT;
@@ -132,9 +133,9 @@ async fn slot_missing_busy_and_free_again() {
 
     held.close().await;
     drop_slot(&client, &slot).await.unwrap();
-    assert_eq!(drop_slot(&client, &slot).await.unwrap_err().kind(), Kind::Verdict);
+    assert_eq!(drop_slot(&client, &slot).await.unwrap_err().kind(), Kind::Refused);
     let error = third.start(&slot, Lsn::ZERO, &["p"], none).await.err().unwrap();
-    assert_eq!(error.kind(), Kind::Verdict, "{error:?}");
+    assert_eq!(error.verdict(), Some(Verdict::SlotMissing), "{error:?}");
     assert!(error.to_string().contains(&slot), "{error}");
 }
 
@@ -155,7 +156,7 @@ async fn a_missing_publication_is_a_sticky_verdict_up_to_17() {
             Err(error) => break error,
         }
     };
-    assert_eq!(error.kind(), Kind::Verdict, "{error:?}");
+    assert_eq!(error.verdict(), Some(Verdict::PublicationMissing), "{error:?}");
     assert!(error.to_string().contains("absent"), "{error}");
     for again in [stream.try_next().err(), stream.fill().await.err()] {
         assert_eq!(again.unwrap().to_string(), error.to_string());
@@ -163,13 +164,13 @@ async fn a_missing_publication_is_a_sticky_verdict_up_to_17() {
 }
 
 #[tokio::test]
-async fn wal_level_replica_is_a_verdict() {
+async fn a_slot_is_not_made_with_wal_level_replica_and_the_error_says_so() {
     let conf = vec!["wal_level = replica".into()];
     let server = Postgres::start(PostgresOptions { conf, ..Default::default() }).await.unwrap();
     let options = options(&server.url("postgres", "postgres"));
     let sql = client::sql(&options).await.unwrap();
     let error = create_slot(&sql.client, "s", false).await.unwrap_err();
-    assert_eq!(error.kind(), Kind::Verdict, "{error:?}");
+    assert_eq!(error.kind(), Kind::Refused, "{error:?}");
     assert!(error.to_string().contains("wal_level"), "{error}");
 }
 
