@@ -94,6 +94,13 @@ pub enum Change {
         /// The row.
         new: Row,
     },
+    /// A row that was there already: a backfill read it.
+    Read {
+        /// The row.
+        new: Row,
+        /// The backfill's run.
+        run: Uuid,
+    },
     /// A changed row.
     Update {
         /// The old key (when it changed) or the whole old row (replica identity full).
@@ -240,6 +247,8 @@ impl Table {
 pub enum Op {
     /// INSERT (every outbox event is one).
     Insert,
+    /// None: a backfill read the row.
+    Read,
     /// UPDATE.
     Update,
     /// DELETE.
@@ -249,10 +258,11 @@ pub enum Op {
 }
 
 impl Op {
-    /// `insert`, `update`, `delete` or `truncate`.
+    /// `insert`, `read`, `update`, `delete` or `truncate`.
     pub fn as_str(self) -> &'static str {
         match self {
             Op::Insert => "insert",
+            Op::Read => "read",
             Op::Update => "update",
             Op::Delete => "delete",
             Op::Truncate => "truncate",
@@ -265,6 +275,7 @@ impl Event {
     pub fn op(&self) -> Op {
         match &self.content {
             Content::Outbox(_) | Content::Change(Change::Insert { .. }) => Op::Insert,
+            Content::Change(Change::Read { .. }) => Op::Read,
             Content::Change(Change::Update { .. }) => Op::Update,
             Content::Change(Change::Delete { .. }) => Op::Delete,
             Content::Change(Change::Truncate) => Op::Truncate,

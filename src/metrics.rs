@@ -11,6 +11,7 @@
 //! Somebody must call [`Exporter::upkeep`] every few seconds even when nobody scrapes: histogram
 //! samples wait in memory until then.
 
+mod backfill;
 mod parked;
 mod tables;
 
@@ -20,6 +21,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use crate::error::{Error, Result};
 use crate::position::Lsn;
 use crate::verdict::Verdict;
+pub use backfill::BackfillMetrics;
 pub use parked::ParkedMetrics;
 pub use tables::TableMetrics;
 

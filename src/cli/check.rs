@@ -1,7 +1,7 @@
 //! `watership check`: checks everything the relay needs, and changes nothing.
 
 use super::findings::Findings;
-use super::{End, Out, ask, broker, inbox, partitions, postgres};
+use super::{End, Out, ask, backfill, broker, inbox, partitions, postgres};
 use crate::config::Config;
 use crate::error::{Kind, Result};
 use crate::relay::status::Concern;
@@ -35,6 +35,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         inbox::check::check(&mut findings, config, url).await;
     }
     partitions::check(&mut findings, config, args.accept_reorder).await;
+    backfill::check(&mut findings, config).await;
     running(&mut findings, config).await;
     findings.finish()
 }

@@ -15,6 +15,7 @@ use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 
 mod ask;
+mod backfill;
 mod broker;
 mod check;
 mod colour;
@@ -79,6 +80,8 @@ enum Command {
     Run(run::Args),
     /// List, show, retry or discard events that could not be published.
     Parked(parked::Args),
+    /// Publish the rows that a captured table has already, between its live changes.
+    Backfill(backfill::Args),
     /// Show the state of the relay, its checkpoint and its slot.
     Status(status::Args),
     /// Say where an event is: in the outbox, in the relay's window, parked, confirmed or dropped.
@@ -125,6 +128,9 @@ async fn command(
         }
         Command::Parked(args) => {
             parked::execute(&load_with_warnings(&cli.config)?, &args, out).await
+        }
+        Command::Backfill(args) => {
+            backfill::execute(&load_with_warnings(&cli.config)?, &args, out).await
         }
         Command::Status(args) if args.is_probe() => Ok(status::probe(&cli.config, &args).await),
         Command::Status(_) => status::execute(&load_with_warnings(&cli.config)?, out).await,

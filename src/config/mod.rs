@@ -3,7 +3,8 @@
 //! Each key is read by one line, which has its name, its default and what is allowed, and goes
 //! straight into the options of the component that uses it. Invariant: after a [`Config`] exists
 //! nobody checks it again. All problems of a file are reported at once. `Debug` shows no secret.
-//! `[relay]`, `[outbox]`, `[admin]` and `[log]` are read here, other sections in files named so.
+//! `[relay]`, `[outbox]`, `[backfill]`, `[admin]` and `[log]` are read here, other sections in
+//! files named so.
 //!
 //! ```text
 //! file ── load ──► text ── toml ──► Section ── keys ──► relay::Options, admin::Options, Log
@@ -19,6 +20,7 @@ use toml::de::DeTable;
 use crate::amqp::topology::Mode;
 use crate::error::Result;
 use crate::metrics::RouteLabel;
+use crate::pg::publication::TableName;
 use crate::relay::parking::Limits;
 use crate::route::Rule;
 use crate::source::transaction::OutboxTable;
@@ -155,13 +157,13 @@ fn read_admin(file: &str, text: &str, lookup: Lookup<'_>) -> Result<(String, adm
 /// `None` where source.url is missing or wrong; everything else has a value to go on with.
 fn config(root: &mut Section<'_>) -> Option<Config> {
     let name = root.name("name", NAME, NAME_CHARS);
-    let sections = ["source", "broker", "relay", "outbox", "admin", "log"];
-    let [mut source, mut broker, mut relay, mut outbox, mut admin, mut log] =
+    let sections = ["source", "broker", "relay", "outbox", "backfill", "admin", "log"];
+    let [mut source, mut broker, mut relay, mut outbox, mut backfill, mut admin, mut log] =
         sections.map(|section| root.section(section));
     let kind = source::kind(&mut source);
     let sql = source::connection(&mut source);
     let failover = source.flag("failover", false);
-    let (tables, held) = source::tables(&mut source);
+    let source::CapturedTables { names: tables, held, initial } = source::tables(&mut source);
     let connection = broker::connection(&mut broker, &name);
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);
@@ -192,6 +194,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
         retain: outbox.duration("retain", DAY * 7, Duration::ZERO..=YEAR),
         parked_retain: relay.duration("parked_retain", DAY * 7, HOUR..=YEAR),
         canary_interval: canary_interval(&mut relay),
+        backfill: backfill_options(&mut backfill, initial),
         accept_reorder: false,
         // Last, so that every key was asked for.
         sql: sql?,
@@ -221,6 +224,17 @@ fn tuning(t: &mut Section<'_>) -> relay::Tuning {
             rows: t.number("parked_max_rows", 10_000, PARKED),
             keys: t.number("parked_max_keys", 1_000, PARKED),
         },
+    }
+}
+
+/// How rows are read that were there before.
+fn backfill_options(t: &mut Section<'_>, initial: Vec<TableName>) -> relay::backfill::Options {
+    relay::backfill::Options {
+        initial,
+        chunk_rows: t.number("chunk_rows", 5_000, 1..=100_000),
+        max_unconfirmed: t.number("max_unconfirmed", 128, 1..=10_000),
+        max_rate: t.number("max_rate", 0, 0..=10_000_000),
+        max_slot_wal: t.size("max_slot_wal", 1 << 30, 1 << 20..=1 << 50) as u64,
     }
 }
 

@@ -68,21 +68,33 @@ pub(super) fn kind(t: &mut Section<'_>) -> SourceKind {
     kind.unwrap_or(wal)
 }
 
-/// Captured tables, `schema.table`, and those of them that are held when they are lost.
-pub(super) fn tables(t: &mut Section<'_>) -> (Vec<String>, Vec<TableName>) {
+/// What `tables` says.
+pub(super) struct CapturedTables {
+    /// Captured tables, `schema.table`.
+    pub(super) names: Vec<String>,
+    /// Those of them that are held when they are lost.
+    pub(super) held: Vec<TableName>,
+    /// Those of which a snapshot is taken.
+    pub(super) initial: Vec<TableName>,
+}
+
+/// The captured tables.
+pub(super) fn tables(t: &mut Section<'_>) -> CapturedTables {
     const TABLES: &str = "tables";
-    let (mut tables, mut held) = (Vec::new(), Vec::new());
+    let (mut tables, mut held, mut initial) = (Vec::new(), Vec::new(), Vec::new());
     for entry in t.entries(TABLES, "\"schema.table\" or { name = \"schema.table\" }") {
-        let (name, holds) = match entry {
-            Entry::Text(name) => (name, false),
+        let (name, holds, snapshot) = match entry {
+            Entry::Text(name) => (name, false, false),
             Entry::Table(mut table) => {
                 let name = table.text("name", "");
                 table.call_it(&format!("captured table {name:?}"));
-                (name, table.word("on_table_lost", &[("stop", false), ("hold", true)]))
+                let holds = table.word("on_table_lost", &[("stop", false), ("hold", true)]);
+                (name, holds, table.word("snapshot", &[("never", false), ("initial", true)]))
             }
         };
-        if holds && let Ok(name) = name.parse() {
-            held.push(name);
+        if let Ok(name) = name.parse::<TableName>() {
+            held.extend(holds.then(|| name.clone()));
+            initial.extend(snapshot.then_some(name));
         }
         tables.push(name);
     }
@@ -99,7 +111,7 @@ pub(super) fn tables(t: &mut Section<'_>) -> (Vec<String>, Vec<TableName>) {
         let what = format!("source.tables has {table:?}; expected {expected}");
         t.problem(TABLES, what);
     }
-    (tables, held)
+    CapturedTables { names: tables, held, initial }
 }
 
 fn is_table_name(text: &str) -> bool {

@@ -150,6 +150,11 @@ impl Envelope {
         write_own_headers(&mut builder, event, plan, &self.key)?;
         builder.header_text("ws-source", event.table.full_name.as_bytes())?;
         builder.header_text("ws-op", op.as_bytes())?;
+        if let Change::Read { run, .. } = change {
+            let mut buffer = Uuid::encode_buffer();
+            let run = run.hyphenated().encode_lower(&mut buffer);
+            builder.header_text("ws-backfill", run.as_bytes())?;
+        }
         let body = &self.body;
         let message = builder.finish(route.exchange, route.id, |out| out.extend_from_slice(body));
         self.shrink();
@@ -213,7 +218,7 @@ fn seconds(us: i64) -> u64 {
 /// The row that tells the key after the change (before it, for a delete).
 fn key_row(change: &Change) -> Option<&Row> {
     match change {
-        Change::Insert { new } | Change::Update { new, .. } => Some(new),
+        Change::Insert { new } | Change::Read { new, .. } | Change::Update { new, .. } => Some(new),
         Change::Delete { old } => Some(old.row()),
         Change::Truncate => None,
     }
@@ -226,6 +231,7 @@ fn key_columns<'a>(table: &'a TablePlan, change: &'a Change) -> impl Iterator<It
         Change::Delete { old: OldRow::Key(row) } => Some(row),
         Change::Delete { old: OldRow::Full(_) }
         | Change::Insert { .. }
+        | Change::Read { .. }
         | Change::Update { .. }
         | Change::Truncate => None,
     };

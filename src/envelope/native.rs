@@ -65,7 +65,7 @@ pub(super) fn write_change(
         None => out.extend_from_slice(b"null"),
     }
     let (before, after) = match change {
-        Change::Insert { new } => (None, Some(new)),
+        Change::Insert { new } | Change::Read { new, .. } => (None, Some(new)),
         Change::Update { old, new } => (old.as_ref(), Some(new)),
         Change::Delete { old } => (Some(old), None),
         Change::Truncate => (None, None),

@@ -38,6 +38,18 @@ pub fn namespace(system_id: u64, timeline: u32) -> Uuid {
     Uuid::new_v5(&CAPTURED, &name)
 }
 
+/// The id of a row that the run of a backfill read: of the run, the table and the key, so that a
+/// row that is read again in the same run has the same id.
+pub fn of_read(run: Uuid, table: &Table, row: &Row) -> Uuid {
+    let mut ids = Ids::default();
+    ids.name.extend_from_slice(&(table.full_name.len() as u64).to_be_bytes());
+    ids.name.extend_from_slice(table.full_name.as_bytes());
+    for column in &table.key {
+        ids.value(run, &row[*column]);
+    }
+    ids.hashed(run)
+}
+
 /// A value above this size, in bytes, is hashed where it is, not copied.
 const COPIED_MAX: usize = 64 * 1024;
 
@@ -135,9 +147,9 @@ impl Ids {
         self.name.clear();
     }
 
-    fn number(&mut self, source: Origin) -> Uuid {
-        let first = match self.hashed.take() {
-            None => Uuid::new_v5(&source.namespace, &self.name),
+    fn hashed(&mut self, namespace: Uuid) -> Uuid {
+        match self.hashed.take() {
+            None => Uuid::new_v5(&namespace, &self.name),
             // The same, in pieces (RFC 9562, section 5.5).
             Some(mut hashed) => {
                 hashed.update(&self.name);
@@ -145,7 +157,11 @@ impl Ids {
                 let bytes = hash.as_ref().first_chunk().expect("SHA-1 has 20 bytes");
                 uuid::Builder::from_sha1_bytes(*bytes).into_uuid()
             }
-        };
+        }
+    }
+
+    fn number(&mut self, source: Origin) -> Uuid {
+        let first = self.hashed(source.namespace);
         match self.given.iter_mut().find(|(id, _)| *id == first) {
             Some((_, number)) => {
                 *number += 1;
@@ -239,6 +255,19 @@ mod tests {
         name.extend_from_slice(&large);
         name.extend_from_slice(b"\x15after");
         assert_eq!(id, Uuid::new_v5(&SOURCE.namespace, &name));
+    }
+
+    #[test]
+    fn a_row_that_is_read_again_has_its_id_in_the_same_run_only() {
+        let (run, other) = (Uuid::from_u128(5), Uuid::from_u128(6));
+        let keyed = table(&["id", "note"], Identity::Full);
+        let id = of_read(run, &keyed, &row(&["7", "x"]));
+        assert_eq!(id.to_string(), "e6616c47-a8c2-5a72-a630-9e13eb69520e");
+        assert_eq!(of_read(run, &keyed, &row(&["7", "y"])), id);
+        assert_ne!(of_read(run, &keyed, &row(&["8", "x"])), id);
+        assert_ne!(of_read(other, &keyed, &row(&["7", "x"])), id);
+        let renamed = Table { full_name: "public.u".into(), ..keyed };
+        assert_ne!(of_read(run, &renamed, &row(&["7", "x"])), id);
     }
 
     /// The ids of rows with one LSN, one after the other.

@@ -30,7 +30,7 @@ impl Event {
                 };
                 payload + outbox.headers.as_ref().map_or(0, Bytes::len)
             }
-            Content::Change(Change::Insert { new }) => row(new),
+            Content::Change(Change::Insert { new } | Change::Read { new, .. }) => row(new),
             Content::Change(Change::Update { old: before, new }) => {
                 row(new) + before.as_ref().map_or(0, old)
             }
@@ -55,7 +55,7 @@ impl Event {
                 OutboxPayload::Hex(hex) => hex.len() / SHRINKS_AT_MOST,
                 OutboxPayload::Broken(_) => 0,
             },
-            Content::Change(Change::Insert { new }) => row(new),
+            Content::Change(Change::Insert { new } | Change::Read { new, .. }) => row(new),
             Content::Change(Change::Update { old: before, new }) => {
                 row(new) + before.as_ref().map_or(0, old)
             }

@@ -21,7 +21,10 @@ use crate::error::{Error, Result};
 use crate::position::{Lsn, Position};
 
 /// Version of the form that this program writes. It reads this one and those before it.
-const FORM: u32 = 1;
+const FORM: u32 = 2;
+/// The form of everything but a row that a backfill read, which the second form brought: an earlier
+/// program reads what it knows.
+const FIRST_FORM: u32 = 1;
 
 /// Bytes of a document above which large values are left out of it. It is in memory several times
 /// while it is written or tried again, and Postgres has to read and write it within the time of one
@@ -72,6 +75,7 @@ enum StoredIdentity {
 enum StoredContent {
     Outbox(Box<StoredOutbox>),
     Insert { new: Vec<Cell> },
+    Read { new: Vec<Cell>, run: String },
     Update { old: Option<StoredOld>, new: Vec<Cell> },
     Delete { old: StoredOld },
     Truncate,
@@ -171,7 +175,10 @@ fn stored(event: &Event, kept: usize) -> Stored {
         OldRow::Full(row) => StoredOld::Full(cells(row)),
     };
     Stored {
-        form: FORM,
+        form: match &event.content {
+            Content::Change(Change::Read { .. }) => FORM,
+            Content::Outbox(_) | Content::Change(_) => FIRST_FORM,
+        },
         lsn: event.lsn.map(|lsn| lsn.0),
         occurred_at_us: event.occurred_at_us,
         committed_at_us: event.committed_at_us,
@@ -180,6 +187,9 @@ fn stored(event: &Event, kept: usize) -> Stored {
         content: match &event.content {
             Content::Outbox(row) => StoredContent::Outbox(Box::new(store_outbox(row, kept))),
             Content::Change(Change::Insert { new }) => StoredContent::Insert { new: cells(new) },
+            Content::Change(Change::Read { new, run }) => {
+                StoredContent::Read { new: cells(new), run: run.to_string() }
+            }
             Content::Change(Change::Update { old: before, new }) => {
                 StoredContent::Update { old: before.as_ref().map(old), new: cells(new) }
             }
@@ -226,6 +236,11 @@ pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<Event> {
     let content = match content {
         StoredContent::Outbox(stored) => Content::Outbox(Box::new(load_outbox(*stored)?)),
         StoredContent::Insert { new } => Content::Change(Change::Insert { new: row(new)? }),
+        StoredContent::Read { new, run } => {
+            let wrong = |e| Error::event("the stored row is damaged: its run").caused_by(e);
+            let run = Uuid::try_parse(&run).map_err(wrong)?;
+            Content::Change(Change::Read { new: row(new)?, run })
+        }
         StoredContent::Update { old: before, new } => {
             let old = before.map(old).transpose()?;
             Content::Change(Change::Update { old, new: row(new)? })
@@ -493,8 +508,8 @@ mod tests {
     #[test]
     fn a_document_of_a_later_version_is_refused_and_not_guessed() {
         let good = to_json(&event(Content::Change(Change::Truncate)));
-        let later = good.replace("\"form\":1", "\"form\":2,\"more\":0");
+        let later = good.replace("\"form\":1", "\"form\":3,\"more\":0");
         let error = from_json(&later, Uuid::nil(), Position::default()).unwrap_err();
-        assert_eq!(error.to_string(), "the stored row has form 2, this version reads up to 1");
+        assert_eq!(error.to_string(), "the stored row has form 3, this version reads up to 2");
     }
 }

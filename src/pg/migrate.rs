@@ -76,6 +76,7 @@ pub const OUTBOX: Schema = Schema {
         migration!(4, "sql", "0004_parked"),
         migration!(5, "sql", "0005_position"),
         migration!(6, "sql", "0006_partitions"),
+        migration!(7, "sql", "0007_backfill"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
 };

@@ -49,6 +49,8 @@ pub struct SystemId {
 pub struct StreamOptions {
     /// Column values in binary form: lets rows pass whose text form is above 1 GB.
     pub binary: bool,
+    /// Logical messages (`pg_logical_emit_message`) of every prefix.
+    pub messages: bool,
 }
 
 /// One message of the replication stream.
@@ -294,6 +296,9 @@ fn start_command(
     if options.binary {
         command.push_str(", binary 'true'");
     }
+    if options.messages {
+        command.push_str(", messages 'true'");
+    }
     command.push(')');
     Ok(command)
 }
@@ -426,12 +431,12 @@ mod tests {
 
     #[test]
     fn publication_names_are_identifiers_inside_a_literal() {
-        let options = StreamOptions { binary: true };
+        let options = StreamOptions { binary: true, messages: true };
         let command = start_command("s", Lsn(16), &["plain", "a\"b,'c\\;ä"], options).unwrap();
         assert_eq!(
             command,
             "START_REPLICATION SLOT \"s\" LOGICAL 0/10 (proto_version '1', publication_names \
-             '\"plain\",\"a\"\"b,''c\\;ä\"', binary 'true')"
+             '\"plain\",\"a\"\"b,''c\\;ä\"', binary 'true', messages 'true')"
         );
         let none = StreamOptions::default();
         for bad in [&[""][..], &["a\0"], &[], &["ok", &"x".repeat(64)]] {

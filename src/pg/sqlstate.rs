@@ -20,6 +20,12 @@ use crate::fault::io_error;
 pub const OBJECT_IN_USE: &str = "55006";
 /// It is not in the state that the command needs: the slot is lost, `wal_level` is too low.
 pub const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
+/// A row with this key is there already.
+pub const UNIQUE_VIOLATION: &str = "23505";
+/// A statement was cancelled: it took too long.
+pub const QUERY_CANCELED: &str = "57014";
+/// A lock did not come in time.
+pub const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// No table of that name.
 pub const UNDEFINED_TABLE: &str = "42P01";
 /// No object of that name: of a slot or a publication.

@@ -129,7 +129,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                         format!("its queue, which has refused it {} times", slot.refused())
                     }
                     (None, Owner::Parked(_)) => "its confirm or its turn; it was parked".into(),
-                    (None, Owner::Window(_)) => "its confirm, or its turn in its key".into(),
+                    (None, Owner::Window(_) | Owner::Chunk(_)) => {
+                        "its confirm, or its turn in its key".into()
+                    }
                 };
                 let route = self.making.router.by_id(message.route).name.clone();
                 found.push((slot.about.position, route, message.id, waits_for));

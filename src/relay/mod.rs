@@ -3,12 +3,14 @@
 //! Invariant: received ≥ settled ≥ stored ≥ advanced, each monotonic. `Progress` asserts it at
 //! every move: what is told to the source was stored before, what is stored was settled before.
 
+pub mod backfill;
 pub mod check;
 pub mod checkpoint;
 pub mod find;
 pub mod observed;
-mod options;
+pub(in crate::relay) mod options;
 pub mod parking;
+mod parts;
 pub mod session;
 pub mod status;
 pub mod upkeep;
@@ -27,6 +29,7 @@ use crate::error::{Error, Result};
 use crate::metrics::Metrics;
 use crate::position::Lsn;
 use crate::publisher::{Outcome, Publisher, Ticket};
+use crate::relay::backfill::Backfill;
 use crate::relay::checkpoint::progress::{Idle, Progress};
 use crate::relay::checkpoint::{Looking, Store, Storing};
 use crate::relay::observed::Observed;
@@ -38,7 +41,7 @@ use crate::relay::status::Status;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::window::Window;
 use crate::relay::window::admission::Made;
-use crate::relay::window::lanes::Lanes;
+use crate::relay::window::lanes::{Lanes, Owner};
 use crate::relay::window::recent::RecentConfirms;
 use crate::relay::window::refusals::Refusals;
 use crate::relay::window::remembered::{Confirms, Remembered};
@@ -46,6 +49,7 @@ use crate::route::{Plans, Router};
 use crate::source::{Item, Note, Source};
 
 pub use options::{Options, Tuning, WindowLimits};
+pub use parts::{Kept, RelayParts};
 
 /// Items taken from the source at once; keeps the loop responsive.
 const BATCH_MAX: usize = 512;
@@ -65,6 +69,7 @@ pub struct Relay<S, P, C> {
     flight: Flight,
     parked: ParkedWork,
     durable: Durable,
+    backfill: Backfill,
     seen: Seen,
     tuning: Tuning,
     ending: Ending,
@@ -126,6 +131,14 @@ struct Durable {
     due_at: Instant,
 }
 
+impl Durable {
+    fn new(progress: Progress, tuning: &Tuning, now: Instant) -> Self {
+        let idle = Idle::new(tuning.idle_interval, now.into_std());
+        let (notes, storing, due_at) = (Vec::new(), None, now);
+        Self { progress, idle, notes, storing, storing_left: 0, stored_left: 0, due_at }
+    }
+}
+
 /// What others see of it.
 struct Seen {
     observed: Observed,
@@ -136,51 +149,6 @@ struct Seen {
     recent: RecentConfirms,
     metrics: Arc<Metrics>,
     status: Arc<Status>,
-}
-
-/// What a [`Relay`] is made of.
-pub struct RelayParts<S, P, C> {
-    /// Where events come from.
-    pub source: S,
-    /// Where messages go.
-    pub publisher: P,
-    /// Where progress is kept.
-    pub store: C,
-    /// What the store says now.
-    pub progress: Progress,
-    /// What is parked.
-    pub parking: Parking,
-    /// Routes.
-    pub router: Arc<Router>,
-    /// What they decided of the tables as they were described last.
-    pub plans: Plans,
-    /// Metrics handles.
-    pub metrics: Arc<Metrics>,
-    /// What `/status` shows.
-    pub status: Arc<Status>,
-    /// What was written to be seen in the stream.
-    pub canary: Arc<Canary>,
-    /// Routes that begin held.
-    pub broken: Vec<BrokenRoute>,
-    /// Routes of which a thing is known to be missing.
-    pub missing: Arc<Missing>,
-    /// What earlier sessions published.
-    pub published: RecentlyPublished,
-    /// What they parked.
-    pub recently_parked: RecentlyParked,
-    /// What earlier sessions got confirms for.
-    pub remembered: Remembered,
-}
-
-/// What a process carries from one session to the next.
-#[derive(Debug, Default)]
-pub struct Kept {
-    /// What was published lately.
-    pub published: RecentlyPublished,
-    /// What was parked lately.
-    pub parked: RecentlyParked,
-    /// What was confirmed and may not be covered by a checkpoint.
-    pub remembered: Remembered,
 }
 
 /// Whether the relay is asked to end.
@@ -213,6 +181,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             published,
             recently_parked,
             remembered,
+            backfill,
         } = parts;
         let now = Instant::now();
         let mut lanes = Lanes::new();
@@ -241,15 +210,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 remembered,
             },
             parked: ParkedWork { parking, count: 0, looking: None, look_at: now, retry_due: true },
-            durable: Durable {
-                progress,
-                idle: Idle::new(tuning.idle_interval, now.into_std()),
-                notes: Vec::new(),
-                storing: None,
-                storing_left: 0,
-                stored_left: 0,
-                due_at: now,
-            },
+            durable: Durable::new(progress, tuning, now),
             seen: Seen {
                 observed: Observed::new(now.into_std()),
                 canary,
@@ -260,6 +221,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 metrics,
                 status,
             },
+            backfill,
             tuning: *tuning,
             ending: Ending::No,
             stream_failed: false,
@@ -269,8 +231,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Moves events from the source to the broker until `shutdown`, then settles what is in the
     /// window.
     ///
-    /// Priorities, in order: shutdown, outcomes, a stored checkpoint, parked rows, the tick, new
-    /// items.
+    /// Priorities, in order: shutdown, outcomes, a stored checkpoint, parked rows, a backfill's
+    /// commands, the tick, new items.
     /// Outcomes come before intake, so what is in flight is bounded even when the source never
     /// runs dry. Without room nobody polls the source: the tick keeps its connection alive.
     /// Every branch is cancel-safe.
@@ -282,6 +244,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.start_looking();
+            self.move_backfill();
             self.send_ready();
             self.start_storing();
             if self.is_over() {
@@ -308,6 +271,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 found = pending(&mut self.parked.looking), if self.parked.looking.is_some() => {
                     self.parked.looking = None;
                     self.found(found?);
+                }
+                command = self.backfill.command(), if self.backfill.is_active() => {
+                    self.obey(command, Instant::now().into_std());
                 }
                 _ = tick.tick() => self.tick().await?,
                 taken = self.source.next(room, &mut self.making.batch), if room > 0 => {
@@ -363,7 +329,14 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             Ending::No => None,
             Ending::Draining { deadline, .. } => Some(*deadline),
         };
-        [lanes, drain].into_iter().flatten().min()
+        let held = self.backfill.wake_at().map(Instant::from_std);
+        [lanes, drain, held].into_iter().flatten().min()
+    }
+
+    fn move_backfill(&mut self) {
+        if !self.backfill.is_quiet() {
+            self.move_chunk(Instant::now().into_std());
+        }
     }
 
     fn send_ready(&mut self) {
@@ -373,8 +346,10 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             self.publisher.send(ticket, &slot.message);
             let metrics = &self.seen.metrics.routes[usize::from(slot.message.route.0)];
             metrics.published.increment(1);
-            let waited = now.saturating_duration_since(slot.captured);
-            metrics.capture_to_publish.record(waited.as_secs_f64());
+            if !matches!(slot.owner, Owner::Chunk(_)) {
+                let waited = now.saturating_duration_since(slot.captured);
+                metrics.capture_to_publish.record(waited.as_secs_f64());
+            }
         }
     }
 
@@ -395,7 +370,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let mut riders = self.parked.parking.take_riders(position);
         parking::tell_releases(&riders);
         self.seen.parked.written(&riders);
-        riders.extend(checkpoint::rider::of_notes(std::mem::take(&mut self.durable.notes)));
+        let notes = std::mem::take(&mut self.durable.notes);
+        self.backfill.store(&notes);
+        riders.extend(checkpoint::rider::of_notes(notes));
         self.durable.storing = Some(Box::pin(self.store.store(position, flush, riders)));
     }
 
@@ -436,6 +413,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.durable.idle.wrote(wal_end);
         self.durable.progress.on_stored();
         self.durable.stored_left = self.durable.storing_left;
+        self.backfill.stored();
         if let Some(flush) = self.durable.progress.to_advance() {
             self.source.advance(flush).await?;
             self.durable.progress.on_advanced(flush);
@@ -446,6 +424,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     async fn tick(&mut self) -> Result<()> {
         let now = Instant::now().into_std();
         self.parked.retry_due = true;
+        self.take_commands(now);
         self.look_at_holds(now);
         for entry in self.parked.parking.unblock() {
             self.flight.window.settle(entry);

@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use crate::pg::publication::TableName;
+use crate::relay::backfill;
 use crate::relay::parking::Limits;
 use crate::relay::upkeep::route_audit::AuditOptions;
 use crate::route::Rule;
@@ -51,6 +52,8 @@ pub struct Options {
     pub parked_retain: Duration,
     /// How often the canary is written; zero means never.
     pub canary_interval: Duration,
+    /// How rows of captured tables are read that were there before.
+    pub backfill: backfill::Options,
     /// Whether other partitions than before may be used while messages are queued in these.
     pub accept_reorder: bool,
 }

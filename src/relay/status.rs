@@ -16,6 +16,7 @@ use crate::error::{Error, Kind};
 use crate::message::RouteId;
 use crate::pg::slot::SlotState;
 use crate::pg::sqlstate::OBJECT_IN_USE;
+use crate::relay::backfill::shown::BackfillView;
 use crate::relay::checkpoint::progress::Progress;
 use crate::relay::find::Asks;
 use crate::relay::parking::Parking;
@@ -67,6 +68,7 @@ struct Inner {
     checkpoint_age: Duration,
     slot: Option<SlotStatus>,
     tables: tables::Tables,
+    backfills: Vec<BackfillView>,
 }
 
 /// What is parked.
@@ -203,6 +205,8 @@ pub struct Snapshot {
     pub lost_tables: Vec<LostTable>,
     /// Captured tables that were lost since the process started, and are there again.
     pub returned_tables: Vec<ReturnedTable>,
+    /// Backfills that have begun in this process.
+    pub backfills: Vec<BackfillView>,
     /// Everything that is wrong, with what to do; empty when all flows.
     pub problems: Vec<Concern>,
 }
@@ -236,6 +240,7 @@ impl Status {
             checkpoint_age: Duration::ZERO,
             slot: None,
             tables: tables::Tables::default(),
+            backfills: Vec::new(),
         });
         Arc::new(Self { inner, changed: Notify::new(), asks: Asks::default() })
     }
@@ -413,6 +418,11 @@ impl Status {
         self.lock().tables.find(back);
     }
 
+    /// The backfills of this process.
+    pub fn backfills(&self, backfills: Vec<BackfillView>) {
+        self.lock().backfills = backfills;
+    }
+
     /// A session runs.
     pub fn is_streaming(&self) -> bool {
         self.lock().state == RelayState::Streaming
@@ -469,6 +479,7 @@ impl Status {
             slot: inner.slot.clone(),
             lost_tables: inner.tables.lost.clone(),
             returned_tables: inner.tables.returned.clone(),
+            backfills: inner.backfills.clone(),
             problems: Vec::new(),
         };
         shown.problems = problems::of(&shown, inner.is_alive());

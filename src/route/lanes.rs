@@ -76,7 +76,7 @@ impl TablePlan {
         }
         match change {
             Change::Truncate => None,
-            Change::Insert { new } => self.lane(new).map(one),
+            Change::Insert { new } | Change::Read { new, .. } => self.lane(new).map(one),
             // An identity without the key hides that an update changes it.
             Change::Update { .. } | Change::Delete { .. } if !self.identity_has_key => None,
             Change::Delete { old } => self.old_lane(old).map(one),

@@ -12,7 +12,7 @@ use xxhash_rust::xxh64::Xxh64;
 use super::lanes::{self, LaneKeys};
 use super::{Format, MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template};
 use crate::column;
-use crate::event::{Content, Event, Table};
+use crate::event::{Change, Content, Event, Table};
 use crate::message::{ExchangeId, RouteId, route_hash};
 
 /// A route's plan.
@@ -77,6 +77,8 @@ pub struct Plans {
     names: HashMap<u32, Arc<str>>,
     /// By group: the names of the tables under which rows were parked before this session.
     parked: HashMap<u64, Vec<String>>,
+    /// Of the table whose rows a backfill reads, as it describes them.
+    read: Rules,
 }
 
 /// What is known of the captured tables where the stream resumes.
@@ -232,7 +234,8 @@ impl Plans {
     /// Nothing is described yet.
     pub fn new(router: &Router, resumed: Resumed) -> Self {
         let Resumed { keys, names, parked } = resumed;
-        Self { outbox: Rules::of_outbox(router), tables: HashMap::new(), keys, names, parked }
+        let (tables, read) = (HashMap::new(), Rules { rules: Vec::new(), barrier: false });
+        Self { outbox: Rules::of_outbox(router), tables, keys, names, parked, read }
     }
 
     /// From here on the table is described so. Where the lanes of its rows may be others now, by
@@ -251,6 +254,14 @@ impl Plans {
         self.tables.insert(table.oid, rules);
     }
 
+    /// The rows that a backfill reads next are described so. What the stream says of the table is
+    /// another matter: it may be behind.
+    pub fn describe_read(&mut self, router: &Router, table: &Arc<Table>) {
+        let mut rules = Rules::of_table(router, table);
+        rules.barrier = self.was_parked_as_another(&rules, table);
+        self.read = rules;
+    }
+
     /// Everything that is to be done with the event; empty means that no rule selects it.
     pub fn decide<'a>(
         &'a mut self,
@@ -259,6 +270,10 @@ impl Plans {
     ) -> impl Iterator<Item = Decision<'a>> + use<'a> {
         match &event.content {
             Content::Outbox(_) => self.outbox.decide(event, false),
+            Content::Change(Change::Read { .. }) => {
+                let barrier = std::mem::take(&mut self.read.barrier);
+                self.read.decide(event, barrier)
+            }
             Content::Change(_) => {
                 let rules = self.of_table(router, &event.table);
                 let barrier = std::mem::take(&mut rules.barrier);

@@ -7,6 +7,8 @@ pub mod wal;
 use std::future::Future;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use crate::error::Result;
 use crate::event::{Event, Table};
 use crate::position::{Lsn, Mark, Position};
@@ -21,6 +23,8 @@ pub enum Item {
     /// From here on changes of this captured table are described so; another description than the
     /// one that was stored last, or than the one before in this stream.
     Described(Arc<Table>, Receipt),
+    /// A low mark of a backfill: the rows of its chunk stand here.
+    LowMark(LowMark, Receipt),
     /// Nothing is open and everything up to here was handed on; the WAL has grown by something
     /// that is not ours.
     Idle(Receipt),
@@ -41,6 +45,41 @@ pub struct Receipt {
 pub enum Note {
     /// How a captured table is described from here on.
     Described(Arc<Table>),
+    /// How far a backfill is.
+    Backfilled(Cursor),
+}
+
+/// A low mark of a backfill, which the relay itself wrote: a transactional logical message, alone
+/// in its transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LowMark {
+    /// Tells it from all others.
+    pub token: Uuid,
+    /// Where its transaction begins: rows of its chunk stand at the sub-ordinals from 1 on.
+    pub position: Position,
+    /// LSN of the message.
+    pub lsn: Lsn,
+    /// Commit time, in microseconds since 1970-01-01 UTC.
+    pub committed_at_us: i64,
+    /// Its transaction.
+    pub xid: u32,
+}
+
+/// How far the run of a backfill is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cursor {
+    /// The run.
+    pub run: Uuid,
+    /// The mark of the chunk that came last.
+    pub token: Uuid,
+    /// The text of the key columns of its last row; absent where no row was found.
+    pub last_key: Option<Vec<String>>,
+    /// Rows that were read since the beginning of the run.
+    pub rows: u64,
+    /// Those of them that were not sent: a later change told all of them, or they are not wanted.
+    pub left_out: u64,
+    /// There are no more rows.
+    pub done: bool,
 }
 
 impl Receipt {
@@ -70,6 +109,11 @@ impl Receipt {
     pub(crate) fn with_note(mut self, note: Note) -> Self {
         self.notes.push(note);
         self
+    }
+
+    /// Adds something to be found again.
+    pub(crate) fn add_note(&mut self, note: Note) {
+        self.notes.push(note);
     }
 
     /// What is to be durable with the position, in source order; once.

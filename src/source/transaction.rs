@@ -25,6 +25,7 @@ use rows::{Values, complete, old_row, outbox_row};
 
 mod canary;
 mod describe;
+mod low_mark;
 mod options;
 mod rows;
 #[cfg(test)]
@@ -32,6 +33,7 @@ mod tests;
 #[cfg(test)]
 mod tests_identity;
 
+pub use low_mark::MARK_PREFIX;
 pub use options::{CapturedTable, Former, HeldTable};
 pub use options::{Options, OutboxNames, OutboxTable, Timelines};
 
@@ -153,6 +155,15 @@ impl Assembler {
                 self.change(at(relation), None, change, out)
             }
             ReplicationMessage::Truncate(truncate) => self.truncate(lsn, truncate.relations(), out),
+            ReplicationMessage::Logical {
+                transactional: true,
+                prefix: MARK_PREFIX,
+                lsn,
+                content,
+            } => {
+                self.low_mark(lsn, content, out);
+                Ok(())
+            }
             // Messages have ids of their own and never count; they come with a later source.
             ReplicationMessage::Logical { .. }
             | ReplicationMessage::Origin { .. }
@@ -280,7 +291,7 @@ impl Assembler {
         }
         let change = change(&Values::new(received.data, table, &self.options))?;
         let row = match &change {
-            Change::Insert { new } | Change::Update { new, .. } => new,
+            Change::Insert { new } | Change::Read { new, .. } | Change::Update { new, .. } => new,
             Change::Delete { old } => old.row(),
             Change::Truncate => unreachable!("a truncate has no row"),
         };

@@ -269,7 +269,7 @@ fn routing((mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>
     take_all(&mut assembler, &frames, &mut items);
     let event = |item| match item {
         Item::Event(event, _) => Some(event),
-        Item::Commit(_) | Item::Idle(_) | Item::Described(..) => None,
+        Item::Commit(_) | Item::Idle(_) | Item::Described(..) | Item::LowMark(..) => None,
     };
     let router = Router::new(&default_rules()).expect("the default rules");
     Routing {
@@ -320,7 +320,7 @@ fn messages() -> (Vec<Made>, Vec<Receipt>) {
     take_all(&mut assembler, &frames, &mut items);
     let receipt = |item| match item {
         Item::Event(_, receipt) => Some(receipt),
-        Item::Commit(_) | Item::Idle(_) | Item::Described(..) => None,
+        Item::Commit(_) | Item::Idle(_) | Item::Described(..) | Item::LowMark(..) => None,
     };
     let made = wrap(outbox_routing()).made;
     (made, items.into_iter().filter_map(receipt).collect())

@@ -502,6 +502,19 @@ fn a_captured_table_may_say_what_its_loss_means() {
 }
 
 #[test]
+fn a_captured_table_may_ask_for_a_snapshot() {
+    let tables = "source.tables = [\"public.a\", { name = \"public.b\", snapshot = \"initial\" }, \
+                  { name = \"public.c\", snapshot = \"never\" }]\n";
+    let relay = config(&format!("{LEAST}{tables}")).unwrap_or_else(|e| panic!("{e}")).relay;
+    let initial: Vec<String> = relay.backfill.initial.iter().map(ToString::to_string).collect();
+    assert_eq!((relay.tables.len(), initial), (3, vec!["public.b".to_owned()]));
+    let wrong = "source.tables = [{ name = \"public.a\", snapshot = \"always\" }]\n";
+    assert!(problem(wrong).contains("snapshot = \"always\""), "{}", problem(wrong));
+    let wrong = "backfill.chunk_rows = 0\n";
+    assert!(problem(wrong).contains("backfill.chunk_rows"), "{}", problem(wrong));
+}
+
+#[test]
 fn certificates_beside_a_url_without_tls_are_a_mistake() {
     let expected = "broker.tls_ca is set, but broker.url is amqp://, which is plain text";
     assert!(problem("broker.tls_ca = '/ca.pem'\n").contains(expected));

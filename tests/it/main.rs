@@ -7,6 +7,8 @@ mod admin;
 mod amqp;
 mod amqp_tls;
 mod audit;
+mod backfill;
+mod backfill_commits;
 mod binary;
 mod cli;
 mod crash;

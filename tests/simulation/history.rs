@@ -188,7 +188,7 @@ impl History {
             apply(&commit(transaction), &mut items);
             let events = items.drain(..).filter_map(|item| match item {
                 Item::Event(event, _) => Some(event),
-                Item::Commit(_) | Item::Idle(_) | Item::Described(..) => None,
+                Item::Commit(_) | Item::Idle(_) | Item::Described(..) | Item::LowMark(..) => None,
             });
             let events: Vec<_> = events.collect();
             assert_eq!(events.len(), transaction.events.len());

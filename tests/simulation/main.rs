@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use watership::metrics::{Metrics, RouteLabel};
 use watership::position::{Lsn, Mark, Position};
+use watership::relay::backfill::Backfill;
 use watership::relay::checkpoint::Checkpoint;
 use watership::relay::checkpoint::own::OwnCheckpoint;
 use watership::relay::checkpoint::progress::Progress;
@@ -204,6 +205,7 @@ impl Run {
             published,
             recently_parked: parked,
             remembered,
+            backfill: Backfill::none(),
         };
         let idle_interval = Duration::from_millis(300);
         let tuning = Tuning { parked: self.limits, idle_interval, ..TUNING };

@@ -218,6 +218,7 @@ fn shutdown_drains_the_window_and_leaves_nothing_to_repeat() {
             published: Default::default(),
             recently_parked: Default::default(),
             remembered: Default::default(),
+            backfill: Backfill::none(),
         };
         let tuning = TUNING;
         let mut relay = Relay::new(parts, "sim", &tuning);

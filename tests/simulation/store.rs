@@ -108,6 +108,7 @@ impl MemoryStore {
                     let mut described = self.described.lock().unwrap();
                     described.extend(tables.into_iter().map(|table| (table.oid, table)));
                 }
+                Rider::Backfilled(_) => unreachable!("nobody asked for a backfill"),
             }
         }
         if self.keeps_history {

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::event::Table;
 use crate::relay::parking::row::{Changed, ParkedRow, changes_to_json, rows_to_json};
-use crate::source::Note;
+use crate::source::{Cursor, Note};
 
 /// One of them: all of its kind that go with one checkpoint.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,13 +21,16 @@ pub enum Rider {
     Unparked(Vec<Changed>),
     /// How captured tables are described from here on; the later of two for one table counts.
     Described(Vec<Arc<Table>>),
+    /// How far backfills are; the later of two for one run counts.
+    Backfilled(Vec<Cursor>),
 }
 
 /// The kinds, in the order of their statements.
-pub const STATEMENTS: [&str; 3] = [
+pub const STATEMENTS: [&str; 4] = [
     include_str!("../../../sql/query/rider_parked.sql"),
     include_str!("../../../sql/query/rider_unparked.sql"),
     include_str!("../../../sql/query/rider_described.sql"),
+    include_str!("../../../sql/query/rider_backfilled.sql"),
 ];
 
 impl Rider {
@@ -37,6 +40,7 @@ impl Rider {
             Rider::Parked(_) => 0,
             Rider::Unparked(_) => 1,
             Rider::Described(_) => 2,
+            Rider::Backfilled(_) => 3,
         }
     }
 
@@ -54,16 +58,53 @@ impl Rider {
                     rows.map(|(_, table)| JsonTable::of(table)).collect();
                 serde_json::to_string(&rows).expect("names and numbers are JSON")
             }
+            Rider::Backfilled(cursors) => {
+                let latest = |(at, cursor): &(usize, &Cursor)| {
+                    !cursors[at + 1..].iter().any(|later| later.run == cursor.run)
+                };
+                let rows = cursors.iter().enumerate().filter(latest);
+                let rows: Vec<JsonCursor<'_>> =
+                    rows.map(|(_, cursor)| JsonCursor::of(cursor)).collect();
+                serde_json::to_string(&rows).expect("texts and numbers are JSON")
+            }
         }
     }
 }
 
-/// The riders that notes of a source become.
-pub fn of_notes(notes: Vec<Note>) -> Option<Rider> {
-    let described = |note| match note {
-        Note::Described(table) => table,
-    };
-    (!notes.is_empty()).then(|| Rider::Described(notes.into_iter().map(described).collect()))
+/// The riders that notes of a source become, one of a kind.
+pub fn of_notes(notes: Vec<Note>) -> Vec<Rider> {
+    let (mut tables, mut cursors) = (Vec::new(), Vec::new());
+    for note in notes {
+        match note {
+            Note::Described(table) => tables.push(table),
+            Note::Backfilled(cursor) => cursors.push(cursor),
+        }
+    }
+    let mut riders = Vec::new();
+    if !tables.is_empty() {
+        riders.push(Rider::Described(tables));
+    }
+    if !cursors.is_empty() {
+        riders.push(Rider::Backfilled(cursors));
+    }
+    riders
+}
+
+#[derive(Serialize)]
+struct JsonCursor<'a> {
+    run: String,
+    last_key: Option<&'a [String]>,
+    rows: u64,
+    left_out: u64,
+    done: bool,
+}
+
+impl<'a> JsonCursor<'a> {
+    fn of(cursor: &'a Cursor) -> Self {
+        let Cursor { run, last_key, rows, left_out, done, token: _ } = cursor;
+        let (rows, left_out, done) = (*rows, *left_out, *done);
+        Self { run: run.to_string(), last_key: last_key.as_deref(), rows, left_out, done }
+    }
 }
 
 #[derive(Serialize)]
@@ -109,7 +150,8 @@ mod tests {
             })
         };
         let tables = [table(1, 7, "id"), table(2, u64::MAX, "id"), table(1, 8, "new_id")];
-        let rider = of_notes(tables.map(Note::Described).into()).expect("there are notes");
+        let riders = of_notes(tables.map(Note::Described).into());
+        let [rider] = &riders[..] else { panic!("{riders:?}") };
         let row = |relation, version, key| {
             format!(
                 "{{\"relation\":{relation},\"version\":{version},\"schema_name\":\"public\",\
@@ -117,6 +159,6 @@ mod tests {
             )
         };
         assert_eq!(rider.to_json(), format!("[{},{}]", row(2, -1, "id"), row(1, 8, "new_id")));
-        assert_eq!(of_notes(Vec::new()), None);
+        assert_eq!(of_notes(Vec::new()), []);
     }
 }

@@ -23,9 +23,10 @@ use std::sync::Arc;
 use crate::amqp::publisher::Connection;
 use crate::amqp::topology::Wrong;
 use crate::error::{Error, Kind, Result};
-use crate::metrics::{Metrics, TableMetrics};
+use crate::metrics::{BackfillMetrics, Metrics, TableMetrics};
 use crate::pg::client::Closed;
 use crate::publisher::Publisher as _;
+use crate::relay::backfill::{Backfill, worker};
 use crate::relay::check::position::Failover;
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::progress::Progress;
@@ -44,6 +45,8 @@ pub struct Session {
     pub relay: Relay<AnySource, Connection, PostgresStore>,
     /// Tells when the SQL connection ends: a shutdown of the server is seen at once.
     pub closed: Closed,
+    /// Reads tables for backfills, until it is dropped.
+    pub backfill: worker::Running,
 }
 
 /// What all sessions of a process share.
@@ -63,6 +66,8 @@ pub struct Shared {
     pub(in crate::relay) keys: Arc<catalog::StartedWith>,
     /// Metrics handles of the captured tables that are held when they are lost.
     pub held: Arc<TableMetrics>,
+    /// Metrics handles of backfills.
+    pub backfills: Arc<BackfillMetrics>,
 }
 
 /// Opens all three connections and starts the stream.
@@ -112,6 +117,7 @@ pub async fn open(
         remembered = kept.remembered.len(),
         "streaming"
     );
+    let (backfill, end) = Backfill::linked(options.backfill.max_unconfirmed);
     let parts = RelayParts {
         source,
         publisher,
@@ -128,9 +134,11 @@ pub async fn open(
         published: std::mem::take(&mut kept.published),
         recently_parked: std::mem::take(&mut kept.parked),
         remembered: std::mem::take(&mut kept.remembered),
+        backfill,
     };
     shared.canary.begin(row.flush_lsn, canary, std::time::Instant::now());
-    Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed })
+    let backfill = worker::start(options.clone(), shared.clone(), end);
+    Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed, backfill })
 }
 
 /// Does `work` while the broker connection, which publishes nothing yet, is kept alive.

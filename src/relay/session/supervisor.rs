@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::backoff::Backoff;
 use crate::error::{Code, Error, Kind, Result, Retry};
-use crate::metrics::{Metrics, TableMetrics};
+use crate::metrics::{BackfillMetrics, Metrics, TableMetrics};
 use crate::position::Position;
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::session::broken::Missing;
@@ -50,13 +50,8 @@ pub async fn run(
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
     let router = Arc::new(Router::new(&options.rules)?);
-    let canary = Canary::new(options.canary_interval);
-    let (own, keys) = (Arc::new(OwnCheckpoint::default()), Arc::default());
-    let missing = Arc::new(Missing::default());
-    let redeclaring = redeclare::run(options.clone(), status.clone(), missing.clone());
-    let held = Arc::new(TableMetrics::new(options.held.iter().map(ToString::to_string)));
-    let (of_all, shown) = (metrics.clone(), status.clone());
-    let shared = Shared { metrics: of_all, status: shown, canary, own, missing, keys, held };
+    let shared = shared(&options, &metrics, &status);
+    let redeclaring = redeclare::run(options.clone(), status.clone(), shared.missing.clone());
     let (doubt, mut doubts) = mpsc::channel(1);
     let upkeep = tokio::spawn(upkeep::run(options.clone(), shared.clone(), doubt));
     let mut kept = Kept::default();
@@ -114,6 +109,20 @@ pub async fn run(
     result
 }
 
+/// What all sessions share, as it is at first.
+fn shared(options: &Options, metrics: &Arc<Metrics>, status: &Arc<Status>) -> Shared {
+    Shared {
+        metrics: metrics.clone(),
+        status: status.clone(),
+        canary: Canary::new(options.canary_interval),
+        own: Arc::new(OwnCheckpoint::default()),
+        missing: Arc::new(Missing::default()),
+        keys: Arc::default(),
+        held: Arc::new(TableMetrics::new(options.held.iter().map(ToString::to_string))),
+        backfills: Arc::new(BackfillMetrics::new(options.tables.iter().cloned())),
+    }
+}
+
 /// The longest wait for another try; `None` where none can help.
 fn longest_wait(error: &Error, has_run: bool) -> Option<Duration> {
     match error.retry() {
@@ -158,7 +167,7 @@ async fn one_session(
         _ = shutdown.wait_for(|stop| *stop) => return Life::unopened(Ok(())),
         opened = in_time(session::open(options, router, shared, kept)) => opened,
     };
-    let Session { mut relay, mut closed } = match opened {
+    let Session { mut relay, mut closed, backfill } = match opened {
         Ok(session) => session,
         Err(error) => return Life::unopened(Err(error)),
     };
@@ -188,6 +197,8 @@ async fn one_session(
         }
     };
     shared.canary.end();
+    drop(backfill);
+    shared.backfills.session_over();
     let received = Some(relay.progress().received_position());
     let by_stream = relay.stream_failed();
     *kept = relay.close().await;

@@ -250,7 +250,7 @@ async fn stream(
         canary_accepted: canary::accepted(client, &options.name).await?,
     });
     let publications = [&*options.publication];
-    let asked = StreamOptions { binary: options.binary };
+    let asked = StreamOptions { binary: options.binary, messages: true };
     let stream = replication.start(&options.slot, row.flush_lsn, &publications, asked).await?;
     Ok((stream, assembler, resumed))
 }

@@ -84,6 +84,12 @@ pub(super) fn of(shown: &Snapshot, is_alive: bool) -> Vec<Concern> {
         ));
     }
     found.extend(tables::concerns(&shown.lost_tables, &shown.returned_tables));
+    for failed in shown.backfills.iter().filter(|one| one.error.is_some()) {
+        found.push(Concern::warning(
+            format!("a backfill has failed: {}", failed.line()),
+            "start another backfill of the table; `watership backfill list` shows them",
+        ));
+    }
     if shown.parked.rows > 0 {
         let (rows, keys) = (shown.parked.rows, shown.parked.keys);
         found.push(Concern::warning(

@@ -35,12 +35,14 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     pub(in crate::relay) fn admit_batch(&mut self) {
         let now = tokio::time::Instant::now().into_std();
         let mut batch = std::mem::take(&mut self.making.batch);
+        let beside = self.backfill.is_active();
         for item in batch.drain(..) {
             if matches!(self.ending, Ending::Draining { .. }) {
                 // A poison event came before: nothing after it may be settled.
                 break;
             }
             let admitted = match item {
+                Item::Event(event, receipt) if beside => self.admit_beside(event, receipt, now),
                 Item::Event(event, receipt) => self.admit(&event, receipt, now),
                 Item::Commit(receipt) => {
                     self.seen.metrics.wal.transactions.increment(1);
@@ -51,7 +53,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     self.durable.idle.reached(receipt);
                     Ok(())
                 }
+                Item::LowMark(mark, receipt) => {
+                    self.marked(mark, receipt, now);
+                    Ok(())
+                }
                 Item::Described(table, receipt) => {
+                    self.before_description(&table, now);
                     self.making.plans.describe(&self.making.router, &table);
                     self.push_settled(receipt);
                     Ok(())
@@ -66,8 +73,31 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     /// Routes one event, gives its messages to the lanes, and parks what cannot be published.
-    fn admit(&mut self, event: &Event, receipt: Receipt, now: Instant) -> Result<()> {
+    pub(in crate::relay) fn admit(
+        &mut self,
+        event: &Event,
+        receipt: Receipt,
+        now: Instant,
+    ) -> Result<()> {
         // All messages are made before the first is admitted: a verdict is about the whole event.
+        self.make(event)?;
+        let size = |made: &Made| match made {
+            Made::Message(message, _) => message.size(),
+            Made::Row(row, _) => row.size(),
+        };
+        let bytes = self.making.made.iter().map(size).sum();
+        let count = u16::try_from(self.making.made.len()).expect("RULES_MAX fits");
+        let entry = self.push(receipt, count, bytes);
+        self.seen.published.event(event.position.mark);
+        self.hand_over(event, Owner::Window(entry), now);
+        Ok(())
+    }
+
+    /// Makes what there is to be sent and to be parked of an event.
+    ///
+    /// # Errors
+    /// For one that its route does not want parked.
+    pub(in crate::relay) fn make(&mut self, event: &Event) -> Result<()> {
         self.making.made.clear();
         let mut selected = false;
         let max_body = self.max_body();
@@ -103,20 +133,22 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         if !self.parked.parking.is_idle() {
             self.follow_parked(event);
         }
-        let size = |made: &Made| match made {
-            Made::Message(message, _) => message.size(),
-            Made::Row(row, _) => row.size(),
+        Ok(())
+    }
+
+    /// Gives what was made of an event to the lanes, and parks the rest. The owner's entry waits
+    /// for all of it.
+    pub(in crate::relay) fn hand_over(&mut self, event: &Event, owner: Owner, now: Instant) {
+        let entry = match owner {
+            Owner::Window(entry) | Owner::Chunk(entry) => entry,
+            Owner::Parked(_) => unreachable!("what is tried again was made before"),
         };
-        let bytes = self.making.made.iter().map(size).sum();
-        let count = u16::try_from(self.making.made.len()).expect("RULES_MAX fits");
-        let entry = self.push(receipt, count, bytes);
-        self.seen.published.event(event.position.mark);
         let mut made = std::mem::take(&mut self.making.made);
         for made in made.drain(..) {
             match made {
                 Made::Message(message, lanes) => {
                     self.seen.metrics.routes[usize::from(message.route.0)].received.increment(1);
-                    if self.is_left_out(&message, event.position, lanes, entry) {
+                    if self.is_left_out(&message, event.position, lanes, owner) {
                         continue;
                     }
                     let about = About {
@@ -124,13 +156,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                         source: event.table.full_name.clone(),
                         committed_at_us: event.committed_at_us,
                     };
-                    self.flight.lanes.admit(message, about, lanes, Owner::Window(entry), now);
+                    self.flight.lanes.admit(message, about, lanes, owner, now);
                 }
                 Made::Row(row, policy) => self.park(*row, entry, policy),
             }
         }
         self.making.made = made;
-        Ok(())
     }
 
     /// The broker confirmed the message to an earlier session, and its turn has come: it is settled
@@ -140,11 +171,16 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         message: &Message,
         position: Position,
         lanes: LaneKeys,
-        entry: EntryId,
+        owner: Owner,
     ) -> bool {
         if self.flight.remembered.is_empty() {
             return false;
         }
+        let Owner::Window(entry) = owner else {
+            // A chunk that comes again has another place, and other rows.
+            self.flight.remembered.sends(message.route, lanes);
+            return false;
+        };
         let key = MessageKey::of(message);
         if !self.flight.remembered.leaves_out(key, position, lanes) {
             return false;
@@ -230,13 +266,18 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.publisher.max_body().min(self.making.broker_max_body)
     }
 
-    fn push_settled(&mut self, receipt: Receipt) {
+    pub(in crate::relay) fn push_settled(&mut self, receipt: Receipt) {
         self.durable.idle.busy();
         self.durable.progress.on_received(receipt.position());
         self.flight.window.push_settled(receipt);
     }
 
-    fn push(&mut self, receipt: Receipt, messages: u16, bytes: usize) -> EntryId {
+    pub(in crate::relay) fn push(
+        &mut self,
+        receipt: Receipt,
+        messages: u16,
+        bytes: usize,
+    ) -> EntryId {
         self.durable.idle.busy();
         self.durable.progress.on_received(receipt.position());
         self.flight.window.push(receipt, messages, bytes)
@@ -287,7 +328,7 @@ fn no_route(event: &Event) -> Error {
 }
 
 /// An event that its route does not want parked stops the relay.
-fn poison_verdict(error: Error) -> Error {
+pub(in crate::relay) fn poison_verdict(error: Error) -> Error {
     if error.kind() != Kind::Event {
         return error;
     }

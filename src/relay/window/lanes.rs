@@ -31,6 +31,8 @@ use crate::route::LaneKeys;
 pub enum Owner {
     /// The window's entry that it settles.
     Window(EntryId),
+    /// The same, of a chunk of a backfill.
+    Chunk(EntryId),
     /// The number of a parked row that is tried again.
     Parked(u64),
 }

@@ -14,7 +14,7 @@ use crate::relay::parking::row::{ParkedKey, ParkedRow, RowState, Why, raw_messag
 use crate::relay::window::lanes::{Confirmed, Owner, Pending};
 use crate::relay::{Flight, Relay};
 use crate::route::OnPoison;
-use crate::source::Source;
+use crate::source::{Note, Source};
 use crate::verdict::Verdict;
 
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
@@ -69,6 +69,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 self.flight.confirms.add(position, key);
                 self.flight.window.settle(entry);
             }
+            Owner::Chunk(entry) => self.flight.window.settle(entry),
             Owner::Parked(number) => {
                 self.parked.parking.confirmed(number);
                 self.parked.retry_due = true;
@@ -77,8 +78,11 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.seen.recent.add(key, clock);
         let metrics = self.route_metrics(key.route);
         metrics.confirmed.increment(1);
-        let committed = Duration::from_micros(u64::try_from(committed_at_us).unwrap_or(0));
-        metrics.commit_to_confirm.record(clock.saturating_sub(committed).as_secs_f64());
+        // The rows of a chunk wait for their turn, which says nothing of live changes.
+        if !matches!(owner, Owner::Chunk(_)) {
+            let committed = Duration::from_micros(u64::try_from(committed_at_us).unwrap_or(0));
+            metrics.commit_to_confirm.record(clock.saturating_sub(committed).as_secs_f64());
+        }
         self.seen.metrics.broker.last_confirmed_seconds.set(clock.as_secs_f64());
         if released {
             let route = &*self.making.router.by_id(key.route).name;
@@ -159,7 +163,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         for (index, slot) in slots.into_iter().enumerate() {
             let (why, error) = if index == 0 { (why, error) } else { (Why::Follows, &follows) };
             match slot.owner {
-                Owner::Window(entry) => {
+                Owner::Window(entry) | Owner::Chunk(entry) => {
                     let policy = match why {
                         Why::Refused => {
                             self.making.router.by_id(slot.message.route).policy.on_poison
@@ -218,7 +222,13 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     pub(in crate::relay) fn settle_prefix(&mut self) {
         if let Some(mut receipt) = self.flight.window.take_settled() {
             self.durable.progress.on_settled(&receipt);
-            self.durable.notes.append(&mut receipt.take_notes());
+            let mut notes = receipt.take_notes();
+            if notes.iter().any(|note| matches!(note, Note::Backfilled(_))) {
+                // The next chunk waits for it.
+                self.backfill.settled(tokio::time::Instant::now().into_std());
+                self.durable.progress.tick();
+            }
+            self.durable.notes.append(&mut notes);
             if self.durable.storing.is_none() && !self.durable.progress.has_unstored() {
                 // A replay of what was stored before needs no checkpoint.
                 self.durable.stored_left = self.flight.window.left();

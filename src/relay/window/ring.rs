@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use crate::source::Receipt;
+use crate::source::{Note, Receipt};
 
 /// Number of an entry; grows by one with each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,7 +25,7 @@ pub struct Window {
 struct Entry {
     receipt: Receipt,
     /// Messages that are not settled yet; 0 means that the entry is settled.
-    open: u16,
+    open: u32,
     bytes: usize,
 }
 
@@ -37,7 +37,7 @@ impl Window {
 
     /// Adds the next entry in source order, with the number of its messages and their size.
     pub fn push(&mut self, receipt: Receipt, messages: u16, bytes: usize) -> EntryId {
-        self.entries.push_back(Entry { receipt, open: messages, bytes });
+        self.entries.push_back(Entry { receipt, open: messages.into(), bytes });
         self.bytes += bytes;
         EntryId(self.first + self.entries.len() as u64 - 1)
     }
@@ -74,11 +74,42 @@ impl Window {
         let index = id.0.checked_sub(self.first).expect("a settled entry stays settled");
         let entry = &mut self.entries[usize::try_from(index).expect("the ring fits in memory")];
         assert!(entry.open > 0, "each message settles once");
-        entry.open += u16::try_from(messages).expect("RULES_MAX fits");
+        entry.open += u32::try_from(messages).expect("RULES_MAX fits");
         entry.open -= 1;
         if entry.open == 0 {
             self.bytes -= std::mem::take(&mut entry.bytes);
         }
+    }
+
+    /// Adds unsettled messages to an entry that has some: a backfill's chunk gets them row by row.
+    ///
+    /// # Panics
+    /// When the entry is settled.
+    pub fn add(&mut self, id: EntryId, messages: usize) {
+        self.unsettled(id).open += u32::try_from(messages).expect("RULES_MAX fits");
+    }
+
+    /// How many messages are unsettled of an entry that has some.
+    ///
+    /// # Panics
+    /// When the entry is settled.
+    pub fn open(&mut self, id: EntryId) -> usize {
+        self.unsettled(id).open as usize
+    }
+
+    /// What is to be durable together with an unsettled entry.
+    ///
+    /// # Panics
+    /// When the entry is settled.
+    pub fn note(&mut self, id: EntryId, note: Note) {
+        self.unsettled(id).receipt.add_note(note);
+    }
+
+    fn unsettled(&mut self, id: EntryId) -> &mut Entry {
+        let index = id.0.checked_sub(self.first).expect("an unsettled entry is in the ring");
+        let entry = &mut self.entries[usize::try_from(index).expect("the ring fits in memory")];
+        assert!(entry.open > 0, "the entry is not settled");
+        entry
     }
 
     /// Takes the settled prefix off and gives back what covers it.

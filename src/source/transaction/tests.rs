@@ -236,6 +236,63 @@ fn our_own_writes_take_an_ordinal_and_are_progress_only_beside_others() {
     assert!(matches!(empty[..], [Item::Commit(_)]), "nothing of ours");
 }
 
+fn message(transactional: bool, prefix: &str, content: &str) -> Bytes {
+    let mut out = vec![b'M', u8::from(transactional)];
+    out.put_u64(77);
+    out.extend_from_slice(prefix.as_bytes());
+    out.put_u8(0);
+    out.put_u32(u32::try_from(content.len()).expect("short"));
+    out.extend_from_slice(content.as_bytes());
+    out.into()
+}
+
+#[test]
+fn a_low_mark_stands_before_every_change_and_after_the_rows_of_its_chunk() {
+    let token = "5c0a2f4e-0000-4000-8000-00000000002a";
+    let mark = message(true, MARK_PREFIX, token);
+    let mut fresh = assembler(Position::default());
+    let items = apply(&mut fresh, &[begin(100), mark.clone(), event(), commit(100)]);
+    let [Item::LowMark(mark_of, receipt), Item::Event(event_of, _), Item::Commit(last)] =
+        &items[..]
+    else {
+        panic!("{items:?}")
+    };
+    assert_eq!((mark_of.token.to_string(), mark_of.lsn), (token.into(), Lsn(77)));
+    let row = Position { sub: u32::from(u16::MAX), ..mark_of.position };
+    assert!(mark_of.position < row && row < receipt.position());
+    assert!(receipt.position() < event_of.position && event_of.position <= last.position());
+    assert_eq!(receipt.flush(), None);
+    // Alone in its transaction.
+    let items = apply(&mut fresh, &[begin(200), mark.clone(), commit(200)]);
+    let [Item::LowMark(_, receipt), Item::Commit(last)] = &items[..] else { panic!("{items:?}") };
+    assert_eq!((last.position(), last.flush()), (receipt.position(), Some(Mark(208))));
+    // It was settled before; and the next one was not.
+    let mut resumed = assembler(receipt.position());
+    let items = apply(&mut resumed, &[begin(200), mark.clone(), commit(200)]);
+    assert!(matches!(items[..], [Item::Commit(_)]), "{items:?}");
+    let items = apply(&mut resumed, &[begin(300), mark, commit(300)]);
+    assert!(matches!(items[..], [Item::LowMark(..), Item::Commit(_)]), "{items:?}");
+}
+
+#[test]
+fn what_no_relay_would_have_written_is_no_low_mark() {
+    let token = "5c0a2f4e-0000-4000-8000-00000000002a";
+    let mut assembler = assembler(Position::default());
+    for (lsn, other) in [
+        (100, message(true, "watership.backfill.x", token)),
+        (200, message(true, MARK_PREFIX, "")),
+        (300, message(true, MARK_PREFIX, "'; DROP")),
+    ] {
+        let items = apply(&mut assembler, &[begin(lsn), other, commit(lsn)]);
+        assert!(matches!(items[..], [Item::Commit(_)]), "{items:?}");
+    }
+    let outside = message(false, MARK_PREFIX, token);
+    assert!(apply(&mut assembler, &[outside]).is_empty());
+    let late = message(true, MARK_PREFIX, token);
+    let items = apply(&mut assembler, &[begin(400), event(), late.clone(), late, commit(400)]);
+    assert!(matches!(items[..], [Item::Event(..), Item::Commit(_)]), "{items:?}");
+}
+
 #[test]
 fn a_stream_that_goes_back_is_a_protocol_error() {
     for back in [100, 200] {

@@ -41,7 +41,7 @@ fn apply(assembler: &mut Assembler, messages: &[Bytes]) -> Vec<Item> {
 fn events(items: Vec<Item>) -> Vec<Event> {
     let event = |item| match item {
         Item::Event(event, _) => Some(event),
-        Item::Commit(_) | Item::Idle(_) | Item::Described(..) => None,
+        Item::Commit(_) | Item::Idle(_) | Item::Described(..) | Item::LowMark(..) => None,
     };
     items.into_iter().filter_map(event).collect()
 }

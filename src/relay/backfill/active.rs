@@ -1,0 +1,172 @@
+//! A run that has begun: where it is, and whether its table is the one that it began with.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use tokio_postgres::GenericClient;
+
+use super::keyset::{From, TableShape};
+use super::pace::Pace;
+use super::read::{self, ReadTable, Unfit};
+use super::runs::{self, Run};
+use super::shown::BackfillView;
+use super::{Options, runs::RunState};
+use crate::error::{Error, Result};
+use crate::pg::publication::TableName;
+use crate::relay::options;
+use crate::source::Cursor;
+
+/// How long a run waits for transactions that were open when it began, where no commit waits for a
+/// standby: one that is committed is visible as soon as its process comes to it.
+const OPEN_LIMIT: Duration = Duration::from_secs(10);
+/// Over which time the rate is told.
+const RATE_OVER: Duration = Duration::from_secs(10);
+
+/// A run that has begun in this session.
+pub(super) struct Active {
+    pub(super) run: Run,
+    pub(super) wanted: ReadTable,
+    pub(super) shape: TableShape,
+    pub(super) pace: Pace,
+    /// Transactions that were open when the loop began to remember those of the table; absent once
+    /// none of them can matter.
+    before: Option<(HashSet<u32>, Instant)>,
+    /// When it may go on.
+    pub(super) not_before: Instant,
+    /// Rows of earlier times, by which the rate is told.
+    since: (Instant, u64),
+    lately: Option<(u64, Duration)>,
+}
+
+impl Active {
+    /// Looks at the table of a run. The inner error is why it cannot be read.
+    pub(super) async fn begin(
+        client: &impl GenericClient,
+        relay: &options::Options,
+        mut run: Run,
+    ) -> Result<std::result::Result<Self, Unfit>> {
+        let (wanted, shape) = match look(client, relay, &run.table).await? {
+            Ok(found) => found,
+            Err(unfit) => return Ok(Err(unfit)),
+        };
+        let unfit = |what: String| {
+            let hint = "start another backfill of it".to_owned();
+            Ok(Err(Unfit { what, hint }))
+        };
+        let is = (wanted.oid, shape.table.version);
+        if run.began.is_some_and(|began| began != is) {
+            return unfit(format!(
+                "{} was altered, or created again, since the run began",
+                run.table
+            ));
+        }
+        let key = run.last_key.as_ref().or(run.first_key.as_ref());
+        if let Some(key) = key.filter(|key| key.len() != shape.key.len()) {
+            let (table, got, wants) = (&run.table, key.len(), shape.key.len());
+            return unfit(format!(
+                "the key of {table} has {wants} columns, {got} values were given"
+            ));
+        }
+        run.total = read::estimate(client, wanted.oid).await?.or(run.total);
+        runs::begin(client, run.run, is, run.total).await?;
+        run.state = RunState::Running;
+        let Options { chunk_rows, max_rate, .. } = relay.backfill;
+        let (pace, now) = (Pace::new(chunk_rows, max_rate), Instant::now());
+        let (since, lately, before) = ((now, run.rows), None, None);
+        Ok(Ok(Self { run, wanted, shape, pace, before, not_before: now, since, lately }))
+    }
+
+    /// From now on the loop remembers the transactions of the table; these were open before.
+    pub(super) fn remembered_since(&mut self, open: HashSet<u32>) {
+        self.before = Some((open, Instant::now()));
+    }
+
+    /// Why it has to wait for a transaction from before that may be committed and not visible.
+    pub(super) async fn waits_for_open(
+        &mut self,
+        client: &impl GenericClient,
+    ) -> Result<Option<String>> {
+        let Some((before, since)) = &mut self.before else { return Ok(None) };
+        let (open, standby) = read::unseen(client).await?;
+        before.retain(|xid| open.contains(xid));
+        let limit = !standby && since.elapsed() >= OPEN_LIMIT;
+        if before.is_empty() || limit {
+            self.before = None;
+            return Ok(None);
+        }
+        let count = before.len();
+        Ok(Some(format!("{count} transactions that were open when it began have not ended")))
+    }
+
+    /// Where the next chunk begins.
+    pub(super) fn from(&self) -> From {
+        match (&self.run.last_key, &self.run.first_key) {
+            (Some(key), _) => From::After(key.clone()),
+            (None, Some(key)) => From::At(key.clone()),
+            (None, None) => From::Start,
+        }
+    }
+
+    /// A chunk with this cursor is stored. Returns how many rows it had, and how many were left
+    /// out.
+    pub(super) fn stored(&mut self, cursor: &Cursor, left_out: u64) -> (u64, u64) {
+        let moved = (cursor.rows - self.run.rows, left_out - self.run.left_out);
+        (self.run.rows, self.run.left_out) = (cursor.rows, left_out);
+        if cursor.last_key.is_some() {
+            self.run.last_key.clone_from(&cursor.last_key);
+        }
+        if cursor.done {
+            self.run.state = RunState::Done;
+        }
+        let (since, rows) = self.since;
+        self.lately = Some((self.run.rows - rows, since.elapsed()));
+        if since.elapsed() >= RATE_OVER {
+            self.since = (Instant::now(), self.run.rows);
+        }
+        moved
+    }
+
+    pub(super) fn view(&self) -> BackfillView {
+        BackfillView::new(&self.run, self.lately)
+    }
+}
+
+/// The table and how it is read, or why it cannot be.
+///
+/// # Errors
+/// The server's.
+pub async fn look(
+    client: &impl GenericClient,
+    relay: &options::Options,
+    table: &str,
+) -> Result<std::result::Result<(ReadTable, TableShape), Unfit>> {
+    if !relay.tables.iter().any(|captured| captured == table) {
+        let what = format!("{table} is not captured");
+        let hint = "add it to source.tables and to the publication (`watership init`)".to_owned();
+        return Ok(Err(Unfit { what, hint }));
+    }
+    let name: TableName = table.parse()?;
+    let gone = || Unfit {
+        what: format!("{table} does not exist"),
+        hint: "create it, or rename it back".to_owned(),
+    };
+    let Some(wanted) = read::find(client, &name, &relay.publication).await? else {
+        return Ok(Err(gone()));
+    };
+    Ok(match read::shape(client, &wanted).await? {
+        None => Err(gone()),
+        Some(Err(unfit)) => Err(unfit),
+        Some(Ok(shape)) => Ok((wanted, shape)),
+    })
+}
+
+/// What is told of an error of a statement over the table: not its text where that may have a
+/// value of a row.
+pub(super) fn told(error: &Error) -> String {
+    match error.sqlstate() {
+        Some(code) if code.starts_with("22") => {
+            format!("a condition or a value of the table cannot be evaluated (SQLSTATE {code})")
+        }
+        Some(_) | None => error.to_string(),
+    }
+}
