@@ -91,13 +91,13 @@ pub async fn run(servers: &Servers, seconds: u64) -> Result<Latency> {
 }
 
 /// The value below which the part `q` of the sorted `values` lies.
-fn quantile(values: &[f64], q: f64) -> f64 {
+pub fn quantile(values: &[f64], q: f64) -> f64 {
     let index = (values.len() as f64 * q).ceil() as usize;
     values.get(index.saturating_sub(1)).copied().unwrap_or(f64::NAN)
 }
 
 /// Sends the id and the time of each message that arrives.
-async fn consume(
+pub async fn consume(
     servers: &Servers,
     queue: &str,
 ) -> Result<mpsc::UnboundedReceiver<(Uuid, Instant)>> {

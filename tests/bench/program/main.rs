@@ -4,6 +4,7 @@
 //! Private servers (Postgres with fsync, RabbitMQ with a quorum queue), the real `watership run`
 //! as its own process, nothing in between. See docs/performance.md for what each figure means.
 
+mod backfill;
 mod deleted;
 mod drain;
 mod latency;
@@ -62,6 +63,12 @@ struct Arguments {
     /// that is poison.
     #[arg(long)]
     troubles: bool,
+    /// Measure a backfill of this number of rows beside live events, and nothing else.
+    #[arg(long)]
+    backfill: Option<u64>,
+    /// Live events a second beside it.
+    #[arg(long, default_value_t = 1000)]
+    live: u64,
     /// Leave out the drains.
     #[arg(long)]
     no_drain: bool,
@@ -135,6 +142,10 @@ async fn run(arguments: Arguments) -> Result<()> {
         report.nacks(trouble::nacks(&servers, NACKED.min(events), seed).await?);
         report.deleted(deleted::run(&servers).await?);
         report.poison(trouble::poison(&servers, events, seed, arguments.repeat).await?);
+        return report.write(&arguments.out);
+    }
+    if let Some(rows) = arguments.backfill {
+        report.backfill(backfill::run(&servers, rows, arguments.live).await?);
         return report.write(&arguments.out);
     }
     let rounds = if arguments.no_drain && !arguments.limits_only { 0 } else { arguments.repeat };

@@ -53,13 +53,38 @@ impl Installation {
         routes: &str,
     ) -> Result<Self> {
         servers.postgres.create_database(name).await?;
+        Self::configured(servers, name, broker, "", routes).await
+    }
+
+    /// The same in a database with a captured table, which `sql` makes.
+    pub async fn with_table(
+        servers: &Servers,
+        name: &str,
+        sql: &str,
+        table: &str,
+        routes: &str,
+    ) -> Result<Self> {
+        servers.postgres.create_database(name).await?;
+        servers.postgres.execute_in(name, sql).await?;
+        Self::configured(servers, name, "", table, routes).await
+    }
+
+    async fn configured(
+        servers: &Servers,
+        name: &str,
+        broker: &str,
+        table: &str,
+        routes: &str,
+    ) -> Result<Self> {
+        let tables: Vec<&str> = Some(table).into_iter().filter(|table| !table.is_empty()).collect();
         let folder = dev::home()?;
         let port = free_port()?;
         let config = folder.join(format!("{name}.toml"));
         let log = folder.join(format!("{name}.log"));
         let text = format!(
             "name = \"{name}\"\n\
-             [source]\nurl = \"{}\"\nslot = \"{name}\"\npublication = \"{name}\"\n\
+             [source]\ntables = {tables:?}\nurl = \"{}\"\nslot = \"{name}\"\n\
+             publication = \"{name}\"\n\
              [broker]\nurl = \"{}\"\ntopology = \"verify\"\n{broker}\n\
              [admin]\nlisten = \"127.0.0.1:{port}\"\n\
              [[exchange]]\nname = \"{EXCHANGE}\"\nkind = \"{}\"\n{routes}",

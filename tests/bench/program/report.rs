@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use watership::error::{Error, Result};
 
+use crate::backfill::Backfill;
 use crate::deleted::Deleted;
 use crate::drain::{Case, Drain, Large};
 use crate::latency::Latency;
@@ -42,6 +43,7 @@ pub struct Report {
     cases: Vec<Case>,
     large: Option<Large>,
     latency: Option<Latency>,
+    backfill: Option<Backfill>,
     nacks: Option<Nacks>,
     deleted: Option<Deleted>,
     poison: Option<Poison>,
@@ -60,6 +62,7 @@ impl Report {
             cases: Vec::new(),
             large: None,
             latency: None,
+            backfill: None,
             nacks: None,
             deleted: None,
             poison: None,
@@ -197,6 +200,18 @@ impl Report {
             at_most(l.start_to_ready_ms, START_MS_MAX)
         );
         self.latency = Some(latency);
+    }
+
+    pub fn backfill(&mut self, backfill: Backfill) {
+        let b = &backfill;
+        println!("\nbackfill of {} rows beside {} live events a second", b.rows, b.live_rate);
+        println!("  {:.1} s, {:.0} rows/s", b.seconds, b.rows_per_second);
+        println!(
+            "  live events, commit to consumer: p50 {:.2} ms, p99 {:.2} ms; without it \
+             p50 {:.2} ms, p99 {:.2} ms",
+            b.during_p50_ms, b.during_p99_ms, b.before_p50_ms, b.before_p99_ms
+        );
+        self.backfill = Some(backfill);
     }
 
     pub fn nacks(&mut self, nacks: Nacks) {

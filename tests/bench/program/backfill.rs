@@ -1,0 +1,192 @@
+//! A backfill beside live events: how fast it is, and what it costs them.
+//!
+//! Four writers emit a given number of events a second, each waits for its commits; one consumer
+//! takes them. First without a backfill, then while a table is read, whose rows go to a queue that
+//! nobody reads.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use lapin::options::{QueueBindOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use serde::Serialize;
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_postgres::Client;
+use uuid::Uuid;
+use watership::error::{Error, Result};
+
+use crate::latency::{consume, quantile};
+use crate::relay::Installation;
+use crate::servers::{EXCHANGE, Servers, broker, sql};
+
+const WRITERS: u64 = 4;
+/// Seconds without a backfill, and events of each writer that do not count.
+const BEFORE: u64 = 15;
+const WARM_UP: usize = 250;
+/// How long anything may take.
+const LIMIT: Duration = Duration::from_secs(1800);
+
+/// What was measured.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Backfill {
+    pub rows: u64,
+    pub seconds: f64,
+    pub rows_per_second: f64,
+    /// Live events a second that were asked for.
+    pub live_rate: u64,
+    /// From COMMIT's answer to the consumer, without a backfill and during one.
+    pub before_p50_ms: f64,
+    pub before_p99_ms: f64,
+    pub during_p50_ms: f64,
+    pub during_p99_ms: f64,
+}
+
+/// Reads a table of `rows` rows while `rate` events a second are emitted.
+pub async fn run(servers: &Servers, rows: u64, rate: u64) -> Result<Backfill> {
+    let name = "bench_backfill";
+    servers.fresh_queue(name).await?;
+    queue_of_rows(servers).await?;
+    let routes = format!(
+        "[[route]]\nname = \"live\"\noutbox = {{ aggregate_type = \"*\" }}\n\
+         exchange = \"{EXCHANGE}\"\n[[route]]\nname = \"rows\"\ntable = \"public.t\"\n\
+         exchange = \"{EXCHANGE}\"\nrouting_key = \"rows\"\n"
+    );
+    let table = format!(
+        "CREATE TABLE public.t (id bigint PRIMARY KEY, name text, note text, at timestamptz); \
+         INSERT INTO public.t SELECT g, 'customer-' || g, repeat('watership ', 12), now() \
+         FROM generate_series(1, {rows}) AS g; ANALYZE public.t"
+    );
+    let installation = Installation::with_table(servers, name, &table, "public.t", &routes).await?;
+    let mut relay = installation.start()?;
+    relay.ready().await?;
+    let mut received = consume(servers, name).await?;
+    let before = live(servers, name, rate, &mut received, async {
+        tokio::time::sleep(Duration::from_secs(BEFORE)).await;
+        Ok(())
+    })
+    .await?;
+    let client = servers.client(name).await?;
+    let began = Instant::now();
+    let during = live(servers, name, rate, &mut received, async {
+        request(&client, name).await?;
+        while !is_done(&client).await? {
+            relay.alive()?;
+            if began.elapsed() > LIMIT {
+                return Err(Error::unreachable(format!("it does not end\n{}", relay.tail())));
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    })
+    .await?;
+    let seconds = elapsed(&client).await?;
+    relay.stop().await?;
+    Ok(Backfill {
+        rows,
+        seconds,
+        rows_per_second: rows as f64 / seconds,
+        live_rate: rate,
+        before_p50_ms: quantile(&before, 0.5),
+        before_p99_ms: quantile(&before, 0.99),
+        during_p50_ms: quantile(&during, 0.5),
+        during_p99_ms: quantile(&during, 0.99),
+    })
+}
+
+async fn queue_of_rows(servers: &Servers) -> Result<()> {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+    let declared = servers.channel.queue_declare("rows".into(), durable, arguments).await;
+    declared.map_err(broker("declaring the queue"))?;
+    let (options, none) = (QueueBindOptions::default(), FieldTable::default());
+    let bound = servers
+        .channel
+        .queue_bind("rows".into(), EXCHANGE.into(), "rows".into(), options, none)
+        .await;
+    bound.map_err(broker("binding the queue"))
+}
+
+async fn request(client: &Client, name: &str) -> Result<()> {
+    let request = "INSERT INTO watership.backfill (name, table_name) VALUES ($1, 'public.t')";
+    client.execute(request, &[&name]).await.map(drop).map_err(sql("asking for a backfill"))
+}
+
+async fn is_done(client: &Client) -> Result<bool> {
+    let row = client.query_one("SELECT state, error FROM watership.backfill", &[]).await;
+    let row = row.map_err(sql("looking at the backfill"))?;
+    match (row.get::<_, &str>(0), row.get::<_, Option<&str>>(1)) {
+        ("done", _) => Ok(true),
+        (_, Some(why)) => Err(Error::refused(why)),
+        (_, None) => Ok(false),
+    }
+}
+
+async fn elapsed(client: &Client) -> Result<f64> {
+    let sql_text = "SELECT extract(epoch FROM ended_at - started_at)::float8 \
+        FROM watership.backfill";
+    let row = client.query_one(sql_text, &[]).await.map_err(sql("looking at the backfill"))?;
+    Ok(row.get(0))
+}
+
+type Received = tokio::sync::mpsc::UnboundedReceiver<(Uuid, Instant)>;
+
+/// Sorted latencies, in milliseconds, of what is emitted while `work` is done.
+async fn live(
+    servers: &Servers,
+    name: &str,
+    rate: u64,
+    received: &mut Received,
+    work: impl Future<Output = Result<()>>,
+) -> Result<Vec<f64>> {
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut writers = Vec::new();
+    for _ in 0..WRITERS {
+        let (client, stopped) = (servers.client(name).await?, stopped.clone());
+        writers.push(tokio::spawn(write(client, rate / WRITERS, stopped)));
+    }
+    work.await?;
+    stop.send_replace(true);
+    let mut written = HashMap::new();
+    for writer in writers {
+        let of_one = writer.await.map_err(|e| Error::unreachable("a writer").caused_by(e))??;
+        written.extend(of_one);
+    }
+    let mut gaps = Vec::new();
+    let mut left: std::collections::HashSet<Uuid> = written.keys().copied().collect();
+    while !left.is_empty() {
+        let next = tokio::time::timeout(Duration::from_secs(60), received.recv()).await;
+        let Ok(Some((id, at))) = next else {
+            return Err(Error::unreachable(format!("{} events did not arrive", left.len())));
+        };
+        if left.remove(&id)
+            && let Some(committed) = written[&id]
+        {
+            gaps.push(at.saturating_duration_since(committed).as_secs_f64() * 1e3);
+        }
+    }
+    gaps.sort_by(f64::total_cmp);
+    Ok(gaps)
+}
+
+/// Ids with the time of their commit; without one for those that do not count.
+async fn write(
+    client: Client,
+    rate: u64,
+    stopped: tokio::sync::watch::Receiver<bool>,
+) -> Result<Vec<(Uuid, Option<Instant>)>> {
+    let emit = "SELECT watership.emit('order', $1, 'placed', $2::text, NULL, $3)";
+    let emit = client.prepare(emit).await.map_err(sql("preparing emit"))?;
+    let mut tick = tokio::time::interval(Duration::from_micros(1_000_000 / rate));
+    tick.set_missed_tick_behavior(MissedTickBehavior::Burst);
+    let payload = format!("{{\"note\":\"{}\"}}", "watership ".repeat(25));
+    let mut written = Vec::new();
+    while !*stopped.borrow() {
+        tick.tick().await;
+        let id = Uuid::now_v7();
+        let key = format!("customer-{}", written.len() % 1000);
+        client.execute(&emit, &[&key, &payload, &id]).await.map_err(sql("emitting"))?;
+        written.push((id, (written.len() >= WARM_UP).then(Instant::now)));
+    }
+    Ok(written)
+}
