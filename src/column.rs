@@ -22,6 +22,7 @@
 mod array;
 pub mod binary;
 mod bytes;
+pub mod debezium;
 pub mod instant;
 pub mod oid;
 

@@ -15,7 +15,17 @@ const DIMENSIONS_MAX: usize = 6;
 /// Appends the array `text` with elements of `form`.
 pub(super) fn write(out: &mut Vec<u8>, form: Form, text: &[u8]) -> Result<()> {
     let delimiter = if form == Form::Box { b';' } else { b',' };
-    let mut walk = Walk { text, at: bounds_len(text), form, delimiter, unescaped: Vec::new() };
+    write_elements(out, delimiter, text, |out, element| form.write(out, element))
+}
+
+/// Appends the array `text`; `element` writes one that is not null.
+pub(super) fn write_elements(
+    out: &mut Vec<u8>,
+    delimiter: u8,
+    text: &[u8],
+    element: impl Fn(&mut Vec<u8>, &[u8]) -> Result<()>,
+) -> Result<()> {
+    let mut walk = Walk { text, at: bounds_len(text), element, delimiter, unescaped: Vec::new() };
     walk.expect(b'{')?;
     walk.elements(out, 1)?;
     if walk.at == text.len() { Ok(()) } else { Err(walk.wrong("text after the last brace")) }
@@ -28,15 +38,15 @@ fn bounds_len(text: &[u8]) -> usize {
     if len > 0 && text.get(len) == Some(&b'=') { len + 1 } else { 0 }
 }
 
-struct Walk<'a> {
+struct Walk<'a, E> {
     text: &'a [u8],
     at: usize,
-    form: Form,
+    element: E,
     delimiter: u8,
     unescaped: Vec<u8>,
 }
 
-impl<'a> Walk<'a> {
+impl<E: Fn(&mut Vec<u8>, &[u8]) -> Result<()>> Walk<'_, E> {
     /// Writes one dimension; its opening brace is already behind.
     fn elements(&mut self, out: &mut Vec<u8>, depth: usize) -> Result<()> {
         if depth > DIMENSIONS_MAX {
@@ -87,10 +97,10 @@ impl<'a> Walk<'a> {
         let last = &self.text[start..self.at];
         self.at += 1;
         if self.unescaped.is_empty() {
-            return self.form.write(out, last);
+            return (self.element)(out, last);
         }
         self.unescaped.extend_from_slice(last);
-        self.form.write(out, &self.unescaped)
+        (self.element)(out, &self.unescaped)
     }
 
     /// Writes an element without quotes: it ends at the delimiter or the closing brace.
@@ -104,7 +114,7 @@ impl<'a> Walk<'a> {
         self.at += element.len();
         match element {
             b"NULL" => out.extend_from_slice(b"null"),
-            element => self.form.write(out, element)?,
+            element => (self.element)(out, element)?,
         }
         Ok(())
     }

@@ -41,7 +41,7 @@ fn ordinary(text: &[u8]) -> Option<i64> {
 
 /// Days of the proleptic Gregorian calendar, which is Postgres' too: era by era of 400 years, with
 /// March as the first month, so that the leap day is a year's last.
-fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
+pub(super) fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
     let year = if month <= 2 { year - 1 } else { year };
     let (era, of_era) = (year.div_euclid(400), year.rem_euclid(400));
     let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;

@@ -19,12 +19,26 @@ pub const TEXT: u32 = 25;
 pub const OID: u32 = 26;
 /// `json`.
 pub const JSON: u32 = 114;
+/// `point`.
+pub const POINT: u32 = 600;
+/// `lseg`.
+pub const LSEG: u32 = 601;
+/// `path`.
+pub const PATH: u32 = 602;
 /// `box`.
 pub const BOX: u32 = 603;
+/// `polygon`.
+pub const POLYGON: u32 = 604;
+/// `line`.
+pub const LINE: u32 = 628;
 /// `float4`.
 pub const FLOAT4: u32 = 700;
 /// `float8`.
 pub const FLOAT8: u32 = 701;
+/// `circle`.
+pub const CIRCLE: u32 = 718;
+/// `money`.
+pub const MONEY: u32 = 790;
 /// `bpchar`.
 pub const BPCHAR: u32 = 1042;
 /// `varchar`.
@@ -41,12 +55,20 @@ pub const TIMESTAMPTZ: u32 = 1184;
 pub const INTERVAL: u32 = 1186;
 /// `timetz`.
 pub const TIMETZ: u32 = 1266;
+/// `bit`.
+pub const BIT: u32 = 1560;
+/// `varbit`.
+pub const VARBIT: u32 = 1562;
 /// `numeric`.
 pub const NUMERIC: u32 = 1700;
 /// `uuid`.
 pub const UUID: u32 = 2950;
 /// `jsonb`.
 pub const JSONB: u32 = 3802;
+
+/// Types from here on are made by users and extensions (`FirstNormalObjectId`,
+/// `src/include/access/transam.h`).
+pub const FIRST_USER: u32 = 16_384;
 
 /// The element type of a built-in array type; `None` for everything else.
 pub const fn element_of(type_oid: u32) -> Option<u32> {
@@ -80,6 +102,45 @@ pub const fn element_of(type_oid: u32) -> Option<u32> {
         | 3905 | 3907 | 3909 | 3911 | 3913 | 3927 | 4073 | 4090 | 4097 | 4192 | 5039 | 6150
         | 6151 | 6152 | 6153 | 6155 | 6157 => TEXT,
         _ => return None,
+    };
+    Some(element)
+}
+
+/// The element type of a built-in array type that [`element_of`] takes for text, or knows; `None`
+/// for everything else.
+pub const fn precise_element_of(type_oid: u32) -> Option<u32> {
+    let element = match type_oid {
+        143 => 142,
+        271 => 5069,
+        629 => LINE,
+        651 => 650,
+        719 => CIRCLE,
+        775 => 774,
+        791 => MONEY,
+        1002 => 18,
+        1003 => 19,
+        1017 => POINT,
+        1018 => LSEG,
+        1019 => PATH,
+        1027 => POLYGON,
+        1040 => 829,
+        1041 => 869,
+        1561 => BIT,
+        1563 => VARBIT,
+        3643 => 3614,
+        3645 => 3615,
+        3905 => 3904,
+        3907 => 3906,
+        3909 => 3908,
+        3911 => 3910,
+        3913 => 3912,
+        3927 => 3926,
+        4073 => 4072,
+        _ => match element_of(type_oid) {
+            // Another one whose elements are text: not a type that is told apart from others.
+            Some(TEXT) if type_oid != 1009 => 0,
+            element => return element,
+        },
     };
     Some(element)
 }
