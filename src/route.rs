@@ -21,10 +21,13 @@ use crate::event::Event;
 use crate::message::{ExchangeId, KeyPart, RouteId, SHORT_STRING_MAX, route_hash};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
-pub use format::Format;
+pub use format::{
+    Debezium, DebeziumTable, EventRouter, Format, Placement, TombstoneBody, topic_template,
+};
 pub use lanes::LaneKeys;
 pub use partition::{PARTITIONS_MAX, Partitions};
 pub use plan::{Decision, Plan, Plans, Resumed, TablePlan, unrouted, unrouted_lanes};
+pub use template::Facts;
 
 /// Most rules that a configuration may have.
 pub const RULES_MAX: usize = 1000;
@@ -156,9 +159,12 @@ impl Rule {
                 (TABLE_FIELDS, vec![(Field::Schema, schema), (Field::Table, table)])
             }
         };
-        let Ok(Template(segments)) = Template::parse(routing_key, fields) else {
+        let Ok(Template(segments)) = Template::parse("routing_key", routing_key, fields) else {
             return Vec::new();
         };
+        if segments.is_empty() {
+            return vec![KeyPart::Text(String::new())];
+        }
         let part = |segment| match segment {
             Segment::Text(text) => KeyPart::Text(text),
             Segment::Partition(_) => unreachable!("no template is parsed into it"),
@@ -166,9 +172,14 @@ impl Rule {
                 let value = known.iter().find(|(name, _)| *name == field).map(|(_, value)| *value);
                 match (value, field) {
                     (Some(value), _) if value != "*" => KeyPart::Text(value.to_owned()),
-                    (_, Field::AggregateType | Field::AggregateId | Field::EventType) => {
-                        KeyPart::Any
-                    }
+                    (
+                        _,
+                        Field::AggregateType
+                        | Field::AggregateId
+                        | Field::EventType
+                        | Field::Key
+                        | Field::RecordKey,
+                    ) => KeyPart::Any,
                     // A captured table is named with one dot, between schema and table.
                     (_, Field::Schema | Field::Table | Field::Op) => KeyPart::Word,
                 }
@@ -327,8 +338,9 @@ impl Router {
         }
         let routing_key = match partitions {
             Some(partitions) => Template::of_partitions(partitions),
-            None => Template::parse(routing_key, fields).map_err(in_route)?,
+            None => Template::parse("routing_key", routing_key, fields).map_err(in_route)?,
         };
+        check_routing_key(&routing_key, format).map_err(in_route)?;
         let known = self.exchanges.iter().position(|e| e == exchange);
         let exchange = known.unwrap_or_else(|| {
             self.exchanges.push(exchange.clone());
@@ -351,14 +363,13 @@ impl Router {
 }
 
 impl Route {
-    /// Writes the routing key into `out`, which is cleared first; `key` is the text of the event's
-    /// key.
+    /// Writes the routing key into `out`, which is cleared first.
     ///
     /// # Errors
     /// [`crate::error::Kind::Event`] when it is longer than 255 bytes.
-    pub fn routing_key(&self, event: &Event, key: &str, out: &mut String) -> Result<()> {
+    pub fn routing_key(&self, event: &Event, facts: Facts<'_>, out: &mut String) -> Result<()> {
         out.clear();
-        self.routing_key.render(event, key, out);
+        self.routing_key.render(event, facts, out);
         if out.len() > SHORT_STRING_MAX {
             let (name, len) = (&self.name, out.len());
             let text = format!(
@@ -381,6 +392,22 @@ impl Route {
     pub fn hash(&self) -> u64 {
         self.seed
     }
+}
+
+fn check_routing_key(routing_key: &Template, format: &Format) -> Result<()> {
+    let least = routing_key.least_len();
+    if least > SHORT_STRING_MAX {
+        let text = format!(
+            "routing_key has {least} bytes without its fields, AMQP allows {SHORT_STRING_MAX}"
+        );
+        return Err(Error::config(text));
+    }
+    let is_debezium = matches!(format, Format::Debezium(_));
+    if routing_key.has(Field::RecordKey) && !is_debezium {
+        let text = "the field \"record_key\" is known with format = \"debezium\" only; use \"key\"";
+        return Err(Error::config(format!("routing_key: {text}")));
+    }
+    Ok(())
 }
 
 /// Routes that name key columns for the table `schema.name`, with these columns.

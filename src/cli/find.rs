@@ -14,7 +14,7 @@ use super::parked::{Listed, listed};
 use super::printable::one_line;
 use super::{End, Out, ask};
 use crate::config::Config;
-use crate::envelope::message_id;
+use crate::envelope::{PARTS_MAX, message_id};
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::postgres_error;
@@ -170,8 +170,8 @@ fn routes(rules: &[Rule], kind: &str, key: &str) -> Vec<String> {
 
 /// The id, and the ids that the routes give to the messages of an event with this id.
 fn ids_of(router: &Router, id: Uuid) -> Vec<Uuid> {
-    let of_routes = router.publishing().map(|route| message_id(id, route, 0));
-    of_routes.chain([id]).collect()
+    let of_route = |route| (0..PARTS_MAX).map(move |part| message_id(id, route, part));
+    router.publishing().flat_map(|route| of_route(route)).chain([id]).collect()
 }
 
 async fn parked(

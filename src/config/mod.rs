@@ -27,6 +27,7 @@ use crate::source::transaction::OutboxTable;
 use crate::{admin, relay};
 
 mod broker;
+mod formats;
 pub mod load;
 mod partitions;
 mod problems;
@@ -167,7 +168,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
     let connection = broker::connection(&mut broker, &name);
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);
-    let (rules, partitioned) = routes::rules(root, &tables);
+    let (rules, partitioned) = routes::rules(root, &tables, &name);
     let admin = admin_options(&mut admin);
     let log = Log {
         format: log.word(

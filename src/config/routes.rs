@@ -6,17 +6,23 @@
 use std::collections::BTreeSet;
 use std::mem::discriminant;
 
+use super::formats;
 use super::partitions::Partitioned;
 use super::section::Section;
 use crate::route::{
-    Action, Format, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
+    Action, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
 };
 
 /// Maximum of `nack_limit`.
 const NACKS_MAX: u32 = 1_000_000;
 
 /// The rules of the file, or the default rules when it has none; and the partitions of its routes.
-pub(super) fn rules(root: &mut Section<'_>, tables: &[String]) -> (Vec<Rule>, Vec<Partitioned>) {
+/// `relay` is the relay's name.
+pub(super) fn rules(
+    root: &mut Section<'_>,
+    tables: &[String],
+    relay: &str,
+) -> (Vec<Rule>, Vec<Partitioned>) {
     const ROUTE: &str = "route";
     let routes = root.tables(ROUTE);
     if routes.is_empty() {
@@ -24,7 +30,7 @@ pub(super) fn rules(root: &mut Section<'_>, tables: &[String]) -> (Vec<Rule>, Ve
     }
     let mut partitioned = Vec::new();
     let found: Vec<Option<Rule>> =
-        routes.into_iter().map(|mut t| rule(&mut t, &mut partitioned)).collect();
+        routes.into_iter().map(|mut t| rule(&mut t, &mut partitioned, relay)).collect();
     let complete = found.iter().all(Option::is_some);
     let rules: Vec<Rule> = found.into_iter().flatten().collect();
     // The checks across routes would repeat the problems of a single one.
@@ -51,7 +57,7 @@ pub(super) fn exchanges(rules: &[Rule]) -> Vec<&str> {
 }
 
 /// `None` when there is a problem with what it selects or does.
-fn rule(t: &mut Section<'_>, partitioned: &mut Vec<Partitioned>) -> Option<Rule> {
+fn rule(t: &mut Section<'_>, partitioned: &mut Vec<Partitioned>, relay: &str) -> Option<Rule> {
     const NAME: &str = "name";
     const DROP: &str = "drop";
     let name = t.short_string(NAME);
@@ -63,7 +69,7 @@ fn rule(t: &mut Section<'_>, partitioned: &mut Vec<Partitioned>) -> Option<Rule>
     let drop = t.flag(DROP, false);
     let first = t.asked();
     let of_route = Partitioned::read(t);
-    let action = publishing(t, select.as_ref(), !drop, of_route.as_ref());
+    let action = publishing(t, select.as_ref(), !drop, of_route.as_ref(), relay);
     let action = if drop { Some(Action::Drop) } else { action };
     if let (Some(mut of_route), Some(Action::Publish { exchange, .. })) = (of_route, &action) {
         exchange.clone_into(&mut of_route.exchange);
@@ -111,6 +117,7 @@ fn publishing(
     select: Option<&Select>,
     publishes: bool,
     partitioned: Option<&Partitioned>,
+    relay: &str,
 ) -> Option<Action> {
     const EXCHANGE: &str = "exchange";
     const ROUTING_KEY: &str = "routing_key";
@@ -128,7 +135,14 @@ fn publishing(
         let text = "with partitions the routing key is the name of the key's queue; remove it";
         t.problem(ROUTING_KEY, format!("{path}: {text}"));
     }
-    let format = t.word("format", &formats(select));
+    let (format, own_key) = formats::read(t, select, relay);
+    if own_key.is_some() && (partitioned.is_some() || !routing_key.is_empty()) {
+        let (path, what) =
+            (t.path(ROUTING_KEY), if partitioned.is_some() { "partitions" } else { "routing_key" });
+        let text =
+            format!("{path}: debezium.routing_key and {what} are two ways to say it; keep one");
+        t.problem(ROUTING_KEY, text);
+    }
     let key = t.list("key");
     let orderings = [("keyed", Ordering::Keyed), ("pipelined", Ordering::Pipelined)];
     let ordering = t.word("ordering", &orderings);
@@ -140,10 +154,11 @@ fn publishing(
     let nack_limit = t.number("nack_limit", 0, 0..=NACKS_MAX);
     let nack_limit = (nack_limit > 0).then_some(nack_limit);
     let select = select?;
-    let routing_key = match (routing_key.is_empty(), partitioned) {
+    let routing_key = match (own_key, partitioned) {
         (_, Some(_)) => String::new(),
-        (true, None) => default_routing_key(select),
-        (false, None) => routing_key,
+        (Some(own_key), None) => own_key,
+        (None, None) if routing_key.is_empty() => default_routing_key(select),
+        (None, None) => routing_key,
     };
     let policy = Policy { on_poison, park_unroutable, nack_limit };
     (!exchange.is_empty()).then_some(Action::Publish {
@@ -156,15 +171,6 @@ fn publishing(
         key,
         policy,
     })
-}
-
-/// The formats by name; the first is the default.
-fn formats(select: Option<&Select>) -> Vec<(&'static str, Format)> {
-    let mut formats = vec![Format::Raw, Format::Watership];
-    if matches!(select, Some(Select::Table { .. })) {
-        formats.swap(0, 1);
-    }
-    formats.into_iter().map(|format| (format.as_str(), format)).collect()
 }
 
 /// That of the default rule for events of the same kind.

@@ -14,44 +14,53 @@ pub fn is_reserved_header(name: &str) -> bool {
     name == "CC" || name == "BCC" || name.starts_with("x-") || name.starts_with("ws-")
 }
 
-/// Numbers never go through a double, which would change them, and which clients read in their own
-/// ways: what is not an integer of 64 bits stays the text that it is.
+/// The members of the column `headers`.
+pub(super) fn parse(headers: &[u8]) -> Result<BTreeMap<String, &RawValue>> {
+    serde_json::from_slice(headers).map_err(wrong)
+}
+
+/// `is_taken` says which names have a value already, which the application's does not replace.
 pub(super) fn write(
     builder: &mut Builder<'_>,
     headers: &[u8],
-    has_traceparent: bool,
+    is_taken: impl Fn(&str) -> bool,
 ) -> Result<()> {
-    let wrong = |e: serde_json::Error| {
-        let error = Error::event("column \"headers\" is not a JSON object");
-        // What another kind of value is, serde shows with the value.
-        if e.is_data() { error } else { error.caused_by(e) }
-    };
-    let map: BTreeMap<String, &RawValue> = serde_json::from_slice(headers).map_err(wrong)?;
-    for (name, value) in &map {
+    for (name, value) in &parse(headers)? {
         if is_reserved_header(name) {
             return Err(Error::event(format!("header {name:?} is reserved"))
                 .hint("applications cannot set CC, BCC, x-* or ws-*; choose another name"));
         }
-        if name == "traceparent" && has_traceparent {
-            continue;
-        }
-        let text = value.get();
-        match text.as_bytes().first() {
-            Some(b'n') => builder.header_void(name)?,
-            Some(b't' | b'f') => builder.header_bool(name, text == "true")?,
-            Some(b'"') => {
-                let value: String = serde_json::from_str(text).map_err(wrong)?;
-                builder.header_text(name, value.as_bytes())?;
-            }
-            // AMQP tables could nest, but few clients read them; JSON text is read by all.
-            Some(b'{' | b'[') => builder.header_text(name, compact(text).as_bytes())?,
-            _ => match text.parse() {
-                Ok(int) => builder.header_int(name, int)?,
-                Err(_) => builder.header_text(name, text.as_bytes())?,
-            },
+        if !is_taken(name) {
+            write_one(builder, name, value.get())?;
         }
     }
     Ok(())
+}
+
+/// Adds a header with the value that the JSON `text` is. Numbers never go through a double, which
+/// would change them, and which clients read in their own ways: what is not an integer of 64 bits
+/// stays the text that it is.
+pub(super) fn write_one(builder: &mut Builder<'_>, name: &str, text: &str) -> Result<()> {
+    match text.as_bytes().first() {
+        Some(b'n') => builder.header_void(name),
+        Some(b't' | b'f') => builder.header_bool(name, text == "true"),
+        Some(b'"') => {
+            let value: String = serde_json::from_str(text).map_err(wrong)?;
+            builder.header_text(name, value.as_bytes())
+        }
+        // AMQP tables could nest, but few clients read them; JSON text is read by all.
+        Some(b'{' | b'[') => builder.header_text(name, compact(text).as_bytes()),
+        _ => match text.parse() {
+            Ok(int) => builder.header_int(name, int),
+            Err(_) => builder.header_text(name, text.as_bytes()),
+        },
+    }
+}
+
+fn wrong(error: serde_json::Error) -> Error {
+    let event = Error::event("column \"headers\" is not a JSON object");
+    // What another kind of value is, serde shows with the value.
+    if error.is_data() { event } else { event.caused_by(error) }
 }
 
 /// JSON without the white space between its parts; everything else as it is.

@@ -4,6 +4,8 @@
 //! event gives the same bytes on every attempt. Each format has a file for its bodies; what all
 //! formats share (properties, the relay's own headers, the key) is here.
 
+mod debezium;
+mod event_router;
 mod headers;
 mod native;
 mod raw;
@@ -15,12 +17,19 @@ use crate::event::{
     Change, Content, Event, OldRow, OutboxPayload, OutboxRow, Row, Table, Value, id,
 };
 use crate::message::{Builder, Message, Properties, ROUTE_HEADER};
-use crate::route::{Format, MessageIdRule, Ordering, Plan, Route, TablePlan};
+use crate::route::{
+    Debezium, DebeziumTable, Facts, Format, MessageIdRule, Ordering, Plan, Route, TablePlan,
+};
+use debezium::Record;
 
 pub use headers::is_reserved_header;
 
 const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
+/// On a message without a value.
+const TOMBSTONE_HEADER: &str = "ws-tombstone";
+/// On the messages beyond the first that one event has on one route.
+const PART_HEADER: &str = "ws-part";
 /// A body above this size, in bytes, does not stay in memory as scratch space.
 const SCRATCH_KEPT: usize = 64 * 1024;
 
@@ -32,6 +41,8 @@ pub struct Envelope {
     routing_key: String,
     kind: String,
     key: String,
+    record_key: String,
+    other_key: String,
     body: Vec<u8>,
     message: Vec<u8>,
     /// The last commit time as text: the same for all changes of a transaction.
@@ -41,9 +52,17 @@ pub struct Envelope {
 impl Envelope {
     /// `app_id` is the relay's name.
     pub fn new(app_id: impl Into<String>) -> Self {
-        let (routing_key, kind, key, body, message) = Default::default();
-        let committed_at = TimeText::new();
-        Self { app_id: app_id.into(), routing_key, kind, key, body, message, committed_at }
+        Self {
+            app_id: app_id.into(),
+            routing_key: String::new(),
+            kind: String::new(),
+            key: String::new(),
+            record_key: String::new(),
+            other_key: String::new(),
+            body: Vec::new(),
+            message: Vec::new(),
+            committed_at: TimeText::new(),
+        }
     }
 
     /// The event's message number `part` on this route; almost every event has one, number 0.
@@ -76,20 +95,29 @@ impl Envelope {
         self.key.push_str(&row.aggregate_type);
         self.key.push('/');
         self.key.push_str(&row.aggregate_id);
-        route.routing_key(event, &self.key, &mut self.routing_key)?;
+        let facts =
+            Facts { key: &self.key, record_key: &row.aggregate_id, op: event.op().as_str() };
+        route.routing_key(event, facts, &mut self.routing_key)?;
+        let mut is_tombstone = false;
+        let own_type = || row.content_type.as_deref().unwrap_or(default_type(&row.payload));
         let (content_type, body) = match &route.format {
-            Format::Raw => {
-                let default = match &row.payload {
-                    OutboxPayload::Json(_) => JSON,
-                    OutboxPayload::Hex(_) | OutboxPayload::Broken(_) => BYTES,
-                };
-                (row.content_type.as_deref().unwrap_or(default), raw::Body::of(&row.payload)?)
-            }
+            Format::Raw => (own_type(), raw::Body::of(&row.payload)?),
             Format::Watership => {
                 self.body.clear();
                 self.committed_at.set(event.committed_at_us);
                 native::write_outbox(&mut self.body, event, row, &self.committed_at.text)?;
                 (JSON, raw::Body::Verbatim(&self.body))
+            }
+            Format::Debezium(debezium) => {
+                self.body.clear();
+                match event_router::make(&mut self.body, event, row, &debezium.router)? {
+                    event_router::Routed::Verbatim(body) => (own_type(), body),
+                    event_router::Routed::Written => (JSON, raw::Body::Verbatim(&self.body)),
+                    event_router::Routed::Tombstone => {
+                        is_tombstone = true;
+                        (own_type(), raw::Body::Verbatim(debezium.tombstone_body.bytes()))
+                    }
+                }
             }
         };
         let properties = Properties {
@@ -101,11 +129,24 @@ impl Envelope {
         };
         let mut builder = Builder::new(&mut self.message, &self.routing_key, properties)?;
         write_own_headers(&mut builder, event, plan, &self.key)?;
+        if is_tombstone {
+            builder.header_bool(TOMBSTONE_HEADER, true)?;
+        }
         if let Some(traceparent) = &row.traceparent {
             builder.header_text("traceparent", traceparent.as_bytes())?;
         }
+        let router = match &route.format {
+            Format::Debezium(debezium) => Some(&debezium.router),
+            Format::Raw | Format::Watership => None,
+        };
+        if let Some(router) = router {
+            event_router::write_headers(&mut builder, event, row, router)?;
+        }
         if let Some(headers) = &row.headers {
-            headers::write(&mut builder, headers, row.traceparent.is_some())?;
+            headers::write(&mut builder, headers, |name| {
+                (name == "traceparent" && row.traceparent.is_some())
+                    || router.is_some_and(|router| event_router::sets_header(router, name))
+            })?;
         }
         let message = builder.finish(route.exchange, route.id, |out| body.write(out));
         self.shrink();
@@ -120,25 +161,84 @@ impl Envelope {
         table: &TablePlan,
         part: u16,
     ) -> Result<Message> {
+        match (&plan.route.format, &table.debezium) {
+            (Format::Debezium(debezium), Some(of_table)) => {
+                let record = Record::of(change, table, debezium.tombstones, part);
+                self.of_record(event, plan, table, (debezium, &**of_table), record, part)
+            }
+            (Format::Debezium(_), None) => unreachable!("the plan was made of the route"),
+            (Format::Raw, _) => unreachable!("the router refuses it for a captured table"),
+            (Format::Watership, _) => {
+                let op = event.op().as_str();
+                self.key.clear();
+                self.key.push_str(&event.table.full_name);
+                write_key_text(&mut self.key, &event.table, table, change)?;
+                self.record_key.clear();
+                self.body.clear();
+                self.committed_at.set(event.committed_at_us);
+                let committed_at = &self.committed_at.text;
+                native::write_change(&mut self.body, event, table, change, committed_at)?;
+                self.finish_change(event, plan, op, part, |_| Ok(()))
+            }
+        }
+    }
+
+    /// One of the records that a change is in Debezium's format.
+    fn of_record(
+        &mut self,
+        event: &Event,
+        plan: &Plan,
+        table: &TablePlan,
+        (options, of_table): (&Debezium, &DebeziumTable),
+        record: Record<'_>,
+        part: u16,
+    ) -> Result<Message> {
+        self.key.clear();
+        self.key.push_str(&event.table.full_name);
+        if let Some((row, is_only_identity)) = record.key_row() {
+            let columns = key_columns_of(table, is_only_identity.then_some(row));
+            write_row_key_text(&mut self.key, &event.table, row, columns)?;
+        }
+        debezium::write_key(&mut self.record_key, table, of_table, record.key_row())?;
+        let link = record.link();
+        let other_row = link.map(|(_, row)| (row, false));
+        let mut other_key = std::mem::take(&mut self.other_key);
+        debezium::write_key(&mut other_key, table, of_table, other_row)?;
+        self.body.clear();
+        let is_tombstone = matches!(record, Record::Tombstone { .. });
+        match is_tombstone {
+            true => self.body.extend_from_slice(options.tombstone_body.bytes()),
+            false => debezium::write(&mut self.body, event, table, of_table, options, record)?,
+        }
+        let message = self.finish_change(event, plan, record.op(), part, |builder| {
+            if let Some((name, _)) = link {
+                builder.header_text(name, other_key.as_bytes())?;
+            }
+            if is_tombstone {
+                builder.header_bool(TOMBSTONE_HEADER, true)?;
+            }
+            Ok(())
+        });
+        self.other_key = other_key;
+        message
+    }
+
+    /// The message of a captured change, with the body and the keys that were written.
+    fn finish_change(
+        &mut self,
+        event: &Event,
+        plan: &Plan,
+        op: &str,
+        part: u16,
+        more_headers: impl FnOnce(&mut Builder<'_>) -> Result<()>,
+    ) -> Result<Message> {
         let route = &*plan.route;
-        let op = event.op().as_str();
         self.kind.clear();
         self.kind.push_str(&event.table.full_name);
         self.kind.push('.');
         self.kind.push_str(op);
-        self.key.clear();
-        self.key.push_str(&event.table.full_name);
-        write_key_text(&mut self.key, &event.table, table, change)?;
-        route.routing_key(event, &self.key, &mut self.routing_key)?;
-        self.body.clear();
-        match &route.format {
-            Format::Raw => unreachable!("the router refuses it for a captured table"),
-            Format::Watership => {
-                self.committed_at.set(event.committed_at_us);
-                let committed_at = &self.committed_at.text;
-                native::write_change(&mut self.body, event, table, change, committed_at)?;
-            }
-        }
+        let facts = Facts { key: &self.key, record_key: &self.record_key, op };
+        route.routing_key(event, facts, &mut self.routing_key)?;
         let properties = Properties {
             content_type: JSON,
             message_id: message_id(event.id, route, part),
@@ -150,11 +250,15 @@ impl Envelope {
         write_own_headers(&mut builder, event, plan, &self.key)?;
         builder.header_text("ws-source", event.table.full_name.as_bytes())?;
         builder.header_text("ws-op", op.as_bytes())?;
-        if let Change::Read { run, .. } = change {
+        if let Content::Change(Change::Read { run, .. }) = &event.content {
             let mut buffer = Uuid::encode_buffer();
             let run = run.hyphenated().encode_lower(&mut buffer);
             builder.header_text("ws-backfill", run.as_bytes())?;
         }
+        if part > 0 {
+            builder.header_int(PART_HEADER, i64::from(part))?;
+        }
+        more_headers(&mut builder)?;
         let body = &self.body;
         let message = builder.finish(route.exchange, route.id, |out| out.extend_from_slice(body));
         self.shrink();
@@ -188,6 +292,27 @@ impl TimeText {
     }
 }
 
+/// Most messages that one event has on one route: delete, tombstone and create of a key change.
+pub const PARTS_MAX: u16 = 3;
+
+/// How many messages the event has on the plan's route; they are sent in the order of their
+/// numbers.
+pub fn parts(event: &Event, plan: &Plan) -> u16 {
+    match (&event.content, &plan.table, &plan.route.format) {
+        (Content::Change(change), Some(table), Format::Debezium(options)) => {
+            debezium::records(change, table, options.tombstones)
+        }
+        _ => 1,
+    }
+}
+
+fn default_type(payload: &OutboxPayload) -> &'static str {
+    match payload {
+        OutboxPayload::Json(_) => JSON,
+        OutboxPayload::Hex(_) | OutboxPayload::Broken(_) => BYTES,
+    }
+}
+
 /// What every message carries. What is constant for a kind of message is not in a header: each
 /// costs the broker 1.3 µs a message.
 fn write_own_headers(
@@ -207,6 +332,16 @@ pub fn message_id(event: Uuid, route: &Route, part: u16) -> Uuid {
     match route.message_id {
         MessageIdRule::Event => id::part(event, part),
         MessageIdRule::Route => id::part(id::of_route(event, &route.name), part),
+    }
+}
+
+/// Lets `write!` append to bytes.
+struct Text<'a>(&'a mut Vec<u8>);
+
+impl std::fmt::Write for Text<'_> {
+    fn write_str(&mut self, text: &str) -> std::fmt::Result {
+        self.0.extend_from_slice(text.as_bytes());
+        Ok(())
     }
 }
 
@@ -235,6 +370,14 @@ fn key_columns<'a>(table: &'a TablePlan, change: &'a Change) -> impl Iterator<It
         | Change::Update { .. }
         | Change::Truncate => None,
     };
+    key_columns_of(table, old)
+}
+
+/// The same; `old` is a row that is only an identity.
+fn key_columns_of<'a>(
+    table: &'a TablePlan,
+    old: Option<&'a Row>,
+) -> impl Iterator<Item = usize> + 'a {
     sent_columns(&table.key, old)
 }
 
@@ -255,7 +398,16 @@ fn write_key_text(
     change: &Change,
 ) -> Result<()> {
     let Some(row) = key_row(change) else { return Ok(()) };
-    for column in key_columns(plan, change) {
+    write_row_key_text(out, table, row, key_columns(plan, change))
+}
+
+fn write_row_key_text(
+    out: &mut String,
+    table: &Table,
+    row: &Row,
+    columns: impl Iterator<Item = usize>,
+) -> Result<()> {
+    for column in columns {
         out.push('/');
         if let Value::Text(text) = &row[column] {
             let text = std::str::from_utf8(text).map_err(|_| {
@@ -291,3 +443,5 @@ fn iso_time(us: i64) -> String {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_debezium;

@@ -10,7 +10,7 @@ use crate::event::{
 };
 use crate::route::TablePlan;
 
-use super::{key_columns, key_row, raw, sent_columns};
+use super::{Text, key_columns, key_row, raw, sent_columns};
 
 /// The envelope of an outbox event; the payload stands in it as the application wrote it.
 pub(super) fn write_outbox(
@@ -96,16 +96,6 @@ pub(super) fn write_change(
     out.extend_from_slice(committed_at.as_bytes());
     out.extend_from_slice(b"\"}");
     Ok(())
-}
-
-/// Lets `write!` append to bytes.
-struct Text<'a>(&'a mut Vec<u8>);
-
-impl std::fmt::Write for Text<'_> {
-    fn write_str(&mut self, text: &str) -> std::fmt::Result {
-        self.0.extend_from_slice(text.as_bytes());
-        Ok(())
-    }
 }
 
 /// The row as a JSON object of these columns; unchanged TOAST values are absent.

@@ -32,6 +32,7 @@ impl<'a> Body<'a> {
         }
     }
 
+    /// Appends it.
     pub(super) fn write(&self, out: &mut Vec<u8>) {
         match self {
             Body::Verbatim(bytes) => out.extend_from_slice(bytes),
@@ -42,6 +43,13 @@ impl<'a> Body<'a> {
                 };
                 out.extend(digits.chunks_exact(2).map(|d| digit(d[0]) << 4 | digit(d[1])));
             }
+        }
+    }
+
+    /// It has no bytes.
+    pub(super) fn is_empty(&self) -> bool {
+        match self {
+            Body::Verbatim(bytes) | Body::Hex(bytes) => bytes.is_empty(),
         }
     }
 

@@ -15,7 +15,7 @@ use crate::route::{Action, Format, Plan, Router, Rule, default_rules};
 /// 2026-01-02T03:04:05.678901Z.
 const COMMITTED_AT_US: i64 = 1_767_323_045_678_901;
 
-fn event(table: Table, content: Content) -> Event {
+pub(super) fn event(table: Table, content: Content) -> Event {
     Event {
         id: Uuid::from_u128(7),
         position: Position { epoch: 1, mark: Mark(0x1A4_6AF8), ordinal: 1, sub: 0 },
@@ -28,7 +28,7 @@ fn event(table: Table, content: Content) -> Event {
     }
 }
 
-fn table(name: &str) -> Table {
+pub(super) fn table(name: &str) -> Table {
     Table {
         database: "app".into(),
         oid: 16_400,
@@ -42,7 +42,7 @@ fn table(name: &str) -> Table {
     }
 }
 
-fn outbox(payload: OutboxPayload) -> Event {
+pub(super) fn outbox(payload: OutboxPayload) -> Event {
     let row = OutboxRow {
         aggregate_type: "order".into(),
         aggregate_id: "42".into(),
@@ -56,7 +56,7 @@ fn outbox(payload: OutboxPayload) -> Event {
 }
 
 /// The rule for outbox events, or for tables, with another format.
-fn rule(event: &Event, format: Format) -> Rule {
+pub(super) fn rule(event: &Event, format: Format) -> Rule {
     let index = usize::from(matches!(event.content, Content::Change(_)));
     let mut rule = default_rules().remove(index);
     let Action::Publish { format: default, .. } = &mut rule.action else { unreachable!() };
@@ -64,7 +64,7 @@ fn rule(event: &Event, format: Format) -> Rule {
     rule
 }
 
-fn message(event: &Event, rule: Rule, part: u16) -> Result<Message> {
+pub(super) fn message(event: &Event, rule: Rule, part: u16) -> Result<Message> {
     let router = Router::new(&[rule])?;
     let route = router.publishing().next().expect("one that publishes").clone();
     let table = matches!(event.content, Content::Change(_)).then_some(&event.table);

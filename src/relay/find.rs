@@ -8,7 +8,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
-use crate::envelope::message_id;
+use crate::envelope::{PARTS_MAX, message_id};
 use crate::publisher::Publisher;
 use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
@@ -172,7 +172,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// The id, and the ids that the routes give to the messages of an event with this id.
     fn ids_of(&self, id: Uuid) -> Vec<Uuid> {
         let routes = self.making.router.publishing();
-        let mut ids: Vec<Uuid> = routes.map(|route| message_id(id, route, 0)).collect();
+        let of_route = |route| (0..PARTS_MAX).map(move |part| message_id(id, route, part));
+        let mut ids: Vec<Uuid> = routes.flat_map(|route| of_route(route)).collect();
         ids.push(id);
         ids
     }

@@ -10,9 +10,11 @@ use std::sync::Arc;
 use xxhash_rust::xxh64::Xxh64;
 
 use super::lanes::{self, LaneKeys};
-use super::{Format, MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template};
+use super::{
+    DebeziumTable, Format, MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template,
+};
 use crate::column;
-use crate::event::{Change, Content, Event, Table};
+use crate::event::{Change, Content, Event, Op, Table};
 use crate::message::{ExchangeId, RouteId, route_hash};
 
 /// A route's plan.
@@ -34,6 +36,8 @@ pub struct TablePlan {
     pub identity_has_key: bool,
     /// `"source":{"schema":…,"table":…,"commit_lsn":` as JSON.
     pub source_json: Vec<u8>,
+    /// What Debezium's format needs, on a route that has it.
+    pub debezium: Option<Box<DebeziumTable>>,
     /// Hash of route and table.
     pub(super) group: u64,
     /// Where the hashes of its rows begin.
@@ -135,14 +139,24 @@ impl TablePlan {
         source_json.extend_from_slice(b",\"table\":");
         column::write_string(&mut source_json, &table.name);
         source_json.extend_from_slice(b",\"commit_lsn\":");
+        let debezium = match &route.format {
+            Format::Debezium(debezium) => Some(Box::new(DebeziumTable::new(debezium, &table))),
+            Format::Raw | Format::Watership => None,
+        };
         Self {
             identity_has_key: table.identity.covers(&key),
             group: lanes::group(route.seed, &table),
             hasher,
             key,
             source_json,
+            debezium,
             table,
         }
+    }
+
+    /// Whether its route's format has no message for changes of this kind.
+    fn skips(&self, op: Op) -> bool {
+        self.debezium.as_ref().is_some_and(|debezium| debezium.skipped.contains(&op))
     }
 
     /// A hash of what the hashes of its lanes are made of, apart from values: the table's name, and
@@ -206,6 +220,9 @@ impl Rules {
             (None, _) => true,
         };
         self.rules.iter().filter(selected).map(move |(_, planned)| match planned {
+            Planned::Publish(Plan { table: Some(table), route }) if table.skips(event.op()) => {
+                Decision::Drop(route.id)
+            }
             Planned::Publish(plan) => {
                 let lanes = match (plan.lanes(event), &plan.table) {
                     (LaneKeys::Free, _) => LaneKeys::Free,

@@ -1,9 +1,9 @@
-//! Routing keys with fields, such as `{aggregate_type}.{event_type}`: parsed, and written for an
-//! event. `Rule::known_keys` expands the same fields without an event, for the audit. Pure.
+//! Texts with fields, such as `{aggregate_type}.{event_type}`: parsed, and written for a message.
+//! `Rule::known_keys` expands the same fields without an event, for the audit. Pure.
 
 use super::partition::{self, Partitions};
 use crate::error::{Error, Result};
-use crate::event::{Content, Event, Op};
+use crate::event::{Content, Event};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Field {
@@ -13,15 +13,37 @@ pub(super) enum Field {
     Schema,
     Table,
     Op,
+    /// The text of `ws-key`.
+    Key,
+    /// The key of Debezium's record.
+    RecordKey,
+}
+
+/// What a template can show of a message beside its event.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// The text of its key, as in `ws-key`.
+    pub key: &'a str,
+    /// The key of Debezium's record; empty in other formats.
+    pub record_key: &'a str,
+    /// The operation, as in `ws-op`.
+    pub op: &'a str,
 }
 
 pub(super) const OUTBOX_FIELDS: &[(&str, Field)] = &[
     ("aggregate_type", Field::AggregateType),
     ("aggregate_id", Field::AggregateId),
     ("event_type", Field::EventType),
+    ("key", Field::Key),
+    ("record_key", Field::RecordKey),
 ];
-pub(super) const TABLE_FIELDS: &[(&str, Field)] =
-    &[("schema", Field::Schema), ("table", Field::Table), ("op", Field::Op)];
+pub(super) const TABLE_FIELDS: &[(&str, Field)] = &[
+    ("schema", Field::Schema),
+    ("table", Field::Table),
+    ("op", Field::Op),
+    ("key", Field::Key),
+    ("record_key", Field::RecordKey),
+];
 
 #[derive(Debug)]
 pub(super) enum Segment {
@@ -42,8 +64,9 @@ impl Template {
         Self(vec![Segment::Partition(names.collect())])
     }
 
-    pub(super) fn parse(text: &str, fields: &[(&str, Field)]) -> Result<Self> {
-        let wrong = |what: &str| Error::config(format!("routing_key {text:?}: {what}"));
+    /// `setting` is the key of the configuration that it is the value of.
+    pub(super) fn parse(setting: &str, text: &str, fields: &[(&str, Field)]) -> Result<Self> {
+        let wrong = |what: &str| Error::config(format!("{setting} {text:?}: {what}"));
         let mut segments = Vec::new();
         let mut plain = String::new();
         let mut rest = text;
@@ -79,12 +102,26 @@ impl Template {
         Ok(Self(segments))
     }
 
-    pub(super) fn render(&self, event: &Event, key: &str, out: &mut String) {
+    /// Bytes that every text of it has.
+    pub(super) fn least_len(&self) -> usize {
+        let len = |segment: &Segment| match segment {
+            Segment::Text(text) => text.len(),
+            Segment::Field(_) | Segment::Partition(_) => 0,
+        };
+        self.0.iter().map(len).sum()
+    }
+
+    /// Whether the field is in it.
+    pub(super) fn has(&self, wanted: Field) -> bool {
+        self.0.iter().any(|part| matches!(part, Segment::Field(field) if *field == wanted))
+    }
+
+    pub(super) fn render(&self, event: &Event, facts: Facts<'_>, out: &mut String) {
         for segment in &self.0 {
             match segment {
                 Segment::Text(text) => out.push_str(text),
-                Segment::Field(field) => out.push_str(field.of(event)),
-                Segment::Partition(names) => out.push_str(partition(names, key)),
+                Segment::Field(field) => out.push_str(field.of(event, facts)),
+                Segment::Partition(names) => out.push_str(partition(names, facts.key)),
             }
         }
     }
@@ -97,11 +134,13 @@ pub(super) fn partition<'a>(names: &'a [Box<str>], key: &str) -> &'a str {
 }
 
 impl Field {
-    fn of(self, event: &Event) -> &str {
+    fn of<'a>(self, event: &'a Event, facts: Facts<'a>) -> &'a str {
         match (self, &event.content) {
             (Field::Schema, _) => &event.table.schema,
             (Field::Table, _) => &event.table.name,
-            (Field::Op, _) => Op::as_str(event.op()),
+            (Field::Op, _) => facts.op,
+            (Field::Key, _) => facts.key,
+            (Field::RecordKey, _) => facts.record_key,
             (Field::AggregateType, Content::Outbox(row)) => &row.aggregate_type,
             (Field::AggregateId, Content::Outbox(row)) => &row.aggregate_id,
             (Field::EventType, Content::Outbox(row)) => &row.event_type,
@@ -118,7 +157,8 @@ mod tests {
 
     #[test]
     fn doubled_braces_are_braces() {
-        let template = Template::parse("a{{b}}.{event_type}", OUTBOX_FIELDS).unwrap();
+        let template =
+            Template::parse("routing_key", "a{{b}}.{event_type}", OUTBOX_FIELDS).unwrap();
         assert_eq!(template.0.len(), 2);
         assert!(matches!(&template.0[0], Segment::Text(t) if t == "a{b}."));
     }

@@ -5,7 +5,8 @@
 //! nothing and an error; the text comes from a session with DateStyle ISO, IntervalStyle iso_8601
 //! and TimeZone UTC. How a column is written is decided once, in [`Writer::of`].
 //!
-//! <https://debezium.io/documentation/reference/stable/connectors/postgresql.html#postgresql-data-types>
+//! <https://debezium.io/documentation/reference/stable/connectors/postgresql.html>, "Data type
+//! mappings".
 
 mod geometry;
 mod number;
@@ -19,7 +20,7 @@ use crate::error::Result;
 
 /// How values are written where Debezium has a choice. The names are those of its properties.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Values {
+pub struct ValueForms {
     /// `decimal.handling.mode`.
     pub decimal: DecimalHandling,
     /// `time.precision.mode`.
@@ -36,10 +37,10 @@ pub struct Values {
     pub unavailable: String,
 }
 
-/// Maximum of [`Values::money_fraction_digits`].
+/// Maximum of [`ValueForms::money_fraction_digits`].
 pub const MONEY_DIGITS_MAX: u8 = 18;
 
-impl Default for Values {
+impl Default for ValueForms {
     fn default() -> Self {
         Self {
             decimal: DecimalHandling::Precise,
@@ -140,7 +141,7 @@ enum Element {
 impl Writer {
     /// How a column with this type and type modifier is written; absent for a type that Debezium
     /// does not know, whose columns it leaves out.
-    pub fn of(type_oid: u32, modifier: i32, values: &Values) -> Option<Self> {
+    pub fn of(type_oid: u32, modifier: i32, values: &ValueForms) -> Option<Self> {
         let (element, delimiter) = match oid::element_of(type_oid) {
             Some(_) => {
                 let element = oid::precise_element_of(type_oid)?;
@@ -177,7 +178,7 @@ impl Writer {
     }
 
     /// Appends what stands for a value that the change did not touch and Postgres did not send.
-    pub fn write_unavailable(self, out: &mut Vec<u8>, values: &Values) {
+    pub fn write_unavailable(self, out: &mut Vec<u8>, values: &ValueForms) {
         let placeholder = &values.unavailable;
         match (self.delimiter, self.element) {
             // Arrays of integers hold its bytes, one by one.
@@ -199,7 +200,7 @@ impl Writer {
 }
 
 impl Element {
-    fn of(type_oid: u32, modifier: i32, values: &Values) -> Option<Self> {
+    fn of(type_oid: u32, modifier: i32, values: &ValueForms) -> Option<Self> {
         use geometry::Figure;
         use time::Unit;
         let known = match type_oid {
@@ -343,7 +344,7 @@ fn make_url_safe(base64: &mut [u8]) {
     }
 }
 
-/// A double as Java's JSON has it: what is no number is a string.
+/// A double as Java's JSON has it: what is not a number is a string.
 fn write_double(out: &mut Vec<u8>, number: f64) {
     use std::io::Write as _;
     // Writing to a vector cannot fail.

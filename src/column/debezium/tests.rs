@@ -9,7 +9,7 @@ fn numeric(precision: i32, scale: i32) -> i32 {
     (precision << 16 | (scale & 0x7FF)) + 4
 }
 
-fn try_json(values: &Values, type_oid: u32, modifier: i32, text: &str) -> Result<String> {
+fn try_json(values: &ValueForms, type_oid: u32, modifier: i32, text: &str) -> Result<String> {
     let writer = Writer::of(type_oid, modifier, values).expect("a type that Debezium knows");
     let mut out = Vec::new();
     writer.write(&mut out, text.as_bytes())?;
@@ -18,15 +18,15 @@ fn try_json(values: &Values, type_oid: u32, modifier: i32, text: &str) -> Result
     Ok(json)
 }
 
-fn json_by(values: &Values, type_oid: u32, modifier: i32, text: &str) -> String {
+fn json_by(values: &ValueForms, type_oid: u32, modifier: i32, text: &str) -> String {
     try_json(values, type_oid, modifier, text).expect(text)
 }
 
 fn check(cases: &[(u32, i32, &str, &str)]) {
-    check_by(&Values::default(), cases);
+    check_by(&ValueForms::default(), cases);
 }
 
-fn check_by(values: &Values, cases: &[(u32, i32, &str, &str)]) {
+fn check_by(values: &ValueForms, cases: &[(u32, i32, &str, &str)]) {
     for (type_oid, modifier, text, expected) in cases {
         let json = json_by(values, *type_oid, *modifier, text);
         assert_eq!(json, *expected, "type {type_oid}({modifier}) {text}");
@@ -110,7 +110,7 @@ fn numeric_is_an_unscaled_number_in_twos_complement() {
         (oid::NUMERIC, NONE, "-0.00", "{\"scale\":0,\"value\":\"AA==\"}"),
         (oid::NUMERIC, NONE, "0.0001", "{\"scale\":4,\"value\":\"AQ==\"}"),
     ]);
-    let double = Values { decimal: DecimalHandling::Double, ..Values::default() };
+    let double = ValueForms { decimal: DecimalHandling::Double, ..ValueForms::default() };
     check_by(
         &double,
         &[
@@ -120,7 +120,7 @@ fn numeric_is_an_unscaled_number_in_twos_complement() {
             (oid::NUMERIC, NONE, "-Infinity", "\"-Infinity\""),
         ],
     );
-    let string = Values { decimal: DecimalHandling::String, ..Values::default() };
+    let string = ValueForms { decimal: DecimalHandling::String, ..ValueForms::default() };
     check_by(
         &string,
         &[
@@ -131,7 +131,7 @@ fn numeric_is_an_unscaled_number_in_twos_complement() {
         ],
     );
     for special in ["NaN", "Infinity", "-Infinity"] {
-        let error = try_json(&Values::default(), oid::NUMERIC, NONE, special).unwrap_err();
+        let error = try_json(&ValueForms::default(), oid::NUMERIC, NONE, special).unwrap_err();
         assert_eq!(error.kind(), Kind::Event);
         assert!(error.hint_text().unwrap().contains("decimal_handling"), "{error}");
     }
@@ -144,9 +144,9 @@ fn money_has_the_scale_that_is_configured() {
         (oid::MONEY, NONE, "-$1.00", "\"nA==\""),
         (oid::MONEY, NONE, "1.234,56 €", "\"AeJA\""),
     ]);
-    let one = Values { money_fraction_digits: 1, ..Values::default() };
+    let one = ValueForms { money_fraction_digits: 1, ..ValueForms::default() };
     assert_eq!(json_by(&one, oid::MONEY, NONE, "$1.25"), "\"DQ==\"", "13, half up");
-    let double = Values { decimal: DecimalHandling::Double, ..Values::default() };
+    let double = ValueForms { decimal: DecimalHandling::Double, ..ValueForms::default() };
     assert_eq!(json_by(&double, oid::MONEY, NONE, "$1,234.56"), "1234.56");
 }
 
@@ -193,7 +193,7 @@ fn dates_and_times_in_numbers() {
 
 #[test]
 fn the_precision_of_times_can_be_chosen() {
-    let by = |time| Values { time, ..Values::default() };
+    let by = |time| ValueForms { time, ..ValueForms::default() };
     let (stamp, clock) = ("2016-11-04 13:51:30.12", "13:51:30.12");
     for (precision, date, time, timestamp) in [
         (TimePrecision::AdaptiveTimeMicroseconds, "17109", "49890120000", "1478267490120"),
@@ -224,7 +224,7 @@ fn the_precision_of_times_can_be_chosen() {
 
 #[test]
 fn intervals_are_microseconds_or_iso_8601() {
-    let string = Values { interval: IntervalHandling::String, ..Values::default() };
+    let string = ValueForms { interval: IntervalHandling::String, ..ValueForms::default() };
     for (text, number, iso) in [
         ("P1Y2M3DT4H", "37090800000000", "P1Y2M3DT4H0M0S"),
         ("P1Y2M3DT4H5M6.78S", "37091106780000", "P1Y2M3DT4H5M6.78S"),
@@ -233,7 +233,7 @@ fn intervals_are_microseconds_or_iso_8601() {
         ("PT0S", "0", "P0Y0M0DT0H0M0S"),
         ("PT5M", "300000000", "P0Y0M0DT0H5M0S"),
     ] {
-        assert_eq!(json_by(&Values::default(), oid::INTERVAL, NONE, text), number, "{text}");
+        assert_eq!(json_by(&ValueForms::default(), oid::INTERVAL, NONE, text), number, "{text}");
         assert_eq!(json_by(&string, oid::INTERVAL, NONE, text), format!("\"{iso}\""));
     }
     assert!(try_json(&string, oid::INTERVAL, NONE, "infinity").is_err());
@@ -247,7 +247,7 @@ fn bytes_in_all_four_forms() {
         (BinaryHandling::Base64UrlSafe, "\"-_8B\""),
         (BinaryHandling::Hex, "\"fbff01\""),
     ] {
-        let values = Values { binary, ..Values::default() };
+        let values = ValueForms { binary, ..ValueForms::default() };
         assert_eq!(json_by(&values, oid::BYTEA, NONE, "\\xfbff01"), expected, "{binary:?}");
     }
 }
@@ -283,9 +283,9 @@ fn geometric_types_are_structures() {
         (oid::BOX, "(1,1),(0,0)", geometry(square, "{\"type\":\"box\"}")),
         (oid::POLYGON, "((0,0),(0,1),(1,0))", geometry(triangle, "{\"type\":\"polygon\"}")),
     ] {
-        assert_eq!(json_by(&Values::default(), type_oid, NONE, text), expected, "{text}");
+        assert_eq!(json_by(&ValueForms::default(), type_oid, NONE, text), expected, "{text}");
     }
-    assert!(try_json(&Values::default(), oid::POINT, NONE, "(1)").is_err());
+    assert!(try_json(&ValueForms::default(), oid::POINT, NONE, "(1)").is_err());
 }
 
 #[test]
@@ -305,7 +305,7 @@ fn arrays_are_arrays_of_what_their_elements_are() {
         (1041, NONE, "{10.0.0.1}", "[\"10.0.0.1\"]"),
         (3905, NONE, "{\"[1,10)\",empty}", "[\"[1,10)\",\"empty\"]"),
     ]);
-    let boxes = json_by(&Values::default(), 1020, NONE, "{(1,1),(0,0);(2,2),(0,0)}");
+    let boxes = json_by(&ValueForms::default(), 1020, NONE, "{(1,1),(0,0);(2,2),(0,0)}");
     assert_eq!(boxes.matches("\"type\":\"box\"").count(), 2, "{boxes}");
 }
 
@@ -315,18 +315,18 @@ fn a_type_that_debezium_does_not_know_has_no_field_unless_it_is_asked_for() {
     const PG_LSN: u32 = 3220;
     const INT4MULTIRANGE: u32 = 4451;
     for type_oid in [TSQUERY, PG_LSN, INT4MULTIRANGE, 3645] {
-        assert_eq!(Writer::of(type_oid, NONE, &Values::default()), None, "{type_oid}");
+        assert_eq!(Writer::of(type_oid, NONE, &ValueForms::default()), None, "{type_oid}");
     }
-    let values = Values { include_unknown: true, ..Values::default() };
+    let values = ValueForms { include_unknown: true, ..ValueForms::default() };
     assert_eq!(json_by(&values, PG_LSN, NONE, "0/1"), "\"MC8x\"");
-    let values = Values { binary: BinaryHandling::Hex, ..values };
+    let values = ValueForms { binary: BinaryHandling::Hex, ..values };
     assert_eq!(json_by(&values, PG_LSN, NONE, "0/1"), "\"302f31\"");
 }
 
 #[test]
 fn what_was_not_sent_has_a_placeholder_of_its_type() {
-    let values = Values::default();
-    let unavailable = |values: &Values, type_oid| {
+    let values = ValueForms::default();
+    let unavailable = |values: &ValueForms, type_oid| {
         let mut out = Vec::new();
         Writer::of(type_oid, NONE, values).unwrap().write_unavailable(&mut out, values);
         String::from_utf8(out).unwrap()
@@ -336,14 +336,14 @@ fn what_was_not_sent_has_a_placeholder_of_its_type() {
     let base64 = "\"X19kZWJleml1bV91bmF2YWlsYWJsZV92YWx1ZQ==\"";
     assert_eq!(unavailable(&values, oid::BYTEA), base64);
     assert_eq!(unavailable(&values, 1009), "[\"__debezium_unavailable_value\"]");
-    let short = Values { unavailable: "__".into(), binary: BinaryHandling::Hex, ..values };
+    let short = ValueForms { unavailable: "__".into(), binary: BinaryHandling::Hex, ..values };
     assert_eq!(unavailable(&short, 1016), "[95,95]");
     assert_eq!(unavailable(&short, oid::BYTEA), "\"__\"");
 }
 
 #[test]
 fn an_error_leaves_what_was_written_before_and_shows_no_value() {
-    let writer = Writer::of(oid::DATE, NONE, &Values::default()).unwrap();
+    let writer = Writer::of(oid::DATE, NONE, &ValueForms::default()).unwrap();
     let mut out = b"{".to_vec();
     let error = writer.write(&mut out, b"secret").unwrap_err();
     assert_eq!(error.to_string(), "value of 6 bytes is not a date");

@@ -175,7 +175,7 @@ pub(super) fn write_timetz(out: &mut Vec<u8>, text: &[u8]) -> Result<()> {
     }
     let offset = if zone[0] == b'-' { -offset } else { offset };
     let shown = match (us, offset) {
-        // The end of the day is no time of the next one.
+        // The end of the day does not become the start of the next one.
         (US_PER_DAY, 0) => iso_clock(US_PER_DAY),
         _ => iso_clock((us - offset).rem_euclid(US_PER_DAY)),
     };

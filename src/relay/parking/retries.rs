@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::envelope::message_id;
+use crate::envelope::{message_id, parts};
 use crate::error::{Error, Result};
 use crate::message::{Message, Parts};
 use crate::position::Position;
@@ -178,18 +178,28 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 return Err((Why::Invalid, Error::event("the stored row names no route")));
             }
         };
-        may_fit(event.least_body(), max_body)?;
+        let shrinks = route.map_or(1, |route| route.format.shrinks_at_most());
+        may_fit(event.least_body() / shrinks, max_body)?;
         // A row that no route selected becomes what all routes make of it now.
         let part = row.key.part;
+        // By now its route may make fewer messages of it: then this one is gone.
         let (mut made, mut selected) = (Vec::new(), false);
         self.making.plans.decide_alone(&self.making.router, &event, |decision| match decision {
-            Decision::Drop(_) => selected |= route.is_none(),
-            Decision::Publish(plan, lanes) if route.is_none_or(|r| r.id == plan.route.id) => {
-                made.push(
-                    self.making.envelope.message(&event, plan, part).map(|made| (made, lanes)),
-                );
+            Decision::Drop(rule) => selected |= route.is_none_or(|r| r.id == rule),
+            Decision::Publish(plan, lanes) => {
+                let numbers = match route {
+                    None => 0..parts(&event, plan),
+                    Some(route) if route.id == plan.route.id => {
+                        selected = true;
+                        part..parts(&event, plan).min(part + 1)
+                    }
+                    Some(_) => 0..0,
+                };
+                for part in numbers {
+                    let message = self.making.envelope.message(&event, plan, part);
+                    made.push(message.map(|made| (made, lanes)));
+                }
             }
-            Decision::Publish(..) => {}
         });
         let mut messages = Vec::new();
         for made in made {

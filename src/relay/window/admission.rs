@@ -3,6 +3,7 @@
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use crate::envelope::{Envelope, parts};
 use crate::error::{Error, Kind, Result};
 use crate::event::{Content, Event, id};
 use crate::message::Message;
@@ -14,7 +15,7 @@ use crate::relay::parking::row::{ParkedKey, ParkedRow, Why};
 use crate::relay::window::EntryId;
 use crate::relay::window::lanes::{About, Owner};
 use crate::relay::window::remembered::MessageKey;
-use crate::relay::{Ending, Relay};
+use crate::relay::{Ending, Making, Relay};
 use crate::route::{Decision, LaneKeys, OnPoison, Plan, unrouted_lanes};
 use crate::source::{Item, Receipt, Source};
 use crate::verdict::Verdict;
@@ -86,7 +87,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             Made::Row(row, _) => row.size(),
         };
         let bytes = self.making.made.iter().map(size).sum();
-        let count = u16::try_from(self.making.made.len()).expect("RULES_MAX fits");
+        let count = u16::try_from(self.making.made.len()).expect("three for each of RULES_MAX fit");
         let entry = self.push(receipt, count, bytes);
         self.seen.published.event(event.position.mark);
         self.hand_over(event, Owner::Window(entry), now);
@@ -102,21 +103,15 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let mut selected = false;
         let max_body = self.max_body();
         let least = event.least_body();
-        for decision in self.making.plans.decide(&self.making.router, event) {
+        let Making { plans, router, envelope, made, .. } = &mut self.making;
+        for decision in plans.decide(router, event) {
             selected = true;
             match decision {
                 Decision::Drop(rule) => {
                     self.seen.metrics.routes[usize::from(rule.0)].dropped.increment(1);
                 }
                 Decision::Publish(plan, lanes) => {
-                    let made = may_fit(least, max_body).and_then(|()| {
-                        let made = self.making.envelope.message(event, plan, 0);
-                        fits(made.map_err(|error| (Why::Invalid, error))?, max_body)
-                    });
-                    self.making.made.push(match made {
-                        Ok(message) => Made::Message(message, lanes),
-                        Err((why, error)) => poison(event, plan, lanes, why, error)?,
-                    });
+                    make_on_route(envelope, made, event, plan, lanes, (least, max_body))?;
                 }
             }
         }
@@ -193,7 +188,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// Something is parked: makes rows of the messages that must follow it, and leaves out what an
     /// earlier session parked already.
     fn follow_parked(&mut self, event: &Event) {
-        let follows = Error::event("an earlier message with its key could not be published");
+        let follows = follows();
         if self.parked.parking.has_unrouted() {
             let unrouted = ParkedKey { position: event.position, route: "".into(), part: 0 };
             let lanes = unrouted_lanes(event);
@@ -308,11 +303,53 @@ pub(in crate::relay) fn fits(message: Message, max: usize) -> Result<Message, (W
     Err((Why::TooLarge, Error::event(text).hint(RAISE_LIMIT)))
 }
 
-fn poison(event: &Event, plan: &Plan, lanes: LaneKeys, why: Why, error: Error) -> Result<Made> {
+/// All messages of the event on one route; what follows one that is parked must not be sent before
+/// it. `least` and `max` are bytes of a body: what it has at least, and may have at most.
+fn make_on_route(
+    envelope: &mut Envelope,
+    out: &mut Vec<Made>,
+    event: &Event,
+    plan: &Plan,
+    lanes: LaneKeys,
+    (least, max): (usize, usize),
+) -> Result<()> {
+    let mut is_parked = false;
+    let least = least / plan.route.format.shrinks_at_most();
+    for part in 0..parts(event, plan) {
+        let made = may_fit(least, max).and_then(|()| {
+            if is_parked {
+                return Err((Why::Follows, follows()));
+            }
+            let made = envelope.message(event, plan, part);
+            fits(made.map_err(|error| (Why::Invalid, error))?, max)
+        });
+        is_parked |= made.is_err();
+        out.push(match made {
+            Ok(message) => Made::Message(message, lanes),
+            Err((why, error)) => poison(event, plan, (lanes, part), why, error)?,
+        });
+    }
+    Ok(())
+}
+
+fn follows() -> Error {
+    Error::event("an earlier message with its key could not be published")
+}
+
+fn poison(
+    event: &Event,
+    plan: &Plan,
+    (lanes, part): (LaneKeys, u16),
+    why: Why,
+    error: Error,
+) -> Result<Made> {
     match plan.route.policy.on_poison {
         OnPoison::Stop => Err(error.context(format!("event {} ({})", event.id, event.position))),
         policy @ (OnPoison::Park | OnPoison::Block) => {
-            let row = ParkedRow::of_event(event, Some(plan), lanes, why, &error);
+            let mut row = ParkedRow::of_event(event, Some(plan), lanes, why, &error);
+            row.key.part = part;
+            // One that follows has nothing wrong with it.
+            let policy = if why == Why::Follows { OnPoison::Park } else { policy };
             Ok(Made::Row(Box::new(row), policy))
         }
     }

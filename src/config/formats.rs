@@ -1,0 +1,211 @@
+//! `format` of a route, and the tables with what a format can be told.
+//!
+//! Invariant: an option that the route's format does not look at is an error, unless it is at its
+//! default.
+
+use std::sync::Arc;
+
+use super::section::Section;
+use crate::column::debezium::{
+    BinaryHandling, DecimalHandling, IntervalHandling, MONEY_DIGITS_MAX, TimePrecision, ValueForms,
+};
+use crate::event::Op;
+use crate::route::{
+    Debezium, EventRouter, Format, Placement, Select, TombstoneBody, topic_template,
+};
+
+const DEBEZIUM: &str = "debezium";
+
+/// The format of a route, and the routing key if the format chooses it.
+pub(super) fn read(
+    t: &mut Section<'_>,
+    select: Option<&Select>,
+    relay: &str,
+) -> (Format, Option<String>) {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Word {
+        Raw,
+        Watership,
+        Debezium,
+    }
+    let is_table = matches!(select, Some(Select::Table { .. }));
+    let mut words =
+        [("raw", Word::Raw), ("watership", Word::Watership), (DEBEZIUM, Word::Debezium)];
+    if is_table {
+        words.swap(0, 1);
+    }
+    let word = t.word("format", &words);
+    let mut options = t.table(DEBEZIUM, "such as { topic_prefix = \"shop\" }");
+    let first = options.asked();
+    let (debezium, key) = debezium(&mut options, is_table, relay);
+    let given = options.given_since(first);
+    drop(options);
+    let is_default = key == Key::Template && debezium == default_debezium(relay);
+    if word != Word::Debezium && !is_default {
+        let (path, given) = (t.path(DEBEZIUM), given.join(", "));
+        let text = format!("{path} has no effect without format = \"debezium\": {given}");
+        t.problem(DEBEZIUM, text);
+    }
+    let routing_key = match key {
+        Key::Template => None,
+        Key::Empty => Some(String::new()),
+        Key::Record => Some("{record_key}".to_owned()),
+        Key::Topic if is_table => Some(topic_template(&debezium.topic_prefix)),
+        Key::Topic => Some("outbox.event.{aggregate_type}".to_owned()),
+    };
+    match word {
+        Word::Raw => (Format::Raw, None),
+        Word::Watership => (Format::Watership, None),
+        Word::Debezium => (Format::Debezium(Arc::new(debezium)), routing_key),
+    }
+}
+
+/// What the routing key is, as the sink of Debezium Server has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Key {
+    /// That of the route.
+    Template,
+    Empty,
+    Topic,
+    Record,
+}
+
+fn debezium(t: &mut Section<'_>, is_table: bool, relay: &str) -> (Debezium, Key) {
+    let default = default_debezium(relay);
+    let values = values(t, default.values);
+    let keys = [
+        ("template", Key::Template),
+        ("empty", Key::Empty),
+        ("topic", Key::Topic),
+        ("key", Key::Record),
+    ];
+    let key = t.word("routing_key", &keys);
+    let bodies = [("empty", TombstoneBody::Empty), ("default", TombstoneBody::Default)];
+    let debezium = Debezium {
+        values,
+        topic_prefix: t.text("topic_prefix", &default.topic_prefix),
+        version: t.text("version", &default.version),
+        tombstones: t.flag("tombstones", default.tombstones),
+        tombstone_body: t.word("tombstone_body", &bodies),
+        skipped: skipped(t),
+        router: router(t),
+    };
+    let of_outbox = Debezium {
+        router: debezium.router.clone(),
+        tombstone_body: debezium.tombstone_body,
+        ..default_debezium(relay)
+    };
+    if !is_table && of_outbox != debezium {
+        let text = "an outbox route has the options of the event router, routing_key and \
+                    tombstone_body; the others are for tables (docs/formats.md)";
+        t.problem("", format!("{}{text}", t.path("")));
+    }
+    if is_table && debezium.router != EventRouter::default() {
+        let text = "the options of the event router are for outbox routes (docs/formats.md)";
+        t.problem("", format!("{}{text}", t.path("")));
+    }
+    (debezium, key)
+}
+
+fn values(t: &mut Section<'_>, default: ValueForms) -> ValueForms {
+    let decimals = [
+        ("precise", DecimalHandling::Precise),
+        ("double", DecimalHandling::Double),
+        ("string", DecimalHandling::String),
+    ];
+    let times = [
+        ("adaptive", TimePrecision::Adaptive),
+        ("adaptive_time_microseconds", TimePrecision::AdaptiveTimeMicroseconds),
+        ("connect", TimePrecision::Connect),
+        ("isostring", TimePrecision::IsoString),
+        ("microseconds", TimePrecision::Microseconds),
+        ("nanoseconds", TimePrecision::Nanoseconds),
+    ];
+    let intervals = [("numeric", IntervalHandling::Numeric), ("string", IntervalHandling::String)];
+    let binaries = [
+        ("bytes", BinaryHandling::Bytes),
+        ("base64", BinaryHandling::Base64),
+        ("base64-url-safe", BinaryHandling::Base64UrlSafe),
+        ("hex", BinaryHandling::Hex),
+    ];
+    ValueForms {
+        decimal: t.word("decimal_handling", &decimals),
+        time: t.word("time_precision", &times),
+        interval: t.word("interval_handling", &intervals),
+        binary: t.word("binary_handling", &binaries),
+        money_fraction_digits: t.number(
+            "money_fraction_digits",
+            default.money_fraction_digits,
+            0..=MONEY_DIGITS_MAX,
+        ),
+        include_unknown: t.flag("include_unknown", default.include_unknown),
+        unavailable: t.text("unavailable_value", &default.unavailable),
+    }
+}
+
+/// `"c,u,d,t"`, or `"none"`.
+fn skipped(t: &mut Section<'_>) -> Vec<Op> {
+    const KEY: &str = "skipped_operations";
+    let text = t.text(KEY, "t");
+    if text == "none" {
+        return Vec::new();
+    }
+    let op = |letter: &str| match letter.trim() {
+        "c" => Some(Op::Insert),
+        "u" => Some(Op::Update),
+        "d" => Some(Op::Delete),
+        "t" => Some(Op::Truncate),
+        _ => None,
+    };
+    let ops: Option<Vec<Op>> = text.split(',').map(op).collect();
+    ops.unwrap_or_else(|| {
+        t.invalid(KEY, format!("{text:?}"), "\"none\", or some of c, u, d, t with commas");
+        Vec::new()
+    })
+}
+
+fn router(t: &mut Section<'_>) -> EventRouter {
+    const PLACEMENT: &str = "additional_placement";
+    const EXPECTED: &str = "\"field:header\" or \"field:envelope\", with \":alias\" behind it if \
+                            its name is another";
+    let mut placements = Vec::new();
+    for text in t.list(PLACEMENT) {
+        let parts: Vec<&str> = text.split(':').collect();
+        let (field, place, name) = match parts[..] {
+            [field, place] => (field, place, field),
+            [field, place, name] => (field, place, name),
+            _ => ("", "", ""),
+        };
+        if field.is_empty() || name.is_empty() || !matches!(place, "header" | "envelope") {
+            t.invalid(PLACEMENT, format!("{text:?}"), EXPECTED);
+            continue;
+        }
+        let in_body = place == "envelope";
+        if !in_body && crate::envelope::is_reserved_header(name) {
+            t.invalid(PLACEMENT, format!("{text:?}"), "a header other than CC, BCC, x-* and ws-*");
+        }
+        placements.push(Placement { field: field.to_owned(), in_body, name: name.to_owned() });
+    }
+    EventRouter {
+        placements,
+        ignore_missing: t.word("missing_field", &[("error", false), ("ignore", true)]),
+        expand: t.flag("expand_json_payload", false),
+        keep_nulls: t.word("json_null", &[("ignore", false), ("keep", true)]),
+        keep_empty_arrays: t.word("json_empty_array", &[("ignore", false), ("keep", true)]),
+        tombstone_on_empty: t.flag("tombstone_on_empty_payload", false),
+        payload_as_string: t.flag("payload_as_string", false),
+        quoted_id: t.flag("quoted_id", false),
+    }
+}
+
+fn default_debezium(relay: &str) -> Debezium {
+    Debezium {
+        values: ValueForms::default(),
+        topic_prefix: relay.to_owned(),
+        version: "watership".to_owned(),
+        tombstones: false,
+        tombstone_body: TombstoneBody::Empty,
+        skipped: vec![Op::Truncate],
+        router: EventRouter::default(),
+    }
+}
