@@ -5,7 +5,14 @@
 SELECT n.nspname::text, c.relname::text, c.relkind = 'p', row_security_active(c.oid),
     has_table_privilege(c.oid, 'SELECT'), a.names, a.types, a.modifiers,
     k.names, k.casts, k.collations, k.less, k.equal, k.at_least, k.greater,
-    pg_get_expr(r.prqual, r.prrelid)
+    pg_get_expr(r.prqual, r.prrelid),
+    -- Whether its changes come under its name.
+    r.oid IS NOT NULL OR coalesce(p.puballtables, false)
+    OR EXISTS (SELECT FROM pg_catalog.pg_publication_namespace AS ps
+        WHERE ps.pnpubid = p.oid AND ps.pnnspid = c.relnamespace)
+    OR NOT p.pubviaroot AND EXISTS (SELECT FROM pg_catalog.pg_publication_rel AS pr
+        WHERE pr.prpubid = p.oid
+          AND pr.prrelid IN (SELECT relid FROM pg_catalog.pg_partition_ancestors(c.oid)))
 FROM pg_catalog.pg_class AS c
 JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
 LEFT JOIN pg_catalog.pg_publication AS p ON p.pubname = $2

@@ -397,6 +397,11 @@ async fn a_table_that_cannot_be_read_is_refused_with_the_statement_that_helps() 
     refused.expect_code(1).expect_text(&["neither a primary key", "REPLICA IDENTITY USING INDEX"]);
     let refused = stage.run(&["backfill", "public.other"]).await;
     refused.expect_code(1).expect_text(&["public.other is not captured", "source.tables"]);
+    stage.execute("ALTER PUBLICATION watership DROP TABLE t").await;
+    let refused = stage.run(&["backfill", "public.t"]).await;
+    refused.expect_code(1).expect_text(&["public.t is not in publication", "watership init"]);
+    stage.execute("ALTER PUBLICATION watership ADD TABLE t").await;
+    backfill(&stage, &["public.t", "--detach"]).await;
 }
 
 #[tokio::test]
@@ -414,4 +419,29 @@ async fn partitions_are_read_through_their_root() {
     let got = stage.settled().await;
     let replica = Replica::of(&got);
     assert_eq!((replica.rows.len(), got.len()), (50, 50));
+}
+
+#[tokio::test]
+async fn a_backfill_waits_while_a_queue_is_longer_than_its_limit() {
+    let tables = ["public.a", "public.b"];
+    let settings = "backfill.chunk_rows = 10\nbackfill.max_rate = 100\n\
+        backfill.max_queue_messages = 20";
+    let routes = "[[route]]\nname = \"tables\"\ntable = \"*\"\nexchange = \"watership\"\n\
+        [[queue]]\nname = \"slow\"\n[[binding]]\nqueue = \"slow\"\nexchange = \"watership\"\n\
+        routing_key = \"#\"";
+    let stage =
+        Stage::new(Setup { sql: TWO, tables: &tables, settings, routes, ..Setup::default() });
+    let stage = stage.await;
+    let _relay = stage.start().await;
+    backfill(&stage, &["public.a", "--detach"]).await;
+    until_state(&stage, "public.a", "running: queue \"slow\" holds").await;
+    assert!(rows_read(&stage, "public.a").await < 600);
+    stage.run(&["backfill", "list"]).await.expect_text(&["backfill.max_queue_messages"]);
+    let purge = async || {
+        let options = lapin::options::QueuePurgeOptions::default();
+        stage.channel.queue_purge("slow".into(), options).await.expect("it is emptied");
+        state(&stage, "public.a").await == "done"
+    };
+    until("it is done", purge).await;
+    assert_eq!(keys(&stage.settled().await, "public.a").len(), 600);
 }

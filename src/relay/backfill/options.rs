@@ -13,6 +13,8 @@ pub struct Options {
     pub max_unconfirmed: usize,
     /// Rows a second of a run at most; 0 for no limit.
     pub max_rate: u32,
+    /// Messages that a queue of the configuration may hold while a backfill runs; 0 for no limit.
+    pub max_queue_messages: u32,
     /// Bytes of WAL that the slot may keep while a backfill runs.
     pub max_slot_wal: u64,
 }

@@ -106,6 +106,11 @@ fn read_shape(row: &SqlRow, wanted: &ReadTable) -> Result<std::result::Result<Ta
     let modifiers = row.try_get::<_, Option<Vec<i32>>>(7).map_err(failed)?.unwrap_or_default();
     let key_names = texts(8)?;
     let role = postgres_protocol::escape::escape_identifier(&wanted.role);
+    if row.try_get::<_, Option<bool>>(16).map_err(failed)? != Some(true) {
+        let publication = &wanted.publication;
+        let what = format!("{name} is not in publication {publication:?}: its changes do not come");
+        return Ok(Err(Unfit::new(what, "`watership init` puts it back")));
+    }
     if !row.try_get::<_, bool>(4).map_err(failed)? {
         let what = format!("role {:?} lacks SELECT on {name}, which a backfill reads", wanted.role);
         let hint = format!("as its owner: GRANT SELECT ON {} TO {role}", name.quoted());

@@ -34,6 +34,14 @@ pub fn why(shown: &Snapshot, window: WindowLimits, max_slot_wal: u64) -> Option<
     None
 }
 
+/// A queue that is too long, in words.
+pub fn too_long(name: &str, messages: u32, max: u32) -> String {
+    format!(
+        "queue {name:?} holds {messages} messages, the limit is {max} \
+             (backfill.max_queue_messages)"
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

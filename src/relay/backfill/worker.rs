@@ -18,6 +18,7 @@ use super::read::{self, ReadOutcome};
 use super::runs::{self, Request, RunState};
 use super::shown::BackfillView;
 use super::{Chunk, ChunkCommand, ChunkReport, GivenUp, WorkerEnd, waits};
+use crate::amqp::topology;
 use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::{LOCK_NOT_AVAILABLE, QUERY_CANCELED, postgres_error};
@@ -28,6 +29,8 @@ use crate::source::transaction::MARK_PREFIX;
 
 /// How often the table of runs is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often the messages of queues are counted, where there is a limit.
+const COUNT_EVERY: Duration = Duration::from_secs(2);
 /// Longest pause while there is a run.
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// After a failure, and after a lock that did not come.
@@ -80,8 +83,8 @@ async fn work(options: &Options, shared: &Shared, end: &mut WorkerEnd) -> Result
     let SqlConnection { client, closed: _closed } = sql(&options.sql).await?;
     client.batch_execute(SETTINGS).await.map_err(postgres_error)?;
     request_snapshots(&client, options).await?;
-    let (active, ended) = Default::default();
-    let mut worker = Worker { options, shared, end, client, active, ended, looked: None };
+    let (active, ended, looked, counted) = Default::default();
+    let mut worker = Worker { options, shared, end, client, active, ended, looked, counted };
     loop {
         worker.look().await?;
         let Some(pause) = worker.turn().await? else { return Ok(Gone) };
@@ -122,6 +125,8 @@ struct Worker<'a> {
     /// What became of runs of this process.
     ended: VecDeque<BackfillView>,
     looked: Option<Instant>,
+    /// When queues were counted, and which is too long.
+    counted: Option<(Instant, Option<String>)>,
 }
 
 impl Worker<'_> {
@@ -193,6 +198,9 @@ impl Worker<'_> {
         let limits = (self.options.tuning.window, self.options.backfill.max_slot_wal);
         let mut why = waits::why(&self.shared.status.snapshot(), limits.0, limits.1);
         if why.is_none() {
+            why = self.queues().await;
+        }
+        if why.is_none() {
             why = one.waits_for_open(&self.client).await?;
         }
         let waits = why.is_some();
@@ -209,6 +217,26 @@ impl Worker<'_> {
         let soonest = others.min().map(|at| at.saturating_duration_since(Instant::now()));
         let pause = if waits { pause } else { soonest.unwrap_or(pause) };
         Ok(Some(pause.min(PAUSE_MAX)))
+    }
+
+    /// A queue of the configuration that is too long, as it was a moment ago.
+    async fn queues(&mut self) -> Option<String> {
+        let max = self.options.backfill.max_queue_messages;
+        let names: Vec<String> =
+            self.options.topology.queues.iter().map(|queue| queue.name.clone()).collect();
+        if max == 0 || names.is_empty() {
+            return None;
+        }
+        if self.counted.as_ref().is_none_or(|(at, _)| at.elapsed() >= COUNT_EVERY) {
+            // A broker that cannot be asked is reported elsewhere.
+            let counts = topology::counts(&self.options.broker, &names).await.unwrap_or_default();
+            let counts = counts.into_iter().zip(&names);
+            let mut long = counts.filter_map(|(count, name)| Some((count?.0, name)));
+            let long = long.find(|(messages, _)| *messages > max);
+            let why = long.map(|(messages, name)| waits::too_long(name, messages, max));
+            self.counted = Some((Instant::now(), why));
+        }
+        self.counted.as_ref().and_then(|(_, why)| why.clone())
     }
 
     /// Tells why a run waits, if that is news.
