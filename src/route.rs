@@ -22,7 +22,8 @@ use crate::message::{ExchangeId, KeyPart, RouteId, SHORT_STRING_MAX, route_hash}
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
 pub use format::{
-    Debezium, DebeziumTable, EventRouter, Format, Placement, TombstoneBody, topic_template,
+    CloudEvents, Debezium, DebeziumTable, EventRouter, Format, Placement, TombstoneBody,
+    topic_template,
 };
 pub use lanes::LaneKeys;
 pub use partition::{PARTITIONS_MAX, Partitions};

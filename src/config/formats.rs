@@ -11,10 +11,11 @@ use crate::column::debezium::{
 };
 use crate::event::Op;
 use crate::route::{
-    Debezium, EventRouter, Format, Placement, Select, TombstoneBody, topic_template,
+    CloudEvents, Debezium, EventRouter, Format, Placement, Select, TombstoneBody, topic_template,
 };
 
 const DEBEZIUM: &str = "debezium";
+const CLOUDEVENTS: &str = "cloudevents";
 
 /// The format of a route, and the routing key if the format chooses it.
 pub(super) fn read(
@@ -27,10 +28,15 @@ pub(super) fn read(
         Raw,
         Watership,
         Debezium,
+        CloudEvents,
     }
     let is_table = matches!(select, Some(Select::Table { .. }));
-    let mut words =
-        [("raw", Word::Raw), ("watership", Word::Watership), (DEBEZIUM, Word::Debezium)];
+    let mut words = [
+        ("raw", Word::Raw),
+        ("watership", Word::Watership),
+        (DEBEZIUM, Word::Debezium),
+        (CLOUDEVENTS, Word::CloudEvents),
+    ];
     if is_table {
         words.swap(0, 1);
     }
@@ -46,6 +52,14 @@ pub(super) fn read(
         let text = format!("{path} has no effect without format = \"debezium\": {given}");
         t.problem(DEBEZIUM, text);
     }
+    let mut options = t.table(CLOUDEVENTS, "such as { mode = \"structured\" }");
+    let cloudevents = cloudevents(&mut options);
+    drop(options);
+    if word != Word::CloudEvents && cloudevents != CloudEvents::default() {
+        let path = t.path(CLOUDEVENTS);
+        let text = format!("{path} has no effect without format = \"cloudevents\"");
+        t.problem(CLOUDEVENTS, text);
+    }
     let routing_key = match key {
         Key::Template => None,
         Key::Empty => Some(String::new()),
@@ -56,6 +70,7 @@ pub(super) fn read(
     match word {
         Word::Raw => (Format::Raw, None),
         Word::Watership => (Format::Watership, None),
+        Word::CloudEvents => (Format::CloudEvents(Arc::new(cloudevents)), None),
         Word::Debezium => (Format::Debezium(Arc::new(debezium)), routing_key),
     }
 }
@@ -196,6 +211,30 @@ fn router(t: &mut Section<'_>) -> EventRouter {
         payload_as_string: t.flag("payload_as_string", false),
         quoted_id: t.flag("quoted_id", false),
     }
+}
+
+fn cloudevents(t: &mut Section<'_>) -> CloudEvents {
+    let options = CloudEvents {
+        structured: t.word("mode", &[("binary", false), ("structured", true)]),
+        source: t.text("source", ""),
+        type_prefix: t.text("type_prefix", ""),
+        dataschema: t.text("dataschema", ""),
+    };
+    // RFC 3986, section 2; a dataschema is a URI with its scheme.
+    let is_uri = |c: char| c.is_ascii_alphanumeric() || "-._~:/?#[]@!$&'()*+,;=%".contains(c);
+    if !options.source.chars().all(is_uri) {
+        t.invalid("source", format!("{:?}", options.source), "a URI or a path, percent-encoded");
+    }
+    let has_scheme = options.dataschema.is_empty() || options.dataschema.contains(':');
+    if !options.dataschema.chars().all(is_uri) || !has_scheme {
+        let expected = "a URI, such as \"https://example.com/order.json\"";
+        t.invalid("dataschema", format!("{:?}", options.dataschema), expected);
+    }
+    if options.type_prefix.contains(char::is_control) {
+        let expected = "text without control characters";
+        t.invalid("type_prefix", format!("{:?}", options.type_prefix), expected);
+    }
+    options
 }
 
 fn default_debezium(relay: &str) -> Debezium {

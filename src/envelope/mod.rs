@@ -4,6 +4,7 @@
 //! event gives the same bytes on every attempt. Each format has a file for its bodies; what all
 //! formats share (properties, the relay's own headers, the key) is here.
 
+mod cloudevents;
 mod debezium;
 mod event_router;
 mod headers;
@@ -18,8 +19,10 @@ use crate::event::{
 };
 use crate::message::{Builder, Message, Properties, ROUTE_HEADER};
 use crate::route::{
-    Debezium, DebeziumTable, Facts, Format, MessageIdRule, Ordering, Plan, Route, TablePlan,
+    CloudEvents, Debezium, DebeziumTable, Facts, Format, MessageIdRule, Ordering, Plan, Route,
+    TablePlan,
 };
+use cloudevents::Attributes;
 use debezium::Record;
 
 pub use headers::is_reserved_header;
@@ -98,31 +101,21 @@ impl Envelope {
         let facts =
             Facts { key: &self.key, record_key: &row.aggregate_id, op: event.op().as_str() };
         route.routing_key(event, facts, &mut self.routing_key)?;
-        let mut is_tombstone = false;
-        let own_type = || row.content_type.as_deref().unwrap_or(default_type(&row.payload));
-        let (content_type, body) = match &route.format {
-            Format::Raw => (own_type(), raw::Body::of(&row.payload)?),
-            Format::Watership => {
-                self.body.clear();
-                self.committed_at.set(event.committed_at_us);
-                native::write_outbox(&mut self.body, event, row, &self.committed_at.text)?;
-                (JSON, raw::Body::Verbatim(&self.body))
+        let id = message_id(event.id, route, part);
+        let attributes = match &route.format {
+            Format::CloudEvents(options) => {
+                let traceparent = row.traceparent.as_deref().unwrap_or_default();
+                let about = (id, &*row.event_type, &*self.key);
+                Some(Attributes::new(&self.app_id, event, options, about, traceparent)?)
             }
-            Format::Debezium(debezium) => {
-                self.body.clear();
-                match event_router::make(&mut self.body, event, row, &debezium.router)? {
-                    event_router::Routed::Verbatim(body) => (own_type(), body),
-                    event_router::Routed::Written => (JSON, raw::Body::Verbatim(&self.body)),
-                    event_router::Routed::Tombstone => {
-                        is_tombstone = true;
-                        (own_type(), raw::Body::Verbatim(debezium.tombstone_body.bytes()))
-                    }
-                }
-            }
+            Format::Raw | Format::Watership | Format::Debezium(_) => None,
         };
+        let (times, out) = (&mut self.committed_at, &mut self.body);
+        let (content_type, body, is_tombstone) =
+            outbox_body(out, times, event, row, route, attributes.as_ref())?;
         let properties = Properties {
             content_type,
-            message_id: message_id(event.id, route, part),
+            message_id: id,
             timestamp: seconds(event.occurred_at_us),
             kind: &row.event_type,
             app_id: &self.app_id,
@@ -137,15 +130,19 @@ impl Envelope {
         }
         let router = match &route.format {
             Format::Debezium(debezium) => Some(&debezium.router),
-            Format::Raw | Format::Watership => None,
+            Format::Raw | Format::Watership | Format::CloudEvents(_) => None,
         };
         if let Some(router) = router {
             event_router::write_headers(&mut builder, event, row, router)?;
+        }
+        if let Some(attributes) = attributes.as_ref().filter(|attributes| !attributes.structured) {
+            attributes.write_headers(&mut builder)?;
         }
         if let Some(headers) = &row.headers {
             headers::write(&mut builder, headers, |name| {
                 (name == "traceparent" && row.traceparent.is_some())
                     || router.is_some_and(|router| event_router::sets_header(router, name))
+                    || (attributes.is_some() && cloudevents::is_attribute(name))
             })?;
         }
         let message = builder.finish(route.exchange, route.id, |out| body.write(out));
@@ -168,6 +165,9 @@ impl Envelope {
             }
             (Format::Debezium(_), None) => unreachable!("the plan was made of the route"),
             (Format::Raw, _) => unreachable!("the router refuses it for a captured table"),
+            (Format::CloudEvents(options), _) => {
+                self.of_cloud_event(event, change, plan, table, options, part)
+            }
             (Format::Watership, _) => {
                 let op = event.op().as_str();
                 self.key.clear();
@@ -178,9 +178,45 @@ impl Envelope {
                 self.committed_at.set(event.committed_at_us);
                 let committed_at = &self.committed_at.text;
                 native::write_change(&mut self.body, event, table, change, committed_at)?;
-                self.finish_change(event, plan, op, part, |_| Ok(()))
+                self.finish_change(event, plan, (op, JSON), part, |_| Ok(()))
             }
         }
+    }
+
+    /// A change as a CloudEvent: its data is what format `watership` makes of it.
+    fn of_cloud_event(
+        &mut self,
+        event: &Event,
+        change: &Change,
+        plan: &Plan,
+        table: &TablePlan,
+        options: &CloudEvents,
+        part: u16,
+    ) -> Result<Message> {
+        let op = event.op().as_str();
+        self.key.clear();
+        self.key.push_str(&event.table.full_name);
+        write_key_text(&mut self.key, &event.table, table, change)?;
+        self.record_key.clear();
+        let kind = format!("{}.{op}", event.table.full_name);
+        let about = (message_id(event.id, &plan.route, part), &*kind, &*self.key);
+        let attributes = Attributes::new(&self.app_id, event, options, about, "")?;
+        self.body.clear();
+        if attributes.structured {
+            attributes.write_json(&mut self.body, JSON);
+            self.body.extend_from_slice(b",\"data\":");
+        }
+        self.committed_at.set(event.committed_at_us);
+        let committed_at = &self.committed_at.text;
+        native::write_change(&mut self.body, event, table, change, committed_at)?;
+        if attributes.structured {
+            self.body.push(b'}');
+            let (op, kind) = (op, cloudevents::STRUCTURED);
+            return self.finish_change(event, plan, (op, kind), part, |_| Ok(()));
+        }
+        self.finish_change(event, plan, (op, JSON), part, |builder| {
+            attributes.write_headers(builder)
+        })
     }
 
     /// One of the records that a change is in Debezium's format.
@@ -210,7 +246,7 @@ impl Envelope {
             true => self.body.extend_from_slice(options.tombstone_body.bytes()),
             false => debezium::write(&mut self.body, event, table, of_table, options, record)?,
         }
-        let message = self.finish_change(event, plan, record.op(), part, |builder| {
+        let message = self.finish_change(event, plan, (record.op(), JSON), part, |builder| {
             if let Some((name, _)) = link {
                 builder.header_text(name, other_key.as_bytes())?;
             }
@@ -228,7 +264,7 @@ impl Envelope {
         &mut self,
         event: &Event,
         plan: &Plan,
-        op: &str,
+        (op, content_type): (&str, &str),
         part: u16,
         more_headers: impl FnOnce(&mut Builder<'_>) -> Result<()>,
     ) -> Result<Message> {
@@ -240,7 +276,7 @@ impl Envelope {
         let facts = Facts { key: &self.key, record_key: &self.record_key, op };
         route.routing_key(event, facts, &mut self.routing_key)?;
         let properties = Properties {
-            content_type: JSON,
+            content_type,
             message_id: message_id(event.id, route, part),
             timestamp: seconds(event.occurred_at_us),
             kind: &self.kind,
@@ -304,6 +340,47 @@ pub fn parts(event: &Event, plan: &Plan) -> u16 {
         }
         _ => 1,
     }
+}
+
+/// Content type and body of an outbox event, and whether it is a tombstone.
+fn outbox_body<'a>(
+    out: &'a mut Vec<u8>,
+    committed_at: &mut TimeText,
+    event: &Event,
+    row: &'a OutboxRow,
+    route: &'a Route,
+    attributes: Option<&Attributes>,
+) -> Result<(&'a str, raw::Body<'a>, bool)> {
+    let own_type = || row.content_type.as_deref().unwrap_or(default_type(&row.payload));
+    match &route.format {
+        Format::Raw => return Ok((own_type(), raw::Body::of(&row.payload)?, false)),
+        Format::Watership => {
+            out.clear();
+            committed_at.set(event.committed_at_us);
+            native::write_outbox(out, event, row, &committed_at.text)?;
+        }
+        Format::Debezium(debezium) => {
+            out.clear();
+            match event_router::make(out, event, row, &debezium.router)? {
+                event_router::Routed::Verbatim(body) => return Ok((own_type(), body, false)),
+                event_router::Routed::Written => {}
+                event_router::Routed::Tombstone => {
+                    let body = raw::Body::Verbatim(debezium.tombstone_body.bytes());
+                    return Ok((own_type(), body, true));
+                }
+            }
+        }
+        Format::CloudEvents(_) => match attributes.filter(|attributes| attributes.structured) {
+            None => return Ok((own_type(), raw::Body::of(&row.payload)?, false)),
+            Some(attributes) => {
+                out.clear();
+                attributes.write_json(out, own_type());
+                cloudevents::write_data(out, &row.payload, own_type())?;
+                return Ok((cloudevents::STRUCTURED, raw::Body::Verbatim(out), false));
+            }
+        },
+    }
+    Ok((JSON, raw::Body::Verbatim(out), false))
 }
 
 fn default_type(payload: &OutboxPayload) -> &'static str {
@@ -443,5 +520,7 @@ fn iso_time(us: i64) -> String {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_cloudevents;
 #[cfg(test)]
 mod tests_debezium;

@@ -18,6 +18,21 @@ pub enum Format {
     /// What Debezium's PostgreSQL connector and its outbox event router make, in JSON and without
     /// schemas.
     Debezium(Arc<Debezium>),
+    /// CloudEvents 1.0.
+    CloudEvents(Arc<CloudEvents>),
+}
+
+/// How messages look as CloudEvents.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CloudEvents {
+    /// One JSON object with all attributes, instead of headers beside the data.
+    pub structured: bool,
+    /// The attribute `source`, a URI reference; if empty, made of the names of relay and table.
+    pub source: String,
+    /// Stands before the event type, or before table and operation, in the attribute `type`.
+    pub type_prefix: String,
+    /// The attribute `dataschema`, a URI; empty for none.
+    pub dataschema: String,
 }
 
 impl Format {
@@ -27,6 +42,7 @@ impl Format {
             Format::Raw => "raw",
             Format::Watership => "watership",
             Format::Debezium(_) => "debezium",
+            Format::CloudEvents(_) => "cloudevents",
         }
     }
 
@@ -34,7 +50,7 @@ impl Format {
     /// Debezium's has one byte for eight digits of a bit string.
     pub fn shrinks_at_most(&self) -> usize {
         match self {
-            Format::Raw | Format::Watership => 1,
+            Format::Raw | Format::Watership | Format::CloudEvents(_) => 1,
             Format::Debezium(_) => 8,
         }
     }

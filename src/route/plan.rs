@@ -141,7 +141,7 @@ impl TablePlan {
         source_json.extend_from_slice(b",\"commit_lsn\":");
         let debezium = match &route.format {
             Format::Debezium(debezium) => Some(Box::new(DebeziumTable::new(debezium, &table))),
-            Format::Raw | Format::Watership => None,
+            Format::Raw | Format::Watership | Format::CloudEvents(_) => None,
         };
         Self {
             identity_has_key: table.identity.covers(&key),

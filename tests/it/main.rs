@@ -15,6 +15,7 @@ mod crash;
 mod dev;
 mod failover;
 mod find;
+mod formats;
 mod harmless;
 mod hosted;
 mod identity;
