@@ -13,6 +13,7 @@
 
 mod backfill;
 mod parked;
+mod poll;
 mod tables;
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
@@ -23,6 +24,7 @@ use crate::position::Lsn;
 use crate::verdict::Verdict;
 pub use backfill::BackfillMetrics;
 pub use parked::ParkedMetrics;
+pub use poll::PollMetrics;
 pub use tables::TableMetrics;
 
 /// Upper bounds of the buckets of every `_seconds` histogram, in seconds: 0.5 ms to 60 s.
@@ -87,6 +89,8 @@ pub struct Metrics {
     pub window: WindowMetrics,
     /// The replication slot and the positions in the WAL.
     pub wal: WalMetrics,
+    /// Polling.
+    pub poll: PollMetrics,
     /// The checkpoint row.
     pub checkpoint: CheckpointMetrics,
     /// The broker connection.
@@ -251,6 +255,7 @@ impl Metrics {
                 paused: gauge!("watership_window_paused"),
             },
             wal: WalMetrics::new(),
+            poll: PollMetrics::new(),
             checkpoint: CheckpointMetrics {
                 age_seconds: gauge!("watership_checkpoint_age_seconds"),
                 written: counter!("watership_checkpoints_total"),

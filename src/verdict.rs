@@ -61,11 +61,15 @@ pub enum Verdict {
     ParkingRefused,
     /// A route would use other partitions while messages are queued in those in force.
     PartitionsChanged,
+    /// A batch that a relay that polls has stored is not in the table any more.
+    BatchMissing,
+    /// The outbox has rows of transactions that this cluster has not had yet.
+    ForeignRows,
 }
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Verdict; 24] = [
+    pub const ALL: [Verdict; 26] = [
         Verdict::WalLevel,
         Verdict::OtherCluster,
         Verdict::TimelineChanged,
@@ -90,6 +94,8 @@ impl Verdict {
         Verdict::EventUnpublishable,
         Verdict::ParkingRefused,
         Verdict::PartitionsChanged,
+        Verdict::BatchMissing,
+        Verdict::ForeignRows,
     ];
 
     /// The stable name.
@@ -119,6 +125,8 @@ impl Verdict {
             Verdict::EventUnpublishable => "event_unpublishable",
             Verdict::ParkingRefused => "parking_refused",
             Verdict::PartitionsChanged => "partitions_changed",
+            Verdict::BatchMissing => "batch_missing",
+            Verdict::ForeignRows => "foreign_rows",
         }
     }
 }

@@ -1,10 +1,10 @@
 -- A new session of relay $1 takes the row over; writes of an older session match no row from here.
--- With another publication ($2 is its oid) the ordinals of the interrupted transaction may differ,
--- so that transaction is resumed from its start.
+-- With another publication ($2 is its oid; null for a relay that polls) the ordinals of the
+-- interrupted transaction may differ, so it is resumed from its start.
 UPDATE watership.checkpoint
 SET session_no = session_no + 1,
-    ordinal = CASE WHEN publication_oid = $2 THEN ordinal ELSE 0 END,
-    sub = CASE WHEN publication_oid = $2 THEN sub ELSE 0 END,
+    ordinal = CASE WHEN publication_oid IS NOT DISTINCT FROM $2 THEN ordinal ELSE 0 END,
+    sub = CASE WHEN publication_oid IS NOT DISTINCT FROM $2 THEN sub ELSE 0 END,
     publication_oid = $2,
     updated_at = now()
 WHERE name = $1

@@ -4,6 +4,14 @@ DO $$
 DECLARE
     names text;
 BEGIN
+    -- First those that return rows of a table: tables depend on others.
+    SELECT string_agg(p.oid::regprocedure::text, ', ') INTO names
+    FROM pg_catalog.pg_proc AS p
+    JOIN pg_catalog.pg_class AS c ON c.reltype = p.prorettype
+    WHERE p.pronamespace = 'watership'::regnamespace AND p.proowner = 'watership_owner'::regrole;
+    IF names IS NOT NULL THEN
+        EXECUTE 'DROP FUNCTION ' || names;
+    END IF;
     SELECT string_agg(format('watership.%I', relname), ', ') INTO names
     FROM pg_catalog.pg_class
     WHERE relnamespace = 'watership'::regnamespace AND relowner = 'watership_owner'::regrole

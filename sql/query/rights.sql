@@ -1,7 +1,7 @@
--- What the relay needs of its own schema and does not have: role $1 (null: the connected one), and
--- the applications' role for the outbox. Privileges that are lacking, and whether row-level
--- security stands in the way (check_enable_rls in rls.c decides in the same way). What does not
--- exist is not named. `vital`: without it the relay cannot run.
+-- What a relay of kind $2 needs of its own schema and does not have: role $1 (null: the connected
+-- one), and the applications' role for the outbox. Privileges that are lacking, and whether
+-- row-level security stands in the way (check_enable_rls in rls.c decides in the same way). What
+-- does not exist is not named. `vital`: without it the relay cannot run.
 WITH needed (app, name, privilege, columns, vital) AS (VALUES
     (false, 'migration', 'SELECT', NULL, false),
     (false, 'checkpoint', 'SELECT', NULL, true),
@@ -31,6 +31,13 @@ WITH needed (app, name, privilege, columns, vital) AS (VALUES
     (false, 'resync', 'INSERT', NULL, false),
     (true, 'outbox', 'INSERT', '{id, aggregate_type, aggregate_id, event_type, payload, data,
         content_type, headers, traceparent, created_at}', false)
+    UNION ALL
+    SELECT false, name, privilege, NULL, true FROM (VALUES
+        ('outbox', 'SELECT'),
+        ('poll_batch', 'SELECT'),
+        ('poll_batch', 'INSERT'),
+        ('poll_batch', 'DELETE')) AS polled (name, privilege)
+    WHERE $2 = 'poll'
 ), role AS (
     SELECT oid, rolname, rolsuper OR rolbypassrls AS sees_all, rolname = 'watership_app' AS app
     FROM pg_catalog.pg_roles

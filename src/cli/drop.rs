@@ -13,6 +13,8 @@ use crate::pg::client::{SqlConnection, sql};
 use crate::pg::publication::{drop_publication, read_publication};
 use crate::pg::slot::{SlotState, drop_slot, end_reader, read_slot};
 use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
+use crate::pg::unnamed;
+use crate::source::SourceKind;
 
 /// Options of `drop`.
 #[derive(Debug, clap::Args)]
@@ -106,11 +108,11 @@ async fn plan(client: &Client, config: &Config) -> Result<Plan> {
         EXISTS (SELECT FROM pg_catalog.pg_class AS c \
             JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace \
             WHERE n.nspname = 'watership' AND c.relname = 'checkpoint'), current_database()::text";
-    let row = client.query_one(there, &[]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, there, &[]).await.map_err(postgres_error)?;
     let (schema, checkpoints, database): (bool, bool, String) =
         (row.get(0), row.get(1), row.get(2));
     let relays = match checkpoints {
-        true => client.query(RELAYS, &[]).await.map_err(postgres_error)?,
+        true => unnamed::query(client, RELAYS, &[]).await.map_err(postgres_error)?,
         false => Vec::new(),
     };
     let (mut others, mut mine, mut shared) = (Vec::new(), false, false);
@@ -120,13 +122,18 @@ async fn plan(client: &Client, config: &Config) -> Result<Plan> {
             mine = true;
             continue;
         }
-        if slot.as_ref() == Some(&relay.slot) {
+        if slot.as_ref() == Some(&relay.slot) && relay.kind == SourceKind::Wal {
             let text =
                 format!("slot {:?} belongs to relay {name:?}, not to {:?}", relay.slot, relay.name);
             return Err(Error::config(text).hint("set name and source.slot to those of the relay"));
         }
         shared |= row.get::<_, Option<&str>>(2) == Some(&relay.publication);
         others.push(name);
+    }
+    let (schema, relay_is_there) = (schema && others.is_empty(), mine);
+    if relay.kind == SourceKind::Poll {
+        let (slot, publication) = (None, None);
+        return Ok(Plan { slot, publication, relay: relay_is_there, schema, others });
     }
     let slot = read_slot(client, &relay.slot).await?;
     let is_ours = |slot: &SlotState| {
@@ -143,7 +150,7 @@ async fn plan(client: &Client, config: &Config) -> Result<Plan> {
             format!("{} for {}", publication.name, names.join(", "))
         }),
     };
-    Ok(Plan { slot, publication, relay: mine, schema: schema && others.is_empty(), others })
+    Ok(Plan { slot, publication, relay: relay_is_there, schema, others })
 }
 
 /// Refuses a role that could remove the slot and not the rest.
@@ -153,7 +160,9 @@ async fn may_remove(client: &Client, plan: &Plan, config: &Config) -> Result<()>
             WHERE nspname = 'watership'), true), \
         coalesce((SELECT pg_has_role(pubowner, 'USAGE') FROM pg_catalog.pg_publication \
             WHERE pubname = $1::text), true)";
-    let row = client.query_one(sql, &[&config.relay.publication]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, sql, &[&config.relay.publication])
+        .await
+        .map_err(postgres_error)?;
     let lacking = match (row.get(1), row.get(2)) {
         (false, _) if plan.schema || plan.relay => "the schema watership",
         (_, false) if plan.publication.is_some() => "the publication",
@@ -224,7 +233,7 @@ async fn remove_rest(client: &mut Client, config: &Config, plan: &Plan) -> Resul
         drop_publication(&tx, &config.relay.publication).await?;
     }
     if plan.relay && !plan.schema {
-        tx.execute(RELAY, &[&config.relay.name]).await.map_err(postgres_error)?;
+        unnamed::execute(&tx, RELAY, &[&config.relay.name]).await.map_err(postgres_error)?;
     }
     if plan.schema {
         let failed = |e| postgres_error(e).context("dropping the schema watership");

@@ -18,8 +18,10 @@ use crate::envelope::{PARTS_MAX, message_id};
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::position::Lsn;
 use crate::route::{Action, Router, Rule, Select};
+use crate::source::SourceKind;
 
 /// Options of `find`.
 #[derive(Debug, clap::Args)]
@@ -43,6 +45,8 @@ const ROWS_MAX: i64 = 10;
 /// How long the stream may take to pass a row: a canary, which is written every ten seconds, says
 /// that it has.
 const PATIENCE: Duration = Duration::from_secs(12);
+/// How long a relay that polls may take to pass a row that is new: a look and a checkpoint.
+const CHECKPOINT_PATIENCE: Duration = Duration::from_secs(3);
 /// Between two questions to the relay.
 const ASK_EVERY: Duration = Duration::from_millis(500);
 
@@ -86,7 +90,10 @@ enum Passed {
 impl Passed {
     fn say(self) -> &'static str {
         match self {
-            Passed::NotYet => "not passed: it was committed after the checkpoint was stored",
+            Passed::NotYet => {
+                "not passed: it was committed after the checkpoint was stored, or (polling) its \
+                 batch is not settled"
+            }
             Passed::Yes => "passed: it was confirmed, dropped by its route, or parked",
             Passed::Unknown => {
                 "cannot be known: rows do not say where in the WAL they were committed, and no \
@@ -100,6 +107,15 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
     let router = Router::new(&config.relay.rules)?;
     let mut outbox = rows(&client, config, args).await?;
+    let until = Instant::now() + CHECKPOINT_PATIENCE;
+    let is_open = |row: &Row| row.checkpoint != Passed::Yes;
+    while config.relay.kind == SourceKind::Poll
+        && outbox.iter().any(is_open)
+        && Instant::now() < until
+    {
+        sleep(ASK_EVERY).await;
+        outbox = rows(&client, config, args).await?;
+    }
     // The relay first: what it parks meanwhile is found in the table afterwards.
     let query = match (&args.id, &args.key) {
         (Some(id), _) => format!("id={id}"),
@@ -128,7 +144,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
 async fn rows(client: &Client, config: &Config, args: &Args) -> Result<Vec<Row>> {
     const SQL: &str = include_str!("../../sql/query/find_outbox.sql");
     let name = &config.relay.name;
-    let found = client.query(SQL, &[&name, &args.id, &args.key, &ROWS_MAX]).await;
+    let found = unnamed::query(client, SQL, &[&name, &args.id, &args.key, &ROWS_MAX]).await;
     let row = |row: &tokio_postgres::Row| {
         let text = |i: usize| row.try_get::<_, String>(i).map_err(postgres_error);
         let flag = |i: usize| row.try_get::<_, bool>(i).map_err(postgres_error);
@@ -181,7 +197,7 @@ async fn parked(
     key: &Option<String>,
 ) -> Result<Vec<Listed>> {
     const SQL: &str = include_str!("../../sql/query/find_parked.sql");
-    let rows = client.query(SQL, &[&config.relay.name, &ids, key, &ROWS_MAX]).await;
+    let rows = unnamed::query(client, SQL, &[&config.relay.name, &ids, key, &ROWS_MAX]).await;
     rows.map_err(postgres_error)?.iter().map(listed).collect()
 }
 
@@ -212,7 +228,8 @@ async fn sighting(config: &Config, query: &str, rows: &mut [Row]) -> Result<Valu
             rows.iter_mut().filter(passed).for_each(|row| row.checkpoint = Passed::Yes);
         }
         let open = rows.iter().any(|row| row.checkpoint != Passed::Yes);
-        if known || !open || Instant::now() >= until {
+        let said = config.relay.kind == SourceKind::Poll;
+        if known || said || !open || Instant::now() >= until {
             return Ok(seen);
         }
         sleep(ASK_EVERY).await;

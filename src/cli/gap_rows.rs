@@ -9,6 +9,7 @@ use tokio_postgres::Client;
 use super::Out;
 use crate::error::Result;
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 
 /// Rows that are counted.
 const COUNT_MAX: i64 = 1_000_000;
@@ -31,7 +32,7 @@ pub(super) struct GapRows {
 /// The server's.
 pub(super) async fn since(client: &Client, name: &str) -> Result<Option<String>> {
     const SQL: &str = include_str!("../../sql/query/outbox_gap_since.sql");
-    let row = client.query_opt(SQL, &[&name]).await.map_err(postgres_error)?;
+    let row = unnamed::query_opt(client, SQL, &[&name]).await.map_err(postgres_error)?;
     row.map(|row| row.try_get(0).map_err(postgres_error)).transpose()
 }
 
@@ -41,7 +42,8 @@ pub(super) async fn since(client: &Client, name: &str) -> Result<Option<String>>
 /// The server's: an outbox without the index for it may take longer than a query is allowed to.
 pub(super) async fn count(client: &Client, since: &str) -> Result<GapRows> {
     const SQL: &str = include_str!("../../sql/query/outbox_gap_rows.sql");
-    let row = client.query_one(SQL, &[&since, &COUNT_MAX]).await.map_err(postgres_error)?;
+    let row =
+        unnamed::query_one(client, SQL, &[&since, &COUNT_MAX]).await.map_err(postgres_error)?;
     let rows = row.try_get(0).map_err(postgres_error)?;
     let until = row.try_get(1).map_err(postgres_error)?;
     Ok(GapRows { rows, since: since.to_owned(), until })

@@ -5,6 +5,7 @@
 //! exists is left as it is, so `init` may be run again.
 
 mod before;
+mod poll;
 mod script;
 
 use serde::Serialize;
@@ -16,13 +17,14 @@ use crate::config::Config;
 use crate::config::load;
 use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
-use crate::pg::connect::Options;
+use crate::pg::connect::{Options, Settings};
 use crate::pg::migrate;
 use crate::pg::publication::{Publication, TableName};
 use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::position::Lsn;
 use crate::relay;
 use crate::relay::check::partitions::PartitionChange;
@@ -30,6 +32,7 @@ use crate::relay::check::{lost, position};
 use crate::relay::checkpoint::{self, NewCheckpoint};
 use crate::relay::session::{self, facts, rights, wal};
 use crate::secret::Secret;
+use crate::source::SourceKind;
 use crate::verdict::Verdict;
 
 /// Options of `init`.
@@ -102,17 +105,28 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         return script::print(config, &admin).await;
     }
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
-    // The usual limit of 30 s is meant for the queries of a running relay.
-    client.batch_execute("SET statement_timeout = '5min'").await.map_err(postgres_error)?;
+    if admin.settings == Settings::Relay {
+        // The usual limit of 30 s is meant for the queries of a running relay.
+        client.batch_execute("SET statement_timeout = '5min'").await.map_err(postgres_error)?;
+    }
     let server = server_facts(&client).await?;
     before::verify(&client, config, &admin, &server, args.publish_anyway).await?;
 
     let mut steps = Steps { list: Vec::new(), out };
     schema(&mut steps, &mut client).await?;
     relay_role(&mut steps, &client, config, &server).await?;
-    rights::verify(&rights::lacking(&client, Some(&config.relay.sql.user)).await?)?;
-    let publication = publication(&mut steps, &client, config).await?;
-    slot_and_checkpoint(&mut steps, &client, config, args, &server, &publication).await?;
+    let (user, kind) = (&config.relay.sql.user, config.relay.kind);
+    rights::verify(&rights::lacking(&client, Some(user), kind).await?)?;
+    match kind {
+        SourceKind::Wal => {
+            let publication = publication(&mut steps, &client, config).await?;
+            slot_and_checkpoint(&mut steps, &client, config, args, &server, &publication).await?;
+        }
+        SourceKind::Poll => {
+            poll::indexes(&mut steps, &mut client).await?;
+            poll::checkpoint(&mut steps, &client, config, args, &server).await?;
+        }
+    }
     grants(&mut steps, &mut client).await?;
     let changes = partitions(&client, config, args.accept_reorder).await?;
     broker(&mut steps, config).await?;
@@ -170,7 +184,8 @@ async fn relay_role(
 ) -> Result<()> {
     let user = &config.relay.sql.user;
     let sql = "SELECT pg_catalog.pg_has_role($1::text, 'watership_relay', 'USAGE')";
-    let member: bool = client.query_one(sql, &[user]).await.map_err(postgres_error)?.get(0);
+    let member: bool =
+        unnamed::query_one(client, sql, &[user]).await.map_err(postgres_error)?.get(0);
     if member {
         steps.add(Done::Exists, "role", format!("{user} has the rights of watership_relay"));
         return Ok(());
@@ -238,6 +253,7 @@ async fn slot_and_checkpoint(
 ) -> Result<()> {
     let name = &config.relay.slot;
     let row = checkpoint::read(client, &config.relay.name).await?;
+    row.iter().try_for_each(|row| checkpoint::is_of(row, &config.relay.name, SourceKind::Wal))?;
     if let Some(row) = &row
         && row.slot != *name
     {
@@ -325,7 +341,9 @@ fn slot_detail(name: &str, at: Option<Lsn>) -> String {
 async fn refuse_shared_slot(client: &Client, config: &Config) -> Result<()> {
     const SQL: &str = include_str!("../../sql/query/checkpoint_of_slot.sql");
     let slot = &config.relay.slot;
-    let row = client.query_opt(SQL, &[slot, &config.relay.name]).await.map_err(postgres_error)?;
+    let row = unnamed::query_opt(client, SQL, &[slot, &config.relay.name])
+        .await
+        .map_err(postgres_error)?;
     match row {
         None => Ok(()),
         Some(row) => Err(Error::config(format!(
@@ -376,21 +394,26 @@ const COUNT_MAX: i64 = 1_000_000;
 
 async fn count_rows(client: &Client) -> Result<i64> {
     const SQL: &str = include_str!("../../sql/query/outbox_count.sql");
-    Ok(client.query_one(SQL, &[&COUNT_MAX]).await.map_err(postgres_error)?.get(0))
+    Ok(unnamed::query_one(client, SQL, &[&COUNT_MAX]).await.map_err(postgres_error)?.get(0))
 }
 
 async fn refuse_older_rows(steps: &mut Steps, client: &Client, args: &Args) -> Result<()> {
+    older_rows(steps, client, args, "the slot").await
+}
+
+/// `begin` is where the relay begins.
+async fn older_rows(steps: &mut Steps, client: &Client, args: &Args, begin: &str) -> Result<()> {
     let count = count_rows(client).await?;
     if count == 0 {
         return Ok(());
     }
     let more = if count == COUNT_MAX { " or more" } else { "" };
     if args.skip_existing {
-        steps.add(Done::Skipped, "outbox", format!("{count}{more} rows older than the slot"));
+        steps.add(Done::Skipped, "outbox", format!("{count}{more} rows older than {begin}"));
         return Ok(());
     }
     Err(Error::refused(format!(
-        "watership.outbox has {count}{more} rows that are older than the slot; they would never be \
+        "watership.outbox has {count}{more} rows that are older than {begin}; they would never be \
          published"
     ))
     .hint("pass --skip-existing to leave them unpublished, or empty the outbox first"))
@@ -417,7 +440,7 @@ async fn create_slot_without_gap(
 
 async fn grants(steps: &mut Steps, client: &mut Client) -> Result<()> {
     let sql = "SELECT pg_catalog.has_schema_privilege('watership_app', 'watership', 'USAGE')";
-    let before: bool = client.query_one(sql, &[]).await.map_err(postgres_error)?.get(0);
+    let before: bool = unnamed::query_one(client, sql, &[]).await.map_err(postgres_error)?.get(0);
     migrate::grant_applications(client).await?;
     let done = if before { Done::Exists } else { Done::Created };
     steps.add(done, "grants", "watership_app may insert into the outbox and call emit");

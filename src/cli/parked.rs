@@ -13,6 +13,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::position::{Mark, Position};
 use crate::relay::parking::row::Why;
 
@@ -219,7 +220,7 @@ async fn list(
     limit: i64,
 ) -> Result<Vec<Listed>> {
     const SQL: &str = include_str!("../../sql/query/parked_list.sql");
-    let rows = client.query(SQL, &[&name, &state.states(), route, key, &limit]).await;
+    let rows = unnamed::query(client, SQL, &[&name, &state.states(), route, key, &limit]).await;
     rows.map_err(postgres_error)?.iter().map(listed).collect()
 }
 
@@ -290,7 +291,7 @@ pub(super) fn age(seconds: f64) -> String {
 
 async fn one(client: &Client, name: &str, id: i64) -> Result<Listed> {
     const SQL: &str = include_str!("../../sql/query/parked_row.sql");
-    let row = client.query_opt(SQL, &[&name, &id]).await.map_err(postgres_error)?;
+    let row = unnamed::query_opt(client, SQL, &[&name, &id]).await.map_err(postgres_error)?;
     row.as_ref().map(listed).transpose()?.ok_or_else(|| no_row(name, id))
 }
 
@@ -303,7 +304,8 @@ async fn show(client: &Client, name: &str, id: i64, full: bool, out: Out) -> Res
     const SQL: &str = include_str!("../../sql/query/parked_content.sql");
     let row = one(client, name, id).await?;
     let limit = if full || out.json { i32::MAX } else { SHOWN_MAX };
-    let content = client.query_one(SQL, &[&name, &id, &limit]).await.map_err(postgres_error)?;
+    let content =
+        unnamed::query_one(client, SQL, &[&name, &id, &limit]).await.map_err(postgres_error)?;
     let maybe = |i: usize| content.try_get::<_, Option<String>>(i).map_err(postgres_error);
     let (event, body): (_, Option<Vec<u8>>) =
         (maybe(0)?, content.try_get(2).map_err(postgres_error)?);
@@ -402,9 +404,9 @@ async fn retry(
         one(client, name, *id).await?;
     }
     let rows = if all || route.is_some() {
-        client.query(ALL, &[&name, route]).await
+        unnamed::query(client, ALL, &[&name, route]).await
     } else {
-        client.query(SOME, &[&name, &ids, key]).await
+        unnamed::query(client, SOME, &[&name, &ids, key]).await
     };
     rows.map_err(postgres_error)?.iter().map(|r| r.try_get(0).map_err(postgres_error)).collect()
 }
@@ -429,7 +431,7 @@ async fn discard(
             return Err(Error::refused(what).hint("nothing was discarded"));
         }
     }
-    let found = client.query_one(SQL, &[&name, &ids, key, route, &all, &reason]).await;
+    let found = unnamed::query_one(client, SQL, &[&name, &ids, key, route, &all, &reason]).await;
     let found = found.map_err(postgres_error)?;
     let discarded: Vec<i64> = found.try_get(0).map_err(postgres_error)?;
     if discarded.is_empty() {

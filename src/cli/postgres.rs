@@ -1,5 +1,7 @@
 //! The Postgres half of `check`: server, role, schema, slot, publication, tables, checkpoint.
 
+mod poll;
+
 use tokio_postgres::Client;
 
 use super::findings::Findings;
@@ -12,6 +14,7 @@ use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName
 use crate::pg::publication::{filter_columns, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::{TOO_MANY_CONNECTIONS, postgres_error};
+use crate::pg::unnamed;
 use crate::relay::check::publishable::{Harm, Obstacle, filter_breaks, obstacles};
 use crate::relay::check::server::{encoding_risk, may_be_waited_for};
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
@@ -20,6 +23,7 @@ use crate::relay::checkpoint;
 use crate::relay::session::rights::{self, Lack};
 use crate::relay::session::{facts, wal};
 use crate::route::keys_of;
+use crate::source::SourceKind;
 use crate::verdict::Verdict;
 
 const INIT: &str = "run `watership init`";
@@ -37,6 +41,9 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
 
 async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> {
     let server = server_facts(client).await?;
+    if config.relay.kind == SourceKind::Poll {
+        return poll::look(f, config, client, &server).await;
+    }
     let slot = read_slot(client, &config.relay.slot).await?;
     check_server(f, config, &server, hosting::how_to_make_logical(client).await?);
     check_capacity(f, &server, slot.as_ref());
@@ -60,12 +67,23 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
     Ok(())
 }
 
-fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts, makes_logical: &str) {
+fn check_version(f: &mut Findings, config: &Config, server: &ServerFacts) {
     if server.version_num < 150_000 {
         f.problem("postgres", format!("version {}", server.version), "use Postgres 15 or later");
     } else {
         f.ok("postgres", format!("{}, Postgres {}", config.relay.sql, server.version));
     }
+    if server.in_recovery {
+        f.problem(
+            "postgres",
+            "the server is a standby (in recovery)",
+            "set source.url to the primary",
+        );
+    }
+}
+
+fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts, makes_logical: &str) {
+    check_version(f, config, server);
     if server.wal_level == "logical" {
         f.ok("wal_level", "logical");
     } else {
@@ -73,13 +91,6 @@ fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts, makes_l
             "wal_level",
             format!("{:?}, logical replication needs \"logical\"", server.wal_level),
             makes_logical,
-        );
-    }
-    if server.in_recovery {
-        f.problem(
-            "postgres",
-            "the server is a standby (in recovery)",
-            "set source.url to the primary",
         );
     }
     let application = &config.relay.sql.application_name;
@@ -138,7 +149,8 @@ fn check_capacity(f: &mut Findings, server: &ServerFacts, slot: Option<&SlotStat
 
 async fn check_encoding(f: &mut Findings, client: &Client) -> Result<()> {
     let sql = "SELECT current_setting('server_encoding')";
-    let encoding: String = client.query_one(sql, &[]).await.map_err(postgres_error)?.get(0);
+    let encoding: String =
+        unnamed::query_one(client, sql, &[]).await.map_err(postgres_error)?.get(0);
     const ADVICE: &str = "use a database with encoding UTF8";
     match encoding_risk(&encoding) {
         Some(risk) if encoding == "SQL_ASCII" => f.problem("encoding", risk, ADVICE),
@@ -155,7 +167,6 @@ async fn check_role(
     server: &ServerFacts,
 ) -> Result<()> {
     let user = &server.user;
-    let quoted = postgres_protocol::escape::escape_identifier(user);
     match hosting::ask(&config.relay.sql).await {
         Ok(asked) => {
             f.ok("role", format!("{user} may replicate"));
@@ -183,8 +194,19 @@ async fn check_role(
         ),
         Err(error) => f.error("role", &error.context("a replication connection")),
     }
+    check_rights(f, config, client, user).await
+}
+
+/// What the relay's role may do with the relay's own tables.
+async fn check_rights(
+    f: &mut Findings,
+    config: &Config,
+    client: &Client,
+    user: &str,
+) -> Result<()> {
+    let quoted = postgres_protocol::escape::escape_identifier(user);
     let sql = "SELECT pg_has_role(oid, 'USAGE') FROM pg_roles WHERE rolname = 'watership_relay'";
-    let row = client.query_opt(sql, &[]).await.map_err(postgres_error)?;
+    let row = unnamed::query_opt(client, sql, &[]).await.map_err(postgres_error)?;
     match row.map(|row| row.get::<_, bool>(0)) {
         Some(true) => f.ok("role", format!("{user} has the rights of watership_relay")),
         Some(false) => f.problem(
@@ -194,7 +216,7 @@ async fn check_role(
         ),
         None => f.problem("role", "role watership_relay does not exist", INIT),
     }
-    let mut lacks = rights::lacking(client, None).await?;
+    let mut lacks = rights::lacking(client, None, config.relay.kind).await?;
     if lacks.iter().any(Lack::is_everything) {
         lacks.retain(|lack| lack.app || lack.hidden);
     }
@@ -484,6 +506,10 @@ async fn check_checkpoint(
         );
         return Ok(());
     };
+    if let Err(other) = checkpoint::is_of(&row, &config.relay.name, SourceKind::Wal) {
+        f.error("checkpoint", &other);
+        return Ok(());
+    }
     if row.slot != config.relay.slot {
         f.problem(
             "checkpoint",

@@ -3,6 +3,8 @@
 //! Nothing is published or skipped here: the checkpoint moves to where the stream will really
 //! begin, in a new epoch, in one transaction with the record in `watership.resync`.
 
+mod poll;
+
 use serde::Serialize;
 use tokio_postgres::types::PgLsn;
 use tokio_postgres::{Client, Transaction};
@@ -15,6 +17,7 @@ use crate::pg::client::{SqlConnection, sql};
 use crate::pg::publication::Publication;
 use crate::pg::slot::{create_slot, drop_slot};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::position::Lsn;
 use crate::relay::check::lost::Agreed;
 use crate::relay::check::position::facts;
@@ -23,6 +26,7 @@ use crate::relay::checkpoint;
 use crate::relay::session::facts::{self, StartFacts};
 use crate::relay::session::wal;
 use crate::relay::upkeep::canary;
+use crate::source::SourceKind;
 use crate::verdict::Verdict;
 
 /// Options of `resync`.
@@ -88,6 +92,9 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         return Err(Error::config("--reason is empty; say why the gap is accepted"));
     }
     let SqlConnection { mut client, closed: _closed } = sql(&config.relay.sql).await?;
+    if config.relay.kind == SourceKind::Poll {
+        return poll::execute(&mut client, config, args, out).await;
+    }
     let options = &config.relay;
     let found = facts::read(&client, options).await?;
     let history = wal::ancestors_for(&options.sql, &found).await?;
@@ -241,22 +248,22 @@ async fn move_checkpoint(
 ) -> Result<u32> {
     const SQL: &str = include_str!("../../sql/query/checkpoint_resync.sql");
     let (row, _, server) = found.position();
-    let moved = tx
-        .query_opt(
-            SQL,
-            &[
-                &config.relay.name,
-                &row.session_no,
-                &checkpoint::to_sql(resumed.commit_lsn.0),
-                &checkpoint::to_sql(resumed.flush_lsn.0),
-                &server.system_identifier.to_string(),
-                &i64::from(server.timeline),
-                &publication.name,
-                &publication.oid,
-            ],
-        )
-        .await
-        .map_err(postgres_error)?;
+    let moved = unnamed::query_opt(
+        tx,
+        SQL,
+        &[
+            &config.relay.name,
+            &row.session_no,
+            &checkpoint::to_sql(resumed.commit_lsn.0),
+            &checkpoint::to_sql(resumed.flush_lsn.0),
+            &server.system_identifier.to_string(),
+            &i64::from(server.timeline),
+            &publication.name,
+            &publication.oid,
+        ],
+    )
+    .await
+    .map_err(postgres_error)?;
     let epoch = moved.ok_or_else(|| checkpoint::taken_over(&config.relay.name))?;
     let epoch: i64 = epoch.try_get(0).map_err(postgres_error)?;
     u32::try_from(epoch).map_err(|_| Error::protocol("watership.checkpoint.epoch is out of range"))
@@ -274,26 +281,26 @@ async fn record(
     let (row, _, server) = found.position();
     let who = args.by.clone().unwrap_or_else(|| server.user.clone());
     let reason = args.reason.clone().unwrap_or_default();
-    let recorded = tx
-        .query_one(
-            SQL,
-            &[
-                &config.relay.name,
-                &who,
-                &reason,
-                &report.verdicts,
-                &PgLsn::from(row.flush_lsn.0),
-                &PgLsn::from(resumed.gap_to.0),
-                &resumed.from.name(),
-                &PgLsn::from(resumed.flush_lsn.0),
-                &config.relay.slot,
-                &report.slot_created,
-                &i64::from(server.timeline),
-                &i64::from(report.epoch.unwrap_or_default()),
-            ],
-        )
-        .await
-        .map_err(postgres_error)?;
+    let recorded = unnamed::query_one(
+        tx,
+        SQL,
+        &[
+            &config.relay.name,
+            &who,
+            &reason,
+            &report.verdicts,
+            &PgLsn::from(row.flush_lsn.0),
+            &PgLsn::from(resumed.gap_to.0),
+            &resumed.from.name(),
+            &PgLsn::from(resumed.flush_lsn.0),
+            &config.relay.slot,
+            &report.slot_created,
+            &i64::from(server.timeline),
+            &i64::from(report.epoch.unwrap_or_default()),
+        ],
+    )
+    .await
+    .map_err(postgres_error)?;
     report.at = Some(recorded.try_get(0).map_err(postgres_error)?);
     report.role = Some(recorded.try_get(1).map_err(postgres_error)?);
     report.who = Some(who);

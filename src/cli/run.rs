@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::metrics::{self, Metrics};
 use crate::relay::session::supervisor;
 use crate::relay::status::Status;
+use crate::source::SourceKind;
 use crate::verdict::Verdict;
 
 /// Options of `run`.
@@ -50,7 +51,8 @@ pub(super) async fn execute(
         version = env!("CARGO_PKG_VERSION"),
         name = config.relay.name,
         source = %config.relay.sql,
-        slot = config.relay.slot,
+        mode = config.relay.kind.name(),
+        slot = (config.relay.kind == SourceKind::Wal).then_some(&config.relay.slot),
         broker = ?config.relay.broker.urls,
         routes = config.relay.rules.len(),
         admin = admin.address.map(|address| address.to_string()),

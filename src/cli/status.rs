@@ -14,6 +14,7 @@ use crate::pg::client::{SqlConnection, sql};
 use crate::pg::slot::{SlotState, WalStatus, read_slot};
 use crate::relay::checkpoint::{self, Checkpoint};
 use crate::relay::status::{Concern, Severity};
+use crate::source::SourceKind;
 
 /// Options of `status`.
 #[derive(Debug, clap::Args)]
@@ -58,9 +59,12 @@ struct Report {
 #[derive(Serialize)]
 struct CheckpointStatus {
     position: String,
-    flush_lsn: String,
+    /// Of a relay that reads the WAL.
+    flush_lsn: Option<String>,
+    /// Of a relay that polls: the last batch that is settled.
+    batch: Option<u64>,
     session_no: i64,
-    publication: String,
+    publication: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -122,7 +126,10 @@ pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
 async fn stored(config: &Config) -> Result<(Option<Checkpoint>, Option<SlotState>)> {
     let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
     let row = checkpoint::read(&client, &config.relay.name).await?;
-    let slot = read_slot(&client, &config.relay.slot).await?;
+    let slot = match config.relay.kind {
+        SourceKind::Wal => read_slot(&client, &config.relay.slot).await?,
+        SourceKind::Poll => None,
+    };
     Ok((row, slot))
 }
 
@@ -130,6 +137,7 @@ fn missing(config: &Config, row: Option<&Checkpoint>, slot: Option<&SlotState>) 
     let mut found = Vec::new();
     let name = &config.relay.slot;
     match slot.map(|slot| slot.wal_status) {
+        None if config.relay.kind == SourceKind::Poll => {}
         None => {
             let hint = "run `watership check`, which says how to go on";
             found.push(Concern::new(format!("slot {name:?} does not exist"), hint));
@@ -181,11 +189,13 @@ async fn ask_probe(path: &Path, args: &Args) -> Result<()> {
 
 impl From<&Checkpoint> for CheckpointStatus {
     fn from(row: &Checkpoint) -> Self {
+        let is_wal = row.kind == SourceKind::Wal;
         Self {
             position: row.position.to_string(),
-            flush_lsn: row.flush_lsn.to_string(),
+            flush_lsn: is_wal.then(|| row.flush_lsn.to_string()),
+            batch: (!is_wal).then(|| row.flush().0),
             session_no: row.session_no,
-            publication: row.publication.clone(),
+            publication: is_wal.then(|| row.publication.clone()),
         }
     }
 }
@@ -214,7 +224,12 @@ fn table(report: &Report, out: Out) {
     }
     if let Some(row) = &report.checkpoint {
         line("checkpoint", &row.position);
-        line("flush LSN", &row.flush_lsn);
+        if let Some(lsn) = &row.flush_lsn {
+            line("flush LSN", lsn);
+        }
+        if let Some(batch) = row.batch {
+            line("batch", &batch.to_string());
+        }
         line("session no", &row.session_no.to_string());
     }
     if let Some(slot) = &report.slot {
@@ -268,6 +283,9 @@ fn relay_lines(relay: &Value, line: impl Fn(&str, &str)) {
     }
     if let Some(seconds) = relay["canary_age_seconds"].as_f64() {
         line("canary", &format!("the newest that came is {seconds:.0} s old"));
+    }
+    if let Some(seconds) = relay["poll"]["backlog_age_seconds"].as_f64() {
+        line("backlog", &format!("its oldest batch was found {seconds:.0} s ago"));
     }
     for route in relay["routes"].as_array().into_iter().flatten() {
         let grade = text(&route["grade"]).to_uppercase().replace('_', " ");

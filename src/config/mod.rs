@@ -23,6 +23,7 @@ use crate::metrics::RouteLabel;
 use crate::pg::publication::TableName;
 use crate::relay::parking::Limits;
 use crate::route::Rule;
+use crate::source::SourceKind;
 use crate::source::transaction::OutboxTable;
 use crate::{admin, relay};
 
@@ -162,9 +163,12 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
     let [mut source, mut broker, mut relay, mut outbox, mut backfill, mut admin, mut log] =
         sections.map(|section| root.section(section));
     let kind = source::kind(&mut source);
-    let sql = source::connection(&mut source);
-    let failover = source.flag("failover", false);
-    let source::CapturedTables { names: tables, held, initial } = source::tables(&mut source);
+    let sql = source::connection(&mut source, kind);
+    let source::WalKeys { failover, slot, publication, binary } =
+        source::wal_keys(&mut source, kind);
+    let poll_interval = source::poll_interval(&mut source, kind);
+    let source::CapturedTables { names: tables, held, initial } =
+        source::tables(&mut source, kind);
     let connection = broker::connection(&mut broker, &name);
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);
@@ -181,20 +185,21 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
         name,
         kind,
         outbox: OutboxTable::default(),
-        slot: source.name("slot", "watership", "_"),
-        publication: source.name("publication", "watership", "_-."),
+        poll_interval,
+        slot,
+        publication,
         tables,
         held,
-        binary: source.flag("binary", false),
+        binary,
         broker: connection,
         topology: topology::topology(root, mode, &rules, &partitioned),
         audit,
         rules,
-        tuning: tuning(&mut relay),
+        tuning: tuning(&mut relay, kind),
         maintain: outbox.flag("maintain", true),
         retain: outbox.duration("retain", DAY * 7, Duration::ZERO..=YEAR),
         parked_retain: relay.duration("parked_retain", DAY * 7, HOUR..=YEAR),
-        canary_interval: canary_interval(&mut relay),
+        canary_interval: canary_interval(&mut relay, kind),
         backfill: backfill_options(&mut backfill, initial),
         accept_reorder: false,
         // Last, so that every key was asked for.
@@ -206,7 +211,10 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
 }
 
 /// Limits and intervals of the loop.
-fn tuning(t: &mut Section<'_>) -> relay::Tuning {
+fn tuning(t: &mut Section<'_>, kind: SourceKind) -> relay::Tuning {
+    const IDLE: Duration = SECOND.saturating_mul(30);
+    let idle_interval = t.duration("idle_interval", IDLE, SECOND..=HOUR);
+    source::refuse(t, kind == SourceKind::Poll, &[("idle_interval", idle_interval != IDLE)]);
     relay::Tuning {
         window: relay::WindowLimits {
             events: t.number("max_window_events", 8192, WINDOW),
@@ -220,7 +228,7 @@ fn tuning(t: &mut Section<'_>) -> relay::Tuning {
             MILLISECOND..=MINUTE,
         ),
         drain_timeout: t.duration("drain_timeout", SECOND * 10, MILLISECOND..=HOUR),
-        idle_interval: t.duration("idle_interval", SECOND * 30, SECOND..=HOUR),
+        idle_interval,
         parked: Limits {
             rows: t.number("parked_max_rows", 10_000, PARKED),
             keys: t.number("parked_max_keys", 1_000, PARKED),
@@ -241,12 +249,14 @@ fn backfill_options(t: &mut Section<'_>, initial: Vec<TableName>) -> relay::back
 }
 
 /// Zero means never.
-fn canary_interval(t: &mut Section<'_>) -> Duration {
+fn canary_interval(t: &mut Section<'_>, kind: SourceKind) -> Duration {
     const KEY: &str = "canary_interval";
-    let interval = t.duration(KEY, SECOND * 10, Duration::ZERO..=HOUR);
+    const DEFAULT: Duration = SECOND.saturating_mul(10);
+    let interval = t.duration(KEY, DEFAULT, Duration::ZERO..=HOUR);
     if !interval.is_zero() && interval < SECOND {
         t.invalid(KEY, quoted(interval), "\"0s\", or 1s to 1h");
     }
+    source::refuse(t, kind == SourceKind::Poll, &[(KEY, interval != DEFAULT)]);
     interval
 }
 

@@ -1,22 +1,30 @@
 //! `[source]`: where events come from.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::load::Filled;
 use super::section::{Entry, Section};
+use super::value::quoted;
+use super::{MILLISECOND, MINUTE, SECOND};
 use crate::error::Result;
-use crate::pg::connect::Options;
+use crate::pg::connect::{Options, Settings};
 use crate::pg::publication::TableName;
 use crate::secret::{Again, Secret};
 use crate::source::SourceKind;
+use crate::source::poll::Interval;
 use crate::tls::SslMode;
 
 /// How to reach Postgres and log in; `None` when there is a problem with it.
-pub(super) fn connection(t: &mut Section<'_>) -> Option<Options> {
+pub(super) fn connection(t: &mut Section<'_>, kind: SourceKind) -> Option<Options> {
     const URL: &str = "url";
     let url = t.required_url(URL, "\"postgres://user@host:5432/database\"");
-    let login =
-        Login { password: t.password("password"), url: url?, directory: t.directory().into() };
+    let settings = match kind {
+        SourceKind::Wal => Settings::Relay,
+        SourceKind::Poll => Settings::Pooled,
+    };
+    let (password, directory) = (t.password("password"), t.directory().into());
+    let login = Login { password, url: url?, directory, settings };
     let mut options = match login.read() {
         Ok(options) => options,
         Err(error) => {
@@ -40,6 +48,7 @@ struct Login {
     password: Option<Filled>,
     /// Where relative paths of the URL begin.
     directory: PathBuf,
+    settings: Settings,
 }
 
 impl Login {
@@ -49,6 +58,7 @@ impl Login {
             options.password = Some(Secret::new(password.text()?));
         }
         options.tls.begin_at(&self.directory);
+        options.settings = self.settings;
         Ok(options)
     }
 
@@ -60,12 +70,63 @@ impl Login {
 
 /// How events are read.
 pub(super) fn kind(t: &mut Section<'_>) -> SourceKind {
-    let wal = SourceKind::Wal;
-    let kind = t.word("mode", &[(wal.name(), Some(wal)), ("poll", None)]);
-    if kind.is_none() {
-        t.problem("mode", "source.mode = \"poll\" is not available yet; use \"wal\"");
+    t.word("mode", &SourceKind::ALL.map(|kind| (kind.name(), kind)))
+}
+
+/// The intervals by default.
+const POLL_MIN: Duration = Duration::from_millis(5);
+const POLL_MAX: Duration = SECOND;
+
+/// What only mode `wal` has, apart from the captured tables.
+pub(super) struct WalKeys {
+    /// Whether standbys may keep a copy of the slot.
+    pub(super) failover: bool,
+    /// The slot.
+    pub(super) slot: String,
+    /// The publication.
+    pub(super) publication: String,
+    /// Whether values come in binary form.
+    pub(super) binary: bool,
+}
+
+/// The keys of mode `wal`.
+pub(super) fn wal_keys(t: &mut Section<'_>, kind: SourceKind) -> WalKeys {
+    const NAME: &str = "watership";
+    let failover = t.flag("failover", false);
+    let (slot, publication) = (t.name("slot", NAME, "_"), t.name("publication", NAME, "_-."));
+    let binary = t.flag("binary", false);
+    let given = [
+        ("failover", failover),
+        ("slot", slot != NAME),
+        ("publication", publication != NAME),
+        ("binary", binary),
+    ];
+    refuse(t, kind == SourceKind::Poll, &given);
+    WalKeys { failover, slot, publication, binary }
+}
+
+/// How often the outbox is looked at.
+pub(super) fn poll_interval(t: &mut Section<'_>, kind: SourceKind) -> Interval {
+    const MIN: &str = "poll_min_interval";
+    const MAX: &str = "poll_max_interval";
+    let min = t.duration(MIN, POLL_MIN, MILLISECOND..=MINUTE);
+    let max = t.duration(MAX, POLL_MAX, MILLISECOND..=MINUTE);
+    if min > max {
+        let expected = format!("at least source.{MIN}, which is {}", quoted(min));
+        t.invalid(MAX, quoted(max), expected);
     }
-    kind.unwrap_or(wal)
+    refuse(t, kind == SourceKind::Wal, &[(MIN, min != POLL_MIN), (MAX, max != POLL_MAX)]);
+    Interval { min, max }
+}
+
+/// Keys that do nothing in the other mode than theirs, and whether each has another value than its
+/// default.
+pub(super) fn refuse(t: &Section<'_>, other_mode: bool, keys: &[(&str, bool)]) {
+    for (key, _) in keys.iter().filter(|(_, given)| other_mode && *given) {
+        let own = if key.starts_with("poll_") { "poll" } else { "wal" };
+        let what = format!("{} is only for source.mode = {own:?}; remove it", t.path(key));
+        t.problem(key, what);
+    }
 }
 
 /// What `tables` says.
@@ -79,7 +140,7 @@ pub(super) struct CapturedTables {
 }
 
 /// The captured tables.
-pub(super) fn tables(t: &mut Section<'_>) -> CapturedTables {
+pub(super) fn tables(t: &mut Section<'_>, kind: SourceKind) -> CapturedTables {
     const TABLES: &str = "tables";
     let (mut tables, mut held, mut initial) = (Vec::new(), Vec::new(), Vec::new());
     for entry in t.entries(TABLES, "\"schema.table\" or { name = \"schema.table\" }") {
@@ -97,6 +158,11 @@ pub(super) fn tables(t: &mut Section<'_>) -> CapturedTables {
             initial.extend(snapshot.then_some(name));
         }
         tables.push(name);
+    }
+    if kind == SourceKind::Poll && !tables.is_empty() {
+        let what = "source.tables is not empty, but source.mode = \"poll\" reads the outbox only: \
+            changes of other tables are in the WAL alone; use mode = \"wal\", or emit events";
+        t.problem(TABLES, what);
     }
     for (index, table) in tables.iter().enumerate() {
         let expected = if !is_table_name(table) {

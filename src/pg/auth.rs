@@ -101,7 +101,7 @@ pub(super) async fn start_up(wire: &mut Wire, options: &Options, replication: bo
     let settings = match (options.settings, replication) {
         (Settings::Relay, true) => format!("{SETTINGS}{REPLICATION_SETTINGS}"),
         (Settings::Relay, false) => format!("{SETTINGS}{LIMITS}"),
-        (Settings::Application, _) => String::new(),
+        (Settings::Pooled | Settings::Application, _) => String::new(),
     };
     let mut parameters = vec![
         ("user", options.user.as_str()),
@@ -109,6 +109,9 @@ pub(super) async fn start_up(wire: &mut Wire, options: &Options, replication: bo
         ("client_encoding", "UTF8"),
         ("application_name", options.application_name.as_str()),
     ];
+    if options.settings == Settings::Pooled {
+        parameters.extend([("DateStyle", "ISO, YMD"), ("TimeZone", "UTC")]);
+    }
     // A pooler in between refuses what it does not know, and may be told to.
     if !settings.is_empty() {
         parameters.push(("options", settings.as_str()));

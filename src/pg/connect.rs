@@ -69,6 +69,9 @@ pub enum ChannelBinding {
 pub enum Settings {
     /// Ours: values as exact text, limits on every statement.
     Relay,
+    /// Only those that a pooler such as PgBouncer passes on: encoding, date style and time zone.
+    /// What else matters, each statement brings along.
+    Pooled,
     /// What the server, the database and the role say: an application's statements run there.
     Application,
 }

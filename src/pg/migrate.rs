@@ -15,6 +15,7 @@ use tokio_postgres::{Client, GenericClient, Transaction};
 
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::verdict::Verdict;
 
 /// One numbered file of `sql/`.
@@ -77,6 +78,7 @@ pub const OUTBOX: Schema = Schema {
         migration!(5, "sql", "0005_position"),
         migration!(6, "sql", "0006_partitions"),
         migration!(7, "sql", "0007_backfill"),
+        migration!(8, "sql", "0008_poll"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
 };
@@ -128,7 +130,7 @@ impl Schema {
             // The table is the owner's, and a member need not inherit the owner's rights.
             tx.batch_execute(&owner).await.map_err(failed)?;
             let values: &[&(dyn ToSql + Sync)] = &[&migration.version, &checksum(migration.sql)];
-            tx.execute(&store, values).await.map_err(failed)?;
+            unnamed::execute(&tx, &store, values).await.map_err(failed)?;
             tx.batch_execute("RESET ROLE").await.map_err(failed)?;
             applied.push(Applied { version: migration.version, name: migration.name });
         }
@@ -184,12 +186,13 @@ impl Schema {
 
     async fn records(&self, client: &impl GenericClient) -> Result<Vec<Record>> {
         let table = format!("SELECT pg_catalog.to_regclass('{}.migration') IS NOT NULL", self.name);
-        let there: bool = client.query_one(&table, &[]).await.map_err(postgres_error)?.get(0);
+        let there: bool =
+            unnamed::query_one(client, &table, &[]).await.map_err(postgres_error)?.get(0);
         if !there {
             return Ok(Vec::new());
         }
         let read = self.own(include_str!("../../sql/query/migration_read.sql"));
-        let rows = client.query(&read, &[]).await.map_err(postgres_error)?;
+        let rows = unnamed::query(client, &read, &[]).await.map_err(postgres_error)?;
         let record = |row: tokio_postgres::Row| Record {
             version: row.get(0),
             name: row.get(1),

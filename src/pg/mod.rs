@@ -24,5 +24,7 @@ pub mod slot;
 pub mod socket;
 #[cfg(any(feature = "inbox", feature = "outbox", feature = "relay"))]
 pub mod sqlstate;
+#[cfg(feature = "relay")]
+pub mod unnamed;
 #[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod wire;

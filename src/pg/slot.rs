@@ -15,6 +15,7 @@ use tokio_postgres::{GenericClient, Row};
 use crate::error::{Error, Result};
 use crate::pg::client::column;
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::position::Lsn;
 
 /// How much of the WAL that a slot needs is still there.
@@ -149,7 +150,7 @@ pub async fn read_slot(client: &impl GenericClient, name: &str) -> Result<Option
          LEFT JOIN pg_catalog.pg_stat_replication AS r ON r.pid = s.active_pid \
          WHERE s.slot_name = $1::text"
     );
-    let row = client.query_opt(&sql, &[&name]).await.map_err(postgres_error)?;
+    let row = unnamed::query_opt(client, &sql, &[&name]).await.map_err(postgres_error)?;
     row.map(|row| slot_from(&row)).transpose()
 }
 
@@ -199,7 +200,7 @@ pub async fn create_slot(client: &impl GenericClient, name: &str, failover: bool
     // Waiting for a transaction counts as waiting for a lock.
     let patient = "SET statement_timeout = '5min'; SET lock_timeout = '5min'";
     client.batch_execute(patient).await.map_err(failed)?;
-    let made = client.query_one(sql, &[&name]).await;
+    let made = unnamed::query_one(client, sql, &[&name]).await;
     client.batch_execute("RESET statement_timeout; RESET lock_timeout").await.map_err(failed)?;
     let row = made.map_err(failed)?;
     lsn(&row, 0)?.ok_or_else(|| Error::protocol("a new slot has no consistent point"))
@@ -221,7 +222,7 @@ pub fn create_statement(failover: bool) -> String {
 pub async fn end_reader(client: &impl GenericClient, name: &str) -> Result<()> {
     let sql = "SELECT pg_catalog.pg_terminate_backend(active_pid) \
         FROM pg_catalog.pg_replication_slots WHERE slot_name = $1::text AND active";
-    client.execute(sql, &[&name]).await.map(drop).map_err(postgres_error)
+    unnamed::execute(client, sql, &[&name]).await.map(drop).map_err(postgres_error)
 }
 
 /// Drops a slot.
@@ -230,7 +231,7 @@ pub async fn end_reader(client: &impl GenericClient, name: &str) -> Result<()> {
 /// What the server says: the slot has a reader, or does not exist.
 pub async fn drop_slot(client: &impl GenericClient, name: &str) -> Result<()> {
     let sql = "SELECT pg_catalog.pg_drop_replication_slot($1::text)";
-    let dropped = client.execute(sql, &[&name]).await;
+    let dropped = unnamed::execute(client, sql, &[&name]).await;
     let failed = |e| postgres_error(e).context(format!("dropping the replication slot {name}"));
     dropped.map(drop).map_err(failed)
 }
@@ -292,7 +293,7 @@ pub async fn server_facts(client: &impl GenericClient) -> Result<ServerFacts> {
          current_database()::text, current_user::text, \
          current_setting('synchronous_standby_names')"
     );
-    let row = client.query_one(&sql, &[]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, &sql, &[]).await.map_err(postgres_error)?;
     let count = |index: usize| Ok::<_, Error>(column::<i32>(&row, index)?.unsigned_abs());
     let max_slot_wal_keep_size = setting(client, "max_slot_wal_keep_size").await?;
     let idle = setting(client, "idle_replication_slot_timeout").await?;
@@ -332,7 +333,7 @@ pub async fn max_slot_wal_keep_size(client: &impl GenericClient) -> Result<Optio
 /// What the server says.
 pub async fn insert_lsn(client: &impl GenericClient) -> Result<Lsn> {
     let sql = "SELECT pg_catalog.pg_current_wal_insert_lsn()";
-    let row = client.query_one(sql, &[]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, sql, &[]).await.map_err(postgres_error)?;
     lsn(&row, 0)?.ok_or_else(|| Error::protocol("the server reports no end of WAL"))
 }
 
@@ -341,7 +342,7 @@ async fn setting(client: &impl GenericClient, name: &str) -> Result<Option<u64>>
     let sql = "SELECT setting::bigint * CASE unit WHEN 'MB' THEN 1048576 WHEN 'kB' THEN 1024 \
         WHEN 's' THEN 1000 WHEN 'min' THEN 60000 ELSE 1 END \
         FROM pg_catalog.pg_settings WHERE name = $1";
-    let row = client.query_opt(sql, &[&name]).await.map_err(postgres_error)?;
+    let row = unnamed::query_opt(client, sql, &[&name]).await.map_err(postgres_error)?;
     let value = row.map(|row| column::<i64>(&row, 0)).transpose()?;
     Ok(value.and_then(|value| u64::try_from(value).ok()))
 }

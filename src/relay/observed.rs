@@ -42,7 +42,17 @@ impl Observed {
         blocked: bool,
         now: Instant,
     ) -> Duration {
-        progress.publish(metrics);
+        match seen.polled {
+            None => progress.publish(metrics),
+            Some(polled) => {
+                let counted = self.counted.polled.unwrap_or_default();
+                metrics.poll.looks.increment(polled.looks - counted.looks);
+                metrics.poll.batches.increment(polled.batches - counted.batches);
+                metrics.poll.backlog_age_seconds.set(polled.backlog_age.as_secs_f64());
+                metrics.poll.received.set(polled.batch.0 as f64);
+                metrics.poll.checkpointed.set(progress.stored_checkpoint().1.0 as f64);
+            }
+        }
         metrics.wal.changes.increment(seen.changes - self.counted.changes);
         metrics.wal.skipped.increment(seen.skipped - self.counted.skipped);
         self.counted = seen;
@@ -101,6 +111,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let (progress, seen) = (&self.durable.progress, self.source.seen());
         let age = self.seen.observed.tick(metrics, progress, seen, blocked, now);
         self.seen.status.checkpoint_age(age);
+        self.seen.status.polled(seen.polled);
         self.seen.observed.parked(metrics, &self.parked.parking, &self.flight.lanes, now);
         metrics.probes.increment(self.flight.lanes.take_probes());
         self.seen.status.update(

@@ -10,6 +10,7 @@ use crate::relay::parking::Limits;
 use crate::relay::upkeep::route_audit::AuditOptions;
 use crate::route::Rule;
 use crate::source::SourceKind;
+use crate::source::poll::Interval;
 use crate::source::transaction::OutboxTable;
 use crate::{amqp, pg};
 
@@ -18,8 +19,10 @@ use crate::{amqp, pg};
 pub struct Options {
     /// Name of the relay: its checkpoint row, its lock queue, the `app_id` of its messages.
     pub name: String,
-    /// What it reads from.
+    /// What it reads from. Slot, publication, captured tables and canary are only of the WAL.
     pub kind: SourceKind,
+    /// How often a source that polls looks.
+    pub poll_interval: Interval,
     /// How to reach Postgres and log in.
     pub sql: pg::connect::Options,
     /// Replication slot.

@@ -23,6 +23,7 @@ use crate::relay::parking::Parking;
 use crate::relay::session::circuit::{self, Circuit};
 use crate::relay::window::lanes::Lanes;
 use crate::relay::window::refusals::RefusedRoute;
+use crate::source::PollSeen;
 
 pub use problems::{Concern, Severity};
 pub use standby::{Holder, StandingBy};
@@ -66,6 +67,7 @@ struct Inner {
     canary_age: Option<Duration>,
     canary_late: bool,
     checkpoint_age: Duration,
+    polled: Option<PollSeen>,
     slot: Option<SlotStatus>,
     tables: tables::Tables,
     backfills: Vec<BackfillView>,
@@ -95,6 +97,18 @@ pub struct SlotStatus {
     pub lag_bytes: u64,
     /// Why WAL that it needs may soon be removed.
     pub warning: Option<String>,
+}
+
+/// How far polling is.
+#[derive(Debug, Clone, Serialize)]
+pub struct PollStatus {
+    /// The newest batch.
+    pub batch: u64,
+    /// The last batch that is settled and stored.
+    pub settled_batch: Option<u64>,
+    /// How long ago the oldest batch was found that is not settled and stored, in seconds; 0
+    /// without one.
+    pub backlog_age_seconds: f64,
 }
 
 /// What the relay is doing.
@@ -175,10 +189,12 @@ pub struct Snapshot {
     pub settled: Option<String>,
     /// Position of the stored checkpoint.
     pub checkpointed: Option<String>,
-    /// Flush LSN of the stored checkpoint.
+    /// Flush LSN of the stored checkpoint; absent where the WAL is not read.
     pub flush_lsn: Option<String>,
-    /// LSN that Postgres was told it may forget up to.
+    /// LSN that Postgres was told it may forget up to; absent where the WAL is not read.
     pub advanced: Option<String>,
+    /// Of a relay that polls; absent where the WAL is read.
+    pub poll: Option<PollStatus>,
     /// Messages sent and not confirmed.
     pub in_flight: usize,
     /// Entries in the window.
@@ -238,6 +254,7 @@ impl Status {
             canary_age: None,
             canary_late: false,
             checkpoint_age: Duration::ZERO,
+            polled: None,
             slot: None,
             tables: tables::Tables::default(),
             backfills: Vec::new(),
@@ -401,6 +418,11 @@ impl Status {
         self.lock().checkpoint_age = age;
     }
 
+    /// How far polling is; absent where the WAL is read.
+    pub fn polled(&self, polled: Option<PollSeen>) {
+        self.lock().polled = polled;
+    }
+
     /// The slot, as it was seen now. True when it came into danger or out of it.
     pub fn slot(&self, slot: SlotStatus) -> bool {
         let now = slot.warning.is_some();
@@ -448,6 +470,12 @@ impl Status {
     pub fn snapshot(&self) -> Snapshot {
         let inner = self.lock();
         let progress = inner.progress.as_ref();
+        let of_wal = progress.filter(|_| inner.polled.is_none());
+        let poll = inner.polled.map(|polled| PollStatus {
+            batch: polled.batch.0,
+            settled_batch: progress.map(|progress| progress.stored_checkpoint().1.0),
+            backlog_age_seconds: polled.backlog_age.as_secs_f64(),
+        });
         let held = inner.held.iter().map(|(route, reason, since)| Held {
             route: inner.routes.get(*route).cloned().unwrap_or_default(),
             reason: reason.clone(),
@@ -464,8 +492,9 @@ impl Status {
             received: progress.map(|p| p.received_position().to_string()),
             settled: progress.map(|p| p.settled_position().to_string()),
             checkpointed: progress.map(|p| p.stored_checkpoint().0.to_string()),
-            flush_lsn: progress.map(|p| p.stored_checkpoint().1.lsn().to_string()),
-            advanced: progress.map(|p| p.advanced_mark().lsn().to_string()),
+            flush_lsn: of_wal.map(|p| p.stored_checkpoint().1.lsn().to_string()),
+            advanced: of_wal.map(|p| p.advanced_mark().lsn().to_string()),
+            poll,
             in_flight: inner.in_flight,
             window_events: inner.window_events,
             broker_blocked: inner.blocked,

@@ -1,11 +1,13 @@
 //! Where events come from. A source hands on committed changes in source order and is told what
 //! has been settled; it advances only as far as the receipts that come back.
 
+pub mod poll;
 pub mod transaction;
 pub mod wal;
 
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -143,6 +145,21 @@ pub struct Seen {
     pub canary_gap: Option<CanaryGap>,
     /// The server has sent everything before this.
     pub received: Lsn,
+    /// Of a source that polls.
+    pub polled: Option<PollSeen>,
+}
+
+/// What a source that polls has done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PollSeen {
+    /// Looks for what is new.
+    pub looks: u64,
+    /// Batches found.
+    pub batches: u64,
+    /// The newest batch.
+    pub batch: Mark,
+    /// How long ago the oldest batch was found that is not settled and stored; zero without one.
+    pub backlog_age: Duration,
 }
 
 /// A canary that came through the stream.
@@ -198,54 +215,65 @@ pub trait Source {
 pub enum SourceKind {
     /// The write-ahead log, through a replication slot.
     Wal,
+    /// The outbox, with SQL.
+    Poll,
 }
 
 impl SourceKind {
     /// All of them.
-    pub const ALL: [SourceKind; 1] = [SourceKind::Wal];
+    pub const ALL: [SourceKind; 2] = [SourceKind::Wal, SourceKind::Poll];
 
     /// As it is called in the configuration and in the checkpoint row.
     pub fn name(self) -> &'static str {
         match self {
             SourceKind::Wal => "wal",
+            SourceKind::Poll => "poll",
         }
     }
 }
 
 /// A source of any kind: what production runs.
+#[expect(clippy::large_enum_variant, reason = "a session has one")]
 pub enum AnySource {
     /// See [`wal::Wal`].
     Wal(wal::Wal),
+    /// See [`poll::Poll`].
+    Poll(poll::Poll),
 }
 
 impl Source for AnySource {
     async fn next(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<()> {
         match self {
             AnySource::Wal(source) => source.next(room, batch).await,
+            AnySource::Poll(source) => source.next(room, batch).await,
         }
     }
 
     async fn advance(&mut self, flush: Mark) -> Result<()> {
         match self {
             AnySource::Wal(source) => source.advance(flush).await,
+            AnySource::Poll(source) => source.advance(flush).await,
         }
     }
 
     async fn keep_alive(&mut self) -> Result<()> {
         match self {
             AnySource::Wal(source) => source.keep_alive().await,
+            AnySource::Poll(source) => source.keep_alive().await,
         }
     }
 
     fn seen(&self) -> Seen {
         match self {
             AnySource::Wal(source) => source.seen(),
+            AnySource::Poll(source) => source.seen(),
         }
     }
 
     async fn close(self) {
         match self {
             AnySource::Wal(source) => source.close().await,
+            AnySource::Poll(source) => source.close().await,
         }
     }
 }

@@ -186,14 +186,14 @@ fn each_key_of_the_reference_has_a_comment_line_before_it() {
 #[test]
 fn all_problems_are_reported_at_once_in_the_order_of_the_file() {
     let text = problem(
-        "relay.checkpoint_interval = '100'\nsource.mode = 'poll'\nname = 'A B'\n\
+        "relay.checkpoint_interval = '100'\nsource.mode = 'pull'\nname = 'A B'\n\
          source.slott = 'x'\nsource.password = '${NOT_SET}'\n",
     );
     let lines: Vec<&str> = text.lines().collect();
     let starts = [
         "w.toml has 5 problems:",
         "  - line 3: relay.checkpoint_interval = \"100\" is invalid; expected 1ms to 1m, written",
-        "  - line 4: source.mode = \"poll\" is not available yet; use \"wal\"",
+        "  - line 4: source.mode = \"pull\" is invalid; expected \"wal\", \"poll\"",
         "  - line 5: name = \"A B\" is invalid; expected 1 to 63 characters",
         "  - line 6: unknown key \"slott\" (did you mean \"slot\"?)",
         "  - line 7: source.password: environment variable NOT_SET is not set (set it, or give",
@@ -203,11 +203,30 @@ fn all_problems_are_reported_at_once_in_the_order_of_the_file() {
 }
 
 #[test]
+fn a_key_that_does_nothing_in_the_mode_is_refused() {
+    for (more, part) in [
+        ("source.mode = 'poll'\nsource.slot = 'x'", "source.slot is only for source.mode = \"wal"),
+        ("source.mode = 'poll'\nsource.failover = true", "source.failover is only for source.mo"),
+        ("source.mode = 'poll'\nsource.binary = true", "source.binary is only for source.mode"),
+        ("source.mode = 'poll'\nrelay.canary_interval = '0s'", "canary_interval is only for sou"),
+        ("source.mode = 'poll'\nrelay.idle_interval = '1s'", "idle_interval is only for source"),
+        ("source.mode = 'poll'\nsource.tables = ['a.b']", "= \"poll\" reads the outbox only"),
+        ("source.poll_min_interval = '1s'", "poll_min_interval is only for source.mode = \"poll"),
+        (
+            "source.mode = 'poll'\nsource.poll_min_interval = '2s'",
+            "poll_max_interval = \"1s\" is invalid; expected at least source.poll_min_interval, ",
+        ),
+    ] {
+        let text = problem(&format!("{more}\n"));
+        assert!(text.contains(part), "{more}: {text}");
+    }
+}
+
+#[test]
 fn each_mistake_is_named_with_what_is_expected() {
     for (more, part) in [
         ("name = ''", "w.toml:3:8: name = \"\" is invalid; expected 1 to 63 characters from a"),
         ("source.mode = 'pull'", "source.mode = \"pull\" is invalid; expected \"wal\""),
-        ("source.mode = 'poll'", "source.mode = \"poll\" is not available yet"),
         ("source.slot = 'My-Slot'", "source.slot = \"My-Slot\" is invalid"),
         ("source.tables = ['customers']", "has \"customers\"; expected \"schema.table\""),
         ("source.tables = ['watership.outbox']", "a table outside the relay's own schema"),

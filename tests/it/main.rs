@@ -34,6 +34,8 @@ mod parking;
 mod partitions;
 mod pg_stream;
 mod pg_wire;
+mod polling;
+mod polling_verdicts;
 mod position;
 mod publishable;
 mod refused;
@@ -47,6 +49,7 @@ mod removal;
 mod rights;
 mod rotation;
 mod slot;
+mod sources;
 mod sql;
 #[path = "../support/mod.rs"]
 mod support;

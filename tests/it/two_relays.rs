@@ -316,7 +316,7 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
     let stage = stage("keyed").await;
     let oid = stage.text("SELECT oid FROM pg_publication").await.parse().expect("an oid");
     let client = Arc::new(stage.database.connect().await);
-    let old = take_session(&client, "shop", oid).await.expect("a session");
+    let old = take_session(&client, "shop", Some(oid)).await.expect("a session");
     let store = async |session_no| {
         let own = Arc::default();
         let store = PostgresStore::new(Arc::clone(&client), "shop", session_no, own).await;
@@ -332,7 +332,7 @@ async fn a_session_that_was_taken_over_can_write_neither_checkpoint_nor_parking_
         store.store(position, flush, Vec::new()).await
     };
     write(&first, 10).await.expect("the session is the latest");
-    let new = take_session(&client, "shop", oid).await.expect("a session");
+    let new = take_session(&client, "shop", Some(oid)).await.expect("a session");
     assert_eq!(new.session_no, old.session_no + 1);
     let error = write(&first, 20).await.expect_err("it was taken over");
     assert_eq!(error.kind(), Kind::Busy, "{error}");

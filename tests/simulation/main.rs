@@ -31,6 +31,7 @@ use watership::relay::status::Status;
 use watership::relay::upkeep::canary::Canary;
 use watership::relay::{Kept, Relay, RelayParts, Tuning, WindowLimits};
 use watership::route::{Action, Ordering, Plans, Resumed, Router, default_rules};
+use watership::source::SourceKind;
 use world::{Faults, Shared, SimPublisher, SimSource, World};
 
 const EVENTS: u32 = 600;
@@ -154,6 +155,7 @@ impl Run {
     fn row(&self) -> Checkpoint {
         let (position, flush) = self.checkpoint();
         Checkpoint {
+            kind: SourceKind::Wal,
             position,
             flush_lsn: flush.lsn(),
             session_no: self.session_no,

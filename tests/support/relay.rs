@@ -30,6 +30,11 @@ impl Default for Window {
     }
 }
 
+/// Whether a relay with these settings polls: it has no slot.
+pub fn is_polling(settings: &str) -> bool {
+    settings.contains("source.mode = \"poll\"")
+}
+
 /// A relay process and how to reach it; killed and started again with the same configuration.
 pub struct Relay {
     pub config: PathBuf,
@@ -54,8 +59,13 @@ impl Relay {
         let admin = dev::free_port().expect("a free port");
         let slot = database.rsplit('/').next().expect("a database name");
         let slot = slot.split('?').next().unwrap_or(slot);
+        let slot = if is_polling(settings) {
+            String::new()
+        } else {
+            format!("source.slot = \"slot_{slot}\"\n")
+        };
         let text = format!(
-            "source.url = \"{database}\"\nsource.slot = \"slot_{slot}\"\n\
+            "source.url = \"{database}\"\n{slot}\
              broker.url = \"{broker}\"\n\
              admin.listen = \"127.0.0.1:{admin}\"\nadmin.linger = \"0s\"\n\
              log.format = \"text\"\n{settings}\n\

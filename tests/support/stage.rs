@@ -156,11 +156,19 @@ impl Stage {
     pub async fn settled(&self) -> Vec<Message> {
         let now = self.text("pg_current_wal_insert_lsn()").await;
         self.execute(&format!("SELECT watership.emit('{FENCE}', '1', 'passed', '{{}}')")).await;
-        let passed = format!("(SELECT flush_lsn FROM watership.checkpoint) > '{now}'::pg_lsn");
+        // Of a relay that polls, the batch that it stands at shows all rows that are there.
+        let passed = format!(
+            "(SELECT CASE kind WHEN 'wal' THEN flush_lsn > '{now}'::pg_lsn ELSE NOT EXISTS ( \
+                 SELECT FROM watership.outbox AS o, watership.poll_batch AS b \
+                 WHERE b.name = c.name AND b.number = c.flush_mark \
+                     AND NOT pg_visible_in_snapshot(o.xid, b.snapshot)) END \
+              FROM watership.checkpoint AS c WHERE name = 'shop')"
+        );
         let mut patience = Patience::new();
         while !self.holds(&passed).await {
             // A large transaction moves the row and not its flush LSN.
-            let row = self.text("SELECT row_to_json(c) FROM watership.checkpoint AS c").await;
+            let rows = "SELECT json_agg(c ORDER BY name) FROM watership.checkpoint AS c";
+            let row = self.text(rows).await;
             patience.more(row, || "the relay passes what is committed".into()).await;
         }
         self.settled_now().await
@@ -183,8 +191,13 @@ pub fn configuration(url: &str, slot: &str, vhost: &Vhost, setup: &Setup<'_>) ->
         ),
     };
     let url = if setup.source_url.is_empty() { url } else { setup.source_url };
+    let slot = if relay::is_polling(setup.settings) {
+        String::new()
+    } else {
+        format!("source.slot = \"{slot}\"\n")
+    };
     let text = format!(
-        "name = \"shop\"\nsource.url = \"{url}\"\nsource.slot = \"{slot}\"\n\
+        "name = \"shop\"\nsource.url = \"{url}\"\n{slot}\
          source.tables = {tables:?}\nbroker.url = \"{broker}\"\n\
          admin.listen = \"127.0.0.1:{port}\"\nadmin.linger = \"0s\"\n\
          log.format = \"text\"\n{settings}\n{routes}\n\

@@ -66,6 +66,8 @@ const PURE_FILES: &[&str] = &[
     "column",
     "inbox/lanes",
     "pg/pgoutput",
+    "source/poll/batch",
+    "source/poll/rows",
     "source/transaction",
     "relay/backfill/copied",
     "relay/backfill/keyset",

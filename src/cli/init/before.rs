@@ -11,11 +11,13 @@ use crate::pg::hosting;
 use crate::pg::publication::{Publication, TableFacts, TableName, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, read_slot};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
 use crate::relay::check::server::encoding_risk;
 use crate::relay::check::tables;
 use crate::relay::session::rights;
 use crate::route::keys_of;
+use crate::source::SourceKind;
 
 /// Refuses what is certain to go wrong, and warns of what may.
 ///
@@ -31,6 +33,9 @@ pub(super) async fn verify(
     check_server(client, config, server).await?;
     warn_of_encoding(client).await?;
     check_relay_role(client, config, server).await?;
+    if config.relay.kind == SourceKind::Poll {
+        return check_sight(client, config).await;
+    }
     if read_slot(client, &config.relay.slot).await?.is_none() {
         let what = format!("role {:?} may not create the replication slot", server.user);
         may_replicate(client, admin, &what).await?;
@@ -60,7 +65,7 @@ async fn check_server(client: &Client, config: &Config, server: &ServerFacts) ->
         ))
         .hint("set source.failover = false"));
     }
-    if server.wal_level != "logical" {
+    if config.relay.kind == SourceKind::Wal && server.wal_level != "logical" {
         return Err(Error::refused(format!(
             "wal_level is {:?}, logical replication needs \"logical\"",
             server.wal_level
@@ -72,24 +77,33 @@ async fn check_server(client: &Client, config: &Config, server: &ServerFacts) ->
 
 async fn warn_of_encoding(client: &Client) -> Result<()> {
     let sql = "SELECT current_setting('server_encoding')";
-    let row = client.query_one(sql, &[]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, sql, &[]).await.map_err(postgres_error)?;
     if let Some(risk) = encoding_risk(row.get(0)) {
         print_warning(&risk);
     }
     Ok(())
 }
 
-/// The role that the relay connects as must exist and be allowed to replicate before anything is
-/// created.
+/// The role that the relay connects as must exist, and be allowed to replicate where the WAL is
+/// read, before anything is created.
 async fn check_relay_role(client: &Client, config: &Config, server: &ServerFacts) -> Result<()> {
     let user = &config.relay.sql.user;
     if *user == server.user {
         return Ok(());
     }
     let sql = "SELECT FROM pg_catalog.pg_roles WHERE rolname = $1::text";
-    if client.query_opt(sql, &[user]).await.map_err(postgres_error)?.is_none() {
-        return Err(Error::refused(format!("role {user:?} of source.url does not exist"))
-            .hint(hosting::how_to_create(client, user).await?));
+    if unnamed::query_opt(client, sql, &[user]).await.map_err(postgres_error)?.is_none() {
+        let quoted = postgres_protocol::escape::escape_identifier(user);
+        let hint = match config.relay.kind {
+            SourceKind::Wal => hosting::how_to_create(client, user).await?,
+            SourceKind::Poll => format!("CREATE ROLE {quoted} LOGIN PASSWORD '...'"),
+        };
+        return Err(
+            Error::refused(format!("role {user:?} of source.url does not exist")).hint(hint)
+        );
+    }
+    if config.relay.kind == SourceKind::Poll {
+        return Ok(());
     }
     let what = format!("role {user:?} of source.url may not replicate");
     may_replicate(client, &config.relay.sql, &what).await
@@ -114,7 +128,7 @@ async fn may_replicate(client: &Client, options: &Options, what: &str) -> Result
 /// of `source.url`: neither may take hidden rows for absent ones. Privileges may still be granted.
 async fn check_sight(client: &Client, config: &Config) -> Result<()> {
     for role in [None, Some(config.relay.sql.user.as_str())] {
-        let mut lacks = rights::lacking(client, role).await?;
+        let mut lacks = rights::lacking(client, role, config.relay.kind).await?;
         lacks.retain(|lack| lack.hidden && !lack.app);
         lacks.iter_mut().for_each(|lack| lack.privileges.clear());
         rights::verify(&lacks)?;

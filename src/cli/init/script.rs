@@ -14,7 +14,12 @@ use crate::pg::publication::{
 };
 use crate::pg::slot::{create_statement as create_slot, read_slot};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
+use crate::relay;
+use crate::relay::check::polling::{INDEXES, missing_indexes};
 use crate::relay::checkpoint;
+use crate::relay::session::poll;
+use crate::source::SourceKind;
 
 /// What is there already.
 #[derive(Default)]
@@ -24,12 +29,15 @@ struct Found {
     publication: Option<Publication>,
     slot: bool,
     checkpoint: bool,
+    /// Indexes that polling lacks, with their statements.
+    indexes: Vec<(&'static str, &'static str)>,
 }
 
 impl Found {
     /// As in an empty database.
     fn nothing() -> Self {
-        Self { pending: migrate::OUTBOX.migrations.to_vec(), ..Self::default() }
+        let (pending, indexes) = (migrate::OUTBOX.migrations.to_vec(), INDEXES.to_vec());
+        Self { pending, indexes, ..Self::default() }
     }
 
     async fn read(client: &Client, config: &Config) -> Result<Self> {
@@ -39,7 +47,8 @@ impl Found {
             FROM pg_catalog.pg_roles AS u, pg_catalog.pg_roles AS g \
             WHERE u.rolname = $1::text AND g.rolname = 'watership_relay'";
         let user = &config.relay.sql.user;
-        let member = client.query_one(member, &[user]).await.map_err(postgres_error)?.get(0);
+        let member =
+            unnamed::query_one(client, member, &[user]).await.map_err(postgres_error)?.get(0);
         let name = &config.relay.name;
         Ok(Self {
             pending,
@@ -47,6 +56,10 @@ impl Found {
             publication: read_publication(client, &config.relay.publication).await?,
             slot: read_slot(client, &config.relay.slot).await?.is_some(),
             checkpoint: installed && checkpoint::read(client, name).await?.is_some(),
+            indexes: match installed {
+                true => missing_indexes(&poll::facts(client, None).await?),
+                false => INDEXES.to_vec(),
+            },
         })
     }
 }
@@ -85,6 +98,10 @@ fn script(config: &Config, found: &Found) -> Result<String> {
     if !found.member {
         text += &format!("GRANT watership_relay TO {};\n\n", escape_identifier(&relay.sql.user));
     }
+    if relay.kind == SourceKind::Poll {
+        text += &polling(relay, found);
+        return Ok(text + &last());
+    }
     let wanted: Vec<TableName> = relay.wanted().iter().map(|t| t.parse()).collect::<Result<_>>()?;
     let publication = &relay.publication;
     match &found.publication {
@@ -110,8 +127,29 @@ fn script(config: &Config, found: &Found) -> Result<String> {
             .replace("= :publication", &format!("= {}", escape_literal(publication)));
         text += "\n";
     }
-    text += migrate::GRANT;
-    text += "\n-- Then: GRANT watership_app TO the role of your application. Exchanges, queues\n\
-        -- and bindings are declared by `watership run`.\n";
-    Ok(text)
+    Ok(text + &last())
+}
+
+/// What a relay that polls needs instead of publication and slot.
+fn polling(relay: &relay::Options, found: &Found) -> String {
+    const CHECKPOINT: &str = include_str!("../../../sql/query/poll_by_hand.sql");
+    let mut text = String::new();
+    for (_, statement) in &found.indexes {
+        text += &format!("{statement};\n\n");
+    }
+    if !found.checkpoint {
+        text +=
+            "-- It begins behind what the outbox has then: rows that are there are never sent.\n";
+        text += &CHECKPOINT.replace(":name", &escape_literal(&relay.name));
+        text += "\n";
+    }
+    text
+}
+
+fn last() -> String {
+    format!(
+        "{}\n-- Then: GRANT watership_app TO the role of your application. Exchanges, queues\n\
+         -- and bindings are declared by `watership run`.\n",
+        migrate::GRANT
+    )
 }

@@ -2,6 +2,7 @@
 
 pub mod lost;
 pub mod partitions;
+pub mod polling;
 pub mod position;
 pub mod publishable;
 pub mod resync;

@@ -98,7 +98,9 @@ fn allowed_by(verdict: Verdict, slot: &str) -> Result<ResumeFrom> {
         | Verdict::RowUnsendable
         | Verdict::EventUnpublishable
         | Verdict::ParkingRefused
-        | Verdict::PartitionsChanged => {
+        | Verdict::PartitionsChanged
+        | Verdict::BatchMissing
+        | Verdict::ForeignRows => {
             return Err(Error::refused(format!(
                 "{} is not a gap that can be accepted",
                 verdict.name()

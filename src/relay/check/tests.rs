@@ -8,10 +8,12 @@ use crate::pg::publication::{Operations, Publication, PublishedTable, TableName}
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::position::{Lsn, Mark, Position};
 use crate::relay::checkpoint::Checkpoint;
+use crate::source::SourceKind;
 use crate::verdict::{RESYNC, Verdict};
 
 fn row() -> Checkpoint {
     Checkpoint {
+        kind: SourceKind::Wal,
         position: Position { epoch: 3, mark: Mark(900), ordinal: 2, sub: 0 },
         flush_lsn: Lsn(1000),
         session_no: 7,

@@ -7,50 +7,44 @@
 //! statements that read it and take it over. What must be durable *with* a position is a `rider`.
 
 pub mod own;
+mod postgres;
 pub mod progress;
 pub mod rider;
 
 use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::time::Duration;
 
-use futures_util::future::try_join_all;
-use futures_util::try_join;
-use tokio::time::timeout;
 use tokio_postgres::types::{PgLsn, ToSql};
-use tokio_postgres::{Client, GenericClient, Row as SqlRow, Statement};
+use tokio_postgres::{Client, GenericClient, Row as SqlRow};
 
 use crate::error::{Error, Kind, Result};
 use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_TABLE, postgres_error};
+use crate::pg::unnamed;
 use crate::position::{Lsn, Mark, ORDINAL_END, Position};
 use crate::relay::check::lost::Agreed;
 use crate::relay::check::position::Failover;
-use crate::relay::checkpoint::own::OwnCheckpoint;
-use crate::relay::checkpoint::rider::{Rider, STATEMENTS};
+use crate::relay::checkpoint::rider::Rider;
 use crate::relay::parking::row::ParkedKey;
-use crate::relay::parking::store::{self as parked_store, Found};
+use crate::relay::parking::store::Found;
 use crate::source::SourceKind;
 use crate::source::transaction::Former;
 use crate::verdict::Verdict;
 
-/// How long storing a checkpoint may take; longer than `statement_timeout`, for a backend that is
-/// frozen. Without a checkpoint the duplicates of the next fault have no bound.
-const STORE_LIMIT: Duration = Duration::from_secs(45);
-/// How long a look at parked rows may take: no checkpoint is stored meanwhile.
-const LOOK_LIMIT: Duration = Duration::from_secs(15);
+pub use postgres::PostgresStore;
 
 /// The row that a relay starts from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Checkpoint {
+    /// What its marks are.
+    pub kind: SourceKind,
     /// Last settled event.
     pub position: Position,
-    /// Highest LSN ever authorised for feedback.
+    /// Highest mark ever authorised for feedback: an LSN of the WAL; see [`Checkpoint::flush`].
     pub flush_lsn: Lsn,
     /// Number of the session that may write; the latest one.
     pub session_no: i64,
-    /// Slot.
+    /// Slot; empty, as the publication is, of a relay that does not read the WAL.
     pub slot: String,
     /// System identifier of the cluster.
     pub system_id: u64,
@@ -60,6 +54,13 @@ pub struct Checkpoint {
     pub publication: String,
     /// Its oid; a re-created publication has another one.
     pub publication_oid: u32,
+}
+
+impl Checkpoint {
+    /// Everything up to this mark is settled.
+    pub fn flush(&self) -> Mark {
+        self.flush_lsn.into()
+    }
 }
 
 /// What `init` writes.
@@ -87,21 +88,21 @@ pub struct NewCheckpoint {
 /// The server's.
 pub async fn create(client: &Client, row: &NewCheckpoint) -> Result<bool> {
     const SQL: &str = include_str!("../../../sql/query/checkpoint_create.sql");
-    let written = client
-        .execute(
-            SQL,
-            &[
-                &row.name,
-                &to_sql(row.consistent_point.0),
-                &row.slot,
-                &row.system_id.to_string(),
-                &i64::from(row.timeline),
-                &row.publication,
-                &row.publication_oid,
-            ],
-        )
-        .await
-        .map_err(postgres_error)?;
+    let written = unnamed::execute(
+        client,
+        SQL,
+        &[
+            &row.name,
+            &to_sql(row.consistent_point.0),
+            &row.slot,
+            &row.system_id.to_string(),
+            &i64::from(row.timeline),
+            &row.publication,
+            &row.publication_oid,
+        ],
+    )
+    .await
+    .map_err(postgres_error)?;
     Ok(written == 1)
 }
 
@@ -111,7 +112,7 @@ pub async fn create(client: &Client, row: &NewCheckpoint) -> Result<bool> {
 /// The server's; a missing table is a [`Kind::Verdict`].
 pub async fn read(client: &impl GenericClient, name: &str) -> Result<Option<Checkpoint>> {
     const SQL: &str = include_str!("../../../sql/query/checkpoint_read.sql");
-    let row = client.query_opt(SQL, &[&name]).await.map_err(missing_schema)?;
+    let row = unnamed::query_opt(client, SQL, &[&name]).await.map_err(missing_schema)?;
     row.as_ref().map(from_sql).transpose()
 }
 
@@ -119,9 +120,15 @@ pub async fn read(client: &impl GenericClient, name: &str) -> Result<Option<Chec
 ///
 /// # Errors
 /// [`Kind::Verdict`] when there is no row.
-pub async fn take_session(client: &Client, name: &str, publication_oid: u32) -> Result<Checkpoint> {
+pub async fn take_session(
+    client: &Client,
+    name: &str,
+    publication_oid: Option<u32>,
+) -> Result<Checkpoint> {
     const SQL: &str = include_str!("../../../sql/query/checkpoint_take_session.sql");
-    let row = client.query_opt(SQL, &[&name, &publication_oid]).await.map_err(missing_schema)?;
+    let row = unnamed::query_opt(client, SQL, &[&name, &publication_oid])
+        .await
+        .map_err(missing_schema)?;
     row.as_ref().map(from_sql).transpose()?.ok_or_else(|| no_row(name))
 }
 
@@ -130,6 +137,25 @@ pub fn no_row(name: &str) -> Error {
     let text = format!("there is no checkpoint row for relay {name:?} in watership.checkpoint");
     Error::named(Verdict::CheckpointMissing, text)
         .hint("run `watership init` first; it creates what is missing and changes nothing else")
+}
+
+/// What to say when the row belongs to a relay that reads from something else.
+///
+/// # Errors
+/// [`Kind::Refused`], with what to do.
+pub fn is_of(row: &Checkpoint, name: &str, kind: SourceKind) -> Result<()> {
+    if row.kind == kind {
+        return Ok(());
+    }
+    let (stored, asked) = (row.kind.name(), kind.name());
+    let text = format!(
+        "the checkpoint of relay {name:?} is that of a relay with source.mode = {stored:?}, not \
+         {asked:?}"
+    );
+    Err(Error::refused(text).hint(
+        "set source.mode back, or give the relay another name and run `watership init`: it then \
+         starts from there, not from where the other one is",
+    ))
 }
 
 /// What to say when another session has the row.
@@ -155,13 +181,15 @@ fn from_sql(row: &SqlRow) -> Result<Checkpoint> {
     let wrong =
         |what: &str| Error::protocol(format!("watership.checkpoint.{what} is out of range"));
     let number = |i: usize, what: &str| u64::try_from(int(i)?).map_err(|_| wrong(what));
+    let or_none = |i: usize| row.try_get::<_, Option<String>>(i).map_err(postgres_error);
     let kind = text(6)?;
-    if !SourceKind::ALL.iter().any(|known| known.name() == kind) {
+    let Some(kind) = SourceKind::ALL.into_iter().find(|known| known.name() == kind) else {
         let text = format!("the checkpoint is of kind {kind:?}, which this version does not read");
         return Err(Error::refused(text)
             .hint("use the version that wrote it, or give the relay another name and run init"));
-    }
+    };
     Ok(Checkpoint {
+        kind,
         position: Position {
             epoch: u32::try_from(int(0)?).map_err(|_| wrong("epoch"))?,
             mark: Mark(number(1, "mark")?),
@@ -172,11 +200,14 @@ fn from_sql(row: &SqlRow) -> Result<Checkpoint> {
         },
         flush_lsn: Lsn(number(4, "flush_mark")?),
         session_no: int(5)?,
-        slot: text(7)?,
+        slot: or_none(7)?.unwrap_or_default(),
         system_id: text(8)?.parse().map_err(|_| wrong("system_identifier"))?,
         timeline: u32::try_from(int(9)?).map_err(|_| wrong("timeline"))?,
-        publication: text(10)?,
-        publication_oid: row.try_get(11).map_err(postgres_error)?,
+        publication: or_none(10)?.unwrap_or_default(),
+        publication_oid: row
+            .try_get::<_, Option<u32>>(11)
+            .map_err(postgres_error)?
+            .unwrap_or_default(),
     })
 }
 
@@ -198,21 +229,21 @@ pub async fn follow(
     to: &Failover,
 ) -> Result<Option<u32>> {
     const SQL: &str = include_str!("../../../sql/query/checkpoint_follow.sql");
-    let row = client
-        .query_opt(
-            SQL,
-            &[
-                &name,
-                &row.session_no,
-                &i64::from(to.timeline),
-                &to_sql(to.mark.0),
-                &to_sql(to.ordinal),
-                &i64::from(to.sub),
-                &to_sql(to.flush_lsn.0),
-            ],
-        )
-        .await
-        .map_err(postgres_error)?;
+    let row = unnamed::query_opt(
+        client,
+        SQL,
+        &[
+            &name,
+            &row.session_no,
+            &i64::from(to.timeline),
+            &to_sql(to.mark.0),
+            &to_sql(to.ordinal),
+            &i64::from(to.sub),
+            &to_sql(to.flush_lsn.0),
+        ],
+    )
+    .await
+    .map_err(postgres_error)?;
     row.map(|row| epoch(&row)).transpose()
 }
 
@@ -227,7 +258,7 @@ fn epoch(row: &SqlRow) -> Result<u32> {
 /// The server's; a missing table is a [`Kind::Verdict`].
 pub async fn read_agreed(client: &impl GenericClient, name: &str) -> Result<Option<Agreed>> {
     const SQL: &str = include_str!("../../../sql/query/publication_seen_read.sql");
-    let Some(row) = client.query_opt(SQL, &[&name]).await.map_err(missing_schema)? else {
+    let Some(row) = unnamed::query_opt(client, SQL, &[&name]).await.map_err(missing_schema)? else {
         return Ok(None);
     };
     let facts: serde_json::Value = row.try_get(0).map_err(postgres_error)?;
@@ -242,7 +273,7 @@ pub async fn read_agreed(client: &impl GenericClient, name: &str) -> Result<Opti
 pub async fn agree(client: &impl GenericClient, name: &str, facts: &Agreed) -> Result<()> {
     const SQL: &str = include_str!("../../../sql/query/publication_seen_store.sql");
     let facts = serde_json::to_value(facts).expect("plain data is JSON");
-    client.execute(SQL, &[&name, &facts]).await.map(drop).map_err(postgres_error)
+    unnamed::execute(client, SQL, &[&name, &facts]).await.map(drop).map_err(postgres_error)
 }
 
 /// A range of the WAL that the relay itself went past, because that was accepted beforehand.
@@ -285,7 +316,7 @@ pub async fn record_gap(
         &timeline,
         &epoch,
     ];
-    client.query_one(SQL, &values).await.map(drop).map_err(postgres_error)
+    unnamed::query_one(client, SQL, &values).await.map(drop).map_err(postgres_error)
 }
 
 /// Where progress is kept, and the parked rows with it. Production: Postgres; and memory, for the
@@ -326,180 +357,13 @@ pub type Looking = Pin<Box<dyn Future<Output = Result<Found>>>>;
 /// A write under way; resolves with about where in the WAL it ended.
 pub type Storing = Pin<Box<dyn Future<Output = Result<Lsn>>>>;
 
-/// Writes the row of one session. A clone is another handle to the same session.
-#[derive(Clone)]
-pub struct PostgresStore {
-    client: Arc<Client>,
-    statement: Statement,
-    /// In the order of [`STATEMENTS`].
-    riders: Arc<[Statement]>,
-    name: Arc<str>,
-    session_no: i64,
-    own: Arc<OwnCheckpoint>,
-}
-
-impl PostgresStore {
-    /// For the session that took the row; `own` is told what is stored.
-    ///
-    /// # Errors
-    /// The server's.
-    pub async fn new(
-        client: Arc<Client>,
-        name: &str,
-        session_no: i64,
-        own: Arc<OwnCheckpoint>,
-    ) -> Result<Self> {
-        const SQL: &str = include_str!("../../../sql/query/checkpoint_store.sql");
-        // The row must survive a crash of this server; whether a standby has it does not matter.
-        let statement = client.prepare(SQL).await.map_err(postgres_error)?;
-        let mut riders = Vec::new();
-        for sql in STATEMENTS {
-            riders.push(client.prepare(sql).await.map_err(missing_schema)?);
-        }
-        Ok(Self { client, statement, riders: riders.into(), name: name.into(), session_no, own })
-    }
-}
-
-impl Store for PostgresStore {
-    fn store(
-        &self,
-        position: Position,
-        flush: Mark,
-        riders: Vec<Rider>,
-    ) -> impl Future<Output = Result<Lsn>> + 'static {
-        let store = self.clone();
-        async move { store.write(position, flush, riders).await }
-    }
-
-    fn look(&self, expected: (usize, usize)) -> impl Future<Output = Result<Found>> + 'static {
-        let store = self.clone();
-        async move { in_time(parked_store::look(&store.client, &store.name, expected)).await }
-    }
-
-    fn read(&self, keys: Vec<ParkedKey>) -> impl Future<Output = Result<Found>> + 'static {
-        let store = self.clone();
-        async move { in_time(parked_store::rows(&store.client, &store.name, &keys)).await }
-    }
-}
-
-async fn in_time(look: impl Future<Output = Result<Found>>) -> Result<Found> {
-    timeout(LOOK_LIMIT, look).await.unwrap_or_else(|_| {
-        let text = format!("Postgres did not read watership.parked within {LOOK_LIMIT:?}");
-        Err(Error::unreachable(text))
-    })
-}
-
-impl PostgresStore {
-    async fn write(&self, position: Position, flush: Mark, riders: Vec<Rider>) -> Result<Lsn> {
-        let written = async {
-            match &riders[..] {
-                [] => self.checkpoint(position, flush).await,
-                riders => self.with_riders(position, flush, riders).await,
-            }
-        };
-        let written = timeout(STORE_LIMIT, written).await.map_err(|_| {
-            let text = format!("Postgres did not store the checkpoint within {STORE_LIMIT:?}");
-            Error::unreachable(text)
-        })?;
-        match written.map_err(Failed::told)? {
-            Some(row) => {
-                self.own.stored(position, flush.lsn());
-                let end: PgLsn = row.try_get(0).map_err(postgres_error)?;
-                Ok(Lsn(end.into()))
-            }
-            None => Err(taken_over(&self.name)),
-        }
-    }
-
-    async fn checkpoint(&self, position: Position, flush: Mark) -> SqlResult<Option<SqlRow>> {
-        let (name, flush) = (&*self.name, to_sql(flush.0));
-        let [epoch, mark, ordinal, sub] = numbers(position);
-        let values: [&(dyn ToSql + Sync); 7] =
-            [&name, &self.session_no, &epoch, &mark, &ordinal, &sub, &flush];
-        let row = self.client.query_opt(&self.statement, &values).await;
-        row.map_err(|error| Failed { error, parking: false })
-    }
-
-    /// All of it in one transaction, sent at once: polled in this order, and the server works in
-    /// the order of arrival. A statement that fails makes COMMIT a rollback.
-    async fn with_riders(
-        &self,
-        position: Position,
-        flush: Mark,
-        riders: &[Rider],
-    ) -> SqlResult<Option<SqlRow>> {
-        let riders = riders.iter().map(|rider| self.ride(position, rider));
-        let frame = async |sql| {
-            let done = self.client.batch_execute(sql).await;
-            done.map_err(|error| Failed { error, parking: false })
-        };
-        let (_, row, _, _) = try_join!(
-            frame("BEGIN"),
-            self.checkpoint(position, flush),
-            try_join_all(riders),
-            frame("COMMIT"),
-        )?;
-        Ok(row)
-    }
-
-    async fn ride(&self, position: Position, rider: &Rider) -> SqlResult<()> {
-        let (name, json) = (&*self.name, rider.to_json());
-        let [epoch, mark, ordinal, sub] = numbers(position);
-        let values: [&(dyn ToSql + Sync); 7] =
-            [&name, &self.session_no, &epoch, &mark, &ordinal, &sub, &json];
-        let done = self.client.execute(&self.riders[rider.statement()], &values).await;
-        let parking = matches!(rider, Rider::Parked(_) | Rider::Unparked(_));
-        done.map(drop).map_err(|error| Failed { error, parking })
-    }
-}
-
-type SqlResult<T> = std::result::Result<T, Failed>;
-
-/// Which statement of a checkpoint failed.
-struct Failed {
-    error: tokio_postgres::Error,
-    /// It was about `watership.parked`.
-    parking: bool,
-}
-
-impl Failed {
-    /// A row that Postgres does not take is refused again however often it is tried, and what was
-    /// published since the last checkpoint is published again each time. So it is a verdict, unless
-    /// time may help: a lack of resources, a lock, a server that shuts down.
-    fn told(self) -> Error {
-        let error = postgres_error(self.error);
-        let refused = |code: &str| PARKING_REFUSED.iter().any(|class| code.starts_with(class));
-        if !self.parking || !error.sqlstate().is_some_and(refused) {
-            return error;
-        }
-        error
-            .context("Postgres does not let the relay write to watership.parked")
-            .as_verdict(Verdict::ParkingRefused)
-            .hint(
-                "give the role of source.url SELECT, INSERT, UPDATE and DELETE on \
-                 watership.parked without row-level security, triggers or constraints of your \
-                 own, then start the relay again; nothing is lost",
-            )
-    }
-}
-
-/// Classes of SQLSTATE that say that the statement itself is refused: unsupported feature, raised
-/// by a trigger, wrong value, constraint, access rule, check option, program limit.
-/// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
-const PARKING_REFUSED: [&str; 7] = ["0A", "P0", "22", "23", "42", "44", "54"];
-
-fn numbers(position: Position) -> [i64; 4] {
-    let Position { epoch, mark, ordinal, sub } = position;
-    [i64::from(epoch), to_sql(mark.0), to_sql(ordinal), i64::from(sub)]
-}
-
 /// How the captured tables were described at the checkpoint, by OID.
 ///
 /// # Errors
 /// The server's; a missing table is a [`Kind::Verdict`].
 pub async fn described(client: &Client, name: &str) -> Result<HashMap<u32, Former>> {
     const SQL: &str = include_str!("../../../sql/query/described_read.sql");
-    let rows = client.query(SQL, &[&name]).await.map_err(missing_schema)?;
+    let rows = unnamed::query(client, SQL, &[&name]).await.map_err(missing_schema)?;
     let former = |row: &SqlRow| {
         let version: i64 = row.try_get(1).map_err(postgres_error)?;
         let key = row.try_get(2).map_err(postgres_error)?;

@@ -108,9 +108,11 @@ impl LastKnown {
 mod tests {
     use super::*;
     use crate::position::Mark;
+    use crate::source::SourceKind;
 
     fn row() -> Checkpoint {
         Checkpoint {
+            kind: SourceKind::Wal,
             position: Position { epoch: 2, mark: Mark(100), ordinal: 3, ..Position::default() },
             flush_lsn: Lsn(90),
             session_no: 7,

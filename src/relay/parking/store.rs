@@ -6,6 +6,7 @@ use tokio_postgres::{Client, Row as SqlRow};
 
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::position::{Mark, ORDINAL_END, Position};
 use crate::relay::checkpoint::to_sql;
 use crate::relay::parking::Known;
@@ -30,7 +31,7 @@ pub enum Found {
 /// The server's.
 pub async fn look(client: &Client, name: &str, expected: (usize, usize)) -> Result<Found> {
     const SQL: &str = include_str!("../../../sql/query/parked_counts.sql");
-    let row = client.query_one(SQL, &[&name]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, SQL, &[&name]).await.map_err(postgres_error)?;
     let count = |i: usize| row.try_get::<_, i64>(i).map_err(postgres_error);
     let (parked, retrying) = (count(0)?, count(1)?);
     if (parked, retrying) == (expected.0 as i64, expected.1 as i64) {
@@ -45,7 +46,7 @@ pub async fn look(client: &Client, name: &str, expected: (usize, usize)) -> Resu
 /// The server's.
 pub async fn index(client: &Client, name: &str) -> Result<Vec<Indexed>> {
     const SQL: &str = include_str!("../../../sql/query/parked_index.sql");
-    let rows = client.query(SQL, &[&name]).await.map_err(postgres_error)?;
+    let rows = unnamed::query(client, SQL, &[&name]).await.map_err(postgres_error)?;
     rows.iter()
         .map(|row| {
             let get = Columns(row);
@@ -72,7 +73,7 @@ pub async fn index(client: &Client, name: &str) -> Result<Vec<Indexed>> {
 /// The server's.
 pub async fn table_names(client: &Client, name: &str) -> Result<HashMap<u64, Vec<String>>> {
     const SQL: &str = include_str!("../../../sql/query/parked_table_names.sql");
-    let rows = client.query(SQL, &[&name]).await.map_err(postgres_error)?;
+    let rows = unnamed::query(client, SQL, &[&name]).await.map_err(postgres_error)?;
     let mut names: HashMap<u64, Vec<String>> = HashMap::new();
     for row in &rows {
         let group: i64 = row.try_get(0).map_err(postgres_error)?;
@@ -89,7 +90,7 @@ pub async fn table_names(client: &Client, name: &str) -> Result<HashMap<u64, Vec
 pub async fn known(client: &Client, name: &str, position: Position) -> Result<Known> {
     const SQL: &str = include_str!("../../../sql/query/parked_known.sql");
     let mark = to_sql(position.mark.0);
-    let rows = client.query(SQL, &[&name, &mark]).await.map_err(postgres_error)?;
+    let rows = unnamed::query(client, SQL, &[&name, &mark]).await.map_err(postgres_error)?;
     let mut known = Known::default();
     for row in &rows {
         let id = row.try_get(0).map_err(postgres_error)?;
@@ -107,7 +108,7 @@ pub async fn known(client: &Client, name: &str, position: Position) -> Result<Kn
 pub async fn rows(client: &Client, name: &str, keys: &[ParkedKey]) -> Result<Found> {
     const SQL: &str = include_str!("../../../sql/query/parked_rows.sql");
     let keys = keys_to_json(keys);
-    let rows = client.query(SQL, &[&name, &keys]).await.map_err(postgres_error)?;
+    let rows = unnamed::query(client, SQL, &[&name, &keys]).await.map_err(postgres_error)?;
     rows.iter().map(from_sql).collect::<Result<_>>().map(Found::Rows)
 }
 

@@ -12,6 +12,7 @@ use crate::relay::check::lost::Agreed;
 use crate::relay::check::position::{self, Start};
 use crate::relay::checkpoint::own::LastKnown;
 use crate::relay::checkpoint::{self, Checkpoint};
+use crate::source::SourceKind;
 use crate::verdict::Verdict;
 
 /// All of it, as it was read.
@@ -32,6 +33,7 @@ pub async fn read(client: &Client, options: &Options) -> Result<StartFacts> {
     let name = &options.name;
     let slot = read_slot(client, &options.slot).await?;
     let row = checkpoint::read(client, name).await?.ok_or_else(|| checkpoint::no_row(name))?;
+    checkpoint::is_of(&row, name, SourceKind::Wal)?;
     if row.slot != options.slot {
         let (stored, asked) = (&row.slot, &options.slot);
         let text = format!("the checkpoint of {name:?} belongs to slot {stored:?}, not {asked:?}");

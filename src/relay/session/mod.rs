@@ -12,6 +12,7 @@ mod failed_over;
 mod held;
 pub mod partitions;
 pub mod phantoms;
+pub mod poll;
 pub mod rights;
 mod rotation;
 pub mod supervisor;
@@ -91,6 +92,7 @@ pub async fn open(
     let preparing = async {
         match options.kind {
             SourceKind::Wal => wal::prepare(options, &broker, shared, &mut kept.remembered).await,
+            SourceKind::Poll => poll::prepare(options, &broker, shared, &mut kept.remembered).await,
         }
     };
     let prepared = while_kept_alive(&mut publisher, preparing).await;
@@ -111,9 +113,10 @@ pub async fn open(
     }
     tracing::info!(
         session = row.session_no,
+        mode = row.kind.name(),
         position = %row.position,
-        flush_lsn = %row.flush_lsn,
-        slot = options.slot,
+        flush_lsn = (row.kind == SourceKind::Wal).then(|| row.flush_lsn.to_string()),
+        slot = (row.kind == SourceKind::Wal).then_some(&options.slot),
         remembered = kept.remembered.len(),
         "streaming"
     );
@@ -122,7 +125,7 @@ pub async fn open(
         source,
         publisher,
         store,
-        progress: Progress::new(row.position, row.flush_lsn.into()),
+        progress: Progress::new(row.position, row.flush()),
         parking,
         router: router.clone(),
         plans: Plans::new(router, resumed),

@@ -5,10 +5,13 @@ use tokio_postgres::Client;
 
 use crate::amqp::{self, topology};
 use crate::error::{Error, Result};
+use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::relay::Options;
 use crate::relay::check::partitions::{InForce, PartitionChange, Queued, changes};
 use crate::relay::checkpoint::missing_schema;
+use crate::relay::session::rights;
 use crate::route::{PARTITIONS_MAX, Partitions};
 
 /// The routes whose partitions are not those in force.
@@ -17,7 +20,7 @@ use crate::route::{PARTITIONS_MAX, Partitions};
 /// The server's; a missing table is a verdict.
 pub async fn changed(client: &Client, options: &Options) -> Result<Vec<PartitionChange>> {
     const SQL: &str = include_str!("../../../sql/query/partitions_read.sql");
-    let rows = client.query(SQL, &[&options.name]).await.map_err(missing_schema)?;
+    let rows = unnamed::query(client, SQL, &[&options.name]).await.map_err(missing_schema)?;
     let mut in_force = Vec::new();
     for row in rows {
         let text = |i: usize| row.try_get::<_, String>(i).map_err(postgres_error);
@@ -68,6 +71,18 @@ pub async fn verify(
     Ok(())
 }
 
+/// Connects, and refuses other partitions than those in force while messages are queued.
+pub(super) async fn compare(
+    options: &Options,
+    broker: &amqp::options::Options,
+) -> Result<(SqlConnection, Vec<PartitionChange>)> {
+    let connected = sql(&options.sql).await?;
+    rights::verify(&rights::lacking(&connected.client, None, options.kind).await?)?;
+    let changes = changed(&connected.client, options).await?;
+    verify(options, broker, &changes).await?;
+    Ok((connected, changes))
+}
+
 /// The partitions of the configuration are in force from now on.
 ///
 /// # Errors
@@ -79,9 +94,9 @@ pub async fn record(client: &Client, options: &Options, changes: &[PartitionChan
         match to {
             Some(Partitions { queue, count }) => {
                 let count = i32::from(*count);
-                client.execute(STORE, &[&options.name, route, queue, &count]).await
+                unnamed::execute(client, STORE, &[&options.name, route, queue, &count]).await
             }
-            None => client.execute(FORGET, &[&options.name, route]).await,
+            None => unnamed::execute(client, FORGET, &[&options.name, route]).await,
         }
         .map_err(postgres_error)?;
     }

@@ -8,6 +8,8 @@ use tokio_postgres::Client;
 
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
+use crate::source::SourceKind;
 
 /// What a role lacks on one object of the schema `watership`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,13 +74,14 @@ impl Lack {
     }
 }
 
-/// What `role` (absent: the role of the connection) lacks, and the applications' role.
+/// What `role` (absent: the role of the connection) of a relay of this kind lacks, and the
+/// applications' role.
 ///
 /// # Errors
 /// What the server says.
-pub async fn lacking(client: &Client, role: Option<&str>) -> Result<Vec<Lack>> {
+pub async fn lacking(client: &Client, role: Option<&str>, kind: SourceKind) -> Result<Vec<Lack>> {
     const SQL: &str = include_str!("../../../sql/query/rights.sql");
-    let rows = client.query(SQL, &[&role]).await.map_err(postgres_error)?;
+    let rows = unnamed::query(client, SQL, &[&role, &kind.name()]).await.map_err(postgres_error)?;
     let lack = |row: &tokio_postgres::Row| {
         Ok(Lack {
             role: row.try_get(0)?,

@@ -8,11 +8,11 @@ use tokio_postgres::Client;
 
 use super::catalog::Captured;
 use super::facts::{self, StartFacts};
-use super::{Prepared, Shared, catalog, count_busy, failed_over, held, partitions, rights};
+use super::{Prepared, Shared, catalog, count_busy, failed_over, held, partitions};
 use crate::amqp::{self, topology};
 use crate::error::{Code, Error, Kind, Result};
 use crate::pg;
-use crate::pg::client::{SqlConnection, sql};
+use crate::pg::client::SqlConnection;
 use crate::pg::publication::{Publication, TableName};
 use crate::pg::replication::{ReplicationConnection, ReplicationStream, StreamOptions};
 use crate::pg::slot::{ServerFacts, insert_lsn};
@@ -20,7 +20,6 @@ use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
 use crate::position::Lsn;
 use crate::relay::Options;
 use crate::relay::check::lost::{self, Agreed, Returned};
-use crate::relay::check::partitions::PartitionChange;
 use crate::relay::check::position::{self, Failover, Start};
 use crate::relay::checkpoint::{self, Checkpoint, PostgresStore};
 use crate::relay::parking::{Parking, store as parked};
@@ -45,7 +44,7 @@ pub(super) async fn prepare(
     let busy = &shared.metrics.slot_busy;
     let replicating = ReplicationConnection::connect(&options.sql);
     let declaring = topology::apply_each(broker, &options.topology);
-    let comparing = compare_partitions(options, broker);
+    let comparing = partitions::compare(options, broker);
     let is_partitioned = options.rules.iter().any(|rule| rule.partitions().is_some());
     let (compared, mut replication, wrong) = if is_partitioned {
         // Partitions that are refused must not be declared.
@@ -81,18 +80,6 @@ pub(super) async fn prepare(
     let store = PostgresStore::new(client, &options.name, row.session_no, own).await?;
     let TakenOver { row, failover, canary, .. } = taken;
     Ok(Prepared { source, resumed, store, parking, row, failover, canary, wrong, closed })
-}
-
-/// Connects, and refuses other partitions than those in force while messages are queued.
-async fn compare_partitions(
-    options: &Options,
-    broker: &amqp::options::Options,
-) -> Result<(SqlConnection, Vec<PartitionChange>)> {
-    let connected = sql(&options.sql).await?;
-    rights::verify(&rights::lacking(&connected.client, None).await?)?;
-    let changes = partitions::changed(&connected.client, options).await?;
-    partitions::verify(options, broker, &changes).await?;
-    Ok((connected, changes))
 }
 
 struct TakenOver {
@@ -147,7 +134,7 @@ async fn take_over(
         let followed = checkpoint::follow(client, name, stored, failover).await?;
         followed.ok_or_else(|| checkpoint::taken_over(name))?;
     }
-    let row = checkpoint::take_session(client, name, publication.oid).await?;
+    let row = checkpoint::take_session(client, name, Some(publication.oid)).await?;
     if let Some(failover) = &failover {
         failed_over::record(client, options, &row, failover).await?;
     }

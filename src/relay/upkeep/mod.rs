@@ -19,9 +19,11 @@ use crate::metrics::Metrics;
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::slot::{WalStatus, insert_lsn, max_slot_wal_keep_size, read_slot};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::relay::Options;
+use crate::relay::check::polling::PollingFrom;
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
-use crate::relay::session::{Shared, catalog, facts, rights};
+use crate::relay::session::{Shared, catalog, facts, poll, rights};
 use crate::relay::status::SlotStatus;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::upkeep::canary::Written;
@@ -68,6 +70,7 @@ impl Job {
 fn jobs(kind: SourceKind) -> &'static [Job] {
     match kind {
         SourceKind::Wal => &[Job::LookAtSlot, Job::Compare, Job::Maintain, Job::WriteCanary],
+        SourceKind::Poll => &[Job::Compare, Job::Maintain],
     }
 }
 
@@ -139,8 +142,11 @@ async fn once(
         Some(connection) => &connection.client,
         None => {
             let client = &connection.insert(sql(&options.sql).await?).client;
-            // A canary is to come through the stream; whether a standby has it does not matter.
-            client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
+            if options.kind == SourceKind::Wal {
+                // A canary is to come through the stream; whether a standby has it does not matter.
+                let local = client.batch_execute("SET synchronous_commit = local").await;
+                local.map_err(postgres_error)?;
+            }
             client
         }
     };
@@ -191,13 +197,43 @@ async fn compare_streaming(
     shared: &Shared,
     doubts: &mpsc::Sender<Error>,
 ) -> Result<()> {
-    if shared.status.is_streaming()
-        && let Some(doubt) = compare(client, options, shared).await?
-    {
+    if !shared.status.is_streaming() {
+        return Ok(());
+    }
+    // First: rows that are hidden from the role would look like rows that are gone.
+    let lacks = rights::lacking(client, None, options.kind).await?;
+    let doubt = match (rights::verify(&lacks), options.kind) {
+        (Err(lacking), _) => Some(lacking),
+        (Ok(()), SourceKind::Wal) => compare(client, options, shared).await?,
+        (Ok(()), SourceKind::Poll) => compare_polling(client, options, shared).await?,
+    };
+    if let Some(doubt) = doubt {
         // A full channel means that one is on its way.
         let _ = doubts.try_send(doubt);
     }
     Ok(())
+}
+
+/// The same of a session that polls.
+async fn compare_polling(
+    client: &Client,
+    options: &Options,
+    shared: &Shared,
+) -> Result<Option<Error>> {
+    let last_known = shared.own.last_known();
+    let found = match poll::read(client, options).await {
+        Ok(found) => found,
+        Err(error) if error.kind().is_verdict() => return Ok(Some(error)),
+        Err(error) => return Err(error),
+    };
+    Ok(match found.verify().and_then(|start| found.verify_own(last_known).map(|()| start)) {
+        Ok(PollingFrom::AsStored) => None,
+        Ok(PollingFrom::NewEpoch) => {
+            let text = "the server behind source.url is on a different timeline from this session";
+            Some(Error::unreachable(text).hint("no action needed: the next session looks at it"))
+        }
+        Err(error) => Some(error),
+    })
 }
 
 /// Removes rows that were released or discarded long ago.
@@ -205,7 +241,7 @@ async fn purge_parked(client: &Client, options: &Options) -> Result<()> {
     const SQL: &str = include_str!("../../../sql/query/parked_purge.sql");
     let retain = i64::try_from(options.parked_retain.as_secs()).unwrap_or(i64::MAX);
     for _ in 0..MAINTAIN_CALLS_MAX {
-        let removed = client.execute(SQL, &[&options.name, &retain]).await;
+        let removed = unnamed::execute(client, SQL, &[&options.name, &retain]).await;
         if removed.map_err(postgres_error)? == 0 {
             break;
         }
@@ -216,7 +252,7 @@ async fn purge_parked(client: &Client, options: &Options) -> Result<()> {
 async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Result<()> {
     const SQL: &str = include_str!("../../../sql/query/canary_write.sql");
     let begin = insert_lsn(client).await?;
-    let row = client.query_one(SQL, &[&options.name]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, SQL, &[&options.name]).await.map_err(postgres_error)?;
     let number: i64 = row.try_get(0).map_err(postgres_error)?;
     let number = u64::try_from(number)
         .map_err(|_| Error::protocol(format!("watership.canary.number is {number}")))?;
@@ -228,10 +264,6 @@ async fn write_canary(client: &Client, options: &Options, shared: &Shared) -> Re
 
 /// What a session was started from must still hold while it runs.
 async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<Option<Error>> {
-    // First: rows that are hidden from the role would look like rows that are gone.
-    if let Err(lacking) = rights::verify(&rights::lacking(client, None).await?) {
-        return Ok(Some(lacking));
-    }
     let mark = shared.own.last_known();
     let found = match facts::read(client, options).await {
         Ok(found) => found,
@@ -306,7 +338,7 @@ async fn maintain(client: &Client, options: &Options, metrics: &Metrics) -> Resu
     let retain = i64::try_from(options.retain.as_secs()).unwrap_or(i64::MAX);
     let mut again = MAINTAIN_EVERY;
     for _ in 0..MAINTAIN_CALLS_MAX {
-        let row = client.query_one(SQL, &[&retain]).await.map_err(postgres_error)?;
+        let row = unnamed::query_one(client, SQL, &[&retain]).await.map_err(postgres_error)?;
         let names = |column: &str| row.try_get::<_, Vec<String>>(column).map_err(postgres_error);
         let (created, skipped) = (names("created")?, names("skipped")?);
         let (detached, dropped) = (names("detached")?, names("dropped")?);

@@ -1,0 +1,17 @@
+-- The first checkpoint of a relay that polls, as `watership init --print-sql` shows it, which fills
+-- in the name.
+WITH made AS (
+    INSERT INTO watership.checkpoint
+        (name, kind, epoch, mark, ordinal, flush_mark, system_identifier, timeline)
+    SELECT :name, 'poll', 1 + coalesce((SELECT max(epoch) FROM watership.checkpoint), 0),
+        now.number, 0, now.number,
+        -- An unsigned number, which the server shows as a signed one.
+        mod(c.system_identifier::numeric + 18446744073709551616, 18446744073709551616),
+        ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer
+    FROM pg_catalog.pg_control_system() AS c,
+        (SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS number) AS now
+    ON CONFLICT (name) DO NOTHING
+    RETURNING name, mark
+)
+INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at)
+SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now() FROM made;

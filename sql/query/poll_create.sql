@@ -1,0 +1,26 @@
+-- The first checkpoint of a relay that polls: $1 name, $2 system identifier, $3 timeline; it begins
+-- behind what is visible now. Unless $4, only if the outbox has no rows. No row: there are some, or
+-- there is a checkpoint.
+WITH made AS (
+    INSERT INTO watership.checkpoint
+        (name, kind, epoch, mark, ordinal, flush_mark, system_identifier, timeline)
+    -- After every epoch that an earlier row of the name has had, and those of other relays, and
+    -- with a number that grows with the database: positions never go back.
+    SELECT $1, 'poll', 1 + greatest(0,
+            (SELECT max(epoch) FROM watership.resync WHERE name = $1),
+            (SELECT max(epoch) FROM watership.parked WHERE name = $1),
+            (SELECT max(epoch) FROM watership.checkpoint)),
+        now.number, 0, now.number, $2, $3::bigint::integer
+    FROM (SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS number) AS now
+    WHERE $4 OR NOT EXISTS (SELECT FROM watership.outbox)
+    ON CONFLICT (name) DO NOTHING
+    RETURNING name, mark
+), left_behind AS (
+    DELETE FROM watership.poll_batch WHERE name IN (SELECT name FROM made)
+        AND number <> (SELECT mark FROM made)
+)
+INSERT INTO watership.poll_batch AS b (name, number, since, snapshot, first_seq, made_at)
+SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now() FROM made
+ON CONFLICT (name, number) DO UPDATE SET since = excluded.since, snapshot = excluded.snapshot,
+    made_at = excluded.made_at
+RETURNING b.number

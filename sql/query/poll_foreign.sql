@@ -1,0 +1,2 @@
+-- Whether the outbox has rows of transactions that this cluster has not had yet.
+SELECT EXISTS (SELECT FROM watership.outbox WHERE xid >= pg_snapshot_xmax(pg_current_snapshot()))

@@ -1,0 +1,88 @@
+//! What `init` makes for a relay that polls: two indexes and the checkpoint. No slot, no
+//! publication.
+
+use tokio_postgres::Client;
+
+use super::{Args, Done, Steps, older_rows};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::pg::slot::ServerFacts;
+use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
+use crate::relay::check::polling::{self, missing_indexes};
+use crate::relay::checkpoint;
+use crate::relay::session::poll;
+use crate::source::SourceKind;
+
+/// An outbox with more bytes is not indexed while its writers wait.
+const INDEXED_MAX: i64 = 256 << 20;
+
+/// What finds the rows of a batch. They cost every INSERT, so only a relay that polls has them.
+pub(super) async fn indexes(steps: &mut Steps, client: &mut Client) -> Result<()> {
+    const WHAT: &str = "index";
+    let missing = missing_indexes(&poll::facts(client, None).await?);
+    if missing.is_empty() {
+        let columns = polling::INDEXES.map(|(columns, _)| format!("({columns})"));
+        steps.add(Done::Exists, WHAT, format!("watership.outbox {}", columns.join(" and ")));
+        return Ok(());
+    }
+    let size = "SELECT coalesce(sum(pg_catalog.pg_relation_size(relid)), 0)::bigint \
+        FROM pg_catalog.pg_partition_tree('watership.outbox'::regclass)";
+    let size: i64 = unnamed::query_one(client, size, &[]).await.map_err(postgres_error)?.get(0);
+    if size > INDEXED_MAX {
+        let (size, most) = (size >> 20, INDEXED_MAX >> 20);
+        return Err(Error::refused(format!(
+            "watership.outbox has {size} MiB and lacks an index for polling; init makes it only up \
+             to {most} MiB, because every INSERT waits meanwhile"
+        ))
+        .hint(
+            "docs/sources.md shows how to make it while applications write; then run init again",
+        ));
+    }
+    let tx = client.transaction().await.map_err(postgres_error)?;
+    tx.batch_execute("SET LOCAL ROLE watership_owner; SET LOCAL lock_timeout = '5s'")
+        .await
+        .map_err(postgres_error)?;
+    for (_, statement) in &missing {
+        let made = tx.batch_execute(statement).await.map_err(postgres_error);
+        made.map_err(|e| e.context(statement))?;
+    }
+    tx.commit().await.map_err(postgres_error)?;
+    for (columns, _) in missing {
+        steps.add(Done::Created, WHAT, format!("watership.outbox ({columns})"));
+    }
+    Ok(())
+}
+
+pub(super) async fn checkpoint(
+    steps: &mut Steps,
+    client: &Client,
+    config: &Config,
+    args: &Args,
+    server: &ServerFacts,
+) -> Result<()> {
+    const WHAT: &str = "checkpoint";
+    const CREATE: &str = include_str!("../../../sql/query/poll_create.sql");
+    let name = &config.relay.name;
+    if let Some(row) = checkpoint::read(client, name).await? {
+        checkpoint::is_of(&row, name, SourceKind::Poll)?;
+        poll::read(client, &config.relay).await?.verify()?;
+        steps.add(Done::Exists, WHAT, format!("{name} at batch {}", row.flush().0));
+        return Ok(());
+    }
+    polling::verify_transactions(&poll::facts(client, None).await?)?;
+    older_rows(steps, client, args, "its first poll").await?;
+    let (system, timeline) = (server.system_identifier.to_string(), i64::from(server.timeline));
+    let values: &[unnamed::Parameter<'_>] = &[name, &system, &timeline, &args.skip_existing];
+    let made = unnamed::query_opt(client, CREATE, values).await.map_err(postgres_error)?;
+    let Some(made) = made else {
+        let text = "an application wrote to the outbox while the checkpoint was being created";
+        return Err(Error::refused(text).hint(
+            "stop the application and empty the outbox, or pass --skip-existing to leave its rows \
+             unpublished",
+        ));
+    };
+    let batch: i64 = made.try_get(0).map_err(postgres_error)?;
+    steps.add(Done::Created, WHAT, format!("{name} at batch {batch}"));
+    Ok(())
+}
