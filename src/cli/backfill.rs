@@ -24,6 +24,7 @@ use crate::relay::backfill::active::look;
 use crate::relay::backfill::keyset::From;
 use crate::relay::backfill::runs::{self, Request, Run, RunState};
 use crate::relay::backfill::shown::BackfillView;
+use crate::source::SourceKind;
 
 /// Options of `backfill`.
 #[derive(Debug, clap::Args)]
@@ -84,6 +85,12 @@ const NOTICED: Duration = Duration::from_secs(15);
 /// # Errors
 /// What Postgres says, or why the table cannot be read.
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
+    if config.relay.kind == SourceKind::Poll {
+        let text =
+            "a relay with source.mode = \"poll\" captures no tables, so none can be backfilled";
+        return Err(Error::refused(text)
+            .hint("use mode = \"wal\", or emit an event for each row with watership.emit"));
+    }
     let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
     let name = &config.relay.name;
     match &args.command {

@@ -167,8 +167,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
     let source::WalKeys { failover, slot, publication, binary } =
         source::wal_keys(&mut source, kind);
     let poll_interval = source::poll_interval(&mut source, kind);
-    let source::CapturedTables { names: tables, held, initial } =
-        source::tables(&mut source, kind);
+    let source::CapturedTables { names: tables, held, initial } = source::tables(&mut source, kind);
     let connection = broker::connection(&mut broker, &name);
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);

@@ -40,7 +40,7 @@ async fn what_commits_arrives_once_with_its_id_in_order_and_what_rolls_back_neve
                     '{\"x\": 1, \"traceparent\": \"00-1\"}')",
             "BEGIN; SELECT watership.emit('order', '1', 'never', '1'); ROLLBACK",
             "BEGIN; SELECT watership.emit('order', '1', 'b', '1'), \
-                    watership.emit_bytes('order', 2, 'c', '\\x00ff', 'application/x'); COMMIT",
+                    watership.emit_bytes('order', 1, 'c', '\\x00ff', 'application/x'); COMMIT",
             "BEGIN; SAVEPOINT s; SELECT watership.emit('order', '1', 'never', '1'); \
                     ROLLBACK TO s; SELECT watership.emit('order', '1', 'd', '1'); COMMIT",
         ];

@@ -47,7 +47,7 @@ pub struct Session {
     /// Tells when the SQL connection ends: a shutdown of the server is seen at once.
     pub closed: Closed,
     /// Reads tables for backfills, until it is dropped.
-    pub backfill: worker::Running,
+    pub backfill: Option<worker::Running>,
 }
 
 /// What all sessions of a process share.
@@ -120,7 +120,14 @@ pub async fn open(
         remembered = kept.remembered.len(),
         "streaming"
     );
-    let (backfill, end) = Backfill::linked(options.backfill.max_unconfirmed);
+    let (backfill, end) = match row.kind {
+        SourceKind::Wal => {
+            let (backfill, end) = Backfill::linked(options.backfill.max_unconfirmed);
+            (backfill, Some(end))
+        }
+        // Its marks are in the WAL, and there are no captured tables.
+        SourceKind::Poll => (Backfill::none(), None),
+    };
     let parts = RelayParts {
         source,
         publisher,
@@ -140,7 +147,7 @@ pub async fn open(
         backfill,
     };
     shared.canary.begin(row.flush_lsn, canary, std::time::Instant::now());
-    let backfill = worker::start(options.clone(), shared.clone(), end);
+    let backfill = end.map(|end| worker::start(options.clone(), shared.clone(), end));
     Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed, backfill })
 }
 
