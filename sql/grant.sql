@@ -13,7 +13,7 @@ GRANT INSERT (id, aggregate_type, aggregate_id, event_type, payload, data, conte
     traceparent, created_at), SELECT (id, created_at) ON watership.outbox TO watership_app;
 GRANT USAGE ON SEQUENCE watership.outbox_seq TO watership_app;
 
--- Every form of these: emit and emit_bytes have one for each type of aggregate_id and payload.
+-- Every form of these: emit and the like have one for each type of aggregate_id and payload.
 DO $$
 DECLARE
     form regprocedure;
@@ -21,7 +21,8 @@ BEGIN
     FOR form IN
         SELECT oid FROM pg_catalog.pg_proc
         WHERE pronamespace = 'watership'::regnamespace
-            AND proname IN ('fits_a_message', 'append_event', 'emit', 'emit_bytes')
+            AND proname IN ('fits_a_message', 'append_event', 'emit', 'emit_bytes',
+                'append_message', 'emit_wal', 'emit_wal_bytes')
     LOOP
         EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO watership_app', form);
     END LOOP;

@@ -73,6 +73,10 @@ pub enum OutboxPayload {
     Json(Bytes),
     /// Column `data`: Postgres' hex text (`\x…`) of the bytes; decoded into the body.
     Hex(Bytes),
+    /// The bytes themselves, of a logical message.
+    Bytes(Bytes),
+    /// None at all: a mapped table may have null there.
+    Empty,
     /// A row that breaks the outbox's contract, which only a table without its checks lets in.
     Broken(Box<Broken>),
 }

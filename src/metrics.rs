@@ -241,6 +241,12 @@ pub struct OutboxMetrics {
     pub maintain_postponed: Counter,
     /// Runs of the upkeep that failed.
     pub maintain_failures: Counter,
+    /// Rows of a mapped outbox table that `delete_after` deleted.
+    pub rows_deleted: Counter,
+    /// Updates of outbox rows, which are ignored.
+    pub updates_ignored: Counter,
+    /// Logical messages with the relay's prefix that are no part of a transaction.
+    pub messages_ignored: Counter,
 }
 
 impl Metrics {
@@ -271,6 +277,9 @@ impl Metrics {
                 partitions_skipped: counter!("watership_outbox_partitions_skipped_total"),
                 maintain_postponed: counter!("watership_outbox_maintain_postponed_total"),
                 maintain_failures: counter!("watership_outbox_maintain_failures_total"),
+                rows_deleted: counter!("watership_outbox_rows_deleted_total"),
+                updates_ignored: counter!("watership_outbox_updates_ignored_total"),
+                messages_ignored: counter!("watership_messages_ignored_total"),
             },
             parked: ParkedMetrics::new(routes),
             circuit: CircuitMetrics::new(),

@@ -3,7 +3,7 @@
 -- wrote the checkpoint, so it was committed later; the other way round nothing follows. The numbers
 -- are compared by their lower 32 bits, as Postgres does. Of a relay that polls it is known: its
 -- last settled batch shows the row, or it does not.
-SELECT o.id, o.aggregate_type || '/' || o.aggregate_id, o.aggregate_type, o.event_type,
+SELECT o.id::text, o.aggregate_type || '/' || o.aggregate_id, o.aggregate_type, o.event_type,
     o.created_at::text,
     coalesce(CASE c.kind
         WHEN 'poll' THEN NOT pg_visible_in_snapshot(o.xid, b.snapshot)

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::parked::{Listed, listed};
 use super::printable::one_line;
-use super::{End, Out, ask};
+use super::{End, Out, ask, outbox};
 use crate::config::Config;
 use crate::envelope::{PARTS_MAX, message_id};
 use crate::error::{Error, Result};
@@ -34,10 +34,10 @@ use crate::source::SourceKind;
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(false).args(["id", "key"]))]
 pub(super) struct Args {
     /// The id of the event.
-    id: Option<Uuid>,
+    pub(super) id: Option<Uuid>,
     /// The latest events of this key, such as order/42.
     #[arg(long)]
-    key: Option<String>,
+    pub(super) key: Option<String>,
 }
 
 /// Rows that are shown of a key.
@@ -106,15 +106,15 @@ impl Passed {
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
     let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
     let router = Router::new(&config.relay.rules)?;
-    let mut outbox = rows(&client, config, args).await?;
+    let mut found = rows(&client, config, args).await?;
     let until = Instant::now() + CHECKPOINT_PATIENCE;
     let is_open = |row: &Row| row.checkpoint != Passed::Yes;
     while config.relay.kind == SourceKind::Poll
-        && outbox.iter().any(is_open)
+        && found.iter().any(is_open)
         && Instant::now() < until
     {
         sleep(ASK_EVERY).await;
-        outbox = rows(&client, config, args).await?;
+        found = rows(&client, config, args).await?;
     }
     // The relay first: what it parks meanwhile is found in the table afterwards.
     let query = match (&args.id, &args.key) {
@@ -124,14 +124,14 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
             format!("key={}", utf8_percent_encode(key, NON_ALPHANUMERIC))
         }
     };
-    let asked = sighting(config, &query, &mut outbox).await;
+    let asked = sighting(config, &query, &mut found).await;
     let ids: Vec<Uuid> = args.id.iter().flat_map(|id| ids_of(&router, *id)).collect();
     let parked = parked(&client, config, &ids, &args.key).await?;
     let (relay, relay_error) = match asked {
         Ok(relay) => (Some(relay), None),
         Err(error) => (None, Some(error.to_string())),
     };
-    let report = Report { outbox, parked, relay, relay_error };
+    let report = Report { outbox: found, parked, relay, relay_error };
     print(&report, out);
     out.data(&report)?;
     let seen = ["window", "confirmed"].iter().any(|list| {
@@ -144,7 +144,13 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
 async fn rows(client: &Client, config: &Config, args: &Args) -> Result<Vec<Row>> {
     const SQL: &str = include_str!("../../sql/query/find_outbox.sql");
     let name = &config.relay.name;
-    let found = unnamed::query(client, SQL, &[&name, &args.id, &args.key, &ROWS_MAX]).await;
+    let found = match outbox::rows(client, config, args, ROWS_MAX).await? {
+        Some(found) => found,
+        None => {
+            let found = unnamed::query(client, SQL, &[&name, &args.id, &args.key, &ROWS_MAX]).await;
+            found.map_err(postgres_error)?
+        }
+    };
     let row = |row: &tokio_postgres::Row| {
         let text = |i: usize| row.try_get::<_, String>(i).map_err(postgres_error);
         let flag = |i: usize| row.try_get::<_, bool>(i).map_err(postgres_error);
@@ -154,7 +160,7 @@ async fn rows(client: &Client, config: &Config, args: &Args) -> Result<Vec<Row>>
             (false, false) => Passed::Unknown,
         };
         Ok(Row {
-            id: row.try_get::<_, Uuid>(0).map_err(postgres_error)?.to_string(),
+            id: text(0)?,
             routes: routes(&config.relay.rules, &text(2)?, &text(1)?),
             key: text(1)?,
             event_type: text(3)?,
@@ -163,7 +169,7 @@ async fn rows(client: &Client, config: &Config, args: &Args) -> Result<Vec<Row>>
             end_of_wal: text(7)?.parse()?,
         })
     };
-    found.map_err(postgres_error)?.iter().map(row).collect()
+    found.iter().map(row).collect()
 }
 
 /// What the rules do with an outbox event of this type and key.
@@ -239,7 +245,11 @@ async fn sighting(config: &Config, query: &str, rows: &mut [Row]) -> Result<Valu
 fn print(report: &Report, out: Out) {
     let line = |name: &str, value: &str| out.line(&format!("{name:<12} {}", one_line(value)));
     if report.outbox.is_empty() {
-        line("outbox", "no such row: never committed, or older than outbox.retain, or captured");
+        line(
+            "outbox",
+            "no such row: never committed, not in the table any more (outbox.retain), captured, or \
+             emitted by emit_wal, which keeps no row",
+        );
     }
     for row in &report.outbox {
         let Row { id, key, event_type, created_at, .. } = row;

@@ -6,7 +6,8 @@
 use serde::Serialize;
 use tokio_postgres::Client;
 
-use super::Out;
+use super::{Out, outbox};
+use crate::config::Config;
 use crate::error::Result;
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
@@ -23,6 +24,8 @@ pub(super) struct GapRows {
     since: String,
     /// The same; no row of the gap was made later.
     until: String,
+    /// The table, where it is the application's.
+    mapped: Option<String>,
 }
 
 /// From when on rows may be in the gap; to be asked before the checkpoint is moved. Absent without
@@ -40,13 +43,17 @@ pub(super) async fn since(client: &Client, name: &str) -> Result<Option<String>>
 ///
 /// # Errors
 /// The server's: an outbox without the index for it may take longer than a query is allowed to.
-pub(super) async fn count(client: &Client, since: &str) -> Result<GapRows> {
+pub(super) async fn count(client: &Client, config: &Config, since: &str) -> Result<GapRows> {
     const SQL: &str = include_str!("../../sql/query/outbox_gap_rows.sql");
+    if let Some((rows, until)) = outbox::count_since(client, config, since, COUNT_MAX).await? {
+        let mapped = Some(config.relay.outbox.table.to_string());
+        return Ok(GapRows { rows, since: since.to_owned(), until, mapped });
+    }
     let row =
         unnamed::query_one(client, SQL, &[&since, &COUNT_MAX]).await.map_err(postgres_error)?;
     let rows = row.try_get(0).map_err(postgres_error)?;
     let until = row.try_get(1).map_err(postgres_error)?;
-    Ok(GapRows { rows, since: since.to_owned(), until })
+    Ok(GapRows { rows, since: since.to_owned(), until, mapped: None })
 }
 
 impl GapRows {
@@ -72,8 +79,19 @@ impl GapRows {
 
     /// Prints what can be done about them.
     pub(super) fn print_statement(&self, out: Out) {
+        let gone = "Events of the gap that were emitted by emit_wal are not kept anywhere else";
+        out.line(&format!("\n{gone} and cannot be sent again."));
         if self.rows == 0 {
             return;
+        }
+        if let Some(table) = &self.mapped {
+            return out.line(&format!(
+                "\nTo send rows of {table} made from {} to {} again, with their ids: delete and \
+                 insert each in one transaction. The relay ignores the delete and sends the \
+                 insert; consumers drop by id what they have already. Changes of captured tables \
+                 cannot be sent again.",
+                self.since, self.until
+            ));
         }
         out.line(&format!(
             "\nTo send them again, with their ids, as superuser:\n\n{};\n\n\

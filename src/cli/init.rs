@@ -16,6 +16,7 @@ use crate::amqp::topology::{self, Mode};
 use crate::config::Config;
 use crate::config::load;
 use crate::error::{Error, Kind, Result};
+use crate::pg;
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::{Options, Settings};
 use crate::pg::migrate;
@@ -127,7 +128,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
             poll::checkpoint(&mut steps, &client, config, args, &server).await?;
         }
     }
-    grants(&mut steps, &mut client).await?;
+    grants(&mut steps, &mut client, config).await?;
     let changes = partitions(&client, config, args.accept_reorder).await?;
     broker(&mut steps, config).await?;
     session::partitions::record(&client, &config.relay, &changes).await?;
@@ -201,7 +202,7 @@ async fn relay_role(
 
 async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Result<Publication> {
     let name = &config.relay.publication;
-    let mut wanted = vec![TableName::outbox(), TableName::canary()];
+    let mut wanted = vec![config.relay.outbox.table.clone(), TableName::canary()];
     for table in &config.relay.tables {
         let table: TableName = table.parse()?;
         // A held one may be missing; that was said.
@@ -280,14 +281,13 @@ async fn slot_and_checkpoint(
         (None, Some(_)) => return position(client, config).await,
         (Some(slot), None) => {
             let point = check_fresh_slot(&slot, server)?;
-            refuse_older_rows(steps, client, args).await?;
+            refuse_older_rows(steps, client, config, args).await?;
             steps.add(Done::Exists, "slot", slot_detail(name, Some(point)));
             point
         }
         (None, None) => {
-            refuse_older_rows(steps, client, args).await?;
-            let failover = config.failover;
-            let point = create_slot_without_gap(client, name, failover, args).await?;
+            refuse_older_rows(steps, client, config, args).await?;
+            let point = create_slot_without_gap(client, config, args).await?;
             steps.add(Done::Created, "slot", slot_detail(name, Some(point)));
             point
         }
@@ -392,18 +392,33 @@ fn check_fresh_slot(slot: &SlotState, server: &ServerFacts) -> Result<Lsn> {
 /// Counting stops here; a larger number would tell nothing new.
 const COUNT_MAX: i64 = 1_000_000;
 
-async fn count_rows(client: &Client) -> Result<i64> {
+async fn count_rows(client: &Client, config: &Config) -> Result<i64> {
     const SQL: &str = include_str!("../../sql/query/outbox_count.sql");
+    let outbox = &config.relay.outbox;
+    if outbox.is_mapped() {
+        return pg::outbox::count(client, &outbox.table, COUNT_MAX).await;
+    }
     Ok(unnamed::query_one(client, SQL, &[&COUNT_MAX]).await.map_err(postgres_error)?.get(0))
 }
 
-async fn refuse_older_rows(steps: &mut Steps, client: &Client, args: &Args) -> Result<()> {
-    older_rows(steps, client, args, "the slot").await
+async fn refuse_older_rows(
+    steps: &mut Steps,
+    client: &Client,
+    config: &Config,
+    args: &Args,
+) -> Result<()> {
+    older_rows(steps, client, config, args, "the slot").await
 }
 
 /// `begin` is where the relay begins.
-async fn older_rows(steps: &mut Steps, client: &Client, args: &Args, begin: &str) -> Result<()> {
-    let count = count_rows(client).await?;
+async fn older_rows(
+    steps: &mut Steps,
+    client: &Client,
+    config: &Config,
+    args: &Args,
+    begin: &str,
+) -> Result<()> {
+    let count = count_rows(client, config).await?;
     if count == 0 {
         return Ok(());
     }
@@ -413,22 +428,18 @@ async fn older_rows(steps: &mut Steps, client: &Client, args: &Args, begin: &str
         return Ok(());
     }
     Err(Error::refused(format!(
-        "watership.outbox has {count}{more} rows that are older than {begin}; they would never be \
-         published"
+        "{} has {count}{more} rows that are older than {begin}; they would never be published",
+        config.relay.outbox.table
     ))
     .hint("pass --skip-existing to leave them unpublished, or empty the outbox first"))
 }
 
 /// Creates the slot. A row that commits between the count and the slot's consistent point would be
 /// missed silently; so if rows have appeared meanwhile, the slot is dropped again.
-async fn create_slot_without_gap(
-    client: &Client,
-    name: &str,
-    failover: bool,
-    args: &Args,
-) -> Result<Lsn> {
-    let point = create_slot(client, name, failover).await?;
-    if args.skip_existing || count_rows(client).await? == 0 {
+async fn create_slot_without_gap(client: &Client, config: &Config, args: &Args) -> Result<Lsn> {
+    let name = &config.relay.slot;
+    let point = create_slot(client, name, config.failover).await?;
+    if args.skip_existing || count_rows(client, config).await? == 0 {
         return Ok(point);
     }
     drop_slot(client, name).await?;
@@ -438,12 +449,18 @@ async fn create_slot_without_gap(
     ))
 }
 
-async fn grants(steps: &mut Steps, client: &mut Client) -> Result<()> {
+/// A mapped table is its application's own: nobody is let into the outbox that no relay reads.
+async fn grants(steps: &mut Steps, client: &mut Client, config: &Config) -> Result<()> {
     let sql = "SELECT pg_catalog.has_schema_privilege('watership_app', 'watership', 'USAGE')";
     let before: bool = unnamed::query_one(client, sql, &[]).await.map_err(postgres_error)?.get(0);
-    migrate::grant_applications(client).await?;
     let done = if before { Done::Exists } else { Done::Created };
-    steps.add(done, "grants", "watership_app may insert into the outbox and call emit");
+    if config.relay.outbox.is_mapped() {
+        migrate::grant_messages(client).await?;
+        steps.add(done, "grants", "watership_app may call emit_wal");
+    } else {
+        migrate::grant_applications(client).await?;
+        steps.add(done, "grants", "watership_app may insert into the outbox and call emit");
+    }
     Ok(())
 }
 

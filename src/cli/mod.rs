@@ -28,6 +28,7 @@ mod inbox;
 mod init;
 mod log_writer;
 mod logging;
+mod outbox;
 mod parked;
 mod partitions;
 mod postgres;

@@ -5,6 +5,7 @@ mod poll;
 use tokio_postgres::Client;
 
 use super::findings::Findings;
+use super::outbox;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
@@ -59,6 +60,7 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
             f.problem("publication", format!("{:?} does not exist", config.relay.publication), INIT)
         }
     }
+    outbox::check(f, config, client, publication.as_ref()).await?;
     check_tables(f, config, client, publication.as_ref()).await?;
     check_slot(f, config, &server, slot.as_ref());
     if check_schema(f, client).await {
@@ -217,6 +219,8 @@ async fn check_rights(
         None => f.problem("role", "role watership_relay does not exist", INIT),
     }
     let mut lacks = rights::lacking(client, None, config.relay.kind).await?;
+    // A mapped table is let into by its owner, not by us.
+    lacks.retain(|lack| !(lack.app && config.relay.outbox.is_mapped()));
     if lacks.iter().any(Lack::is_everything) {
         lacks.retain(|lack| lack.app || lack.hidden);
     }

@@ -131,14 +131,14 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     let since = gap_rows::since(&client, &config.relay.name).await?;
     if !args.accept_gap {
         out.line(&format!("would        {}", describe_plan(config, &plan, row.flush_lsn)));
-        report.outbox = count_rows(&client, since, out).await;
+        report.outbox = count_rows(&client, config, since, out).await;
         out.line("\nNothing was changed. To accept the gap: --accept-gap --reason '…'");
         out.data(&report)?;
         return Ok(End::NeedsDecision);
     }
     accept(&mut client, config, args, &found, &plan, &mut report).await?;
     print_result(config, &report, &plan, out);
-    report.outbox = count_rows(&client, since, out).await;
+    report.outbox = count_rows(&client, config, since, out).await;
     report.outbox.iter().for_each(|rows| rows.print_statement(out));
     out.line("\nNext: `watership check`, then `watership run`.");
     out.data(&report)?;
@@ -146,9 +146,14 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
 }
 
 /// What is still in the outbox of the gap. The gap is accepted all the same when it cannot be said.
-async fn count_rows(client: &Client, since: Option<String>, out: Out) -> Option<GapRows> {
+async fn count_rows(
+    client: &Client,
+    config: &Config,
+    since: Option<String>,
+    out: Out,
+) -> Option<GapRows> {
     let since = since?;
-    match gap_rows::count(client, &since).await {
+    match gap_rows::count(client, config, &since).await {
         Ok(rows) => {
             out.line(&format!("outbox       {}", rows.say()));
             Some(rows)

@@ -12,6 +12,17 @@ pub fn parse_us(text: &[u8]) -> Option<i64> {
     }
 }
 
+/// The same of a timestamp without time zone, which is taken for UTC.
+pub fn parse_local_us(text: &[u8]) -> Option<i64> {
+    match text {
+        b"infinity" | b"-infinity" => parse_us(text),
+        _ => match text.strip_suffix(b" BC") {
+            Some(text) => parse_us(&[text, b"+00 BC"].concat()),
+            None => parse_us(&[text, b"+00"].concat()),
+        },
+    }
+}
+
 /// Years with four digits: almost every timestamp there is.
 fn ordinary(text: &[u8]) -> Option<i64> {
     let (date, rest) = text.split_at_checked(19)?;
@@ -67,7 +78,7 @@ fn rare(text: &[u8]) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
-    use super::parse_us;
+    use super::{parse_local_us, parse_us};
 
     #[test]
     fn timestamps_are_the_microseconds_that_postgres_counts() {
@@ -84,6 +95,8 @@ mod tests {
             ("12024-01-02 03:04:05+00", 317_273_684_645_000_000),
         ] {
             assert_eq!(parse_us(text.as_bytes()).map(i128::from), Some(us), "{text}");
+            let local = text.replace("+00", "");
+            assert_eq!(parse_local_us(local.as_bytes()).map(i128::from), Some(us), "{local}");
         }
         assert_eq!(parse_us(b"infinity"), Some(i64::MAX));
         for wrong in ["", "2024-01-02", "2024-01-02 03:04:05", "2024-01-02 03:04:05+01", "x"] {

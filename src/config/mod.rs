@@ -3,8 +3,7 @@
 //! Each key is read by one line, which has its name, its default and what is allowed, and goes
 //! straight into the options of the component that uses it. Invariant: after a [`Config`] exists
 //! nobody checks it again. All problems of a file are reported at once. `Debug` shows no secret.
-//! `[relay]`, `[outbox]`, `[backfill]`, `[admin]` and `[log]` are read here, other sections in
-//! files named so.
+//! `[relay]`, `[backfill]`, `[admin]` and `[log]` are read here, other sections in files named so.
 //!
 //! ```text
 //! file ── load ──► text ── toml ──► Section ── keys ──► relay::Options, admin::Options, Log
@@ -24,12 +23,12 @@ use crate::pg::publication::TableName;
 use crate::relay::parking::Limits;
 use crate::route::Rule;
 use crate::source::SourceKind;
-use crate::source::transaction::OutboxTable;
 use crate::{admin, relay};
 
 mod broker;
 mod formats;
 pub mod load;
+mod outbox;
 mod partitions;
 mod problems;
 mod routes;
@@ -168,6 +167,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
         source::wal_keys(&mut source, kind);
     let poll_interval = source::poll_interval(&mut source, kind);
     let source::CapturedTables { names: tables, held, initial } = source::tables(&mut source, kind);
+    let outbox = outbox::outbox(&mut outbox, kind, &tables);
     let connection = broker::connection(&mut broker, &name);
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);
@@ -183,7 +183,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
     let relay = relay::Options {
         name,
         kind,
-        outbox: OutboxTable::default(),
+        outbox: outbox.table,
         poll_interval,
         slot,
         publication,
@@ -195,8 +195,9 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
         audit,
         rules,
         tuning: tuning(&mut relay, kind),
-        maintain: outbox.flag("maintain", true),
-        retain: outbox.duration("retain", DAY * 7, Duration::ZERO..=YEAR),
+        maintain: outbox.maintain,
+        retain: outbox.retain,
+        delete_after: outbox.delete_after,
         parked_retain: relay.duration("parked_retain", DAY * 7, HOUR..=YEAR),
         canary_interval: canary_interval(&mut relay, kind),
         backfill: backfill_options(&mut backfill, initial),

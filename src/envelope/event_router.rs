@@ -45,9 +45,12 @@ pub(super) fn make<'a>(
         OutboxPayload::Json(text) => {
             Some(std::str::from_utf8(text).map_err(|_| Error::event("the payload is not UTF-8"))?)
         }
-        OutboxPayload::Hex(_) | OutboxPayload::Broken(_) => None,
+        OutboxPayload::Hex(_)
+        | OutboxPayload::Bytes(_)
+        | OutboxPayload::Empty
+        | OutboxPayload::Broken(_) => None,
     };
-    let is_null = text == Some("null");
+    let is_null = text == Some("null") || matches!(row.payload, OutboxPayload::Empty);
     let is_empty = is_null || body.is_empty() || text == Some("\"\"");
     if router.tombstone_on_empty && is_empty {
         return Ok(Routed::Tombstone);
@@ -61,7 +64,7 @@ pub(super) fn make<'a>(
     }
     match text {
         Some(text) if expanded => expand(out, text, router, DEPTH_MAX)?,
-        Some(_) if is_null => out.extend_from_slice(b"null"),
+        _ if is_null => out.extend_from_slice(b"null"),
         Some(text) => write_string(out, text),
         None => {
             out.push(b'"');

@@ -386,7 +386,10 @@ fn outbox_body<'a>(
 fn default_type(payload: &OutboxPayload) -> &'static str {
     match payload {
         OutboxPayload::Json(_) => JSON,
-        OutboxPayload::Hex(_) | OutboxPayload::Broken(_) => BYTES,
+        OutboxPayload::Hex(_)
+        | OutboxPayload::Bytes(_)
+        | OutboxPayload::Empty
+        | OutboxPayload::Broken(_) => BYTES,
     }
 }
 

@@ -30,6 +30,7 @@ pub(super) fn write_outbox(
             out.extend_from_slice(b",\"payload\":");
             out.extend_from_slice(raw::checked_json(json)?.as_bytes());
         }
+        OutboxPayload::Empty => out.extend_from_slice(b",\"payload\":null"),
         payload => {
             out.extend_from_slice(b",\"payload_base64\":\"");
             raw::Body::of(payload)?.write_base64(out);

@@ -17,13 +17,14 @@ impl<'a> Body<'a> {
     /// Checks the payload; what is found good can be written.
     pub(super) fn of(payload: &'a OutboxPayload) -> Result<Self> {
         match payload {
-            OutboxPayload::Json(json) => Ok(Body::Verbatim(json)),
+            OutboxPayload::Json(bytes) | OutboxPayload::Bytes(bytes) => Ok(Body::Verbatim(bytes)),
+            OutboxPayload::Empty => Ok(Body::Verbatim(&[])),
             OutboxPayload::Hex(text) => {
                 let digits = text
                     .strip_prefix(b"\\x")
                     .filter(|d| d.len().is_multiple_of(2) && d.iter().all(u8::is_ascii_hexdigit));
                 digits.map(Body::Hex).ok_or_else(|| {
-                    Error::event("column \"data\" is not in hex form")
+                    Error::event("a bytea of the outbox row is not in hex form")
                         .hint("the replication session must run with bytea_output = hex")
                 })
             }

@@ -20,7 +20,10 @@ impl Event {
         match &self.content {
             Content::Outbox(outbox) => {
                 let payload = match &outbox.payload {
-                    OutboxPayload::Json(bytes) | OutboxPayload::Hex(bytes) => bytes.len(),
+                    OutboxPayload::Json(bytes)
+                    | OutboxPayload::Hex(bytes)
+                    | OutboxPayload::Bytes(bytes) => bytes.len(),
+                    OutboxPayload::Empty => 0,
                     OutboxPayload::Broken(broken) => broken
                         .columns
                         .iter()
@@ -51,9 +54,9 @@ impl Event {
         };
         match &self.content {
             Content::Outbox(outbox) => match &outbox.payload {
-                OutboxPayload::Json(json) => json.len(),
+                OutboxPayload::Json(bytes) | OutboxPayload::Bytes(bytes) => bytes.len(),
                 OutboxPayload::Hex(hex) => hex.len() / SHRINKS_AT_MOST,
-                OutboxPayload::Broken(_) => 0,
+                OutboxPayload::Empty | OutboxPayload::Broken(_) => 0,
             },
             Content::Change(Change::Insert { new } | Change::Read { new, .. }) => row(new),
             Content::Change(Change::Update { old: before, new }) => {

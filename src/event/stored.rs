@@ -313,6 +313,8 @@ fn store_outbox(row: &OutboxRow, kept: usize) -> StoredOutbox {
         payload: match &row.payload {
             OutboxPayload::Json(bytes) => StoredPayload::Json(cell(bytes)),
             OutboxPayload::Hex(bytes) => StoredPayload::Data(cell(bytes)),
+            OutboxPayload::Bytes(bytes) => StoredPayload::Data(cell(&hex(bytes))),
+            OutboxPayload::Empty => StoredPayload::Json(Cell::Null),
             OutboxPayload::Broken(broken) => StoredPayload::Broken {
                 why: broken.why.clone(),
                 columns: broken.columns.iter().map(named).collect(),
@@ -340,6 +342,7 @@ fn load_outbox(stored: StoredOutbox) -> Result<OutboxRow> {
         aggregate_id: stored.aggregate_id.into(),
         event_type: stored.event_type.into(),
         payload: match stored.payload {
+            StoredPayload::Json(Cell::Null) => OutboxPayload::Empty,
             StoredPayload::Json(cell) => OutboxPayload::Json(needed(cell)?),
             StoredPayload::Data(cell) => OutboxPayload::Hex(needed(cell)?),
             StoredPayload::Broken { why, columns } => {
@@ -354,6 +357,13 @@ fn load_outbox(stored: StoredOutbox) -> Result<OutboxRow> {
         headers: stored.headers.map(present).transpose()?.flatten(),
         traceparent: stored.traceparent.map(Into::into),
     })
+}
+
+/// Postgres' text form of a `bytea`, as a column of the outbox has it.
+fn hex(bytes: &[u8]) -> Bytes {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    b"\\x".iter().copied().chain(digits.map(|digit| DIGITS[usize::from(digit)])).collect()
 }
 
 fn cells(row: &Row, kept: usize) -> Vec<Cell> {
@@ -489,6 +499,12 @@ mod tests {
         round_trip(Content::Outbox(Box::new(row(OutboxPayload::Hex(Bytes::from_static(
             b"\\x00ff",
         ))))));
+        round_trip(Content::Outbox(Box::new(row(OutboxPayload::Empty))));
+        // The same bytes, in the form in which a row has them.
+        let before = event(Content::Outbox(Box::new(row(OutboxPayload::Bytes("\0\u{7f}".into())))));
+        let after = from_json(&to_json(&before), before.id, before.position).unwrap();
+        let Content::Outbox(after) = after.content else { panic!("{after:?}") };
+        assert!(matches!(&after.payload, OutboxPayload::Hex(hex) if hex == "\\x007f"), "{after:?}");
         let columns = vec![("payload".into(), None), ("data".into(), Some(Bytes::from("x")))];
         let broken = Broken { why: "both".into(), columns };
         round_trip(Content::Outbox(Box::new(row(OutboxPayload::Broken(Box::new(broken))))));

@@ -79,6 +79,7 @@ pub const OUTBOX: Schema = Schema {
         migration!(6, "sql", "0006_partitions"),
         migration!(7, "sql", "0007_backfill"),
         migration!(8, "sql", "0008_poll"),
+        migration!(9, "sql", "0009_emit_wal"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
 };
@@ -99,6 +100,8 @@ pub const INBOX: Schema = Schema {
 
 /// The last step of `watership init`: what applications may do.
 pub const GRANT: &str = include_str!("../../sql/grant.sql");
+/// The same beside an outbox table of the application's: only logical messages.
+pub const GRANT_MESSAGES: &str = include_str!("../../sql/grant_messages.sql");
 
 /// Nothing of `public` is found by an unqualified name.
 const SEARCH_PATH: &str = "SET LOCAL search_path = pg_catalog, pg_temp";
@@ -241,9 +244,21 @@ impl Schema {
 /// # Errors
 /// What the server says, with the file's name.
 pub async fn grant_applications(client: &mut Client) -> Result<()> {
-    let failed = |e| postgres_error(e).context("sql/grant.sql");
+    grant(client, GRANT, "sql/grant.sql").await
+}
+
+/// Lets the role `watership_app` emit logical messages, and nothing else; may be repeated.
+///
+/// # Errors
+/// As [`grant_applications`].
+pub async fn grant_messages(client: &mut Client) -> Result<()> {
+    grant(client, GRANT_MESSAGES, "sql/grant_messages.sql").await
+}
+
+async fn grant(client: &mut Client, sql: &str, file: &'static str) -> Result<()> {
+    let failed = |e| postgres_error(e).context(file);
     let tx = OUTBOX.locked(client).await?;
-    tx.batch_execute(GRANT).await.map_err(failed)?;
+    tx.batch_execute(sql).await.map_err(failed)?;
     tx.commit().await.map_err(failed)
 }
 

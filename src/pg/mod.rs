@@ -11,6 +11,8 @@ pub mod hosting;
 #[cfg(feature = "relay")]
 pub mod migrate;
 #[cfg(feature = "relay")]
+pub mod outbox;
+#[cfg(feature = "relay")]
 pub mod pgoutput;
 #[cfg(feature = "relay")]
 pub mod publication;

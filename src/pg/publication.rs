@@ -3,7 +3,7 @@
 //!
 //! What a publication leaves out is lost silently, so everything that can leave something out is
 //! read: tables, operations, row filters, column lists. Names come from configuration and are
-//! always quoted here; no other file builds such a statement.
+//! always quoted here and in `outbox`; no other file builds such a statement.
 
 use std::fmt;
 use std::str::FromStr;

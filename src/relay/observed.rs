@@ -55,6 +55,7 @@ impl Observed {
         }
         metrics.wal.changes.increment(seen.changes - self.counted.changes);
         metrics.wal.skipped.increment(seen.skipped - self.counted.skipped);
+        self.ignored(metrics, seen);
         self.counted = seen;
         if !progress.has_unstored() {
             self.current_at = now;
@@ -69,6 +70,27 @@ impl Observed {
         }
         self.last = now;
         age
+    }
+
+    /// What looks like an event and is not one: counted, and said once in a session.
+    fn ignored(&self, metrics: &Metrics, seen: Seen) {
+        let (updates, messages) = (seen.outbox_updates, seen.messages_ignored);
+        metrics.outbox.updates_ignored.increment(updates - self.counted.outbox_updates);
+        metrics.outbox.messages_ignored.increment(messages - self.counted.messages_ignored);
+        if updates > 0 && self.counted.outbox_updates == 0 {
+            tracing::warn!(
+                updates,
+                "rows of the outbox were updated: that is ignored, an event is sent as it was \
+                 inserted"
+            );
+        }
+        if messages > 0 && self.counted.messages_ignored == 0 {
+            tracing::warn!(
+                messages,
+                "logical messages with the prefix \"watership\" that belong to no transaction are \
+                 ignored: emit events with watership.emit_wal"
+            );
+        }
     }
 
     /// Sets the gauges of what is parked and held.

@@ -10,8 +10,8 @@ use crate::relay::parking::Limits;
 use crate::relay::upkeep::route_audit::AuditOptions;
 use crate::route::Rule;
 use crate::source::SourceKind;
+use crate::source::outbox::OutboxTable;
 use crate::source::poll::Interval;
-use crate::source::transaction::OutboxTable;
 use crate::{amqp, pg};
 
 /// All options of a relay.
@@ -51,6 +51,8 @@ pub struct Options {
     pub retain: Duration,
     /// Whether the relay runs `watership.maintain`.
     pub maintain: bool,
+    /// Age at which rows of a mapped outbox table are deleted; absent: never.
+    pub delete_after: Option<Duration>,
     /// Age at which released and discarded rows of `watership.parked` are removed.
     pub parked_retain: Duration,
     /// How often the canary is written; zero means never.

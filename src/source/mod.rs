@@ -1,6 +1,7 @@
 //! Where events come from. A source hands on committed changes in source order and is told what
 //! has been settled; it advances only as far as the receipts that come back.
 
+pub mod outbox;
 pub mod poll;
 pub mod transaction;
 pub mod wal;
@@ -139,6 +140,10 @@ pub struct Seen {
     pub changes: u64,
     /// Events not handed on because an earlier session settled them.
     pub skipped: u64,
+    /// Updates of outbox rows, which are ignored.
+    pub outbox_updates: u64,
+    /// Logical messages with our prefix that are no part of a transaction, which are ignored.
+    pub messages_ignored: u64,
     /// The last canary of this relay that came.
     pub canary: Option<CanarySighting>,
     /// The first canaries that did not come although a later one did.

@@ -6,7 +6,9 @@
 //!
 //! The ordinal counts every insert, update, delete and truncate received, before any filter:
 //! configuration can change between two attempts, the count must not. The sub-ordinal numbers the
-//! tables of one truncate.
+//! tables of one truncate, and after them the logical messages that are events, up to the next
+//! change: those do not count, because a relay that does not ask for them must count alike. Before
+//! the first change their ordinal is 0, and their first number 1.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,13 +22,16 @@ use crate::event::{Change, Content, Event, Table};
 use crate::pg::pgoutput::{self, Relation, ReplicationMessage, Tuple};
 use crate::position::{Lsn, Mark, Position};
 use crate::source::{CanaryGap, CanarySighting, Item, Note, Receipt, Seen};
-use describe::{Described, Role};
-use rows::{Values, complete, old_row, outbox_row};
+use describe::{Described, Role, described, just_changed, just_lost_or_found};
+use outbox_row::outbox_row;
+use rows::{Values, complete, old_row};
 
 mod canary;
 mod describe;
 mod low_mark;
+mod message;
 mod options;
+mod outbox_row;
 mod rows;
 #[cfg(test)]
 mod tests;
@@ -35,7 +40,7 @@ mod tests_identity;
 
 pub use low_mark::MARK_PREFIX;
 pub use options::{CapturedTable, Former, HeldTable};
-pub use options::{Options, OutboxNames, OutboxTable, Timelines};
+pub use options::{Options, Timelines};
 
 /// Relations described by one stream; more would be a leak on somebody's side.
 const RELATIONS_MAX: usize = 100_000;
@@ -58,6 +63,8 @@ pub struct Assembler {
     last_begun: Lsn,
     /// The root that was described last; the description of the partition comes right after it.
     root: Option<Arc<Table>>,
+    /// What stands for the table of an event that is a logical message.
+    no_table: Arc<Table>,
     /// Roots with partitions that do not send what the root is said to send.
     unlike: BTreeSet<(u32, u32)>,
 }
@@ -78,6 +85,8 @@ struct Transaction {
     sub: u32,
     /// Changes of the relay's own tables.
     own: u64,
+    /// It has logical messages that are events.
+    has_messages: bool,
 }
 
 /// A change that was counted.
@@ -107,7 +116,20 @@ impl Assembler {
         let namespace = (timeline, id::namespace(options.system_id, timeline));
         let (state, canary, last_begun) = (State::Idle, None, Lsn::ZERO);
         let (root, unlike) = Default::default();
-        Self { options, state, tables, seen, ids, namespace, canary, last_begun, root, unlike }
+        let no_table = message::no_table(&options.database);
+        Self {
+            options,
+            state,
+            tables,
+            seen,
+            ids,
+            namespace,
+            canary,
+            last_begun,
+            root,
+            no_table,
+            unlike,
+        }
     }
 
     /// What came so far; how far the server is, is not known here.
@@ -155,19 +177,11 @@ impl Assembler {
                 self.change(at(relation), None, change, out)
             }
             ReplicationMessage::Truncate(truncate) => self.truncate(lsn, truncate.relations(), out),
-            ReplicationMessage::Logical {
-                transactional: true,
-                prefix: MARK_PREFIX,
-                lsn,
-                content,
-            } => {
-                self.low_mark(lsn, content, out);
-                Ok(())
+            ReplicationMessage::Logical { transactional, prefix, lsn: at, content } => {
+                let content = data.slice_ref(content);
+                self.logical(prefix, transactional, (lsn, at), content, out)
             }
-            // Messages have ids of their own and never count; they come with a later source.
-            ReplicationMessage::Logical { .. }
-            | ReplicationMessage::Origin { .. }
-            | ReplicationMessage::Type { .. } => Ok(()),
+            ReplicationMessage::Origin { .. } | ReplicationMessage::Type { .. } => Ok(()),
         }
     }
 
@@ -190,6 +204,7 @@ impl Assembler {
             ordinal: 0,
             sub: 0,
             own: 0,
+            has_messages: false,
         });
         self.canary = None;
         Ok(())
@@ -215,8 +230,9 @@ impl Assembler {
             self.seen.canary = Some(after);
         }
         self.state = State::Idle;
-        // What we wrote ourselves is not progress: its checkpoint would be the next such write.
-        if transaction.own > 0 && transaction.own == transaction.ordinal {
+        // What we wrote ourselves is not progress: its checkpoint would be the next such write. Nor
+        // is what others write that was never ours to read.
+        if transaction.own == transaction.ordinal && !transaction.has_messages {
             out.push(Item::Idle(Receipt::idle(end_lsn.into())));
         } else {
             out.push(Item::Commit(self.receipt(position, Some(end_lsn.into()))));
@@ -267,8 +283,10 @@ impl Assembler {
         let counted = self.count_change(received.lsn)?;
         match described(&self.tables, received.relation)?.role {
             Role::Own | Role::Canary(_) => self.own_change(received.relation, new),
-            // The outbox is INSERT-only; deletes there are our own retention.
-            Role::Outbox(_) | Role::Unwanted => {}
+            // The outbox is INSERT-only. Deletes are its retention; what an update changes in an
+            // event that was written before is not sent again.
+            Role::Outbox(_) => self.seen.outbox_updates += u64::from(new.is_some()),
+            Role::Unwanted => {}
             Role::Captured(_) => self.captured(counted, received, change, out)?,
         }
         Ok(())
@@ -437,12 +455,14 @@ impl Assembler {
         Ok(self.counted(transaction, lsn))
     }
 
-    /// Counts one more thing at the change that was counted last.
+    /// Counts one more thing at the change that was counted last, or before the first one.
     fn count_sub(&mut self, lsn: Lsn) -> Result<Counted> {
         let State::Open(transaction) = &mut self.state else {
             return Err(Error::protocol("a change outside of a transaction"));
         };
-        transaction.sub += 1;
+        transaction.sub = transaction.sub.checked_add(1).ok_or_else(|| {
+            Error::protocol("more than 2^32 logical messages between two changes")
+        })?;
         let transaction = *transaction;
         Ok(self.counted(transaction, lsn))
     }
@@ -524,23 +544,4 @@ fn id_source(namespace: &mut (u32, Uuid), options: &Options, counted: &Counted) 
         committed_at_us: counted.transaction.committed_at_us,
         xid: counted.transaction.xid,
     }
-}
-
-/// What this session read of the catalog is older than the stream: the next one compares them, and
-/// refuses what cannot work.
-fn just_changed(table: &str) -> Error {
-    Error::protocol(format!("the key or the replica identity of {table} has just changed"))
-        .hint("no action needed: the next session reads it again")
-}
-
-/// The next session finds out which, leaves out what is not certain, and says what may be missing.
-fn just_lost_or_found(table: &str) -> Error {
-    Error::protocol(format!("the held table {table} has just been lost, or is there again"))
-        .hint("no action needed: the next session looks at it, and says what may be missing")
-}
-
-fn described(tables: &BTreeMap<u32, Described>, relation: u32) -> Result<&Described> {
-    tables.get(&relation).ok_or_else(|| {
-        Error::protocol(format!("a change of relation {relation}, which was never described"))
-    })
 }

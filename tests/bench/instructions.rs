@@ -27,7 +27,8 @@ use watership::pg::pgoutput::{ReplicationMessage, TupleValue, decode};
 use watership::position::{Lsn, Position};
 use watership::relay;
 use watership::route::{Decision, LaneKeys, Plans, Resumed, Router, default_rules};
-use watership::source::transaction::{Assembler, CapturedTable, Options, OutboxTable, Timelines};
+use watership::source::outbox::OutboxTable;
+use watership::source::transaction::{Assembler, CapturedTable, Options, Timelines};
 use watership::source::{Item, Receipt};
 
 /// Events that one benchmark works through.

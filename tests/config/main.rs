@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use toml::{Table, Value};
 use watership::config::Config;
 
+mod outbox;
 mod secrets;
 
 const REFERENCE: &str = include_str!("../../config/watership.toml");
@@ -65,6 +66,7 @@ fn collect(table: &Table, path: &str, found: &mut Vec<(String, Vec<String>)>) {
         match value {
             // What is in it is the user's own.
             Value::Table(_) if below.ends_with(".arguments") => {}
+            Value::Table(_) if below == "outbox.headers_from" => {}
             Value::Table(table) => collect(table, &below, found),
             Value::Array(list) => list
                 .first()

@@ -13,9 +13,8 @@ use uuid::Uuid;
 use watership::event::Table;
 use watership::position::{Lsn, Position};
 use watership::source::Item;
-use watership::source::transaction::{
-    Assembler, CapturedTable, Former, Options, OutboxTable, Timelines,
-};
+use watership::source::outbox::OutboxTable;
+use watership::source::transaction::{Assembler, CapturedTable, Former, Options, Timelines};
 
 pub const OUTBOX: u32 = 16_384;
 /// WAL between two transactions: more than the relay's own writes, so that an idle stream advances.

@@ -66,6 +66,7 @@ const PURE_FILES: &[&str] = &[
     "column",
     "inbox/lanes",
     "pg/pgoutput",
+    "source/outbox",
     "source/poll/batch",
     "source/poll/rows",
     "source/transaction",

@@ -12,10 +12,11 @@ use crate::pg::publication::{Publication, TableFacts, TableName, read_publicatio
 use crate::pg::slot::{ServerFacts, read_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
+use crate::relay::check;
 use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
 use crate::relay::check::server::encoding_risk;
 use crate::relay::check::tables;
-use crate::relay::session::rights;
+use crate::relay::session::{outbox, rights};
 use crate::route::keys_of;
 use crate::source::SourceKind;
 
@@ -41,6 +42,7 @@ pub(super) async fn verify(
         may_replicate(client, admin, &what).await?;
     }
     check_sight(client, config).await?;
+    check_outbox(client, config, server, publish_anyway).await?;
     check_tables(client, config, server, publish_anyway).await
 }
 
@@ -136,6 +138,27 @@ async fn check_sight(client: &Client, config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// An outbox table of the application's, which must fit its mapping.
+async fn check_outbox(
+    client: &Client,
+    config: &Config,
+    server: &ServerFacts,
+    publish_anyway: bool,
+) -> Result<()> {
+    let options = &config.relay;
+    let publication = read_publication(client, &options.publication).await?;
+    let Some(mapped) = outbox::read(client, options).await? else { return Ok(()) };
+    let (table, kind) = (&options.outbox, options.kind);
+    check::outbox::fits(table, mapped.found(options), publication.as_ref(), kind)?;
+    if let Some((what, hint)) =
+        check::outbox::slow(table, &mapped.columns, options.delete_after.is_some())
+    {
+        print_warning(&format!("{what}; {hint}"));
+    }
+    refuse_obstacles(&mapped.facts, publication.as_ref(), publish_anyway)?;
+    may_publish(server, &mapped.facts, publication.as_ref())
+}
+
 async fn check_tables(
     client: &Client,
     config: &Config,
@@ -170,11 +193,28 @@ fn check_table(
     publication: Option<&Publication>,
     publish_anyway: bool,
 ) -> Result<()> {
-    let table = &facts.table;
-    let is_there = publication.is_some_and(|publication| publication.table(table).is_some());
     if facts.nature.other_than_table.is_none() {
         tables::keys_its_changes(facts, publication)?;
     }
+    refuse_obstacles(facts, publication, publish_anyway)?;
+    for (route, key) in keys_of(&config.relay.rules, &facts.table.to_string()) {
+        if let Some((what, hint)) = tables::hides_route_key(facts, route, key) {
+            print_warning(&format!("{what}; {hint}"));
+        }
+    }
+    may_publish(server, facts, publication)
+}
+
+fn is_published(facts: &TableFacts, publication: Option<&Publication>) -> bool {
+    publication.is_some_and(|publication| publication.table(&facts.table).is_some())
+}
+
+fn refuse_obstacles(
+    facts: &TableFacts,
+    publication: Option<&Publication>,
+    publish_anyway: bool,
+) -> Result<()> {
+    let is_there = is_published(facts, publication);
     for Obstacle { harm, what, hint } in obstacles(facts, publication) {
         let fatal = match harm {
             Harm::Less => false,
@@ -191,12 +231,16 @@ fn check_table(
         };
         return Err(Error::refused(what).hint(hint));
     }
-    for (route, key) in keys_of(&config.relay.rules, &table.to_string()) {
-        if let Some((what, hint)) = tables::hides_route_key(facts, route, key) {
-            print_warning(&format!("{what}; {hint}"));
-        }
-    }
-    if !is_there && !facts.nature.owned {
+    Ok(())
+}
+
+fn may_publish(
+    server: &ServerFacts,
+    facts: &TableFacts,
+    publication: Option<&Publication>,
+) -> Result<()> {
+    let table = &facts.table;
+    if !is_published(facts, publication) && !facts.nature.owned {
         let user = &server.user;
         let quoted = postgres_protocol::escape::escape_identifier(user);
         return Err(Error::refused(format!(

@@ -71,7 +71,7 @@ pub(super) async fn checkpoint(
         return Ok(());
     }
     polling::verify_transactions(&poll::facts(client, None).await?)?;
-    older_rows(steps, client, args, "its first poll").await?;
+    older_rows(steps, client, config, args, "its first poll").await?;
     let (system, timeline) = (server.system_identifier.to_string(), i64::from(server.timeline));
     let values: &[unnamed::Parameter<'_>] = &[name, &system, &timeline, &args.skip_existing];
     let made = unnamed::query_opt(client, CREATE, values).await.map_err(postgres_error)?;

@@ -100,7 +100,7 @@ fn script(config: &Config, found: &Found) -> Result<String> {
     }
     if relay.kind == SourceKind::Poll {
         text += &polling(relay, found);
-        return Ok(text + &last());
+        return Ok(text + &last(relay));
     }
     let wanted: Vec<TableName> = relay.wanted().iter().map(|t| t.parse()).collect::<Result<_>>()?;
     let publication = &relay.publication;
@@ -127,7 +127,7 @@ fn script(config: &Config, found: &Found) -> Result<String> {
             .replace("= :publication", &format!("= {}", escape_literal(publication)));
         text += "\n";
     }
-    Ok(text + &last())
+    Ok(text + &last(relay))
 }
 
 /// What a relay that polls needs instead of publication and slot.
@@ -146,10 +146,10 @@ fn polling(relay: &relay::Options, found: &Found) -> String {
     text
 }
 
-fn last() -> String {
+fn last(relay: &relay::Options) -> String {
+    let grants = if relay.outbox.is_mapped() { migrate::GRANT_MESSAGES } else { migrate::GRANT };
     format!(
-        "{}\n-- Then: GRANT watership_app TO the role of your application. Exchanges, queues\n\
+        "{grants}\n-- Then: GRANT watership_app TO the role of your application. Exchanges, queues\n\
          -- and bindings are declared by `watership run`.\n",
-        migrate::GRANT
     )
 }

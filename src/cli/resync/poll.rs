@@ -84,7 +84,7 @@ pub(super) async fn execute(
             ResumeFrom::Slot | ResumeFrom::Now => "begin again behind what the outbox has now",
         };
         out.line(&format!("would        {what}; it is at batch {}", found.row.flush().0));
-        report.outbox = count_rows(client, since, out).await;
+        report.outbox = count_rows(client, config, since, out).await;
         out.line("\nNothing was changed. To accept the gap: --accept-gap --reason '…'");
         out.data(&report)?;
         return Ok(End::NeedsDecision);
@@ -93,7 +93,7 @@ pub(super) async fn execute(
     let batch = report.resumed_batch.unwrap_or_default();
     out.line(&format!("resumes      behind batch {batch}, from {}", from.name()));
     out.line(&format!("epoch        {}", report.epoch.unwrap_or_default()));
-    report.outbox = count_rows(client, since, out).await;
+    report.outbox = count_rows(client, config, since, out).await;
     if from == ResumeFrom::Now {
         report.outbox.iter().for_each(|rows| rows.print_statement(out));
     }

@@ -1,6 +1,7 @@
 //! What must hold before a session starts, and while it runs. Pure: others read, these compare.
 
 pub mod lost;
+pub mod outbox;
 pub mod partitions;
 pub mod polling;
 pub mod position;

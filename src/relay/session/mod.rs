@@ -10,6 +10,7 @@ pub mod circuit;
 pub mod facts;
 mod failed_over;
 mod held;
+pub mod outbox;
 pub mod partitions;
 pub mod phantoms;
 pub mod poll;

@@ -8,7 +8,7 @@ use tokio_postgres::Client;
 
 use super::catalog::Captured;
 use super::facts::{self, StartFacts};
-use super::{Prepared, Shared, catalog, count_busy, failed_over, held, partitions};
+use super::{Prepared, Shared, catalog, count_busy, failed_over, held, outbox, partitions};
 use crate::amqp::{self, topology};
 use crate::error::{Code, Error, Kind, Result};
 use crate::pg;
@@ -121,6 +121,7 @@ async fn take_over(
         .ok_or_else(|| Error::internal("verification passed without a publication"))?;
     position::carries(publication, &options.wanted(), &options.held)?;
     // Before the checkpoint is taken: what cannot work must not replace what does.
+    outbox::verify(client, options, Some(publication)).await?;
     let tables = catalog::read_tables(client, options, publication, found.agreed()).await?;
     if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
         // Before the checkpoint is taken: a relay on another broker or vhost, which has another
@@ -228,7 +229,7 @@ async fn stream(
         timelines,
         resume_after: row.position,
         database: taken.server.database.as_str().into(),
-        outbox: options.outbox.clone(),
+        outbox: outbox::verify(client, options, Some(&taken.publication)).await?,
         captured,
         catalog_at,
         types,
@@ -237,6 +238,7 @@ async fn stream(
         canary_accepted: canary::accepted(client, &options.name).await?,
     });
     let publications = [&*options.publication];
+    // Always with messages: an event that is one would be passed over in silence without.
     let asked = StreamOptions { binary: options.binary, messages: true };
     let stream = replication.start(&options.slot, row.flush_lsn, &publications, asked).await?;
     Ok((stream, assembler, resumed))

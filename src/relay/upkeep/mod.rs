@@ -5,6 +5,7 @@
 
 pub mod canary;
 pub mod lock_owner;
+mod passed_rows;
 pub mod redeclare;
 pub mod route_audit;
 
@@ -23,10 +24,11 @@ use crate::pg::unnamed;
 use crate::relay::Options;
 use crate::relay::check::polling::PollingFrom;
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
-use crate::relay::session::{Shared, catalog, facts, poll, rights};
+use crate::relay::session::{Shared, catalog, facts, outbox, poll, rights};
 use crate::relay::status::SlotStatus;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::upkeep::canary::Written;
+use crate::relay::upkeep::passed_rows::PassedRows;
 use crate::source::SourceKind;
 
 /// How often there may be something to do.
@@ -51,6 +53,8 @@ enum Job {
     Compare,
     /// Rows of `watership.parked` and partitions of the outbox that are no longer needed.
     Maintain,
+    /// Rows of a mapped outbox table that are old and passed.
+    DeletePassed,
     /// The row that must come through the stream.
     WriteCanary,
 }
@@ -61,7 +65,7 @@ impl Job {
     fn limit(self) -> Duration {
         match self {
             Job::LookAtSlot | Job::Compare | Job::WriteCanary => Duration::from_secs(60),
-            Job::Maintain => Duration::from_secs(600),
+            Job::Maintain | Job::DeletePassed => Duration::from_secs(600),
         }
     }
 }
@@ -69,7 +73,9 @@ impl Job {
 /// What there is to look after.
 fn jobs(kind: SourceKind) -> &'static [Job] {
     match kind {
-        SourceKind::Wal => &[Job::LookAtSlot, Job::Compare, Job::Maintain, Job::WriteCanary],
+        SourceKind::Wal => {
+            &[Job::LookAtSlot, Job::Compare, Job::Maintain, Job::DeletePassed, Job::WriteCanary]
+        }
         SourceKind::Poll => &[Job::Compare, Job::Maintain],
     }
 }
@@ -79,6 +85,7 @@ struct Due {
     look: Instant,
     compare: Instant,
     maintain: Instant,
+    delete: Instant,
 }
 
 impl Due {
@@ -88,6 +95,7 @@ impl Due {
             Job::LookAtSlot => (&mut self.look, LOOK_EVERY),
             Job::Compare => (&mut self.compare, COMPARE_EVERY),
             Job::Maintain => (&mut self.maintain, MAINTAIN_EVERY),
+            Job::DeletePassed => (&mut self.delete, MAINTAIN_AGAIN),
             Job::WriteCanary => return canary.is_due(std::time::Instant::now()),
         };
         let now = Instant::now();
@@ -103,7 +111,8 @@ impl Due {
 pub async fn run(options: Options, shared: Shared, doubts: mpsc::Sender<Error>) {
     let mut connection = None;
     let now = Instant::now();
-    let mut due = Due { look: now, compare: now + COMPARE_EVERY, maintain: now };
+    let mut due = Due { look: now, compare: now + COMPARE_EVERY, maintain: now, delete: now };
+    let mut passed = PassedRows::default();
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failing = false;
@@ -118,7 +127,7 @@ pub async fn run(options: Options, shared: Shared, doubts: mpsc::Sender<Error>) 
         if failing && Instant::now() < due.look {
             continue;
         }
-        let result = once(&options, &shared, &mut connection, &mut due, &doubts).await;
+        let result = once(&options, &shared, &mut connection, &mut due, &mut passed, &doubts).await;
         if let Err(error) = &result {
             connection = None;
             due.look = Instant::now() + LOOK_EVERY;
@@ -136,6 +145,7 @@ async fn once(
     shared: &Shared,
     connection: &mut Option<SqlConnection>,
     due: &mut Due,
+    passed: &mut PassedRows,
     doubts: &mpsc::Sender<Error>,
 ) -> Result<()> {
     let client = match connection {
@@ -159,6 +169,11 @@ async fn once(
                     Job::LookAtSlot => look_at_slot(client, options, shared).await,
                     Job::Compare => compare_streaming(client, options, shared, doubts).await,
                     Job::Maintain => clean_up(client, options, shared, due).await,
+                    Job::DeletePassed => {
+                        let again = passed.delete(client, options, &shared.metrics).await?;
+                        due.delete = Instant::now() + again;
+                        Ok(())
+                    }
                     Job::WriteCanary => write_canary(client, options, shared).await,
                 }
             };
@@ -282,6 +297,12 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
         return Ok(Some(error));
     }
     let Some(publication) = found.publication() else { return Ok(None) };
+    match outbox::verify(client, options, Some(publication)).await {
+        Ok(_) => {}
+        // The next session refuses to start, and says what to alter.
+        Err(error) if error.kind() == Kind::Refused => return Ok(Some(error)),
+        Err(error) => return Err(error),
+    }
     match catalog::read_tables(client, options, publication, found.agreed()).await {
         Ok(tables) => {
             let (keys, end) = (&shared.keys, found.position().2.wal_lsn);

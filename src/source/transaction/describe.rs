@@ -5,15 +5,16 @@
 //! force. Where the stream does not carry it, the key is known and not covered by the identity, or
 //! it is not known and empty: then nothing of the table overtakes anything else of it (`route`).
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use xxhash_rust::xxh64::Xxh64;
 
 use super::canary::CanaryColumns;
-use super::rows::OutboxColumns;
+use super::outbox_row::OutboxColumns;
 use super::{CapturedTable, HeldTable, Options};
 use crate::column::binary::Types;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::event::{Column, Identity, Table, id};
 use crate::pg::pgoutput::{Relation, ReplicaIdentity};
 
@@ -34,7 +35,7 @@ pub(super) struct Described {
 #[derive(Debug)]
 pub(super) enum Role {
     /// Events that applications wrote.
-    Outbox(OutboxColumns),
+    Outbox(Box<OutboxColumns>),
     /// Events; with the columns that their ids are made of.
     Captured(Vec<usize>),
     /// The canary; where its columns are, if they can be found.
@@ -73,8 +74,10 @@ pub(super) fn describe(
         identity,
     });
     let outbox = &options.outbox;
-    let role = if (schema, name) == (&*outbox.table.schema, &*outbox.table.name) {
-        Role::Outbox(OutboxColumns::find(&table, &outbox.columns)?)
+    let is_outbox = (schema, name) == (&*outbox.table.schema, &*outbox.table.name);
+    // A mapped table is the outbox under any name; a rename must not lose its events.
+    let role = if is_outbox || outbox.catalog.oid == Some(relation.id) {
+        Role::Outbox(Box::new(OutboxColumns::find(&table, outbox, is_older)?))
     } else if schema == OWN_SCHEMA {
         match name {
             CANARY => Role::Canary(CanaryColumns::find(&table)),
@@ -176,6 +179,26 @@ pub(super) fn held_is_another<'a>(
         Some(HeldTable::Lost { unfit }) => is_named(name) && relation.id != unfit,
     };
     options.captured.iter().find(is_another).map(|(name, _)| name)
+}
+
+/// What this session read of the catalog is older than the stream: the next one compares them, and
+/// refuses what cannot work.
+pub(super) fn just_changed(table: &str) -> Error {
+    Error::protocol(format!("the key or the replica identity of {table} has just changed"))
+        .hint("no action needed: the next session reads it again")
+}
+
+/// The next session finds out which, leaves out what is not certain, and says what may be missing.
+pub(super) fn just_lost_or_found(table: &str) -> Error {
+    Error::protocol(format!("the held table {table} has just been lost, or is there again"))
+        .hint("no action needed: the next session looks at it, and says what may be missing")
+}
+
+/// The table of a change.
+pub(super) fn described(tables: &BTreeMap<u32, Described>, relation: u32) -> Result<&Described> {
+    tables.get(&relation).ok_or_else(|| {
+        Error::protocol(format!("a change of relation {relation}, which was never described"))
+    })
 }
 
 fn identity(relation: &Relation<'_>) -> Identity {

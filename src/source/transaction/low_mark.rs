@@ -25,6 +25,7 @@ impl Assembler {
             return;
         }
         transaction.sub = MARK_SUB;
+        transaction.has_messages = true;
         let transaction = *transaction;
         let at = self.position(&transaction);
         if at <= self.options.resume_after {

@@ -1,12 +1,12 @@
-//! What the assembler is told before the stream starts: the outbox and its column names, the
-//! captured tables, timelines, and the position after which events are new.
+//! What the assembler is told before the stream starts: the outbox, the captured tables, timelines,
+//! and the position after which events are new.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::column::binary::Types;
-use crate::pg::publication::TableName;
 use crate::position::{Lsn, Position};
+use crate::source::outbox::OutboxTable;
 
 /// What the assembler has to know before the stream starts.
 #[derive(Debug, Clone)]
@@ -36,62 +36,6 @@ pub struct Options {
     pub canary: String,
     /// Canaries up to this number may be missing: a person accepted that.
     pub canary_accepted: u64,
-}
-
-/// Where the outbox is and what its columns are called.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OutboxTable {
-    /// The table.
-    pub table: TableName,
-    /// Its columns.
-    pub columns: OutboxNames,
-}
-
-/// Names of the outbox's columns.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct OutboxNames {
-    /// The event's id, a uuid.
-    pub id: String,
-    /// Kind of the thing that the event is about.
-    pub aggregate_type: String,
-    /// Which thing.
-    pub aggregate_id: String,
-    /// What happened to it.
-    pub event_type: String,
-    /// The body as JSON text; may be missing where `data` is there.
-    pub payload: String,
-    /// The body as bytes; may be missing where `payload` is there.
-    pub data: String,
-    /// MIME type of the body; may be missing.
-    pub content_type: String,
-    /// The application's headers; may be missing.
-    pub headers: String,
-    /// W3C trace context; may be missing.
-    pub traceparent: String,
-    /// The time that belongs to the event; without it, that is the commit time.
-    pub created_at: String,
-}
-
-impl Default for OutboxTable {
-    /// `watership.outbox`, as `sql/0001_schema.sql` makes it.
-    fn default() -> Self {
-        let name = |name: &str| name.to_owned();
-        Self {
-            table: TableName::outbox(),
-            columns: OutboxNames {
-                id: name("id"),
-                aggregate_type: name("aggregate_type"),
-                aggregate_id: name("aggregate_id"),
-                event_type: name("event_type"),
-                payload: name("payload"),
-                data: name("data"),
-                content_type: name("content_type"),
-                headers: name("headers"),
-                traceparent: name("traceparent"),
-                created_at: name("created_at"),
-            },
-        }
-    }
 }
 
 /// What the catalog says of a captured table.

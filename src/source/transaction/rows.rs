@@ -1,85 +1,19 @@
-//! From a tuple of the stream to the values of a row, and to a row of the outbox. Pure.
+//! From a tuple of the stream to the values of a row. Pure.
 
 use std::borrow::Cow;
 use std::cell::OnceCell;
 
 use bytes::Bytes;
-use bytestring::ByteString;
-use uuid::Uuid;
 
-use super::options::{Options, OutboxNames};
+use super::options::Options;
 use crate::column::binary::Types;
-use crate::column::{instant, oid};
+use crate::column::oid;
 use crate::error::{Error, Result};
-use crate::event::{
-    self, Broken, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table, Unreadable, Value,
-};
+use crate::event::{self, Identity, OldRow, Row, Table, Unreadable, Value};
 use crate::pg::pgoutput::{self, OldKind, OldTuple, Tuple};
-use crate::verdict::Verdict;
 
-/// Columns of an outbox row that are looked at; more are allowed and ignored.
-const OUTBOX_COLUMNS_MAX: usize = 32;
 /// Bytes of a value without a text form that are kept, for people.
 const KEPT_MAX: usize = 1 << 20;
-
-/// Where the columns of the outbox are.
-#[derive(Debug)]
-pub(super) struct OutboxColumns {
-    id: usize,
-    aggregate_type: usize,
-    aggregate_id: usize,
-    event_type: usize,
-    payload: Option<usize>,
-    data: Option<usize>,
-    content_type: Option<usize>,
-    headers: Option<usize>,
-    traceparent: Option<usize>,
-    created_at: Option<usize>,
-    /// How many columns lie up to the last of them: the rest need not be read.
-    count: usize,
-}
-
-impl OutboxColumns {
-    pub(super) fn find(table: &Table, names: &OutboxNames) -> Result<Self> {
-        let needed = |name: &str| {
-            table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX).ok_or_else(|| {
-                let text = format!("column {name:?} is missing in {}", table.full_name);
-                Error::named(Verdict::OutboxAltered, text)
-                    .hint("restore the column, or put it into the publication's column list")
-            })
-        };
-        let optional = |name: &str| table.column(name).filter(|i| *i < OUTBOX_COLUMNS_MAX);
-        let mut columns = Self {
-            id: needed(&names.id)?,
-            aggregate_type: needed(&names.aggregate_type)?,
-            aggregate_id: needed(&names.aggregate_id)?,
-            event_type: needed(&names.event_type)?,
-            payload: optional(&names.payload),
-            data: optional(&names.data),
-            content_type: optional(&names.content_type),
-            headers: optional(&names.headers),
-            traceparent: optional(&names.traceparent),
-            created_at: optional(&names.created_at),
-            count: 0,
-        };
-        let needed_ones =
-            [columns.id, columns.aggregate_type, columns.aggregate_id, columns.event_type];
-        let optional_ones = [
-            columns.payload,
-            columns.data,
-            columns.content_type,
-            columns.headers,
-            columns.traceparent,
-            columns.created_at,
-        ];
-        let last = needed_ones.into_iter().chain(optional_ones.into_iter().flatten()).max();
-        columns.count = last.map_or(0, |last| last + 1);
-        if columns.payload.is_none() && columns.data.is_none() {
-            return needed(&names.payload).map(|_| columns);
-        }
-        Ok(columns)
-    }
-}
 
 /// Values of a row of `table` as text, slices of `data` where they can be.
 pub(super) struct Values<'a> {
@@ -125,7 +59,7 @@ impl<'a> Values<'a> {
     }
 
     /// The value of an inserted row; why it has none that can be read is noted in `why`.
-    fn bytes(
+    pub(super) fn bytes(
         &self,
         index: usize,
         value: &pgoutput::TupleValue<'_>,
@@ -159,78 +93,6 @@ impl<'a> Values<'a> {
 fn too_large(len: usize, max: usize) -> Error {
     Error::event(format!("a bytea of {len} bytes is larger than a body of {max} bytes may be"))
         .hint("raise broker.max_message_size if the broker takes more")
-}
-
-/// The row with its id and its `created_at` (microseconds since 1970-01-01 UTC), if it has one that
-/// can be read. What breaks the outbox's contract still becomes an event, so that it is parked
-/// under its key.
-pub(super) fn outbox_row(
-    values_of: &Values<'_>,
-    columns: &OutboxColumns,
-    tuple: &Tuple<'_>,
-) -> (Option<Uuid>, Option<i64>, Box<OutboxRow>) {
-    let mut values = [pgoutput::TupleValue::Null; OUTBOX_COLUMNS_MAX];
-    tuple.read_into(&mut values[..columns.count]);
-    let why = OnceCell::new();
-    let bytes = |index: Option<usize>| values_of.bytes(index?, &values[index?], &why);
-    let text = |index: Option<usize>, name: &str| {
-        let text = ByteString::try_from(bytes(index)?);
-        if text.is_err() {
-            why.get_or_init(|| format!("column {name:?} is not valid UTF-8"));
-        }
-        text.ok()
-    };
-    let traceparent = text(columns.traceparent, "traceparent");
-    let content_type = text(columns.content_type, "content_type");
-    let needed = |index: usize, name: &str| {
-        let text = text(Some(index), name);
-        if text.is_none() {
-            why.get_or_init(|| format!("column {name:?} of the outbox row is null"));
-        }
-        text.unwrap_or_default()
-    };
-    let id_text = needed(columns.id, "id");
-    let aggregate_type = needed(columns.aggregate_type, "aggregate_type");
-    let aggregate_id = needed(columns.aggregate_id, "aggregate_id");
-    let event_type = needed(columns.event_type, "event_type");
-    let id = Uuid::try_parse(&id_text).ok();
-    if id.is_none() {
-        why.get_or_init(|| format!("column \"id\" is not a UUID: {id_text:?}"));
-    }
-    let payload = match (bytes(columns.payload), bytes(columns.data)) {
-        (Some(json), None) => OutboxPayload::Json(json),
-        (None, Some(hex)) => OutboxPayload::Hex(hex),
-        (Some(_), Some(_)) | (None, None) => {
-            why.get_or_init(|| "exactly one of payload and data must be set".to_owned());
-            OutboxPayload::Json(Bytes::new())
-        }
-    };
-    let headers = bytes(columns.headers);
-    let created_at_us = bytes(columns.created_at).and_then(|text| instant::parse_us(&text));
-    let payload = match why.get() {
-        Some(why) => OutboxPayload::Broken(Box::new(broken(values_of, tuple, why.clone()))),
-        None => payload,
-    };
-    let row = OutboxRow {
-        aggregate_type,
-        aggregate_id,
-        event_type,
-        payload,
-        content_type,
-        headers,
-        traceparent,
-    };
-    (id, created_at_us, Box::new(row))
-}
-
-/// What there is of a row that breaks the outbox's contract.
-fn broken(values: &Values<'_>, tuple: &Tuple<'_>, why: String) -> Broken {
-    let ignored = OnceCell::new();
-    let columns = values.table.columns.iter().zip(tuple.columns()).take(OUTBOX_COLUMNS_MAX);
-    let shown = columns.enumerate().map(|(index, (column, value))| {
-        (column.name.clone(), values.bytes(index, &value, &ignored))
-    });
-    Broken { why, columns: shown.collect() }
 }
 
 pub(super) fn old_row(old: &OldTuple<'_>, values: &Values<'_>) -> Result<OldRow> {

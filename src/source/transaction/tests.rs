@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use bytes::BufMut;
 
 use super::*;
+use crate::source::outbox::OutboxTable;
 
 const OUTBOX_ID: u32 = 1;
 const CANARY_ID: u32 = 2;
@@ -233,7 +234,7 @@ fn our_own_writes_take_an_ordinal_and_are_progress_only_beside_others() {
     assert_eq!((event.position.ordinal, receipt.flush()), (2, Some(Mark(208))));
     assert_eq!(assembler.seen().changes, 1);
     let empty = apply(&mut assembler, &[begin(300), commit(300)]);
-    assert!(matches!(empty[..], [Item::Commit(_)]), "nothing of ours");
+    assert!(matches!(empty[..], [Item::Idle(_)]), "nothing for us");
 }
 
 fn message(transactional: bool, prefix: &str, content: &str) -> Bytes {
@@ -284,7 +285,7 @@ fn what_no_relay_would_have_written_is_no_low_mark() {
         (300, message(true, MARK_PREFIX, "'; DROP")),
     ] {
         let items = apply(&mut assembler, &[begin(lsn), other, commit(lsn)]);
-        assert!(matches!(items[..], [Item::Commit(_)]), "{items:?}");
+        assert!(matches!(items[..], [Item::Idle(_)]), "{items:?}");
     }
     let outside = message(false, MARK_PREFIX, token);
     assert!(apply(&mut assembler, &[outside]).is_empty());
@@ -302,4 +303,125 @@ fn a_stream_that_goes_back_is_a_protocol_error() {
             assembler.apply(Lsn(1), &begin(back), &mut Vec::new()).expect_err("it goes back");
         assert!(error.to_string().contains("after that of 0/C8"), "{error}");
     }
+}
+
+/// A logical message, sent inside of a transaction or not.
+fn logical(transactional: bool, prefix: &str, content: &[u8]) -> Bytes {
+    let mut out = vec![b'M', u8::from(transactional)];
+    out.put_u64(1);
+    out.extend_from_slice(prefix.as_bytes());
+    out.put_u8(0);
+    out.put_u32(content.len() as u32);
+    out.extend_from_slice(content);
+    out.into()
+}
+
+fn own(id: u128) -> Bytes {
+    logical(true, "watership", &message::tests::content(id, "paid", b"{}"))
+}
+
+/// Ordinal and sub of each event.
+fn places(items: &[Item]) -> Vec<(u64, u32)> {
+    let place = |item: &Item| match item {
+        Item::Event(event, _) => Some((event.position.ordinal, event.position.sub)),
+        _ => None,
+    };
+    items.iter().filter_map(place).collect()
+}
+
+#[test]
+fn messages_stand_between_the_changes_and_do_not_count() {
+    let messages = [begin(100), own(1), own(2), event(), own(3), event(), commit(100)];
+    let items = apply(&mut assembler(Position::default()), &messages);
+    assert_eq!(places(&items), [(0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]);
+    let Some(Item::Commit(receipt)) = items.last() else { panic!("{items:?}") };
+    assert_eq!((receipt.position().ordinal, receipt.position().sub), (2, 0));
+    let Item::Event(first, _) = &items[0] else { panic!("{items:?}") };
+    assert_eq!((first.id.as_u128(), &*first.table.full_name), (1, "watership.emit_wal"));
+}
+
+#[test]
+fn a_stream_resumes_after_the_message_that_was_settled_last() {
+    let messages = [begin(100), own(1), own(2), event(), own(3), own(4), commit(100)];
+    let all = [(0, 1), (0, 2), (1, 0), (1, 1), (1, 2)];
+    for (count, (ordinal, sub)) in all.into_iter().enumerate() {
+        let settled = Position { epoch: 1, mark: Mark(100), ordinal, sub };
+        let mut assembler = assembler(settled);
+        let items = apply(&mut assembler, &messages);
+        assert_eq!(places(&items), all[count + 1..]);
+        assert_eq!(assembler.seen().skipped, count as u64 + 1);
+    }
+    // Where a new relay begins, nothing of the transaction is settled.
+    let begins = Position { epoch: 1, mark: Mark(100), ordinal: 0, sub: 0 };
+    assert_eq!(places(&apply(&mut assembler(begins), &messages)), all);
+}
+
+#[test]
+fn a_message_after_a_truncate_has_a_place_of_its_own() {
+    let mut assembler = assembler(Position::default());
+    let mut tables = Vec::new();
+    for (id, name) in [(RENAMED_ID, "other"), (RENAMED_ID + 1, "more")] {
+        let mut table = relation(id, name, &["id"]).to_vec();
+        let at = table.windows(9).position(|w| w == b"watership").expect("its schema");
+        table.splice(at..at + 9, *b"public");
+        tables.push(Bytes::from(table));
+    }
+    let mut truncate = vec![b'T'];
+    truncate.put_u32(2);
+    truncate.put_u8(0);
+    truncate.put_u32(RENAMED_ID);
+    truncate.put_u32(RENAMED_ID + 1);
+    let [one, two] = &tables[..] else { panic!("two tables") };
+    let messages = [begin(100), own(1), one.clone(), two.clone(), truncate.into(), own(2)];
+    let items = apply(&mut assembler, &messages);
+    // The second table is nobody's, and its place stays empty.
+    assert_eq!(places(&items), [(0, 1), (1, 0), (1, 2)]);
+}
+
+#[test]
+fn messages_of_others_are_traffic_and_one_outside_of_a_transaction_is_counted() {
+    let mut assembler = assembler(Position::default());
+    let foreign = logical(true, "other", b"\xff");
+    let items = apply(&mut assembler, &[begin(100), foreign.clone(), commit(100)]);
+    let [Item::Idle(receipt)] = &items[..] else { panic!("{items:?}") };
+    assert_eq!(receipt.flush(), Some(Mark(108)));
+    let items = apply(&mut assembler, &[logical(false, "watership", b"x")]);
+    assert!(items.is_empty(), "{items:?}");
+    let items = apply(&mut assembler, &[begin(200), foreign, own(1), commit(200)]);
+    assert!(matches!(items[..], [Item::Event(..), Item::Commit(_)]), "{items:?}");
+    let seen = assembler.seen();
+    assert_eq!((seen.messages_ignored, seen.changes), (1, 1));
+    // The server would not send it so.
+    let error = assembler.apply(Lsn(1), &own(1), &mut Vec::new()).expect_err("no transaction");
+    assert!(error.to_string().contains("outside of a transaction"), "{error}");
+}
+
+#[test]
+fn a_message_that_cannot_be_read_is_an_event_with_an_id_of_its_own() {
+    let broken = logical(true, "watership", b"{\"id\": 1}");
+    let ids = || {
+        let mut assembler = assembler(Position::default());
+        let mut out = Vec::new();
+        assembler.apply(Lsn(1), &begin(100), &mut out).expect("a message");
+        for lsn in [50, 60] {
+            assembler.apply(Lsn(lsn), &broken, &mut out).expect("it is parked, and no error");
+        }
+        let id = |item: &Item| match item {
+            Item::Event(event, _) => event.id,
+            _ => panic!("{item:?}"),
+        };
+        out.iter().map(id).collect::<Vec<_>>()
+    };
+    assert_ne!(ids()[0], ids()[1]);
+    assert_eq!(ids(), ids(), "the same on every attempt");
+}
+
+#[test]
+fn an_update_of_an_outbox_row_is_counted_and_ignored() {
+    let mut assembler = assembler(Position::default());
+    let values = ["00000000-0000-0000-0000-000000000001", "order", "1", "made", "{}"];
+    let update = change(b'U', OUTBOX_ID, &values);
+    let items = apply(&mut assembler, &[begin(100), update, commit(100)]);
+    assert!(matches!(items[..], [Item::Commit(_)]), "{items:?}");
+    assert_eq!(assembler.seen().outbox_updates, 1);
 }

@@ -7,6 +7,7 @@ use bytes::BufMut;
 use super::tests::{begin, put_column};
 use super::*;
 use crate::event::{Identity, Value};
+use crate::source::outbox::OutboxTable;
 
 const TABLE: u32 = 20_000;
 

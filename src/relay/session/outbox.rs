@@ -1,0 +1,65 @@
+//! What a session reads of an outbox table that is the application's.
+
+use tokio_postgres::Client;
+
+use crate::error::Result;
+use crate::pg::outbox::{MappedColumn, may_delete, read_columns};
+use crate::pg::publication::{Publication, TableFacts, read_table};
+use crate::relay::Options;
+use crate::relay::check::outbox::{self, MappedFacts};
+use crate::source::outbox::{OutboxCatalog, OutboxTable};
+
+/// A mapped table, as it was read.
+pub struct Mapped {
+    /// The table.
+    pub facts: TableFacts,
+    /// Its columns.
+    pub columns: Vec<MappedColumn>,
+    may_delete: Option<bool>,
+}
+
+/// Reads it; absent for the relay's own outbox.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] when it does not exist, or the server's.
+pub async fn read(client: &Client, options: &Options) -> Result<Option<Mapped>> {
+    let table = &options.outbox;
+    if !table.is_mapped() {
+        return Ok(None);
+    }
+    let facts = read_table(client, &table.table).await?;
+    let facts = facts.ok_or_else(|| outbox::missing(table))?;
+    let columns = read_columns(client, facts.oid).await?;
+    let deletes = options.delete_after.is_some();
+    let may_delete = match deletes {
+        true => Some(may_delete(client, facts.oid, &options.sql.user).await?),
+        false => None,
+    };
+    Ok(Some(Mapped { facts, columns, may_delete }))
+}
+
+impl Mapped {
+    /// For [`crate::relay::check::outbox`].
+    pub fn found<'a>(&'a self, options: &'a Options) -> MappedFacts<'a> {
+        let Self { facts, columns, may_delete } = self;
+        MappedFacts { facts, columns, may_delete: *may_delete, role: &options.sql.user }
+    }
+}
+
+/// The outbox as a session reads it, with what the catalog says of it.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] when it cannot be read as it is mapped, or the server's.
+pub async fn verify(
+    client: &Client,
+    options: &Options,
+    publication: Option<&Publication>,
+) -> Result<OutboxTable> {
+    let catalog = match read(client, options).await? {
+        None => OutboxCatalog::default(),
+        Some(mapped) => {
+            outbox::fits(&options.outbox, mapped.found(options), publication, options.kind)?
+        }
+    };
+    Ok(OutboxTable { catalog, ..options.outbox.clone() })
+}
