@@ -9,15 +9,16 @@
 //! | `json`, `jsonb` | embedded verbatim |
 //! | `bytea` | string, base64 (standard alphabet, padded) |
 //! | `date`, `time`, `timetz`, `timestamp`, `timestamptz` | string, ISO 8601; see [`Form`] |
-//! | arrays of built-in types | array, nested like the value; index bounds are dropped |
+//! | arrays | array of these, nested like the value; index bounds are dropped |
+//! | domains | as the type under them |
 //! | everything else | string: the text form |
 //!
 //! The invariant: what is appended is always one complete JSON value, or nothing and an error (for
 //! `json` and `jsonb` the server vouches). The text must come from a session with DateStyle ISO,
 //! IntervalStyle iso_8601 and TimeZone UTC, which the replication connection asks for.
 //!
-//! Not here: nulls and unchanged TOAST values, which the caller sees before there is text. A
-//! domain and an array of a user's type have OIDs of their own: their text form is sent as string.
+//! Not here: nulls and unchanged TOAST values, which the caller sees before there is text.
+//! `docs/types.md` is the same table for users, with the edge cases.
 
 mod array;
 pub mod binary;
@@ -25,20 +26,28 @@ mod bytes;
 pub mod debezium;
 pub mod instant;
 pub mod oid;
+mod user_type;
+
+pub use user_type::{Extension, Types, UserType};
+
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// How the values of a type are written. Decided once per column, not once per value.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Shape {
-    /// One value.
-    One(Form),
-    /// An array whose elements have this form.
-    Array(Form),
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    form: Form,
+    /// How many arrays are around one value: more than one where an array has elements of a domain
+    /// over an array. The dimensions of an array do not count.
+    arrays: u8,
+    /// Between two elements of these arrays.
+    delimiter: u8,
 }
 
 /// How one value that is not an array is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Form {
     /// `t` and `f` as `true` and `false`.
     Bool,
@@ -48,8 +57,6 @@ pub enum Form {
     Float,
     /// A string, as it is.
     Text,
-    /// A string, as it is; in arrays `;` stands between two of them, not `,`.
-    Box,
     /// JSON already.
     Json,
     /// Bytes in hex (`\x00ff`) or in escape format, as base64.
@@ -67,12 +74,22 @@ pub enum Form {
 }
 
 impl Shape {
-    /// The shape of a type's values; unknown types are text.
+    /// A string, as it is.
+    pub const TEXT: Shape = Shape { form: Form::Text, arrays: 0, delimiter: b',' };
+
+    /// The shape of a built-in type's values; other types are text. [`Types::shape`] knows more.
     pub fn of(type_oid: u32) -> Shape {
-        match oid::element_of(type_oid) {
-            Some(element) => Shape::Array(Form::of(element)),
-            None => Shape::One(Form::of(type_oid)),
-        }
+        Types::default().shape(type_oid)
+    }
+
+    /// How one value is written, or one element of an array.
+    pub fn form(self) -> Form {
+        self.form
+    }
+
+    /// How many arrays are around one value.
+    pub fn arrays(self) -> u8 {
+        self.arrays
     }
 
     /// Appends `text` as one JSON value.
@@ -82,14 +99,18 @@ impl Shape {
     /// Nothing is appended then.
     pub fn write(self, out: &mut Vec<u8>, text: &[u8]) -> Result<()> {
         let start = out.len();
-        let written = match self {
-            Shape::One(form) => form.write(out, text),
-            Shape::Array(form) => array::write(out, form, text),
-        };
+        let written = self.write_nested(out, text);
         if written.is_err() {
             out.truncate(start);
         }
         written
+    }
+
+    fn write_nested(self, out: &mut Vec<u8>, text: &[u8]) -> Result<()> {
+        match self.arrays {
+            0 => self.form.write(out, text),
+            arrays => array::write(out, Shape { arrays: arrays - 1, ..self }, text),
+        }
     }
 }
 
@@ -105,7 +126,6 @@ impl Form {
             oid::TIMESTAMP => Form::Timestamp,
             oid::TIMESTAMPTZ => Form::TimestampTz,
             oid::TIMETZ => Form::TimeTz,
-            oid::BOX => Form::Box,
             _ => Form::Text,
         }
     }
@@ -119,7 +139,7 @@ impl Form {
                 write_text(out, text)
             }
             Form::Integer | Form::Float => Err(unexpected(text, "a number")),
-            Form::Text | Form::Box => write_text(out, text),
+            Form::Text => write_text(out, text),
             Form::Json if text.is_empty() => Err(unexpected(text, "a JSON value")),
             Form::Json => append(out, utf8(text)?.as_bytes()),
             Form::Bytes => bytes::write(out, text),

@@ -228,7 +228,7 @@ pub struct Column {
 }
 
 impl Column {
-    /// A column; decides how its values are written.
+    /// A column of a built-in type, or of one that is written as text.
     pub fn new(name: impl Into<String>, type_oid: u32, type_modifier: i32) -> Self {
         let name = name.into();
         let mut name_json = Vec::new();
@@ -236,6 +236,12 @@ impl Column {
         name_json.push(b':');
         let (shape, name_json) = (Shape::of(type_oid), name_json.into());
         Self { name, type_oid, type_modifier, shape, name_json }
+    }
+
+    /// The same, with values that are written like this.
+    #[must_use]
+    pub fn shaped(self, shape: Shape) -> Self {
+        Self { shape, ..self }
     }
 }
 

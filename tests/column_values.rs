@@ -1,7 +1,7 @@
 //! Column values as JSON: every rule with its edge values, spelled as Postgres 15 writes them.
 
 use proptest::prelude::*;
-use watership::column::{Shape, binary, oid};
+use watership::column::{Shape, Types, oid};
 use watership::error::Kind;
 
 // Array types, whose OIDs only this table needs.
@@ -360,7 +360,7 @@ proptest! {
         type_oid in prop::sample::select(BINARY),
         value in prop::collection::vec(any::<u8>(), 0..80),
     ) {
-        match binary::Types::default().text(type_oid, &value) {
+        match Types::default().text(type_oid, &value) {
             Ok(_) => {}
             Err(error) => prop_assert_eq!(error.kind(), Kind::Event),
         }

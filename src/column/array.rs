@@ -6,16 +6,15 @@
 //!
 //! <https://www.postgresql.org/docs/current/arrays.html#ARRAYS-IO>
 
-use super::Form;
+use super::Shape;
 use crate::error::{Error, Result};
 
 /// Dimensions that a Postgres array can have (`MAXDIM`).
 const DIMENSIONS_MAX: usize = 6;
 
-/// Appends the array `text` with elements of `form`.
-pub(super) fn write(out: &mut Vec<u8>, form: Form, text: &[u8]) -> Result<()> {
-    let delimiter = if form == Form::Box { b';' } else { b',' };
-    write_elements(out, delimiter, text, |out, element| form.write(out, element))
+/// Appends the array `text` with elements of this shape.
+pub(super) fn write(out: &mut Vec<u8>, shape: Shape, text: &[u8]) -> Result<()> {
+    write_elements(out, shape.delimiter, text, |out, element| shape.write_nested(out, element))
 }
 
 /// Appends the array `text`; `element` writes one that is not null.

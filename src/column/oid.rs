@@ -3,6 +3,10 @@
 //! They never change (`src/include/catalog/pg_type.dat`). Types of extensions and users have
 //! other OIDs in every database and are text here.
 
+/// Types from here on have other OIDs in other databases or versions (`FirstGenbkiObjectId`,
+/// `src/include/access/transam.h`).
+pub const FIRST_NOT_FIXED: u32 = 10_000;
+
 /// `bool`.
 pub const BOOL: u32 = 16;
 /// `bytea`.

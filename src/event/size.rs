@@ -77,11 +77,13 @@ fn value(value: &Value) -> usize {
 }
 
 fn least(shape: Shape, value: &Value) -> usize {
-    match (shape, value) {
-        (Shape::One(Form::Text | Form::Json), Value::Text(text)) => text.len(),
-        (Shape::One(_) | Shape::Array(_), Value::Text(text)) => text.len() / SHRINKS_AT_MOST,
+    match (value, shape.arrays(), shape.form()) {
+        (Value::Text(text), 0, Form::Text | Form::Json) => text.len(),
+        (Value::Text(text), 0 | 1, _) => text.len() / SHRINKS_AT_MOST,
+        // Each array around another one doubles the backslashes.
+        (Value::Text(_), 2.., _) => 0,
         // A message with an unreadable value is not made.
-        (_, Value::Null | Value::Unchanged | Value::Unreadable(_)) => 0,
+        (Value::Null | Value::Unchanged | Value::Unreadable(_), _, _) => 0,
     }
 }
 

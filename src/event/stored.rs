@@ -4,6 +4,7 @@
 //! the message that would have been made then, or the right one under a corrected configuration.
 //! A document names the version of its form; one of a later version is refused, not guessed.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use base64::Engine;
@@ -17,13 +18,14 @@ use super::{
     Broken, Change, Column, Content, Event, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table,
     Unreadable, Value,
 };
+use crate::column::Shape;
 use crate::error::{Error, Result};
 use crate::position::{Lsn, Position};
 
 /// Version of the form that this program writes. It reads this one and those before it.
 const FORM: u32 = 2;
-/// The form of everything but a row that a backfill read, which the second form brought: an earlier
-/// program reads what it knows.
+/// The form of a document without what the second form brought, which are shapes and the rows that a
+/// backfill read: an earlier program reads what it knows.
 const FIRST_FORM: u32 = 1;
 
 /// Bytes of a document above which large values are left out of it. It is in memory several times
@@ -58,6 +60,10 @@ struct StoredTable {
     full_name: Option<String>,
     /// Name, type OID and type modifier.
     columns: Vec<(String, u32, i32)>,
+    /// How values are written, by column, where the type alone does not say it. A type can be gone
+    /// when the row is tried again.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    shapes: BTreeMap<usize, Shape>,
     key: Vec<usize>,
     identity: StoredIdentity,
 }
@@ -174,16 +180,18 @@ fn stored(event: &Event, kept: usize) -> Stored {
         OldRow::Key(row) => StoredOld::Key(cells(row)),
         OldRow::Full(row) => StoredOld::Full(cells(row)),
     };
+    let table = store_table(&event.table);
     Stored {
         form: match &event.content {
             Content::Change(Change::Read { .. }) => FORM,
-            Content::Outbox(_) | Content::Change(_) => FIRST_FORM,
+            Content::Outbox(_) | Content::Change(_) if table.shapes.is_empty() => FIRST_FORM,
+            Content::Outbox(_) | Content::Change(_) => FORM,
         },
         lsn: event.lsn.map(|lsn| lsn.0),
         occurred_at_us: event.occurred_at_us,
         committed_at_us: event.committed_at_us,
         xid: event.xid,
-        table: store_table(&event.table),
+        table,
         content: match &event.content {
             Content::Outbox(row) => StoredContent::Outbox(Box::new(store_outbox(row, kept))),
             Content::Change(Change::Insert { new }) => StoredContent::Insert { new: cells(new) },
@@ -256,6 +264,8 @@ pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<Event> {
 
 fn store_table(table: &Table) -> StoredTable {
     let column = |c: &Column| (c.name.clone(), c.type_oid, c.type_modifier);
+    let is_own = |(_, c): &(usize, &Column)| c.shape != Shape::of(c.type_oid);
+    let shapes = table.columns.iter().enumerate().filter(is_own);
     StoredTable {
         database: table.database.to_string(),
         oid: table.oid,
@@ -265,6 +275,7 @@ fn store_table(table: &Table) -> StoredTable {
         full_name: Some(table.full_name.to_string())
             .filter(|name| *name != format!("{}.{}", table.schema, table.name)),
         columns: table.columns.iter().map(column).collect(),
+        shapes: shapes.map(|(index, column)| (index, column.shape)).collect(),
         key: table.key.clone(),
         identity: match &table.identity {
             Identity::Nothing => StoredIdentity::Nothing,
@@ -275,9 +286,9 @@ fn store_table(table: &Table) -> StoredTable {
 }
 
 fn load_table(stored: StoredTable) -> Result<Table> {
-    let StoredTable { database, oid, version, schema, name, full_name, columns, key, identity } =
-        stored;
-    let identity = match identity {
+    let StoredTable { database, oid, version, schema, name, full_name, columns, .. } = stored;
+    let (key, shapes) = (stored.key, stored.shapes);
+    let identity = match stored.identity {
         StoredIdentity::Nothing => Identity::Nothing,
         StoredIdentity::Columns(columns) => Identity::Columns(columns),
         StoredIdentity::Full => Identity::Full,
@@ -286,7 +297,14 @@ fn load_table(stored: StoredTable) -> Result<Table> {
     if key.iter().chain(sent).any(|index| *index >= columns.len()) {
         return Err(Error::event("the stored row is damaged: a key column is missing"));
     }
-    let columns = columns.into_iter().map(|(name, oid, modifier)| Column::new(name, oid, modifier));
+    let column = |(index, (name, oid, modifier))| {
+        let column = Column::new(name, oid, modifier);
+        match shapes.get(&index) {
+            Some(shape) => column.shaped(*shape),
+            None => column,
+        }
+    };
+    let columns = columns.into_iter().enumerate().map(column);
     Ok(Table {
         database: database.into(),
         oid,
@@ -419,7 +437,8 @@ mod tests {
     use crate::position::Mark;
 
     fn event(content: Content) -> Event {
-        let columns = ["id", "note"].map(|name| Column::new(name, 25, 36));
+        let mut columns = ["id", "note"].map(|name| Column::new(name, 25, 36));
+        columns[1].shape = Shape::of(1009);
         let table = Table {
             database: "shop".into(),
             oid: 16_384,
@@ -524,7 +543,7 @@ mod tests {
     #[test]
     fn a_document_of_a_later_version_is_refused_and_not_guessed() {
         let good = to_json(&event(Content::Change(Change::Truncate)));
-        let later = good.replace("\"form\":1", "\"form\":3,\"more\":0");
+        let later = good.replace("\"form\":2", "\"form\":3,\"more\":0");
         let error = from_json(&later, Uuid::nil(), Position::default()).unwrap_err();
         assert_eq!(error.to_string(), "the stored row has form 3, this version reads up to 2");
     }

@@ -307,7 +307,11 @@ impl Assembler {
         if let Some(column) = unknown_type {
             self.has_known_types(&counted.transaction, table, *column)?;
         }
-        let change = change(&Values::new(received.data, table, &self.options))?;
+        let values = Values::new(received.data, table, &self.options);
+        let change = change(&values)?;
+        if let Some(column) = values.unknown_type.get() {
+            self.has_known_types(&counted.transaction, table, column)?;
+        }
         let row = match &change {
             Change::Insert { new } | Change::Read { new, .. } | Change::Update { new, .. } => new,
             Change::Delete { old } => old.row(),

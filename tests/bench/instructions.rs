@@ -199,7 +199,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         database: "shop".into(),
         outbox: OutboxTable::default(),
         catalog_at: Lsn::ZERO,
-        types: None,
+        types: Default::default(),
         canary: String::new(),
         canary_accepted: 0,
         max_body: 16 << 20,

@@ -12,7 +12,7 @@ fn emit(kind: &str) -> String {
 }
 
 /// A database of this encoding on the shared server.
-async fn database_in(encoding: &str) -> Database {
+pub async fn database_in(encoding: &str) -> Database {
     let server = postgres().await;
     let name = format!("{}_{}", own_database().await.name, encoding.to_lowercase());
     let sql = format!(

@@ -40,6 +40,7 @@ mod polling;
 mod polling_verdicts;
 mod position;
 mod publishable;
+mod random_values;
 mod refused;
 mod relay;
 mod relay_faults;
@@ -55,6 +56,9 @@ mod sources;
 mod sql;
 #[path = "../support/mod.rs"]
 mod support;
+mod table_shapes;
 mod topology;
 mod two_relays;
+mod type_matrix;
 mod unstored;
+mod user_types;

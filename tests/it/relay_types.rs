@@ -242,7 +242,7 @@ pub const VALUES: &[(&str, &str, &str, &str)] = &[
     ("days", "date[]", "'{2024-01-02}'", "[\"2024-01-02\"]"),
     ("docs", "jsonb[]", "ARRAY['{\"a\": 1}'::jsonb]", "[{\"a\": 1}]"),
     ("feeling", "mood", "'so so'", "\"so so\""),
-    ("positive", "posint", "7", "\"7\""),
+    ("positive", "posint", "7", "7"),
     ("words", "text", "E'a \"q\" \\\\ b\\n\\t\u{1f407}'", "\"a \\\"q\\\" \\\\ b\\n\\t\u{1f407}\""),
     ("empty", "text", "''", "\"\""),
     ("nothing", "text", "NULL", "null"),

@@ -383,7 +383,7 @@ pub fn options(
         database: "shop".into(),
         outbox: OutboxTable::default(),
         catalog_at: Lsn::ZERO,
-        types: None,
+        types: Default::default(),
         canary: String::new(),
         canary_accepted: 0,
         max_body: 16 << 20,

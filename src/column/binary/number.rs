@@ -230,6 +230,22 @@ fn special_numeric(out: &mut Vec<u8>, text: &str) -> Result<()> {
     Ok(())
 }
 
+/// Hundredths, as `cash_out` writes them under lc_monetary C: `-$1,234.56`.
+pub(super) fn money(out: &mut Vec<u8>, hundredths: i64) {
+    if hundredths < 0 {
+        out.push(b'-');
+    }
+    let whole = (hundredths.unsigned_abs() / 100).to_string();
+    out.push(b'$');
+    for (index, digit) in whole.bytes().enumerate() {
+        if index > 0 && (whole.len() - index).is_multiple_of(3) {
+            out.push(b',');
+        }
+        out.push(digit);
+    }
+    put(out, format_args!(".{:02}", hundredths.unsigned_abs() % 100));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,10 +12,12 @@ use tokio_postgres::{Client, GenericClient, Row as SqlRow};
 
 use super::copied;
 use super::keyset::{From, KeyColumn, TableShape};
+use crate::column::{Types, oid};
 use crate::error::{Error, Result};
 use crate::event::{Column, Row, Value};
 use crate::pg::publication::TableName;
 use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_TABLE, postgres_error};
+use crate::relay::session::user_types::read_types;
 
 /// Bytes of a chunk: what is more is left for the next one.
 const CHUNK_BYTES: usize = 4 << 20;
@@ -90,10 +92,22 @@ pub async fn shape(
 ) -> Result<Option<std::result::Result<TableShape, Unfit>>> {
     const SQL: &str = include_str!("../../../sql/query/backfill_table.sql");
     let row = client.query_opt(SQL, &[&wanted.oid, &wanted.publication]).await;
-    row.map_err(postgres_error)?.map(|row| read_shape(&row, wanted)).transpose()
+    let Some(row) = row.map_err(postgres_error)? else { return Ok(None) };
+    let of_columns = row.try_get::<_, Option<Vec<u32>>>(6).map_err(postgres_error)?;
+    let is_fixed = |type_oid: &u32| *type_oid < oid::FIRST_NOT_FIXED;
+    // The same shapes as in the stream; most tables have built-in types only.
+    let types = match of_columns.unwrap_or_default().iter().all(is_fixed) {
+        true => Types::default(),
+        false => read_types(client).await?,
+    };
+    read_shape(&row, wanted, &types).map(Some)
 }
 
-fn read_shape(row: &SqlRow, wanted: &ReadTable) -> Result<std::result::Result<TableShape, Unfit>> {
+fn read_shape(
+    row: &SqlRow,
+    wanted: &ReadTable,
+    user_types: &Types,
+) -> Result<std::result::Result<TableShape, Unfit>> {
     let failed = postgres_error;
     let texts = |i: usize| row.try_get::<_, Option<Vec<String>>>(i).map_err(failed);
     let texts = |i: usize| texts(i).map(Option::unwrap_or_default);
@@ -135,7 +149,9 @@ fn read_shape(row: &SqlRow, wanted: &ReadTable) -> Result<std::result::Result<Ta
     let columns: Vec<Column> = names
         .iter()
         .zip(types.iter().zip(&modifiers))
-        .map(|(name, (oid, modifier))| Column::new(name.as_str(), *oid, *modifier))
+        .map(|(name, (oid, modifier))| {
+            Column::new(name.as_str(), *oid, *modifier).shaped(user_types.shape(*oid))
+        })
         .collect();
     let parts = (9..=14).map(texts).collect::<Result<Vec<_>>>()?;
     let mut key = Vec::new();

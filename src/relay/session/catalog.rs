@@ -1,14 +1,12 @@
-//! What a session reads of the catalog: the captured tables, and the types of users.
+//! What a session reads of the catalog: the captured tables.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
 
 use tokio_postgres::Client;
 
-use crate::column::binary::{Types, UserType};
 use crate::error::{Error, Result};
 use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName, read_table};
-use crate::pg::sqlstate::postgres_error;
 use crate::position::Lsn;
 use crate::relay::check::lost::{Agreed, was_away};
 use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
@@ -203,22 +201,4 @@ pub(in crate::relay) fn held_changed(
         None => format!("captured table {table} is there again, or was away for a while"),
     };
     Some(Error::protocol(what).hint("no action needed: the other tables go on in the next session"))
-}
-
-/// How each type of users and extensions is sent in binary.
-pub(super) async fn user_types(client: &Client) -> Result<Types> {
-    const SQL: &str = include_str!("../../../sql/query/user_types.sql");
-    let mut types = HashMap::new();
-    for row in client.query(SQL, &[]).await.map_err(postgres_error)? {
-        let type_oid: u32 = row.try_get(0).map_err(postgres_error)?;
-        let base: Option<u32> = row.try_get(1).map_err(postgres_error)?;
-        let send: &str = row.try_get(2).map_err(postgres_error)?;
-        let subtype: Option<u32> = row.try_get(3).map_err(postgres_error)?;
-        let how = match base {
-            Some(base) => UserType::Domain(base),
-            None => UserType::of(send, subtype.unwrap_or(0)),
-        };
-        types.insert(type_oid, how);
-    }
-    Ok(Types(types))
 }

@@ -18,6 +18,7 @@ pub mod rights;
 mod rotation;
 pub mod supervisor;
 pub mod unsendable;
+pub mod user_types;
 pub mod wal;
 
 use std::sync::Arc;

@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 
 use super::catalog::Captured;
 use super::facts::{self, StartFacts};
+use super::user_types::read_types;
 use super::{Prepared, Shared, catalog, count_busy, failed_over, held, outbox, partitions};
 use crate::amqp::{self, topology};
 use crate::error::{Code, Error, Kind, Result};
@@ -217,7 +218,7 @@ async fn stream(
     let row = &taken.row;
     // The place comes first: what is changed in between is then read, or newer.
     let catalog_at = insert_lsn(client).await?;
-    let types = if options.binary { Some(catalog::user_types(client).await?) } else { None };
+    let types = read_types(client).await?;
     let captured = catalog::captured(client, options, &taken.publication, &taken.agreed).await?;
     started_with.set(&captured);
     let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));

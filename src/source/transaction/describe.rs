@@ -13,7 +13,6 @@ use xxhash_rust::xxh64::Xxh64;
 use super::canary::CanaryColumns;
 use super::outbox_row::OutboxColumns;
 use super::{CapturedTable, HeldTable, Options};
-use crate::column::binary::Types;
 use crate::error::{Error, Result};
 use crate::event::{Column, Identity, Table, id};
 use crate::pg::pgoutput::{Relation, ReplicaIdentity};
@@ -56,7 +55,10 @@ pub(super) fn describe(
     let described = format!("{schema}.{name}");
     let columns: Vec<Column> = relation
         .columns()
-        .map(|column| Column::new(column.name, column.type_oid, column.type_modifier))
+        .map(|column| {
+            let shape = options.types.shape(column.type_oid);
+            Column::new(column.name, column.type_oid, column.type_modifier).shaped(shape)
+        })
         .collect();
     let captured = captured(options, &described, relation.id);
     let full_name = captured.map_or(&described, |(name, _)| name);
@@ -88,8 +90,7 @@ pub(super) fn describe(
     } else {
         Role::Unwanted
     };
-    let unknown = |types: &Types| table.columns.iter().position(|c| !types.knows(c.type_oid));
-    let unknown_type = options.types.as_ref().and_then(unknown);
+    let unknown_type = table.columns.iter().position(|c| !options.types.knows(c.type_oid));
     Ok(Described { table, role, unknown_type })
 }
 

@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::column::binary::Types;
+use crate::column::Types;
 use crate::position::{Lsn, Position};
 use crate::source::outbox::OutboxTable;
 
@@ -28,8 +28,8 @@ pub struct Options {
     pub captured: HashMap<String, CapturedTable>,
     /// Where the WAL ended when the catalog was read for `captured` and `types`.
     pub catalog_at: Lsn,
-    /// How values of users' types are sent in binary; absent in text mode, which needs no types.
-    pub types: Option<Types>,
+    /// The types of users and extensions.
+    pub types: Types,
     /// Most bytes of a body: a value that alone makes a larger one is not made text of.
     pub max_body: usize,
     /// Name of the relay whose canary is looked for.

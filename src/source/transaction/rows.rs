@@ -1,14 +1,13 @@
 //! From a tuple of the stream to the values of a row. Pure.
 
 use std::borrow::Cow;
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 
 use bytes::Bytes;
 
 use super::options::Options;
-use crate::column::binary::Types;
-use crate::column::oid;
-use crate::error::{Error, Result};
+use crate::column::{Types, oid};
+use crate::error::{Error, Kind, Result};
 use crate::event::{self, Identity, OldRow, Row, Table, Unreadable, Value};
 use crate::pg::pgoutput::{self, OldKind, OldTuple, Tuple};
 
@@ -19,15 +18,18 @@ const KEPT_MAX: usize = 1 << 20;
 pub(super) struct Values<'a> {
     pub(super) data: &'a Bytes,
     pub(super) table: &'a Table,
-    /// How to read values in binary; absent in text mode.
-    pub(super) types: Option<&'a Types>,
+    /// How to read values in binary.
+    pub(super) types: &'a Types,
     /// Most bytes of a body.
     pub(super) max_body: usize,
+    /// A column with a value that has something of an unknown type in it.
+    pub(super) unknown_type: Cell<Option<usize>>,
 }
 
 impl<'a> Values<'a> {
     pub(super) fn new(data: &'a Bytes, table: &'a Table, options: &'a Options) -> Self {
-        Self { data, table, types: options.types.as_ref(), max_body: options.max_body }
+        let (types, max_body) = (&options.types, options.max_body);
+        Self { data, table, types, max_body, unknown_type: Cell::new(None) }
     }
 
     fn value(&self, index: usize, value: &pgoutput::TupleValue<'_>) -> event::Value {
@@ -37,14 +39,15 @@ impl<'a> Values<'a> {
             pgoutput::TupleValue::Text(text) => event::Value::Text(self.data.slice_ref(text)),
             pgoutput::TupleValue::Binary(bytes) => {
                 let type_oid = self.table.columns[index].type_oid;
-                let text = match self.types {
-                    // As text it would be twice as large, and no message can be made of it.
-                    Some(_) if type_oid == oid::BYTEA && bytes.len() > self.max_body => {
-                        Err(too_large(bytes.len(), self.max_body))
-                    }
-                    Some(types) => types.text(type_oid, bytes),
-                    None => Err(Error::event("a binary value where text was requested")),
+                let is_bytea = || self.types.base_of(type_oid) == oid::BYTEA;
+                // As text it would be twice as large, and no message can be made of it.
+                let text = match bytes.len() > self.max_body && is_bytea() {
+                    true => Err(too_large(bytes.len(), self.max_body)),
+                    false => self.types.text(type_oid, bytes),
                 };
+                if text.as_ref().is_err_and(|error| error.kind() == Kind::Protocol) {
+                    self.unknown_type.set(Some(index));
+                }
                 match text {
                     Ok(Cow::Borrowed(text)) => event::Value::Text(self.data.slice_ref(text)),
                     Ok(Cow::Owned(text)) => event::Value::Text(Bytes::from(text)),

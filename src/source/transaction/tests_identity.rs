@@ -23,7 +23,7 @@ fn assembler(primary_key: &[&str]) -> Assembler {
         outbox: OutboxTable::default(),
         captured: HashMap::from([("public.t".into(), captured)]),
         catalog_at: Lsn(1_000_000),
-        types: None,
+        types: Default::default(),
         canary: "shop".into(),
         canary_accepted: 0,
         max_body: 16 << 20,

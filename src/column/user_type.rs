@@ -1,0 +1,184 @@
+//! The types that have other OIDs in every database: those of users and extensions, and the row
+//! types and domains that come with the server. Pure.
+//!
+//! The invariant: what is kept of a type cannot change while it has its OID. An enum gets more
+//! values and a row type more fields, but the element of an array and the base of a domain stay.
+//! So what a session read once is right for everything that was written since, and for a backlog
+//! from before as long as the type has not been dropped.
+
+use std::collections::HashMap;
+
+use super::{Form, Shape, oid};
+
+/// Arrays of domains over arrays and the like: deeper ones are sent as text.
+pub(super) const DEPTH_MAX: u8 = 16;
+
+/// What a type is, by the catalog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UserType {
+    /// The same bytes in text and in binary: enums, `citext`.
+    Text,
+    /// The form of this type.
+    Domain(u32),
+    /// An array of this type; the byte stands between two elements.
+    Array(u32, u8),
+    /// A range of this type.
+    Range(u32),
+    /// A multirange of this type.
+    Multirange(u32),
+    /// A row type; the types of its fields come with each value in binary.
+    Composite,
+    /// A type of an extension that we can render from binary.
+    Extension(Extension),
+    /// Text, and in binary nothing that we know.
+    Opaque,
+}
+
+/// Types of extensions, by what their send functions write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extension {
+    /// `hstore`.
+    Hstore,
+    /// `ltree`, `lquery`, `ltxtquery`: a byte for the version, then the text.
+    VersionedText,
+    /// `cube`.
+    Cube,
+    /// `geometry` and `geography` of PostGIS: EWKB.
+    Ewkb,
+    /// `vector` of pgvector.
+    Vector,
+    /// `halfvec` of pgvector.
+    HalfVector,
+    /// `sparsevec` of pgvector.
+    SparseVector,
+}
+
+impl UserType {
+    /// A type that is neither a domain nor an array, by the name of its send function; `subtype` is
+    /// that of a range or multirange.
+    pub fn of(send_function: &str, subtype: u32) -> Self {
+        match send_function {
+            "enum_send" | "textsend" | "citextsend" => UserType::Text,
+            "range_send" => UserType::Range(subtype),
+            "multirange_send" => UserType::Multirange(subtype),
+            "record_send" => UserType::Composite,
+            "hstore_send" => UserType::Extension(Extension::Hstore),
+            "ltree_send" | "lquery_send" | "ltxtq_send" => {
+                UserType::Extension(Extension::VersionedText)
+            }
+            "cube_send" => UserType::Extension(Extension::Cube),
+            "geometry_send" | "geography_send" => UserType::Extension(Extension::Ewkb),
+            "vector_send" => UserType::Extension(Extension::Vector),
+            "halfvec_send" => UserType::Extension(Extension::HalfVector),
+            "sparsevec_send" => UserType::Extension(Extension::SparseVector),
+            _ => UserType::Opaque,
+        }
+    }
+}
+
+/// These types, by OID.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Types(pub HashMap<u32, UserType>);
+
+/// Types from here on are made by users and extensions (`FirstNormalObjectId`,
+/// `src/include/access/transam.h`).
+const FIRST_USER_OID: u32 = 16_384;
+
+impl Types {
+    /// It is built in, or was there when the types were read.
+    pub fn knows(&self, type_oid: u32) -> bool {
+        type_oid < FIRST_USER_OID || self.0.contains_key(&type_oid)
+    }
+
+    /// The type under all domains over it.
+    pub fn base_of(&self, type_oid: u32) -> u32 {
+        let mut base = type_oid;
+        for _ in 0..DEPTH_MAX {
+            match self.0.get(&base) {
+                Some(UserType::Domain(of)) => base = *of,
+                _ => break,
+            }
+        }
+        base
+    }
+
+    /// How the values of a type are written as JSON. A type that is not known is text.
+    pub fn shape(&self, type_oid: u32) -> Shape {
+        let (mut element, mut arrays, mut delimiter) = (self.base_of(type_oid), 0, b',');
+        while let Some((of, between)) = self.element_of(element) {
+            if arrays == DEPTH_MAX {
+                return Shape::TEXT;
+            }
+            (element, delimiter) = (self.base_of(of), between);
+            arrays += 1;
+        }
+        Shape { form: Form::of(element), arrays, delimiter }
+    }
+
+    /// The element type of an array, and what stands between two elements.
+    pub(super) fn element_of(&self, type_oid: u32) -> Option<(u32, u8)> {
+        match self.0.get(&type_oid) {
+            Some(UserType::Array(element, delimiter)) => Some((*element, *delimiter)),
+            Some(_) => None,
+            None => {
+                let element = oid::element_of(type_oid)?;
+                Some((element, if element == oid::BOX { b';' } else { b',' }))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOOD: u32 = 20_000;
+    const POSINT: u32 = 20_001;
+    const SMALL: u32 = 20_002;
+    const SMALLS: u32 = 20_003;
+    const LIST: u32 = 20_004;
+    const LISTS: u32 = 20_005;
+    const PLACES: u32 = 20_006;
+
+    fn types() -> Types {
+        Types(HashMap::from([
+            (MOOD, UserType::Text),
+            (POSINT, UserType::Domain(oid::INT4)),
+            (SMALL, UserType::Domain(POSINT)),
+            (SMALLS, UserType::Array(SMALL, b',')),
+            (LIST, UserType::Domain(SMALLS)),
+            (LISTS, UserType::Array(LIST, b',')),
+            (PLACES, UserType::Array(20_007, b':')),
+        ]))
+    }
+
+    fn json(type_oid: u32, text: &str) -> String {
+        let mut out = Vec::new();
+        types().shape(type_oid).write(&mut out, text.as_bytes()).unwrap();
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn a_domain_is_written_as_its_base_type_and_an_array_as_an_array() {
+        assert_eq!(json(MOOD, "so so"), r#""so so""#);
+        assert_eq!(json(SMALL, "7"), "7");
+        assert_eq!(json(SMALLS, "{7,NULL}"), "[7,null]");
+        assert_eq!(json(LIST, "[0:1]={7,8}"), "[7,8]");
+        assert_eq!(json(LISTS, r#"{"{7,8}",NULL,"{}"}"#), "[[7,8],null,[]]");
+        assert_eq!(json(PLACES, "{01:02}"), r#"["01","02"]"#);
+        assert_eq!(json(1020, "{(3,4),(1,2);(7,8),(5,6)}"), r#"["(3,4),(1,2)","(7,8),(5,6)"]"#);
+        // One that is not known.
+        assert_eq!(json(20_008, "{a,b}"), r#""{a,b}""#);
+    }
+
+    #[test]
+    fn types_that_lead_to_themselves_are_text() {
+        let types = Types(HashMap::from([
+            (20_000, UserType::Domain(20_001)),
+            (20_001, UserType::Domain(20_000)),
+            (20_002, UserType::Array(20_002, b',')),
+        ]));
+        assert_eq!(types.shape(20_000), Shape::TEXT);
+        assert_eq!(types.shape(20_002), Shape::TEXT);
+    }
+}
