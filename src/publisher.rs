@@ -1,7 +1,7 @@
 //! The seam to the broker: a [`Publisher`] takes messages and says what became of each.
 //!
-//! Two implementations: `amqp::publisher` for RabbitMQ, and the simulated broker of the tests. The
-//! relay's loop knows only this trait.
+//! Two implementations in production, `amqp::publisher` for RabbitMQ and `amqp::printer` for a dry
+//! run, and the simulated broker of the tests. The relay's loop knows only this trait.
 
 use std::future::Future;
 

@@ -9,6 +9,7 @@
 //! | `reply` | what a reply code of the broker means, pure |
 //! | `channel` | the unconfirmed publishes of one channel, pure |
 //! | `publisher` | the connection: the `Publisher` of messages to RabbitMQ |
+//! | `printer` | a `Publisher` that prints what would be published |
 //! | `client` | connections by lapin, for `topology` and for consumers |
 //! | `topology` | declares or verifies exchanges and queues (lapin) |
 //! | `management` | what only the management API shows: bindings, policies |
@@ -26,6 +27,8 @@ mod link;
 #[cfg(feature = "relay")]
 pub mod management;
 pub mod options;
+#[cfg(feature = "relay")]
+pub mod printer;
 #[cfg(feature = "relay")]
 pub mod publisher;
 pub mod reply;

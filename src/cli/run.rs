@@ -1,18 +1,22 @@
 //! `watership run`: the relay until SIGTERM.
 
+use std::io::{self, Write as _};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::sleep;
 
-use super::{End, logging};
+use super::{End, logging, printable};
 use crate::admin;
+use crate::amqp::printer::Printer;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::metrics::{self, Metrics};
+use crate::relay::session::dry_run::{self, Until};
 use crate::relay::session::supervisor;
 use crate::relay::status::Status;
+use crate::route::Router;
 use crate::source::SourceKind;
 use crate::verdict::Verdict;
 
@@ -27,18 +31,31 @@ pub(super) struct Args {
     /// handled out of order.
     #[arg(long)]
     accept_reorder: bool,
+    /// Print what would be published, one JSON object a line, and change nothing: no connection to
+    /// the broker, no checkpoint, no move of the slot. The slot must have no reader.
+    #[arg(long)]
+    dry_run: bool,
+    /// With --dry-run: end after this many messages.
+    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u64).range(1..))]
+    limit: Option<u64>,
+    /// With --dry-run: end when all is printed that was committed at the start.
+    #[arg(long, requires = "dry_run")]
+    until_caught_up: bool,
 }
 
 pub(super) async fn execute(
     mut config: Config,
-    Args { accept_reorder }: &Args,
+    args: &Args,
     watch_signals: impl FnOnce() -> Result<watch::Receiver<bool>>,
     give_up: fn(),
 ) -> Result<End> {
     logging::start(&config.log);
-    config.relay.accept_reorder = *accept_reorder;
+    config.relay.accept_reorder = args.accept_reorder;
     config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     let shutdown = watch_signals()?;
+    if args.dry_run {
+        return dry_run(config, args, shutdown).await;
+    }
 
     let exporter = metrics::install()?;
     logging::create_metrics();
@@ -67,6 +84,33 @@ pub(super) async fn execute(
     }
     ended?;
     tracing::info!("stopped");
+    logging::flush();
+    Ok(End::Fine)
+}
+
+/// Prints what would be published.
+async fn dry_run(config: Config, args: &Args, mut shutdown: watch::Receiver<bool>) -> Result<End> {
+    let options = config.relay;
+    let router = Arc::new(Router::new(&options.rules)?);
+    let over = Arc::new(watch::Sender::new(false));
+    let exchanges = router.exchanges().to_vec();
+    let print = |line: &str| writeln!(io::stdout(), "{}", printable::json(line));
+    let max_body = options.broker.max_message_size;
+    let printer = Printer::new(print, exchanges, max_body, args.limit, over.clone());
+    let until = Until { over: over.clone(), caught_up: args.until_caught_up };
+    let asked = async {
+        // Without a sender nobody can ask any more.
+        match shutdown.wait_for(|stop| *stop).await {
+            Ok(_) => drop(over.send_replace(true)),
+            Err(_) => {}
+        }
+        std::future::pending::<Result<u64>>().await
+    };
+    let parked = tokio::select! { biased;
+        ended = dry_run::run(&options, &router, printer, &until) => ended?,
+        never = asked => never?,
+    };
+    tracing::info!(would_be_parked = parked, "dry run ended; nothing was changed");
     logging::flush();
     Ok(End::Fine)
 }

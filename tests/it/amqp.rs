@@ -20,14 +20,14 @@ use crate::support::waiting::LIMIT;
 
 const WINDOW: usize = 1000;
 
-fn options(vhost: &Vhost, exchanges: &[&str]) -> Options {
+pub fn options(vhost: &Vhost, exchanges: &[&str]) -> Options {
     let mut options = Options::new(vec![Url::parse(&vhost.url).expect("a good URL")]);
     options.exchanges = exchanges.iter().map(|e| (*e).to_owned()).collect();
     options.connect_timeout = LIMIT;
     options
 }
 
-fn message(exchange: u16, routing_key: &str, n: u64, body: &[u8]) -> Message {
+pub fn message(exchange: u16, routing_key: &str, n: u64, body: &[u8]) -> Message {
     let properties = Properties {
         content_type: "application/octet-stream",
         message_id: Uuid::from_u128(n.into()),
@@ -40,16 +40,16 @@ fn message(exchange: u16, routing_key: &str, n: u64, body: &[u8]) -> Message {
         .expect("a good message")
 }
 
-fn queue(name: &str) -> Queue {
+pub fn queue(name: &str) -> Queue {
     Queue { name: name.into(), kind: QueueKind::Quorum, max_length: None, arguments: Vec::new() }
 }
 
-fn direct(name: &str) -> Exchange {
+pub fn direct(name: &str) -> Exchange {
     let (name, kind, arguments) = (name.into(), "direct".into(), Vec::new());
     Exchange { name, kind, durable: true, arguments }
 }
 
-fn binding(queue: &str, exchange: &str) -> Binding {
+pub fn binding(queue: &str, exchange: &str) -> Binding {
     Binding {
         destination: Destination::Queue(queue.into()),
         exchange: exchange.into(),

@@ -83,14 +83,36 @@ pub(super) async fn prepare(
     Ok(Prepared { source, resumed, store, parking, row, failover, canary, wrong, closed })
 }
 
-struct TakenOver {
-    row: Checkpoint,
-    server: ServerFacts,
+/// What a session starts from.
+pub(super) struct TakenOver {
+    pub(super) row: Checkpoint,
+    pub(super) server: ServerFacts,
     publication: Publication,
     agreed: Agreed,
     failover: Option<Failover>,
     /// Whether the canary is in the publication.
     canary: bool,
+}
+
+impl TakenOver {
+    /// The same, of a checkpoint that was only looked at.
+    pub(super) fn looked_at(found: StartFacts, options: &Options) -> Result<Self> {
+        let publication = carried(&found, options)?.clone();
+        let facts = || Agreed::whole(position::facts(&publication, &options.wanted()));
+        let agreed = found.agreed().cloned().unwrap_or_else(facts);
+        let row = found.position().0.clone();
+        let server = found.into_server();
+        Ok(Self { row, server, publication, agreed, failover: None, canary: false })
+    }
+}
+
+/// The publication, which passes on what the relay needs.
+fn carried<'a>(found: &'a StartFacts, options: &Options) -> Result<&'a Publication> {
+    let publication = found
+        .publication()
+        .ok_or_else(|| Error::internal("verification passed without a publication"))?;
+    position::carries(publication, &options.wanted(), &options.held)?;
+    Ok(publication)
 }
 
 /// Reads the checkpoint, makes sure that it may be started from, and takes it over.
@@ -117,10 +139,7 @@ async fn take_over(
         Start::AsStored => None,
         Start::Failover(failover) => Some(failover),
     };
-    let publication = found
-        .publication()
-        .ok_or_else(|| Error::internal("verification passed without a publication"))?;
-    position::carries(publication, &options.wanted(), &options.held)?;
+    let publication = carried(&found, options)?;
     // Before the checkpoint is taken: what cannot work must not replace what does.
     outbox::verify(client, options, Some(publication)).await?;
     let tables = catalog::read_tables(client, options, publication, found.agreed()).await?;
@@ -207,7 +226,7 @@ fn has_canary(options: &Options, publication: &Publication) -> bool {
     canary
 }
 
-async fn stream(
+pub(super) async fn stream(
     client: &Client,
     replication: ReplicationConnection,
     options: &Options,
@@ -246,7 +265,7 @@ async fn stream(
 }
 
 /// The timeline that the server is on with its ancestors, and the system identifier.
-async fn timelines(replication: &mut ReplicationConnection) -> Result<(Timelines, u64)> {
+pub(super) async fn timelines(replication: &mut ReplicationConnection) -> Result<(Timelines, u64)> {
     let system = replication.identify_system().await?;
     let history = match system.timeline {
         0 | 1 => Vec::new(),
