@@ -44,6 +44,8 @@ pub mod column;
 #[cfg(feature = "relay")]
 pub mod config;
 #[cfg(feature = "relay")]
+pub mod contract;
+#[cfg(feature = "relay")]
 pub mod dev;
 #[cfg(feature = "relay")]
 pub mod envelope;

@@ -16,6 +16,7 @@ mod template;
 
 use std::sync::Arc;
 
+use crate::contract::Contracts;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::message::{ExchangeId, KeyPart, RouteId, SHORT_STRING_MAX, route_hash};
@@ -103,6 +104,8 @@ pub enum Action {
         partitions: Option<Partitions>,
         /// What its messages look like.
         format: Format,
+        /// What the data in its messages must keep.
+        contracts: Contracts,
         /// Order within a key.
         ordering: Ordering,
         /// What the message id is.
@@ -202,6 +205,7 @@ pub fn default_rules() -> Vec<Rule> {
             routing_key: routing_key.into(),
             partitions: None,
             format,
+            contracts: Contracts::default(),
             ordering: Ordering::Keyed,
             message_id: MessageIdRule::Event,
             key: Vec::new(),
@@ -230,6 +234,8 @@ pub struct Route {
     pub exchange: ExchangeId,
     /// What its messages look like.
     pub format: Format,
+    /// What the data in its messages must keep.
+    pub contracts: Contracts,
     /// Order within a key.
     pub ordering: Ordering,
     /// What the message id is.
@@ -314,6 +320,7 @@ impl Router {
             routing_key,
             partitions,
             format,
+            contracts,
             ordering,
             message_id,
             key,
@@ -337,6 +344,11 @@ impl Router {
                         none; use \"watership\"";
             return Err(in_route(Error::config(text)));
         }
+        if matches!(rule.select, Select::Table { .. }) && !contracts.by_type.is_empty() {
+            let text = "contracts are named by the event type of the outbox; use contract = \"...\" \
+                        for a captured table";
+            return Err(in_route(Error::config(text)));
+        }
         let routing_key = match partitions {
             Some(partitions) => Template::of_partitions(partitions),
             None => Template::parse("routing_key", routing_key, fields).map_err(in_route)?,
@@ -353,6 +365,7 @@ impl Router {
             label: rule.name.as_str().into(),
             exchange: ExchangeId(u16::try_from(exchange).expect("RULES_MAX fits")),
             format: format.clone(),
+            contracts: contracts.clone(),
             ordering: *ordering,
             message_id: *message_id,
             policy: *policy,

@@ -1,7 +1,7 @@
 //! `watership check`: checks everything the relay needs, and changes nothing.
 
 use super::findings::Findings;
-use super::{End, Out, ask, backfill, broker, inbox, partitions, postgres};
+use super::{End, Out, ask, backfill, broker, contracts, inbox, partitions, postgres};
 use crate::config::Config;
 use crate::error::{Kind, Result};
 use crate::relay::status::Concern;
@@ -20,6 +20,9 @@ pub(super) struct Args {
     /// Report other partitions than before as a warning, even while messages are queued.
     #[arg(long)]
     accept_reorder: bool,
+    /// Also try the outbox rows that are still there against the contracts of their routes.
+    #[arg(long)]
+    contracts: bool,
 }
 
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
@@ -36,6 +39,9 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     }
     partitions::check(&mut findings, config, args.accept_reorder).await;
     backfill::check(&mut findings, config).await;
+    if args.contracts {
+        contracts::check(&mut findings, config).await;
+    }
     running(&mut findings, config).await;
     findings.finish()
 }

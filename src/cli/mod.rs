@@ -19,6 +19,7 @@ mod backfill;
 mod broker;
 mod check;
 mod colour;
+mod contracts;
 mod demo;
 mod drop;
 mod find;

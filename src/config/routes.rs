@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::mem::discriminant;
 
+use super::contracts;
 use super::formats;
 use super::partitions::Partitioned;
 use super::section::Section;
@@ -143,6 +144,7 @@ fn publishing(
             format!("{path}: debezium.routing_key and {what} are two ways to say it; keep one");
         t.problem(ROUTING_KEY, text);
     }
+    let contracts = contracts::contracts(t);
     let key = t.list("key");
     let orderings = [("keyed", Ordering::Keyed), ("pipelined", Ordering::Pipelined)];
     let ordering = t.word("ordering", &orderings);
@@ -166,6 +168,7 @@ fn publishing(
         routing_key,
         partitions: partitioned.map(|of_route| of_route.partitions.clone()),
         format,
+        contracts,
         ordering,
         message_id,
         key,

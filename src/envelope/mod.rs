@@ -13,6 +13,7 @@ mod raw;
 
 use uuid::Uuid;
 
+use crate::contract::Contracts;
 use crate::error::{Error, Result};
 use crate::event::{
     Change, Content, Event, OldRow, OutboxPayload, OutboxRow, Row, Table, Value, id,
@@ -73,6 +74,9 @@ impl Envelope {
     /// # Errors
     /// [`crate::error::Kind::Event`] when something in it cannot be carried by AMQP.
     pub fn message(&mut self, event: &Event, plan: &Plan, part: u16) -> Result<Message> {
+        if !plan.route.contracts.is_empty() {
+            self.keeps_contract(event, &plan.route.contracts)?;
+        }
         let mut message = match &event.content {
             Content::Outbox(row) => self.of_outbox(event, row, plan, part),
             Content::Change(change) => {
@@ -84,6 +88,28 @@ impl Envelope {
         message.part = part;
         message.route_hash = plan.route.hash();
         Ok(message)
+    }
+
+    /// Checks the payload of an outbox event, or the row after a change.
+    fn keeps_contract(&mut self, event: &Event, contracts: &Contracts) -> Result<()> {
+        self.body.clear();
+        let (contract, absent) = match &event.content {
+            Content::Outbox(row) => {
+                let Some(contract) = contracts.of(&row.event_type) else { return Ok(()) };
+                raw::Body::of(&row.payload)?.write(&mut self.body);
+                (contract, Vec::new())
+            }
+            Content::Change(Change::Insert { new } | Change::Update { new, .. }) => {
+                let Some(contract) = &contracts.all else { return Ok(()) };
+                let table = &*event.table;
+                native::write_row(&mut self.body, table, new, 0..new.len())?;
+                let unchanged = table.columns.iter().zip(new.iter());
+                let unchanged = unchanged.filter(|(_, value)| **value == Value::Unchanged);
+                (&**contract, unchanged.map(|(column, _)| &*column.name).collect())
+            }
+            Content::Change(Change::Delete { .. } | Change::Truncate) => return Ok(()),
+        };
+        contract.check(&self.body, &absent)
     }
 
     fn of_outbox(

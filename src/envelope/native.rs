@@ -100,7 +100,7 @@ pub(super) fn write_change(
 }
 
 /// The row as a JSON object of these columns; unchanged TOAST values are absent.
-fn write_row(
+pub(super) fn write_row(
     out: &mut Vec<u8>,
     table: &Table,
     row: &Row,

@@ -364,6 +364,7 @@ pub fn unrouted(event: &Event) -> Plan {
         name: String::new(),
         label: "".into(),
         exchange: ExchangeId(0),
+        contracts: Default::default(),
         format: Format::Watership,
         ordering: Ordering::Keyed,
         message_id: MessageIdRule::Event,

@@ -11,6 +11,7 @@ mod backfill;
 mod backfill_commits;
 mod binary;
 mod cli;
+mod contracts;
 mod crash;
 mod dev;
 mod dry_run;

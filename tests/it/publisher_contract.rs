@@ -24,7 +24,7 @@ const MESSAGES: u64 = 2_000;
 async fn send_all<P: Publisher>(publisher: &mut P, numbers: std::ops::Range<u64>) {
     let mut open: BTreeSet<Ticket> = BTreeSet::new();
     let mut outcomes = Vec::new();
-    let mut collect = |outcomes: &mut Vec<(Ticket, Outcome)>, open: &mut BTreeSet<Ticket>| {
+    let collect = |outcomes: &mut Vec<(Ticket, Outcome)>, open: &mut BTreeSet<Ticket>| {
         for (ticket, outcome) in outcomes.drain(..) {
             assert!(open.remove(&ticket), "an outcome that nobody asked for: {ticket:?}");
             assert_eq!(outcome, Outcome::Confirmed);

@@ -16,6 +16,7 @@ const NOUNS: &[&str] = &[
     "secret",
     "tls",
     "column",
+    "contract",
     "verdict",
 ];
 
@@ -64,6 +65,7 @@ const PURE_FILES: &[&str] = &[
     "route",
     "envelope",
     "column",
+    "contract",
     "inbox/lanes",
     "pg/pgoutput",
     "source/outbox",

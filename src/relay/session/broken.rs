@@ -157,6 +157,7 @@ mod tests {
             owner: String::new(),
             select: Select::Outbox { aggregate_type: name.into() },
             action: Action::Publish {
+                contracts: Default::default(),
                 exchange: exchange.into(),
                 routing_key: "{aggregate_type}.{event_type}".into(),
                 partitions: None,
