@@ -39,7 +39,7 @@ async fn a_dry_run_prints_what_a_run_then_publishes_and_moves_nothing() {
     stage
         .execute("SELECT watership.emit('order', '7', 'placed', '{\"a\": 1}', '{\"n\": 3}')")
         .await;
-    stage.execute("SELECT watership.emit_bytes('t', '1', 'bytes', '\\xff00'::bytea)").await;
+    stage.execute("SELECT watership.emit_bytes('t', '1', 'bytes', '\\xff00'::bytea, NULL)").await;
     // One that would be parked, and one that would follow it.
     stage.execute("INSERT INTO items VALUES (3, repeat('x', 2000))").await;
     stage.execute("DELETE FROM items WHERE id = 3").await;
