@@ -100,9 +100,8 @@ async fn dry_run(config: Config, args: &Args, mut shutdown: watch::Receiver<bool
     let until = Until { over: over.clone(), caught_up: args.until_caught_up };
     let asked = async {
         // Without a sender nobody can ask any more.
-        match shutdown.wait_for(|stop| *stop).await {
-            Ok(_) => drop(over.send_replace(true)),
-            Err(_) => {}
+        if shutdown.wait_for(|stop| *stop).await.is_ok() {
+            over.send_replace(true);
         }
         std::future::pending::<Result<u64>>().await
     };

@@ -99,7 +99,9 @@ impl Envelope {
                 raw::Body::of(&row.payload)?.write(&mut self.body);
                 (contract, Vec::new())
             }
-            Content::Change(Change::Insert { new } | Change::Update { new, .. }) => {
+            Content::Change(
+                Change::Insert { new } | Change::Read { new, .. } | Change::Update { new, .. },
+            ) => {
                 let Some(contract) = &contracts.all else { return Ok(()) };
                 let table = &*event.table;
                 native::write_row(&mut self.body, table, new, 0..new.len())?;

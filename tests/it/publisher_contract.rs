@@ -90,11 +90,13 @@ async fn rabbitmq_keeps_the_contract_of_a_publisher() {
     assert!(more.expect("an answer").is_none());
 }
 
+type Lines = Arc<Mutex<Vec<String>>>;
+
 /// A printer, its lines, and whether it is over.
 fn printer(
     limit: Option<u64>,
-) -> (Printer<impl FnMut(&str) -> io::Result<()>>, Arc<Mutex<Vec<String>>>, watch::Receiver<bool>) {
-    let lines: Arc<Mutex<Vec<String>>> = Arc::default();
+) -> (Printer<impl FnMut(&str) -> io::Result<()>>, Lines, watch::Receiver<bool>) {
+    let lines = Lines::default();
     let (sender, over) = watch::channel(false);
     let kept = lines.clone();
     let print = move |line: &str| {

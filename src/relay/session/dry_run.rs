@@ -22,6 +22,7 @@ use crate::pg::slot::insert_lsn;
 use crate::pg::sqlstate::postgres_error;
 use crate::position::{Lsn, Mark, Position};
 use crate::publisher::Publisher;
+use crate::relay::backfill::Backfill;
 use crate::relay::check::position::Start;
 use crate::relay::checkpoint::Store;
 use crate::relay::checkpoint::progress::Progress;
@@ -98,6 +99,7 @@ pub async fn run<P: Publisher>(
         status: Status::new(&options.name, names),
         canary: Canary::new(Duration::ZERO),
         broken: Vec::new(),
+        backfill: Backfill::none(),
         missing: Arc::new(Missing::default()),
         published: Kept::default().published,
         recently_parked: Kept::default().parked,
@@ -192,7 +194,7 @@ impl Store for Nowhere {
                     let count = rows.len() as u64;
                     self.parked.fetch_add(count, Ordering::Relaxed);
                 }
-                Rider::Unparked(_) | Rider::Described(_) => {}
+                Rider::Unparked(_) | Rider::Described(_) | Rider::Backfilled(_) => {}
             }
         }
         ready(Ok(flush.lsn()))
