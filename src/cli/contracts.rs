@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use postgres_protocol::escape::escape_identifier;
+use postgres_protocol::escape::{escape_identifier, escape_literal};
 use tokio_postgres::{Client, Row};
 
 use super::findings::Findings;
@@ -14,6 +14,7 @@ use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay::Options;
 use crate::route::{Action, Rule, Select};
+use crate::source::outbox::AggregateType;
 
 /// Rows taken at once. With the largest payload that is checked, they have 400 MiB at most.
 const BATCH: usize = 100;
@@ -91,19 +92,29 @@ async fn rows(
 }
 
 async fn begin(client: &Client, options: &Options) -> Result<()> {
-    let outbox = &options.outbox;
-    let names = &outbox.columns;
-    let [id, kind, event, payload, data] =
-        [&names.id, &names.aggregate_type, &names.event_type, &names.payload, &names.data]
-            .map(|name| escape_identifier(name));
-    let [schema, table] =
-        [&outbox.table.schema, &outbox.table.name].map(|name| escape_identifier(name));
+    let (table, names) = (&options.outbox.table, &options.outbox.columns);
+    let [id, event] = [&names.id, &names.event_type].map(|name| escape_identifier(name));
+    let kind = match &names.aggregate_type {
+        AggregateType::Column(name) => escape_identifier(name),
+        AggregateType::Constant(kind) => escape_literal(kind),
+    };
+    // The text of a bytea is its hex form, which is one as input too.
+    let bytes = |name: &String| {
+        let column = escape_identifier(name);
+        format!(
+            "CASE WHEN pg_typeof({column}) = 'bytea'::regtype THEN {column}::text::bytea \
+             ELSE convert_to({column}::text, 'UTF8') END"
+        )
+    };
+    let bodies: Vec<String> =
+        [&names.payload, &names.data].into_iter().flatten().map(bytes).collect();
     // A payload that is too large comes as far as shows that it is.
     let most = CHECKED_MAX + 1;
     let sql = format!(
         "BEGIN READ ONLY; DECLARE outbox_rows NO SCROLL CURSOR FOR SELECT {id}::text, \
-         {kind}::text, {event}::text, CASE WHEN {payload} IS NOT NULL THEN \
-         left({payload}::text, {most}) END, substr({data}, 1, {most}) FROM {schema}.{table}"
+         {kind}::text, {event}::text, substr(coalesce({}, ''), 1, {most}) FROM {}",
+        bodies.join(", "),
+        table.quoted()
     );
     client.batch_execute(&sql).await.map_err(postgres_error)
 }
@@ -116,8 +127,7 @@ fn check_row(
     let text = |index| row.try_get::<_, Option<&str>>(index).map_err(postgres_error);
     let (id, kind, event) = (text(0)?, text(1)?, text(2)?);
     let (kind, event) = (kind.unwrap_or_default(), event.unwrap_or_default());
-    let data: Option<&[u8]> = row.try_get(4).map_err(postgres_error)?;
-    let body = text(3)?.map(str::as_bytes).or(data).unwrap_or_default();
+    let body: &[u8] = row.try_get(3).map_err(postgres_error)?;
     for (index, (_, wanted, contracts)) in routes.iter().enumerate() {
         if *wanted != "*" && *wanted != kind {
             continue;

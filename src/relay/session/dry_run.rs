@@ -62,6 +62,13 @@ pub async fn run<P: Publisher>(
 ) -> Result<u64> {
     match options.kind {
         SourceKind::Wal => {}
+        // To read a batch again, it has to be stored first.
+        SourceKind::Poll => {
+            return Err(Error::refused("--dry-run reads the WAL, and source.mode is \"poll\"")
+                .hint(
+                    "use source.mode = \"wal\", or a database for tests with a relay of its own",
+                ));
+        }
     }
     let SqlConnection { client, mut closed } = sql(&options.sql).await?;
     let mut replication = ReplicationConnection::connect(&options.sql).await?;
