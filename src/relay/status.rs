@@ -1,6 +1,7 @@
 //! What the relay is doing, for `/status`, `/readyz` and `/livez`. Written by the loop, read by
 //! the admin server's thread.
 
+mod polling;
 mod problems;
 mod standby;
 mod tables;
@@ -25,6 +26,7 @@ use crate::relay::window::lanes::Lanes;
 use crate::relay::window::refusals::RefusedRoute;
 use crate::source::PollSeen;
 
+pub use polling::PollStatus;
 pub use problems::{Concern, Severity};
 pub use standby::{Holder, StandingBy};
 pub use tables::{LostTable, ReturnedTable};
@@ -97,18 +99,6 @@ pub struct SlotStatus {
     pub lag_bytes: u64,
     /// Why WAL that it needs may soon be removed.
     pub warning: Option<String>,
-}
-
-/// How far polling is.
-#[derive(Debug, Clone, Serialize)]
-pub struct PollStatus {
-    /// The newest batch.
-    pub batch: u64,
-    /// The last batch that is settled and stored.
-    pub settled_batch: Option<u64>,
-    /// How long ago the oldest batch was found that is not settled and stored, in seconds; 0
-    /// without one.
-    pub backlog_age_seconds: f64,
 }
 
 /// What the relay is doing.
@@ -418,11 +408,6 @@ impl Status {
         self.lock().checkpoint_age = age;
     }
 
-    /// How far polling is; absent where the WAL is read.
-    pub fn polled(&self, polled: Option<PollSeen>) {
-        self.lock().polled = polled;
-    }
-
     /// The slot, as it was seen now. True when it came into danger or out of it.
     pub fn slot(&self, slot: SlotStatus) -> bool {
         let now = slot.warning.is_some();
@@ -471,11 +456,7 @@ impl Status {
         let inner = self.lock();
         let progress = inner.progress.as_ref();
         let of_wal = progress.filter(|_| inner.polled.is_none());
-        let poll = inner.polled.map(|polled| PollStatus {
-            batch: polled.batch.0,
-            settled_batch: progress.map(|progress| progress.stored_checkpoint().1.0),
-            backlog_age_seconds: polled.backlog_age.as_secs_f64(),
-        });
+        let poll = inner.polled.map(|polled| PollStatus::new(polled, progress));
         let held = inner.held.iter().map(|(route, reason, since)| Held {
             route: inner.routes.get(*route).cloned().unwrap_or_default(),
             reason: reason.clone(),

@@ -32,7 +32,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::position::{Mark, Position};
 use crate::source::{Item, PollSeen, Receipt, Seen, Source};
-use batch::{Cursor, Pace};
+use batch::{BatchCursor, LookPace};
 use rows::PolledRow;
 
 pub use batch::{Batch, Interval};
@@ -83,7 +83,7 @@ pub struct Poll {
     /// What was read and not handed on: two portions at most.
     ready: VecDeque<Item>,
     work: Option<Work>,
-    pace: Pace,
+    pace: LookPace,
     /// Batches that are not passed, and when they were found or found again.
     open: VecDeque<(Mark, Instant)>,
     passed: Mark,
@@ -96,7 +96,7 @@ pub struct Poll {
 /// A batch that is being read.
 struct Reading {
     batch: Arc<Batch>,
-    cursor: Cursor,
+    cursor: BatchCursor,
 }
 
 /// A statement under way, in a task of its own: it ends even while nobody asks for items, so that
@@ -155,7 +155,7 @@ impl Poll {
             reading: None,
             ready: VecDeque::new(),
             work: None,
-            pace: Pace::new(options.interval, now.into_std()),
+            pace: LookPace::new(options.interval, now.into_std()),
             open: batches.iter().map(|batch| (batch.number, now)).collect(),
             passed: settled.number,
             forgotten: Mark::ZERO,
@@ -171,7 +171,7 @@ impl Poll {
         if self.reading.is_none()
             && let Some(batch) = self.stored.pop_front()
         {
-            let cursor = Cursor::begin(&batch, self.options.resume_after);
+            let cursor = BatchCursor::begin(&batch, self.options.resume_after);
             self.reading = Some(Reading { batch: Arc::new(batch), cursor });
         }
         let (client, options) = (self.client.clone(), self.options.clone());
@@ -217,7 +217,7 @@ impl Poll {
                 self.last = batch.number;
                 self.forgotten = forgotten;
                 self.open.push_back((batch.number, at));
-                let cursor = Cursor::begin(&batch, self.options.resume_after);
+                let cursor = BatchCursor::begin(&batch, self.options.resume_after);
                 self.reading = Some(Reading { batch: Arc::new(batch), cursor });
                 self.take(portion)
             }
@@ -276,7 +276,7 @@ impl Look {
             made_at_us: int(5)?.unwrap_or_default(),
         };
         // Sent together: reading does not hang on storing, but handing on does.
-        let cursor = Cursor::begin(&batch, options.resume_after);
+        let cursor = BatchCursor::begin(&batch, options.resume_after);
         let storing = store(client, options, &batch, self.passed);
         let ((), portion) = try_join!(storing, read(client, options, &batch, &cursor))?;
         let forgotten = self.passed.1;
@@ -326,7 +326,7 @@ async fn read(
     client: &Client,
     options: &Options,
     batch: &Batch,
-    cursor: &Cursor,
+    cursor: &BatchCursor,
 ) -> Result<Portion> {
     const SQL: &str = include_str!("../../sql/query/poll_read.sql");
     let (new_first, new_last) = (batch.new.map(|new| new.0), batch.new.map(|new| new.1));

@@ -114,15 +114,7 @@ pub async fn open(
     if let Some(failover) = failover {
         failed_over::tell(&failover, row.position.epoch, kept, &parking, shared);
     }
-    tracing::info!(
-        session = row.session_no,
-        mode = row.kind.name(),
-        position = %row.position,
-        flush_lsn = (row.kind == SourceKind::Wal).then(|| row.flush_lsn.to_string()),
-        slot = (row.kind == SourceKind::Wal).then_some(&options.slot),
-        remembered = kept.remembered.len(),
-        "streaming"
-    );
+    tell_start(options, &row, kept);
     let (backfill, end) = match row.kind {
         SourceKind::Wal => {
             let (backfill, end) = Backfill::linked(options.backfill.max_unconfirmed);
@@ -152,6 +144,18 @@ pub async fn open(
     shared.canary.begin(row.flush_lsn, canary, std::time::Instant::now());
     let backfill = end.map(|end| worker::start(options.clone(), shared.clone(), end));
     Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed, backfill })
+}
+
+fn tell_start(options: &Options, row: &Checkpoint, kept: &Kept) {
+    tracing::info!(
+        session = row.session_no,
+        mode = row.kind.name(),
+        position = %row.position,
+        flush_lsn = (row.kind == SourceKind::Wal).then(|| row.flush_lsn.to_string()),
+        slot = (row.kind == SourceKind::Wal).then_some(&options.slot),
+        remembered = kept.remembered.len(),
+        "streaming"
+    );
 }
 
 /// Does `work` while the broker connection, which publishes nothing yet, is kept alive.

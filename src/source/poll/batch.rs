@@ -30,7 +30,7 @@ pub struct Batch {
 
 /// Where the reading of a batch is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Cursor {
+pub struct BatchCursor {
     /// Rows behind this one come next, in the order of `seq` and id.
     pub after: (i64, Uuid),
     /// Number of the row `after` among those with its `seq`.
@@ -38,7 +38,7 @@ pub struct Cursor {
     last: Option<Position>,
 }
 
-impl Cursor {
+impl BatchCursor {
     /// At the first row that an earlier session had not settled, or at rows beside it.
     pub fn begin(batch: &Batch, resume_after: Position) -> Self {
         let skipped = match resume_after.mark == batch.number {
@@ -95,14 +95,14 @@ const EMPTY_LOOKS: u32 = 20;
 /// When to look next: at the shortest interval while events come and a little longer, then at
 /// intervals that double.
 #[derive(Debug)]
-pub struct Pace {
+pub struct LookPace {
     interval: Interval,
     now: Duration,
     empty: u32,
     due: Instant,
 }
 
-impl Pace {
+impl LookPace {
     /// The first look is due at once.
     pub fn new(interval: Interval, now: Instant) -> Self {
         Self { interval, now: interval.min, empty: 0, due: now }
@@ -142,7 +142,7 @@ mod tests {
         }
     }
 
-    fn pass(cursor: &mut Cursor, seq: i64) -> (u64, u32) {
+    fn pass(cursor: &mut BatchCursor, seq: i64) -> (u64, u32) {
         let position = cursor.pass(&batch(), 3, seq, Uuid::nil()).expect("a position");
         assert_eq!((position.epoch, position.mark), (3, Mark(7)));
         (position.ordinal, position.sub)
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_place_hangs_on_the_first_row_only_and_rows_with_one_seq_are_told_apart() {
-        let mut cursor = Cursor::begin(&batch(), Position::default());
+        let mut cursor = BatchCursor::begin(&batch(), Position::default());
         assert_eq!(cursor.after, (99, Uuid::max()));
         let places = [100, 104, 104, 104, 105].map(|seq| pass(&mut cursor, seq));
         assert_eq!(places, [(1, 0), (5, 0), (5, 1), (5, 2), (6, 0)]);
@@ -160,16 +160,16 @@ mod tests {
     #[test]
     fn what_was_settled_in_the_batch_is_not_read_again_but_for_the_last_row() {
         let settled = |mark, ordinal| Position { mark: Mark(mark), ordinal, ..Position::default() };
-        let at = |mark, ordinal| Cursor::begin(&batch(), settled(mark, ordinal)).after.0;
+        let at = |mark, ordinal| BatchCursor::begin(&batch(), settled(mark, ordinal)).after.0;
         assert_eq!([at(7, 5), at(7, 1), at(7, 0), at(6, 5)], [103, 99, 99, 99]);
-        let mut cursor = Cursor::begin(&batch(), settled(7, 5));
+        let mut cursor = BatchCursor::begin(&batch(), settled(7, 5));
         assert_eq!([104, 104, 105].map(|seq| pass(&mut cursor, seq)), [(5, 0), (5, 1), (6, 0)]);
     }
 
     #[test]
     fn a_seq_that_no_position_can_say_is_an_error() {
         for seq in [99, i64::MIN, 100 + (1 << 40), i64::MAX] {
-            let mut cursor = Cursor::begin(&batch(), Position::default());
+            let mut cursor = BatchCursor::begin(&batch(), Position::default());
             let error = cursor.pass(&batch(), 1, seq, Uuid::nil()).expect_err("out of range");
             assert!(error.to_string().contains("batch 7"), "{error}");
         }
@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn looks_are_frequent_while_events_come_and_rare_after_a_while() {
         let (start, ms) = (Instant::now(), Duration::from_millis);
-        let mut pace = Pace::new(Interval { min: ms(5), max: ms(1000) }, start);
+        let mut pace = LookPace::new(Interval { min: ms(5), max: ms(1000) }, start);
         assert_eq!(pace.due(), start);
         for _ in 0..EMPTY_LOOKS {
             pace.looked(start, false);
