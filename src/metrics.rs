@@ -12,6 +12,7 @@
 //! samples wait in memory until then.
 
 mod backfill;
+mod outbox;
 mod parked;
 mod poll;
 mod tables;
@@ -23,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::position::Lsn;
 use crate::verdict::Verdict;
 pub use backfill::BackfillMetrics;
+pub use outbox::OutboxMetrics;
 pub use parked::ParkedMetrics;
 pub use poll::PollMetrics;
 pub use tables::TableMetrics;
@@ -228,27 +230,6 @@ pub const ROUTE_GRADES: [&str; 4] = ["safe", "not_verified", "weak", "unsafe"];
 /// The states of the circuit, as labels.
 pub const CIRCUIT_STATES: [&str; 3] = ["closed", "open", "half-open"];
 
-/// The outbox table's partitions.
-#[derive(Clone)]
-pub struct OutboxMetrics {
-    /// Partitions made ahead.
-    pub partitions_created: Counter,
-    /// Partitions dropped after the checkpoint had passed them.
-    pub partitions_dropped: Counter,
-    /// Days for which no partition could be made, because the default partition has their rows.
-    pub partitions_skipped: Counter,
-    /// Partition work put off, because its lock was not available within 100 ms.
-    pub maintain_postponed: Counter,
-    /// Runs of the upkeep that failed.
-    pub maintain_failures: Counter,
-    /// Rows of a mapped outbox table that `delete_after` deleted.
-    pub rows_deleted: Counter,
-    /// Updates of outbox rows, which are ignored.
-    pub updates_ignored: Counter,
-    /// Logical messages with the relay's prefix that are no part of a transaction.
-    pub messages_ignored: Counter,
-}
-
 impl Metrics {
     /// Registers every series with the installed recorder, with value 0.
     pub fn new(routes: &[RouteLabel]) -> Self {
@@ -271,16 +252,7 @@ impl Metrics {
                 blocked: gauge!("watership_broker_blocked"),
                 blocked_seconds: counter!("watership_broker_blocked_seconds_total"),
             },
-            outbox: OutboxMetrics {
-                partitions_created: counter!("watership_outbox_partitions_created_total"),
-                partitions_dropped: counter!("watership_outbox_partitions_dropped_total"),
-                partitions_skipped: counter!("watership_outbox_partitions_skipped_total"),
-                maintain_postponed: counter!("watership_outbox_maintain_postponed_total"),
-                maintain_failures: counter!("watership_outbox_maintain_failures_total"),
-                rows_deleted: counter!("watership_outbox_rows_deleted_total"),
-                updates_ignored: counter!("watership_outbox_updates_ignored_total"),
-                messages_ignored: counter!("watership_messages_ignored_total"),
-            },
+            outbox: OutboxMetrics::new(),
             parked: ParkedMetrics::new(routes),
             circuit: CircuitMetrics::new(),
             probes: counter!("watership_route_probes_total"),

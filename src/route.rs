@@ -345,7 +345,7 @@ impl Router {
             return Err(in_route(Error::config(text)));
         }
         if matches!(rule.select, Select::Table { .. }) && !contracts.by_type.is_empty() {
-            let text = "contracts are named by the event type of the outbox; use contract = \"...\" \
+            let text = "contracts are named by the event type of the outbox; use contract = \"…\" \
                         for a captured table";
             return Err(in_route(Error::config(text)));
         }

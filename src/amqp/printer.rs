@@ -47,7 +47,10 @@ struct Line<'a> {
     body_base64: Option<String>,
 }
 
-impl<F: FnMut(&str) -> io::Result<()>> Printer<F> {
+impl<F> Printer<F>
+where
+    F: FnMut(&str) -> io::Result<()>,
+{
     /// `exchanges` are those that messages name by index; `limit` is the number of lines after
     /// which `over` becomes true.
     pub fn new(

@@ -1,6 +1,7 @@
 //! `watership run`: the relay until SIGTERM.
 
 use std::io::{self, Write as _};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,8 +37,8 @@ pub(super) struct Args {
     #[arg(long)]
     dry_run: bool,
     /// With --dry-run: end after this many messages.
-    #[arg(long, value_name = "N", requires = "dry_run", value_parser = clap::value_parser!(u64).range(1..))]
-    limit: Option<u64>,
+    #[arg(long, value_name = "N", requires = "dry_run")]
+    limit: Option<NonZeroU64>,
     /// With --dry-run: end when all is printed that was committed at the start.
     #[arg(long, requires = "dry_run")]
     until_caught_up: bool,
@@ -96,7 +97,8 @@ async fn dry_run(config: Config, args: &Args, mut shutdown: watch::Receiver<bool
     let exchanges = router.exchanges().to_vec();
     let print = |line: &str| writeln!(io::stdout(), "{}", printable::json(line));
     let max_body = options.broker.max_message_size;
-    let printer = Printer::new(print, exchanges, max_body, args.limit, over.clone());
+    let printer =
+        Printer::new(print, exchanges, max_body, args.limit.map(NonZeroU64::get), over.clone());
     let until = Until { over: over.clone(), caught_up: args.until_caught_up };
     let asked = async {
         // Without a sender nobody can ask any more.

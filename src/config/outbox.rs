@@ -141,8 +141,8 @@ fn check_polling(
             }
         }
         SourceKind::Poll => {
-            let text = "source.mode = \"poll\" reads watership.outbox only; remove outbox.table, or \
-                        use source.mode = \"wal\"";
+            let text = "source.mode = \"poll\" reads watership.outbox only; remove outbox.table, \
+                        or use source.mode = \"wal\"";
             t.problem(TABLE, text);
         }
     }

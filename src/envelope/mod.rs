@@ -5,6 +5,7 @@
 //! formats share (properties, the relay's own headers, the key) is here.
 
 mod cloudevents;
+mod contract;
 mod debezium;
 mod event_router;
 mod headers;
@@ -13,7 +14,6 @@ mod raw;
 
 use uuid::Uuid;
 
-use crate::contract::Contracts;
 use crate::error::{Error, Result};
 use crate::event::{
     Change, Content, Event, OldRow, OutboxPayload, OutboxRow, Row, Table, Value, id,
@@ -88,30 +88,6 @@ impl Envelope {
         message.part = part;
         message.route_hash = plan.route.hash();
         Ok(message)
-    }
-
-    /// Checks the payload of an outbox event, or the row after a change.
-    fn keeps_contract(&mut self, event: &Event, contracts: &Contracts) -> Result<()> {
-        self.body.clear();
-        let (contract, absent) = match &event.content {
-            Content::Outbox(row) => {
-                let Some(contract) = contracts.of(&row.event_type) else { return Ok(()) };
-                raw::Body::of(&row.payload)?.write(&mut self.body);
-                (contract, Vec::new())
-            }
-            Content::Change(
-                Change::Insert { new } | Change::Read { new, .. } | Change::Update { new, .. },
-            ) => {
-                let Some(contract) = &contracts.all else { return Ok(()) };
-                let table = &*event.table;
-                native::write_row(&mut self.body, table, new, 0..new.len())?;
-                let unchanged = table.columns.iter().zip(new.iter());
-                let unchanged = unchanged.filter(|(_, value)| **value == Value::Unchanged);
-                (&**contract, unchanged.map(|(column, _)| &*column.name).collect())
-            }
-            Content::Change(Change::Delete { .. } | Change::Truncate) => return Ok(()),
-        };
-        contract.check(&self.body, &absent)
     }
 
     fn of_outbox(

@@ -24,8 +24,8 @@ use crate::position::{Lsn, Position};
 
 /// Version of the form that this program writes. It reads this one and those before it.
 const FORM: u32 = 2;
-/// The form of a document without what the second form brought, which are shapes and the rows that a
-/// backfill read: an earlier program reads what it knows.
+/// The form of a document without what the second form brought, which are shapes and the rows that
+/// a backfill read: an earlier program reads what it knows.
 const FIRST_FORM: u32 = 1;
 
 /// Bytes of a document above which large values are left out of it. It is in memory several times

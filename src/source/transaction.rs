@@ -6,9 +6,8 @@
 //!
 //! The ordinal counts every insert, update, delete and truncate received, before any filter:
 //! configuration can change between two attempts, the count must not. The sub-ordinal numbers the
-//! tables of one truncate, and after them the logical messages that are events, up to the next
-//! change: those do not count, because a relay that does not ask for them must count alike. Before
-//! the first change their ordinal is 0, and their first number 1.
+//! tables of one truncate, and after them the logical messages up to the next change: those do not
+//! count, because a relay that does not ask for them must count alike.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -54,7 +54,7 @@ async fn what_commits_arrives_once_with_its_id_in_order_and_what_rolls_back_neve
         assert_eq!((&*messages[0].body, &messages[2].bytes[..]), ("{\"n\": 1.10}", &[0, 255][..]));
         assert_eq!(messages[0].text("ws-key"), "order/1");
         assert_eq!(messages[0].text("traceparent"), "00-1");
-        let created = "SELECT extract(epoch FROM created_at)::bigint::text FROM watership.outbox \
+        let created = "SELECT floor(extract(epoch FROM created_at))::text FROM watership.outbox \
             WHERE event_type = 'a'";
         let created = stage.sql.query_one(created, &[]).await.expect("a row").get::<_, String>(0);
         let timestamp = messages[0].properties.timestamp().expect("a time");

@@ -149,7 +149,7 @@ fn polling(relay: &relay::Options, found: &Found) -> String {
 fn last(relay: &relay::Options) -> String {
     let grants = if relay.outbox.is_mapped() { migrate::GRANT_MESSAGES } else { migrate::GRANT };
     format!(
-        "{grants}\n-- Then: GRANT watership_app TO the role of your application. Exchanges, queues\n\
-         -- and bindings are declared by `watership run`.\n",
+        "{grants}\n-- Then: GRANT watership_app TO the role of your application. Exchanges,\n\
+         -- queues and bindings are declared by `watership run`.\n",
     )
 }

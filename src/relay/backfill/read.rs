@@ -136,15 +136,7 @@ fn read_shape(
         return Ok(Err(Unfit::new(what, hint)));
     }
     if key_names.is_empty() {
-        let what = format!(
-            "{name} has neither a primary key nor a replica identity by an index: there is no \
-             order in which it could be read in chunks"
-        );
-        let hint = format!(
-            "add a primary key, or ALTER TABLE {} REPLICA IDENTITY USING INDEX a unique one",
-            name.quoted()
-        );
-        return Ok(Err(Unfit::new(what, hint)));
+        return Ok(Err(without_key(&name)));
     }
     let columns: Vec<Column> = names
         .iter()
@@ -176,6 +168,18 @@ fn read_shape(
     let partitioned = row.try_get(2).map_err(failed)?;
     let filter = row.try_get(15).map_err(failed)?;
     Ok(Ok(TableShape { table, name, partitioned, key, filter }))
+}
+
+fn without_key(name: &TableName) -> Unfit {
+    let what = format!(
+        "{name} has neither a primary key nor a replica identity by an index: there is no order in \
+         which it could be read in chunks"
+    );
+    let hint = format!(
+        "add a primary key, or ALTER TABLE {} REPLICA IDENTITY USING INDEX a unique one",
+        name.quoted()
+    );
+    Unfit::new(what, hint)
 }
 
 /// About how many rows it has; absent when nobody knows.

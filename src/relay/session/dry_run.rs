@@ -1,8 +1,8 @@
 //! A session that changes nothing: what would be published goes to a publisher that prints.
 //!
-//! Invariant: neither end is moved. Nothing is written to Postgres, no checkpoint is taken over, and
-//! the server is never told a flush position, so the slot stays where it is (a status update with
-//! the position 0 confirms nothing: walsender.c, `ProcessStandbyReplyMessage`). There is no
+//! Invariant: neither end is moved. Nothing is written to Postgres, no checkpoint is taken over,
+//! and the server is never told a flush position, so the slot stays where it is (a status update
+//! with the position 0 confirms nothing: walsender.c, `ProcessStandbyReplyMessage`). There is no
 //! connection to the broker. While it reads, the slot is in use, as with any reader.
 
 use std::future::{Future, ready};
@@ -140,8 +140,8 @@ async fn look(
     if let Some(pid) = found.position().1.and_then(|slot| slot.active_pid) {
         let text = format!("slot {:?} is in use by pid {pid}", options.slot);
         return Err(Error::new(Kind::Busy, text).hint(
-            "a relay is running, and a slot has one reader: stop the relay for the dry run, or make \
-             the dry run with a relay name and a slot of its own",
+            "a relay is running, and a slot has one reader: stop the relay for the dry run, or \
+             make it with a relay name and a slot of its own",
         ));
     }
     TakenOver::looked_at(found, options)
