@@ -3,6 +3,7 @@
 //! Texts and values are slices of the buffer that the row arrived in: cheap to make, and they keep
 //! that buffer alive, so an event must not outlive its batch.
 
+pub mod hidden;
 pub mod id;
 mod size;
 pub mod stored;

@@ -134,6 +134,8 @@ pub struct RouteMetrics {
     pub returned: Counter,
     /// Events that a route with `drop = true` dropped.
     pub dropped: Counter,
+    /// Times that its table was described without something that the route promised.
+    pub drifted: Counter,
     /// From the transaction's commit time to the confirm, in seconds.
     pub commit_to_confirm: Histogram,
     /// From reading the change off the socket to handing the message to the publisher, in seconds.
@@ -340,6 +342,7 @@ impl RouteMetrics {
             nacked: counter!("watership_messages_nacked_total", &labels),
             returned: counter!("watership_messages_returned_total", &labels),
             dropped: counter!("watership_events_dropped_total", &labels),
+            drifted: counter!("watership_route_drift_total", &labels),
             commit_to_confirm: histogram!("watership_commit_to_confirm_seconds", &labels),
             capture_to_publish: histogram!("watership_capture_to_publish_seconds", &labels),
             held: gauge!("watership_route_held", &labels),

@@ -6,12 +6,20 @@
 //! To change how routing works, open: this file for the rules, `route/template.rs` for the fields
 //! of a routing key, `route/format.rs` for what messages look like, `route/partition.rs` for which
 //! queue a key goes to, `route/plan.rs` for what a route decides once for each table, and
-//! `route/lanes.rs` for which messages wait for each other.
+//! `route/lanes.rs` for which messages wait for each other. What a route does with the columns of a
+//! table: `route/rules.rs` as it is configured, `route/columns.rs` applied, `route/promise.rs` when
+//! the table changes.
 
+mod columns;
+mod database_secret;
+pub mod description;
 mod format;
 mod lanes;
 mod partition;
 mod plan;
+mod promise;
+pub mod rules;
+mod schemas;
 mod template;
 
 use std::sync::Arc;
@@ -20,15 +28,20 @@ use crate::contract::Contracts;
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::message::{ExchangeId, KeyPart, RouteId, SHORT_STRING_MAX, route_hash};
+use description::{Description, Difference};
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
+pub use database_secret::DatabaseSecret;
 pub use format::{
     CloudEvents, Debezium, DebeziumTable, EventRouter, Format, Placement, TombstoneBody,
     topic_template,
 };
 pub use lanes::LaneKeys;
 pub use partition::{PARTITIONS_MAX, Partitions};
-pub use plan::{Decision, Plan, Plans, Resumed, TablePlan, unrouted, unrouted_lanes};
+pub use plan::{Decision, ParkedAs, Plan, Plans, Resumed, TablePlan};
+pub use promise::Drift;
+pub use rules::{OnDrift, RouteRules};
+pub use schemas::{Agreement, SchemaChange, Schemas};
 pub use template::Facts;
 
 /// Most rules that a configuration may have.
@@ -114,6 +127,8 @@ pub enum Action {
         key: Vec<String>,
         /// What is parked.
         policy: Policy,
+        /// What it does with the columns of a captured table.
+        rules: Box<RouteRules>,
     },
     /// Nothing is published; the event is counted.
     Drop,
@@ -138,6 +153,14 @@ impl Rule {
         match &self.action {
             Action::Publish { partitions, .. } => partitions.as_ref(),
             Action::Drop => None,
+        }
+    }
+
+    /// What happens when its table no longer has what it promised.
+    pub fn on_drift(&self) -> OnDrift {
+        match &self.action {
+            Action::Publish { rules, .. } => rules.on_drift,
+            Action::Drop => OnDrift::Pass,
         }
     }
 
@@ -210,6 +233,7 @@ pub fn default_rules() -> Vec<Rule> {
             message_id: MessageIdRule::Event,
             key: Vec::new(),
             policy: Policy::default(),
+            rules: Box::default(),
         },
     };
     let all = || "*".to_owned();
@@ -242,6 +266,10 @@ pub struct Route {
     pub message_id: MessageIdRule,
     /// What is parked.
     pub policy: Policy,
+    /// What it does with the columns of a captured table.
+    pub rules: RouteRules,
+    /// Version of the rules that messages are made by: the header `ws-rules`. Absent without any.
+    pub version: Option<String>,
     routing_key: Template,
     key: Vec<String>,
     /// Lanes are hashes that begin here; from the name, because parked lanes outlive a restart in
@@ -314,6 +342,18 @@ impl Router {
         }
     }
 
+    /// What the route promised of the description `agreed` and `now` does not keep, and which
+    /// columns of `now` it leaves out because nobody agreed to them.
+    pub fn against(
+        &self,
+        route: &str,
+        agreed: &Description,
+        now: &Description,
+    ) -> (Vec<Difference>, Vec<String>) {
+        let Some(route) = self.by_name(route) else { return Default::default() };
+        (promise::broken(route, agreed, now), promise::left_out(route, agreed, now))
+    }
+
     fn parse(&mut self, id: RouteId, rule: &Rule) -> Result<Parsed> {
         let Action::Publish {
             exchange,
@@ -325,6 +365,7 @@ impl Router {
             message_id,
             key,
             policy,
+            rules,
         } = &rule.action
         else {
             return Ok(Parsed::Drop(id));
@@ -349,6 +390,14 @@ impl Router {
                         for a captured table";
             return Err(in_route(Error::config(text)));
         }
+        match &rule.select {
+            Select::Table { name } if name != "*" => rules.verify(key).map_err(in_route)?,
+            Select::Table { .. } | Select::Outbox { .. } if rules.is_empty() => {}
+            Select::Table { .. } | Select::Outbox { .. } => {
+                let text = "columns, map and on_drift are for one captured table: name it in table";
+                return Err(in_route(Error::config(text)));
+            }
+        }
         let routing_key = match partitions {
             Some(partitions) => Template::of_partitions(partitions),
             None => Template::parse("routing_key", routing_key, fields).map_err(in_route)?,
@@ -369,6 +418,8 @@ impl Router {
             ordering: *ordering,
             message_id: *message_id,
             policy: *policy,
+            rules: RouteRules::clone(rules),
+            version: rules.version(),
             seed: route_hash(&rule.name),
             routing_key,
             key: key.clone(),

@@ -57,6 +57,8 @@ pub enum Verdict {
     RowUnsendable,
     /// An event that cannot be published, on a route with `on_poison = "stop"`.
     EventUnpublishable,
+    /// A table lacks what a route with `on_drift = "stop"` promised.
+    SchemaDrift,
     /// What cannot be published cannot be parked either: Postgres refuses the row.
     ParkingRefused,
     /// A route would use other partitions while messages are queued in those in force.
@@ -69,7 +71,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Verdict; 26] = [
+    pub const ALL: [Verdict; 27] = [
         Verdict::WalLevel,
         Verdict::OtherCluster,
         Verdict::TimelineChanged,
@@ -92,6 +94,7 @@ impl Verdict {
         Verdict::OutboxAltered,
         Verdict::RowUnsendable,
         Verdict::EventUnpublishable,
+        Verdict::SchemaDrift,
         Verdict::ParkingRefused,
         Verdict::PartitionsChanged,
         Verdict::BatchMissing,
@@ -123,6 +126,7 @@ impl Verdict {
             Verdict::OutboxAltered => "outbox_altered",
             Verdict::RowUnsendable => "row_unsendable",
             Verdict::EventUnpublishable => "event_unpublishable",
+            Verdict::SchemaDrift => "schema_drift",
             Verdict::ParkingRefused => "parking_refused",
             Verdict::PartitionsChanged => "partitions_changed",
             Verdict::BatchMissing => "batch_missing",

@@ -2,7 +2,8 @@
 SELECT p.epoch::bigint, p.mark, p.ordinal, p.sub, p.route, p.part::bigint, p.state,
        coalesce(p.last_kind, p.kind), coalesce(p.last_error, p.error), p.attempts, p.event_id,
        p.source, p.key, (extract(epoch FROM p.committed_at) * 1000000)::bigint, p.lanes,
-       p.table_lane, p.barrier, p.event::text, p.routing_key, p.properties, p.body
+       p.table_lane, p.barrier, p.event::text, p.routing_key, p.properties, p.body, p.lanes_keyed,
+       p.rules
 FROM watership.parked AS p
 JOIN json_to_recordset($2::text::json) AS k (epoch integer, mark bigint, ordinal bigint,
     sub bigint, route text, part integer)

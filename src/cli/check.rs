@@ -1,7 +1,7 @@
 //! `watership check`: checks everything the relay needs, and changes nothing.
 
 use super::findings::Findings;
-use super::{End, Out, ask, backfill, broker, contracts, inbox, partitions, postgres};
+use super::{End, Out, ask, backfill, broker, contracts, inbox, partitions, postgres, schema};
 use crate::config::Config;
 use crate::error::{Kind, Result};
 use crate::relay::status::Concern;
@@ -33,6 +33,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         findings.warning("config", warning, "see config/watership.toml");
     }
     postgres::check(&mut findings, config).await;
+    schema::check(&mut findings, config).await;
     broker::check(&mut findings, config).await;
     if let Some(url) = &args.inbox_url {
         inbox::check::check(&mut findings, config, url).await;

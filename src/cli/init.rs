@@ -23,7 +23,7 @@ use crate::pg::migrate;
 use crate::pg::publication::{Publication, TableName};
 use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
-use crate::pg::slot::{create_slot, drop_slot, read_slot, server_facts};
+use crate::pg::slot::{create_slot, drop_slot, insert_lsn, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::position::Lsn;
@@ -122,6 +122,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         SourceKind::Wal => {
             let publication = publication(&mut steps, &client, config).await?;
             slot_and_checkpoint(&mut steps, &client, config, args, &server, &publication).await?;
+            schemas(&mut steps, &client, config, &publication).await?;
         }
         SourceKind::Poll => {
             poll::indexes(&mut steps, &mut client).await?;
@@ -332,6 +333,30 @@ async fn agree(steps: &mut Steps, client: &Client, config: &Config) -> Result<()
             Ok(())
         }
     }
+}
+
+/// Agrees routes of captured tables that are new with their tables as they are now.
+async fn schemas(
+    steps: &mut Steps,
+    client: &Client,
+    config: &Config,
+    publication: &Publication,
+) -> Result<()> {
+    let options = &config.relay;
+    let at = insert_lsn(client).await?;
+    let mut tables = Vec::new();
+    for table in &options.tables {
+        tables.extend(read_table(client, &table.parse()?).await?);
+    }
+    let tables = session::schemas::catalog(client, publication, &tables).await?;
+    let agreed = session::schemas::agreed(client, &options.name).await?;
+    session::schemas::verify(options, &tables, &agreed)?;
+    let new = session::schemas::agree_first(client, options, &tables, &agreed, at).await?;
+    for (route, table) in new {
+        let detail = format!("route {route:?} sends {table} with the columns that it has now");
+        steps.add(Done::Created, "agreement", detail);
+    }
+    Ok(())
 }
 
 fn slot_detail(name: &str, at: Option<Lsn>) -> String {

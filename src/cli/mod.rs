@@ -36,6 +36,7 @@ mod postgres;
 mod printable;
 mod resync;
 mod run;
+mod schema;
 mod status;
 
 /// How a command ended that could do its work.
@@ -88,6 +89,8 @@ enum Command {
     Status(status::Args),
     /// Say where an event is: in the outbox, in the relay's window, parked, confirmed or dropped.
     Find(find::Args),
+    /// Show how a captured table has changed and what its routes are agreed with, or agree.
+    Schema(schema::Args),
     /// Accept the gap a verdict reported and move the checkpoint past it.
     Resync(resync::Args),
     /// Remove the slot, the publication and the schema from the database.
@@ -137,6 +140,9 @@ async fn command(
         Command::Status(args) if args.is_probe() => Ok(status::probe(&cli.config, &args).await),
         Command::Status(_) => status::execute(&load_with_warnings(&cli.config)?, out).await,
         Command::Find(args) => find::execute(&load_with_warnings(&cli.config)?, &args, out).await,
+        Command::Schema(args) => {
+            schema::execute(&load_with_warnings(&cli.config)?, &args, out).await
+        }
         Command::Resync(args) => {
             resync::execute(&load_with_warnings(&cli.config)?, &args, out).await
         }

@@ -33,6 +33,7 @@ mod outbox;
 mod partitions;
 mod problems;
 mod routes;
+mod rules;
 mod section;
 mod source;
 mod topology;

@@ -9,6 +9,7 @@ use std::mem::discriminant;
 use super::contracts;
 use super::formats;
 use super::partitions::Partitioned;
+use super::rules::rules_of;
 use super::section::Section;
 use crate::route::{
     Action, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
@@ -155,6 +156,7 @@ fn publishing(
     let park_unroutable = t.word("on_unroutable", &[("hold", false), ("park", true)]);
     let nack_limit = t.number("nack_limit", 0, 0..=NACKS_MAX);
     let nack_limit = (nack_limit > 0).then_some(nack_limit);
+    let rules = Box::new(rules_of(t));
     let select = select?;
     let routing_key = match (own_key, partitioned) {
         (_, Some(_)) => String::new(),
@@ -173,6 +175,7 @@ fn publishing(
         message_id,
         key,
         policy,
+        rules,
     })
 }
 

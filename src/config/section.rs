@@ -283,6 +283,27 @@ impl<'f> Section<'f> {
         entries
     }
 
+    /// A table whose keys are free, with a scalar for each.
+    pub(super) fn scalars(&mut self, key: &'static str, example: &str) -> Vec<(String, Scalar)> {
+        let mut table = self.table(key, example);
+        let keys = table.keys();
+        let scalar = |key: &'f str| Some((key.to_owned(), table.scalar(key)?));
+        keys.into_iter().filter_map(scalar).collect()
+    }
+
+    /// The same, or a list of keys; `None` stands for the scalar that is not given.
+    pub(super) fn names_or_scalars(
+        &mut self,
+        key: &'static str,
+        example: &str,
+    ) -> Vec<(String, Option<Scalar>)> {
+        if self.value(key).is_some_and(|value| value.get_ref().as_array().is_some()) {
+            return self.list(key).into_iter().map(|name| (name, None)).collect();
+        }
+        let scalars = self.scalars(key, example).into_iter();
+        scalars.map(|(name, scalar)| (name, Some(scalar))).collect()
+    }
+
     /// A text, a whole number, true or false; `None` when there is a problem with it.
     pub(super) fn scalar(&mut self, key: &'f str) -> Option<Scalar> {
         let value = self.ask(key)?;

@@ -298,6 +298,9 @@ impl Envelope {
         if part > 0 {
             builder.header_int(PART_HEADER, i64::from(part))?;
         }
+        if let Some(version) = &route.version {
+            builder.header_text("ws-rules", version.as_bytes())?;
+        }
         more_headers(&mut builder)?;
         let body = &self.body;
         let message = builder.finish(route.exchange, route.id, |out| out.extend_from_slice(body));

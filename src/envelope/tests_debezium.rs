@@ -17,6 +17,7 @@ use serde_json::{Value as Json, json};
 use super::parts;
 use super::tests::{event, message, outbox, rule, table};
 use crate::column::{debezium::ValueForms, oid};
+use crate::event::hidden::Hidden;
 use crate::event::{
     Change, Column, Content, Event, Identity, OldRow, Op, OutboxPayload, Row, Value,
 };
@@ -59,7 +60,7 @@ fn messages(event: &Event, options: Debezium) -> Vec<Message> {
     let rule = rule(event, Format::Debezium(Arc::new(options)));
     let router = Router::new(std::slice::from_ref(&rule)).unwrap();
     let (plans, mut count) = (Plans::new(&router, Resumed::default()), 0);
-    plans.decide_alone(&router, event, |decision| match decision {
+    plans.decide_alone(&router, event, &Hidden::default(), |decision| match decision {
         Decision::Publish(plan, _) => count = parts(event, plan),
         Decision::Drop(_) => {}
     });

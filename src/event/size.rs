@@ -96,6 +96,7 @@ mod tests {
 
     use super::*;
     use crate::envelope::Envelope;
+    use crate::event::hidden::Hidden;
     use crate::event::{Column, Identity, Table};
     use crate::position::Position;
     use crate::route::{Decision, Plans, Resumed, Router, default_rules};
@@ -134,7 +135,7 @@ mod tests {
     fn body_of(event: &Event) -> Vec<u8> {
         let router = Router::new(&default_rules()).unwrap();
         let (plans, mut bodies) = (Plans::new(&router, Resumed::default()), Vec::new());
-        plans.decide_alone(&router, event, |decision| {
+        plans.decide_alone(&router, event, &Hidden::default(), |decision| {
             let Decision::Publish(plan, _) = decision else { panic!("it is dropped") };
             bodies.push(Envelope::new("r").message(event, plan, 0).unwrap().body().to_vec());
         });

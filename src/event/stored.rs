@@ -14,6 +14,7 @@ use bytestring::ByteString;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::hidden::Hidden;
 use super::{
     Broken, Change, Column, Content, Event, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table,
     Unreadable, Value,
@@ -22,10 +23,10 @@ use crate::column::Shape;
 use crate::error::{Error, Result};
 use crate::position::{Lsn, Position};
 
-/// Version of the form that this program writes. It reads this one and those before it.
+/// Version of the latest form that this program writes. It reads this one and those before it.
 const FORM: u32 = 2;
-/// The form of a document without what the second form brought, which are shapes and the rows that
-/// a backfill read: an earlier program reads what it knows.
+/// The form of a document without what the second form brought, which are shapes, hidden values and
+/// the rows that a backfill read: an earlier program reads what it knows.
 const FIRST_FORM: u32 = 1;
 
 /// Bytes of a document above which large values are left out of it. It is in memory several times
@@ -46,6 +47,8 @@ struct Stored {
     xid: u32,
     table: StoredTable,
     content: StoredContent,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    hidden: Option<Hidden>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -134,20 +137,20 @@ enum Cell {
     },
 }
 
-/// The document of an event.
-pub fn to_json(event: &Event) -> String {
-    document(event, STORED_MAX)
+/// The document of an event, of which these values are hidden.
+pub fn to_json(event: &Event, hidden: Option<&Hidden>) -> String {
+    document(event, hidden, STORED_MAX)
 }
 
 /// What is certainly too large is not copied before its large values are left out.
-fn document(event: &Event, max: usize) -> String {
-    let whole = (event.bytes() <= max).then(|| stored(event, usize::MAX));
+fn document(event: &Event, hidden: Option<&Hidden>, max: usize) -> String {
+    let whole = (event.bytes() <= max).then(|| stored(event, hidden, usize::MAX));
     let whole = whole.and_then(|stored| {
         let mut out = Bounded { bytes: Vec::new(), max };
         serde_json::to_writer(&mut out, &stored).ok().map(|()| out.bytes)
     });
     let bytes = whole.unwrap_or_else(|| {
-        let stored = stored(event, KEPT_MAX);
+        let stored = stored(event, hidden, KEPT_MAX);
         serde_json::to_vec(&stored).expect("strings and numbers are always JSON")
     });
     String::from_utf8(bytes).expect("JSON is UTF-8")
@@ -174,7 +177,7 @@ impl std::io::Write for Bounded {
 }
 
 /// With values of up to `kept` bytes.
-fn stored(event: &Event, kept: usize) -> Stored {
+fn stored(event: &Event, hidden: Option<&Hidden>, kept: usize) -> Stored {
     let cells = |row: &Row| cells(row, kept);
     let old = |old: &OldRow| match old {
         OldRow::Key(row) => StoredOld::Key(cells(row)),
@@ -183,10 +186,12 @@ fn stored(event: &Event, kept: usize) -> Stored {
     let table = store_table(&event.table);
     Stored {
         form: match &event.content {
+            _ if hidden.is_some() => FORM,
             Content::Change(Change::Read { .. }) => FORM,
             Content::Outbox(_) | Content::Change(_) if table.shapes.is_empty() => FIRST_FORM,
             Content::Outbox(_) | Content::Change(_) => FORM,
         },
+        hidden: hidden.cloned(),
         lsn: event.lsn.map(|lsn| lsn.0),
         occurred_at_us: event.occurred_at_us,
         committed_at_us: event.committed_at_us,
@@ -215,11 +220,11 @@ struct Form {
     form: u32,
 }
 
-/// The event of a document.
+/// The event of a document, and what of it is hidden.
 ///
 /// # Errors
 /// [`crate::error::Kind::Event`] when the document is damaged, or of a later version.
-pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<Event> {
+pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<(Event, Hidden)> {
     let wrong = |e: serde_json::Error| Error::event("the stored row is damaged").caused_by(e);
     let Form { form } = serde_json::from_str(json).map_err(wrong)?;
     if form > FORM {
@@ -227,9 +232,13 @@ pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<Event> {
         return Err(Error::event(text).hint("retry it with the version that stored it, or later"));
     }
     let stored: Stored = serde_json::from_str(json).map_err(wrong)?;
-    let Stored { lsn, occurred_at_us, committed_at_us, xid, table, content, .. } = stored;
+    let Stored { lsn, occurred_at_us, committed_at_us, xid, table, content, hidden, .. } = stored;
     let table = Arc::new(load_table(table)?);
     let width = table.columns.len();
+    let hidden = hidden.unwrap_or_default();
+    if hidden.columns.iter().any(|(index, _)| *index >= width) {
+        return Err(Error::event("the stored row is damaged: a hidden column is missing"));
+    }
     let row = |cells: Vec<Cell>| {
         if cells.len() != width {
             let text = format!("the stored row is damaged: {} of {width} columns", cells.len());
@@ -259,7 +268,8 @@ pub fn from_json(json: &str, id: Uuid, position: Position) -> Result<Event> {
         StoredContent::Truncate => Content::Change(Change::Truncate),
     };
     let lsn = lsn.map(Lsn);
-    Ok(Event { id, position, lsn, occurred_at_us, committed_at_us, xid, table, content })
+    let event = Event { id, position, lsn, occurred_at_us, committed_at_us, xid, table, content };
+    Ok((event, hidden))
 }
 
 fn store_table(table: &Table) -> StoredTable {
@@ -434,6 +444,7 @@ fn decode(base64: &str) -> Result<Bytes> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::hidden::Hide;
     use crate::position::Mark;
 
     fn event(content: Content) -> Event {
@@ -464,7 +475,13 @@ mod tests {
 
     fn round_trip(content: Content) {
         let before = event(content);
-        let after = from_json(&to_json(&before), before.id, before.position).unwrap();
+        let hidden = Hidden { rules: "v".into(), columns: vec![(1, Hide::Mask)] };
+        for hidden in [None, Some(hidden)] {
+            let json = to_json(&before, hidden.as_ref());
+            let (_, found) = from_json(&json, before.id, before.position).unwrap();
+            assert_eq!(found, hidden.unwrap_or_default());
+        }
+        let (after, _) = from_json(&to_json(&before, None), before.id, before.position).unwrap();
         assert_eq!(format!("{before:?}"), format!("{after:?}"));
     }
 
@@ -472,10 +489,10 @@ mod tests {
     fn a_row_that_postgres_would_not_take_is_kept_without_its_large_value() {
         let large = Value::Text(Bytes::from(vec![b'x'; KEPT_MAX + 1]));
         let new: Row = [Value::Text(Bytes::from_static(b"7")), large].into();
-        let json = document(&event(Content::Change(Change::Insert { new })), KEPT_MAX);
+        let json = document(&event(Content::Change(Change::Insert { new })), None, KEPT_MAX);
         assert!(json.len() < 1000, "{} bytes", json.len());
         let Content::Change(Change::Insert { new }) =
-            from_json(&json, Uuid::nil(), Position::default()).unwrap().content
+            from_json(&json, Uuid::nil(), Position::default()).unwrap().0.content
         else {
             panic!("an insert")
         };
@@ -531,7 +548,7 @@ mod tests {
 
     #[test]
     fn a_damaged_document_is_an_error_and_no_panic() {
-        let good = to_json(&event(Content::Change(Change::Truncate)));
+        let good = to_json(&event(Content::Change(Change::Truncate)), None);
         let no_key = good.replace("\"key\":[0]", "\"key\":[7]");
         let no_identity = good.replace("[1]", "[7]");
         for wrong in ["", "{}", "null", &no_key, &no_identity] {
@@ -542,7 +559,7 @@ mod tests {
 
     #[test]
     fn a_document_of_a_later_version_is_refused_and_not_guessed() {
-        let good = to_json(&event(Content::Change(Change::Truncate)));
+        let good = to_json(&event(Content::Change(Change::Truncate)), None);
         let later = good.replace("\"form\":2", "\"form\":3,\"more\":0");
         let error = from_json(&later, Uuid::nil(), Position::default()).unwrap_err();
         assert_eq!(error.to_string(), "the stored row has form 3, this version reads up to 2");

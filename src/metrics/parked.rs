@@ -30,8 +30,8 @@ struct ParkedKind {
 }
 
 /// Why messages are parked; the label `kind`.
-const PARKED_KINDS: [&str; 7] =
-    ["too_large", "invalid", "no_route", "unroutable", "nacked", "refused", "follows"];
+const PARKED_KINDS: [&str; 8] =
+    ["too_large", "invalid", "drift", "no_route", "unroutable", "nacked", "refused", "follows"];
 
 impl ParkedMetrics {
     pub(super) fn new(routes: &[RouteLabel]) -> Self {

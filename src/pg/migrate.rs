@@ -80,6 +80,7 @@ pub const OUTBOX: Schema = Schema {
         migration!(7, "sql", "0007_backfill"),
         migration!(8, "sql", "0008_poll"),
         migration!(9, "sql", "0009_emit_wal"),
+        migration!(10, "sql", "0010_schema_history"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
 };

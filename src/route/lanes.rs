@@ -7,6 +7,7 @@
 
 use xxhash_rust::xxh64::Xxh64;
 
+use super::database_secret::DatabaseSecret;
 use super::plan::TablePlan;
 use crate::event::{Change, OldRow, OutboxRow, Row, Table, Value};
 
@@ -35,6 +36,17 @@ pub enum LaneKeys {
         /// Hash of route and table.
         group: u64,
     },
+}
+
+impl LaneKeys {
+    /// Hash of route and table.
+    pub(super) fn group(self) -> Option<u64> {
+        match self {
+            LaneKeys::Free => None,
+            LaneKeys::One { group, .. } => group,
+            LaneKeys::Two { group, .. } | LaneKeys::Barrier { group } => Some(group),
+        }
+    }
 }
 
 // The hashes are stored with parked rows: they must be the same on every machine, always.
@@ -103,6 +115,9 @@ impl TablePlan {
     }
 
     fn lane(&self, row: &Row) -> Option<u64> {
+        if let Some(secret) = &self.lane_secret {
+            return self.keyed_lane(row, secret);
+        }
         let mut hasher = self.hasher.clone();
         for &column in &self.key {
             match &row[column] {
@@ -114,6 +129,26 @@ impl TablePlan {
             }
         }
         Some(hasher.digest())
+    }
+
+    /// The same for a key of which a column is hidden: lanes are stored, and nobody may try which
+    /// value gives one.
+    fn keyed_lane(&self, row: &Row, secret: &DatabaseSecret) -> Option<u64> {
+        let mut context = secret.lane();
+        context.update(&self.hasher.digest().to_le_bytes());
+        for &column in &self.key {
+            let (kind, bytes): (u8, &[u8]) = match &row[column] {
+                Value::Text(text) => (0, text),
+                Value::Null => (1, &[]),
+                Value::Unreadable(_) => (2, &[]),
+                Value::Unchanged => return None,
+            };
+            context.update(&[kind]);
+            context.update(&(bytes.len() as u64).to_le_bytes());
+            context.update(bytes);
+        }
+        let tag = context.sign();
+        Some(u64::from_le_bytes(*tag.as_ref().first_chunk().expect("SHA-256 has 32 bytes")))
     }
 }
 

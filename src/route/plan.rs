@@ -9,13 +9,19 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh64::Xxh64;
 
+use super::database_secret::DatabaseSecret;
 use super::lanes::{self, LaneKeys};
+use super::promise::{self, PlanRules};
+use super::schemas::{SchemaChange, Schemas};
 use super::{
-    DebeziumTable, Format, MessageIdRule, Ordering, Parsed, Policy, Route, Router, Select, Template,
+    DebeziumTable, Format, MessageIdRule, Ordering, Parsed, Policy, Route, RouteRules, Router,
+    Select, Template,
 };
 use crate::column;
+use crate::event::hidden::Hidden;
 use crate::event::{Change, Content, Event, Op, Table};
 use crate::message::{ExchangeId, RouteId, route_hash};
+use crate::position::{Mark, Position};
 
 /// A route's plan.
 #[derive(Debug)]
@@ -24,6 +30,8 @@ pub struct Plan {
     pub route: Arc<Route>,
     /// For a captured table; the outbox needs nothing.
     pub table: Option<TablePlan>,
+    /// What its rules mean for this table; almost every route has none.
+    pub(super) rules: Option<Box<PlanRules>>,
 }
 
 /// What is the same for all changes of a captured table on one route.
@@ -42,6 +50,8 @@ pub struct TablePlan {
     pub(super) group: u64,
     /// Where the hashes of its rows begin.
     pub(super) hasher: Xxh64,
+    /// A column of the key is hidden: the hashes must not be guessed.
+    pub(super) lane_secret: Option<Arc<DatabaseSecret>>,
 }
 
 /// What a rule decided for an event.
@@ -79,10 +89,20 @@ pub struct Plans {
     keys: HashMap<u32, Vec<String>>,
     /// Names of the captured tables in the configuration, by OID.
     names: HashMap<u32, Arc<str>>,
-    /// By group: the names of the tables under which rows were parked before this session.
-    parked: HashMap<u64, Vec<String>>,
+    /// By group: as what rows of the table were parked before this session.
+    parked: HashMap<u64, Vec<ParkedAs>>,
+    schemas: Schemas,
     /// Of the table whose rows a backfill reads, as it describes them.
     read: Rules,
+}
+
+/// What the lanes of parked rows were made of, apart from their keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParkedAs {
+    /// Name of the table.
+    pub table: String,
+    /// Whether their hashes are keyed with the secret of the database.
+    pub keyed: bool,
 }
 
 /// What is known of the captured tables where the stream resumes.
@@ -92,8 +112,10 @@ pub struct Resumed {
     pub keys: HashMap<u32, Vec<String>>,
     /// Names of the captured tables in the configuration, by OID.
     pub names: HashMap<u32, Arc<str>>,
-    /// By [`LaneKeys`] group: the names of the tables under which rows are parked.
-    pub parked: HashMap<u64, Vec<String>>,
+    /// By [`LaneKeys`] group: as what rows of the table are parked.
+    pub parked: HashMap<u64, Vec<ParkedAs>>,
+    /// What routes are agreed with.
+    pub schemas: Schemas,
 }
 
 impl std::fmt::Debug for TablePlan {
@@ -104,10 +126,18 @@ impl std::fmt::Debug for TablePlan {
 }
 
 impl Plan {
-    /// The plan of a route for the outbox, or for a captured table.
+    /// The plan of a route without rules, for the outbox or for a captured table.
     pub fn new(route: Arc<Route>, table: Option<&Arc<Table>>) -> Self {
         let table = table.map(|table| TablePlan::new(&route, table.clone()));
-        Self { route, table }
+        Self { route, table, rules: None }
+    }
+
+    /// The plan of a route for a captured table, and for a row of it that was stored when `hidden`
+    /// says so.
+    fn of_table(route: Arc<Route>, table: &Arc<Table>, at: &At<'_>) -> Self {
+        let mut plan = TablePlan::new(&route, table.clone());
+        let rules = promise::rules(&route, &mut plan, at);
+        Self { route, table: Some(plan), rules }
     }
 
     /// The lanes that the event's message takes.
@@ -125,6 +155,16 @@ impl Plan {
     }
 }
 
+/// What a plan is made with, in addition to route and description.
+#[derive(Clone, Copy)]
+pub(super) struct At<'a> {
+    pub(super) schemas: &'a Schemas,
+    /// Where the events stand that it is made for.
+    pub(super) mark: Mark,
+    /// The event was stored, with these values hidden.
+    pub(super) stored: Option<&'a Hidden>,
+}
+
 impl TablePlan {
     fn new(route: &Route, table: Arc<Table>) -> Self {
         let key: Option<Vec<usize>> = match route.key.as_slice() {
@@ -133,6 +173,17 @@ impl TablePlan {
             names => names.iter().map(|name| table.column(name)).collect::<Option<_>>(),
         };
         let key = key.unwrap_or_default();
+        let covers = table.identity.covers(&key);
+        Self::with_key(route, table, key, covers)
+    }
+
+    /// With these columns as its key, which an old row has or has not.
+    pub(super) fn with_key(
+        route: &Route,
+        table: Arc<Table>,
+        key: Vec<usize>,
+        identity_has_key: bool,
+    ) -> Self {
         let hasher = lanes::table_hasher(route.seed, &table);
         let mut source_json = b"\"source\":{\"schema\":".to_vec();
         column::write_string(&mut source_json, &table.schema);
@@ -144,9 +195,10 @@ impl TablePlan {
             Format::Raw | Format::Watership | Format::CloudEvents(_) => None,
         };
         Self {
-            identity_has_key: table.identity.covers(&key),
+            identity_has_key,
             group: lanes::group(route.seed, &table),
             hasher,
+            lane_secret: None,
             key,
             source_json,
             debezium,
@@ -159,10 +211,12 @@ impl TablePlan {
         self.debezium.as_ref().is_some_and(|debezium| debezium.skipped.contains(&op))
     }
 
-    /// A hash of what the hashes of its lanes are made of, apart from values: the table's name, and
-    /// names and types of the key's columns, because another type may have another text.
+    /// A hash of what the hashes of its lanes are made of, apart from values: the table's name,
+    /// whether they are keyed, and names and types of the key's columns, because another type may
+    /// have another text.
     fn lanes_hang_on(&self) -> u64 {
         let mut hasher = self.hasher.clone();
+        hasher.update(&[u8::from(self.lane_secret.is_some())]);
         for column in &self.key {
             let column = &self.table.columns[*column];
             hasher.update(&column.name_json);
@@ -175,35 +229,30 @@ impl TablePlan {
 
 impl Rules {
     fn of_outbox(router: &Router) -> Self {
-        Self::new(router, |select| match select {
-            Select::Outbox { aggregate_type } if aggregate_type == "*" => Some((None, None)),
-            Select::Outbox { aggregate_type } => Some((Some(aggregate_type.clone()), None)),
-            Select::Table { .. } => None,
-        })
-    }
-
-    fn of_table(router: &Router, table: &Arc<Table>) -> Self {
-        Self::new(router, |select| match select {
-            Select::Table { name } => {
-                (name == "*" || **name == *table.full_name).then_some((None, Some(table)))
-            }
-            Select::Outbox { .. } => None,
-        })
-    }
-
-    fn new<'a>(
-        router: &Router,
-        selects: impl Fn(&Select) -> Option<(Option<String>, Option<&'a Arc<Table>>)>,
-    ) -> Self {
         let planned = |(select, parsed): &(Select, Parsed)| {
-            let (aggregate_type, table) = selects(select)?;
-            let planned = match parsed {
-                Parsed::Publish(route) => Planned::Publish(Plan::new(route.clone(), table)),
-                Parsed::Drop(id) => Planned::Drop(*id),
-            };
-            Some((aggregate_type, planned))
+            let Select::Outbox { aggregate_type } = select else { return None };
+            let only = (aggregate_type != "*").then(|| aggregate_type.clone());
+            Some((only, parsed.planned(|route| Plan::new(route, None))))
         };
         Self { rules: router.rules.iter().filter_map(planned).collect(), barrier: false }
+    }
+
+    fn of_table(router: &Router, table: &Arc<Table>, at: &At<'_>) -> Self {
+        let planned = |(select, parsed): &(Select, Parsed)| match select {
+            Select::Table { name } if name == "*" || **name == *table.full_name => {
+                Some((None, parsed.planned(|route| Plan::of_table(route, table, at))))
+            }
+            Select::Table { .. } | Select::Outbox { .. } => None,
+        };
+        Self { rules: router.rules.iter().filter_map(planned).collect(), barrier: false }
+    }
+
+    /// The plans of those that publish.
+    fn plans(&self) -> impl Iterator<Item = &Plan> {
+        self.rules.iter().filter_map(|(_, planned)| match planned {
+            Planned::Publish(plan) => Some(plan),
+            Planned::Drop(_) => None,
+        })
     }
 
     fn decide<'a>(
@@ -220,7 +269,7 @@ impl Rules {
             (None, _) => true,
         };
         self.rules.iter().filter(selected).map(move |(_, planned)| match planned {
-            Planned::Publish(Plan { table: Some(table), route }) if table.skips(event.op()) => {
+            Planned::Publish(Plan { table: Some(table), route, .. }) if table.skips(event.op()) => {
                 Decision::Drop(route.id)
             }
             Planned::Publish(plan) => {
@@ -237,30 +286,39 @@ impl Rules {
 
     /// See [`TablePlan::lanes_hang_on`]; of each route.
     fn lanes_hang_on(&self) -> Vec<u64> {
-        self.rules
-            .iter()
-            .filter_map(|(_, planned)| match planned {
-                Planned::Publish(plan) => plan.table.as_ref().map(TablePlan::lanes_hang_on),
-                Planned::Drop(_) => None,
-            })
-            .collect()
+        self.plans().filter_map(|plan| plan.table.as_ref()).map(TablePlan::lanes_hang_on).collect()
+    }
+}
+
+impl Parsed {
+    fn planned(&self, plan: impl FnOnce(Arc<Route>) -> Plan) -> Planned {
+        match self {
+            Parsed::Publish(route) => Planned::Publish(plan(route.clone())),
+            Parsed::Drop(id) => Planned::Drop(*id),
+        }
     }
 }
 
 impl Plans {
     /// Nothing is described yet.
     pub fn new(router: &Router, resumed: Resumed) -> Self {
-        let Resumed { keys, names, parked } = resumed;
+        let Resumed { keys, names, parked, schemas } = resumed;
         let (tables, read) = (HashMap::new(), Rules { rules: Vec::new(), barrier: false });
-        Self { outbox: Rules::of_outbox(router), tables, keys, names, parked, read }
+        Self { outbox: Rules::of_outbox(router), tables, keys, names, parked, schemas, read }
     }
 
-    /// From here on the table is described so. Where the lanes of its rows may be others now, by
-    /// another key, another name of the table, or another text of the same values, its next event
-    /// waits for all before it.
-    pub fn describe(&mut self, router: &Router, table: &Arc<Table>) {
+    /// From `position` on the table is described so. Where the lanes of its rows may be others now,
+    /// by another key, another name of the table, or another text of the same values, its next
+    /// event waits for all before it. Returns what is different from what was recorded last.
+    pub fn describe(
+        &mut self,
+        router: &Router,
+        table: &Arc<Table>,
+        position: Position,
+    ) -> Option<SchemaChange> {
         let key = key_names(table, &table.key);
-        let mut rules = Rules::of_table(router, table);
+        let at = At { schemas: &self.schemas, mark: position.mark, stored: None };
+        let mut rules = Rules::of_table(router, table, &at);
         let stored = self.keys.insert(table.oid, key.clone());
         let other_key = stored.is_some_and(|stored| stored != key);
         let other_lanes = match self.tables.get(&table.oid) {
@@ -268,13 +326,65 @@ impl Plans {
             None => self.was_parked_as_another(&rules, table),
         };
         rules.barrier = other_key || other_lanes;
+        let routes = rules.plans().map(|plan| &*plan.route);
+        let change = promise::changed(&mut self.schemas, routes, table, position);
         self.tables.insert(table.oid, rules);
+        change
+    }
+
+    /// The plan by which an event went that was decided before.
+    pub fn of_route(&self, event: &Event, route: RouteId) -> Option<&Plan> {
+        let rules = match &event.content {
+            Content::Outbox(_) => &self.outbox,
+            Content::Change(Change::Read { .. }) => &self.read,
+            Content::Change(_) => self.tables.get(&event.table.oid)?,
+        };
+        rules.plans().find(|plan| plan.route.id == route)
+    }
+
+    /// The plan of an event that no route selects: its own key, on a route without a name, and
+    /// hidden whatever one of the table's routes hides.
+    pub fn unrouted(&self, router: &Router, event: &Event) -> Plan {
+        let route = Arc::new(Route {
+            id: RouteId(0),
+            name: String::new(),
+            label: "".into(),
+            exchange: ExchangeId(0),
+            format: Format::Watership,
+            ordering: Ordering::Keyed,
+            message_id: MessageIdRule::Event,
+            policy: Policy::default(),
+            routing_key: Template::default(),
+            key: Vec::new(),
+            seed: route_hash(""),
+            rules: RouteRules::default(),
+            version: None,
+        });
+        if matches!(event.content, Content::Outbox(_)) {
+            return Plan::new(route, None);
+        }
+        let at = At { schemas: &self.schemas, mark: event.position.mark, stored: None };
+        let routes = Rules::of_table(router, &event.table, &at);
+        let routes: Vec<&Route> = routes.plans().map(|plan| &*plan.route).collect();
+        let mut plan = TablePlan::new(&route, event.table.clone());
+        let rules = promise::united(&route, &routes, &mut plan, &self.schemas);
+        Plan { route, table: Some(plan), rules }
+    }
+
+    /// Whether the route hides a column of its key in the table with this group of lanes.
+    pub fn is_keyed(&self, route: RouteId, lanes: LaneKeys) -> bool {
+        let is_it = |table: &&TablePlan| lanes.group() == Some(table.group);
+        let plans = self.tables.values().chain([&self.read]).flat_map(Rules::plans);
+        let of_route = plans.filter(|plan| plan.route.id == route);
+        let mut tables = of_route.filter_map(|plan| plan.table.as_ref()).filter(is_it);
+        tables.any(|table| table.lane_secret.is_some())
     }
 
     /// The rows that a backfill reads next are described so. What the stream says of the table is
     /// another matter: it may be behind.
-    pub fn describe_read(&mut self, router: &Router, table: &Arc<Table>) {
-        let mut rules = Rules::of_table(router, table);
+    pub fn describe_read(&mut self, router: &Router, table: &Arc<Table>, mark: Mark) {
+        let at = At { schemas: &self.schemas, mark, stored: None };
+        let mut rules = Rules::of_table(router, table, &at);
         rules.barrier = self.was_parked_as_another(&rules, table);
         self.read = rules;
     }
@@ -292,7 +402,7 @@ impl Plans {
                 self.read.decide(event, barrier)
             }
             Content::Change(_) => {
-                let rules = self.of_table(router, &event.table);
+                let rules = self.of_table(router, event);
                 let barrier = std::mem::take(&mut rules.barrier);
                 let rules = &*rules;
                 rules.decide(event, barrier)
@@ -300,14 +410,32 @@ impl Plans {
         }
     }
 
-    /// As [`Self::decide`] for one event on its own, such as a parked one: nothing is
-    /// kept, and its table's description is compared with no other.
-    pub fn decide_alone(&self, router: &Router, event: &Event, mut each: impl FnMut(Decision<'_>)) {
+    /// As [`Self::decide`] for one event that was stored, with these values hidden: nothing is
+    /// kept, and its table's description is compared with no other. What is hidden of its key is
+    /// not in its lanes, so it waits for everything before it.
+    pub fn decide_alone(
+        &self,
+        router: &Router,
+        event: &Event,
+        hidden: &Hidden,
+        mut each: impl FnMut(Decision<'_>),
+    ) {
         match &event.content {
             Content::Outbox(_) => self.outbox.decide(event, false).for_each(each),
             Content::Change(_) => {
-                let rules = Rules::of_table(router, &event.table);
-                rules.decide(event, false).for_each(&mut each);
+                let (mark, stored) = (event.position.mark, Some(hidden));
+                let at = At { schemas: &self.schemas, mark, stored };
+                let rules = Rules::of_table(router, &event.table, &at);
+                rules.decide(event, false).for_each(|decision| {
+                    each(match decision {
+                        Decision::Publish(plan @ Plan { table: Some(table), .. }, lanes)
+                            if lanes != LaneKeys::Free && hidden.has_any(&table.key) =>
+                        {
+                            Decision::Publish(plan, LaneKeys::Barrier { group: table.group })
+                        }
+                        decision => decision,
+                    });
+                });
             }
         }
     }
@@ -321,58 +449,37 @@ impl Plans {
     }
 
     /// The rules of a table. A description that is the stored one was not announced.
-    fn of_table(&mut self, router: &Router, table: &Arc<Table>) -> &mut Rules {
+    fn of_table(&mut self, router: &Router, event: &Event) -> &mut Rules {
+        let table = &event.table;
         if !self.tables.contains_key(&table.oid) {
-            let mut rules = Rules::of_table(router, table);
+            let mark = event.position.mark;
+            let at = At { schemas: &self.schemas, mark, stored: None };
+            let mut rules = Rules::of_table(router, table, &at);
             rules.barrier = self.was_parked_as_another(&rules, table);
             self.tables.insert(table.oid, rules);
         }
         self.tables.get_mut(&table.oid).expect("it is there by now")
     }
 
-    /// Rows of the table are parked under another name, and so in other lanes: it was renamed, and
-    /// the configuration follows.
+    /// Rows of the table are parked in other lanes: under another name, because it was renamed and
+    /// the configuration follows, or with other hashes, because a column of the key is hidden now.
     fn was_parked_as_another(&self, rules: &Rules, table: &Table) -> bool {
         if self.parked.is_empty() {
             return false;
         }
-        let groups = rules.rules.iter().filter_map(|(_, planned)| match planned {
-            Planned::Publish(plan) => plan.table.as_ref().map(|table| table.group),
-            Planned::Drop(_) => None,
-        });
-        let mut groups = groups.chain([lanes::group(route_hash(""), table)]);
-        groups.any(|group| {
-            let names = self.parked.get(&group);
-            names.is_some_and(|names| names.iter().any(|name| **name != *table.full_name))
-        })
+        let of_plan = |plan: &TablePlan| (plan.group, plan.lane_secret.is_some());
+        let mut routes = rules.plans().filter_map(|plan| plan.table.as_ref()).map(of_plan);
+        let is_another = |(group, keyed): (u64, bool)| {
+            let as_before =
+                |parked: &ParkedAs| *parked.table == *table.full_name && keyed == parked.keyed;
+            self.parked.get(&group).is_some_and(|rows| !rows.iter().all(as_before))
+        };
+        // See `Self::unrouted`.
+        let hidden = rules.plans().any(|plan| plan.hides(&table.key));
+        is_another((lanes::group(route_hash(""), table), hidden)) || routes.any(is_another)
     }
 }
 
 fn key_names(table: &Table, key: &[usize]) -> Vec<String> {
     key.iter().map(|column| table.columns[*column].name.clone()).collect()
-}
-
-/// The lanes of an event that no route selects, among others of its kind: its own key's.
-pub fn unrouted_lanes(event: &Event) -> LaneKeys {
-    unrouted(event).lanes(event)
-}
-
-/// The plan of an event that no route selects: its own key, on a route without a name.
-pub fn unrouted(event: &Event) -> Plan {
-    let route = Route {
-        id: RouteId(0),
-        name: String::new(),
-        label: "".into(),
-        exchange: ExchangeId(0),
-        contracts: Default::default(),
-        format: Format::Watership,
-        ordering: Ordering::Keyed,
-        message_id: MessageIdRule::Event,
-        policy: Policy::default(),
-        routing_key: Template::default(),
-        key: Vec::new(),
-        seed: route_hash(""),
-    };
-    let table = matches!(event.content, Content::Change(_)).then_some(&event.table);
-    Plan::new(Arc::new(route), table)
 }

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use crate::error::Result;
 use crate::event::{Event, Table};
 use crate::position::{Lsn, Mark, Position};
+use crate::route::SchemaChange;
 
 /// One step of the source, in source order.
 #[derive(Debug)]
@@ -42,14 +43,16 @@ pub struct Receipt {
     notes: Vec<Note>,
 }
 
-/// What a source wants to find again when it resumes: it must be durable exactly with the position
-/// that covers it, so it travels with a receipt and rides on the checkpoint.
+/// What must be durable exactly with the position that covers it, such as what a source wants to
+/// find again when it resumes: it travels with a receipt and rides on the checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
     /// How a captured table is described from here on.
     Described(Arc<Table>),
     /// How far a backfill is.
     Backfilled(Cursor),
+    /// What is different about it from what was recorded last.
+    Changed(Box<SchemaChange>),
 }
 
 /// A low mark of a backfill, which the relay itself wrote: a transactional logical message, alone

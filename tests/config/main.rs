@@ -58,6 +58,9 @@ fn table_at<'t>(root: &'t mut Table, path: &str) -> &'t mut Table {
     table
 }
 
+/// Tables whose keys are free.
+const FREE: [&str; 5] = [".arguments", ".mask", ".rename", ".set", ".map.default"];
+
 /// The paths of all tables below `table`, and of the keys in each.
 fn collect(table: &Table, path: &str, found: &mut Vec<(String, Vec<String>)>) {
     found.push((path.to_owned(), table.keys().cloned().collect()));
@@ -65,8 +68,7 @@ fn collect(table: &Table, path: &str, found: &mut Vec<(String, Vec<String>)>) {
         let below = if path.is_empty() { name.clone() } else { format!("{path}.{name}") };
         match value {
             // What is in it is the user's own.
-            Value::Table(_) if below.ends_with(".arguments") => {}
-            Value::Table(_) if below == "outbox.headers_from" => {}
+            Value::Table(_) if FREE.iter().any(|free| below.ends_with(free)) => {}
             Value::Table(table) => collect(table, &below, found),
             Value::Array(list) => list
                 .first()

@@ -366,6 +366,8 @@ fn parked_row(position: Position) -> ParkedRow {
         key_text: "order/1".into(),
         committed_at_us: 0,
         lanes: LaneKeys::One { lane: 1, group: None },
+        lanes_keyed: false,
+        rules: None,
         raw: Raw::Message { routing_key: "k".into(), properties: vec![0, 0], body: vec![1] },
     }
 }

@@ -260,7 +260,7 @@ impl Backfill {
     pub(in crate::relay) fn store(&mut self, notes: &[Note]) {
         self.storing.extend(notes.iter().filter_map(|note| match note {
             Note::Backfilled(cursor) => Some(cursor.clone()),
-            Note::Described(_) => None,
+            Note::Described(_) | Note::Changed(_) => None,
         }));
     }
 

@@ -183,7 +183,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let Held { token, table, place, changes, .. } = held;
         let Chunk { table: description, rows, cursor, .. } = chunk;
         self.backfill.filled_at = Some(now);
-        self.making.plans.describe_read(&self.making.router, &description);
+        let mark = place.mark.position.mark;
+        self.making.plans.describe_read(&self.making.router, &description, mark);
         let unsent = Unsent::new(description, rows);
         let sending = Sending { token, table, place, unsent, cursor };
         self.backfill.stage = Stage::Sending(Box::new(sending));

@@ -1,5 +1,6 @@
 //! What must hold before a session starts, and while it runs. Pure: others read, these compare.
 
+pub mod columns;
 pub mod lost;
 pub mod outbox;
 pub mod partitions;

@@ -97,6 +97,7 @@ fn allowed_by(verdict: Verdict, slot: &str) -> Result<ResumeFrom> {
         | Verdict::OutboxAltered
         | Verdict::RowUnsendable
         | Verdict::EventUnpublishable
+        | Verdict::SchemaDrift
         | Verdict::ParkingRefused
         | Verdict::PartitionsChanged
         | Verdict::BatchMissing

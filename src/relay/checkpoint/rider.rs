@@ -9,7 +9,10 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use crate::event::Table;
+use crate::position::Position;
 use crate::relay::parking::row::{Changed, ParkedRow, changes_to_json, rows_to_json};
+use crate::route::SchemaChange;
+use crate::route::description::Description;
 use crate::source::{Cursor, Note};
 
 /// One of them: all of its kind that go with one checkpoint.
@@ -23,14 +26,17 @@ pub enum Rider {
     Described(Vec<Arc<Table>>),
     /// How far backfills are; the later of two for one run counts.
     Backfilled(Vec<Cursor>),
+    /// What is different about captured tables from here on.
+    Changed(Vec<SchemaChange>),
 }
 
 /// The kinds, in the order of their statements.
-pub const STATEMENTS: [&str; 4] = [
+pub const STATEMENTS: [&str; 5] = [
     include_str!("../../../sql/query/rider_parked.sql"),
     include_str!("../../../sql/query/rider_unparked.sql"),
     include_str!("../../../sql/query/rider_described.sql"),
     include_str!("../../../sql/query/rider_backfilled.sql"),
+    include_str!("../../../sql/query/rider_changed.sql"),
 ];
 
 impl Rider {
@@ -41,6 +47,7 @@ impl Rider {
             Rider::Unparked(_) => 1,
             Rider::Described(_) => 2,
             Rider::Backfilled(_) => 3,
+            Rider::Changed(_) => 4,
         }
     }
 
@@ -67,17 +74,22 @@ impl Rider {
                     rows.map(|(_, cursor)| JsonCursor::of(cursor)).collect();
                 serde_json::to_string(&rows).expect("texts and numbers are JSON")
             }
+            Rider::Changed(changes) => {
+                let rows: Vec<JsonChange<'_>> = changes.iter().map(JsonChange::of).collect();
+                serde_json::to_string(&rows).expect("names and numbers are JSON")
+            }
         }
     }
 }
 
-/// The riders that notes of a source become, one of a kind.
+/// The riders that notes become, one of a kind.
 pub fn of_notes(notes: Vec<Note>) -> Vec<Rider> {
-    let (mut tables, mut cursors) = (Vec::new(), Vec::new());
+    let (mut tables, mut cursors, mut changes) = (Vec::new(), Vec::new(), Vec::new());
     for note in notes {
         match note {
             Note::Described(table) => tables.push(table),
             Note::Backfilled(cursor) => cursors.push(cursor),
+            Note::Changed(change) => changes.push(*change),
         }
     }
     let mut riders = Vec::new();
@@ -86,6 +98,9 @@ pub fn of_notes(notes: Vec<Note>) -> Vec<Rider> {
     }
     if !cursors.is_empty() {
         riders.push(Rider::Backfilled(cursors));
+    }
+    if !changes.is_empty() {
+        riders.push(Rider::Changed(changes));
     }
     riders
 }
@@ -104,6 +119,36 @@ impl<'a> JsonCursor<'a> {
         let Cursor { run, last_key, rows, left_out, done, token: _ } = cursor;
         let (rows, left_out, done) = (*rows, *left_out, *done);
         Self { run: run.to_string(), last_key: last_key.as_deref(), rows, left_out, done }
+    }
+}
+
+#[derive(Serialize)]
+struct JsonChange<'a> {
+    table_name: &'a str,
+    relation: u32,
+    epoch: u32,
+    mark: u64,
+    ordinal: u64,
+    sub: u32,
+    description: &'a Description,
+    changes: Vec<String>,
+    broken: Vec<&'a str>,
+}
+
+impl<'a> JsonChange<'a> {
+    fn of(change: &'a SchemaChange) -> Self {
+        let Position { epoch, mark, ordinal, sub } = change.position;
+        Self {
+            table_name: &change.table,
+            relation: change.relation,
+            epoch,
+            mark: mark.0,
+            ordinal,
+            sub,
+            description: &change.description,
+            changes: change.differences.iter().map(ToString::to_string).collect(),
+            broken: change.broken.iter().map(|(route, _)| &**route).collect(),
+        }
     }
 }
 

@@ -17,11 +17,11 @@ use crate::relay::checkpoint::rider::Rider;
 use crate::relay::parking::Next;
 use crate::relay::parking::row::{ParkedKey, ParkedRow, Raw, RowState, Why, shorten};
 use crate::relay::parking::store::Found;
-use crate::relay::window::admission::{fits, may_fit};
+use crate::relay::window::admission::{fits, may_fit, not_drifted};
 use crate::relay::window::lanes::{About, Owner};
 use crate::relay::window::remembered::MessageKey;
-use crate::relay::{Ending, Relay};
-use crate::route::{Decision, LaneKeys, Ordering};
+use crate::relay::{Ending, Making, Relay};
+use crate::route::{Decision, LaneKeys, Ordering, Route};
 use crate::source::Source;
 
 /// How often the table is asked whether people changed something, while it has rows.
@@ -150,68 +150,76 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// The messages of a parked row under the routes as they are now.
     fn messages_of(&mut self, row: &ParkedRow) -> Result<Vec<(Message, LaneKeys)>, (Why, Error)> {
         let max_body = self.max_body();
-        let route = self.making.router.by_name(&row.key.route);
+        let router = self.making.router.clone();
+        let route = router.by_name(&row.key.route);
         if route.is_none() && !row.key.route.is_empty() {
             let text = format!("there is no route {:?} any more", row.key.route);
             let hint = "add the route again, or discard the row";
             return Err((Why::NoRoute, Error::event(text).hint(hint)));
         }
-        let event = match (&row.raw, route) {
+        let (event, hidden) = match (&row.raw, route) {
             (Raw::Event(json), _) => {
                 let event = crate::event::stored::from_json(json, row.id, row.key.position);
-                let mut event = event.map_err(|error| (Why::Invalid, error))?;
+                let (mut event, hidden) = event.map_err(|error| (Why::Invalid, error))?;
                 self.making.plans.name_as_configured(&mut event);
-                event
+                (event, hidden)
             }
             (Raw::Message { routing_key, properties, body }, Some(route)) => {
                 // The number of partitions may have changed since.
                 let routing_key = route.partition_of(&row.key_text).unwrap_or(routing_key);
                 let parts = Parts { key: &row.key_text, routing_key, properties, body };
-                let message = Message::from_parts(&parts, route.exchange, route.id, row.id);
-                let mut message = message.map_err(|error| (Why::Invalid, error))?;
-                message.part = row.key.part;
-                message.in_sequence = route.ordering == Ordering::Pipelined;
-                message.route_hash = route.hash();
+                let message = as_it_was(row, route, &parts).map_err(|e| (Why::Invalid, e))?;
                 return Ok(vec![(fits(message, max_body)?, row.lanes)]);
             }
             (Raw::Message { .. }, None) => {
                 return Err((Why::Invalid, Error::event("the stored row names no route")));
             }
         };
-        let shrinks = route.map_or(1, |route| route.format.shrinks_at_most());
-        may_fit(event.least_body() / shrinks, max_body)?;
         // A row that no route selected becomes what all routes make of it now.
         let part = row.key.part;
         // By now its route may make fewer messages of it: then this one is gone.
         let (mut made, mut selected) = (Vec::new(), false);
-        self.making.plans.decide_alone(&self.making.router, &event, |decision| match decision {
+        let Making { plans, envelope, .. } = &mut self.making;
+        plans.decide_alone(&router, &event, &hidden, |decision| match decision {
             Decision::Drop(rule) => selected |= route.is_none_or(|r| r.id == rule),
-            Decision::Publish(plan, lanes) => {
+            Decision::Publish(plan, lanes) if route.is_none_or(|r| r.id == plan.route.id) => {
+                selected |= route.is_some();
+                let (sent, of_sent) = plan.sent(&event);
                 let numbers = match route {
-                    None => 0..parts(&event, plan),
-                    Some(route) if route.id == plan.route.id => {
-                        selected = true;
-                        part..parts(&event, plan).min(part + 1)
-                    }
-                    Some(_) => 0..0,
+                    None => 0..parts(&sent, of_sent),
+                    Some(_) => part..parts(&sent, of_sent).min(part + 1),
                 };
+                // Of a key that is hidden in the row, the lanes were taken before.
+                let is_hidden = route.is_some() && !hidden.columns.is_empty();
+                let lanes = if is_hidden { row.lanes } else { lanes };
+                let least = sent.least_body() / plan.route.format.shrinks_at_most();
                 for part in numbers {
-                    let message = self.making.envelope.message(&event, plan, part);
-                    made.push(message.map(|made| (made, lanes)));
+                    let message =
+                        not_drifted(plan).and_then(|()| may_fit(least, max_body)).and_then(|()| {
+                            let message = envelope.message(&sent, of_sent, part);
+                            fits(message.map_err(|error| (Why::Invalid, error))?, max_body)
+                        });
+                    made.push(message.map(|message| (message, lanes)));
                 }
             }
+            Decision::Publish(..) => {}
         });
-        let mut messages = Vec::new();
-        for made in made {
-            let (message, lanes) = made.map_err(|error| (Why::Invalid, error))?;
-            messages.push((fits(message, max_body)?, lanes));
-        }
+        let messages = made.into_iter().collect::<Result<Vec<_>, (Why, Error)>>()?;
         if messages.is_empty() && !selected {
             let text = format!("route {:?} does not select this event", row.key.route);
             return Err((Why::NoRoute, Error::event(text).hint(Why::NoRoute.hint())));
         }
         Ok(messages)
     }
+}
+
+/// The message that was parked as it is.
+fn as_it_was(row: &ParkedRow, route: &Route, parts: &Parts<'_>) -> Result<Message> {
+    let mut message = Message::from_parts(parts, route.exchange, route.id, row.id)?;
+    message.part = row.key.part;
+    message.in_sequence = route.ordering == Ordering::Pipelined;
+    message.route_hash = route.hash();
+    Ok(message)
 }
 
 /// Logs which rows the next checkpoint records as published: one line for each route.
@@ -227,7 +235,7 @@ pub(in crate::relay) fn tell_releases(riders: &[Rider]) {
                 let changes = changes.iter().filter(|c| c.state == RowState::Released);
                 changes.map(|change| &change.key).collect()
             }
-            Rider::Described(_) | Rider::Backfilled(_) => continue,
+            Rider::Described(_) | Rider::Backfilled(_) | Rider::Changed(_) => continue,
         };
         for key in keys {
             released.entry(&key.route).or_default().push(key.position);

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::event::{Event, stored};
 use crate::message::Message;
 use crate::position::Position;
-use crate::route::{LaneKeys, Plan, unrouted};
+use crate::route::{LaneKeys, Plan};
 
 /// Most bytes of one row. No document is larger than [`stored::STORED_MAX`]; a body of this size
 /// is below the 1 GiB that Postgres takes, also in base64.
@@ -79,6 +79,8 @@ pub enum Why {
     TooLarge,
     /// Its body, headers or routing key cannot be carried by AMQP, or its row breaks the contract.
     Invalid,
+    /// Its table lacks what its route promised, and the route has `on_drift = "park"`.
+    Drift,
     /// No route selects the event.
     NoRoute,
     /// No queue is bound for it, on a route that parks those.
@@ -93,9 +95,10 @@ pub enum Why {
 
 impl Why {
     /// All of them, in the order of the metrics.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::TooLarge,
         Self::Invalid,
+        Self::Drift,
         Self::NoRoute,
         Self::Unroutable,
         Self::Nacked,
@@ -108,6 +111,7 @@ impl Why {
         match self {
             Why::TooLarge => "too_large",
             Why::Invalid => "invalid",
+            Why::Drift => "drift",
             Why::NoRoute => "no_route",
             Why::Unroutable => "unroutable",
             Why::Nacked => "nacked",
@@ -130,6 +134,10 @@ impl Why {
             }
             Why::Invalid => {
                 "fix the route's templates and restart the relay, then retry; or discard it"
+            }
+            Why::Drift => {
+                "`watership schema TABLE` shows what has changed; agree with `watership schema \
+                 accept TABLE`, then retry"
             }
             Why::NoRoute => {
                 "add a [[route]] for it and restart the relay, then retry; or discard it"
@@ -189,33 +197,34 @@ pub struct ParkedRow {
     pub committed_at_us: i64,
     /// What it must not overtake.
     pub lanes: LaneKeys,
+    /// Whether the hashes of its lanes are keyed with the secret of the database.
+    pub lanes_keyed: bool,
+    /// Version of the rules that hid values in it; absent where there are none.
+    pub rules: Option<String>,
     /// What it is made of.
     pub raw: Raw,
 }
 
 impl ParkedRow {
-    /// The row of an event of which no message can be made, or which follows one.
-    pub fn of_event(
-        event: &Event,
-        plan: Option<&Plan>,
-        lanes: LaneKeys,
-        why: Why,
-        error: &Error,
-    ) -> Self {
-        let route = plan.map_or_else(|| "".into(), |plan| plan.route.label.clone());
+    /// The row of an event of which no message can be made, or which follows one: of what its plan
+    /// lets be stored of it.
+    pub fn of_event(event: &Event, plan: &Plan, lanes: LaneKeys, why: Why, error: &Error) -> Self {
+        let (kept, hidden) = plan.kept(event);
+        let (sent, of_sent) = plan.sent(event);
         Self {
-            key: ParkedKey { position: event.position, route, part: 0 },
+            key: ParkedKey { position: event.position, route: plan.route.label.clone(), part: 0 },
             state: RowState::Parked,
             why,
             error: shorten(error),
             attempts: 1,
-            id: event.id,
+            id: kept.id,
             source: event.table.full_name.to_string(),
-            key_text: plan
-                .map_or_else(|| key_text(event, &unrouted(event)), |plan| key_text(event, plan)),
+            key_text: key_text(&sent, of_sent),
             committed_at_us: event.committed_at_us,
             lanes,
-            raw: Raw::Event(stored::to_json(event)),
+            lanes_keyed: plan.has_keyed_lanes(),
+            rules: hidden.map(|hidden| hidden.rules.clone()),
+            raw: Raw::Event(stored::to_json(&kept, hidden)),
         }
     }
 
@@ -255,6 +264,8 @@ impl ParkedRow {
             lanes,
             table_lane,
             barrier,
+            lanes_keyed: self.lanes_keyed,
+            rules: self.rules.as_deref(),
             event,
             routing_key,
             properties,
@@ -394,6 +405,8 @@ struct JsonRow<'a> {
     lanes: Vec<i64>,
     table_lane: Option<i64>,
     barrier: bool,
+    lanes_keyed: bool,
+    rules: Option<&'a str>,
     event: Option<&'a RawValue>,
     routing_key: Option<&'a str>,
     properties: Option<String>,

@@ -13,6 +13,7 @@ use crate::relay::parking::Known;
 use crate::relay::parking::row::{
     Indexed, ParkedKey, ParkedRow, Raw, RowState, Why, keys_to_json, lanes_from_columns,
 };
+use crate::route::ParkedAs;
 
 /// What was found when the table was looked at.
 #[derive(Debug)]
@@ -67,18 +68,22 @@ pub async fn index(client: &Client, name: &str) -> Result<Vec<Indexed>> {
         .collect()
 }
 
-/// The names of the captured tables under which unreleased rows are parked, by group.
+/// As what unreleased rows of captured tables are parked, by group.
 ///
 /// # Errors
 /// The server's.
-pub async fn table_names(client: &Client, name: &str) -> Result<HashMap<u64, Vec<String>>> {
+pub async fn table_names(client: &Client, name: &str) -> Result<HashMap<u64, Vec<ParkedAs>>> {
     const SQL: &str = include_str!("../../../sql/query/parked_table_names.sql");
     let rows = unnamed::query(client, SQL, &[&name]).await.map_err(postgres_error)?;
-    let mut names: HashMap<u64, Vec<String>> = HashMap::new();
+    let mut names: HashMap<u64, Vec<ParkedAs>> = HashMap::new();
     for row in &rows {
         let group: i64 = row.try_get(0).map_err(postgres_error)?;
         // Postgres has no unsigned numbers; the bits are the same.
-        names.entry(group as u64).or_default().push(Columns(row).text(1)?);
+        let parked = ParkedAs {
+            table: Columns(row).text(1)?,
+            keyed: row.try_get(2).map_err(postgres_error)?,
+        };
+        names.entry(group as u64).or_default().push(parked);
     }
     Ok(names)
 }
@@ -139,6 +144,8 @@ fn from_sql(row: &SqlRow) -> Result<ParkedRow> {
             row.try_get(15).map_err(postgres_error)?,
             row.try_get(16).map_err(postgres_error)?,
         )?,
+        lanes_keyed: row.try_get(21).map_err(postgres_error)?,
+        rules: row.try_get(22).map_err(postgres_error)?,
         raw,
     })
 }

@@ -29,6 +29,8 @@ pub(super) fn row(lsn: u64, lanes: LaneKeys, why: Why) -> ParkedRow {
         key_text: "order/1".into(),
         committed_at_us: 0,
         lanes,
+        lanes_keyed: false,
+        rules: None,
         raw: Raw::Event("{}".into()),
     }
 }
@@ -61,7 +63,7 @@ fn sub(position: Position, sub: u32) -> ParkedKey {
 fn rows(riders: Vec<Rider>) -> Vec<ParkedRow> {
     let rows = |rider| match rider {
         Rider::Parked(rows) => rows,
-        Rider::Unparked(_) | Rider::Described(_) | Rider::Backfilled(_) => Vec::new(),
+        Rider::Unparked(_) | Rider::Described(_) | Rider::Backfilled(_) | Rider::Changed(_) => Vec::new(),
     };
     riders.into_iter().flat_map(rows).collect()
 }
@@ -69,7 +71,7 @@ fn rows(riders: Vec<Rider>) -> Vec<ParkedRow> {
 fn changes(riders: Vec<Rider>) -> Vec<Changed> {
     let changes = |rider| match rider {
         Rider::Unparked(changes) => changes,
-        Rider::Parked(_) | Rider::Described(_) | Rider::Backfilled(_) => Vec::new(),
+        Rider::Parked(_) | Rider::Described(_) | Rider::Backfilled(_) | Rider::Changed(_) => Vec::new(),
     };
     riders.into_iter().flat_map(changes).collect()
 }

@@ -166,6 +166,7 @@ mod tests {
                 message_id: MessageIdRule::Event,
                 key: Vec::new(),
                 policy: Policy::default(),
+                rules: Box::default(),
             },
         }
     }

@@ -22,6 +22,8 @@ pub(in crate::relay) struct StartedWith {
     keys: Mutex<HashMap<u32, Vec<String>>>,
     /// How far the publication is known to have been as it was agreed to.
     intact: Mutex<Option<Lsn>>,
+    /// Number of the last agreement between routes and tables.
+    agreed_to: Mutex<i64>,
 }
 
 impl StartedWith {
@@ -39,6 +41,20 @@ impl StartedWith {
     /// The publication was seen to be as agreed, and the WAL ended at `end`.
     pub(in crate::relay) fn seen_intact(&self, end: Lsn) {
         *self.intact.lock().expect("nobody panics while holding an LSN") = Some(end);
+    }
+
+    /// The session starts with the agreements up to this one.
+    pub(super) fn agreed_to(&self, last: i64) {
+        *self.agreed_to.lock().expect("nobody panics while holding a number") = last;
+    }
+
+    /// An error when somebody has agreed to something since.
+    pub(in crate::relay) fn compare_agreed(&self, last: i64) -> Option<Error> {
+        let known = *self.agreed_to.lock().expect("nobody panics while holding a number");
+        (known != last).then(|| {
+            Error::protocol("somebody has agreed to a table as it is now")
+                .hint("no action needed: the next session reads the agreement")
+        })
     }
 
     /// An error when a key is another one now.

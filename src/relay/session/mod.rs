@@ -17,6 +17,7 @@ pub mod phantoms;
 pub mod poll;
 pub mod rights;
 mod rotation;
+pub mod schemas;
 pub mod supervisor;
 pub mod unsendable;
 pub mod user_types;

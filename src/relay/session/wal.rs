@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 
 use super::catalog::Captured;
 use super::facts::{self, StartFacts};
+use super::schemas::{self, Cataloged};
 use super::user_types::read_types;
 use super::{Prepared, Shared, catalog, count_busy, failed_over, held, outbox, partitions};
 use crate::amqp::{self, topology};
@@ -139,10 +140,15 @@ async fn take_over(
         Start::AsStored => None,
         Start::Failover(failover) => Some(failover),
     };
+    // The place comes first: what is changed in between is then agreed to, or newer.
+    let agreed_at = insert_lsn(client).await?;
     let publication = carried(&found, options)?;
     // Before the checkpoint is taken: what cannot work must not replace what does.
     outbox::verify(client, options, Some(publication)).await?;
     let tables = catalog::read_tables(client, options, publication, found.agreed()).await?;
+    let cataloged = schemas::catalog(client, publication, &tables.found).await?;
+    let routes_agreed = schemas::agreed(client, name).await?;
+    schemas::verify(options, &cataloged, &routes_agreed)?;
     if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
         // Before the checkpoint is taken: a relay on another broker or vhost, which has another
         // lock, continues undisturbed.
@@ -164,6 +170,9 @@ async fn take_over(
     let (agreed, returned) =
         agree(client, options, &found, publication, &tables, &row, intact).await?;
     held::tell(shared, &agreed, &returned, tables.gone);
+    let new = schemas::agree_first(client, options, &cataloged, &routes_agreed, agreed_at).await?;
+    tell_agreed(&new, &cataloged);
+    shared.keys.agreed_to(schemas::agreed_to(client, name).await?);
     let canary = has_canary(options, publication);
     let (publication, server) = (publication.clone(), found.into_server());
     Ok(TakenOver { row, server, publication, agreed, failover, canary })
@@ -210,6 +219,15 @@ async fn agree(
     Ok((facts, returned))
 }
 
+fn tell_agreed(new: &[(String, String)], tables: &[Cataloged]) {
+    for (route, table) in new {
+        let of_table = tables.iter().find(|cataloged| cataloged.table == *table);
+        let columns = of_table.into_iter().flat_map(|found| &found.description.columns);
+        let columns: Vec<&str> = columns.map(|column| &*column.name).collect();
+        tracing::info!(route, table, ?columns, "the route is agreed with the table as it is now");
+    }
+}
+
 /// Whether the canary is in the publication; warns where it is not.
 fn has_canary(options: &Options, publication: &Publication) -> bool {
     // From the second on, a canary is an update of its row.
@@ -242,7 +260,12 @@ pub(super) async fn stream(
     started_with.set(&captured);
     let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));
     let names = captured.iter().map(|(name, table)| (table.oid, name.as_str().into()));
-    let resumed = Resumed { keys: keys.collect(), names: names.collect(), parked: HashMap::new() };
+    let resumed = Resumed {
+        keys: keys.collect(),
+        names: names.collect(),
+        parked: HashMap::new(),
+        schemas: schemas::read(client, &options.name).await?,
+    };
     let assembler = Assembler::new(transaction::Options {
         epoch: row.position.epoch,
         system_id: row.system_id,

@@ -24,7 +24,7 @@ use crate::pg::unnamed;
 use crate::relay::Options;
 use crate::relay::check::polling::PollingFrom;
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
-use crate::relay::session::{Shared, catalog, facts, outbox, poll, rights};
+use crate::relay::session::{Shared, catalog, facts, outbox, poll, rights, schemas};
 use crate::relay::status::SlotStatus;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::upkeep::canary::Written;
@@ -311,7 +311,9 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
             if held.is_none() {
                 keys.seen_intact(end);
             }
-            Ok(held.or_else(|| keys.compare(&tables.found)))
+            let agreed_to = schemas::agreed_to(client, &options.name).await?;
+            let changed = held.or_else(|| keys.compare(&tables.found));
+            Ok(changed.or_else(|| keys.compare_agreed(agreed_to)))
         }
         // The next session refuses to start, and says what to alter.
         Err(error) if error.kind() == Kind::Refused => Ok(Some(error)),

@@ -16,7 +16,7 @@ use crate::relay::window::EntryId;
 use crate::relay::window::lanes::{About, Owner};
 use crate::relay::window::remembered::MessageKey;
 use crate::relay::{Ending, Making, Relay};
-use crate::route::{Decision, LaneKeys, OnPoison, Plan, unrouted_lanes};
+use crate::route::{Decision, LaneKeys, OnDrift, OnPoison, Plan};
 use crate::source::{Item, Receipt, Source};
 use crate::verdict::Verdict;
 
@@ -60,7 +60,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 }
                 Item::Described(table, receipt) => {
                     self.before_description(&table, now);
-                    self.making.plans.describe(&self.making.router, &table);
+                    let receipt = self.described(&table, receipt);
                     self.push_settled(receipt);
                     Ok(())
                 }
@@ -116,13 +116,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             }
         }
         if !selected {
-            let row = ParkedRow::of_event(
-                event,
-                None,
-                unrouted_lanes(event),
-                Why::NoRoute,
-                &no_route(event),
-            );
+            let plan = self.making.plans.unrouted(&self.making.router, event);
+            let (lanes, error) = (plan.lanes(event), no_route(event));
+            let row = ParkedRow::of_event(event, &plan, lanes, Why::NoRoute, &error);
             self.making.made.push(Made::Row(Box::new(row), OnPoison::Park));
         }
         if !self.parked.parking.is_idle() {
@@ -191,12 +187,13 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let follows = follows();
         if self.parked.parking.has_unrouted() {
             let unrouted = ParkedKey { position: event.position, route: "".into(), part: 0 };
-            let lanes = unrouted_lanes(event);
-            let known = self.parked.parking.is_known(event.id, "", 0);
+            let plan = self.making.plans.unrouted(&self.making.router, event);
+            let lanes = plan.lanes(event);
+            let known = self.parked.parking.is_known(plan.event_id(event.id), "", 0);
             if known || self.parked.parking.follows(&unrouted, lanes).is_some() {
                 self.making.made.clear();
                 if !known {
-                    let row = ParkedRow::of_event(event, None, lanes, Why::Follows, &follows);
+                    let row = ParkedRow::of_event(event, &plan, lanes, Why::Follows, &follows);
                     self.making.made.push(Made::Row(Box::new(row), OnPoison::Park));
                 }
                 return;
@@ -207,24 +204,24 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             let (message, lanes) = match made {
                 Made::Message(message, lanes) => (message, *lanes),
                 Made::Row(row, _) => {
-                    return !self.parked.parking.is_known(event.id, &row.key.route, row.key.part);
+                    return !self.parked.parking.is_known(row.id, &row.key.route, row.key.part);
                 }
             };
             let route = self.making.router.by_id(message.route);
+            let plan = self.making.plans.of_route(event, message.route);
+            let plan = plan.expect("the message was made by it");
             let part = message.part;
             let key = ParkedKey { position: event.position, route: route.label.clone(), part };
             // Hashing the route's id for each event would be seen in the rate.
             if self.parked.parking.has_known() {
-                let ids = [event.id, id::of_route(event.id, &route.name), message.id];
+                let id = plan.event_id(event.id);
+                let ids = [id, id::of_route(id, &route.name), message.id];
                 if ids.iter().any(|id| self.parked.parking.is_known(*id, &route.name, part)) {
                     return false;
                 }
             }
             if self.parked.parking.follows(&key, lanes).is_some() {
-                let table = matches!(event.content, Content::Change(_)).then_some(&event.table);
-                let plan = Plan::new(route.clone(), table);
-                let mut row =
-                    ParkedRow::of_event(event, Some(&plan), lanes, Why::Follows, &follows);
+                let mut row = ParkedRow::of_event(event, plan, lanes, Why::Follows, &follows);
                 row.key.part = part;
                 *made = Made::Row(Box::new(row), OnPoison::Park);
             }
@@ -303,8 +300,9 @@ pub(in crate::relay) fn fits(message: Message, max: usize) -> Result<Message, (W
     Err((Why::TooLarge, Error::event(text).hint(RAISE_LIMIT)))
 }
 
-/// All messages of the event on one route; what follows one that is parked must not be sent before
-/// it. `least` and `max` are bytes of a body: what it has at least, and may have at most.
+/// All messages of the event on one route, of what its rules let through; what follows one that is
+/// parked must not be sent before it. `least` and `max` are bytes of a body: what it has at least,
+/// and may have at most.
 fn make_on_route(
     envelope: &mut Envelope,
     out: &mut Vec<Made>,
@@ -314,13 +312,15 @@ fn make_on_route(
     (least, max): (usize, usize),
 ) -> Result<()> {
     let mut is_parked = false;
+    let (sent, of_sent) = plan.sent(event);
+    let least = if plan.is_plain() { least } else { sent.least_body() };
     let least = least / plan.route.format.shrinks_at_most();
-    for part in 0..parts(event, plan) {
-        let made = may_fit(least, max).and_then(|()| {
+    for part in 0..parts(&sent, of_sent) {
+        let made = not_drifted(plan).and_then(|()| may_fit(least, max)).and_then(|()| {
             if is_parked {
                 return Err((Why::Follows, follows()));
             }
-            let made = envelope.message(event, plan, part);
+            let made = envelope.message(&sent, of_sent, part);
             fits(made.map_err(|error| (Why::Invalid, error))?, max)
         });
         is_parked |= made.is_err();
@@ -336,6 +336,14 @@ fn follows() -> Error {
     Error::event("an earlier message with its key could not be published")
 }
 
+/// An error when the table lacks what the route promised.
+pub(in crate::relay) fn not_drifted(plan: &Plan) -> Result<(), (Why, Error)> {
+    let Some(drift) = plan.drift() else { return Ok(()) };
+    let table = plan.table.as_ref().map_or("", |plan| &*plan.table.full_name);
+    let text = format!("table {table} is not as it was agreed for this route: {}", drift.what);
+    Err((Why::Drift, Error::event(text).hint(Why::Drift.hint())))
+}
+
 fn poison(
     event: &Event,
     plan: &Plan,
@@ -343,10 +351,24 @@ fn poison(
     why: Why,
     error: Error,
 ) -> Result<Made> {
-    match plan.route.policy.on_poison {
-        OnPoison::Stop => Err(error.context(format!("event {} ({})", event.id, event.position))),
+    let policy = match (why, plan.drift()) {
+        (Why::Drift, Some(drift)) => match drift.policy {
+            OnDrift::Stop => {
+                let (route, position) = (&plan.route.name, event.position);
+                let error = error.context(format!("route {route:?}, at {position}"));
+                return Err(error.as_verdict(Verdict::SchemaDrift).hint(AGREE));
+            }
+            OnDrift::Park | OnDrift::Pass => OnPoison::Park,
+        },
+        _ => plan.route.policy.on_poison,
+    };
+    match policy {
+        OnPoison::Stop => {
+            let id = plan.event_id(event.id);
+            Err(error.context(format!("event {id} ({})", event.position)))
+        }
         policy @ (OnPoison::Park | OnPoison::Block) => {
-            let mut row = ParkedRow::of_event(event, Some(plan), lanes, why, &error);
+            let mut row = ParkedRow::of_event(event, plan, lanes, why, &error);
             row.key.part = part;
             // One that follows has nothing wrong with it.
             let policy = if why == Why::Follows { OnPoison::Park } else { policy };
@@ -354,6 +376,10 @@ fn poison(
         }
     }
 }
+
+const AGREE: &str = "`watership schema TABLE` shows what has changed; agree to the table as it is \
+                     now with `watership schema accept TABLE`, then start the relay again; nothing \
+                     is lost";
 
 fn no_route(event: &Event) -> Error {
     let what = match &event.content {

@@ -170,7 +170,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                         }
                         // The route asks for these to be parked; and what follows, follows.
                         Why::Unroutable | Why::Nacked | Why::Follows => OnPoison::Park,
-                        Why::TooLarge | Why::Invalid | Why::NoRoute => {
+                        Why::TooLarge | Why::Invalid | Why::Drift | Why::NoRoute => {
                             unreachable!("these are seen before a message is sent")
                         }
                     };
@@ -202,6 +202,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             key_text: slot.message.key_text().to_owned(),
             committed_at_us: slot.about.committed_at_us,
             lanes: slot.keys,
+            lanes_keyed: self.making.plans.is_keyed(route.id, slot.keys),
+            rules: route.version.clone(),
             raw: raw_message(&slot.message),
         }
     }

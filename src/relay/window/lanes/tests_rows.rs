@@ -299,7 +299,7 @@ proptest! {
             let Some((change, rows)) = database.apply(step) else { continue };
             let event = event(number, database.table(), change);
             if described.as_ref() != Some(&event.table) {
-                plans.describe(&router, &event.table);
+                plans.describe(&router, &event.table, event.position);
                 described = Some(event.table.clone());
             }
             let Some(Decision::Publish(_, keys)) = plans.decide(&router, &event).next() else {

@@ -1,0 +1,2 @@
+-- The secret of the database.
+SELECT value FROM watership.secret

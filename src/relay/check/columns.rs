@@ -1,0 +1,144 @@
+//! Whether the rules of a route fit its table, by what the catalog says of it: at `init`, `check`,
+//! every start, and before an agreement. Pure.
+//!
+//! Invariant: a rule that names a column names one that the table has, or had when the route was
+//! agreed. What a name that is spelt wrong should hide would be sent.
+
+use crate::error::{Error, Result};
+use crate::event::hidden::Hide;
+use crate::route::description::Description;
+use crate::route::{Action, Rule, Select};
+
+/// Publishing routes that are for this table, with the columns that they name as their key.
+pub fn routes_of<'a>(rules: &'a [Rule], table: &str) -> impl Iterator<Item = &'a Rule> {
+    rules.iter().filter(move |rule| {
+        let publishes = matches!(rule.action, Action::Publish { .. });
+        publishes && matches!(&rule.select, Select::Table { name } if name == "*" || name == table)
+    })
+}
+
+/// Refuses rules that cannot be followed in a table that is like `now` and was agreed as `agreed`.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] naming the route, the rule and the column.
+pub fn verify(
+    rule: &Rule,
+    table: &str,
+    now: &Description,
+    agreed: Option<&Description>,
+) -> Result<()> {
+    let Action::Publish { rules, key: named_key, .. } = &rule.action else { return Ok(()) };
+    let in_route = |error: Error| error.context(format!("route {:?}", rule.name));
+    let is_known = |name: &str| {
+        now.column(name).is_some() || agreed.is_some_and(|agreed| agreed.column(name).is_some())
+    };
+    if let Some((key, name)) = rules.named().find(|(_, name)| !is_known(name)) {
+        let columns: Vec<&str> = now.columns.iter().map(|column| &*column.name).collect();
+        let text = format!("{key} names column {name:?}, which table {table} does not have");
+        return Err(in_route(Error::refused(text))
+            .hint(format!("its published columns are: {}", columns.join(", "))));
+    }
+    let key = if named_key.is_empty() { &now.key } else { named_key };
+    let left_out = |name: &&String| {
+        rules.columns.hide(name) == Some(Hide::Exclude) || rules.map.drop.contains(name)
+    };
+    if let Some(name) = key.iter().find(left_out) {
+        let text = format!("key column {name:?} of table {table} is not sent");
+        return Err(in_route(Error::refused(text)).hint(
+            "hash or mask it instead, add it to columns.include, or set key in the route to other \
+             columns",
+        ));
+    }
+    let is_there = |name: &&str| {
+        let sent = rules.columns.hide(name) != Some(Hide::Exclude) && rules.map.name(name) == *name;
+        now.column(name).is_some() && sent && !rules.map.drop.iter().any(|drop| drop == name)
+    };
+    if let Some(name) = rules.map.makes().find(is_there) {
+        let text = format!("map makes the field {name:?}, which is also a column of table {table}");
+        return Err(in_route(Error::refused(text))
+            .hint("choose another name, or put the column into map.drop"));
+    }
+    rules.verify_types(now).map_err(in_route)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::column::oid;
+    use crate::route::description::DescribedColumn;
+    use crate::route::rules::{ColumnRules, Constant, Map};
+    use crate::route::{RouteRules, default_rules};
+
+    fn description(names: &[&str]) -> Description {
+        let column = |name: &&str| DescribedColumn {
+            name: (*name).into(),
+            type_oid: if *name == "age" { oid::INT4 } else { oid::TEXT },
+            type_modifier: -1,
+        };
+        let columns = names.iter().map(column).collect();
+        Description { columns, key: vec!["id".into()], ..Description::default() }
+    }
+
+    fn judged(rules: RouteRules, agreed: Option<&Description>) -> Result<()> {
+        let mut rule = default_rules().remove(1);
+        let Action::Publish { rules: of_rule, .. } = &mut rule.action else { unreachable!() };
+        **of_rule = rules;
+        verify(&rule, "public.t", &description(&["id", "email", "age"]), agreed)
+    }
+
+    fn names(list: &[&str]) -> Vec<String> {
+        list.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    fn columns(columns: ColumnRules) -> RouteRules {
+        RouteRules { columns, ..RouteRules::default() }
+    }
+
+    fn map(map: Map) -> RouteRules {
+        RouteRules { map, ..RouteRules::default() }
+    }
+
+    #[test]
+    fn what_cannot_be_followed_is_refused_with_the_name() {
+        let text = |text: &str| Constant::Text(text.into());
+        for (rules, expected) in [
+            (
+                columns(ColumnRules { hash: names(&["mail"]), ..Default::default() }),
+                "columns.hash names column \"mail\", which table public.t does not have",
+            ),
+            (
+                columns(ColumnRules { exclude: names(&["id"]), ..Default::default() }),
+                "key column \"id\" of table public.t is not sent",
+            ),
+            (
+                columns(ColumnRules { include: names(&["email"]), ..Default::default() }),
+                "key column \"id\" of table public.t is not sent",
+            ),
+            (map(Map { drop: names(&["id"]), ..Map::default() }), "key column \"id\""),
+            (
+                map(Map { rename: vec![("email".into(), "age".into())], ..Map::default() }),
+                "map makes the field \"age\", which is also a column",
+            ),
+            (
+                map(Map { default: vec![("age".into(), text("none"))], ..Map::default() }),
+                "map.default of column \"age\" (integer)",
+            ),
+        ] {
+            let error = judged(rules, None).unwrap_err().to_string();
+            assert!(error.starts_with("route \"tables\": ") && error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_column_that_was_there_when_the_route_was_agreed_may_be_named() {
+        let rules = || columns(ColumnRules { exclude: names(&["mail"]), ..Default::default() });
+        assert!(judged(rules(), None).is_err());
+        assert!(judged(rules(), Some(&description(&["id", "mail"]))).is_ok());
+        let hidden = ColumnRules {
+            hash: names(&["id"]),
+            mask: vec![("email".into(), Constant::Text("***".into()))],
+            ..Default::default()
+        };
+        assert!(judged(columns(hidden), None).is_ok());
+    }
+}

@@ -1,0 +1,58 @@
+//! A captured table is described otherwise than before: what that means to routes is said once, and
+//! recorded with the position.
+
+use std::sync::Arc;
+
+use crate::event::Table;
+use crate::publisher::Publisher;
+use crate::relay::Relay;
+use crate::relay::checkpoint::Store;
+use crate::route::SchemaChange;
+use crate::source::{Note, Receipt, Source};
+
+impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
+    /// The receipt, with what is to be recorded.
+    pub(in crate::relay) fn described(&mut self, table: &Arc<Table>, receipt: Receipt) -> Receipt {
+        let position = receipt.position();
+        match self.making.plans.describe(&self.making.router, table, position) {
+            None => receipt,
+            Some(change) => {
+                self.tell(&change);
+                receipt.with_note(Note::Changed(Box::new(change)))
+            }
+        }
+    }
+
+    fn tell(&self, change: &SchemaChange) {
+        let SchemaChange { table, position, differences, broken, left_out, .. } = change;
+        let changes: Vec<String> = differences.iter().map(ToString::to_string).collect();
+        let changes = changes.join("; ");
+        for (route, lost) in broken {
+            let metrics = self.making.router.by_name(route).map(|route| route.id);
+            metrics.into_iter().for_each(|id| self.route_metrics(id).drifted.increment(1));
+            let lost: Vec<String> = lost.iter().map(ToString::to_string).collect();
+            let on_drift = self.making.router.by_name(route).map(|route| route.rules.on_drift);
+            tracing::warn!(
+                table,
+                route,
+                position = %position,
+                lost = lost.join("; "),
+                on_drift = ?on_drift.unwrap_or_default(),
+                hint = "`watership schema TABLE` shows what has changed; `watership schema accept \
+                        TABLE` agrees to it",
+                "the table no longer has what the route promised"
+            );
+        }
+        for (route, columns) in left_out {
+            tracing::warn!(
+                table,
+                route,
+                ?columns,
+                hint = "`watership schema accept TABLE` agrees to them; mask, hash or exclude them \
+                        before if they must not be sent",
+                "the route leaves out new columns that nobody has agreed to"
+            );
+        }
+        tracing::info!(table, position = %position, changes, "the table has changed");
+    }
+}

@@ -1,0 +1,244 @@
+//! What the rules of a route mean for a table as it is described now, and whether the table still
+//! has what the route promised. Pure.
+//!
+//! A promise is what the route sends of the description that it is agreed with. A description from
+//! before the agreement breaks no promise: it was agreed to with all that came in between.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::Route;
+use super::columns::{self, Deciding, Projection};
+use super::description::{Description, Difference};
+use super::plan::{At, Plan, TablePlan};
+use super::rules::{Map, OnDrift};
+use super::schemas::{Agreement, SchemaChange, Schemas};
+use crate::event::hidden::{Hidden, Hide};
+use crate::event::{Event, Table};
+use crate::position::{Mark, Position};
+
+/// What a route's rules mean for one table.
+pub(super) struct PlanRules {
+    /// With the plan of what is sent.
+    columns: Option<(Projection, Plan)>,
+    drift: Option<Drift>,
+}
+
+/// A table lacks what a route promised, and the route does not want it published so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drift {
+    /// Never [`OnDrift::Pass`].
+    pub policy: OnDrift,
+    /// What is different.
+    pub what: String,
+}
+
+impl std::fmt::Debug for PlanRules {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let hidden = self.columns.as_ref().map(|(columns, _)| &columns.hidden);
+        f.debug_struct("PlanRules").field("hidden", &hidden).field("drift", &self.drift).finish()
+    }
+}
+
+/// The rules of a route for the table of `plan`; absent where they change nothing. Sees to it that
+/// the lanes of a hidden key are keyed.
+pub(super) fn rules(
+    route: &Arc<Route>,
+    plan: &mut TablePlan,
+    at: &At<'_>,
+) -> Option<Box<PlanRules>> {
+    let no_hidden = Hidden::default();
+    let hidden = at.stored.unwrap_or(&no_hidden);
+    if route.rules.is_empty() && hidden.columns.is_empty() {
+        return None;
+    }
+    let agreement = at.schemas.agreement(&route.name, &plan.table.full_name);
+    let agreed = agreement.map(|agreement| &agreement.description);
+    let (rules, table, secret) = (&route.rules.columns, plan.table.clone(), &at.schemas.secret);
+    let hidings = columns::hidings(rules, &table, agreed, secret, hidden);
+    if plan.key.iter().any(|index| hidings[*index].is_some()) {
+        plan.lane_secret = Some(secret.clone());
+    }
+    let changes = !route.rules.map.is_empty() || hidings.iter().any(Option::is_some);
+    let columns = (changes || !rules.is_empty()).then(|| {
+        let columns = Projection::new(Deciding {
+            table: &table,
+            key: &plan.key,
+            hidings,
+            map: &route.rules.map,
+            version: route.version.clone().unwrap_or_default(),
+            secret: Some(secret).filter(|_| at.stored.is_none()),
+        });
+        of_sent(route, plan, columns)
+    });
+    let drift = agreement.and_then(|agreement| drift(route, agreement, plan, at.mark));
+    Some(Box::new(PlanRules { columns, drift }))
+}
+
+/// Everything that one of the routes hides, for an event that none of them selects.
+pub(super) fn united(
+    route: &Arc<Route>,
+    routes: &[&Route],
+    plan: &mut TablePlan,
+    schemas: &Schemas,
+) -> Option<Box<PlanRules>> {
+    let (table, hidden) = (plan.table.clone(), Hidden::default());
+    let of_route = |route: &&Route| {
+        let agreement = schemas.agreement(&route.name, &table.full_name);
+        let agreed = agreement.map(|agreement| &agreement.description);
+        columns::hidings(&route.rules.columns, &table, agreed, &schemas.secret, &hidden)
+    };
+    let hidings = routes.iter().map(of_route).reduce(columns::union)?;
+    if hidings.iter().all(Option::is_none) {
+        return None;
+    }
+    if plan.key.iter().any(|index| hidings[*index].is_some()) {
+        plan.lane_secret = Some(schemas.secret.clone());
+    }
+    let versions: Vec<&str> = routes.iter().filter_map(|route| route.version.as_deref()).collect();
+    let columns = Projection::new(Deciding {
+        table: &table,
+        key: &plan.key,
+        hidings,
+        map: &Map::default(),
+        version: versions.join(" "),
+        secret: Some(&schemas.secret),
+    });
+    Some(Box::new(PlanRules { columns: Some(of_sent(route, plan, columns)), drift: None }))
+}
+
+/// With the plan of what is sent: formats see the table as it is sent, and no other.
+fn of_sent(route: &Arc<Route>, plan: &TablePlan, columns: Projection) -> (Projection, Plan) {
+    let (table, key) = (columns.table.clone(), columns.key.clone());
+    let table = TablePlan::with_key(route, table, key, plan.identity_has_key);
+    (columns, Plan { route: route.clone(), table: Some(table), rules: None })
+}
+
+fn drift(route: &Route, agreement: &Agreement, plan: &TablePlan, mark: Mark) -> Option<Drift> {
+    let policy = route.rules.on_drift;
+    if policy == OnDrift::Pass || mark < agreement.since {
+        return None;
+    }
+    let broken = broken(route, &agreement.description, &Description::of(&plan.table));
+    let what: Vec<String> = broken.iter().map(ToString::to_string).collect();
+    (!what.is_empty()).then(|| Drift { policy, what: what.join("; ") })
+}
+
+/// What the route promised of `agreed` and `now` does not keep.
+pub(super) fn broken(route: &Route, agreed: &Description, now: &Description) -> Vec<Difference> {
+    let rules = &route.rules;
+    let concerns = |difference: &Difference| match difference {
+        Difference::Gone(column) => {
+            rules.columns.hide(&column.name) != Some(Hide::Exclude)
+                || route.key.contains(&column.name)
+        }
+        // A mask is the same for every type.
+        Difference::Retyped { from, .. } => {
+            rules.columns.hide(&from.name) <= Some(Hide::Hash) || route.key.contains(&from.name)
+        }
+        Difference::Key { .. } => route.key.is_empty(),
+        Difference::New(_) | Difference::Name { .. } | Difference::Identity { .. } => true,
+    };
+    let mut found = agreed.differences(now);
+    found.retain(|difference| difference.takes_away() && concerns(difference));
+    found
+}
+
+/// Projection of `now` that the route leaves out because nobody agreed to them.
+pub(super) fn left_out(route: &Route, agreed: &Description, now: &Description) -> Vec<String> {
+    if !route.rules.columns.is_closed() {
+        return Vec::new();
+    }
+    let names = now.columns.iter().map(|column| &column.name);
+    let is_new =
+        |name: &&String| agreed.column(name).is_none() && route.rules.columns.hide(name).is_none();
+    names.filter(is_new).cloned().collect()
+}
+
+/// What is different from the description that was recorded last; it is the last one from now on.
+pub(super) fn changed<'a>(
+    schemas: &mut Schemas,
+    routes: impl Iterator<Item = &'a Route>,
+    table: &Table,
+    position: Position,
+) -> Option<SchemaChange> {
+    let description = Description::of(table);
+    let name = table.full_name.to_string();
+    let differences = schemas.last.get(&name)?.differences(&description);
+    if differences.is_empty() {
+        return None;
+    }
+    let (mut not_kept, mut not_sent) = (Vec::new(), Vec::new());
+    for route in routes {
+        let Some(agreement) = schemas.agreement(&route.name, &name) else { continue };
+        let agreed = &agreement.description;
+        let is_older = position.mark < agreement.since;
+        let lost = broken(route, agreed, &description);
+        if !is_older && !lost.is_empty() {
+            not_kept.push((route.name.clone(), lost));
+        }
+        let unknown = left_out(route, agreed, &description);
+        if !unknown.is_empty() {
+            not_sent.push((route.name.clone(), unknown));
+        }
+    }
+    schemas.last.insert(name.clone(), description.clone());
+    Some(SchemaChange {
+        table: name,
+        relation: table.oid,
+        position,
+        description,
+        differences,
+        broken: not_kept,
+        left_out: not_sent,
+    })
+}
+
+impl Plan {
+    /// The event as it is sent, and the plan for that: what formats see, and brokers.
+    pub fn sent<'a>(&'a self, event: &'a Event) -> (Cow<'a, Event>, &'a Plan) {
+        match self.columns() {
+            None => (Cow::Borrowed(event), self),
+            Some((columns, plan)) => (Cow::Owned(columns.sent(event)), plan),
+        }
+    }
+
+    /// The event as it may be stored, and what is hidden of it.
+    pub fn kept<'a>(&'a self, event: &'a Event) -> (Cow<'a, Event>, Option<&'a Hidden>) {
+        match self.columns() {
+            None => (Cow::Borrowed(event), None),
+            Some((columns, _)) => (Cow::Owned(columns.kept(event)), Some(&columns.hidden)),
+        }
+    }
+
+    /// The id of the event, as it may be known.
+    pub fn event_id(&self, id: Uuid) -> Uuid {
+        self.columns().map_or(id, |(columns, _)| columns.id(id))
+    }
+
+    /// Whether the plan publishes events as they come.
+    pub fn is_plain(&self) -> bool {
+        self.rules.is_none()
+    }
+
+    /// The table lacks what the route promised.
+    pub fn drift(&self) -> Option<&Drift> {
+        self.rules.as_ref()?.drift.as_ref()
+    }
+
+    /// Whether it hides one of these columns of its table.
+    pub(super) fn hides(&self, columns: &[usize]) -> bool {
+        self.columns().is_some_and(|(of_rows, _)| of_rows.hidden.has_any(columns))
+    }
+
+    /// Whether the hashes of its lanes are keyed.
+    pub fn has_keyed_lanes(&self) -> bool {
+        self.table.as_ref().is_some_and(|table| table.lane_secret.is_some())
+    }
+
+    fn columns(&self) -> Option<&(Projection, Plan)> {
+        self.rules.as_ref()?.columns.as_ref()
+    }
+}
