@@ -132,7 +132,7 @@ pub struct RouteMetrics {
     pub nacked: Counter,
     /// `basic.return`: no queue is bound.
     pub returned: Counter,
-    /// Events that a route with `drop = true` dropped.
+    /// Events that a route with `drop = true`, or its filter, dropped.
     pub dropped: Counter,
     /// Times that its table was described without something that the route promised.
     pub drifted: Counter,

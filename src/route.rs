@@ -13,6 +13,7 @@
 mod columns;
 mod database_secret;
 pub mod description;
+pub mod filter;
 mod format;
 mod lanes;
 mod partition;
@@ -29,6 +30,7 @@ use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::message::{ExchangeId, KeyPart, RouteId, SHORT_STRING_MAX, route_hash};
 use description::{Description, Difference};
+use filter::Filter;
 use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
 
 pub use database_secret::DatabaseSecret;
@@ -392,10 +394,15 @@ impl Router {
         }
         match &rule.select {
             Select::Table { name } if name != "*" => rules.verify(key).map_err(in_route)?,
-            Select::Table { .. } | Select::Outbox { .. } if rules.is_empty() => {}
-            Select::Table { .. } | Select::Outbox { .. } => {
+            Select::Table { .. } | Select::Outbox { .. } if !rules.is_only_filter() => {
                 let text = "columns, map and on_drift are for one captured table: name it in table";
                 return Err(in_route(Error::config(text)));
+            }
+            Select::Table { .. } => {
+                rules.filter.iter().try_for_each(|f| f.verify_table(true)).map_err(in_route)?;
+            }
+            Select::Outbox { .. } => {
+                rules.filter.iter().try_for_each(Filter::verify_outbox).map_err(in_route)?;
             }
         }
         let routing_key = match partitions {

@@ -1,6 +1,7 @@
 //! What a `[[route]]` does with the columns of its table: `columns`, `map` and `on_drift`.
 
 use super::section::{Scalar, Section};
+use crate::route::filter::Filter;
 use crate::route::rules::{ColumnRules, Constant, Map, OnDrift, RouteRules};
 use crate::secret::Secret;
 
@@ -9,9 +10,24 @@ const MASK: &str = "***";
 
 pub(super) fn rules_of(t: &mut Section<'_>) -> RouteRules {
     let columns = columns(t);
-    let map = map(t);
+    let (map, filter) = (map(t), filter(t));
     let policies = [("pass", OnDrift::Pass), ("park", OnDrift::Park), ("stop", OnDrift::Stop)];
-    RouteRules { columns, map, on_drift: t.word("on_drift", &policies) }
+    RouteRules { columns, map, filter, on_drift: t.word("on_drift", &policies) }
+}
+
+fn filter(t: &mut Section<'_>) -> Option<Filter> {
+    const FILTER: &str = "filter";
+    let text = t.text(FILTER, "");
+    if text.is_empty() {
+        return None;
+    }
+    match Filter::parse(&text) {
+        Ok(filter) => Some(filter),
+        Err(error) => {
+            t.error(FILTER, &error);
+            None
+        }
+    }
 }
 
 fn columns(t: &mut Section<'_>) -> ColumnRules {

@@ -132,6 +132,11 @@ impl Plan {
         Self { route, table, rules: None }
     }
 
+    fn of_outbox(route: Arc<Route>) -> Self {
+        let rules = promise::of_outbox(&route);
+        Self { route, table: None, rules }
+    }
+
     /// The plan of a route for a captured table, and for a row of it that was stored when `hidden`
     /// says so.
     fn of_table(route: Arc<Route>, table: &Arc<Table>, at: &At<'_>) -> Self {
@@ -232,7 +237,7 @@ impl Rules {
         let planned = |(select, parsed): &(Select, Parsed)| {
             let Select::Outbox { aggregate_type } = select else { return None };
             let only = (aggregate_type != "*").then(|| aggregate_type.clone());
-            Some((only, parsed.planned(|route| Plan::new(route, None))))
+            Some((only, parsed.planned(Plan::of_outbox)))
         };
         Self { rules: router.rules.iter().filter_map(planned).collect(), barrier: false }
     }

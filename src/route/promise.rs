@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::Route;
 use super::columns::{self, Deciding, Projection};
 use super::description::{Description, Difference};
+use super::filter::Bound;
 use super::plan::{At, Plan, TablePlan};
 use super::rules::{Map, OnDrift};
 use super::schemas::{Agreement, SchemaChange, Schemas};
@@ -24,6 +25,7 @@ pub(super) struct PlanRules {
     /// With the plan of what is sent.
     columns: Option<(Projection, Plan)>,
     drift: Option<Drift>,
+    filter: Option<Bound>,
 }
 
 /// A table lacks what a route promised, and the route does not want it published so.
@@ -74,7 +76,14 @@ pub(super) fn rules(
         of_sent(route, plan, columns)
     });
     let drift = agreement.and_then(|agreement| drift(route, agreement, plan, at.mark));
-    Some(Box::new(PlanRules { columns, drift }))
+    let filter = route.rules.filter.as_ref().map(|filter| filter.bind(Some(&table), hidden));
+    Some(Box::new(PlanRules { columns, drift, filter }))
+}
+
+/// The rules of a route for the outbox.
+pub(super) fn of_outbox(route: &Route) -> Option<Box<PlanRules>> {
+    let filter = route.rules.filter.as_ref()?.bind(None, &Hidden::default());
+    Some(Box::new(PlanRules { columns: None, drift: None, filter: Some(filter) }))
 }
 
 /// Everything that one of the routes hides, for an event that none of them selects.
@@ -106,7 +115,8 @@ pub(super) fn united(
         version: versions.join(" "),
         secret: Some(&schemas.secret),
     });
-    Some(Box::new(PlanRules { columns: Some(of_sent(route, plan, columns)), drift: None }))
+    let columns = Some(of_sent(route, plan, columns));
+    Some(Box::new(PlanRules { columns, drift: None, filter: None }))
 }
 
 /// With the plan of what is sent: formats see the table as it is sent, and no other.
@@ -129,14 +139,18 @@ fn drift(route: &Route, agreement: &Agreement, plan: &TablePlan, mark: Mark) -> 
 /// What the route promised of `agreed` and `now` does not keep.
 pub(super) fn broken(route: &Route, agreed: &Description, now: &Description) -> Vec<Difference> {
     let rules = &route.rules;
+    let needs = |name: &String| {
+        let filter = rules.filter.as_ref();
+        let filters = filter.is_some_and(|filter| filter.columns().any(|column| column == name));
+        filters || route.key.contains(name)
+    };
     let concerns = |difference: &Difference| match difference {
         Difference::Gone(column) => {
-            rules.columns.hide(&column.name) != Some(Hide::Exclude)
-                || route.key.contains(&column.name)
+            rules.columns.hide(&column.name) != Some(Hide::Exclude) || needs(&column.name)
         }
         // A mask is the same for every type.
         Difference::Retyped { from, .. } => {
-            rules.columns.hide(&from.name) <= Some(Hide::Hash) || route.key.contains(&from.name)
+            rules.columns.hide(&from.name) <= Some(Hide::Hash) || needs(&from.name)
         }
         Difference::Key { .. } => route.key.is_empty(),
         Difference::New(_) | Difference::Name { .. } | Difference::Identity { .. } => true,
@@ -221,6 +235,12 @@ impl Plan {
     /// Whether the plan publishes events as they come.
     pub fn is_plain(&self) -> bool {
         self.rules.is_none()
+    }
+
+    /// Whether the route's filter lets the event pass.
+    pub fn passes(&self, event: &Event) -> bool {
+        let filter = self.rules.as_ref().and_then(|rules| rules.filter.as_ref());
+        filter.is_none_or(|filter| filter.passes(event))
     }
 
     /// The table lacks what the route promised.

@@ -7,6 +7,7 @@
 use xxhash_rust::xxh64::Xxh64;
 
 use super::description::Description;
+use super::filter::Filter;
 use crate::column::Shape;
 use crate::error::{Error, Result};
 use crate::event::hidden::Hide;
@@ -70,6 +71,8 @@ pub struct RouteRules {
     pub columns: ColumnRules,
     /// How the others are sent.
     pub map: Map,
+    /// Which events are sent; absent: all.
+    pub filter: Option<Filter>,
     /// What happens when the table no longer has what the route promised.
     pub on_drift: OnDrift,
 }
@@ -223,12 +226,19 @@ impl Map {
 impl RouteRules {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
+        self.filter.is_none() && self.is_only_filter()
+    }
+
+    /// Whether there is at most a filter.
+    pub(super) fn is_only_filter(&self) -> bool {
         self.columns.is_empty() && self.map.is_empty() && self.on_drift == OnDrift::Pass
     }
 
     /// The columns that are named, each with the key that names it.
     pub fn named(&self) -> impl Iterator<Item = (&'static str, &str)> {
-        self.columns.named().chain(self.map.named())
+        let filter = self.filter.iter().flat_map(Filter::columns);
+        let filter = filter.map(|name| ("filter", name));
+        self.columns.named().chain(self.map.named()).chain(filter)
     }
 
     /// The version of what messages are made by: a hash of the rules. It says nothing about a salt.
@@ -260,6 +270,9 @@ impl RouteRules {
     /// # Errors
     /// [`crate::error::Kind::Refused`] naming the column.
     pub fn verify_types(&self, now: &Description) -> Result<()> {
+        if let Some(filter) = &self.filter {
+            filter.verify_types(now)?;
+        }
         for (name, constant) in &self.map.default {
             let Some(column) = now.column(name) else { continue };
             let text = constant.text();
@@ -278,6 +291,9 @@ impl RouteRules {
     pub(super) fn verify(&self, key: &[String]) -> Result<()> {
         self.columns.verify()?;
         self.map.verify(&self.columns)?;
+        if let Some(filter) = &self.filter {
+            filter.verify_table(false)?;
+        }
         let left_out = |name: &&String| {
             self.columns.hide(name) == Some(Hide::Exclude) || self.map.drop.contains(name)
         };

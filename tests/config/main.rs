@@ -59,7 +59,8 @@ fn table_at<'t>(root: &'t mut Table, path: &str) -> &'t mut Table {
 }
 
 /// Tables whose keys are free.
-const FREE: [&str; 5] = [".arguments", ".mask", ".rename", ".set", ".map.default"];
+const FREE: [&str; 6] =
+    [".arguments", ".mask", ".rename", ".set", ".map.default", "outbox.headers_from"];
 
 /// The paths of all tables below `table`, and of the keys in each.
 fn collect(table: &Table, path: &str, found: &mut Vec<(String, Vec<String>)>) {

@@ -230,3 +230,46 @@ async fn a_mapped_row_has_its_new_names_constants_and_defaults() {
     assert_eq!(got[1].json()["key"], serde_json::json!({ "email": "a" }));
     relay.stop().await.expect_code(0);
 }
+
+#[tokio::test]
+async fn what_a_filter_drops_is_counted_and_a_row_that_leaves_it_is_told() {
+    let rules = "filter = \"name in ('paid', 'sent') and op != 'truncate'\"\n";
+    let orders = "[[route]]\nname = \"orders\"\noutbox = { aggregate_type = \"order\" }\n\
+                  exchange = \"watership\"\nfilter = \"headers.tenant = 'a'\"\n";
+    let stage = stage("", &format!("{}\n{orders}", route(rules))).await;
+    stage.execute("ALTER TABLE customers REPLICA IDENTITY FULL").await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO customers VALUES ('a', 'new'), ('b', 'paid')").await;
+    stage.execute("UPDATE customers SET name = 'paid' WHERE email = 'a'").await;
+    stage.execute("UPDATE customers SET name = 'void'").await;
+    stage.execute("UPDATE customers SET note = 'later'").await;
+    stage.execute("DELETE FROM customers").await;
+    stage.execute("TRUNCATE customers").await;
+    for tenant in ["a", "b"] {
+        let headers = format!("'{{\"tenant\": \"{tenant}\"}}'");
+        let emit = format!("SELECT watership.emit('order', '{tenant}', 'made', '1', {headers})");
+        stage.execute(&emit).await;
+    }
+    let got = stage.settled().await;
+    let of = |key: &str| -> Vec<String> {
+        let of_key: Vec<&Message> = got.iter().filter(|m| m.text("ws-key") == key).collect();
+        of_key.iter().map(|message| message.json()["after"]["name"].to_string()).collect()
+    };
+    assert_eq!(of("public.customers/a"), ["\"paid\"", "\"void\""]);
+    assert_eq!(of("public.customers/b"), ["\"paid\"", "\"void\""]);
+    assert_eq!(got.iter().filter(|m| m.text("ws-key") == "order/a").count(), 1);
+    assert_eq!(got.len(), 5);
+    let dropped = |route| format!("watership_events_dropped_total{{route=\"{route}\",owner=\"\"}}");
+    assert_eq!(relay.metric(&dropped("customers")).await, Some(6.0));
+    assert_eq!(relay.metric(&dropped("orders")).await, Some(1.0));
+    assert!(stage.holds("NOT EXISTS (SELECT FROM watership.parked)").await);
+    relay.stop().await.expect_code(0);
+    let wrong = stage.configuration().replace("name in ('paid', 'sent')", "name in (1, 2)");
+    stage.replace_configuration(&wrong);
+    let text = "compares \"name\" with a number; expected a text in single quotes";
+    stage.run(&["check"]).await.expect_code(1).expect_text(&[text]);
+    stage.run(&["run"]).await.expect_code(1).expect_text(&[text]);
+    stage.replace_configuration(&wrong.replace("name in (1, 2)", "name in (1, 2"));
+    let text = "expected \",\" or \")\" at character 15";
+    stage.run(&["run"]).await.expect_code(2).expect_text(&[text]);
+}

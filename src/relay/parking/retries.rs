@@ -180,10 +180,17 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         // By now its route may make fewer messages of it: then this one is gone.
         let (mut made, mut selected) = (Vec::new(), false);
         let Making { plans, envelope, .. } = &mut self.making;
+        let metrics = &self.seen.metrics;
         plans.decide_alone(&router, &event, &hidden, |decision| match decision {
             Decision::Drop(rule) => selected |= route.is_none_or(|r| r.id == rule),
             Decision::Publish(plan, lanes) if route.is_none_or(|r| r.id == plan.route.id) => {
                 selected |= route.is_some();
+                if !plan.passes(&event) {
+                    // By now its filter drops it.
+                    metrics.routes[usize::from(plan.route.id.0)].dropped.increment(1);
+                    selected = true;
+                    return;
+                }
                 let (sent, of_sent) = plan.sent(&event);
                 let numbers = match route {
                     None => 0..parts(&sent, of_sent),

@@ -110,6 +110,10 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 Decision::Drop(rule) => {
                     self.seen.metrics.routes[usize::from(rule.0)].dropped.increment(1);
                 }
+                Decision::Publish(plan, _) if !plan.is_plain() && !plan.passes(event) => {
+                    let route = usize::from(plan.route.id.0);
+                    self.seen.metrics.routes[route].dropped.increment(1);
+                }
                 Decision::Publish(plan, lanes) => {
                     make_on_route(envelope, made, event, plan, lanes, (least, max_body))?;
                 }

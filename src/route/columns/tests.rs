@@ -219,7 +219,9 @@ fn an_id_is_keyed_where_what_it_is_made_of_is_hidden() {
         let columns = columns(rules, &Map::default(), &table, &all, &Hidden::default());
         columns.id(Uuid::nil()) != Uuid::nil()
     };
-    assert!(!keyed(Identity::Columns(vec![3]), &abc()));
+    let only_b = ColumnRules { exclude: names(&["b"]), ..ColumnRules::default() };
+    assert!(!keyed(Identity::Columns(vec![3]), &only_b));
+    assert!(keyed(Identity::Columns(vec![3]), &abc()), "a backfill makes ids of the key");
     assert!(keyed(Identity::Columns(vec![3, 0]), &abc()));
     assert!(keyed(Identity::Full, &abc()));
     assert!(keyed(Identity::Nothing, &abc()), "ids of its inserts are made of all columns");

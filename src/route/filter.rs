@@ -1,0 +1,404 @@
+//! `filter = "…"`: which of the events that a route selects it publishes. Pure.
+//!
+//! Invariant: an event is dropped only when the filter is certainly false for it. Logic has three
+//! values; what is not known of a row (a value that Postgres did not send, one without a text form,
+//! one that is hidden in a stored row, a column that is gone) is unknown, and an event for which
+//! the whole is unknown passes. A null is known: it equals no value.
+//!
+//! Numbers are compared by their digits and never as doubles. `filter/parse` reads the expression.
+
+mod decimal;
+mod parse;
+#[cfg(test)]
+mod tests;
+
+use std::borrow::Cow;
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+
+use serde_json::value::RawValue;
+
+use super::description::Description;
+use crate::column::oid;
+use crate::error::{Error, Result};
+use crate::event::hidden::Hidden;
+use crate::event::{Change, Content, Event, OldRow, OutboxRow, Row, Table, Value};
+
+/// An expression, parsed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Filter {
+    text: String,
+    /// What it looks at; the expression has indexes into it.
+    names: Vec<Name>,
+    root: Expression,
+}
+
+/// Something that an expression looks at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Name {
+    /// A bare word: `op`, a column, or a field of the outbox.
+    Word(String),
+    /// In double quotes: a column.
+    Quoted(String),
+    /// `headers.name`
+    Header(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Expression {
+    Or(Vec<Expression>),
+    And(Vec<Expression>),
+    Not(Box<Expression>),
+    /// A boolean by itself.
+    IsTrue(usize),
+    IsNull(usize),
+    In(usize, Vec<Literal>),
+    Compare(usize, Comparison, Literal),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Comparison {
+    Equal,
+    NotEqual,
+    Less,
+    LessOrEqual,
+    Greater,
+    GreaterOrEqual,
+}
+
+/// A value in an expression.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Literal {
+    Text(String),
+    /// As it is written.
+    Number(String),
+    Bool(bool),
+}
+
+/// The fields of an outbox event.
+const OUTBOX: [&str; 4] = ["op", "aggregate_type", "aggregate_id", "event_type"];
+
+/// A filter for the events of one table, or of the outbox.
+pub(super) struct Bound {
+    filter: Filter,
+    /// Of the names, in their order.
+    sources: Vec<Source>,
+}
+
+/// Where a value comes from.
+enum Source {
+    Op,
+    AggregateType,
+    AggregateId,
+    EventType,
+    Header(String),
+    Column(usize),
+    /// A column that the table does not have, or whose value is hidden.
+    Unknown,
+}
+
+/// A value of an event.
+enum Found<'a> {
+    Unknown,
+    Null,
+    Text(Cow<'a, str>),
+}
+
+/// What an event shows of itself.
+#[derive(Clone, Copy)]
+enum View<'a> {
+    Outbox(&'a OutboxRow, &'a BTreeMap<String, &'a RawValue>),
+    /// A whole row.
+    Row(&'a Row),
+    /// Only what the replica identity sends; the rest is null there.
+    Identity(&'a Row),
+    Nothing,
+}
+
+impl Filter {
+    /// The columns that it names.
+    pub fn columns(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().filter_map(|name| match name {
+            Name::Word(word) if word == "op" => None,
+            Name::Word(column) | Name::Quoted(column) => Some(column.as_str()),
+            Name::Header(_) => None,
+        })
+    }
+
+    /// Refuses names that no outbox event has.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Config`] with the name.
+    pub(super) fn verify_outbox(&self) -> Result<()> {
+        let is_unknown = |name: &&Name| match name {
+            Name::Word(word) => !OUTBOX.contains(&word.as_str()),
+            Name::Quoted(_) => true,
+            Name::Header(_) => false,
+        };
+        match self.names.iter().find(is_unknown) {
+            Some(Name::Word(word) | Name::Quoted(word)) => Err(Error::config(format!(
+                "filter {:?}: {word:?} is not known here; allowed are: {}, headers.NAME",
+                self.text,
+                OUTBOX.join(", ")
+            ))),
+            Some(Name::Header(_)) | None => Ok(()),
+        }
+    }
+
+    /// Refuses names that no change of a captured table has.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Config`] with the name.
+    pub(super) fn verify_table(&self, any: bool) -> Result<()> {
+        let header = self.names.iter().any(|name| matches!(name, Name::Header(_)));
+        let (text, column) = (&self.text, self.columns().next());
+        match column {
+            _ if header => Err(Error::config(format!(
+                "filter {text:?}: headers are those of outbox rows; a table has columns"
+            ))),
+            Some(column) if any => Err(Error::config(format!(
+                "filter {text:?} names column {column:?}, and the route is for all tables"
+            ))
+            .hint("name one table in the route, or filter by op only")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses comparisons that a column of `now` cannot have.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Refused`] with column and type.
+    pub(super) fn verify_types(&self, now: &Description) -> Result<()> {
+        self.root.each(&mut |index, literal| {
+            let (Name::Word(name) | Name::Quoted(name)) = &self.names[index] else { return Ok(()) };
+            let is_op = self.names[index] == Name::Word("op".into());
+            let type_oid =
+                if is_op { oid::TEXT } else { now.column(name).map_or(0, |c| c.type_oid) };
+            let expected = match type_oid {
+                oid::BOOL => "true or false",
+                oid::INT2
+                | oid::INT4
+                | oid::INT8
+                | oid::OID
+                | oid::NUMERIC
+                | oid::FLOAT4
+                | oid::FLOAT8 => "a number",
+                oid::TEXT | oid::VARCHAR | oid::BPCHAR | oid::UUID => "a text in single quotes",
+                _ => return Ok(()),
+            };
+            let given = match literal {
+                Some(Literal::Text(_)) => "a text in single quotes",
+                Some(Literal::Number(_)) => "a number",
+                Some(Literal::Bool(_)) | None => "true or false",
+            };
+            if given == expected {
+                return Ok(());
+            }
+            let text = format!(
+                "filter {:?} compares {name:?} with {given}; expected {expected}",
+                self.text
+            );
+            Err(Error::refused(text))
+        })
+    }
+
+    /// For the events of a table, of which these columns are hidden, or for the outbox.
+    pub(super) fn bind(&self, table: Option<&Table>, hidden: &Hidden) -> Bound {
+        let column = |name: &str| match table.and_then(|table| table.column(name)) {
+            Some(index) if hidden.of(index).is_none() => Source::Column(index),
+            Some(_) | None => Source::Unknown,
+        };
+        let source = |name: &Name| match name {
+            Name::Word(word) if word == "op" => Source::Op,
+            Name::Word(name) if table.is_none() => match name.as_str() {
+                "aggregate_type" => Source::AggregateType,
+                "aggregate_id" => Source::AggregateId,
+                "event_type" => Source::EventType,
+                _ => Source::Unknown,
+            },
+            Name::Word(name) | Name::Quoted(name) => column(name),
+            Name::Header(name) => Source::Header(name.clone()),
+        };
+        Bound { sources: self.names.iter().map(source).collect(), filter: self.clone() }
+    }
+}
+
+impl Expression {
+    /// Calls `each` with all names and what they are compared with; nothing is a boolean.
+    fn each(&self, each: &mut impl FnMut(usize, Option<&Literal>) -> Result<()>) -> Result<()> {
+        match self {
+            Expression::Or(parts) | Expression::And(parts) => {
+                parts.iter().try_for_each(|part| part.each(each))
+            }
+            Expression::Not(part) => part.each(each),
+            Expression::IsTrue(name) => each(*name, None),
+            Expression::IsNull(_) => Ok(()),
+            Expression::In(name, list) => list.iter().try_for_each(|one| each(*name, Some(one))),
+            Expression::Compare(name, _, literal) => each(*name, Some(literal)),
+        }
+    }
+}
+
+impl Bound {
+    /// Whether the event is published. An update also passes if the row was published before it, as
+    /// far as the whole old row tells: who has the row must learn that it has left.
+    pub(super) fn passes(&self, event: &Event) -> bool {
+        let judge = |view| self.judge(&self.filter.root, event, view);
+        let change = match &event.content {
+            Content::Outbox(row) => {
+                // What is not an object makes no message either.
+                let headers = row.headers.as_deref();
+                let headers = headers.and_then(|json| serde_json::from_slice(json).ok());
+                return judge(View::Outbox(row, &headers.unwrap_or_default())) != Some(false);
+            }
+            Content::Change(change) => change,
+        };
+        let passes = match change {
+            Change::Insert { new } | Change::Read { new, .. } | Change::Update { new, .. } => {
+                judge(View::Row(new))
+            }
+            Change::Delete { old: OldRow::Full(old) } => judge(View::Row(old)),
+            Change::Delete { old: OldRow::Key(old) } => judge(View::Identity(old)),
+            Change::Truncate => judge(View::Nothing),
+        };
+        let passed = match change {
+            Change::Update { old: Some(OldRow::Full(old)), .. } => judge(View::Row(old)),
+            _ => None,
+        };
+        passes != Some(false) || passed == Some(true)
+    }
+
+    /// `None`: unknown.
+    fn judge(&self, expression: &Expression, event: &Event, view: View<'_>) -> Option<bool> {
+        let found = |name: &usize| self.sources[*name].find(event, view);
+        match expression {
+            Expression::Or(parts) => {
+                let mut any = Some(false);
+                for part in parts {
+                    match self.judge(part, event, view) {
+                        Some(true) => return Some(true),
+                        None => any = None,
+                        Some(false) => {}
+                    }
+                }
+                any
+            }
+            Expression::And(parts) => {
+                let mut all = Some(true);
+                for part in parts {
+                    match self.judge(part, event, view) {
+                        Some(false) => return Some(false),
+                        None => all = None,
+                        Some(true) => {}
+                    }
+                }
+                all
+            }
+            Expression::Not(part) => self.judge(part, event, view).map(|is| !is),
+            Expression::IsTrue(name) => {
+                compare(&found(name), Comparison::Equal, &Literal::Bool(true))
+            }
+            Expression::IsNull(name) => match found(name) {
+                Found::Unknown => None,
+                Found::Null => Some(true),
+                Found::Text(_) => Some(false),
+            },
+            Expression::In(name, list) => {
+                let value = found(name);
+                let mut any = Some(false);
+                for literal in list {
+                    match compare(&value, Comparison::Equal, literal) {
+                        Some(true) => return Some(true),
+                        None => any = None,
+                        Some(false) => {}
+                    }
+                }
+                any
+            }
+            Expression::Compare(name, comparison, literal) => {
+                compare(&found(name), *comparison, literal)
+            }
+        }
+    }
+}
+
+impl Source {
+    fn find<'a>(&self, event: &'a Event, view: View<'a>) -> Found<'a> {
+        let text = |text: &'a str| Found::Text(Cow::Borrowed(text));
+        match (self, view) {
+            (Source::Op, _) => text(event.op().as_str()),
+            (Source::AggregateType, View::Outbox(row, _)) => text(&row.aggregate_type),
+            (Source::AggregateId, View::Outbox(row, _)) => text(&row.aggregate_id),
+            (Source::EventType, View::Outbox(row, _)) => text(&row.event_type),
+            (Source::Header(name), View::Outbox(_, headers)) => header(headers.get(name)),
+            (Source::Column(index), View::Row(row)) => of_row(&row[*index]),
+            (Source::Column(index), View::Identity(row)) => match of_row(&row[*index]) {
+                Found::Null => Found::Unknown,
+                found => found,
+            },
+            (
+                Source::AggregateType
+                | Source::AggregateId
+                | Source::EventType
+                | Source::Header(_)
+                | Source::Column(_)
+                | Source::Unknown,
+                _,
+            ) => Found::Unknown,
+        }
+    }
+}
+
+fn of_row(value: &Value) -> Found<'_> {
+    match value {
+        Value::Null => Found::Null,
+        Value::Text(text) => {
+            std::str::from_utf8(text).map_or(Found::Unknown, |text| Found::Text(text.into()))
+        }
+        Value::Unchanged | Value::Unreadable(_) => Found::Unknown,
+    }
+}
+
+/// A header that is not there is null.
+fn header<'a>(value: Option<&&'a RawValue>) -> Found<'a> {
+    let Some(value) = value else { return Found::Null };
+    let text = value.get();
+    match text.as_bytes().first() {
+        Some(b'n') => Found::Null,
+        Some(b'"') => match serde_json::from_str::<String>(text) {
+            Ok(text) => Found::Text(text.into()),
+            Err(_) => Found::Unknown,
+        },
+        _ => Found::Text(text.into()),
+    }
+}
+
+fn compare(value: &Found<'_>, comparison: Comparison, literal: &Literal) -> Option<bool> {
+    let text = match value {
+        Found::Unknown => return None,
+        // It equals no value, and is neither before nor after one.
+        Found::Null => return Some(comparison == Comparison::NotEqual),
+        Found::Text(text) => text,
+    };
+    let order = match literal {
+        Literal::Text(wanted) => text.as_bytes().cmp(wanted.as_bytes()),
+        // What is not a number cannot be compared with one.
+        Literal::Number(wanted) => decimal::compare(text, wanted)?,
+        Literal::Bool(wanted) => {
+            let is = match &**text {
+                "t" | "true" => true,
+                "f" | "false" => false,
+                _ => return None,
+            };
+            is.cmp(wanted)
+        }
+    };
+    Some(match comparison {
+        Comparison::Equal => order == Ordering::Equal,
+        Comparison::NotEqual => order != Ordering::Equal,
+        Comparison::Less => order == Ordering::Less,
+        Comparison::LessOrEqual => order != Ordering::Greater,
+        Comparison::Greater => order == Ordering::Greater,
+        Comparison::GreaterOrEqual => order != Ordering::Less,
+    })
+}
