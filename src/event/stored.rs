@@ -538,7 +538,7 @@ mod tests {
         round_trip(Content::Outbox(Box::new(row(OutboxPayload::Empty))));
         // The same bytes, in the form in which a row has them.
         let before = event(Content::Outbox(Box::new(row(OutboxPayload::Bytes("\0\u{7f}".into())))));
-        let after = from_json(&to_json(&before), before.id, before.position).unwrap();
+        let (after, _) = from_json(&to_json(&before, None), before.id, before.position).unwrap();
         let Content::Outbox(after) = after.content else { panic!("{after:?}") };
         assert!(matches!(&after.payload, OutboxPayload::Hex(hex) if hex == "\\x007f"), "{after:?}");
         let columns = vec![("payload".into(), None), ("data".into(), Some(Bytes::from("x")))];

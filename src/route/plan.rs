@@ -18,6 +18,7 @@ use super::{
     Select, Template,
 };
 use crate::column;
+use crate::contract::Contracts;
 use crate::event::hidden::Hidden;
 use crate::event::{Change, Content, Event, Op, Table};
 use crate::message::{ExchangeId, RouteId, route_hash};
@@ -355,6 +356,7 @@ impl Plans {
             name: String::new(),
             label: "".into(),
             exchange: ExchangeId(0),
+            contracts: Contracts::default(),
             format: Format::Watership,
             ordering: Ordering::Keyed,
             message_id: MessageIdRule::Event,

@@ -201,7 +201,10 @@ impl Store for Nowhere {
                     let count = rows.len() as u64;
                     self.parked.fetch_add(count, Ordering::Relaxed);
                 }
-                Rider::Unparked(_) | Rider::Described(_) | Rider::Backfilled(_) => {}
+                Rider::Unparked(_)
+                | Rider::Described(_)
+                | Rider::Changed(_)
+                | Rider::Backfilled(_) => {}
             }
         }
         ready(Ok(flush.lsn()))

@@ -21,7 +21,7 @@ use crate::relay::checkpoint::own::LastKnown;
 use crate::relay::checkpoint::{self, Checkpoint, PostgresStore};
 use crate::relay::parking::{Parking, store as parked};
 use crate::relay::window::remembered::Remembered;
-use crate::route::Resumed;
+use crate::route::{Resumed, Schemas};
 use crate::source::poll::{self, Poll};
 use crate::source::{AnySource, SourceKind};
 
@@ -53,6 +53,7 @@ pub(super) async fn prepare(
         keys: HashMap::new(),
         names: HashMap::new(),
         parked: parked::table_names(&client, &options.name).await?,
+        schemas: Schemas::default(),
     };
     let known = parked::known(&client, &options.name, row.position).await?;
     let parking = Parking::new(options.tuning.parked, parked_rows, known);
