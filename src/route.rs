@@ -16,6 +16,7 @@ pub mod description;
 pub mod filter;
 mod format;
 mod lanes;
+mod mismatch;
 mod partition;
 mod plan;
 mod promise;
@@ -377,34 +378,7 @@ impl Router {
             Select::Table { .. } => TABLE_FIELDS,
         };
         let in_route = |error: Error| error.context(format!("route {:?}", rule.name));
-        if matches!(rule.select, Select::Outbox { .. }) && !key.is_empty() {
-            let text = "key columns apply to captured tables; the key of an outbox event is \
-                        (aggregate_type, aggregate_id)";
-            return Err(in_route(Error::config(text)));
-        }
-        if matches!(rule.select, Select::Table { .. }) && *format == Format::Raw {
-            let text = "format \"raw\" is the payload of an outbox row, and a captured table has \
-                        none; use \"watership\"";
-            return Err(in_route(Error::config(text)));
-        }
-        if matches!(rule.select, Select::Table { .. }) && !contracts.by_type.is_empty() {
-            let text = "contracts are named by the event type of the outbox; use contract = \"…\" \
-                        for a captured table";
-            return Err(in_route(Error::config(text)));
-        }
-        match &rule.select {
-            Select::Table { name } if name != "*" => rules.verify(key).map_err(in_route)?,
-            Select::Table { .. } | Select::Outbox { .. } if !rules.is_only_filter() => {
-                let text = "columns, map and on_drift are for one captured table: name it in table";
-                return Err(in_route(Error::config(text)));
-            }
-            Select::Table { .. } => {
-                rules.filter.iter().try_for_each(|f| f.verify_table(true)).map_err(in_route)?;
-            }
-            Select::Outbox { .. } => {
-                rules.filter.iter().try_for_each(Filter::verify_outbox).map_err(in_route)?;
-            }
-        }
+        mismatch::verify(&rule.select, key, format, contracts, rules).map_err(in_route)?;
         let routing_key = match partitions {
             Some(partitions) => Template::of_partitions(partitions),
             None => Template::parse("routing_key", routing_key, fields).map_err(in_route)?,

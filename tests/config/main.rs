@@ -6,6 +6,7 @@ use toml::{Table, Value};
 use watership::config::Config;
 
 mod outbox;
+mod polling;
 mod secrets;
 
 const REFERENCE: &str = include_str!("../../config/watership.toml");
@@ -26,6 +27,8 @@ const WITHOUT_DEFAULT: &[&str] = &[
     "binding.queue",
     "binding.exchange",
     "binding.routing_key",
+    "route.contract",
+    "route.contracts",
 ];
 
 fn config(text: &str) -> Result<Config, String> {
@@ -42,7 +45,9 @@ fn reference_with_examples() -> String {
         Some(rest) if !rest.starts_with(' ') => rest,
         _ => line,
     };
-    REFERENCE.lines().map(uncomment).collect::<Vec<_>>().join("\n")
+    let contract = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/config/contract.json");
+    let text = REFERENCE.lines().map(uncomment).collect::<Vec<_>>().join("\n");
+    text.replace("contracts/order.json", contract).replace("contracts/order-placed.json", contract)
 }
 
 /// The table at `path` in `root`, such as `route.outbox`; of a list its first.
@@ -59,8 +64,8 @@ fn table_at<'t>(root: &'t mut Table, path: &str) -> &'t mut Table {
 }
 
 /// Tables whose keys are free.
-const FREE: [&str; 6] =
-    [".arguments", ".mask", ".rename", ".set", ".map.default", "outbox.headers_from"];
+const FREE: [&str; 7] =
+    [".arguments", ".contracts", ".mask", ".rename", ".set", ".map.default", "outbox.headers_from"];
 
 /// The paths of all tables below `table`, and of the keys in each.
 fn collect(table: &Table, path: &str, found: &mut Vec<(String, Vec<String>)>) {
@@ -205,26 +210,6 @@ fn all_problems_are_reported_at_once_in_the_order_of_the_file() {
     ];
     assert_eq!(lines.len(), starts.len(), "{text}");
     lines.iter().zip(starts).for_each(|(line, start)| assert!(line.starts_with(start), "{text}"));
-}
-
-#[test]
-fn a_key_that_does_nothing_in_the_mode_is_refused() {
-    for (more, part) in [
-        ("source.mode = 'poll'\nsource.slot = 'x'", "source.slot is only for source.mode = \"wal"),
-        ("source.mode = 'poll'\nsource.failover = true", "source.failover is only for source.mo"),
-        ("source.mode = 'poll'\nsource.binary = true", "source.binary is only for source.mode"),
-        ("source.mode = 'poll'\nrelay.canary_interval = '0s'", "canary_interval is only for sou"),
-        ("source.mode = 'poll'\nrelay.idle_interval = '1s'", "idle_interval is only for source"),
-        ("source.mode = 'poll'\nsource.tables = ['a.b']", "= \"poll\" reads the outbox only"),
-        ("source.poll_min_interval = '1s'", "poll_min_interval is only for source.mode = \"poll"),
-        (
-            "source.mode = 'poll'\nsource.poll_min_interval = '2s'",
-            "poll_max_interval = \"1s\" is invalid; expected at least source.poll_min_interval, ",
-        ),
-    ] {
-        let text = problem(&format!("{more}\n"));
-        assert!(text.contains(part), "{more}: {text}");
-    }
 }
 
 #[test]

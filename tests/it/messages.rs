@@ -225,7 +225,9 @@ async fn messages_that_are_no_events_neither_stop_the_relay_nor_vanish_unseen() 
     let two = format!("{one}, {one}");
     assert_eq!(parked(&stage).await, two);
     let shown = stage.run(&["parked", "show", "2", "--json"]).await;
-    let shown: Value = serde_json::from_str(&shown.expect_code(0).log).expect("JSON");
+    let shown = shown.expect_code(0).log;
+    let begin = shown.find('{').expect("an object, perhaps after a warning");
+    let shown: Value = serde_json::from_str(&shown[begin..]).expect("JSON");
     let broken = &shown["event"]["content"]["outbox"]["payload"]["broken"];
     let why = "the logical message has version 2, and this program reads version 1";
     assert_eq!(broken["why"], why, "{shown}");
