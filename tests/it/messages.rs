@@ -225,7 +225,7 @@ async fn messages_that_are_no_events_neither_stop_the_relay_nor_vanish_unseen() 
     let two = format!("{one}, {one}");
     assert_eq!(parked(&stage).await, two);
     let shown = stage.run(&["parked", "show", "2", "--json"]).await;
-    let shown = shown.expect_code(0).log;
+    let shown = &shown.expect_code(0).log;
     let begin = shown.find('{').expect("an object, perhaps after a warning");
     let shown: Value = serde_json::from_str(&shown[begin..]).expect("JSON");
     let broken = &shown["event"]["content"]["outbox"]["payload"]["broken"];
