@@ -226,7 +226,7 @@ async fn messages_that_are_no_events_neither_stop_the_relay_nor_vanish_unseen() 
     assert_eq!(parked(&stage).await, two);
     let shown = stage.run(&["parked", "show", "2", "--json"]).await;
     let shown = &shown.expect_code(0).log;
-    let begin = shown.find('{').expect("an object, perhaps after a warning");
+    let begin = shown.find("\n{").expect("an object after the warnings of the start");
     let shown: Value = serde_json::from_str(&shown[begin..]).expect("JSON");
     let broken = &shown["event"]["content"]["outbox"]["payload"]["broken"];
     let why = "the logical message has version 2, and this program reads version 1";
