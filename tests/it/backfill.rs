@@ -287,7 +287,7 @@ fn keys(messages: &[Message], table: &str) -> HashSet<i64> {
 
 #[tokio::test]
 async fn a_truncate_or_an_alter_ends_the_run_of_its_table_with_the_reason_and_the_other_goes_on() {
-    let (stage, relay) = two("backfill.chunk_rows = 20\nbackfill.max_rate = 200").await;
+    let (stage, relay) = two("backfill.chunk_rows = 20\nbackfill.max_rate = 40").await;
     for (sql, reason) in [
         ("TRUNCATE a", "failed: the table was truncated"),
         ("ALTER TABLE a ADD COLUMN note text", "failed: public.a was altered"),
@@ -316,7 +316,7 @@ async fn a_truncate_or_an_alter_ends_the_run_of_its_table_with_the_reason_and_th
 
 #[tokio::test]
 async fn a_backfill_is_paused_resumed_listed_and_cancelled() {
-    let (stage, relay) = two("backfill.chunk_rows = 20\nbackfill.max_rate = 100").await;
+    let (stage, relay) = two("backfill.chunk_rows = 20\nbackfill.max_rate = 40").await;
     backfill(&stage, &["public.a", "--detach"]).await;
     let again = stage.run(&["backfill", "public.a"]).await;
     again.expect_code(1).expect_text(&["a backfill of public.a has not ended"]);
