@@ -14,7 +14,7 @@ use crate::relay::upkeep::canary::Canary;
 use crate::relay::window::remembered::Remembered;
 use crate::route::{Plans, Router};
 
-/// What a [`Relay`] is made of.
+/// What a [`Relay`](super::Relay) is made of.
 pub struct RelayParts<S, P, C> {
     /// Where events come from.
     pub source: S,
