@@ -131,6 +131,11 @@ fn publishing(
             if own.is_empty() { of_route.partitions.queue.clone() } else { own }
         }
     };
+    if exchange.contains('{') {
+        let text =
+            "an exchange has no fields, only routing_key has; write a route for each exchange";
+        t.problem(EXCHANGE, format!("{} = {exchange:?}: {text}", t.path(EXCHANGE)));
+    }
     let routing_key = t.text(ROUTING_KEY, "");
     if partitioned.is_some() && !routing_key.is_empty() {
         let path = t.path(ROUTING_KEY);

@@ -253,6 +253,10 @@ fn each_mistake_is_named_with_what_is_expected() {
         ("[[queue]]\nname = 'q'\narguments = {x-queue-type = 'x'}", "its key \"type\""),
         ("[[binding]]\nexchange = 'e'", "set queue or to_exchange"),
         (
+            "[[route]]\nname = 'r'\noutbox.aggregate_type = '*'\nexchange = '{schema}.events'",
+            "exchange = \"{schema}.events\": an exchange has no fields, only routing_key has",
+        ),
+        (
             "[[binding]]\nexchange = 'e'\nqueue = 'q'\nto_exchange = 'f'",
             "set queue or to_exchange, not both",
         ),
