@@ -121,7 +121,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     };
     report.errors.iter().for_each(|error| out.line(&format!("verdict      {error}")));
     if doubts.is_empty() && !args.anyway {
-        return nothing_wrong(config, args, &report, out);
+        return nothing_wrong(&config.relay.name, args, &report, out);
     }
     let (row, slot, server) = found.position();
     let plan = plan(row, slot, server, &doubts, args.from)?;
@@ -165,13 +165,12 @@ async fn count_rows(
     }
 }
 
-fn nothing_wrong(config: &Config, args: &Args, report: &Report, out: Out) -> Result<End> {
-    let name = &config.relay.name;
+fn nothing_wrong(name: &str, args: &Args, report: &impl Serialize, out: Out) -> Result<End> {
     if args.accept_gap {
         return Err(Error::refused(format!(
             "nothing is wrong with the position of relay {name:?}"
         ))
-        .hint("there is no gap to accept: start the relay with `watership run`"));
+        .hint("start the relay with `watership run`; it has no gap to accept"));
     }
     out.line(&format!("ok           nothing is wrong with the position of relay {name:?}"));
     out.data(report)?;

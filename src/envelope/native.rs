@@ -37,11 +37,7 @@ pub(super) fn write_outbox(
             out.push(b'"');
         }
     }
-    out.extend_from_slice(b",\"position\":\"");
-    out.extend_from_slice(&event.position.text());
-    out.extend_from_slice(b"\",\"committed_at\":\"");
-    out.extend_from_slice(committed_at.as_bytes());
-    out.extend_from_slice(b"\"}");
+    end_with_place(out, event, committed_at);
     Ok(())
 }
 
@@ -91,12 +87,17 @@ pub(super) fn write_change(
             write_unchanged(out, table, row);
         }
     }
+    end_with_place(out, event, committed_at);
+    Ok(())
+}
+
+/// The last members, the same in both envelopes: where in the stream it happened, and when.
+fn end_with_place(out: &mut Vec<u8>, event: &Event, committed_at: &str) {
     out.extend_from_slice(b",\"position\":\"");
     out.extend_from_slice(&event.position.text());
     out.extend_from_slice(b"\",\"committed_at\":\"");
     out.extend_from_slice(committed_at.as_bytes());
     out.extend_from_slice(b"\"}");
-    Ok(())
 }
 
 /// The row as a JSON object of these columns; unchanged TOAST values are absent.

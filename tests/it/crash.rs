@@ -16,14 +16,20 @@ async fn a_relay_killed_again_and_again_loses_nothing_and_keeps_the_order() {
     let (database, vhost) = (own_database().await, own_vhost().await);
     let window = Window { events: 1024, unconfirmed: 512 };
     let mut scene = Scene::new("relay kill -9", &database.url, &vhost.url, window).await;
-    let mut dice = scene.dice();
     scene.consume();
     scene.relay().start();
     scene.write(Load { events: 24_000, rate: 2_000, rows: 5 });
     scene.flowing(500).await;
-    for kill in 1..=8 {
+    kill_at_random(&mut scene, 8, 3_000).await;
+    scene.finish().await;
+}
+
+/// Kills the relay `kills` times, each time before `most` further events are committed.
+pub async fn kill_at_random(scene: &mut Scene, kills: u32, most: u64) {
+    let mut dice = scene.dice();
+    for kill in 1..=kills {
         // A random moment, the start of the relay included: 2 events are committed in 1 ms.
-        scene.committed_more(dice.u64(40..3_000)).await;
+        scene.committed_more(dice.u64(40..most)).await;
         scene.fault(&format!("kill -9 of the relay, {kill}"));
         scene.relay().kill();
         scene.relay().start();
@@ -32,7 +38,6 @@ async fn a_relay_killed_again_and_again_loses_nothing_and_keeps_the_order() {
             scene.recovered(Instant::now(), 0).await;
         }
     }
-    scene.finish().await;
 }
 
 #[tokio::test]

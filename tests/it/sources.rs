@@ -1,7 +1,5 @@
 //! What every kind of source promises: one suite, run for each of them between real servers.
 
-use tokio::time::Instant;
-
 use crate::support::inbox::{Message, kinds};
 use crate::support::relay::Window;
 use crate::support::scene::{Place, Scene};
@@ -135,20 +133,11 @@ async fn a_relay_killed_again_and_again_under_load_loses_nothing_and_keeps_the_o
             settings: mode,
         };
         let mut scene = Scene::at(place).await;
-        let mut dice = scene.dice();
         scene.consume();
         scene.relay().start();
         scene.write(Load { events: 12_000, rate: 2_000, rows: 5 });
         scene.flowing(500).await;
-        for kill in 1..=4 {
-            scene.committed_more(dice.u64(40..2_000)).await;
-            scene.fault(&format!("kill -9 of the relay, {kill}"));
-            scene.relay().kill();
-            scene.relay().start();
-            if dice.bool() {
-                scene.recovered(Instant::now(), 0).await;
-            }
-        }
+        crate::crash::kill_at_random(&mut scene, 4, 2_000).await;
         scene.finish().await;
     }
 }

@@ -4,7 +4,7 @@
 use serde::Serialize;
 use tokio_postgres::Client;
 
-use super::{Args, count_rows};
+use super::{Args, count_rows, nothing_wrong};
 use crate::cli::gap_rows::{self, GapRows};
 use crate::cli::{End, Out};
 use crate::config::Config;
@@ -66,14 +66,7 @@ pub(super) async fn execute(
     };
     report.error.iter().for_each(|error| out.line(&format!("verdict      {error}")));
     if doubt.is_none() && !args.anyway {
-        if args.accept_gap {
-            let text = format!("nothing is wrong with the position of relay {name:?}");
-            return Err(Error::refused(text)
-                .hint("there is no gap to accept: start the relay with `watership run`"));
-        }
-        out.line(&format!("ok           nothing is wrong with the position of relay {name:?}"));
-        out.data(&report)?;
-        return Ok(End::Fine);
+        return nothing_wrong(name, args, &report, out);
     }
     let from = place(args.from, doubt.is_some())?;
     report.from = Some(from.name());
