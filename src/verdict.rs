@@ -63,7 +63,7 @@ pub enum Verdict {
     ParkingRefused,
     /// A route would use other partitions while messages are queued in those in force.
     PartitionsChanged,
-    /// A batch that a relay that polls has stored is not in the table any more.
+    /// A batch that the polling relay stored is gone from its table.
     BatchMissing,
     /// The outbox has rows of transactions that this cluster has not had yet.
     ForeignRows,

@@ -159,8 +159,9 @@ async fn set(client: &Client, name: &str, which: &Which, to: RunState, out: Out)
     }
     out.data(&changed)?;
     if changed.is_empty() {
-        return Err(Error::refused("there is no such backfill")
-            .hint("`watership backfill list` shows which there are, and what they are doing"));
+        let which = which.which.as_deref().unwrap_or("--all");
+        return Err(Error::refused(format!("{which}: no open backfill matches"))
+            .hint("`watership backfill list` shows all of them, with their state"));
     }
     Ok(End::Fine)
 }

@@ -101,7 +101,7 @@ async fn dry_run(config: Config, args: &Args, mut shutdown: watch::Receiver<bool
         Printer::new(print, exchanges, max_body, args.limit.map(NonZeroU64::get), over.clone());
     let until = Until { over: over.clone(), caught_up: args.until_caught_up };
     let asked = async {
-        // Without a sender nobody can ask any more.
+        // The sender is gone: no signal can come.
         if shutdown.wait_for(|stop| *stop).await.is_ok() {
             over.send_replace(true);
         }

@@ -29,7 +29,7 @@ pub(super) enum Routed<'a> {
     Verbatim(raw::Body<'a>),
     /// The body was written.
     Written,
-    /// There is no value.
+    /// An empty body, which consumers read as null.
     Tombstone,
 }
 

@@ -337,7 +337,7 @@ async fn a_backfill_is_paused_resumed_listed_and_cancelled() {
     let sent = keys(&stage.settled().await, "public.a").len();
     assert!(then < 600 && sent < 600, "{then} were read, {sent} sent");
     let none = stage.run(&["backfill", "resume", "public.a"]).await;
-    none.expect_code(1).expect_text(&["there is no such backfill"]);
+    none.expect_code(1).expect_text(&["public.a: no open backfill matches"]);
 }
 
 #[tokio::test]

@@ -36,7 +36,7 @@ enum Says {
     Some(Vec<Vec<u8>>),
     /// It does not say which rows it is about.
     Unknown,
-    /// There are no rows any more.
+    /// The rows are gone.
     Nothing,
 }
 

@@ -100,7 +100,7 @@ pub enum GivenUp {
     TooSlow,
     /// It does not show a transaction that came before its mark.
     Stale,
-    /// The transactions before its mark are not known any more.
+    /// The transactions before its mark are no longer known.
     Forgotten,
 }
 

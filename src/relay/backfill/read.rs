@@ -172,8 +172,8 @@ fn read_shape(
 
 fn without_key(name: &TableName) -> Unfit {
     let what = format!(
-        "{name} has neither a primary key nor a replica identity by an index: there is no order in \
-         which it could be read in chunks"
+        "{name} has no primary key and no unique index as its replica identity, so it cannot be \
+         read in chunks"
     );
     let hint = format!(
         "add a primary key, or ALTER TABLE {} REPLICA IDENTITY USING INDEX a unique one",
@@ -238,7 +238,7 @@ pub struct ChunkRows {
 pub enum ReadOutcome {
     /// With rows.
     Rows(ChunkRows),
-    /// The table is another one than the run began with, or it cannot be read any more.
+    /// The table is another one than the run began with, or it can no longer be read.
     Changed(String),
 }
 

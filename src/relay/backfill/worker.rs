@@ -175,7 +175,7 @@ impl Worker<'_> {
         Ok(())
     }
 
-    /// Has the loop remember the transactions of the table. False when there is no loop any more.
+    /// Has the loop remember the transactions of the table. False when the loop has ended.
     async fn remember(&mut self, one: &mut Active) -> Result<bool> {
         let table = one.wanted.oid;
         if self.end.commands.send(ChunkCommand::Begin(table)).await.is_err() {
@@ -470,8 +470,8 @@ enum Ended {
     Report(ChunkReport),
     /// The table was truncated.
     Truncated,
-    /// Its run is not wanted any more.
+    /// Its run was paused or cancelled.
     Left,
-    /// There is no loop any more.
+    /// The loop has ended.
     Gone,
 }

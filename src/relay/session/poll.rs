@@ -145,7 +145,7 @@ pub struct PollStart {
 /// Reads all of it.
 ///
 /// # Errors
-/// The server's, a verdict when there is no checkpoint, or that it is of another kind.
+/// The server's; a verdict if the checkpoint is missing, a refusal if it is of another kind.
 pub async fn read(client: &Client, options: &Options) -> Result<PollStart> {
     let name = &options.name;
     let row = checkpoint::read(client, name).await?.ok_or_else(|| checkpoint::no_row(name))?;
