@@ -394,7 +394,9 @@ async fn a_table_that_cannot_be_read_is_refused_with_the_statement_that_helps() 
     let tables = ["public.bare", "public.t"];
     let stage = Stage::new(Setup { sql, tables: &tables, ..Setup::default() }).await;
     let refused = stage.run(&["backfill", "public.bare"]).await;
-    refused.expect_code(1).expect_text(&["neither a primary key", "REPLICA IDENTITY USING INDEX"]);
+    refused
+        .expect_code(1)
+        .expect_text(&["has no primary key and no unique index", "REPLICA IDENTITY USING INDEX"]);
     let refused = stage.run(&["backfill", "public.other"]).await;
     refused.expect_code(1).expect_text(&["public.other is not captured", "source.tables"]);
     stage.execute("ALTER PUBLICATION watership DROP TABLE t").await;
