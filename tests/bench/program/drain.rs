@@ -17,7 +17,7 @@ use crate::servers::{Servers, sql};
 use crate::usage::{cpu_seconds, peak_rss_bytes, tree_cpu_seconds};
 
 /// How often the depth of the queue is asked for while it fills.
-const POLL: Duration = Duration::from_millis(20);
+pub const POLL: Duration = Duration::from_millis(20);
 /// The same until the first message.
 const POLL_FIRST: Duration = Duration::from_millis(2);
 /// How long the queue may stand still. Postgres decodes a large transaction before it sends any.
@@ -185,7 +185,7 @@ pub async fn measure(
 ///
 /// # Errors
 /// When the relay ends, or the queue stands still for [`STALL_LIMIT`].
-async fn filled(
+pub async fn filled(
     servers: &Servers,
     name: &str,
     wanted: u64,

@@ -13,7 +13,7 @@ use tokio_postgres::Client;
 use uuid::Uuid;
 use watership::error::{Error, Result};
 
-use crate::relay::Installation;
+use crate::relay::{Installation, Relay};
 use crate::servers::{Servers, broker, sql};
 
 /// Events a second.
@@ -54,6 +54,28 @@ pub async fn run(servers: &Servers, seconds: u64) -> Result<Latency> {
     let mut relay = installation.start()?;
     let start_to_ready = relay.ready().await?;
 
+    let paced = paced(servers, name, &relay, seconds).await?;
+    relay.stop().await?;
+    Ok(Latency {
+        events: paced.commit.len(),
+        commit_p50_ms: quantile(&paced.commit, 0.5),
+        commit_p99_ms: quantile(&paced.commit, 0.99),
+        insert_p50_ms: quantile(&paced.insert, 0.5),
+        insert_p99_ms: quantile(&paced.insert, 0.99),
+        start_to_ready_ms: start_to_ready.as_secs_f64() * 1e3,
+    })
+}
+
+/// Sorted latencies, in milliseconds.
+pub struct Paced {
+    /// From COMMIT's answer.
+    pub commit: Vec<f64>,
+    /// From sending the INSERT.
+    insert: Vec<f64>,
+}
+
+/// What a running relay needs at 200 events a second, for `seconds`. Empties the queue.
+pub async fn paced(servers: &Servers, name: &str, relay: &Relay, seconds: u64) -> Result<Paced> {
     let events = WARM_UP + usize::try_from(RATE * seconds).unwrap_or(usize::MAX);
     let mut received = consume(servers, name).await?;
     let client = servers.client(name).await?;
@@ -70,7 +92,6 @@ pub async fn run(servers: &Servers, seconds: u64) -> Result<Latency> {
         arrived.entry(id).or_insert(at);
     }
     let written = writer.await.map_err(|e| Error::unreachable("the writer").caused_by(e))??;
-    relay.stop().await?;
 
     let since = |from: fn(&Written) -> Instant| {
         let counted = written.iter().skip(WARM_UP);
@@ -79,15 +100,7 @@ pub async fn run(servers: &Servers, seconds: u64) -> Result<Latency> {
         gaps.sort_by(f64::total_cmp);
         gaps
     };
-    let (commit, insert) = (since(|w| w.committed), since(|w| w.sent));
-    Ok(Latency {
-        events: commit.len(),
-        commit_p50_ms: quantile(&commit, 0.5),
-        commit_p99_ms: quantile(&commit, 0.99),
-        insert_p50_ms: quantile(&insert, 0.5),
-        insert_p99_ms: quantile(&insert, 0.99),
-        start_to_ready_ms: start_to_ready.as_secs_f64() * 1e3,
-    })
+    Ok(Paced { commit: since(|w| w.committed), insert: since(|w| w.sent) })
 }
 
 /// The value below which the part `q` of the sorted `values` lies.

@@ -11,6 +11,7 @@ mod latency;
 mod limits;
 mod load;
 mod peer;
+mod polling;
 mod relay;
 mod report;
 mod servers;
@@ -69,6 +70,9 @@ struct Arguments {
     /// Live events a second beside it.
     #[arg(long, default_value_t = 1000)]
     live: u64,
+    /// Measure a relay that polls, and nothing else.
+    #[arg(long)]
+    poll: bool,
     /// Leave out the drains.
     #[arg(long)]
     no_drain: bool,
@@ -146,6 +150,11 @@ async fn run(arguments: Arguments) -> Result<()> {
     }
     if let Some(rows) = arguments.backfill {
         report.backfill(backfill::run(&servers, rows, arguments.live).await?);
+        return report.write(&arguments.out);
+    }
+    if arguments.poll {
+        let Arguments { events, seed, latency_seconds: seconds, .. } = arguments;
+        report.polling(polling::run(&servers, events, seed, seconds).await?);
         return report.write(&arguments.out);
     }
     let rounds = if arguments.no_drain && !arguments.limits_only { 0 } else { arguments.repeat };

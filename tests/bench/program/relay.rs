@@ -38,11 +38,7 @@ impl Installation {
     /// Makes the database and runs `watership init`, which makes slot and publication. `broker`
     /// are further keys of the configuration's table of that name.
     pub async fn create(servers: &Servers, name: &str, broker: &str) -> Result<Self> {
-        let all = format!(
-            "[[route]]\nname = \"bench\"\noutbox = {{ aggregate_type = \"*\" }}\n\
-             exchange = \"{EXCHANGE}\"\n"
-        );
-        Self::with_routes(servers, name, broker, &all).await
+        Self::with_routes(servers, name, broker, &route_of_all()).await
     }
 
     /// The same with routes of one's own.
@@ -53,7 +49,7 @@ impl Installation {
         routes: &str,
     ) -> Result<Self> {
         servers.postgres.create_database(name).await?;
-        Self::configured(servers, name, broker, "", routes).await
+        Self::configured(servers, name, &slot(name, &[]), broker, routes).await
     }
 
     /// The same in a database with a captured table, which `sql` makes.
@@ -66,25 +62,29 @@ impl Installation {
     ) -> Result<Self> {
         servers.postgres.create_database(name).await?;
         servers.postgres.execute_in(name, sql).await?;
-        Self::configured(servers, name, "", table, routes).await
+        Self::configured(servers, name, &slot(name, &[table]), "", routes).await
+    }
+
+    /// Of a relay that polls.
+    pub async fn polling(servers: &Servers, name: &str) -> Result<Self> {
+        servers.postgres.create_database(name).await?;
+        Self::configured(servers, name, "mode = \"poll\"", "", &route_of_all()).await
     }
 
     async fn configured(
         servers: &Servers,
         name: &str,
+        source: &str,
         broker: &str,
-        table: &str,
         routes: &str,
     ) -> Result<Self> {
-        let tables: Vec<&str> = Some(table).into_iter().filter(|table| !table.is_empty()).collect();
         let folder = dev::home()?;
         let port = free_port()?;
         let config = folder.join(format!("{name}.toml"));
         let log = folder.join(format!("{name}.log"));
         let text = format!(
             "name = \"{name}\"\n\
-             [source]\ntables = {tables:?}\nurl = \"{}\"\nslot = \"{name}\"\n\
-             publication = \"{name}\"\n\
+             [source]\nurl = \"{}\"\n{source}\n\
              [broker]\nurl = \"{}\"\ntopology = \"verify\"\n{broker}\n\
              [admin]\nlisten = \"127.0.0.1:{port}\"\n\
              [[exchange]]\nname = \"{EXCHANGE}\"\nkind = \"{}\"\n{routes}",
@@ -196,6 +196,18 @@ impl Relay {
         stream.read_to_string(&mut answer).await?;
         Ok(answer)
     }
+}
+
+fn route_of_all() -> String {
+    format!(
+        "[[route]]\nname = \"bench\"\noutbox = {{ aggregate_type = \"*\" }}\n\
+         exchange = \"{EXCHANGE}\"\n"
+    )
+}
+
+/// Keys of `[source]`: the slot and the publication of this name, and what is captured.
+fn slot(name: &str, tables: &[&str]) -> String {
+    format!("tables = {tables:?}\nslot = \"{name}\"\npublication = \"{name}\"")
 }
 
 fn free_port() -> Result<u16> {

@@ -13,6 +13,7 @@ use crate::drain::{Case, Drain, Large};
 use crate::latency::Latency;
 use crate::limits::{Publish, cores, cpu_bound};
 use crate::load::Keys;
+use crate::polling::Polling;
 use crate::servers::{Routing, Servers};
 use crate::trouble::{Nacks, Poison};
 
@@ -28,6 +29,11 @@ const P99_MS_MAX: f64 = 10.0;
 const START_MS_MAX: f64 = 100.0;
 const NACKS_SHARE_MIN: f64 = 0.8;
 const POISON_SHARE_MIN: f64 = 0.95;
+const POLL_RATE_MIN: f64 = 15_000.0;
+const POLL_IDLE_PERCENT_MAX: f64 = 0.5;
+const POLL_P50_MS_MAX: f64 = 8.0;
+const POLL_DEAD_LOOK_MS_MAX: f64 = 10.0;
+const BACKFILL_P99_TIMES_MAX: f64 = 2.0;
 
 /// Everything that a run has measured.
 #[derive(Debug, Serialize)]
@@ -44,6 +50,7 @@ pub struct Report {
     large: Option<Large>,
     latency: Option<Latency>,
     backfill: Option<Backfill>,
+    polling: Option<Polling>,
     nacks: Option<Nacks>,
     deleted: Option<Deleted>,
     poison: Option<Poison>,
@@ -63,6 +70,7 @@ impl Report {
             large: None,
             latency: None,
             backfill: None,
+            polling: None,
             nacks: None,
             deleted: None,
             poison: None,
@@ -211,7 +219,36 @@ impl Report {
              p50 {:.2} ms, p99 {:.2} ms",
             b.during_p50_ms, b.during_p99_ms, b.before_p50_ms, b.before_p99_ms
         );
+        let times = b.during_p99_ms / b.before_p99_ms;
+        println!("  p99, times: {times:.2} {}", at_most(times, BACKFILL_P99_TIMES_MAX));
         self.backfill = Some(backfill);
+    }
+
+    pub fn polling(&mut self, polling: Polling) {
+        let p = &polling;
+        println!("\npolling, {} events of single-row transactions", p.events);
+        let bar = at_least(p.rate, POLL_RATE_MIN);
+        println!("  {:.0} events/s {bar}, relay {:.1} µs an event", p.rate, p.relay_us);
+        let idle = p.idle_share * 100.0;
+        println!("  idle: {idle:.2} % of a core {}", at_most(idle, POLL_IDLE_PERCENT_MAX));
+        println!(
+            "  at 200 events a second: p50 {:.2} ms {}, p99 {:.2} ms",
+            p.p50_ms,
+            at_most(p.p50_ms, POLL_P50_MS_MAX),
+            p.p99_ms
+        );
+        println!(
+            "  with {} dead rows under an old snapshot: p50 {:.2} ms, p99 {:.2} ms; one look \
+             p50 {:.2} ms, p99 {:.2} ms {}",
+            p.dead_rows,
+            p.dead_p50_ms,
+            p.dead_p99_ms,
+            p.dead_look_p50_ms,
+            p.dead_look_p99_ms,
+            at_most(p.dead_look_p99_ms, POLL_DEAD_LOOK_MS_MAX)
+        );
+        println!("  peak RSS {:.1} MB", p.peak_rss_mb);
+        self.polling = Some(polling);
     }
 
     pub fn nacks(&mut self, nacks: Nacks) {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use lapin::options::{
     ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+    QueuePurgeOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
@@ -120,6 +121,12 @@ impl Servers {
             .queue_bind(queue, EXCHANGE.into(), key, options, FieldTable::default())
             .await
             .map_err(broker("binding the queue"))
+    }
+
+    /// Empties the queue.
+    pub async fn purge(&self, name: &str) -> Result<()> {
+        let purged = self.channel.queue_purge(name.into(), QueuePurgeOptions::default()).await;
+        purged.map(drop).map_err(broker("emptying the queue"))
     }
 
     pub async fn delete_queue(&self, name: &str) -> Result<()> {
