@@ -9,7 +9,7 @@ use crate::support::full;
 use crate::support::relay::Window;
 use crate::support::scene::Scene;
 use crate::support::servers::{own_database, own_vhost};
-use crate::support::writers::Load;
+use crate::support::writers::{Load, STEADY};
 
 #[tokio::test]
 async fn a_relay_killed_again_and_again_loses_nothing_and_keeps_the_order() {
@@ -18,9 +18,10 @@ async fn a_relay_killed_again_and_again_loses_nothing_and_keeps_the_order() {
     let mut scene = Scene::new("relay kill -9", &database.url, &vhost.url, window).await;
     scene.consume();
     scene.relay().start();
-    scene.write(Load { events: 24_000, rate: 2_000, rows: 5 });
+    scene.write(Load { rate: 2_000, ..STEADY });
     scene.flowing(500).await;
     kill_at_random(&mut scene, 8, 3_000).await;
+    scene.enough();
     scene.finish().await;
 }
 

@@ -5,7 +5,7 @@ use crate::support::relay::Window;
 use crate::support::scene::{Place, Scene};
 use crate::support::servers::{own_database, own_vhost};
 use crate::support::stage::{Setup, Stage};
-use crate::support::writers::Load;
+use crate::support::writers::{Load, STEADY};
 
 pub const WAL: &str = "source.mode = \"wal\"";
 pub const POLL: &str = "source.mode = \"poll\"";
@@ -135,9 +135,10 @@ async fn a_relay_killed_again_and_again_under_load_loses_nothing_and_keeps_the_o
         let mut scene = Scene::at(place).await;
         scene.consume();
         scene.relay().start();
-        scene.write(Load { events: 12_000, rate: 2_000, rows: 5 });
+        scene.write(Load { rate: 2_000, ..STEADY });
         scene.flowing(500).await;
         crate::crash::kill_at_random(&mut scene, 4, 2_000).await;
+        scene.enough();
         scene.finish().await;
     }
 }

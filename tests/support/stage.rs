@@ -200,17 +200,26 @@ pub fn configuration(url: &str, slot: &str, vhost: &Vhost, setup: &Setup<'_>) ->
         "name = \"shop\"\nsource.url = \"{url}\"\n{slot}\
          source.tables = {tables:?}\nbroker.url = \"{broker}\"\n\
          admin.listen = \"127.0.0.1:{port}\"\nadmin.linger = \"0s\"\n\
-         log.format = \"text\"\n{settings}\n{routes}\n\
+         log.format = \"text\"\n{patience}{settings}\n{routes}\n\
          [[exchange]]\nname = \"watership\"\nkind = \"topic\"\n\
          [[queue]]\nname = \"all\"\n\
          [[binding]]\nqueue = \"all\"\nexchange = \"watership\"\nrouting_key = \"#\"\n",
         tables = setup.tables,
         broker = vhost.url,
+        patience = patience(setup.settings),
         settings = setup.settings,
     );
     let path = own_file("toml");
     std::fs::write(&path, text).expect("the configuration is written");
     (path, port)
+}
+
+/// A broker on a loaded machine answers late, and most tests are not about that.
+fn patience(settings: &str) -> String {
+    if settings.contains("broker.connect_timeout") {
+        return String::new();
+    }
+    format!("broker.connect_timeout = \"{}s\"\n", LIMIT.as_secs())
 }
 
 /// Runs a command of the program to its end.
