@@ -1,5 +1,5 @@
-//! A relay that polls: a backlog, nothing to do, a steady rate, and rows that are dead and cannot be
-//! removed.
+//! A relay that polls: a backlog, nothing to do, a steady rate, and dead rows that an old snapshot
+//! keeps.
 
 use std::time::Duration;
 
