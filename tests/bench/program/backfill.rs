@@ -2,7 +2,8 @@
 //!
 //! Four writers emit a given number of events a second, each waits for its commits; one consumer
 //! takes them. First without a backfill, then while a table is read, whose rows go to a queue that
-//! nobody reads.
+//! nobody reads. At last the same table again, without live events, on a route that drops its rows:
+//! what reading costs when nothing is published.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -16,9 +17,12 @@ use uuid::Uuid;
 use watership::error::{Error, Result};
 
 use crate::latency::{consume, quantile};
-use crate::relay::Installation;
+use crate::relay::{Installation, Relay};
 use crate::servers::{EXCHANGE, Servers, broker, sql};
 
+/// The table that is read, and the one whose rows are dropped.
+const TABLE: &str = "public.t";
+const DROPPED: &str = "public.u";
 const WRITERS: u64 = 4;
 /// Seconds without a backfill, and events of each writer that do not count.
 const BEFORE: u64 = 15;
@@ -39,6 +43,8 @@ pub struct Backfill {
     pub before_p99_ms: f64,
     pub during_p50_ms: f64,
     pub during_p99_ms: f64,
+    /// Of a table whose rows are dropped, without live events.
+    pub dropped_rows_per_second: f64,
 }
 
 /// Reads a table of `rows` rows while `rate` events a second are emitted.
@@ -48,15 +54,18 @@ pub async fn run(servers: &Servers, rows: u64, rate: u64) -> Result<Backfill> {
     queue_of_rows(servers).await?;
     let routes = format!(
         "[[route]]\nname = \"live\"\noutbox = {{ aggregate_type = \"*\" }}\n\
-         exchange = \"{EXCHANGE}\"\n[[route]]\nname = \"rows\"\ntable = \"public.t\"\n\
-         exchange = \"{EXCHANGE}\"\nrouting_key = \"rows\"\n"
+         exchange = \"{EXCHANGE}\"\n[[route]]\nname = \"rows\"\ntable = \"{TABLE}\"\n\
+         exchange = \"{EXCHANGE}\"\nrouting_key = \"rows\"\n\
+         [[route]]\nname = \"dropped\"\ntable = \"{DROPPED}\"\ndrop = true\n"
     );
-    let table = format!(
-        "CREATE TABLE public.t (id bigint PRIMARY KEY, name text, note text, at timestamptz); \
-         INSERT INTO public.t SELECT g, 'customer-' || g, repeat('watership ', 12), now() \
-         FROM generate_series(1, {rows}) AS g; ANALYZE public.t"
+    let make = format!(
+        "CREATE TABLE {TABLE} (id bigint PRIMARY KEY, name text, note text, at timestamptz); \
+         INSERT INTO {TABLE} SELECT g, 'customer-' || g, repeat('watership ', 12), now() \
+         FROM generate_series(1, {rows}) AS g; CREATE TABLE {DROPPED} (LIKE {TABLE} INCLUDING ALL); \
+         INSERT INTO {DROPPED} SELECT * FROM {TABLE}; ANALYZE"
     );
-    let installation = Installation::with_table(servers, name, &table, "public.t", &routes).await?;
+    let tables = [TABLE, DROPPED];
+    let installation = Installation::with_tables(servers, name, &make, &tables, &routes).await?;
     let mut relay = installation.start()?;
     relay.ready().await?;
     let mut received = consume(servers, name).await?;
@@ -66,20 +75,13 @@ pub async fn run(servers: &Servers, rows: u64, rate: u64) -> Result<Backfill> {
     })
     .await?;
     let client = servers.client(name).await?;
-    let began = Instant::now();
     let during = live(servers, name, rate, &mut received, async {
-        request(&client, name).await?;
-        while !is_done(&client).await? {
-            relay.alive()?;
-            if began.elapsed() > LIMIT {
-                return Err(Error::unreachable(format!("it does not end\n{}", relay.tail())));
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Ok(())
+        read(&client, name, TABLE, &mut relay).await
     })
     .await?;
-    let seconds = elapsed(&client).await?;
+    let seconds = elapsed(&client, TABLE).await?;
+    read(&client, name, DROPPED, &mut relay).await?;
+    let dropped = elapsed(&client, DROPPED).await?;
     relay.stop().await?;
     Ok(Backfill {
         rows,
@@ -90,6 +92,7 @@ pub async fn run(servers: &Servers, rows: u64, rate: u64) -> Result<Backfill> {
         before_p99_ms: quantile(&before, 0.99),
         during_p50_ms: quantile(&during, 0.5),
         during_p99_ms: quantile(&during, 0.99),
+        dropped_rows_per_second: rows as f64 / dropped,
     })
 }
 
@@ -107,14 +110,25 @@ async fn queue_of_rows(servers: &Servers) -> Result<()> {
     bound.map_err(broker("binding the queue"))
 }
 
-async fn request(client: &Client, name: &str) -> Result<()> {
-    let request = "INSERT INTO watership.backfill (name, table_name) VALUES ($1, 'public.t')";
-    client.execute(request, &[&name]).await.map(drop).map_err(sql("asking for a backfill"))
+/// Asks for a backfill, and waits until it is done.
+async fn read(client: &Client, name: &str, table: &str, relay: &mut Relay) -> Result<()> {
+    let request = "INSERT INTO watership.backfill (name, table_name) VALUES ($1, $2)";
+    let asked = client.execute(request, &[&name, &table]).await;
+    asked.map_err(sql("asking for a backfill"))?;
+    let began = Instant::now();
+    while !is_done(client, table).await? {
+        relay.alive()?;
+        if began.elapsed() > LIMIT {
+            return Err(Error::unreachable(format!("it does not end\n{}", relay.tail())));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
 }
 
-async fn is_done(client: &Client) -> Result<bool> {
-    let row = client.query_one("SELECT state, error FROM watership.backfill", &[]).await;
-    let row = row.map_err(sql("looking at the backfill"))?;
+async fn is_done(client: &Client, table: &str) -> Result<bool> {
+    let look = "SELECT state, error FROM watership.backfill WHERE table_name = $1";
+    let row = client.query_one(look, &[&table]).await.map_err(sql("looking at the backfill"))?;
     match (row.get::<_, &str>(0), row.get::<_, Option<&str>>(1)) {
         ("done", _) => Ok(true),
         (_, Some(why)) => Err(Error::refused(why)),
@@ -122,10 +136,10 @@ async fn is_done(client: &Client) -> Result<bool> {
     }
 }
 
-async fn elapsed(client: &Client) -> Result<f64> {
-    let sql_text = "SELECT extract(epoch FROM ended_at - started_at)::float8 \
-        FROM watership.backfill";
-    let row = client.query_one(sql_text, &[]).await.map_err(sql("looking at the backfill"))?;
+async fn elapsed(client: &Client, table: &str) -> Result<f64> {
+    let took = "SELECT extract(epoch FROM ended_at - started_at)::float8 \
+        FROM watership.backfill WHERE table_name = $1";
+    let row = client.query_one(took, &[&table]).await.map_err(sql("looking at the backfill"))?;
     Ok(row.get(0))
 }
 

@@ -52,17 +52,17 @@ impl Installation {
         Self::configured(servers, name, &slot(name, &[]), broker, routes).await
     }
 
-    /// The same in a database with a captured table, which `sql` makes.
-    pub async fn with_table(
+    /// The same in a database with captured tables, which `sql` makes.
+    pub async fn with_tables(
         servers: &Servers,
         name: &str,
         sql: &str,
-        table: &str,
+        tables: &[&str],
         routes: &str,
     ) -> Result<Self> {
         servers.postgres.create_database(name).await?;
         servers.postgres.execute_in(name, sql).await?;
-        Self::configured(servers, name, &slot(name, &[table]), "", routes).await
+        Self::configured(servers, name, &slot(name, tables), "", routes).await
     }
 
     /// Of a relay that polls.

@@ -220,6 +220,7 @@ impl Report {
             b.during_p50_ms, b.during_p99_ms, b.before_p50_ms, b.before_p99_ms
         );
         let times = b.during_p99_ms / b.before_p99_ms;
+        println!("  {:.0} rows/s without live events, dropped", b.dropped_rows_per_second);
         println!("  p99, times: {times:.2} {}", at_most(times, BACKFILL_P99_TIMES_MAX));
         self.backfill = Some(backfill);
     }
