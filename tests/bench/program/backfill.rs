@@ -16,7 +16,7 @@ use tokio_postgres::Client;
 use uuid::Uuid;
 use watership::error::{Error, Result};
 
-use crate::latency::{consume, quantile};
+use crate::latency::{Received, consume, quantile};
 use crate::relay::{Installation, Relay};
 use crate::servers::{EXCHANGE, Servers, broker, sql};
 
@@ -142,8 +142,6 @@ async fn elapsed(client: &Client, table: &str) -> Result<f64> {
     let row = client.query_one(took, &[&table]).await.map_err(sql("looking at the backfill"))?;
     Ok(row.get(0))
 }
-
-type Received = tokio::sync::mpsc::UnboundedReceiver<(Uuid, Instant)>;
 
 /// Sorted latencies, in milliseconds, of what is emitted while `work` is done.
 async fn live(

@@ -54,7 +54,8 @@ pub async fn run(servers: &Servers, seconds: u64) -> Result<Latency> {
     let mut relay = installation.start()?;
     let start_to_ready = relay.ready().await?;
 
-    let paced = paced(servers, name, &relay, seconds).await?;
+    let mut received = consume(servers, name).await?;
+    let paced = paced(servers, &relay, &mut received, name, seconds).await?;
     relay.stop().await?;
     Ok(Latency {
         events: paced.commit.len(),
@@ -74,10 +75,18 @@ pub struct Paced {
     insert: Vec<f64>,
 }
 
-/// What a running relay needs at 200 events a second, for `seconds`. Empties the queue.
-pub async fn paced(servers: &Servers, name: &str, relay: &Relay, seconds: u64) -> Result<Paced> {
+/// What comes of a consumer: ids, and when.
+pub type Received = mpsc::UnboundedReceiver<(Uuid, Instant)>;
+
+/// What a running relay needs at 200 events a second, for `seconds`.
+pub async fn paced(
+    servers: &Servers,
+    relay: &Relay,
+    received: &mut Received,
+    name: &str,
+    seconds: u64,
+) -> Result<Paced> {
     let events = WARM_UP + usize::try_from(RATE * seconds).unwrap_or(usize::MAX);
-    let mut received = consume(servers, name).await?;
     let client = servers.client(name).await?;
     let writer = tokio::spawn(async move { write(&client, events).await });
     let mut arrived = HashMap::with_capacity(events);
@@ -110,10 +119,7 @@ pub fn quantile(values: &[f64], q: f64) -> f64 {
 }
 
 /// Sends the id and the time of each message that arrives.
-pub async fn consume(
-    servers: &Servers,
-    queue: &str,
-) -> Result<mpsc::UnboundedReceiver<(Uuid, Instant)>> {
+pub async fn consume(servers: &Servers, queue: &str) -> Result<Received> {
     let channel = servers.another_channel().await?;
     let options = BasicConsumeOptions { no_ack: true, ..Default::default() };
     let consumer =

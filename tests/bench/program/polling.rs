@@ -9,7 +9,7 @@ use tokio_postgres::Client;
 use watership::error::{Error, Result};
 
 use crate::drain::{POLL, filled};
-use crate::latency::{paced, quantile};
+use crate::latency::{consume, paced, quantile};
 use crate::load::{self, Keys, Shape};
 use crate::relay::Installation;
 use crate::servers::{Servers, sql};
@@ -64,11 +64,12 @@ pub async fn run(servers: &Servers, events: u64, seed: u32, seconds: u64) -> Res
     let idle_share = (used(pid)? - before) / begin.elapsed().as_secs_f64();
     // So that a consumer meets nothing but new messages.
     servers.purge(name).await?;
-    let alive = paced(servers, name, &relay, seconds).await?;
+    let mut received = consume(servers, name).await?;
+    let alive = paced(servers, &relay, &mut received, name, seconds).await?;
 
     let pinned = servers.client(name).await?;
     leave_dead_rows(&client, &pinned, DEAD).await?;
-    let with_dead = paced(servers, name, &relay, seconds).await?;
+    let with_dead = paced(servers, &relay, &mut received, name, seconds).await?;
     let looks = looks(&client).await?;
     let peak_rss_mb = peak_rss_bytes(pid)? as f64 / 1e6;
     relay.stop().await?;
