@@ -4,7 +4,8 @@
 //! after the change of state that the event tells of, then readers of the event find that state.
 //! The application's user needs the role `watership_app`.
 //!
-//! `emit` is for tokio-postgres (feature `outbox`), `sqlx::emit` for sqlx (feature `sqlx`).
+//! `emit` is for tokio-postgres (feature `outbox`), `sqlx::emit` for sqlx (feature `sqlx`). Each has
+//! a sister, `emit_wal`, for an outbox without a table.
 //!
 //! ```no_run
 //! use watership::outbox::{NewEvent, Payload, emit};
@@ -101,11 +102,34 @@ impl<'a> NewEvent<'a> {
 pub async fn emit(client: &impl GenericClient, event: &NewEvent<'_>) -> Result<Uuid> {
     const JSON: &str = "SELECT watership.emit($1, $2, $3, $4, $5, $6)";
     const BYTES: &str = "SELECT watership.emit_bytes($1, $2, $3, $4, $7, $5, $6)";
+    call(client, event, JSON, BYTES).await
+}
+
+/// Writes `event` into the WAL and nowhere else, as [`emit`] does with the outbox: an outbox
+/// without a table. Only a relay that reads the WAL sees it, and only while its slot is there.
+///
+/// # Errors
+/// As [`emit`]; and when `wal_level` is not `logical`.
+#[cfg(feature = "outbox")]
+pub async fn emit_wal(client: &impl GenericClient, event: &NewEvent<'_>) -> Result<Uuid> {
+    const JSON: &str = "SELECT watership.emit_wal($1, $2, $3, $4, $5, $6)";
+    const BYTES: &str = "SELECT watership.emit_wal_bytes($1, $2, $3, $4, $7, $5, $6)";
+    call(client, event, JSON, BYTES).await
+}
+
+/// One of the two, by the kind of body.
+#[cfg(feature = "outbox")]
+async fn call(
+    client: &impl GenericClient,
+    event: &NewEvent<'_>,
+    json: &str,
+    bytes: &str,
+) -> Result<Uuid> {
     let headers = headers(event)?;
     let (sql, body, body_type, content_type): (_, &(dyn ToSql + Sync), _, _) = match &event.payload
     {
-        Payload::Json(text) => (JSON, text, Type::TEXT, None),
-        Payload::Bytes { data, content_type } => (BYTES, data, Type::BYTEA, Some(content_type)),
+        Payload::Json(text) => (json, text, Type::TEXT, None),
+        Payload::Bytes { data, content_type } => (bytes, data, Type::BYTEA, Some(content_type)),
     };
     let mut params: Vec<(&(dyn ToSql + Sync), Type)> = vec![
         (&event.aggregate_type, Type::TEXT),

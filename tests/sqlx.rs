@@ -63,6 +63,38 @@ async fn an_event_exists_when_the_callers_transaction_commits() {
 }
 
 #[tokio::test]
+async fn an_event_without_a_table_is_in_the_wal_when_the_callers_transaction_commits() {
+    let mut connection = connection().await;
+    for sql in [
+        "CREATE PUBLICATION w",
+        "SELECT pg_create_logical_replication_slot('sqlx_' || current_database(), 'pgoutput')",
+    ] {
+        sqlx::query(sql).execute(&mut connection).await.expect("a slot");
+    }
+    let text = NewEvent::new("order", "1", "paid", Payload::Json("{\"total\": 1.50}"));
+    let bytes = Payload::Bytes { data: b"\x00drawn", content_type: "image/png" };
+    let bytes = NewEvent::new("order", "1", "drawn", bytes);
+    for commits in [false, true] {
+        let mut tx = connection.begin().await.expect("a transaction");
+        outbox::sqlx::emit_wal(&mut tx, &text).await.expect("emitted");
+        outbox::sqlx::emit_wal(&mut tx, &bytes).await.expect("emitted");
+        match commits {
+            true => tx.commit().await.expect("committed"),
+            false => tx.rollback().await.expect("rolled back"),
+        }
+    }
+    let rows_of_it = "SELECT count(*) FROM watership.outbox WHERE aggregate_type = 'order'";
+    assert_eq!(rows(&mut connection, rows_of_it).await, 0);
+    let messages = "SELECT count(*) FROM pg_logical_slot_get_binary_changes( \
+            'sqlx_' || current_database(), NULL, NULL, 'proto_version', '1', \
+            'publication_names', 'w', 'messages', 'true') \
+        WHERE get_byte(data, 0) = ascii('M')";
+    assert_eq!(rows(&mut connection, messages).await, 2);
+    let drop = "SELECT pg_drop_replication_slot('sqlx_' || current_database())";
+    sqlx::query(drop).execute(&mut connection).await.expect("dropped");
+}
+
+#[tokio::test]
 async fn a_message_is_claimed_once_in_the_callers_transaction() {
     let mut connection = connection().await;
     let mut tx = connection.begin().await.expect("a transaction");

@@ -24,6 +24,10 @@ const JSON: &str =
     "SELECT watership.emit($1, $2, $3, $4::text, $5::text::jsonb, $6::text::uuid)::text";
 const BYTES: &str =
     "SELECT watership.emit_bytes($1, $2, $3, $4, $7, $5::text::jsonb, $6::text::uuid)::text";
+const WAL_JSON: &str =
+    "SELECT watership.emit_wal($1, $2, $3, $4::text, $5::text::jsonb, $6::text::uuid)::text";
+const WAL_BYTES: &str =
+    "SELECT watership.emit_wal_bytes($1, $2, $3, $4, $7, $5::text::jsonb, $6::text::uuid)::text";
 
 /// Writes `event` to the outbox in the transaction that `connection` is in, and returns its id.
 ///
@@ -32,12 +36,30 @@ const BYTES: &str =
 /// lacks the right. The transaction is then aborted. [`Error::Encode`] for headers that are no
 /// object.
 pub async fn emit(connection: &mut PgConnection, event: &NewEvent<'_>) -> Result<Uuid, Error> {
+    call(connection, event, JSON, BYTES).await
+}
+
+/// Writes `event` into the WAL and nowhere else: only a relay that reads the WAL sees it,
+/// and only while its slot is there.
+///
+/// # Errors
+/// As [`emit`]; and when `wal_level` is not `logical`.
+pub async fn emit_wal(connection: &mut PgConnection, event: &NewEvent<'_>) -> Result<Uuid, Error> {
+    call(connection, event, WAL_JSON, WAL_BYTES).await
+}
+
+async fn call(
+    connection: &mut PgConnection,
+    event: &NewEvent<'_>,
+    json: &'static str,
+    bytes: &'static str,
+) -> Result<Uuid, Error> {
     let headers = headers(event).map_err(|error| Error::Encode(error.into()))?;
     let headers = headers.map(|headers| headers.to_string());
     let id = event.id.map(|id| id.to_string());
     let sql = match &event.payload {
-        Payload::Json(_) => JSON,
-        Payload::Bytes { .. } => BYTES,
+        Payload::Json(_) => json,
+        Payload::Bytes { .. } => bytes,
     };
     let call = query_scalar(sql)
         .bind(event.aggregate_type)

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use serde_json::Value;
+use watership::outbox::{NewEvent, Payload, emit_wal};
 
 use crate::support::full;
 use crate::support::inbox::{Message, kinds};
@@ -173,6 +174,31 @@ async fn parked(stage: &Stage) -> String {
     let rows = "SELECT coalesce(string_agg(concat_ws(' ', state, kind, source, key), ', ' \
                 ORDER BY mark, ordinal, sub), '') FROM watership.parked";
     stage.text(rows).await
+}
+
+#[tokio::test]
+async fn an_application_in_rust_needs_no_table() {
+    let stage = Stage::new(Setup::default()).await;
+    let relay = stage.start().await;
+    let mut client = stage.database.connect().await;
+    let bytes = Payload::Bytes { data: &[0, 255], content_type: "image/png" };
+    let id = uuid::Uuid::from_u128(7);
+    for (kind, commits) in [("undone", false), ("drawn", true)] {
+        let event = NewEvent { id: Some(id), ..NewEvent::new("order", "1", kind, bytes) };
+        let tx = client.transaction().await.expect("a transaction");
+        assert_eq!(emit_wal(&tx, &event).await.expect("it is written"), id);
+        let other = NewEvent::new("order", "1", "paid", Payload::Json("{\"n\": 1.0}"));
+        emit_wal(&tx, &other).await.expect("it is written");
+        match commits {
+            true => tx.commit().await.expect("committed"),
+            false => tx.rollback().await.expect("rolled back"),
+        }
+    }
+    let got = stage.settled().await;
+    let told: Vec<_> = got.iter().map(|m| (m.kind(), m.bytes.clone())).collect();
+    assert_eq!(told, [("drawn", vec![0, 255]), ("paid", b"{\"n\": 1.0}".to_vec())]);
+    assert_eq!(got[0].id(), id.to_string());
+    relay.stop().await.expect_code(0);
 }
 
 #[tokio::test]
