@@ -182,9 +182,12 @@ fn carries_row_data(code: &str) -> bool {
 pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
     let class = code.get(..2).unwrap_or_default();
     let (kind, hint) = match (class, code) {
-        (_, "08P01") => {
-            (Kind::Refused, "if this is a connection pooler, connect to the Postgres server itself")
-        }
+        (_, "08P01") => (
+            Kind::Refused,
+            "if this is a connection pooler such as PgBouncer: source.mode = \"wal\" and `init` need \
+             the Postgres server itself; for source.mode = \"poll\" its file must name the database \
+             and the user, and a URL may have no options that it does not know",
+        ),
         ("08", _) => (Kind::Unreachable, "connection lost; Watership reconnects"),
         ("0A", _) => (
             Kind::Refused,

@@ -200,7 +200,7 @@ async fn host_limits_a17_pooler_in_the_url() {
         let pooler = Pooler::before(server.port(), more).await;
         let (direct, pooled) = (server.port().to_string(), pooler.port.to_string());
         let relay = stage.spawn_other(|text| text.replacen(&direct, &pooled, 1));
-        let texts = ["if this is a connection pooler, connect to the Postgres server itself"];
+        let texts = ["if this is a connection pooler such as PgBouncer"];
         relay.ended().await.expect_code(1).expect_text(&texts);
     }
     // Nothing was lost by the attempts.
