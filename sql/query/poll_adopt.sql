@@ -1,3 +1,3 @@
 -- Takes rows that were copied from another cluster for rows that are passed.
-UPDATE watership.outbox SET xid = '3'
-WHERE xid >= pg_snapshot_xmax(pg_current_snapshot())
+UPDATE :outbox SET :transaction = '3'
+WHERE :transaction >= pg_snapshot_xmax(pg_current_snapshot())

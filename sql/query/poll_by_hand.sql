@@ -1,5 +1,5 @@
 -- The first checkpoint of a relay that polls, as `watership init --print-sql` shows it, which fills
--- in the name.
+-- in the names.
 WITH made AS (
     INSERT INTO watership.checkpoint
         (name, kind, epoch, mark, ordinal, flush_mark, system_identifier, timeline)
@@ -13,5 +13,5 @@ WITH made AS (
     ON CONFLICT (name) DO NOTHING
     RETURNING name, mark
 )
-INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at)
-SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now() FROM made;
+INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at, outbox)
+SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), :outbox FROM made;

@@ -1,6 +1,6 @@
 -- The first checkpoint of a relay that polls: $1 name, $2 system identifier, $3 timeline; it begins
--- behind what is visible now. Unless $4, only if the outbox has no rows. No row: there are some, or
--- there is a checkpoint.
+-- behind what is visible now in the outbox $5. Unless $4, only if that has no rows. No row: there
+-- are some, or there is a checkpoint.
 WITH made AS (
     INSERT INTO watership.checkpoint
         (name, kind, epoch, mark, ordinal, flush_mark, system_identifier, timeline)
@@ -12,15 +12,15 @@ WITH made AS (
             (SELECT max(epoch) FROM watership.checkpoint)),
         now.number, 0, now.number, $2, $3::bigint::integer
     FROM (SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS number) AS now
-    WHERE $4 OR NOT EXISTS (SELECT FROM watership.outbox)
+    WHERE $4 OR NOT EXISTS (SELECT FROM :outbox)
     ON CONFLICT (name) DO NOTHING
     RETURNING name, mark
 ), left_behind AS (
     DELETE FROM watership.poll_batch WHERE name IN (SELECT name FROM made)
         AND number <> (SELECT mark FROM made)
 )
-INSERT INTO watership.poll_batch AS b (name, number, since, snapshot, first_seq, made_at)
-SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now() FROM made
+INSERT INTO watership.poll_batch AS b (name, number, since, snapshot, first_seq, made_at, outbox)
+SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), $5 FROM made
 ON CONFLICT (name, number) DO UPDATE SET since = excluded.since, snapshot = excluded.snapshot,
-    made_at = excluded.made_at
+    made_at = excluded.made_at, outbox = excluded.outbox
 RETURNING b.number

@@ -1,9 +1,11 @@
--- What a relay that polls from snapshot $1 needs to know of the database: whether the snapshot is
--- of its future, and the first two columns of each valid index on the outbox.
+-- What relay $2, which polls from snapshot $1, needs to know of the database: whether the snapshot
+-- is of its future, and how many seconds ago the checkpoint was stored, and the oldest batch found
+-- that is not settled.
 SELECT coalesce(pg_snapshot_xmax($1::text::pg_snapshot)
-           > pg_snapshot_xmax(pg_current_snapshot()), false),
-       ARRAY(SELECT pg_get_indexdef(i.indexrelid, 1, true) || coalesce(', '
-               || nullif(pg_get_indexdef(i.indexrelid, 2, true), ''), '')
-           FROM pg_catalog.pg_index AS i
-           WHERE i.indrelid = 'watership.outbox'::regclass AND i.indisvalid
-               AND i.indpred IS NULL)::text[]
+        > pg_snapshot_xmax(pg_current_snapshot()), false),
+    (SELECT extract(epoch FROM now() - updated_at)::bigint
+        FROM watership.checkpoint WHERE name = $2),
+    (SELECT extract(epoch FROM now() - min(b.made_at))::bigint
+        FROM watership.checkpoint AS c
+        JOIN watership.poll_batch AS b ON b.name = c.name AND b.number > c.flush_mark
+        WHERE c.name = $2)

@@ -8,5 +8,5 @@ SELECT o.seq, o.id, o.xid::text, o.aggregate_type, o.aggregate_id, o.event_type,
        octet_length(o.data)::bigint,
        o.content_type, o.headers::text, o.traceparent,
        (extract(epoch FROM o.created_at) * 1000000)::bigint
-FROM watership.poll_read($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4, $5, $6,
+FROM watership.poll_read($1::text::pg_snapshot, $2::text::pg_snapshot, $3, $4, $5, $6::text::uuid,
     $7::bigint::integer, $8) AS o

@@ -1,6 +1,6 @@
 -- Relay $1, last written by session $2, begins again behind what is visible now, in a new epoch,
--- on system $3, timeline $4. The old session can write no more. No row: another session has taken
--- over.
+-- on system $3, timeline $4, of the outbox $5. The old session can write no more. No row: another
+-- session has taken over.
 WITH moved AS (
     UPDATE watership.checkpoint AS c
     SET epoch = epoch + 1, session_no = session_no + 1, mark = next.number, ordinal = 0, sub = 0,
@@ -14,7 +14,7 @@ WITH moved AS (
 ), passed AS (
     DELETE FROM watership.poll_batch WHERE name IN (SELECT name FROM moved)
 ), made AS (
-    INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at)
-    SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now() FROM moved
+    INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at, outbox)
+    SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), $5 FROM moved
 )
 SELECT epoch::bigint, mark FROM moved

@@ -125,7 +125,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
             schemas(&mut steps, &client, config, &publication).await?;
         }
         SourceKind::Poll => {
-            poll::indexes(&mut steps, &mut client).await?;
+            poll::indexes(&mut steps, &mut client, config).await?;
             poll::checkpoint(&mut steps, &client, config, args, &server).await?;
         }
     }
@@ -479,7 +479,9 @@ async fn grants(steps: &mut Steps, client: &mut Client, config: &Config) -> Resu
     let sql = "SELECT pg_catalog.has_schema_privilege('watership_app', 'watership', 'USAGE')";
     let before: bool = unnamed::query_one(client, sql, &[]).await.map_err(postgres_error)?.get(0);
     let done = if before { Done::Exists } else { Done::Created };
-    if config.relay.outbox.is_mapped() {
+    if config.relay.outbox.is_mapped() && config.relay.kind == SourceKind::Poll {
+        steps.add(Done::Skipped, "grants", "applications need none: polling sees no emit_wal");
+    } else if config.relay.outbox.is_mapped() {
         migrate::grant_messages(client).await?;
         steps.add(done, "grants", "watership_app may call emit_wal");
     } else {

@@ -12,6 +12,7 @@ use crate::pg::publication::Publication;
 use crate::relay::check::outbox as mapping;
 use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
 use crate::relay::session::outbox;
+use crate::source::SourceKind;
 use crate::source::outbox::AggregateType;
 
 /// Adds its findings: the table must fit its mapping.
@@ -43,7 +44,11 @@ pub(super) async fn check(
     if let Some((what, hint)) = mapping::slow(table, &mapped.columns, deletes) {
         f.warning("outbox", what, hint);
     }
-    for Obstacle { harm, what, hint } in obstacles(&mapped.facts, publication) {
+    let published = match options.kind {
+        SourceKind::Wal => obstacles(&mapped.facts, publication),
+        SourceKind::Poll => Vec::new(),
+    };
+    for Obstacle { harm, what, hint } in published {
         match harm {
             Harm::Less | Harm::Partly => f.warning("outbox", what, hint),
             Harm::Absent | Harm::Breaks => f.problem("outbox", what, hint),
@@ -90,6 +95,7 @@ pub(super) async fn rows(
         aggregate_id: &names.aggregate_id,
         event_type: &names.event_type,
         created_at: mapping::time_column(&options.outbox, &mapped.columns).map(|(name, _)| name),
+        xid: options.outbox.xid.as_deref(),
     };
     let key = args.key.as_deref();
     table::find(client, columns, &options.name, args.id, key, most).await.map(Some)

@@ -200,6 +200,7 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
         maintain: outbox.maintain,
         retain: outbox.retain,
         delete_after: outbox.delete_after,
+        retained_for: outbox.retained_for,
         parked_retain: relay.duration("parked_retain", DAY * 7, HOUR..=YEAR),
         canary_interval: canary_interval(&mut relay, kind),
         backfill: backfill_options(&mut backfill, initial),

@@ -19,6 +19,7 @@ pub(super) struct Outbox {
     pub(super) maintain: bool,
     pub(super) retain: Duration,
     pub(super) delete_after: Option<Duration>,
+    pub(super) retained_for: Option<Duration>,
 }
 
 /// Where column names come from that are not given.
@@ -30,6 +31,7 @@ enum Profile {
 }
 
 const TABLE: &str = "table";
+const RETAINED_FOR: &str = "retained_for";
 const RETAIN: Duration = DAY.saturating_mul(7);
 
 /// All keys of the section. `captured` are the tables of `source.tables`.
@@ -51,11 +53,8 @@ pub(super) fn outbox(t: &mut Section<'_>, kind: SourceKind, captured: &[String])
     let headers_from = headers_from(t);
     let order_by = column(t, "order_by");
     let xid = column(t, "xid");
-    let delete_after = t.duration("delete_after", Duration::ZERO, Duration::ZERO..=YEAR * 10);
-    if !delete_after.is_zero() && delete_after < MINUTE {
-        t.invalid("delete_after", quoted(delete_after), "\"0s\", or 1m to 3650d");
-    }
-    let delete_after = (!delete_after.is_zero()).then_some(delete_after);
+    let delete_after = age(t, "delete_after");
+    let retained_for = age(t, RETAINED_FOR);
     if name.is_empty() {
         let unused = [
             (profile != Profile::Watership, "profile"),
@@ -65,6 +64,7 @@ pub(super) fn outbox(t: &mut Section<'_>, kind: SourceKind, captured: &[String])
             (order_by.is_some(), "order_by"),
             (xid.is_some(), "xid"),
             (delete_after.is_some(), "delete_after"),
+            (retained_for.is_some(), RETAINED_FOR),
         ];
         for (_, key) in unused.into_iter().filter(|(is_set, _)| *is_set) {
             let path = t.path(key);
@@ -76,7 +76,8 @@ pub(super) fn outbox(t: &mut Section<'_>, kind: SourceKind, captured: &[String])
                 ),
             );
         }
-        return Outbox { table: OutboxTable::default(), maintain, retain, delete_after: None };
+        let table = OutboxTable::default();
+        return Outbox { table, maintain, retain, delete_after: None, retained_for: None };
     }
     if retain != RETAIN {
         let text = "outbox.retain is for the relay's own outbox; the rows of outbox.table stay \
@@ -94,10 +95,20 @@ pub(super) fn outbox(t: &mut Section<'_>, kind: SourceKind, captured: &[String])
             "outbox.delete_after goes by the age of a row: set outbox.columns.created_at",
         );
     }
-    check_polling(t, kind, order_by.as_ref(), xid.as_ref());
+    match kind {
+        SourceKind::Wal => {
+            let given = [
+                ("order_by", order_by.is_some()),
+                ("xid", xid.is_some()),
+                (RETAINED_FOR, retained_for.is_some()),
+            ];
+            refuse_of_polling(t, &given);
+        }
+        SourceKind::Poll => check_retained(t, retained_for, delete_after),
+    }
     let catalog = OutboxCatalog::default();
     let table = OutboxTable { table, columns, demanded, headers_from, order_by, xid, catalog };
-    Outbox { table, maintain: false, retain, delete_after }
+    Outbox { table, maintain: false, retain, delete_after, retained_for }
 }
 
 fn mapped_table(t: &Section<'_>, name: &str, captured: &[String]) -> TableName {
@@ -118,33 +129,39 @@ fn mapped_table(t: &Section<'_>, name: &str, captured: &[String]) -> TableName {
     parsed.unwrap_or_else(TableName::outbox)
 }
 
+/// An age of rows; absent where it is `"0s"`.
+fn age(t: &mut Section<'_>, key: &'static str) -> Option<Duration> {
+    let age = t.duration(key, Duration::ZERO, Duration::ZERO..=YEAR * 10);
+    if !age.is_zero() && age < MINUTE {
+        t.invalid(key, quoted(age), "\"0s\", or 1m to 3650d");
+    }
+    (!age.is_zero()).then_some(age)
+}
+
 /// What only a source that polls needs.
-fn check_polling(
-    t: &Section<'_>,
-    kind: SourceKind,
-    order_by: Option<&String>,
-    xid: Option<&String>,
-) {
-    match kind {
-        SourceKind::Wal => {
-            for (key, given) in [("order_by", order_by), ("xid", xid)] {
-                if given.is_some() {
-                    let path = t.path(key);
-                    t.problem(
-                        key,
-                        format!(
-                            "{path} is for source.mode = \"poll\": the WAL has the order of \
-                             commits; remove it"
-                        ),
-                    );
-                }
-            }
-        }
-        SourceKind::Poll => {
-            let text = "source.mode = \"poll\" reads watership.outbox only; remove outbox.table, \
-                        or use source.mode = \"wal\"";
-            t.problem(TABLE, text);
-        }
+fn refuse_of_polling(t: &Section<'_>, keys: &[(&str, bool)]) {
+    for (key, _) in keys.iter().filter(|(_, given)| *given) {
+        let path = t.path(key);
+        let text = format!(
+            "{path} is for source.mode = \"poll\": the WAL has the order of commits, and every \
+             row that was committed; remove it"
+        );
+        t.problem(key, text);
+    }
+}
+
+/// The promise that polling of a mapped table rests on. Which columns it needs besides is compared
+/// with the catalog, which can say how to add them.
+fn check_retained(t: &Section<'_>, retained_for: Option<Duration>, delete_after: Option<Duration>) {
+    let Some(retained_for) = retained_for else {
+        let text = "source.mode = \"poll\" with outbox.table needs outbox.retained_for: for how \
+                    long your applications leave a row after its commit, such as \"7d\"; a row \
+                    that is deleted before it is read is not sent";
+        return t.problem(RETAINED_FOR, text);
+    };
+    if let Some(delete_after) = delete_after.filter(|age| *age < retained_for) {
+        let expected = format!("at least outbox.retained_for, which is {}", quoted(retained_for));
+        t.invalid("delete_after", quoted(delete_after), expected);
     }
 }
 

@@ -81,6 +81,7 @@ pub const OUTBOX: Schema = Schema {
         migration!(8, "sql", "0008_poll"),
         migration!(9, "sql", "0009_emit_wal"),
         migration!(10, "sql", "0010_schema_history"),
+        migration!(11, "sql", "0011_poll_mapped"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
 };

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use crate::error::Result;
 use crate::pg::publication::TableName;
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 
 /// A column, as far as a mapping has to know it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +30,12 @@ pub struct MappedColumn {
     pub not_null: bool,
     /// Whether a whole and valid index begins with it.
     pub indexed: bool,
+    /// `atttypmod`.
+    pub type_modifier: i32,
+    /// The expression of its default, as SQL.
+    pub default: Option<String>,
+    /// Whether a sequence numbers it, upwards and without beginning again.
+    pub numbered: bool,
 }
 
 /// The columns of a table, in order.
@@ -39,21 +46,31 @@ pub async fn read_columns(client: &impl GenericClient, oid: u32) -> Result<Vec<M
     let sql = "WITH RECURSIVE typed AS ( \
             SELECT attnum, attname::text AS name, atttypid AS declared, atttypid AS base, \
                 format_type(atttypid, NULL) AS type_name, attgenerated <> '' AS generated, \
-                attnotnull AS not_null \
+                attnotnull AS not_null, atttypmod AS modifier \
             FROM pg_catalog.pg_attribute \
             WHERE attrelid = $1 AND attnum > 0 AND NOT attisdropped \
             UNION ALL \
             SELECT t.attnum, t.name, t.declared, d.typbasetype, t.type_name, t.generated, \
-                t.not_null OR d.typnotnull \
+                t.not_null OR d.typnotnull, t.modifier \
             FROM typed AS t \
             JOIN pg_catalog.pg_type AS d ON d.oid = t.base AND d.typtype = 'd') \
         SELECT t.name, t.declared, t.base, b.typcategory::text, t.type_name, t.generated, \
             t.not_null, EXISTS (SELECT FROM pg_catalog.pg_index AS i WHERE i.indrelid = $1 \
-                AND i.indisvalid AND i.indpred IS NULL AND i.indkey[0] = t.attnum) \
+                AND i.indisvalid AND i.indpred IS NULL AND i.indkey[0] = t.attnum), t.modifier, \
+            CASE WHEN NOT t.generated THEN pg_get_expr(a.adbin, a.adrelid) END, \
+            EXISTS (SELECT FROM pg_catalog.pg_depend AS d \
+                JOIN pg_catalog.pg_sequence AS s ON s.seqincrement > 0 AND NOT s.seqcycle \
+                WHERE d.classid = 'pg_class'::regclass AND d.objid = s.seqrelid \
+                    AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 \
+                    AND d.refobjsubid = t.attnum AND d.deptype = 'i' \
+                OR d.classid = 'pg_attrdef'::regclass AND d.objid = a.oid \
+                    AND d.refclassid = 'pg_class'::regclass AND d.refobjid = s.seqrelid \
+                    AND pg_get_expr(a.adbin, a.adrelid) LIKE 'nextval(%') \
         FROM typed AS t \
         JOIN pg_catalog.pg_type AS b ON b.oid = t.base AND b.typtype <> 'd' \
+        LEFT JOIN pg_catalog.pg_attrdef AS a ON a.adrelid = $1 AND a.adnum = t.attnum \
         ORDER BY t.attnum";
-    let rows = client.query(sql, &[&oid]).await.map_err(postgres_error)?;
+    let rows = unnamed::query(client, sql, &[&oid]).await.map_err(postgres_error)?;
     let column = |row: &Row| {
         let category: String = row.try_get(3)?;
         Ok(MappedColumn {
@@ -65,9 +82,59 @@ pub async fn read_columns(client: &impl GenericClient, oid: u32) -> Result<Vec<M
             generated: row.try_get(5)?,
             not_null: row.try_get(6)?,
             indexed: row.try_get(7)?,
+            type_modifier: row.try_get(8)?,
+            default: row.try_get(9)?,
+            numbered: row.try_get(10)?,
         })
     };
     rows.iter().map(|row| column(row).map_err(postgres_error)).collect()
+}
+
+/// The first two columns of a whole and valid B-tree index; the second may be absent.
+pub type IndexColumns = (String, Option<String>);
+
+/// The indexes of a table; none where it does not exist.
+///
+/// # Errors
+/// What the server says.
+pub async fn read_indexes(
+    client: &impl GenericClient,
+    table: &TableName,
+) -> Result<Vec<IndexColumns>> {
+    let sql = "SELECT f.attname::text, s.attname::text \
+        FROM pg_catalog.pg_index AS i \
+        JOIN pg_catalog.pg_class AS c ON c.oid = i.indexrelid \
+        JOIN pg_catalog.pg_am AS m ON m.oid = c.relam AND m.amname = 'btree' \
+        JOIN pg_catalog.pg_attribute AS f ON f.attrelid = i.indrelid AND f.attnum = i.indkey[0] \
+        LEFT JOIN pg_catalog.pg_attribute AS s ON s.attrelid = i.indrelid \
+            AND s.attnum = i.indkey[1] AND i.indnkeyatts > 1 \
+        WHERE i.indrelid = to_regclass($1::text) AND i.indisvalid AND i.indpred IS NULL";
+    let rows = unnamed::query(client, sql, &[&table.quoted()]).await.map_err(postgres_error)?;
+    let index = |row: &Row| Ok((row.try_get(0)?, row.try_get(1)?));
+    rows.iter().map(|row| index(row).map_err(postgres_error)).collect()
+}
+
+/// What `role` may see of a table: whether it may use its schema, read its rows, and whether
+/// row-level security can hide some of them (as `check_enable_rls` in `rls.c` decides).
+///
+/// # Errors
+/// What the server says.
+pub async fn sight(
+    client: &impl GenericClient,
+    oid: u32,
+    role: &str,
+) -> Result<(bool, bool, bool)> {
+    let sql = "SELECT has_schema_privilege(r.oid, c.relnamespace, 'USAGE'), \
+            has_table_privilege(r.oid, c.oid, 'SELECT'), \
+            c.relrowsecurity AND NOT (r.rolsuper OR r.rolbypassrls) \
+                AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE')) \
+        FROM pg_catalog.pg_roles AS r, pg_catalog.pg_class AS c \
+        WHERE r.rolname = $2::text AND c.oid = $1::oid";
+    let row = unnamed::query_opt(client, sql, &[&oid, &role]).await.map_err(postgres_error)?;
+    // The table has just been dropped, or the role is not there.
+    let Some(row) = row else { return Ok((false, false, false)) };
+    let flag = |i| row.try_get(i).map_err(postgres_error);
+    Ok((flag(0)?, flag(1)?, flag(2)?))
 }
 
 /// Whether `role` may read and delete rows of the table.
@@ -78,7 +145,7 @@ pub async fn may_delete(client: &impl GenericClient, oid: u32, role: &str) -> Re
     let sql = "SELECT has_table_privilege(oid, $1::oid, 'SELECT') \
             AND has_table_privilege(oid, $1::oid, 'DELETE') \
         FROM pg_catalog.pg_roles WHERE rolname = $2::text";
-    let row = client.query_opt(sql, &[&oid, &role]).await.map_err(postgres_error)?;
+    let row = unnamed::query_opt(client, sql, &[&oid, &role]).await.map_err(postgres_error)?;
     let Some(row) = row else { return Ok(false) };
     // Null where the table has just been dropped.
     let may: Option<bool> = row.try_get(0).map_err(postgres_error)?;
@@ -92,8 +159,7 @@ pub async fn may_delete(client: &impl GenericClient, oid: u32, role: &str) -> Re
 pub async fn count(client: &impl GenericClient, table: &TableName, most: i64) -> Result<i64> {
     let from = table.quoted();
     let sql = format!("SELECT count(*) FROM (SELECT FROM {from} LIMIT $1) AS rows");
-    client
-        .query_one(&sql, &[&most])
+    unnamed::query_one(client, &sql, &[&most])
         .await
         .map_err(postgres_error)?
         .try_get(0)
@@ -143,7 +209,7 @@ pub async fn count_since(
         table.quoted(),
         form.value("$1::text")
     );
-    let row = client.query_one(&sql, &[&since, &most]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, &sql, &[&since, &most]).await.map_err(postgres_error)?;
     Ok((row.try_get(0).map_err(postgres_error)?, row.try_get(1).map_err(postgres_error)?))
 }
 
@@ -166,13 +232,37 @@ pub struct PassedNote {
 pub async fn note_passed(client: &impl GenericClient, age_seconds: i64) -> Result<PassedNote> {
     let sql = "SELECT (now() - make_interval(secs => $1::bigint::double precision))::text, \
         pg_snapshot_xmin(pg_current_snapshot())::text, pg_current_wal_insert_lsn()::text";
-    let row = client.query_one(sql, &[&age_seconds]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, sql, &[&age_seconds]).await.map_err(postgres_error)?;
     let text = |i| row.try_get(i).map_err(postgres_error);
     Ok(PassedNote { cutoff: text(0)?, horizon: text(1)?, lsn: text(2)? })
 }
 
-/// Deletes up to `most` rows (of each partition) that the note is about, the oldest first. Returns
-/// how many.
+/// What every relay that polls the table has published, as snapshots; absent where the batch that
+/// one of them stands at is missing: then nothing is passed.
+///
+/// # Errors
+/// What the server says.
+pub async fn polled_snapshots(
+    client: &impl GenericClient,
+    table: &TableName,
+) -> Result<Option<Vec<String>>> {
+    const SQL: &str = include_str!("../../sql/query/poll_passed.sql");
+    let row = unnamed::query_one(client, SQL, &[&table.to_string()]).await;
+    row.map_err(postgres_error)?.try_get(0).map_err(postgres_error)
+}
+
+/// The rows that may be deleted.
+#[derive(Debug, Clone, Copy)]
+pub struct Passed<'a> {
+    /// What relays that read the WAL have passed.
+    pub note: &'a PassedNote,
+    /// The column with the transaction, and what relays that poll the table have passed; absent
+    /// where none polls it.
+    pub polled: Option<(&'a str, &'a [String])>,
+}
+
+/// Deletes up to `most` rows (of each partition) that are passed, the oldest first. Returns how
+/// many.
 ///
 /// # Errors
 /// What the server says.
@@ -180,23 +270,34 @@ pub async fn delete_passed(
     client: &impl GenericClient,
     table: &TableName,
     created_at: (&str, TimeColumn),
-    note: &PassedNote,
+    passed: Passed<'_>,
     most: i64,
 ) -> Result<u64> {
+    let Passed { note, polled } = passed;
     let (column, form) = (escape_identifier(created_at.0), created_at.1);
     let table = table.quoted();
     // The numbers of transactions are compared as Postgres does, in a circle: a row that was frozen
     // more than half of it ago seems to come from the future.
-    let passed = format!(
+    let mut passed = format!(
         "{column} < {} AND (age(xmin) > age($2::text::xid8::xid) OR age(xmin) < 0)",
         form.value("$1::text")
     );
+    let (mut values, snapshots): (Vec<unnamed::Parameter<'_>>, _) =
+        (vec![&note.cutoff, &note.horizon, &most], polled.map(|(_, snapshots)| snapshots));
+    if let (Some((xid, _)), Some(snapshots)) = (polled, &snapshots) {
+        passed += &format!(
+            " AND NOT EXISTS (SELECT FROM unnest($4::text[]) AS s (snapshot) \
+                WHERE NOT pg_visible_in_snapshot({}, s.snapshot::pg_snapshot))",
+            escape_identifier(xid)
+        );
+        values.push(snapshots);
+    }
     // The places of rows are those of a partition, so the condition is asked twice.
     let sql = format!(
         "DELETE FROM {table} WHERE ctid = ANY (ARRAY(SELECT ctid FROM {table} WHERE {passed} \
             ORDER BY {column} LIMIT $3)) AND {passed}"
     );
-    let deleted = client.execute(&sql, &[&note.cutoff, &note.horizon, &most]).await;
+    let deleted = unnamed::execute(client, &sql, &values).await;
     deleted.map_err(postgres_error)
 }
 
@@ -215,6 +316,8 @@ pub struct FindColumns<'a> {
     pub event_type: &'a str,
     /// The column of the time, if there is one.
     pub created_at: Option<&'a str>,
+    /// The column of the transaction, if the table is polled.
+    pub xid: Option<&'a str>,
 }
 
 /// Rows of the table with this id or key, at most `most`, in the form of `find_outbox.sql`.
@@ -242,13 +345,18 @@ pub async fn find(
         Err(constant) => format!("{}::text", escape_literal(constant)),
     };
     let created_at = columns.created_at.map_or("NULL::text".to_owned(), named);
+    let visible = match columns.xid {
+        Some(xid) => format!("pg_visible_in_snapshot({}, b.snapshot)", named(xid)),
+        None => "NULL::boolean".to_owned(),
+    };
     let sql = SQL
         .replace(":table", &columns.table.quoted())
+        .replace(":visible", &visible)
         .replace(":same_id", &same_id)
         .replace(":id", &id_column)
         .replace(":aggregate_type", &aggregate_type)
         .replace(":aggregate_id", &named(columns.aggregate_id))
         .replace(":event_type", &named(columns.event_type))
         .replace(":created_at", &created_at);
-    client.query(&sql, &[&relay, &id, &key, &most]).await.map_err(postgres_error)
+    unnamed::query(client, &sql, &[&relay, &id, &key, &most]).await.map_err(postgres_error)
 }

@@ -15,6 +15,7 @@ use tokio_postgres::{GenericClient, Row};
 use crate::error::{Error, Result};
 use crate::pg::client::column;
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 
 /// A table by schema and name, each as it stands in the catalog (not quoted, not folded).
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -409,7 +410,7 @@ pub async fn read_table(
         WHERE n.nspname = $1::text AND c.relname = $2::text \
             AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')"
     );
-    let row = client.query_opt(&sql, &[&table.schema, &table.name]).await;
+    let row = unnamed::query_opt(client, &sql, &[&table.schema, &table.name]).await;
     let Some(row) = row.map_err(postgres_error)? else { return Ok(None) };
     let (identity, primary_key) = identity(&row, table)?;
     let oid = row.try_get(4).map_err(postgres_error)?;
@@ -479,7 +480,7 @@ async fn read_leaves(client: &impl GenericClient, root: u32) -> Result<Leaves> {
         WHERE t.isleaf AND c.relkind IN ('r', 'f') ORDER BY 5, 6"
     );
     let (mut logged, mut lost) = (Vec::new(), Vec::new());
-    for row in &client.query(&sql, &[&root]).await.map_err(postgres_error)? {
+    for row in &unnamed::query(client, &sql, &[&root]).await.map_err(postgres_error)? {
         let text = |i| row.try_get::<_, &str>(i).map_err(postgres_error);
         let table = TableName::new(text(4)?, text(5)?);
         match (text(6)?, not_logged(text(7)?)) {

@@ -53,6 +53,8 @@ pub struct Options {
     pub maintain: bool,
     /// Age at which rows of a mapped outbox table are deleted; absent: never.
     pub delete_after: Option<Duration>,
+    /// How long applications leave the rows of a mapped outbox table that is polled.
+    pub retained_for: Option<Duration>,
     /// Age at which released and discarded rows of `watership.parked` are removed.
     pub parked_retain: Duration,
     /// How often the canary is written; zero means never.

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use postgres_protocol::escape::escape_identifier;
 use uuid::Uuid;
 
 use crate::pg::publication::TableName;
@@ -101,6 +102,41 @@ impl Default for OutboxTable {
     }
 }
 
+/// An outbox as a source that polls sees it: what finds its rows, and their order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Polled {
+    /// The table.
+    pub table: TableName,
+    /// The column that grows with each insert.
+    pub order_by: String,
+    /// The column with the transaction of the insert (`xid8`).
+    pub xid: String,
+}
+
+impl Polled {
+    /// The relay's own outbox.
+    pub fn own() -> Self {
+        Self { table: TableName::outbox(), order_by: "seq".into(), xid: "xid".into() }
+    }
+
+    /// A statement with the names in it, for `:outbox`, `:order` and `:transaction`. Names of the
+    /// relay's own outbox need no quotation marks.
+    pub fn fill(&self, sql: &str) -> String {
+        let (table, [order_by, xid]) = match self.is_own() {
+            true => (self.table.to_string(), [self.order_by.clone(), self.xid.clone()]),
+            false => {
+                (self.table.quoted(), [&self.order_by, &self.xid].map(|c| escape_identifier(c)))
+            }
+        };
+        sql.replace(":outbox", &table).replace(":order", &order_by).replace(":transaction", &xid)
+    }
+
+    /// Whether it is `watership.outbox`.
+    pub fn is_own(&self) -> bool {
+        self.table == TableName::outbox()
+    }
+}
+
 /// UUIDv5 namespace of the ids that are derived from rows of mapped tables. Changing it would
 /// change every such id.
 const MAPPED: Uuid = Uuid::from_u128(0x3b5a_8f0e_6d0c_4c1b_9c55_2f7e_a1d4_5e03);
@@ -133,6 +169,15 @@ impl OutboxTable {
     /// The base type of a column's type.
     pub fn base_type(&self, type_oid: u32) -> u32 {
         self.catalog.domains.get(&type_oid).copied().unwrap_or(type_oid)
+    }
+
+    /// What a source that polls goes by; absent where the configuration does not name it.
+    pub fn polled(&self) -> Option<Polled> {
+        if !self.is_mapped() {
+            return Some(Polled::own());
+        }
+        let (order_by, xid) = (self.order_by.clone()?, self.xid.clone()?);
+        Some(Polled { table: self.table.clone(), order_by, xid })
     }
 
     /// The namespace of the ids that are derived from its rows.

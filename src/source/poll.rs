@@ -13,9 +13,11 @@
 //! it works through a pooler in transaction mode.
 
 mod batch;
+mod outbox;
 mod rows;
 
 use std::collections::VecDeque;
+use std::mem::take;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,8 +28,6 @@ use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 
 use crate::error::{Error, Kind, Result};
-use crate::event::{Identity, Table};
-use crate::pg::publication::TableName;
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::position::{Mark, Position};
@@ -36,6 +36,7 @@ use batch::{BatchCursor, LookPace};
 use rows::PolledRow;
 
 pub use batch::{Batch, Interval};
+pub use outbox::PolledOutbox;
 
 /// Most rows of one portion.
 const ROWS_MAX: i64 = 2048;
@@ -49,7 +50,6 @@ const LOOK_LIMIT: Duration = Duration::from_secs(600);
 const READ_LIMIT: Duration = Duration::from_secs(120);
 
 /// What a source that polls has to know before it begins.
-#[derive(Debug, Clone)]
 pub struct Options {
     /// Name of the relay.
     pub name: String,
@@ -61,10 +61,10 @@ pub struct Options {
     pub resume_after: Position,
     /// All batches up to this one are settled.
     pub flushed: Mark,
+    /// What is read.
+    pub outbox: PolledOutbox,
     /// How often the outbox is looked at.
     pub interval: Interval,
-    /// Name of the database.
-    pub database: Arc<str>,
     /// Most bytes of a body that are read.
     pub max_body: usize,
 }
@@ -73,7 +73,6 @@ pub struct Options {
 pub struct Poll {
     client: Arc<Client>,
     options: Arc<Options>,
-    table: Arc<Table>,
     /// A snapshot as text; nothing that it does not show has been seen.
     since: String,
     last: Mark,
@@ -149,7 +148,6 @@ impl Poll {
         let (since, last, now) = (newest.snapshot.clone(), newest.number, Instant::now());
         Self {
             client,
-            table: Arc::new(outbox(&options.database)),
             since,
             last,
             reading: None,
@@ -230,14 +228,14 @@ impl Poll {
         let mut reading = self.reading.take().expect("a portion is of the batch that is read");
         let Options { epoch, resume_after, .. } = *self.options;
         let Reading { batch, cursor } = &mut reading;
-        for row in portion.rows {
-            let position = cursor.pass(batch, epoch, row.seq, row.id)?;
+        for mut row in portion.rows {
+            let position = cursor.pass(batch, epoch, row.seq, take(&mut row.tie))?;
             self.seen.changes += 1;
             if position <= resume_after {
                 self.seen.skipped += 1;
                 continue;
             }
-            let event = row.event(&self.table, position, batch.made_at_us);
+            let event = row.event(self.options.outbox.table(), position, batch.made_at_us);
             self.ready.push_back(Item::Event(event, Receipt::new(position, None)));
         }
         if portion.more {
@@ -261,9 +259,8 @@ struct Look {
 
 impl Look {
     async fn run(self, client: &Client, options: &Options) -> Result<Done> {
-        const SQL: &str = include_str!("../../sql/query/poll_look.sql");
         let at = Instant::now();
-        let row = unnamed::query_one(client, SQL, &[&self.since]).await.map_err(postgres_error)?;
+        let row = options.outbox.look(client, &[&self.since]).await?;
         let int = |i: usize| row.try_get::<_, Option<i64>>(i).map_err(postgres_error);
         let snapshot: String = row.try_get(0).map_err(postgres_error)?;
         let Some(first_seq) = int(2)? else { return Ok(Done::Nothing(at, snapshot)) };
@@ -274,6 +271,7 @@ impl Look {
             first_seq,
             new: int(3)?.zip(int(4)?),
             made_at_us: int(5)?.unwrap_or_default(),
+            outbox: options.outbox.name.clone(),
         };
         // Sent together: reading does not hang on storing, but handing on does.
         let cursor = BatchCursor::begin(&batch, options.resume_after);
@@ -294,7 +292,7 @@ async fn store(
     const SQL: &str = include_str!("../../sql/query/poll_store.sql");
     let (number, new_first) = (to_sql(batch.number), batch.new.map(|new| new.0));
     let (new_last, from, to) = (batch.new.map(|new| new.1), to_sql(passed.0), to_sql(passed.1));
-    let values: [&(dyn ToSql + Sync); 11] = [
+    let values: [&(dyn ToSql + Sync); 12] = [
         &options.name,
         &options.session_no,
         &number,
@@ -306,6 +304,7 @@ async fn store(
         &batch.made_at_us,
         &from,
         &to,
+        &options.outbox.name,
     ];
     let begin = "BEGIN READ WRITE; SET LOCAL synchronous_commit = local";
     let (_, stored, _) = try_join!(
@@ -328,25 +327,22 @@ async fn read(
     batch: &Batch,
     cursor: &BatchCursor,
 ) -> Result<Portion> {
-    const SQL: &str = include_str!("../../sql/query/poll_read.sql");
     let (new_first, new_last) = (batch.new.map(|new| new.0), batch.new.map(|new| new.1));
     let max_body = i64::try_from(options.max_body).unwrap_or(i64::MAX);
-    let (seq, id) = cursor.after;
+    let (seq, tie) = &cursor.after;
     let values: [&(dyn ToSql + Sync); 9] = [
         &batch.since,
         &batch.snapshot,
         &new_first,
         &new_last,
-        &seq,
-        &id,
+        seq,
+        tie,
         &ROWS_MAX,
         &BYTES_MAX,
         &max_body,
     ];
-    let rows = unnamed::query(client, SQL, &values).await.map_err(postgres_error)?;
-    let rows = rows.iter().map(|row| PolledRow::read(row, options.max_body));
-    let rows: Vec<PolledRow> = rows.collect::<Result<_>>()?;
-    // As watership.poll_read decides it.
+    let rows = options.outbox.read(client, &values, options.max_body).await?;
+    // As the statement decides it.
     let bytes: u64 = rows.iter().map(|row| row.body).sum();
     let more = rows.len() as i64 >= ROWS_MAX || bytes >= BYTES_MAX as u64;
     Ok(Portion { rows, more })
@@ -368,6 +364,7 @@ pub async fn batches(client: &Client, name: &str, from: Mark) -> Result<VecDeque
             first_seq: row.try_get(3)?,
             new: row.try_get::<_, Option<i64>>(4)?.zip(row.try_get(5)?),
             made_at_us: row.try_get(6)?,
+            outbox: row.try_get(7)?,
         })
     };
     rows.iter().map(|row| batch(row).map_err(postgres_error)).collect()
@@ -383,22 +380,6 @@ async fn in_time<T>(limit: Duration, work: impl Future<Output = Result<T>>) -> R
         let text = format!("Postgres did not answer a poll of the outbox within {limit:?}");
         Err(Error::unreachable(text))
     })
-}
-
-/// How the outbox is described: nothing of it is read by its columns.
-fn outbox(database: &Arc<str>) -> Table {
-    let name = TableName::outbox();
-    Table {
-        database: database.clone(),
-        oid: 0,
-        version: 0,
-        full_name: name.to_string().into(),
-        schema: name.schema,
-        name: name.name,
-        columns: Vec::new(),
-        key: Vec::new(),
-        identity: Identity::Nothing,
-    }
 }
 
 impl Source for Poll {

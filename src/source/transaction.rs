@@ -30,8 +30,8 @@ mod describe;
 mod low_mark;
 mod message;
 mod options;
-mod outbox_row;
-mod rows;
+pub(super) mod outbox_row;
+pub(super) mod rows;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

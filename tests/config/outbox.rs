@@ -58,3 +58,21 @@ fn a_profile_names_the_columns_and_each_can_be_another() {
     assert_eq!(open.optional().collect::<Vec<_>>(), ["body", "headers", "created_at"]);
     assert_eq!(open.demanded, ["body"]);
 }
+
+#[test]
+fn polling_of_a_mapped_table_needs_the_time_for_which_its_rows_stay() {
+    let mapped = "source.mode = 'poll'\noutbox = {table = 'a.b', profile = 'open-outbox'";
+    for (more, part) in [
+        (format!("{mapped}}}"), "needs outbox.retained_for: for how long your applications leave"),
+        (format!("{mapped}, retained_for = '5s'}}"), "expected \"0s\", or 1m to 3650d"),
+        (
+            format!("{mapped}, retained_for = '7d', delete_after = '1d'}}"),
+            "outbox.delete_after = \"1d\" is invalid; expected at least outbox.retained_for, which",
+        ),
+        ("outbox = {table = 'a.b', retained_for = '7d'}".into(), "outbox.retained_for is for sour"),
+        ("outbox.retained_for = '7d'".into(), "outbox.retained_for is for a table of your own"),
+    ] {
+        let text = problem(&more);
+        assert!(text.contains(part), "{more}\n{text}");
+    }
+}

@@ -41,6 +41,7 @@ mod partitions;
 mod pg_stream;
 mod pg_wire;
 mod polling;
+mod polling_mapped;
 mod polling_verdicts;
 mod position;
 mod publishable;

@@ -319,13 +319,13 @@ async fn dead_rows_that_cannot_be_removed_are_not_read_by_a_look() {
 }
 
 /// PgBouncer in transaction mode, with fewer connections than its clients have.
-struct Pooler {
-    url: String,
+pub struct Pooler {
+    pub url: String,
     _process: Process,
 }
 
 impl Pooler {
-    async fn before(port: u16, database: &str, role: &str) -> Self {
+    pub async fn before(port: u16, database: &str, role: &str) -> Self {
         let own = dev::free_port().expect("a free port");
         let folder = dev::home().expect("a temporary directory");
         let ini = folder.join(format!("pgbouncer-{own}.ini"));

@@ -12,11 +12,13 @@ use crate::pg::publication::{Publication, TableFacts, TableName, read_publicatio
 use crate::pg::slot::{ServerFacts, read_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
+use crate::relay;
 use crate::relay::check;
 use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
 use crate::relay::check::server::encoding_risk;
 use crate::relay::check::tables;
-use crate::relay::session::{outbox, rights};
+use crate::relay::session::outbox::{self, Mapped};
+use crate::relay::session::rights;
 use crate::route::keys_of;
 use crate::source::SourceKind;
 
@@ -35,7 +37,8 @@ pub(super) async fn verify(
     warn_of_encoding(client).await?;
     check_relay_role(client, config, server).await?;
     if config.relay.kind == SourceKind::Poll {
-        return check_sight(client, config).await;
+        check_sight(client, config).await?;
+        return check_mapping(client, config).await;
     }
     if read_slot(client, &config.relay.slot).await?.is_none() {
         let what = format!("role {:?} may not create the replication slot", server.user);
@@ -138,6 +141,22 @@ async fn check_sight(client: &Client, config: &Config) -> Result<()> {
     Ok(())
 }
 
+/// The same where it is polled: nothing of it is published.
+async fn check_mapping(client: &Client, config: &Config) -> Result<()> {
+    let options = &config.relay;
+    let Some(mapped) = outbox::read(client, options).await? else { return Ok(()) };
+    check::outbox::fits(&options.outbox, mapped.found(options), None, options.kind)?;
+    warn_if_slow(options, &mapped);
+    Ok(())
+}
+
+fn warn_if_slow(options: &relay::Options, mapped: &Mapped) {
+    let deletes = options.delete_after.is_some();
+    if let Some((what, hint)) = check::outbox::slow(&options.outbox, &mapped.columns, deletes) {
+        print_warning(&format!("{what}; {hint}"));
+    }
+}
+
 /// An outbox table of the application's, which must fit its mapping.
 async fn check_outbox(
     client: &Client,
@@ -150,11 +169,7 @@ async fn check_outbox(
     let Some(mapped) = outbox::read(client, options).await? else { return Ok(()) };
     let (table, kind) = (&options.outbox, options.kind);
     check::outbox::fits(table, mapped.found(options), publication.as_ref(), kind)?;
-    if let Some((what, hint)) =
-        check::outbox::slow(table, &mapped.columns, options.delete_after.is_some())
-    {
-        print_warning(&format!("{what}; {hint}"));
-    }
+    warn_if_slow(options, &mapped);
     refuse_obstacles(&mapped.facts, publication.as_ref(), publish_anyway)?;
     may_publish(server, &mapped.facts, publication.as_ref())
 }

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::pg::slot::ServerFacts;
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
-use crate::relay::check::polling::{self, missing_indexes};
+use crate::relay::check::polling::{self, Index, missing_indexes};
 use crate::relay::checkpoint;
 use crate::relay::session::poll;
 use crate::source::SourceKind;
@@ -18,11 +18,17 @@ use crate::source::SourceKind;
 const INDEXED_MAX: i64 = 256 << 20;
 
 /// What finds the rows of a batch. They cost every INSERT, so only a relay that polls has them.
-pub(super) async fn indexes(steps: &mut Steps, client: &mut Client) -> Result<()> {
+/// Those of a mapped table are the application's to make.
+pub(super) async fn indexes(steps: &mut Steps, client: &mut Client, config: &Config) -> Result<()> {
     const WHAT: &str = "index";
-    let missing = missing_indexes(&poll::facts(client, None).await?);
+    if config.relay.outbox.is_mapped() {
+        return Ok(());
+    }
+    let facts = poll::facts(client, &config.relay, None).await?;
+    let missing = missing_indexes(&facts.outbox, &facts.indexes, true);
     if missing.is_empty() {
-        let columns = polling::INDEXES.map(|(columns, _)| format!("({columns})"));
+        let columns =
+            polling::indexes(&facts.outbox, true).map(|index| format!("({})", index.columns));
         steps.add(Done::Exists, WHAT, format!("watership.outbox {}", columns.join(" and ")));
         return Ok(());
     }
@@ -43,12 +49,12 @@ pub(super) async fn indexes(steps: &mut Steps, client: &mut Client) -> Result<()
     tx.batch_execute("SET LOCAL ROLE watership_owner; SET LOCAL lock_timeout = '5s'")
         .await
         .map_err(postgres_error)?;
-    for (_, statement) in &missing {
+    for Index { statement, .. } in &missing {
         let made = tx.batch_execute(statement).await.map_err(postgres_error);
         made.map_err(|e| e.context(statement))?;
     }
     tx.commit().await.map_err(postgres_error)?;
-    for (columns, _) in missing {
+    for Index { columns, .. } in missing {
         steps.add(Done::Created, WHAT, format!("watership.outbox ({columns})"));
     }
     Ok(())
@@ -70,11 +76,14 @@ pub(super) async fn checkpoint(
         steps.add(Done::Exists, WHAT, format!("{name} at batch {}", row.flush().0));
         return Ok(());
     }
-    polling::verify_transactions(&poll::facts(client, None).await?)?;
+    polling::verify_transactions(&poll::facts(client, &config.relay, None).await?)?;
     older_rows(steps, client, config, args, "its first poll").await?;
     let (system, timeline) = (server.system_identifier.to_string(), i64::from(server.timeline));
-    let values: &[unnamed::Parameter<'_>] = &[name, &system, &timeline, &args.skip_existing];
-    let made = unnamed::query_opt(client, CREATE, values).await.map_err(postgres_error)?;
+    let table = config.relay.outbox.table.to_string();
+    let values: &[unnamed::Parameter<'_>] =
+        &[name, &system, &timeline, &args.skip_existing, &table];
+    let create = poll::polled(&config.relay)?.fill(CREATE);
+    let made = unnamed::query_opt(client, &create, values).await.map_err(postgres_error)?;
     let Some(made) = made else {
         let text = "an application wrote to the outbox while the checkpoint was being created";
         return Err(Error::refused(text).hint(

@@ -9,6 +9,7 @@ use crate::error::Result;
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Options;
 use crate::pg::migrate::{self, Migration};
+use crate::pg::outbox::read_indexes;
 use crate::pg::publication::{
     Publication, TableName, add_statement, create_statement, read_publication,
 };
@@ -16,10 +17,10 @@ use crate::pg::slot::{create_statement as create_slot, read_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::relay;
-use crate::relay::check::polling::{INDEXES, missing_indexes};
+use crate::relay::check::polling::{self, Index, missing_indexes};
 use crate::relay::checkpoint;
-use crate::relay::session::poll;
 use crate::source::SourceKind;
+use crate::source::outbox::Polled;
 
 /// What is there already.
 #[derive(Default)]
@@ -30,13 +31,17 @@ struct Found {
     slot: bool,
     checkpoint: bool,
     /// Indexes that polling lacks, with their statements.
-    indexes: Vec<(&'static str, &'static str)>,
+    indexes: Vec<Index>,
+}
+
+fn own_indexes() -> Vec<Index> {
+    polling::indexes(&Polled::own(), true).into()
 }
 
 impl Found {
     /// As in an empty database.
     fn nothing() -> Self {
-        let (pending, indexes) = (migrate::OUTBOX.migrations.to_vec(), INDEXES.to_vec());
+        let (pending, indexes) = (migrate::OUTBOX.migrations.to_vec(), own_indexes());
         Self { pending, indexes, ..Self::default() }
     }
 
@@ -57,8 +62,11 @@ impl Found {
             slot: read_slot(client, &config.relay.slot).await?.is_some(),
             checkpoint: installed && checkpoint::read(client, name).await?.is_some(),
             indexes: match installed {
-                true => missing_indexes(&poll::facts(client, None).await?),
-                false => INDEXES.to_vec(),
+                true => {
+                    let there = read_indexes(client, &TableName::outbox()).await?;
+                    missing_indexes(&Polled::own(), &there, true)
+                }
+                false => own_indexes(),
             },
         })
     }
@@ -134,13 +142,16 @@ fn script(config: &Config, found: &Found) -> Result<String> {
 fn polling(relay: &relay::Options, found: &Found) -> String {
     const CHECKPOINT: &str = include_str!("../../../sql/query/poll_by_hand.sql");
     let mut text = String::new();
-    for (_, statement) in &found.indexes {
+    // Those of a mapped table are the application's to make; init and check ask for them.
+    for Index { statement, .. } in found.indexes.iter().filter(|_| !relay.outbox.is_mapped()) {
         text += &format!("{statement};\n\n");
     }
     if !found.checkpoint {
         text +=
             "-- It begins behind what the outbox has then: rows that are there are never sent.\n";
-        text += &CHECKPOINT.replace(":name", &escape_literal(&relay.name));
+        text += &CHECKPOINT
+            .replace(":name", &escape_literal(&relay.name))
+            .replace(":outbox", &escape_literal(&relay.outbox.table.to_string()));
         text += "\n";
     }
     text

@@ -82,7 +82,7 @@ pub(super) async fn execute(
         out.data(&report)?;
         return Ok(End::NeedsDecision);
     }
-    accept(client, args, &found, from, &mut report).await?;
+    accept(client, (config, args), &found, from, &mut report).await?;
     let batch = report.resumed_batch.unwrap_or_default();
     out.line(&format!("resumes      behind batch {batch}, from {}", from.name()));
     out.line(&format!("epoch        {}", report.epoch.unwrap_or_default()));
@@ -121,7 +121,7 @@ fn place(asked: Option<ResumeFrom>, doubt: bool) -> Result<ResumeFrom> {
 /// Moves the row and records it, in one transaction.
 async fn accept(
     client: &mut Client,
-    args: &Args,
+    (config, args): (&Config, &Args),
     found: &PollStart,
     from: ResumeFrom,
     report: &mut Report,
@@ -136,11 +136,16 @@ async fn accept(
     let tx = client.transaction().await.map_err(postgres_error)?;
     // A new beginning has no base that another cluster's transactions could be compared with.
     if from == ResumeFrom::Now {
-        let facts = poll::facts(tx.client(), None).await?;
+        let facts = poll::facts(tx.client(), &config.relay, None).await?;
         verify_transactions(&facts)?;
     }
-    let sql = if from == ResumeFrom::Checkpoint { KEEP } else { RESYNC };
-    let values: &[unnamed::Parameter<'_>] = &[&report.name, &row.session_no, &system, &timeline];
+    let table = config.relay.outbox.table.to_string();
+    let values: [unnamed::Parameter<'_>; 5] =
+        [&report.name, &row.session_no, &system, &timeline, &table];
+    let (sql, values) = match from {
+        ResumeFrom::Checkpoint => (KEEP, &values[..4]),
+        ResumeFrom::Slot | ResumeFrom::Now => (RESYNC, &values[..]),
+    };
     let moved = unnamed::query_opt(&tx, sql, values).await.map_err(postgres_error)?;
     let moved = moved.ok_or_else(|| checkpoint::taken_over(&report.name))?;
     let epoch: i64 = moved.try_get(0).map_err(postgres_error)?;

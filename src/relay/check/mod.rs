@@ -4,6 +4,7 @@ pub mod columns;
 pub mod lost;
 pub mod outbox;
 pub mod partitions;
+pub mod polled_table;
 pub mod polling;
 pub mod position;
 pub mod publishable;

@@ -5,15 +5,13 @@
 
 use std::collections::HashMap;
 
+use super::polled_table::{self, PolledTable};
 use crate::column::oid;
 use crate::error::{Error, Result};
 use crate::pg::outbox::{MappedColumn, TimeColumn};
 use crate::pg::publication::{Publication, TableFacts};
 use crate::source::SourceKind;
 use crate::source::outbox::{AggregateType, OutboxCatalog, OutboxTable};
-
-/// `xid8`.
-const XID8: u32 = 5069;
 
 /// What is wrong, and what to do.
 pub type MappingFault = (String, String);
@@ -27,6 +25,8 @@ pub struct MappedFacts<'a> {
     pub columns: &'a [MappedColumn],
     /// Whether the role of `source.url` may delete its rows; absent where that is not asked.
     pub may_delete: Option<bool>,
+    /// What only a source that polls asks.
+    pub polled: Option<&'a PolledTable>,
     /// The role of `source.url`.
     pub role: &'a str,
 }
@@ -46,10 +46,14 @@ pub fn faults(
         return vec![(format!("outbox.table {table} is {what}"), hint.into())];
     }
     if let Some(what) = nature.not_logged {
-        let text = format!("outbox.table {table} is {what}: its rows are not in the WAL");
+        let why = match kind {
+            SourceKind::Wal => "its rows are not in the WAL",
+            SourceKind::Poll => "a crash of the server empties it",
+        };
+        let text = format!("outbox.table {table} is {what}: {why}");
         return vec![(text, format!("ALTER TABLE {} SET LOGGED", table.quoted()))];
     }
-    if nature.hypertable {
+    if nature.hypertable && kind == SourceKind::Wal {
         let text = format!(
             "outbox.table {table} is a hypertable of TimescaleDB: its rows are in chunks and \
              never come"
@@ -64,8 +68,7 @@ pub fn faults(
     faults.extend(no_body(outbox, found.columns));
     match kind {
         SourceKind::Wal => faults.extend(unsent(outbox, found.columns, publication)),
-        // The configuration refuses it: a poll reads watership.outbox only.
-        SourceKind::Poll => {}
+        SourceKind::Poll => faults.extend(polled_table::faults(outbox, found)),
     }
     if found.may_delete == Some(false) {
         let (role, quoted) = (found.role, table.quoted());
@@ -158,8 +161,6 @@ const TIME: (&str, Fits) = ("timestamptz, timestamp, or bigint (milliseconds sin
     [oid::TIMESTAMPTZ, oid::TIMESTAMP, oid::INT8].contains(&c.base_oid)
 });
 const ANY: (&str, Fits) = ("any type", |_| true);
-const SEQUENCE: (&str, Fits) = ("an integer", is_int);
-const TRANSACTION: (&str, Fits) = ("xid8", |c| c.base_oid == XID8);
 
 fn is_text(column: &MappedColumn) -> bool {
     column.category == 'S'
@@ -169,7 +170,7 @@ fn is_enum(column: &MappedColumn) -> bool {
     column.category == 'E'
 }
 
-fn is_int(column: &MappedColumn) -> bool {
+pub(super) fn is_int(column: &MappedColumn) -> bool {
     [oid::INT2, oid::INT4, oid::INT8].contains(&column.base_oid)
 }
 
@@ -200,8 +201,6 @@ fn wanted(outbox: &OutboxTable) -> Vec<(&str, &str, (&'static str, Fits))> {
         (&names.headers, "columns.headers", OBJECT),
         (&names.traceparent, "columns.traceparent", TEXT),
         (&names.created_at, "columns.created_at", TIME),
-        (&outbox.order_by, "order_by", SEQUENCE),
-        (&outbox.xid, "xid", TRANSACTION),
     ];
     for (name, what, fits) in optional {
         wanted.extend(name.as_deref().map(|name| (name, what, fits)));
@@ -214,7 +213,7 @@ fn wanted(outbox: &OutboxTable) -> Vec<(&str, &str, (&'static str, Fits))> {
 /// Whether it may be missing: a profile's optional column, which the configuration does not name.
 fn may_be_missing(outbox: &OutboxTable, name: &str) -> bool {
     let others = outbox.headers_from.iter().map(|(_, column)| column);
-    let mut must = outbox.demanded.iter().chain(&outbox.order_by).chain(&outbox.xid).chain(others);
+    let mut must = outbox.demanded.iter().chain(others);
     !must.any(|must| must == name) && !outbox.needed().contains(&name)
 }
 
@@ -304,6 +303,9 @@ mod tests {
             generated: false,
             not_null: true,
             indexed: false,
+            type_modifier: -1,
+            default: None,
+            numbered: false,
         }
     }
 
@@ -340,7 +342,7 @@ mod tests {
 
     fn refusal(outbox: &OutboxTable, columns: &[MappedColumn], nature: Nature) -> Option<String> {
         let facts = &table(nature);
-        let found = MappedFacts { facts, columns, may_delete: None, role: "relay" };
+        let found = MappedFacts { facts, columns, may_delete: None, polled: None, role: "relay" };
         fits(outbox, found, None, SourceKind::Wal).err().map(|error| error.text_with_hint())
     }
 
@@ -350,7 +352,13 @@ mod tests {
         let mut domain = columns();
         domain[0].type_oid = 30_000;
         let facts = &table(Nature::default());
-        let found = MappedFacts { facts, columns: &domain, may_delete: Some(true), role: "relay" };
+        let found = MappedFacts {
+            facts,
+            columns: &domain,
+            may_delete: Some(true),
+            polled: None,
+            role: "relay",
+        };
         let catalog = fits(&outbox(), found, None, SourceKind::Wal).unwrap();
         assert_eq!(catalog.oid, Some(7));
         assert_eq!(catalog.domains, HashMap::from([(30_000, oid::UUID)]));
@@ -404,7 +412,13 @@ mod tests {
     fn deleting_without_an_index_or_the_right_to_is_told_with_the_statement() {
         let facts = &table(Nature::default());
         let columns = columns();
-        let found = MappedFacts { facts, columns: &columns, may_delete: Some(false), role: "r" };
+        let found = MappedFacts {
+            facts,
+            columns: &columns,
+            may_delete: Some(false),
+            polled: None,
+            role: "r",
+        };
         let told = fits(&outbox(), found, None, SourceKind::Wal).unwrap_err().text_with_hint();
         let grant = "GRANT SELECT, DELETE ON \"public\".\"events\" TO \"r\"";
         assert!(told.contains(grant), "{told}");

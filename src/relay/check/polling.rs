@@ -5,10 +5,17 @@
 //! and only the epoch has to be another one, because the numbers of batches are used again. What is
 //! left is what a snapshot cannot be compared with: the transaction ids of another cluster.
 
+use std::time::Duration;
+
+use postgres_protocol::escape::escape_literal;
+
 use crate::error::{Error, Result};
+use crate::pg::outbox::IndexColumns;
+use crate::pg::publication::TableName;
 use crate::pg::slot::ServerFacts;
 use crate::position::Mark;
 use crate::relay::checkpoint::Checkpoint;
+use crate::source::outbox::Polled;
 use crate::verdict::{RESYNC, Verdict};
 
 /// How the relay continues.
@@ -27,15 +34,44 @@ pub struct PollFacts {
     pub snapshot_ahead: bool,
     /// So have rows of the outbox.
     pub foreign_rows: bool,
-    /// The first two columns of each valid index on the outbox: `xid, seq`.
-    pub indexes: Vec<String>,
+    /// The outbox.
+    pub outbox: Polled,
+    /// Its indexes.
+    pub indexes: Vec<IndexColumns>,
+    /// How long ago the checkpoint was stored, if there is one.
+    pub stored_age: Option<Duration>,
+    /// How long ago the oldest batch was found that is not settled, if there is one.
+    pub unsettled_age: Option<Duration>,
 }
 
-/// What finds the rows of a batch, as `PollFacts` has it, and the statement that makes it.
-pub const INDEXES: [(&str, &str); 2] = [
-    ("xid, seq", "CREATE INDEX outbox_by_xid ON watership.outbox (xid, seq)"),
-    ("seq", "CREATE INDEX outbox_by_seq ON watership.outbox (seq)"),
-];
+/// An index that finds the rows of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Index {
+    /// Its columns: `xid, seq`.
+    pub columns: String,
+    /// What makes it.
+    pub statement: String,
+}
+
+/// What finds the rows of a batch. On the relay's own outbox they have names by which the next
+/// version finds them; on a table of the application's they can be made while it writes.
+pub fn indexes(outbox: &Polled, partitioned: bool) -> [Index; 2] {
+    let Polled { order_by, xid, .. } = outbox;
+    let create = match (outbox.is_own(), partitioned) {
+        (true, _) => ["CREATE INDEX outbox_by_xid", "CREATE INDEX outbox_by_seq"],
+        (false, true) => ["CREATE INDEX"; 2],
+        (false, false) => ["CREATE INDEX CONCURRENTLY"; 2],
+    };
+    let statement =
+        |i: usize, columns| outbox.fill(&format!("{} ON :outbox ({columns})", create[i]));
+    [
+        Index {
+            columns: format!("{xid}, {order_by}"),
+            statement: statement(0, ":transaction, :order"),
+        },
+        Index { columns: order_by.clone(), statement: statement(1, ":order") },
+    ]
+}
 
 /// Compares the checkpoint with the server.
 ///
@@ -72,32 +108,36 @@ pub fn verify_transactions(facts: &PollFacts) -> Result<()> {
             .hint(format!("find out what was restored; to begin again from here: {RESYNC}")));
     }
     if facts.foreign_rows {
-        let text = "watership.outbox has rows of transactions that this cluster has not had yet: \
-            they were copied from another one, and would be published when it gets there";
-        return Err(Error::named(Verdict::ForeignRows, text).hint(adopt()));
+        let text = format!(
+            "{} has rows of transactions that this cluster has not had yet: they were copied from \
+             another one, and would be published when it gets there",
+            facts.outbox.table
+        );
+        return Err(Error::named(Verdict::ForeignRows, text).hint(adopt(&facts.outbox)));
     }
     Ok(())
 }
 
 /// What marks rows of another cluster as passed, or sends them (again), as the outbox's owner.
-fn adopt() -> String {
+fn adopt(outbox: &Polled) -> String {
     const SQL: &str = include_str!("../../../sql/query/poll_adopt.sql");
     let lines = SQL.lines().filter(|line| !line.starts_with("--"));
-    let statement = lines.map(str::trim).collect::<Vec<_>>().join(" ");
-    let sent = statement.replace("SET xid = '3'", "SET xid = pg_current_xact_id()");
+    let statement = outbox.fill(&lines.map(str::trim).collect::<Vec<_>>().join(" "));
+    let sent = statement.replace(" = '3'", " = pg_current_xact_id()");
     format!("to leave them unsent: {statement}; to send them (again), with their ids: {sent}")
 }
 
-/// What is wrong with the indexes of the outbox: each look would read all of it.
+/// What is wrong with the indexes of the relay's own outbox: each look would read all of it.
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] with the statements.
 pub fn verify_indexes(facts: &PollFacts) -> Result<()> {
-    let missing = missing_indexes(facts);
+    let missing = missing_indexes(&facts.outbox, &facts.indexes, true);
     if missing.is_empty() {
         return Ok(());
     }
-    let (columns, statements): (Vec<_>, Vec<_>) = missing.into_iter().unzip();
+    let missing = missing.into_iter().map(|index| (index.columns, index.statement));
+    let (columns, statements): (Vec<_>, Vec<_>) = missing.unzip();
     let text = format!(
         "watership.outbox lacks an index on ({}), without which each poll reads all of it",
         columns.join(") and one on (")
@@ -109,13 +149,51 @@ pub fn verify_indexes(facts: &PollFacts) -> Result<()> {
     )))
 }
 
-/// Those of [`INDEXES`] that are not there.
-pub fn missing_indexes(facts: &PollFacts) -> Vec<(&'static str, &'static str)> {
-    let is_there = |columns: &str| {
-        let prefixed = format!("{columns}, ");
-        facts.indexes.iter().any(|index| index == columns || index.starts_with(&prefixed))
-    };
-    INDEXES.into_iter().filter(|(columns, _)| !is_there(columns)).collect()
+/// Those that are not there.
+pub fn missing_indexes(outbox: &Polled, there: &[IndexColumns], partitioned: bool) -> Vec<Index> {
+    let Polled { order_by, xid, .. } = outbox;
+    let [by_xid, by_order] = indexes(outbox, partitioned);
+    let has_xid =
+        there.iter().any(|(first, second)| first == xid && second.as_ref() == Some(order_by));
+    let has_order = there.iter().any(|(first, _)| first == order_by);
+    let missing = [(has_xid, by_xid), (has_order, by_order)];
+    missing.into_iter().filter(|(there, _)| !there).map(|(_, index)| index).collect()
+}
+
+/// Refuses batches of another table than the one that is configured.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] with what to do.
+pub fn verify_table<'a>(
+    name: &str,
+    table: &TableName,
+    mut stored: impl Iterator<Item = &'a str>,
+) -> Result<()> {
+    let now = table.to_string();
+    let Some(other) = stored.find(|stored| *stored != now) else { return Ok(()) };
+    let text = format!(
+        "the checkpoint of relay {name:?} is of outbox {other}, and the configuration has {now}: \
+         what was passed in one table says nothing of another"
+    );
+    Err(Error::refused(text).hint(format!(
+        "correct outbox.table, or choose another name and run `watership init`; if the table was \
+         renamed, as the owner of the schema: UPDATE watership.poll_batch SET outbox = {} WHERE \
+         name = {}",
+        escape_literal(&now),
+        escape_literal(name)
+    )))
+}
+
+/// What may be missing because it was not read in the time for which rows stay; nothing where that
+/// is not known, or is not over. `age` is that of what is not passed.
+pub fn unread_too_long(retained_for: Option<Duration>, age: Option<Duration>) -> Option<String> {
+    let (retained_for, age) = (retained_for?, age?);
+    (age > retained_for).then(|| {
+        format!(
+            "rows were perhaps not read for {age:?}, longer than outbox.retained_for \
+             ({retained_for:?}): those that were deleted meanwhile were not sent"
+        )
+    })
 }
 
 /// The batches that are stored, from the settled one on, in order.
@@ -150,9 +228,21 @@ fn batch_missing(name: &str, number: u64) -> Error {
 mod tests {
     use super::*;
 
+    fn own_index(columns: &[&str]) -> IndexColumns {
+        (columns[0].to_owned(), columns.get(1).map(|name| (*name).to_owned()))
+    }
+
     fn facts() -> PollFacts {
-        let indexes = ["id, created_at", "xid, seq", "seq"].map(str::to_owned).into();
-        PollFacts { snapshot_ahead: false, foreign_rows: false, indexes }
+        let indexes =
+            vec![own_index(&["id", "created_at"]), own_index(&["xid", "seq"]), own_index(&["seq"])];
+        PollFacts {
+            snapshot_ahead: false,
+            foreign_rows: false,
+            outbox: Polled::own(),
+            indexes,
+            stored_age: None,
+            unsettled_age: None,
+        }
     }
 
     #[test]
@@ -181,11 +271,56 @@ mod tests {
     #[test]
     fn an_index_that_is_missing_is_told_with_its_statement() {
         assert!(verify_indexes(&facts()).is_ok());
-        let wider = ["xid, seq", "seq, id"].map(str::to_owned).into();
+        let wider = vec![own_index(&["xid", "seq"]), own_index(&["seq", "id"])];
         assert!(verify_indexes(&PollFacts { indexes: wider, ..facts() }).is_ok());
-        let none = PollFacts { indexes: vec!["id, created_at".into(), "xid".into()], ..facts() };
+        let none = vec![own_index(&["id", "created_at"]), own_index(&["xid"])];
+        let none = PollFacts { indexes: none, ..facts() };
         let error = verify_indexes(&none).expect_err("both are missing");
         assert!(error.to_string().contains("(xid, seq) and one on (seq)"), "{error}");
         assert!(error.hint_or_kind().contains("outbox (xid, seq); CREATE INDEX"), "{error:?}");
+    }
+    #[test]
+    fn a_mapped_table_is_named_as_it_has_to_be_quoted() {
+        let outbox = Polled {
+            table: TableName::new("Shop", "outbox"),
+            order_by: "the n".into(),
+            xid: "xid".into(),
+        };
+        let foreign = PollFacts { foreign_rows: true, outbox: outbox.clone(), ..facts() };
+        let told = verify_transactions(&foreign).expect_err("a verdict").text_with_hint();
+        assert!(told.contains("Shop.outbox has rows"), "{told}");
+        assert!(told.contains("UPDATE \"Shop\".\"outbox\" SET \"xid\" = '3' WHERE"), "{told}");
+        assert!(told.contains("SET \"xid\" = pg_current_xact_id() WHERE \"xid\" >="), "{told}");
+        let statements = missing_indexes(&outbox, &[], false).into_iter().map(|i| i.statement);
+        assert_eq!(
+            statements.collect::<Vec<_>>(),
+            [
+                "CREATE INDEX CONCURRENTLY ON \"Shop\".\"outbox\" (\"xid\", \"the n\")",
+                "CREATE INDEX CONCURRENTLY ON \"Shop\".\"outbox\" (\"the n\")"
+            ]
+        );
+    }
+
+    #[test]
+    fn batches_of_another_table_are_refused_with_what_to_do() {
+        let table = TableName::new("public", "b");
+        assert!(verify_table("shop", &table, ["public.b"; 2].into_iter()).is_ok());
+        let error = verify_table("shop", &table, ["public.b", "public.a"].into_iter());
+        let told = error.expect_err("another table").text_with_hint();
+        assert!(
+            told.contains("is of outbox public.a, and the configuration has public.b"),
+            "{told}"
+        );
+        assert!(told.contains("SET outbox = 'public.b' WHERE name = 'shop'"), "{told}");
+    }
+
+    #[test]
+    fn what_was_not_read_while_rows_stay_is_told() {
+        let told = |retained: Option<u64>, age: Option<u64>| {
+            let [retained, age] = [retained, age].map(|seconds| seconds.map(Duration::from_secs));
+            unread_too_long(retained, age).is_some()
+        };
+        assert!(told(Some(60), Some(61)));
+        assert!(!told(Some(60), Some(60)) && !told(None, Some(61)) && !told(Some(60), None));
     }
 }

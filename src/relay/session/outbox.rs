@@ -3,10 +3,12 @@
 use tokio_postgres::Client;
 
 use crate::error::Result;
-use crate::pg::outbox::{MappedColumn, may_delete, read_columns};
+use crate::pg::outbox::{MappedColumn, may_delete, read_columns, read_indexes, sight};
 use crate::pg::publication::{Publication, TableFacts, read_table};
 use crate::relay::Options;
 use crate::relay::check::outbox::{self, MappedFacts};
+use crate::relay::check::polled_table::PolledTable;
+use crate::source::SourceKind;
 use crate::source::outbox::{OutboxCatalog, OutboxTable};
 
 /// A mapped table, as it was read.
@@ -16,6 +18,7 @@ pub struct Mapped {
     /// Its columns.
     pub columns: Vec<MappedColumn>,
     may_delete: Option<bool>,
+    polled: Option<PolledTable>,
 }
 
 /// Reads it; absent for the relay's own outbox.
@@ -35,14 +38,25 @@ pub async fn read(client: &Client, options: &Options) -> Result<Option<Mapped>> 
         true => Some(may_delete(client, facts.oid, &options.sql.user).await?),
         false => None,
     };
-    Ok(Some(Mapped { facts, columns, may_delete }))
+    let polled = match options.kind {
+        SourceKind::Wal => None,
+        SourceKind::Poll => Some(read_polled(client, options, facts.oid).await?),
+    };
+    Ok(Some(Mapped { facts, columns, may_delete, polled }))
+}
+
+async fn read_polled(client: &Client, options: &Options, oid: u32) -> Result<PolledTable> {
+    let indexes = read_indexes(client, &options.outbox.table).await?;
+    let (may_use_schema, may_select, hidden) = sight(client, oid, &options.sql.user).await?;
+    Ok(PolledTable { indexes, may_use_schema, may_select, hidden })
 }
 
 impl Mapped {
     /// For [`crate::relay::check::outbox`].
     pub fn found<'a>(&'a self, options: &'a Options) -> MappedFacts<'a> {
-        let Self { facts, columns, may_delete } = self;
-        MappedFacts { facts, columns, may_delete: *may_delete, role: &options.sql.user }
+        let Self { facts, columns, may_delete, polled } = self;
+        let (may_delete, polled, role) = (*may_delete, polled.as_ref(), &options.sql.user);
+        MappedFacts { facts, columns, may_delete, polled, role }
     }
 }
 

@@ -3,18 +3,22 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_postgres::Client;
 
-use super::{Prepared, Shared, partitions};
+use super::{Prepared, Shared, outbox, partitions, user_types};
 use crate::amqp::{self, topology};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
+use crate::pg::outbox::read_indexes;
+use crate::pg::publication::TableName;
 use crate::pg::slot::{ServerFacts, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::position::Mark;
 use crate::relay::Options;
+use crate::relay::check;
 use crate::relay::check::polling::{self, PollFacts, PollingFrom};
 use crate::relay::check::position::Failover;
 use crate::relay::checkpoint::own::LastKnown;
@@ -22,7 +26,8 @@ use crate::relay::checkpoint::{self, Checkpoint, PostgresStore};
 use crate::relay::parking::{Parking, store as parked};
 use crate::relay::window::remembered::Remembered;
 use crate::route::{Resumed, Schemas};
-use crate::source::poll::{self, Poll};
+use crate::source::outbox::{OutboxTable, Polled};
+use crate::source::poll::{self, Poll, PolledOutbox};
 use crate::source::{AnySource, SourceKind};
 
 /// Bodies up to this size are read even if the broker does not take them: then they are parked as
@@ -44,10 +49,12 @@ pub(super) async fn prepare(
     let declaring = topology::apply_each(broker, &options.topology);
     let (reading, wrong) = tokio::try_join!(sql(&options.sql), declaring)?;
     let client = Arc::new(client);
+    outbox::verify(&client, options, None).await?;
     let (row, database) = take_over(&client, options, shared, remembered).await?;
     partitions::record(&client, options, &changes).await?;
     // The connection lives as long as the source has its client; the source sees its end.
-    let source = source(Arc::new(reading.client), options, &row, &database).await?;
+    let polled = polled_outbox(&client, options, &database.into()).await?;
+    let source = source(Arc::new(reading.client), options, &row, polled).await?;
     let parked_rows = parked::index(&client, &options.name).await?;
     let resumed = Resumed {
         keys: HashMap::new(),
@@ -76,7 +83,14 @@ async fn take_over(
     let found = read(client, options).await?;
     let start = found.verify()?;
     found.verify_own(last_known)?;
-    polling::verify_indexes(&found.facts)?;
+    if !options.outbox.is_mapped() {
+        polling::verify_indexes(&found.facts)?;
+    }
+    let PollFacts { stored_age, unsettled_age, .. } = found.facts;
+    let age = stored_age.max(unsettled_age);
+    if let Some(missing) = polling::unread_too_long(options.retained_for, age) {
+        tracing::warn!("{missing}");
+    }
     if start == PollingFrom::NewEpoch {
         let (row, server) = (&found.row, &found.server);
         let followed = checkpoint::follow(client, name, row, &new_epoch(row, server)).await?;
@@ -108,13 +122,30 @@ fn new_epoch(row: &Checkpoint, server: &ServerFacts) -> Failover {
     }
 }
 
+/// The outbox as it is read; a table of the application's as the catalog has it now.
+async fn polled_outbox(
+    client: &Client,
+    options: &Options,
+    database: &Arc<str>,
+) -> Result<PolledOutbox> {
+    let Some(mapped) = outbox::read(client, options).await? else {
+        return Ok(PolledOutbox::own(database));
+    };
+    let catalog = check::outbox::fits(&options.outbox, mapped.found(options), None, options.kind)?;
+    let outbox = OutboxTable { catalog, ..options.outbox.clone() };
+    let types = user_types::read_types(client).await?;
+    PolledOutbox::mapped(database, (&outbox, &polled(options)?), &mapped.columns, types)
+}
+
 async fn source(
     client: Arc<Client>,
     options: &Options,
     row: &Checkpoint,
-    database: &str,
+    outbox: PolledOutbox,
 ) -> Result<Poll> {
     let batches = poll::batches(&client, &options.name, row.flush()).await?;
+    let tables = batches.iter().map(|batch| batch.outbox.as_str());
+    polling::verify_table(&options.name, &options.outbox.table, tables)?;
     polling::verify_batches(&options.name, row.flush(), batches.iter().map(|batch| batch.number))?;
     let options = poll::Options {
         name: options.name.clone(),
@@ -122,8 +153,8 @@ async fn source(
         epoch: row.position.epoch,
         resume_after: row.position,
         flushed: row.flush(),
+        outbox,
         interval: options.poll_interval,
-        database: database.into(),
         max_body: options.broker.max_message_size.max(BODY_MAX),
     };
     Ok(Poll::new(client, options, batches))
@@ -132,6 +163,8 @@ async fn source(
 /// What the checkpoint of a relay that polls is compared with.
 pub struct PollStart {
     name: String,
+    /// The outbox that is configured, and those of the batches.
+    tables: (TableName, Vec<String>),
     /// The checkpoint.
     pub row: Checkpoint,
     /// The server.
@@ -152,32 +185,60 @@ pub async fn read(client: &Client, options: &Options) -> Result<PollStart> {
     checkpoint::is_of(&row, name, SourceKind::Poll)?;
     let batches = poll::batches(client, name, row.flush()).await?;
     let newest = batches.back().map(|batch| &batch.snapshot);
-    let facts = facts(client, newest.map(String::as_str)).await?;
+    let facts = facts(client, options, newest.map(String::as_str)).await?;
     let server = server_facts(client).await?;
+    let tables = batches.iter().map(|batch| batch.outbox.clone()).collect();
+    let tables = (options.outbox.table.clone(), tables);
     let batches = batches.iter().map(|batch| batch.number).collect();
-    Ok(PollStart { name: name.clone(), row, server, facts, batches })
+    Ok(PollStart { name: name.clone(), tables, row, server, facts, batches })
 }
 
 /// What the outbox and its indexes are like; `snapshot` is the newest that is stored.
 ///
 /// # Errors
 /// The server's.
-pub async fn facts(client: &Client, snapshot: Option<&str>) -> Result<PollFacts> {
+pub async fn facts(
+    client: &Client,
+    options: &Options,
+    snapshot: Option<&str>,
+) -> Result<PollFacts> {
     const FACTS: &str = include_str!("../../../sql/query/poll_facts.sql");
     const FOREIGN: &str = include_str!("../../../sql/query/poll_foreign.sql");
-    let row = unnamed::query_one(client, FACTS, &[&snapshot]).await;
+    let outbox = polled(options)?;
+    let row = unnamed::query_one(client, FACTS, &[&snapshot, &options.name]).await;
     let row = row.map_err(checkpoint::missing_schema)?;
+    let age = |i: usize| -> Result<Option<Duration>> {
+        let seconds: Option<i64> = row.try_get(i).map_err(postgres_error)?;
+        Ok(seconds.map(|seconds| Duration::from_secs(seconds.max(0).unsigned_abs())))
+    };
     let mut facts = PollFacts {
         snapshot_ahead: row.try_get(0).map_err(postgres_error)?,
         foreign_rows: false,
-        indexes: row.try_get(1).map_err(postgres_error)?,
+        indexes: read_indexes(client, &outbox.table).await?,
+        outbox,
+        stored_age: age(1)?,
+        unsettled_age: age(2)?,
     };
     // Without the index it would read all of the outbox.
-    if polling::missing_indexes(&facts).is_empty() {
-        let row = unnamed::query_one(client, FOREIGN, &[]).await.map_err(postgres_error)?;
+    if polling::missing_indexes(&facts.outbox, &facts.indexes, false).is_empty() {
+        let sql = facts.outbox.fill(FOREIGN);
+        let row = unnamed::query_one(client, &sql, &[]).await.map_err(postgres_error)?;
         facts.foreign_rows = row.try_get(0).map_err(postgres_error)?;
     }
     Ok(facts)
+}
+
+/// What the source goes by.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] when the configuration does not say it; the check of the mapping
+/// says more.
+pub fn polled(options: &Options) -> Result<Polled> {
+    options.outbox.polled().ok_or_else(|| {
+        let table = &options.outbox.table;
+        let text = format!("polling {table} needs outbox.order_by and outbox.xid");
+        Error::refused(text).hint("`watership check` prints the statements that add both")
+    })
 }
 
 impl PollStart {
@@ -186,8 +247,9 @@ impl PollStart {
     /// # Errors
     /// A named verdict.
     pub fn verify(&self) -> Result<PollingFrom> {
-        let Self { name, row, server, facts, batches } = self;
+        let Self { name, tables: (table, stored), row, server, facts, batches } = self;
         let start = polling::verify(row, server)?;
+        polling::verify_table(name, table, stored.iter().map(String::as_str))?;
         polling::verify_transactions(facts)?;
         polling::verify_batches(name, row.flush(), batches.iter().copied())?;
         Ok(start)

@@ -7,6 +7,7 @@ use tokio_postgres::GenericClient;
 use crate::column::{Types, UserType};
 use crate::error::Result;
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 
 /// Reads the types of users and extensions.
 ///
@@ -15,7 +16,7 @@ use crate::pg::sqlstate::postgres_error;
 pub async fn read_types(client: &impl GenericClient) -> Result<Types> {
     const SQL: &str = include_str!("../../../sql/query/user_types.sql");
     let mut types = HashMap::new();
-    for row in client.query(SQL, &[]).await.map_err(postgres_error)? {
+    for row in unnamed::query(client, SQL, &[]).await.map_err(postgres_error)? {
         let type_oid: u32 = row.try_get(0).map_err(postgres_error)?;
         let base: Option<u32> = row.try_get(1).map_err(postgres_error)?;
         let element: Option<u32> = row.try_get(2).map_err(postgres_error)?;

@@ -76,7 +76,7 @@ fn jobs(kind: SourceKind) -> &'static [Job] {
         SourceKind::Wal => {
             &[Job::LookAtSlot, Job::Compare, Job::Maintain, Job::DeletePassed, Job::WriteCanary]
         }
-        SourceKind::Poll => &[Job::Compare, Job::Maintain],
+        SourceKind::Poll => &[Job::Compare, Job::Maintain, Job::DeletePassed],
     }
 }
 
@@ -241,6 +241,12 @@ async fn compare_polling(
         Err(error) if error.kind().is_verdict() => return Ok(Some(error)),
         Err(error) => return Err(error),
     };
+    match outbox::verify(client, options, None).await {
+        Ok(_) => {}
+        // The next session refuses to start, and says what to alter.
+        Err(error) if error.kind() == Kind::Refused => return Ok(Some(error)),
+        Err(error) => return Err(error),
+    }
     Ok(match found.verify().and_then(|start| found.verify_own(last_known).map(|()| start)) {
         Ok(PollingFrom::AsStored) => None,
         Ok(PollingFrom::NewEpoch) => {

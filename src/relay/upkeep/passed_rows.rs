@@ -6,6 +6,10 @@
 //! checkpoints, as they are stored, have passed it, such rows may go if they are old. The note is
 //! kept in memory: after a restart a new one is taken, and nothing is deleted for it before the
 //! checkpoints have passed that.
+//!
+//! Of a table that is polled a row does say in which snapshots it is visible. So besides the note,
+//! which relays that read the WAL have to pass, the last settled batch of every relay that polls
+//! the table must show it. A relay that reads the WAL leaves the rows alone while one polls.
 
 use std::time::Duration;
 
@@ -13,11 +17,13 @@ use tokio_postgres::Client;
 
 use crate::error::Result;
 use crate::metrics::Metrics;
-use crate::pg::outbox::{PassedNote, delete_passed, note_passed};
+use crate::pg::outbox::{Passed, PassedNote, delete_passed, note_passed, polled_snapshots};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::unnamed;
 use crate::relay::Options;
 use crate::relay::check::outbox::time_column;
 use crate::relay::session::outbox;
+use crate::source::SourceKind;
 
 /// Rows of one DELETE, in a table or in each of its partitions.
 const ROWS_MAX: i64 = 1000;
@@ -48,15 +54,25 @@ impl PassedRows {
             self.note = Some(note_passed(client, seconds).await?);
             return Ok(SOON);
         };
-        if !every_relay_passed(client, &note.lsn).await? {
+        let polls = options.kind == SourceKind::Poll;
+        if !every_relay_passed(client, &note.lsn, polls).await? {
             return Ok(SOON);
         }
         let Some(mapped) = outbox::read(client, options).await? else { return Ok(LATER) };
         // Without the column the next session refuses to start, and says so.
         let Some(time) = time_column(&options.outbox, &mapped.columns) else { return Ok(LATER) };
+        let table = &options.outbox.table;
+        let snapshots = match polls {
+            true => polled_snapshots(client, table).await?,
+            false => None,
+        };
+        let polled = options.outbox.xid.as_deref().zip(snapshots.as_deref());
+        if polls && polled.is_none() {
+            return Ok(SOON);
+        }
         for _ in 0..PORTIONS_MAX {
-            let table = &options.outbox.table;
-            let deleted = delete_passed(client, table, time, note, ROWS_MAX).await?;
+            let passed = Passed { note, polled };
+            let deleted = delete_passed(client, table, time, passed, ROWS_MAX).await?;
             metrics.outbox.rows_deleted.increment(deleted);
             if deleted < ROWS_MAX.unsigned_abs() {
                 self.note = None;
@@ -67,8 +83,8 @@ impl PassedRows {
     }
 }
 
-async fn every_relay_passed(client: &Client, lsn: &str) -> Result<bool> {
+async fn every_relay_passed(client: &Client, lsn: &str, polls: bool) -> Result<bool> {
     const SQL: &str = include_str!("../../../sql/query/checkpoint_passed.sql");
-    let row = client.query_one(SQL, &[&lsn]).await.map_err(postgres_error)?;
+    let row = unnamed::query_one(client, SQL, &[&lsn, &polls]).await.map_err(postgres_error)?;
     row.try_get(0).map_err(postgres_error)
 }

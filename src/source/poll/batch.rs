@@ -6,8 +6,6 @@
 
 use std::time::{Duration, Instant};
 
-use uuid::Uuid;
-
 use crate::error::{Error, Result};
 use crate::position::{Mark, ORDINAL_END, Position};
 
@@ -26,13 +24,16 @@ pub struct Batch {
     pub new: Option<(i64, i64)>,
     /// When it was found, in microseconds since 1970-01-01 UTC.
     pub made_at_us: i64,
+    /// The table of its rows, `schema.table`.
+    pub outbox: String,
 }
 
 /// Where the reading of a batch is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BatchCursor {
-    /// Rows behind this one come next, in the order of `seq` and id.
-    pub after: (i64, Uuid),
+    /// Rows behind this one come next, in the order of `seq` and of what tells rows with one `seq`
+    /// apart; without the latter, rows with a greater `seq`.
+    pub after: (i64, Option<String>),
     /// Number of the row `after` among those with its `seq`.
     sub: Option<u32>,
     last: Option<Position>,
@@ -47,7 +48,7 @@ impl BatchCursor {
             false => 0,
         };
         let seq = batch.first_seq.saturating_add(skipped.max(0)).saturating_sub(1);
-        Self { after: (seq, Uuid::max()), sub: None, last: None }
+        Self { after: (seq, None), sub: None, last: None }
     }
 
     /// Moves to the next row and says where it stands.
@@ -55,10 +56,10 @@ impl BatchCursor {
     /// # Errors
     /// [`crate::error::Kind::Protocol`] when `seq` lies before the batch, or so far behind its
     /// beginning that a position cannot say it.
-    pub fn pass(&mut self, batch: &Batch, epoch: u32, seq: i64, id: Uuid) -> Result<Position> {
+    pub fn pass(&mut self, batch: &Batch, epoch: u32, seq: i64, tie: String) -> Result<Position> {
         let beside = self.sub.filter(|_| seq == self.after.0);
         let sub = beside.map_or(0, |sub| sub.saturating_add(1));
-        (self.after, self.sub) = ((seq, id), Some(sub));
+        (self.after, self.sub) = ((seq, Some(tie)), Some(sub));
         let distance = seq.checked_sub(batch.first_seq).and_then(|far| u64::try_from(far).ok());
         let ordinal = distance.map(|far| far + 1).filter(|ordinal| *ordinal < ORDINAL_END);
         let ordinal = ordinal.ok_or_else(|| {
@@ -139,11 +140,12 @@ mod tests {
             first_seq: 100,
             new: Some((100, 120)),
             made_at_us: 1,
+            outbox: "watership.outbox".into(),
         }
     }
 
     fn pass(cursor: &mut BatchCursor, seq: i64) -> (u64, u32) {
-        let position = cursor.pass(&batch(), 3, seq, Uuid::nil()).expect("a position");
+        let position = cursor.pass(&batch(), 3, seq, String::new()).expect("a position");
         assert_eq!((position.epoch, position.mark), (3, Mark(7)));
         (position.ordinal, position.sub)
     }
@@ -151,7 +153,7 @@ mod tests {
     #[test]
     fn a_place_hangs_on_the_first_row_only_and_rows_with_one_seq_are_told_apart() {
         let mut cursor = BatchCursor::begin(&batch(), Position::default());
-        assert_eq!(cursor.after, (99, Uuid::max()));
+        assert_eq!(cursor.after, (99, None));
         let places = [100, 104, 104, 104, 105].map(|seq| pass(&mut cursor, seq));
         assert_eq!(places, [(1, 0), (5, 0), (5, 1), (5, 2), (6, 0)]);
         assert_eq!(cursor.after.0, 105);
@@ -170,7 +172,7 @@ mod tests {
     fn a_seq_that_no_position_can_say_is_an_error() {
         for seq in [99, i64::MIN, 100 + (1 << 40), i64::MAX] {
             let mut cursor = BatchCursor::begin(&batch(), Position::default());
-            let error = cursor.pass(&batch(), 1, seq, Uuid::nil()).expect_err("out of range");
+            let error = cursor.pass(&batch(), 1, seq, String::new()).expect_err("out of range");
             assert!(error.to_string().contains("batch 7"), "{error}");
         }
     }

@@ -1,4 +1,4 @@
-//! From a row that a poll read to an event. Pure.
+//! From a row that a poll of the relay's own outbox read to an event. Pure.
 //!
 //! Values are the text that the stream of the WAL would have sent, so everything behind this is the
 //! same code and makes the same bytes.
@@ -18,7 +18,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::position::Position;
 
 /// The bytes of a value as they came.
-struct Raw<'a>(&'a [u8]);
+pub(super) struct Raw<'a>(pub &'a [u8]);
 
 impl<'a> FromSql<'a> for Raw<'a> {
     fn from_sql(
@@ -33,15 +33,18 @@ impl<'a> FromSql<'a> for Raw<'a> {
     }
 }
 
-/// A row of `poll_read.sql`.
+/// A row of `poll_read.sql`, or of a mapped table.
 pub(super) struct PolledRow {
     pub seq: i64,
+    /// What tells rows with one `seq` apart, in the order of the statement.
+    pub tie: String,
     pub id: Uuid,
     /// Bytes of its body in the database.
     pub body: u64,
-    xid: u32,
-    created_at_us: i64,
-    content: Box<OutboxRow>,
+    pub xid: u32,
+    /// Absent where the table does not tell it.
+    pub created_at_us: Option<i64>,
+    pub content: Box<OutboxRow>,
 }
 
 impl PolledRow {
@@ -53,17 +56,23 @@ impl PolledRow {
             Ok(length.and_then(|length| u64::try_from(length).ok()))
         };
         let xid: &str = row.try_get(2).map_err(postgres_error)?;
-        let xid: u64 = xid.parse().map_err(|_| Error::protocol(format!("xid8 {xid:?}")))?;
+        let id: Uuid = row.try_get(1).map_err(postgres_error)?;
         let body = length(7)?.unwrap_or_default() + length(9)?.unwrap_or_default();
         Ok(Self {
             seq: row.try_get(0).map_err(postgres_error)?,
-            id: row.try_get(1).map_err(postgres_error)?,
+            tie: id.to_string(),
+            id,
             body,
-            // The lower half, as the stream of the WAL has it.
-            xid: (xid & u64::from(u32::MAX)) as u32,
+            xid: Self::short_xid(xid)?,
             created_at_us: row.try_get(13).map_err(postgres_error)?,
             content: Box::new(content(row, body, max_body)?),
         })
+    }
+
+    /// The lower half, as the stream of the WAL has it.
+    pub fn short_xid(xid8: &str) -> Result<u32> {
+        let xid: u64 = xid8.parse().map_err(|_| Error::protocol(format!("xid8 {xid8:?}")))?;
+        Ok((xid & u64::from(u32::MAX)) as u32)
     }
 
     /// The event, with its place and the time at which its batch was found.
@@ -72,7 +81,7 @@ impl PolledRow {
             id: self.id,
             position,
             lsn: None,
-            occurred_at_us: self.created_at_us,
+            occurred_at_us: self.created_at_us.unwrap_or(committed_at_us),
             committed_at_us,
             xid: self.xid,
             table: table.clone(),
@@ -103,12 +112,7 @@ fn content(row: &Row, body: u64, max_body: usize) -> Result<OutboxRow> {
         (Some(json), None) => OutboxPayload::Json(json),
         (None, Some(hex)) => OutboxPayload::Hex(hex),
         (None, None) if body > max_body as u64 => {
-            why.get_or_insert_with(|| {
-                format!(
-                    "a body of {body} bytes is larger than {max_body} bytes; raise \
-                     broker.max_message_size if the broker takes more"
-                )
-            });
+            why.get_or_insert_with(|| too_large(body, max_body));
             OutboxPayload::Json(Bytes::new())
         }
         (Some(_), Some(_)) | (None, None) => {
@@ -134,6 +138,14 @@ fn content(row: &Row, body: u64, max_body: usize) -> Result<OutboxRow> {
         headers: bytes(11)?,
         traceparent,
     })
+}
+
+/// Why a body was not read.
+pub(super) fn too_large(body: u64, max_body: usize) -> String {
+    format!(
+        "a body of {body} bytes is larger than {max_body} bytes; raise broker.max_message_size if \
+         the broker takes more"
+    )
 }
 
 /// A column of a broken row, for people: texts as they are.

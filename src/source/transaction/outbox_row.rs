@@ -27,7 +27,7 @@ const YEARS: std::ops::Range<i64> = 0..253_402_214_400_000_000;
 
 /// Where the columns of the outbox are, and how their values are read.
 #[derive(Debug)]
-pub(super) struct OutboxColumns {
+pub(in crate::source) struct OutboxColumns {
     id: usize,
     id_form: IdForm,
     aggregate_type: Aggregate,
@@ -86,7 +86,11 @@ impl OutboxColumns {
     /// # Errors
     /// [`crate::error::Kind::Verdict`] when a needed column is missing; Protocol when one that was
     /// there has just gone.
-    pub(super) fn find(table: &Table, outbox: &OutboxTable, is_older: bool) -> Result<Self> {
+    pub(in crate::source) fn find(
+        table: &Table,
+        outbox: &OutboxTable,
+        is_older: bool,
+    ) -> Result<Self> {
         let names = &outbox.columns;
         let needed = |name: &str| table.column(name).ok_or_else(|| missing(table, name));
         let optional = |name: &Option<String>| table.column(name.as_ref()?);
@@ -212,7 +216,7 @@ impl Cells<'_> {
 /// The row with its id and its `created_at` (microseconds since 1970-01-01 UTC), if it has one that
 /// can be read. What breaks the outbox's contract still becomes an event, so that it is parked
 /// under its key.
-pub(super) fn outbox_row(
+pub(in crate::source) fn outbox_row(
     values_of: &Values<'_>,
     columns: &OutboxColumns,
     tuple: &Tuple<'_>,
@@ -344,7 +348,7 @@ fn created_at(text: &[u8], form: TimeForm) -> Option<i64> {
 }
 
 /// What there is of a row that breaks the outbox's contract.
-fn broken(values: &Values<'_>, tuple: &Tuple<'_>, why: String) -> Broken {
+pub(in crate::source) fn broken(values: &Values<'_>, tuple: &Tuple<'_>, why: String) -> Broken {
     let ignored = OnceCell::new();
     let columns = values.table.columns.iter().zip(tuple.columns()).take(SHOWN_MAX);
     let shown = columns.enumerate().map(|(index, (column, value))| {

@@ -15,7 +15,7 @@ use crate::pg::pgoutput::{self, OldKind, OldTuple, Tuple};
 const KEPT_MAX: usize = 1 << 20;
 
 /// Values of a row of `table` as text, slices of `data` where they can be.
-pub(super) struct Values<'a> {
+pub(in crate::source) struct Values<'a> {
     pub(super) data: &'a Bytes,
     pub(super) table: &'a Table,
     /// How to read values in binary.
@@ -28,7 +28,16 @@ pub(super) struct Values<'a> {
 
 impl<'a> Values<'a> {
     pub(super) fn new(data: &'a Bytes, table: &'a Table, options: &'a Options) -> Self {
-        let (types, max_body) = (&options.types, options.max_body);
+        Self::of(data, table, &options.types, options.max_body)
+    }
+
+    /// Values of a row that came in another way than by the stream.
+    pub(in crate::source) fn of(
+        data: &'a Bytes,
+        table: &'a Table,
+        types: &'a Types,
+        max_body: usize,
+    ) -> Self {
         Self { data, table, types, max_body, unknown_type: Cell::new(None) }
     }
 

@@ -1,0 +1,482 @@
+//! Polling of an outbox table of the application's: the same events as from the WAL, nothing that
+//! is skipped or held up, and nothing that works by half.
+
+use std::process::Command;
+
+use lapin::types::AMQPValue;
+
+use crate::polling::Pooler;
+use crate::support::inbox::{Message, kinds};
+use crate::support::servers::{Database, own_database, own_vhost, private_postgres};
+use crate::support::stage::{Setup, Stage, configuration, run};
+use crate::support::waiting::{Patience, until};
+
+const TABLE: &str = "CREATE TABLE public.outbox (id uuid PRIMARY KEY, \
+    aggregatetype varchar(255) NOT NULL, aggregateid varchar(255) NOT NULL, \
+    type varchar(255) NOT NULL, payload jsonb, \
+    seq bigint GENERATED ALWAYS AS IDENTITY, \
+    xid xid8 NOT NULL DEFAULT pg_current_xact_id()); \
+    CREATE INDEX ON outbox (xid, seq); CREATE INDEX ON outbox (seq)";
+const MAPPED: &str = "outbox.table = \"public.outbox\"\noutbox.profile = \"debezium\"\n\
+    source.mode = \"poll\"\noutbox.retained_for = \"1d\"";
+const COLUMNS: &str = "outbox.order_by = \"seq\"\noutbox.xid = \"xid\"";
+
+async fn stage(sql: &str, settings: &str) -> Stage {
+    let settings = format!("{MAPPED}\n{COLUMNS}\n{settings}");
+    Stage::new(Setup { sql, settings: &settings, ..Setup::default() }).await
+}
+
+fn emit(kind: &str) -> String {
+    emit_of("1", kind)
+}
+
+fn emit_of(key: &str, kind: &str) -> String {
+    format!(
+        "INSERT INTO outbox (id, aggregatetype, aggregateid, type, payload) \
+         VALUES (gen_random_uuid(), 'order', '{key}', '{kind}', '1')"
+    )
+}
+
+/// Everything that has arrived, once the settled batch shows all rows of the table that are there.
+async fn settled(stage: &Stage, table: &str) -> Vec<Message> {
+    let passed = format!(
+        "NOT EXISTS (SELECT FROM {table} AS o, watership.checkpoint AS c \
+             JOIN watership.poll_batch AS b ON b.name = c.name AND b.number = c.flush_mark \
+             WHERE c.name = 'shop' AND NOT pg_visible_in_snapshot(o.xid, b.snapshot))"
+    );
+    let mut patience = Patience::new();
+    while !stage.holds(&passed).await {
+        let row = stage.text("SELECT json_agg(c) FROM watership.checkpoint AS c").await;
+        patience.more(row, || "the relay passes what is committed".into()).await;
+    }
+    stage.settled_now().await
+}
+
+/// Waits until this many events have arrived, and tells their kinds.
+async fn arrived(stage: &Stage, count: usize) -> Vec<String> {
+    let messages = stage.inbox.count(count).await;
+    kinds(&messages).into_iter().map(str::to_owned).collect()
+}
+
+/// What a message is, but for its place and the time at which it was found.
+fn content(message: &Message) -> (String, String, Vec<u8>, Vec<(String, AMQPValue)>) {
+    let headers = message.properties.headers().as_ref().expect("headers").inner();
+    let headers = headers.iter().map(|(name, value)| (name.to_string(), value.clone()));
+    let placed = ["ws-position", "ws-lsn", "ws-committed-at"];
+    let headers = headers.filter(|(name, _)| !placed.contains(&name.as_str()));
+    let properties = &message.properties;
+    let shown = format!(
+        "{:?} {:?} {:?} {:?}",
+        properties.content_type(),
+        properties.kind(),
+        properties.delivery_mode(),
+        message.routing_key
+    );
+    (message.id(), shown, message.bytes.clone(), headers.collect())
+}
+
+/// A table with columns of many types, and how it is read.
+const EVENTS: &str = "CREATE TYPE kind AS ENUM ('made', 'paid'); \
+    CREATE DOMAIN instant AS bigint CHECK (value > 0); \
+    CREATE DOMAIN label AS varchar(20); CREATE DOMAIN score AS numeric; \
+    CREATE SCHEMA \"Shop\"; \
+    CREATE TABLE \"Shop\".\"Events\" (n serial PRIMARY KEY, what kind NOT NULL, \
+        order_id bigint, body bytea, meta json, version int, paid boolean, happened instant, \
+        \"Odd Name\" label, score score, since interval, fixed char(4), at timestamptz, \
+        raw bytea, ratio float8, pair point, \
+        txid xid8 NOT NULL DEFAULT pg_current_xact_id()); \
+    CREATE INDEX ON \"Shop\".\"Events\" (txid, n)";
+const READ: &str = "outbox.table = \"Shop.Events\"\noutbox.aggregate_type = \"order\"\n\
+    outbox.columns = { id = \"n\", aggregate_id = \"order_id\", event_type = \"what\", \
+    payload = \"body\", headers = \"meta\", created_at = \"happened\" }\n\
+    outbox.headers_from = { eventVersion = \"version\", isPaid = \"paid\", odd = \"Odd Name\", \
+    score = \"score\", fixed = \"fixed\", since = \"since\", at = \"at\", raw = \"raw\", \
+    ratio = \"ratio\", pair = \"pair\" }";
+const ROWS: &str = "INSERT INTO \"Shop\".\"Events\" (what, order_id, body, meta, version, paid, \
+    happened, \"Odd Name\", score, since, fixed, at, raw, ratio, pair) VALUES \
+    ('made', 7, '\\x00ff', '{\"a\": 1, \"odd\": \"own\"}', 3, true, 1553460779000, 'x', 1.50, \
+        '1 day 2 hours', 'ab', '2020-01-02 03:04:05.6+02', '\\x0102', 0.1, '(1,2)'), \
+    ('paid', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL), \
+    ('paid', 7, 'text', ' {} ', 4, false, 9223372036854775807, '', 'NaN', '-1 month', '', \
+        'infinity', '', 'NaN', NULL), \
+    ('made', 8, 'parked', '[1]', 5, true, 1, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL)";
+
+#[tokio::test]
+async fn events_of_a_mapped_table_are_the_same_as_from_the_wal() {
+    let polled = format!(
+        "{READ}\nsource.mode = \"poll\"\noutbox.order_by = \"n\"\noutbox.xid = \"txid\"\n\
+         outbox.retained_for = \"1d\""
+    );
+    let mut both = Vec::new();
+    for settings in [READ, &polled] {
+        let stage = Stage::new(Setup { sql: EVENTS, settings, ..Setup::default() }).await;
+        // What a role prefers must not matter.
+        let prefers = "ALTER DATABASE :name SET IntervalStyle = 'postgres'; \
+            ALTER DATABASE :name SET bytea_output = 'escape'";
+        stage.execute(&prefers.replace(":name", &stage.database.name)).await;
+        let relay = stage.start().await;
+        stage.execute(ROWS).await;
+        let messages = stage.inbox.count(3).await;
+        let parked = "SELECT coalesce(string_agg(key || ': ' || error || event_id, ''), '') \
+            FROM watership.parked";
+        until("one is parked", async || stage.text(parked).await.contains("not a JSON")).await;
+        assert_eq!(kinds(&messages), ["made", "paid", "paid"]);
+        both.push((messages.iter().map(content).collect::<Vec<_>>(), stage.text(parked).await));
+        relay.stop().await.expect_code(0);
+    }
+    assert_eq!(both[0], both[1]);
+    assert!(both[0].0[0].3.iter().any(|(name, _)| name == "since"), "{:?}", both[0]);
+}
+
+#[tokio::test]
+async fn what_commits_late_is_not_skipped_and_what_stays_open_holds_up_nobody() {
+    let server = private_postgres(&["max_prepared_transactions = 5"], None).await;
+    server.create_database("shop").await.expect("a database");
+    let database = Database { url: server.url("postgres", "shop"), name: "shop".into() };
+    let settings = format!("{MAPPED}\n{COLUMNS}");
+    let setup = Setup { sql: TABLE, settings: &settings, ..Setup::default() };
+    let stage = Stage::on(database, own_vhost().await, setup).await;
+    // In one batch, in the order of inserts: the relay begins when both are there.
+    let early = stage.database.connect().await;
+    early.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.expect("it has its number");
+    stage.execute(&emit("v1")).await;
+    early.batch_execute(&format!("{}; COMMIT", emit("v2"))).await.expect("it commits");
+    let relay = stage.start().await;
+    assert_eq!(arrived(&stage, 2).await, ["v1", "v2"]);
+    // Open ones of many rows and of none, and a prepared one, with lower numbers.
+    let (open, other) = (stage.database.connect().await, stage.database.connect().await);
+    let many = emit_of("2", "open").replace("VALUES (", "SELECT ").trim_end_matches(')').to_owned();
+    let many = format!("BEGIN; {many} FROM generate_series(1, 3000)");
+    open.batch_execute(&many).await.expect("it stays open");
+    other.batch_execute("CREATE TABLE x (n int); BEGIN; INSERT INTO x VALUES (1)").await.unwrap();
+    stage.execute(&format!("BEGIN; {}; PREPARE TRANSACTION 'p'", emit("prepared"))).await;
+    stage.execute(&format!("BEGIN; {}; ROLLBACK", emit("never"))).await;
+    for n in 3..=5 {
+        stage.execute(&emit(&format!("v{n}"))).await;
+        arrived(&stage, n).await;
+    }
+    relay.stop().await.expect_code(0);
+    let relay = stage.start().await;
+    stage.execute("COMMIT PREPARED 'p'").await;
+    assert_eq!(arrived(&stage, 6).await, ["v1", "v2", "v3", "v4", "v5", "prepared"]);
+    open.batch_execute("COMMIT").await.expect("it commits");
+    assert_eq!(settled(&stage, "outbox").await.len(), 3006);
+    other.batch_execute("ROLLBACK").await.expect("it ends");
+    let key = stage.text("SELECT id FROM outbox WHERE type = 'prepared'").await;
+    stage.run(&["find", &key]).await.expect_code(0).expect_text(&["passed: it was"]);
+    let told = ["public.outbox, mapped; the relay never deletes its rows", "at batch"];
+    stage.run(&["check"]).await.expect_code(0).expect_text(&told);
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_large_transaction_that_is_killed_in_the_middle_comes_again_at_the_same_places() {
+    const EVENTS: usize = 12_000;
+    let limits = "relay.max_window_events = 512\nrelay.checkpoint_interval = \"20ms\"";
+    let stage = stage(TABLE, limits).await;
+    stage
+        .execute(&format!(
+            "INSERT INTO outbox (id, aggregatetype, aggregateid, type, payload) \
+             SELECT gen_random_uuid(), 'order', (n % 50)::text, n::text, \
+                to_json(repeat('x', n % 2000)) FROM generate_series(1, {EVENTS}) AS n"
+        ))
+        .await;
+    for part in 1..=3 {
+        let relay = stage.start().await;
+        stage.inbox.count(part * EVENTS / 5).await;
+        // What is committed meanwhile is of another batch.
+        stage.execute(&emit_of("new", "new")).await;
+        relay.kill();
+    }
+    let relay = stage.start().await;
+    let messages = settled(&stage, "outbox").await;
+    let mut places = std::collections::HashMap::new();
+    let mut first = Vec::new();
+    for message in &messages {
+        let position = message.text("ws-position");
+        match places.insert(message.id(), position.clone()) {
+            None => first.push((position, message.id())),
+            Some(before) => assert_eq!(before, position, "another place"),
+        }
+    }
+    first.sort();
+    let all = "SELECT string_agg(id::text, ' ' ORDER BY seq) FROM outbox";
+    let first: Vec<String> = first.into_iter().map(|(_, id)| id).collect();
+    assert_eq!(first.join(" "), stage.text(all).await, "all of them, in the order of inserts");
+    assert!(messages.len() < EVENTS * 2, "{} messages", messages.len());
+    // Nothing of the table was touched.
+    assert!(stage.holds("(SELECT count(*) FROM outbox) = 12003").await);
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn rows_of_one_place_come_one_after_the_other_and_one_without_an_id_is_parked() {
+    let table = TABLE
+        .replace("id uuid PRIMARY KEY", "id text")
+        .replace("GENERATED ALWAYS AS IDENTITY", "GENERATED BY DEFAULT AS IDENTITY");
+    let stage = stage(&table, "").await;
+    // As many rows of one place as no portion has.
+    stage
+        .execute(
+            "INSERT INTO outbox (id, aggregatetype, aggregateid, type, payload, seq) \
+             SELECT to_char(n, 'FM00000'), 'order', '1', n::text, '1', 7 \
+             FROM generate_series(1, 5000) AS n; \
+             INSERT INTO outbox (aggregatetype, aggregateid, type, seq) \
+             VALUES ('order', '2', 'no id', 8)",
+        )
+        .await;
+    let relay = stage.start().await;
+    let messages = settled(&stage, "outbox").await;
+    let expected: Vec<String> = (1..=5000).map(|n: u32| n.to_string()).collect();
+    assert_eq!(kinds(&messages), expected);
+    let parked = "SELECT string_agg(key || ': ' || error, '') FROM watership.parked";
+    let told = "order/2: column \"id\" of the outbox row is null";
+    until("it is parked", async || stage.text(parked).await.contains(told)).await;
+    relay.stop().await.expect_code(0);
+}
+
+/// All commands refuse, with the same words.
+async fn refuse(stage: &Stage, words: &[&str]) {
+    let init = stage.run(&["init", "--admin-url", &stage.database.url]).await;
+    init.expect_code(1).expect_text(words);
+    stage.run(&["check"]).await.expect_code(1).expect_text(words);
+    stage.spawn().ended().await.expect_code(1).expect_text(words);
+}
+
+#[tokio::test]
+async fn a_table_that_lacks_something_is_refused_by_init_check_and_run_with_its_statement() {
+    let stage = stage(TABLE, "").await;
+    let by_xid = "CREATE INDEX CONCURRENTLY ON \"public\".\"outbox\" (\"xid\", \"seq\")";
+    let by_seq = "CREATE INDEX CONCURRENTLY ON \"public\".\"outbox\" (\"seq\")";
+    let add_seq = "ALTER TABLE \"public\".\"outbox\" ADD COLUMN \"seq\" bigint GENERATED ALWAYS AS \
+        IDENTITY (it rewrites the table";
+    let add_xid = "ALTER TABLE \"public\".\"outbox\" ADD COLUMN \"xid\" xid8 NOT NULL DEFAULT \
+        pg_current_xact_id() (it does not rewrite the table";
+    let drop = "DO $$ DECLARE i regclass; BEGIN FOR i IN SELECT indexrelid FROM pg_index \
+        WHERE indrelid = 'outbox'::regclass AND NOT indisprimary LOOP \
+        EXECUTE format('DROP INDEX %s', i); END LOOP; END $$";
+    let steps: [(&str, &[&str]); 8] = [
+        (drop, &["lacks an index on (xid, seq)", by_xid, "lacks an index on (seq)", by_seq]),
+        (
+            "CREATE INDEX ON outbox (xid, seq); CREATE INDEX ON outbox USING brin (seq)",
+            &["lacks an index on (seq)", by_seq],
+        ),
+        (
+            "CREATE INDEX ON outbox (seq); ALTER TABLE outbox ALTER xid DROP NOT NULL",
+            &["(outbox.xid) is of type xid8, may be null, with the def", "SET \"xid\" = '3' WHERE"],
+        ),
+        (
+            "ALTER TABLE outbox ALTER xid SET NOT NULL, ALTER xid SET DEFAULT '5'",
+            &["of type xid8, with the default '5'::xid8; expected", "SET DEFAULT pg_current_xact"],
+        ),
+        ("ALTER TABLE outbox DROP xid", &["no column \"xid\" (outbox.xid)", add_xid, by_xid]),
+        (
+            "ALTER TABLE outbox ADD xid text",
+            &["is of type text, may be null, without a default; expected an xid8", "watership_xid"],
+        ),
+        (
+            "ALTER TABLE outbox DROP xid, ADD xid xid8 NOT NULL DEFAULT pg_current_xact_id(), \
+                DROP seq; CREATE INDEX ON outbox (xid)",
+            &["no column \"seq\" (outbox.order_by)", add_seq, by_seq],
+        ),
+        (
+            "ALTER TABLE outbox ADD seq bigint NOT NULL DEFAULT 1; CREATE INDEX ON outbox (seq); \
+                CREATE INDEX ON outbox (xid, seq)",
+            &["expected an integer that a sequence numbers upwards", "watership_seq"],
+        ),
+    ];
+    for (alter, words) in steps {
+        stage.execute(alter).await;
+        refuse(&stage, words).await;
+    }
+    // Without the keys the columns that are there are named, and else the statement.
+    stage.replace_configuration(&stage.configuration().replace(COLUMNS, ""));
+    let needs = "source.mode = \"poll\" needs outbox.order_by, a column of public.outbox";
+    let set = "set outbox.order_by = \"watership_seq\"";
+    refuse(&stage, &[needs, set, "set outbox.xid = \"xid\""]).await;
+    stage.execute("ALTER TABLE outbox DROP seq, ADD n bigserial").await;
+    refuse(&stage, &[needs, "set outbox.order_by = \"n\"", "(\"xid\", \"n\")"]).await;
+    stage.execute("ALTER TABLE outbox DROP n, DROP xid").await;
+    refuse(&stage, &[needs, add_seq, add_xid, by_xid, by_seq]).await;
+}
+
+#[tokio::test]
+async fn rows_that_the_role_cannot_see_are_refused_by_init_check_and_run() {
+    let stage = stage(TABLE, "").await;
+    let role = format!("role_{}", stage.database.name);
+    stage.execute(&format!("CREATE ROLE {role} LOGIN; GRANT watership_relay TO {role}")).await;
+    let text = stage.configuration().replace("postgres://postgres", &format!("postgres://{role}"));
+    stage.replace_configuration(&text);
+    let grant = format!("GRANT SELECT ON \"public\".\"outbox\" TO \"{role}\"");
+    refuse(&stage, &["may not read public.outbox", &grant]).await;
+    stage.execute(&format!("{grant}; ALTER TABLE outbox ENABLE ROW LEVEL SECURITY")).await;
+    refuse(&stage, &["row-level security of public.outbox", "BYPASSRLS"]).await;
+    stage.execute("ALTER TABLE outbox DISABLE ROW LEVEL SECURITY").await;
+    let relay = stage.start().await;
+    stage.execute(&emit("seen")).await;
+    assert_eq!(kinds(&settled(&stage, "outbox").await), ["seen"]);
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_table_that_gets_the_columns_as_they_are_printed_is_read_from_then_on() {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let sql = database.connect().await;
+    let open = "CREATE TABLE outbox (event_id uuid PRIMARY KEY, partition_key text, \
+        event_type text NOT NULL, payload bytea NOT NULL, headers jsonb, status text, \
+        created_at timestamptz NOT NULL DEFAULT now())";
+    sql.batch_execute(open).await.expect("the table");
+    let insert = |kind: &str| {
+        format!(
+            "INSERT INTO outbox (event_id, partition_key, event_type, payload) \
+             VALUES (gen_random_uuid(), '1', '{kind}', '{{}}')"
+        )
+    };
+    sql.batch_execute(&insert("old")).await.expect("a row");
+    let settings = format!("{MAPPED}\n{COLUMNS}").replace("debezium", "open-outbox");
+    let setup = Setup { settings: &settings, ..Setup::default() };
+    let (config, _) = configuration(&database.url, "", &vhost, &setup);
+    run(&config, &["init"]).await.expect_code(1).expect_text(&["no column \"seq\""]);
+    let statements = "ALTER TABLE \"public\".\"outbox\" ADD COLUMN \"seq\" bigint GENERATED ALWAYS \
+            AS IDENTITY; \
+        ALTER TABLE \"public\".\"outbox\" ADD COLUMN \"xid\" xid8 NOT NULL DEFAULT \
+            pg_current_xact_id()";
+    sql.batch_execute(statements).await.expect("the columns");
+    for columns in ["\"xid\", \"seq\"", "\"seq\""] {
+        let create = format!("CREATE INDEX CONCURRENTLY ON \"public\".\"outbox\" ({columns})");
+        sql.batch_execute(&create).await.expect("the index");
+    }
+    let refused = run(&config, &["init"]).await;
+    refused.expect_code(1).expect_text(&["public.outbox has 1 rows that are older than its first"]);
+    run(&config, &["init", "--skip-existing"]).await.expect_code(0);
+    // The rest is as on any stage.
+    let stage = Stage::on(database, vhost, setup).await;
+    let relay = stage.start().await;
+    stage.execute(&insert("new")).await;
+    let messages = settled(&stage, "outbox").await;
+    assert_eq!(kinds(&messages), ["new"]);
+    assert_eq!(messages[0].text("ws-key"), "event/1");
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_mapped_table_is_polled_through_a_pooler_in_transaction_mode() {
+    if Command::new("pgbouncer").arg("--version").output().is_err() {
+        println!("pgbouncer is missing: scripts/install fault-tools");
+        return;
+    }
+    let server = private_postgres(&["wal_level = replica"], None).await;
+    server.create_database("shop").await.expect("a database");
+    let database = Database { url: server.url("postgres", "shop"), name: "shop".into() };
+    let pooler = Pooler::before(server.port(), "shop", "poller").await;
+    let settings = format!("{MAPPED}\n{COLUMNS}");
+    let sql = format!("{TABLE}; CREATE ROLE poller LOGIN; GRANT SELECT ON outbox TO poller");
+    let (sql, source_url) = (&*sql, &*pooler.url);
+    let setup = Setup { sql, settings: &settings, source_url, ..Setup::default() };
+    let stage = Stage::on(database, own_vhost().await, setup).await;
+    for round in 1..=2 {
+        let relay = stage.start().await;
+        let many = "INSERT INTO outbox (id, aggregatetype, aggregateid, type, payload) \
+            SELECT gen_random_uuid(), 'order', (n % 7)::text, 'e', '1' \
+            FROM generate_series(1, 3000) AS n";
+        stage.execute(many).await;
+        assert_eq!(settled(&stage, "outbox").await.len(), round * 3000);
+        relay.stop().await.expect_code(0);
+    }
+    stage.run(&["find", "--key", "order/3"]).await.expect_code(0).expect_text(&["passed: it was"]);
+    stage.run(&["check"]).await.expect_code(0).expect_text(&["public.outbox, mapped", "at batch"]);
+}
+
+#[tokio::test]
+async fn a_checkpoint_of_one_table_is_not_taken_for_that_of_another() {
+    let stage = stage(TABLE, "").await;
+    let relay = stage.start().await;
+    stage.execute(&emit("one")).await;
+    settled(&stage, "outbox").await;
+    relay.stop().await.expect_code(0);
+    stage.execute("ALTER TABLE outbox RENAME TO events").await;
+    let text = stage.configuration().replace("\"public.outbox\"", "\"public.events\"");
+    stage.replace_configuration(&text);
+    let words = ["is of outbox public.outbox, and the configuration has public.events"];
+    refuse(&stage, &words).await;
+    let renamed = "UPDATE watership.poll_batch SET outbox = 'public.events' WHERE name = 'shop'";
+    stage.execute(renamed).await;
+    let relay = stage.start().await;
+    stage.execute(&emit("two").replace("outbox", "events")).await;
+    assert_eq!(kinds(&settled(&stage, "events").await), ["one", "two"]);
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn rows_of_another_cluster_in_a_mapped_table_are_a_verdict() {
+    let stage = stage(TABLE, "").await;
+    let foreign =
+        emit("foreign").replace("payload)", "payload, xid)").replace("'1')", "'1', '9999999999')");
+    stage.execute(&foreign).await;
+    let words = ["foreign_rows", "UPDATE \"public\".\"outbox\" SET \"xid\" = pg_current_xact_id()"];
+    stage.run(&["run"]).await.expect_code(3).expect_text(&words);
+    stage.run(&["check"]).await.expect_code(3).expect_text(&words);
+}
+
+#[tokio::test]
+async fn old_rows_are_deleted_only_when_every_relay_that_polls_the_table_has_passed_them() {
+    let table = format!(
+        "{TABLE}; ALTER TABLE outbox ADD at timestamptz DEFAULT now(); \
+        CREATE INDEX ON outbox (at)"
+    );
+    let settings = "outbox.delete_after = \"1d\"\noutbox.columns.created_at = \"at\"";
+    let stage = stage(&table, settings).await;
+    let old = |kind: &str| {
+        emit(kind)
+            .replace("payload)", "payload, at)")
+            .replace("'1')", "'1', now() - interval '3 d')")
+    };
+    let left = "SELECT coalesce(string_agg(type, ' ' ORDER BY type), '') FROM outbox";
+    // A transaction that is open has an old row, which nobody has seen when the next is deleted.
+    let open = stage.database.connect().await;
+    open.batch_execute(&format!("BEGIN; {}", old("open"))).await.expect("it stays open");
+    let relay = stage.start().await;
+    stage.execute(&old("before")).await;
+    stage.execute(&emit("young")).await;
+    arrived(&stage, 2).await;
+    open.batch_execute("COMMIT").await.expect("it commits");
+    assert_eq!(arrived(&stage, 3).await, ["before", "young", "open"]);
+    // What was noted before is about other rows.
+    relay.stop().await.expect_code(0);
+    let relay = stage.start().await;
+    until("the old ones are deleted", async || stage.text(left).await == "young").await;
+    let deleted = "watership_outbox_rows_deleted_total";
+    until("it is counted", async || relay.metric(deleted).await == Some(2.0)).await;
+    relay.stop().await.expect_code(0);
+    // Another relay that polls the table and stands where it is, and one of another table, which
+    // does not matter.
+    stage
+        .execute(
+            "INSERT INTO watership.checkpoint (name, kind, epoch, mark, ordinal, flush_mark, \
+                 system_identifier, timeline) \
+             SELECT v, 'poll', epoch, mark, ordinal, flush_mark, system_identifier, timeline \
+             FROM watership.checkpoint, (VALUES ('held'), ('other')) AS v (v) WHERE name = 'shop'; \
+             INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at, \
+                 outbox) \
+             SELECT c.name, b.number, '4:4:', '4:4:', 1, now(), \
+                 CASE c.name WHEN 'held' THEN b.outbox ELSE 'public.other' END \
+             FROM watership.checkpoint AS c, watership.poll_batch AS b \
+             WHERE c.name IN ('held', 'other') AND b.number = c.flush_mark AND b.name = 'shop'",
+        )
+        .await;
+    let relay = stage.start().await;
+    stage.execute(&old("kept")).await;
+    arrived(&stage, 4).await;
+    settled(&stage, "outbox").await;
+    relay.stop().await.expect_code(0);
+    // What this one notes is about that row, too.
+    let relay = stage.start().await;
+    let polls = async || relay.metric("watership_polls_total").await.unwrap_or_default();
+    until("some time is over", async || polls().await > 30.0).await;
+    assert_eq!(stage.text(left).await, "kept young");
+    relay.stop().await.expect_code(0);
+    stage.execute("DELETE FROM watership.checkpoint WHERE name = 'held'").await;
+    let relay = stage.start().await;
+    until("it is deleted now", async || stage.text(left).await == "young").await;
+    relay.stop().await.expect_code(0);
+}
