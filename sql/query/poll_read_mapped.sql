@@ -1,7 +1,8 @@
 -- As poll_read.sql, of an outbox table that is the application's; `source/outbox` fills in the
 -- names, and `source/poll` the columns and the settings. Rows of one place are told apart by the
--- text of their id. A portion ends by the sizes that are known without unpacking a value.
-SELECT k.place, k.tie, k.xid, k.bytes, :too_large, :texts
+-- text of their id. A portion ends by the sizes that are known without unpacking a value. The types
+-- of the columns come along: another than before would be read as what it is not.
+SELECT k.place, k.tie, k.xid, k.bytes, :too_large, :types, :texts
 FROM (
     SELECT f.*,
         sum(f.bytes) OVER (ORDER BY f.place, f.tie ROWS UNBOUNDED PRECEDING) - f.bytes AS before

@@ -87,8 +87,9 @@ impl GapRows {
         if let Some(table) = &self.mapped {
             return out.line(&format!(
                 "\nTo send rows of {table} made from {} to {} again, with their ids: delete and \
-                 insert each in one transaction (where the table is polled, without the columns of \
-                 outbox.order_by and outbox.xid). The relay ignores the delete and sends the insert; consumers drop by id what they have already. Changes of captured tables \
+                 insert each in one transaction (where the table is polled, without the columns \
+                 of outbox.order_by and outbox.xid). The relay ignores the delete and sends the \
+                 insert; consumers drop by id what they have already. Changes of captured tables \
                  cannot be sent again.",
                 self.since, self.until
             ));

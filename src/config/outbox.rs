@@ -56,7 +56,7 @@ pub(super) fn outbox(t: &mut Section<'_>, kind: SourceKind, captured: &[String])
     let delete_after = age(t, "delete_after");
     let retained_for = age(t, RETAINED_FOR);
     if name.is_empty() {
-        let unused = [
+        let given = [
             (profile != Profile::Watership, "profile"),
             (!given.is_empty(), "columns"),
             (!constant.is_empty(), "aggregate_type"),
@@ -66,16 +66,7 @@ pub(super) fn outbox(t: &mut Section<'_>, kind: SourceKind, captured: &[String])
             (delete_after.is_some(), "delete_after"),
             (retained_for.is_some(), RETAINED_FOR),
         ];
-        for (_, key) in unused.into_iter().filter(|(is_set, _)| *is_set) {
-            let path = t.path(key);
-            t.problem(
-                key,
-                format!(
-                    "{path} is for a table of your own: set outbox.table, or remove it; the \
-                     relay's own outbox has fixed columns, and outbox.retain"
-                ),
-            );
-        }
+        refuse_of_mapping(t, &given);
         let table = OutboxTable::default();
         return Outbox { table, maintain, retain, delete_after: None, retained_for: None };
     }
@@ -129,6 +120,18 @@ fn mapped_table(t: &Section<'_>, name: &str, captured: &[String]) -> TableName {
     parsed.unwrap_or_else(TableName::outbox)
 }
 
+/// What only a table of the application's needs.
+fn refuse_of_mapping(t: &Section<'_>, keys: &[(bool, &str)]) {
+    for (_, key) in keys.iter().filter(|(given, _)| *given) {
+        let path = t.path(key);
+        let text = format!(
+            "{path} is for a table of your own: set outbox.table, or remove it; the relay's own \
+             outbox has fixed columns, and outbox.retain"
+        );
+        t.problem(key, text);
+    }
+}
+
 /// An age of rows; absent where it is `"0s"`.
 fn age(t: &mut Section<'_>, key: &'static str) -> Option<Duration> {
     let age = t.duration(key, Duration::ZERO, Duration::ZERO..=YEAR * 10);
@@ -150,8 +153,8 @@ fn refuse_of_polling(t: &Section<'_>, keys: &[(&str, bool)]) {
     }
 }
 
-/// The promise that polling of a mapped table rests on. Which columns it needs besides is compared
-/// with the catalog, which can say how to add them.
+/// The promise that polling of a mapped table rests on. Which columns it needs is compared with
+/// the catalog, which can say how to add them.
 fn check_retained(t: &Section<'_>, retained_for: Option<Duration>, delete_after: Option<Duration>) {
     let Some(retained_for) = retained_for else {
         let text = "source.mode = \"poll\" with outbox.table needs outbox.retained_for: for how \

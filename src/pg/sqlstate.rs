@@ -177,17 +177,17 @@ fn carries_row_data(code: &str) -> bool {
     code != "22023" && (code.starts_with("22") || code.starts_with("23"))
 }
 
+/// What poolers say for many reasons.
+const POOLER: &str = "if this is a connection pooler such as PgBouncer: source.mode = \"wal\" and \
+    `init` need the Postgres server itself; for source.mode = \"poll\" its file must name the \
+    database and the user, and a URL may have no options that it does not know";
+
 /// The table: what the caller does about an SQLSTATE, and our hint. The last line of a class is
 /// for all of its codes that are not named.
 pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
     let class = code.get(..2).unwrap_or_default();
     let (kind, hint) = match (class, code) {
-        (_, "08P01") => (
-            Kind::Refused,
-            "if this is a connection pooler such as PgBouncer: source.mode = \"wal\" and `init` need \
-             the Postgres server itself; for source.mode = \"poll\" its file must name the database \
-             and the user, and a URL may have no options that it does not know",
-        ),
+        (_, "08P01") => (Kind::Refused, POOLER),
         ("08", _) => (Kind::Unreachable, "connection lost; Watership reconnects"),
         ("0A", _) => (
             Kind::Refused,

@@ -388,6 +388,86 @@ async fn a_mapped_table_is_polled_through_a_pooler_in_transaction_mode() {
 }
 
 #[tokio::test]
+async fn a_partitioned_table_is_polled_whatever_its_rows_were_inserted_into() {
+    let table = "CREATE TABLE outbox (id uuid DEFAULT gen_random_uuid(), aggregatetype text, \
+            aggregateid text, type text, payload json, day date NOT NULL, seq bigserial, \
+            xid xid8 NOT NULL DEFAULT pg_current_xact_id()) PARTITION BY RANGE (day); \
+        CREATE TABLE outbox_1 PARTITION OF outbox \
+            FOR VALUES FROM ('2026-01-01') TO ('2026-02-01'); \
+        CREATE TABLE outbox_2 PARTITION OF outbox \
+            FOR VALUES FROM ('2026-02-01') TO ('2026-03-01'); \
+        CREATE INDEX ON outbox (xid, seq); CREATE INDEX by_seq ON outbox (seq)";
+    let stage = stage(table, "").await;
+    let insert = |table: &str, kind: &str, day: &str| {
+        format!(
+            "INSERT INTO {table} (aggregatetype, aggregateid, type, payload, day) \
+             VALUES ('order', '1', '{kind}', '1', '{day}')"
+        )
+    };
+    let late = stage.database.connect().await;
+    late.batch_execute(&format!("BEGIN; {}", insert("outbox", "late", "2026-02-02")))
+        .await
+        .unwrap();
+    stage.execute(&insert("outbox", "a", "2026-02-03")).await;
+    stage.execute(&insert("outbox_1", "b", "2026-01-03")).await;
+    stage.execute(&insert("outbox", "c", "2026-01-04")).await;
+    let relay = stage.start().await;
+    assert_eq!(arrived(&stage, 3).await, ["a", "b", "c"]);
+    late.batch_execute("COMMIT").await.expect("it commits");
+    // A partition that goes takes along what has been read.
+    assert_eq!(arrived(&stage, 4).await, ["a", "b", "c", "late"]);
+    settled(&stage, "outbox").await;
+    stage.execute("DROP TABLE outbox_1").await;
+    stage.execute(&insert("outbox", "d", "2026-02-04")).await;
+    assert_eq!(kinds(&settled(&stage, "outbox").await), ["a", "b", "c", "late", "d"]);
+    relay.stop().await.expect_code(0);
+    stage.execute("DROP INDEX by_seq").await;
+    let by_seq = "CREATE INDEX ON \"public\".\"outbox\" (\"seq\") (writers wait meanwhile";
+    refuse(&stage, &["lacks an index on (seq)", by_seq]).await;
+}
+
+#[tokio::test]
+async fn what_was_not_read_for_longer_than_rows_stay_is_told_and_polling_goes_on() {
+    let stage = stage(TABLE, "").await;
+    let relay = stage.start().await;
+    stage.execute(&emit("one")).await;
+    settled(&stage, "outbox").await;
+    relay.stop().await.expect_code(0);
+    stage.execute("UPDATE watership.checkpoint SET updated_at = now() - interval '2 days'").await;
+    let relay = stage.start().await;
+    stage.execute(&emit("two")).await;
+    assert_eq!(kinds(&settled(&stage, "outbox").await), ["one", "two"]);
+    let told = ["longer than outbox.retained_for", "deleted meanwhile were not sent"];
+    relay.stop().await.expect_code(0).expect_text(&told);
+}
+
+#[tokio::test]
+async fn a_column_that_gets_another_type_is_read_as_what_it_is_from_then_on() {
+    let stage = stage(TABLE, "").await;
+    let relay = stage.start().await;
+    stage.execute(&emit("json")).await;
+    assert_eq!(arrived(&stage, 1).await, ["json"]);
+    let alter =
+        "ALTER TABLE outbox ALTER payload TYPE bytea USING convert_to(payload::text, 'UTF8')";
+    stage.execute(alter).await;
+    stage.execute(&emit("bytes").replace("'1')", "'\\x00ff')")).await;
+    let messages = settled(&stage, "outbox").await;
+    assert_eq!(kinds(&messages), ["json", "bytes"]);
+    assert_eq!((&*messages[0].body, &messages[1].bytes[..]), ("1", &[0, 255][..]));
+    relay.stop().await.expect_code(0).expect_text(&["has just got another type"]);
+}
+
+#[tokio::test]
+async fn check_says_that_polling_does_not_see_what_emit_wal_writes_where_it_may_be_called() {
+    let note = "a relay that polls does not see them";
+    let mapped = stage(TABLE, "").await;
+    assert!(!mapped.run(&["check"]).await.expect_code(0).log.contains(note));
+    let settings = "source.mode = \"poll\"";
+    let own = Stage::new(Setup { settings, ..Setup::default() }).await;
+    own.run(&["check"]).await.expect_code(0).expect_text(&["emit_wal", note]);
+}
+
+#[tokio::test]
 async fn a_checkpoint_of_one_table_is_not_taken_for_that_of_another() {
     let stage = stage(TABLE, "").await;
     let relay = stage.start().await;

@@ -73,14 +73,13 @@ fn order_by(outbox: &OutboxTable, found: MappedFacts<'_>) -> Needed {
         )
     };
     let fits = |column: &MappedColumn| is_int(column) && column.numbered;
-    let mend = |column: &MappedColumn| {
+    let fix = |column: &MappedColumn| {
         let name = escape_identifier(&column.name);
         fits(column).then(|| format!("ALTER TABLE {table} ALTER COLUMN {name} SET NOT NULL"))
     };
     let why = "an integer that a sequence numbers upwards, and never null: rows are read in its \
                order, and an event's position counts from the first row of its batch";
-    let wanted =
-        Wanted { key: "order_by", default: "seq", why, fits: &fits, add: &add, mend: &mend };
+    let wanted = Wanted { key: "order_by", default: "seq", why, fits: &fits, add: &add, fix: &fix };
     wanted.column(outbox, &outbox.order_by, found)
 }
 
@@ -98,7 +97,7 @@ fn xid(outbox: &OutboxTable, found: MappedFacts<'_>) -> Needed {
         column.base_oid == XID8 && column.default.as_deref() == Some(OWN_XID)
     };
     // What has no transaction is taken for what was passed long ago.
-    let mend = |column: &MappedColumn| {
+    let fix = |column: &MappedColumn| {
         let name = escape_identifier(&column.name);
         (column.base_oid == XID8).then(|| {
             format!(
@@ -110,7 +109,7 @@ fn xid(outbox: &OutboxTable, found: MappedFacts<'_>) -> Needed {
     };
     let why = "an xid8 with the default pg_current_xact_id(), and never null: a row that is \
                committed late is told by it from those that were read";
-    let wanted = Wanted { key: "xid", default: "xid", why, fits: &fits, add: &add, mend: &mend };
+    let wanted = Wanted { key: "xid", default: "xid", why, fits: &fits, add: &add, fix: &fix };
     wanted.column(outbox, &outbox.xid, found)
 }
 
@@ -127,7 +126,7 @@ struct Wanted<'a> {
     /// The statement that adds one of a name.
     add: &'a dyn Fn(&str) -> String,
     /// The statement that makes a column fit, where one can.
-    mend: &'a dyn Fn(&MappedColumn) -> Option<String>,
+    fix: &'a dyn Fn(&MappedColumn) -> Option<String>,
 }
 
 impl Wanted<'_> {
@@ -175,7 +174,7 @@ impl Wanted<'_> {
              {why}",
             column.type_name
         );
-        match (self.mend)(column) {
+        match (self.fix)(column) {
             Some(hint) => Needed { name, fault: Some((text, hint)) },
             None => added(text),
         }

@@ -121,8 +121,7 @@ pub fn verify_transactions(facts: &PollFacts) -> Result<()> {
 /// What marks rows of another cluster as passed, or sends them (again), as the outbox's owner.
 fn adopt(outbox: &Polled) -> String {
     const SQL: &str = include_str!("../../../sql/query/poll_adopt.sql");
-    let lines = SQL.lines().filter(|line| !line.starts_with("--"));
-    let statement = outbox.fill(&lines.map(str::trim).collect::<Vec<_>>().join(" "));
+    let statement = outbox.fill(&statement(SQL));
     let sent = statement.replace(" = '3'", " = pg_current_xact_id()");
     format!("to leave them unsent: {statement}; to send them (again), with their ids: {sent}")
 }
@@ -169,6 +168,7 @@ pub fn verify_table<'a>(
     table: &TableName,
     mut stored: impl Iterator<Item = &'a str>,
 ) -> Result<()> {
+    const RENAME: &str = include_str!("../../../sql/query/poll_rename.sql");
     let now = table.to_string();
     let Some(other) = stored.find(|stored| *stored != now) else { return Ok(()) };
     let text = format!(
@@ -177,11 +177,15 @@ pub fn verify_table<'a>(
     );
     Err(Error::refused(text).hint(format!(
         "correct outbox.table, or choose another name and run `watership init`; if the table was \
-         renamed, as the owner of the schema: UPDATE watership.poll_batch SET outbox = {} WHERE \
-         name = {}",
-        escape_literal(&now),
-        escape_literal(name)
+         renamed, as the owner of the schema: {}",
+        statement(RENAME).replace("$2", &escape_literal(&now)).replace("$1", &escape_literal(name))
     )))
+}
+
+/// A statement of `sql/query` in one line, for people.
+fn statement(sql: &str) -> String {
+    let lines = sql.lines().filter(|line| !line.starts_with("--"));
+    lines.map(str::trim).collect::<Vec<_>>().join(" ")
 }
 
 /// What may be missing because it was not read in the time for which rows stay; nothing where that

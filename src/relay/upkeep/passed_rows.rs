@@ -7,9 +7,9 @@
 //! kept in memory: after a restart a new one is taken, and nothing is deleted for it before the
 //! checkpoints have passed that.
 //!
-//! Of a table that is polled a row does say in which snapshots it is visible. So besides the note,
-//! which relays that read the WAL have to pass, the last settled batch of every relay that polls
-//! the table must show it. A relay that reads the WAL leaves the rows alone while one polls.
+//! Of a table that is polled a row does say in which snapshots it is visible. So relays that read
+//! the WAL have to pass the note, and the last settled batch of every relay that polls the table
+//! must show the row. A relay that reads the WAL leaves the rows alone while one polls.
 
 use std::time::Duration;
 

@@ -11,7 +11,7 @@ use postgres_protocol::escape::escape_identifier;
 use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
-use super::rows::{PolledRow, Raw, too_large};
+use super::rows::{PolledRow, RawValue, too_large};
 use crate::column::{Types, oid};
 use crate::error::{Error, Result};
 use crate::event::{Column, Identity, OutboxPayload, Table};
@@ -34,7 +34,7 @@ const BEGIN: &str = "BEGIN READ ONLY; SET LOCAL search_path = pg_catalog, pg_tem
     SET LOCAL extra_float_digits = 3; SET LOCAL bytea_output = hex; SET LOCAL lc_monetary = 'C'; \
     SET LOCAL quote_all_identifiers = off";
 /// Columns of `poll_read_mapped.sql` before those of the table.
-const BEFORE: usize = 5;
+const BEFORE: usize = 6;
 
 /// An outbox that is polled.
 pub struct PolledOutbox {
@@ -55,6 +55,8 @@ struct MappedRows {
     table: Arc<Table>,
     columns: OutboxColumns,
     types: Types,
+    /// OIDs of the types of its columns, as the statement tells them.
+    type_oids: String,
     /// Namespace of the ids of rows without one.
     namespace: Uuid,
 }
@@ -99,7 +101,9 @@ impl PolledOutbox {
         });
         let oid = outbox.catalog.oid.unwrap_or(0);
         let table = Arc::new(table(database, &outbox.table, oid, described.collect()));
+        let type_oids: Vec<String> = columns.iter().map(|c| c.type_oid.to_string()).collect();
         let rows = MappedRows {
+            type_oids: type_oids.join(" "),
             columns: OutboxColumns::find(&table, outbox, false)?,
             table,
             types,
@@ -186,10 +190,11 @@ fn read_statement(polled: &Polled, outbox: &OutboxTable, columns: &[&MappedColum
     const READ: &str = include_str!("../../../sql/query/poll_read_mapped.sql");
     let names = &outbox.columns;
     let (mut inner, mut texts) = (String::new(), Vec::new());
-    let (mut sizes, mut too_large) = (Vec::new(), Vec::new());
+    let (mut sizes, mut too_large, mut types) = (Vec::new(), Vec::new(), Vec::new());
     for (index, column) in columns.iter().enumerate() {
         let (from, to) = (format!("o.{}", escape_identifier(&column.name)), format!("k.c{index}"));
         inner += &format!(", {from} AS c{index}");
+        types.push(format!("pg_typeof({to})::oid"));
         let text = format!("format('%s', {to})");
         if [&names.payload, &names.data].contains(&&Some(column.name.clone())) {
             let Body { length, .. } = body(column, &to);
@@ -210,6 +215,7 @@ fn read_statement(polled: &Polled, outbox: &OutboxTable, columns: &[&MappedColum
     let sql = READ
         .replace(":columns", &inner)
         .replace(":texts", &texts.join(", "))
+        .replace(":types", &format!("concat_ws(' ', {})", types.join(", ")))
         .replace(":too_large", &format!("greatest({})::bigint", too_large.join(", ")))
         .replace(":tie", &tie);
     polled.fill(&sql)
@@ -242,6 +248,12 @@ impl MappedRows {
         let xid: &str = row.try_get(2).map_err(postgres_error)?;
         let size: i64 = row.try_get(3).map_err(postgres_error)?;
         let longest: Option<i64> = row.try_get(4).map_err(postgres_error)?;
+        let type_oids: &str = row.try_get(5).map_err(postgres_error)?;
+        if type_oids != self.type_oids {
+            let text = format!("a column of {} has just got another type", self.table.full_name);
+            return Err(Error::protocol(text)
+                .hint("no action needed: the next session reads the catalog again"));
+        }
         let message = self.message(row)?.freeze();
         let decoded = pgoutput::decode(&message);
         let Ok(ReplicationMessage::Insert { new, .. }) = decoded else {
@@ -273,10 +285,10 @@ impl MappedRows {
         let count = self.table.columns.len();
         message.put_u16(u16::try_from(count).map_err(|_| Error::internal("too many columns"))?);
         for index in BEFORE..BEFORE + count {
-            let value: Option<Raw<'_>> = row.try_get(index).map_err(postgres_error)?;
+            let value: Option<RawValue<'_>> = row.try_get(index).map_err(postgres_error)?;
             match value {
                 None => message.put_u8(b'n'),
-                Some(Raw(text)) => {
+                Some(RawValue(text)) => {
                     message.put_u8(b't');
                     let length = u32::try_from(text.len());
                     message.put_u32(length.map_err(|_| Error::internal("a value above 4 GB"))?);

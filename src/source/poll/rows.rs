@@ -18,14 +18,14 @@ use crate::pg::sqlstate::postgres_error;
 use crate::position::Position;
 
 /// The bytes of a value as they came.
-pub(super) struct Raw<'a>(pub &'a [u8]);
+pub(super) struct RawValue<'a>(pub &'a [u8]);
 
-impl<'a> FromSql<'a> for Raw<'a> {
+impl<'a> FromSql<'a> for RawValue<'a> {
     fn from_sql(
         _: &Type,
         raw: &'a [u8],
     ) -> std::result::Result<Self, Box<dyn StdError + Sync + Send>> {
-        Ok(Raw(raw))
+        Ok(RawValue(raw))
     }
 
     fn accepts(_: &Type) -> bool {
@@ -93,7 +93,7 @@ impl PolledRow {
 /// What breaks the outbox's contract still becomes an event, so that it is parked under its key.
 fn content(row: &Row, body: u64, max_body: usize) -> Result<OutboxRow> {
     let bytes = |i: usize| -> Result<Option<Bytes>> {
-        let raw: Option<Raw<'_>> = row.try_get(i).map_err(postgres_error)?;
+        let raw: Option<RawValue<'_>> = row.try_get(i).map_err(postgres_error)?;
         Ok(raw.map(|raw| Bytes::copy_from_slice(raw.0)))
     };
     let mut why = None;
@@ -153,6 +153,6 @@ fn shown(row: &Row, index: usize) -> Result<Option<Bytes>> {
     if *row.columns()[index].type_() != Type::TEXT {
         return Ok(None);
     }
-    let raw: Option<Raw<'_>> = row.try_get(index).map_err(postgres_error)?;
+    let raw: Option<RawValue<'_>> = row.try_get(index).map_err(postgres_error)?;
     Ok(raw.map(|raw| Bytes::copy_from_slice(raw.0)))
 }
