@@ -42,6 +42,7 @@ mod pg_stream;
 mod pg_wire;
 mod polling;
 mod polling_mapped;
+mod polling_mapped_refused;
 mod polling_verdicts;
 mod position;
 mod publishable;

@@ -6,27 +6,28 @@ use std::process::Command;
 use lapin::types::AMQPValue;
 
 use crate::polling::Pooler;
+use crate::polling_mapped_refused::refuse;
 use crate::support::inbox::{Message, kinds};
-use crate::support::servers::{Database, own_database, own_vhost, private_postgres};
-use crate::support::stage::{Setup, Stage, configuration, run};
+use crate::support::servers::{Database, own_vhost, private_postgres};
+use crate::support::stage::{Setup, Stage};
 use crate::support::waiting::{Patience, until};
 
-const TABLE: &str = "CREATE TABLE public.outbox (id uuid PRIMARY KEY, \
+pub const TABLE: &str = "CREATE TABLE public.outbox (id uuid PRIMARY KEY, \
     aggregatetype varchar(255) NOT NULL, aggregateid varchar(255) NOT NULL, \
     type varchar(255) NOT NULL, payload jsonb, \
     seq bigint GENERATED ALWAYS AS IDENTITY, \
     xid xid8 NOT NULL DEFAULT pg_current_xact_id()); \
     CREATE INDEX ON outbox (xid, seq); CREATE INDEX ON outbox (seq)";
-const MAPPED: &str = "outbox.table = \"public.outbox\"\noutbox.profile = \"debezium\"\n\
+pub const MAPPED: &str = "outbox.table = \"public.outbox\"\noutbox.profile = \"debezium\"\n\
     source.mode = \"poll\"\noutbox.retained_for = \"1d\"";
-const COLUMNS: &str = "outbox.order_by = \"seq\"\noutbox.xid = \"xid\"";
+pub const COLUMNS: &str = "outbox.order_by = \"seq\"\noutbox.xid = \"xid\"";
 
-async fn stage(sql: &str, settings: &str) -> Stage {
+pub async fn stage(sql: &str, settings: &str) -> Stage {
     let settings = format!("{MAPPED}\n{COLUMNS}\n{settings}");
     Stage::new(Setup { sql, settings: &settings, ..Setup::default() }).await
 }
 
-fn emit(kind: &str) -> String {
+pub fn emit(kind: &str) -> String {
     emit_of("1", kind)
 }
 
@@ -38,7 +39,7 @@ fn emit_of(key: &str, kind: &str) -> String {
 }
 
 /// Everything that has arrived, once the settled batch shows all rows of the table that are there.
-async fn settled(stage: &Stage, table: &str) -> Vec<Message> {
+pub async fn settled(stage: &Stage, table: &str) -> Vec<Message> {
     let passed = format!(
         "NOT EXISTS (SELECT FROM {table} AS o, watership.checkpoint AS c \
              JOIN watership.poll_batch AS b ON b.name = c.name AND b.number = c.flush_mark \
@@ -235,130 +236,6 @@ async fn rows_of_one_place_come_one_after_the_other_and_one_without_an_id_is_par
     relay.stop().await.expect_code(0);
 }
 
-/// All commands refuse, with the same words.
-async fn refuse(stage: &Stage, words: &[&str]) {
-    let init = stage.run(&["init", "--admin-url", &stage.database.url]).await;
-    init.expect_code(1).expect_text(words);
-    stage.run(&["check"]).await.expect_code(1).expect_text(words);
-    stage.spawn().ended().await.expect_code(1).expect_text(words);
-}
-
-#[tokio::test]
-async fn a_table_that_lacks_something_is_refused_by_init_check_and_run_with_its_statement() {
-    let stage = stage(TABLE, "").await;
-    let by_xid = "CREATE INDEX CONCURRENTLY ON \"public\".\"outbox\" (\"xid\", \"seq\")";
-    let by_seq = "CREATE INDEX CONCURRENTLY ON \"public\".\"outbox\" (\"seq\")";
-    let add_seq = "ALTER TABLE \"public\".\"outbox\" ADD COLUMN \"seq\" bigint GENERATED ALWAYS AS \
-        IDENTITY (it rewrites the table";
-    let add_xid = "ALTER TABLE \"public\".\"outbox\" ADD COLUMN \"xid\" xid8 NOT NULL DEFAULT \
-        pg_current_xact_id() (it does not rewrite the table";
-    let drop = "DO $$ DECLARE i regclass; BEGIN FOR i IN SELECT indexrelid FROM pg_index \
-        WHERE indrelid = 'outbox'::regclass AND NOT indisprimary LOOP \
-        EXECUTE format('DROP INDEX %s', i); END LOOP; END $$";
-    let steps: [(&str, &[&str]); 8] = [
-        (drop, &["lacks an index on (xid, seq)", by_xid, "lacks an index on (seq)", by_seq]),
-        (
-            "CREATE INDEX ON outbox (xid, seq); CREATE INDEX ON outbox USING brin (seq)",
-            &["lacks an index on (seq)", by_seq],
-        ),
-        (
-            "CREATE INDEX ON outbox (seq); ALTER TABLE outbox ALTER xid DROP NOT NULL",
-            &["(outbox.xid) is of type xid8, may be null, with the def", "SET \"xid\" = '3' WHERE"],
-        ),
-        (
-            "ALTER TABLE outbox ALTER xid SET NOT NULL, ALTER xid SET DEFAULT '5'",
-            &["of type xid8, with the default '5'::xid8; expected", "SET DEFAULT pg_current_xact"],
-        ),
-        ("ALTER TABLE outbox DROP xid", &["no column \"xid\" (outbox.xid)", add_xid, by_xid]),
-        (
-            "ALTER TABLE outbox ADD xid text",
-            &["is of type text, may be null, without a default; expected an xid8", "watership_xid"],
-        ),
-        (
-            "ALTER TABLE outbox DROP xid, ADD xid xid8 NOT NULL DEFAULT pg_current_xact_id(), \
-                DROP seq; CREATE INDEX ON outbox (xid)",
-            &["no column \"seq\" (outbox.order_by)", add_seq, by_seq],
-        ),
-        (
-            "ALTER TABLE outbox ADD seq bigint NOT NULL DEFAULT 1; CREATE INDEX ON outbox (seq); \
-                CREATE INDEX ON outbox (xid, seq)",
-            &["expected an integer that a sequence numbers upwards", "watership_seq"],
-        ),
-    ];
-    for (alter, words) in steps {
-        stage.execute(alter).await;
-        refuse(&stage, words).await;
-    }
-    // Without the keys the columns that are there are named, and else the statement.
-    stage.replace_configuration(&stage.configuration().replace(COLUMNS, ""));
-    let needs = "source.mode = \"poll\" needs outbox.order_by, a column of public.outbox";
-    let set = "set outbox.order_by = \"watership_seq\"";
-    refuse(&stage, &[needs, set, "set outbox.xid = \"xid\""]).await;
-    stage.execute("ALTER TABLE outbox DROP seq, ADD n bigserial").await;
-    refuse(&stage, &[needs, "set outbox.order_by = \"n\"", "(\"xid\", \"n\")"]).await;
-    stage.execute("ALTER TABLE outbox DROP n, DROP xid").await;
-    refuse(&stage, &[needs, add_seq, add_xid, by_xid, by_seq]).await;
-}
-
-#[tokio::test]
-async fn rows_that_the_role_cannot_see_are_refused_by_init_check_and_run() {
-    let stage = stage(TABLE, "").await;
-    let role = format!("role_{}", stage.database.name);
-    stage.execute(&format!("CREATE ROLE {role} LOGIN; GRANT watership_relay TO {role}")).await;
-    let text = stage.configuration().replace("postgres://postgres", &format!("postgres://{role}"));
-    stage.replace_configuration(&text);
-    let grant = format!("GRANT SELECT ON \"public\".\"outbox\" TO \"{role}\"");
-    refuse(&stage, &["may not read public.outbox", &grant]).await;
-    stage.execute(&format!("{grant}; ALTER TABLE outbox ENABLE ROW LEVEL SECURITY")).await;
-    refuse(&stage, &["row-level security of public.outbox", "BYPASSRLS"]).await;
-    stage.execute("ALTER TABLE outbox DISABLE ROW LEVEL SECURITY").await;
-    let relay = stage.start().await;
-    stage.execute(&emit("seen")).await;
-    assert_eq!(kinds(&settled(&stage, "outbox").await), ["seen"]);
-    relay.stop().await.expect_code(0);
-}
-
-#[tokio::test]
-async fn a_table_that_gets_the_columns_as_they_are_printed_is_read_from_then_on() {
-    let (database, vhost) = (own_database().await, own_vhost().await);
-    let sql = database.connect().await;
-    let open = "CREATE TABLE outbox (event_id uuid PRIMARY KEY, partition_key text, \
-        event_type text NOT NULL, payload bytea NOT NULL, headers jsonb, status text, \
-        created_at timestamptz NOT NULL DEFAULT now())";
-    sql.batch_execute(open).await.expect("the table");
-    let insert = |kind: &str| {
-        format!(
-            "INSERT INTO outbox (event_id, partition_key, event_type, payload) \
-             VALUES (gen_random_uuid(), '1', '{kind}', '{{}}')"
-        )
-    };
-    sql.batch_execute(&insert("old")).await.expect("a row");
-    let settings = format!("{MAPPED}\n{COLUMNS}").replace("debezium", "open-outbox");
-    let setup = Setup { settings: &settings, ..Setup::default() };
-    let (config, _) = configuration(&database.url, "", &vhost, &setup);
-    run(&config, &["init"]).await.expect_code(1).expect_text(&["no column \"seq\""]);
-    let statements = "ALTER TABLE \"public\".\"outbox\" ADD COLUMN \"seq\" bigint GENERATED ALWAYS \
-            AS IDENTITY; \
-        ALTER TABLE \"public\".\"outbox\" ADD COLUMN \"xid\" xid8 NOT NULL DEFAULT \
-            pg_current_xact_id()";
-    sql.batch_execute(statements).await.expect("the columns");
-    for columns in ["\"xid\", \"seq\"", "\"seq\""] {
-        let create = format!("CREATE INDEX CONCURRENTLY ON \"public\".\"outbox\" ({columns})");
-        sql.batch_execute(&create).await.expect("the index");
-    }
-    let refused = run(&config, &["init"]).await;
-    refused.expect_code(1).expect_text(&["public.outbox has 1 rows that are older than its first"]);
-    run(&config, &["init", "--skip-existing"]).await.expect_code(0);
-    // The rest is as on any stage.
-    let stage = Stage::on(database, vhost, setup).await;
-    let relay = stage.start().await;
-    stage.execute(&insert("new")).await;
-    let messages = settled(&stage, "outbox").await;
-    assert_eq!(kinds(&messages), ["new"]);
-    assert_eq!(messages[0].text("ws-key"), "event/1");
-    relay.stop().await.expect_code(0);
-}
-
 #[tokio::test]
 async fn a_mapped_table_is_polled_through_a_pooler_in_transaction_mode() {
     if Command::new("pgbouncer").arg("--version").output().is_err() {
@@ -458,44 +335,34 @@ async fn a_column_that_gets_another_type_is_read_as_what_it_is_from_then_on() {
 }
 
 #[tokio::test]
-async fn check_says_that_polling_does_not_see_what_emit_wal_writes_where_it_may_be_called() {
-    let note = "a relay that polls does not see them";
-    let mapped = stage(TABLE, "").await;
-    assert!(!mapped.run(&["check"]).await.expect_code(0).log.contains(note));
-    let settings = "source.mode = \"poll\"";
-    let own = Stage::new(Setup { settings, ..Setup::default() }).await;
-    own.run(&["check"]).await.expect_code(0).expect_text(&["emit_wal", note]);
+async fn a_body_that_no_broker_takes_is_parked_without_it_and_others_flow() {
+    let stage = stage(TABLE, "").await;
+    let relay = stage.start().await;
+    let large = emit_of("2", "large").replace("'1')", "to_jsonb(repeat('x', 70000000)))");
+    stage.execute(&format!("BEGIN; {}; {large}; {}; COMMIT", emit("a"), emit("b"))).await;
+    assert_eq!(kinds(&settled(&stage, "outbox").await), ["a", "b"]);
+    let parked = "SELECT coalesce(string_agg(key || ': ' || error, ''), '') FROM watership.parked";
+    let told = "order/2: a body of 70000002 bytes is larger than";
+    until("it is parked", async || stage.text(parked).await.contains(told)).await;
+    relay.stop().await.expect_code(0);
 }
 
 #[tokio::test]
-async fn a_checkpoint_of_one_table_is_not_taken_for_that_of_another() {
+async fn after_a_gap_that_was_accepted_a_mapped_table_is_polled_from_then_on() {
     let stage = stage(TABLE, "").await;
     let relay = stage.start().await;
     stage.execute(&emit("one")).await;
     settled(&stage, "outbox").await;
     relay.stop().await.expect_code(0);
-    stage.execute("ALTER TABLE outbox RENAME TO events").await;
-    let text = stage.configuration().replace("\"public.outbox\"", "\"public.events\"");
-    stage.replace_configuration(&text);
-    let words = ["is of outbox public.outbox, and the configuration has public.events"];
-    refuse(&stage, &words).await;
-    let renamed = "UPDATE watership.poll_batch SET outbox = 'public.events' WHERE name = 'shop'";
-    stage.execute(renamed).await;
+    stage.execute("DELETE FROM watership.poll_batch").await;
+    stage.run(&["run"]).await.expect_code(3).expect_text(&["batch_missing"]);
+    stage.execute(&emit("in the gap")).await;
+    let accept = ["resync", "--accept-gap", "--reason", "a test"];
+    stage.run(&accept).await.expect_code(0).expect_text(&["resumes", "from now"]);
     let relay = stage.start().await;
-    stage.execute(&emit("two").replace("outbox", "events")).await;
-    assert_eq!(kinds(&settled(&stage, "events").await), ["one", "two"]);
+    stage.execute(&emit("after")).await;
+    assert_eq!(kinds(&settled(&stage, "outbox").await), ["one", "after"]);
     relay.stop().await.expect_code(0);
-}
-
-#[tokio::test]
-async fn rows_of_another_cluster_in_a_mapped_table_are_a_verdict() {
-    let stage = stage(TABLE, "").await;
-    let foreign =
-        emit("foreign").replace("payload)", "payload, xid)").replace("'1')", "'1', '9999999999')");
-    stage.execute(&foreign).await;
-    let words = ["foreign_rows", "UPDATE \"public\".\"outbox\" SET \"xid\" = pg_current_xact_id()"];
-    stage.run(&["run"]).await.expect_code(3).expect_text(&words);
-    stage.run(&["check"]).await.expect_code(3).expect_text(&words);
 }
 
 #[tokio::test]

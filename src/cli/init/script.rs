@@ -158,7 +158,17 @@ fn polling(relay: &relay::Options, found: &Found) -> String {
 }
 
 fn last(relay: &relay::Options) -> String {
-    let grants = if relay.outbox.is_mapped() { migrate::GRANT_MESSAGES } else { migrate::GRANT };
+    let grants = match (relay.outbox.is_mapped(), relay.kind) {
+        (false, _) => migrate::GRANT,
+        (true, SourceKind::Wal) => migrate::GRANT_MESSAGES,
+        (true, SourceKind::Poll) => {
+            return format!(
+                "-- `watership check` has the statements that {} needs to be polled. Exchanges,\n\
+                 -- queues and bindings are declared by `watership run`.\n",
+                relay.outbox.table
+            );
+        }
+    };
     format!(
         "{grants}\n-- Then: GRANT watership_app TO the role of your application. Exchanges,\n\
          -- queues and bindings are declared by `watership run`.\n",
