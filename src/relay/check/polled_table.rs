@@ -211,3 +211,55 @@ fn unseen(outbox: &OutboxTable, found: MappedFacts<'_>, facts: &PolledTable) -> 
     }
     faults
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::publication::{CatalogIdentity, Nature, TableFacts, TableName};
+
+    fn refusals(partitioned: bool, server_version: i32, polled: &PolledTable) -> String {
+        let outbox =
+            OutboxTable { table: TableName::new("Shop", "events"), ..OutboxTable::default() };
+        let facts = TableFacts {
+            table: outbox.table.clone(),
+            oid: 7,
+            partitioned,
+            identity: CatalogIdentity::Key(Vec::new()),
+            leaves: Vec::new(),
+            primary_key: Vec::new(),
+            columns: Vec::new(),
+            generated: Vec::new(),
+            leading: Vec::new(),
+            may_select: true,
+            nature: Nature { server_version, ..Nature::default() },
+        };
+        let (polled, columns) = (Some(polled), &[][..]);
+        let found = MappedFacts { facts: &facts, columns, may_delete: None, polled, role: "r" };
+        let told = faults(&outbox, found).into_iter();
+        told.map(|(what, hint)| format!("{what}; {hint}")).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn what_a_table_lacks_is_told_with_a_statement_that_its_server_takes() {
+        let bare = PolledTable {
+            indexes: Vec::new(),
+            may_use_schema: false,
+            may_select: true,
+            hidden: false,
+        };
+        let plain = refusals(false, 150_000, &bare);
+        let alter = "ALTER TABLE \"Shop\".\"events\" ADD COLUMN \"seq\" ";
+        let identity = format!("{alter}bigint GENERATED ALWAYS AS IDENTITY");
+        assert!(plain.contains(&identity), "{plain}");
+        assert!(
+            plain.contains("CONCURRENTLY ON \"Shop\".\"events\" (\"xid\", \"seq\")"),
+            "{plain}"
+        );
+        assert!(plain.contains("GRANT USAGE ON SCHEMA \"Shop\" TO \"r\"; GRANT SELECT"), "{plain}");
+        let old = refusals(true, 160_000, &bare);
+        assert!(old.contains(&format!("{alter}bigserial")) && !old.contains("IDENTITY"), "{old}");
+        assert!(old.contains("GRANT USAGE ON its sequence"), "{old}");
+        assert!(old.contains("CREATE INDEX ON \"Shop\"") && !old.contains("CONCURR"), "{old}");
+        assert!(refusals(true, 170_000, &bare).contains(&identity));
+    }
+}
