@@ -141,6 +141,10 @@ pub struct Parts<'a> {
 /// The header that names a message's route.
 pub const ROUTE_HEADER: &str = "ws-route";
 
+/// The header that names a message's exchange, where its route chooses one of several: a message
+/// that was parked is sent to it again.
+pub const EXCHANGE_HEADER: &str = "ws-exchange";
+
 /// The header with the text of a message's key.
 pub const KEY_HEADER: &str = "ws-key";
 

@@ -4,7 +4,7 @@
 //! none selects is poison: dropping needs a rule that says so.
 //!
 //! To change how routing works, open: this file for the rules, `route/template.rs` for the fields
-//! of a routing key, `route/format.rs` for what messages look like, `route/partition.rs` for which
+//! of templates, `route/texts.rs` for what is made of them, `route/format.rs` for what messages look like, `route/partition.rs` for which
 //! queue a key goes to, `route/plan.rs` for what a route decides once for each table, and
 //! `route/lanes.rs` for which messages wait for each other. What a route does with the columns of a
 //! table: `route/rules.rs` as it is configured, `route/columns.rs` applied, `route/promise.rs` when
@@ -23,16 +23,18 @@ mod promise;
 pub mod rules;
 mod schemas;
 mod template;
+mod texts;
 
 use std::sync::Arc;
 
 use crate::contract::Contracts;
 use crate::error::{Error, Result};
 use crate::event::Event;
-use crate::message::{ExchangeId, KeyPart, RouteId, SHORT_STRING_MAX, route_hash};
+use crate::message::{ExchangeId, KeyPart, RouteId, route_hash};
 use description::{Description, Difference};
 use filter::Filter;
-use template::{Field, OUTBOX_FIELDS, Segment, TABLE_FIELDS, Template};
+use template::{Field, Fields, Segment, Template};
+use texts::Texts;
 
 pub use database_secret::DatabaseSecret;
 pub use format::{
@@ -45,10 +47,14 @@ pub use plan::{Decision, ParkedAs, Plan, Plans, Resumed, TablePlan};
 pub use promise::Drift;
 pub use rules::{OnDrift, RouteRules};
 pub use schemas::{Agreement, SchemaChange, Schemas};
-pub use template::Facts;
+pub use template::{Facts, ShownRow};
+pub use texts::Destination;
 
 /// Most rules that a configuration may have.
 pub const RULES_MAX: usize = 1000;
+
+/// Most exchanges that one route may choose from.
+pub const EXCHANGES_MAX: usize = 50;
 
 /// How messages of one key follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,11 +117,8 @@ pub enum Select {
 pub enum Action {
     /// A message is published.
     Publish {
-        /// Name of the exchange.
-        exchange: String,
-        /// Template of the routing key: text with `{field}`; `{{` and `}}` are braces. Empty for a
-        /// route with partitions, whose names are its routing keys.
-        routing_key: String,
+        /// Where it goes, and with which headers.
+        destination: Destination,
         /// The queues that its keys are spread over.
         partitions: Option<Partitions>,
         /// What its messages look like.
@@ -179,19 +182,19 @@ impl Rule {
 
     /// Empty for a rule that drops, or whose template is wrong.
     fn known_key(&self) -> Vec<KeyPart> {
-        let Action::Publish { routing_key, .. } = &self.action else { return Vec::new() };
-        let (fields, known) = match &self.select {
+        let Action::Publish { destination, .. } = &self.action else { return Vec::new() };
+        let known = match &self.select {
             Select::Outbox { aggregate_type } => {
-                (OUTBOX_FIELDS, vec![(Field::AggregateType, aggregate_type.as_str())])
+                vec![(Field::AggregateType, aggregate_type.as_str())]
             }
             Select::Table { name } => {
                 let (schema, table) = name.split_once('.').unwrap_or(("*", "*"));
-                (TABLE_FIELDS, vec![(Field::Schema, schema), (Field::Table, table)])
+                vec![(Field::Schema, schema), (Field::Table, table)]
             }
         };
-        let Ok(Template(segments)) = Template::parse("routing_key", routing_key, fields) else {
-            return Vec::new();
-        };
+        let mut fields = Fields::of(&self.select);
+        let parsed = Template::parse("routing_key", &destination.routing_key, &mut fields);
+        let Ok(Template(segments)) = parsed else { return Vec::new() };
         if segments.is_empty() {
             return vec![KeyPart::Text(String::new())];
         }
@@ -208,7 +211,8 @@ impl Rule {
                         | Field::AggregateId
                         | Field::EventType
                         | Field::Key
-                        | Field::RecordKey,
+                        | Field::RecordKey
+                        | Field::Column(_),
                     ) => KeyPart::Any,
                     // A captured table is named with one dot, between schema and table.
                     (_, Field::Schema | Field::Table | Field::Op) => KeyPart::Word,
@@ -227,8 +231,7 @@ pub fn default_rules() -> Vec<Rule> {
         owner: String::new(),
         select,
         action: Action::Publish {
-            exchange: "watership".into(),
-            routing_key: routing_key.into(),
+            destination: Destination::new("watership", routing_key),
             partitions: None,
             format,
             contracts: Contracts::default(),
@@ -257,8 +260,6 @@ pub struct Route {
     pub name: String,
     /// The name again, to be shared.
     pub label: Arc<str>,
-    /// Where its messages go.
-    pub exchange: ExchangeId,
     /// What its messages look like.
     pub format: Format,
     /// What the data in its messages must keep.
@@ -273,7 +274,7 @@ pub struct Route {
     pub rules: RouteRules,
     /// Version of the rules that messages are made by: the header `ws-rules`. Absent without any.
     pub version: Option<String>,
-    routing_key: Template,
+    texts: Texts,
     key: Vec<String>,
     /// Lanes are hashes that begin here; from the name, because parked lanes outlive a restart in
     /// which the routes' numbers change.
@@ -359,8 +360,7 @@ impl Router {
 
     fn parse(&mut self, id: RouteId, rule: &Rule) -> Result<Parsed> {
         let Action::Publish {
-            exchange,
-            routing_key,
+            destination,
             partitions,
             format,
             contracts,
@@ -373,27 +373,15 @@ impl Router {
         else {
             return Ok(Parsed::Drop(id));
         };
-        let fields = match rule.select {
-            Select::Outbox { .. } => OUTBOX_FIELDS,
-            Select::Table { .. } => TABLE_FIELDS,
-        };
         let in_route = |error: Error| error.context(format!("route {:?}", rule.name));
         mismatch::verify(&rule.select, key, format, contracts, rules).map_err(in_route)?;
-        let routing_key = match partitions {
-            Some(partitions) => Template::of_partitions(partitions),
-            None => Template::parse("routing_key", routing_key, fields).map_err(in_route)?,
-        };
-        check_routing_key(&routing_key, format).map_err(in_route)?;
-        let known = self.exchanges.iter().position(|e| e == exchange);
-        let exchange = known.unwrap_or_else(|| {
-            self.exchanges.push(exchange.clone());
-            self.exchanges.len() - 1
-        });
+        let (select, partitions) = (&rule.select, partitions.as_ref());
+        let number = |name: &str| self.number(name);
+        let texts = Texts::parse(select, destination, partitions, format, rules, number);
         Ok(Parsed::Publish(Arc::new(Route {
             id,
             name: rule.name.clone(),
             label: rule.name.as_str().into(),
-            exchange: ExchangeId(u16::try_from(exchange).expect("RULES_MAX fits")),
             format: format.clone(),
             contracts: contracts.clone(),
             ordering: *ordering,
@@ -402,58 +390,73 @@ impl Router {
             rules: RouteRules::clone(rules),
             version: rules.version(),
             seed: route_hash(&rule.name),
-            routing_key,
+            texts: texts.map_err(in_route)?,
             key: key.clone(),
         })))
+    }
+
+    /// The number of the exchange.
+    fn number(&mut self, exchange: &str) -> ExchangeId {
+        let known = self.exchanges.iter().position(|e| e == exchange);
+        let index = known.unwrap_or_else(|| {
+            self.exchanges.push(exchange.to_owned());
+            self.exchanges.len() - 1
+        });
+        ExchangeId(u16::try_from(index).expect("RULES_MAX and EXCHANGES_MAX fit"))
     }
 }
 
 impl Route {
-    /// Writes the routing key into `out`, which is cleared first.
+    /// Writes the routing key into `out`, which is cleared first, and returns the exchange.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Event`] when it is longer than 255 bytes.
-    pub fn routing_key(&self, event: &Event, facts: Facts<'_>, out: &mut String) -> Result<()> {
-        out.clear();
-        self.routing_key.render(event, facts, out);
-        if out.len() > SHORT_STRING_MAX {
-            let (name, len) = (&self.name, out.len());
-            let text = format!(
-                "routing key of route {name:?} has {len} bytes, AMQP allows {SHORT_STRING_MAX}"
-            );
-            return Err(Error::event(text));
-        }
-        Ok(())
+    /// [`crate::error::Kind::Event`] when a text is longer than 255 bytes, when a column that it
+    /// is made of has no text, and for an exchange that the route does not list.
+    pub fn address(&self, event: &Event, facts: Facts<'_>, out: &mut String) -> Result<ExchangeId> {
+        self.texts.address(&self.name, event, facts, out)
+    }
+
+    /// The headers of its own with their values, one by one; `out` is scratch space.
+    ///
+    /// # Errors
+    /// Those of `each`; [`crate::error::Kind::Event`] when a column has no text.
+    pub fn each_header(
+        &self,
+        event: &Event,
+        facts: Facts<'_>,
+        out: &mut String,
+        each: impl FnMut(&str, &str) -> Result<()>,
+    ) -> Result<()> {
+        self.texts.each_header(event, facts, out, each)
+    }
+
+    /// Whether it sets a header of this name itself.
+    pub fn sets_header(&self, name: &str) -> bool {
+        self.texts.sets_header(name)
+    }
+
+    /// The name of the exchange, where it is one of several: the header `ws-exchange`.
+    pub fn chosen(&self, exchange: ExchangeId) -> Option<&str> {
+        self.texts.chosen(exchange)
+    }
+
+    /// The exchange of a message that was made before; `name` is what its header says.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when it is none of the route's any more.
+    pub fn exchange_called(&self, name: Option<&str>) -> Result<ExchangeId> {
+        self.texts.exchange_called(&self.name, name)
     }
 
     /// The routing key of the partition for the key with this text; absent without partitions.
     pub fn partition_of(&self, key: &str) -> Option<&str> {
-        match self.routing_key.0.as_slice() {
-            [Segment::Partition(names)] => Some(template::partition(names, key)),
-            _ => None,
-        }
+        self.texts.partition_of(key)
     }
 
     /// [`route_hash`] of its name.
     pub fn hash(&self) -> u64 {
         self.seed
     }
-}
-
-fn check_routing_key(routing_key: &Template, format: &Format) -> Result<()> {
-    let least = routing_key.least_len();
-    if least > SHORT_STRING_MAX {
-        let text = format!(
-            "routing_key has {least} bytes without its fields, AMQP allows {SHORT_STRING_MAX}"
-        );
-        return Err(Error::config(text));
-    }
-    let is_debezium = matches!(format, Format::Debezium(_));
-    if routing_key.has(Field::RecordKey) && !is_debezium {
-        let text = "the field \"record_key\" is known with format = \"debezium\" only; use \"key\"";
-        return Err(Error::config(format!("routing_key: {text}")));
-    }
-    Ok(())
 }
 
 /// Routes that name key columns for the table `schema.name`, with these columns.
@@ -476,8 +479,8 @@ mod tests {
     fn rule(name: &str, routing_key: &str) -> Rule {
         let mut rule = default_rules().remove(0);
         rule.name = name.into();
-        let Action::Publish { routing_key: key, .. } = &mut rule.action else { unreachable!() };
-        *key = routing_key.into();
+        let Action::Publish { destination, .. } = &mut rule.action else { unreachable!() };
+        destination.routing_key = routing_key.into();
         rule
     }
 

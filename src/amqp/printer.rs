@@ -129,6 +129,15 @@ fn line(exchange: &str, message: &Message) -> io::Result<String> {
     Ok(serde_json::to_string(&line)?)
 }
 
+/// The text of a header in properties that were made here; absent without it.
+pub fn text_header(properties: &[u8], name: &str) -> Option<String> {
+    let (_, properties) = parse_properties(properties).ok()?;
+    match properties.headers().as_ref()?.inner().get(name)? {
+        AMQPValue::LongString(text) => Some(text.to_string()),
+        _ => None,
+    }
+}
+
 fn properties(encoded: &AMQPProperties) -> BTreeMap<&'static str, Value> {
     let text = |value: &Option<amq_protocol::types::ShortString>| {
         value.as_ref().map(|value| json!(value.as_str()))

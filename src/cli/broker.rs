@@ -79,19 +79,21 @@ async fn check_topology(f: &mut Findings, config: &Config, missing: &[Wrong]) ->
 async fn check_permission(f: &mut Findings, config: &Config, missing: &[Wrong]) {
     let mut asked = Vec::new();
     for rule in &config.relay.rules {
-        let Action::Publish { exchange, .. } = &rule.action else { continue };
+        let Action::Publish { destination, .. } = &rule.action else { continue };
         let part = |part: KeyPart| match part {
             KeyPart::Text(text) => text,
             KeyPart::Word | KeyPart::Any => "x".to_owned(),
         };
         let key: String = rule.known_keys().swap_remove(0).into_iter().map(part).collect();
-        let thing = Thing::Exchange(exchange.clone());
-        if missing.iter().any(|wrong| wrong.thing == thing) || asked.contains(exchange) {
-            continue;
-        }
-        asked.push(exchange.clone());
-        if let Err(error) = topology::may_publish(&config.relay.broker, exchange, &key).await {
-            f.error("exchange", &error);
+        for exchange in destination.exchanges() {
+            let thing = Thing::Exchange(exchange.clone());
+            if missing.iter().any(|wrong| wrong.thing == thing) || asked.contains(exchange) {
+                continue;
+            }
+            asked.push(exchange.clone());
+            if let Err(error) = topology::may_publish(&config.relay.broker, exchange, &key).await {
+                f.error("exchange", &error);
+            }
         }
     }
 }
@@ -109,14 +111,15 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
     let survey = management.survey(&exchanges).await?;
     let mut reached = Vec::new();
     for rule in &config.relay.rules {
-        let Action::Publish { exchange, .. } = &rule.action else { continue };
-        let keys = rule.known_keys();
-        let of_key = |key: &Vec<KeyPart>| survey.queues_of(&rule.name, exchange, key);
-        let queues = keys.iter().flat_map(of_key).collect();
-        let route = Reached { rule, queues };
-        let unreached = keys.iter().any(|key| of_key(key).is_empty());
-        grade(f, config, rule, unreached, &survey.grade_keys(&rule.name, exchange, &keys));
-        reached.push(route);
+        let Action::Publish { destination, .. } = &rule.action else { continue };
+        let (exchanges, keys) = (destination.exchanges(), rule.known_keys());
+        let of_exchange = |exchange: &String| -> Vec<Vec<String>> {
+            keys.iter().map(|key| survey.queues_of(&rule.name, exchange, key)).collect()
+        };
+        let found: Vec<Vec<String>> = exchanges.iter().flat_map(of_exchange).collect();
+        let unreached = found.iter().any(Vec::is_empty);
+        grade(f, config, rule, unreached, &route_audit::grade(&survey, rule, exchanges));
+        reached.push(Reached { rule, queues: found.into_iter().flatten().collect() });
         partitions::check_queues(f, rule, &survey);
     }
     partitions::check_dead_letters(f, config, management).await?;
@@ -182,8 +185,9 @@ async fn check_bindings(f: &mut Findings, config: &Config, api: &Management) -> 
 fn grade(f: &mut Findings, config: &Config, rule: &Rule, unreached: bool, graded: &Graded) {
     let Graded { grade, reason } = graded;
     let what = format!("{:?} is {grade} ({reason})", rule.name);
-    let Action::Publish { exchange, .. } = &rule.action else { return };
-    let declared = config.relay.topology.bindings.iter().any(|b| b.exchange == *exchange);
+    let Action::Publish { destination, .. } = &rule.action else { return };
+    let bindings = &config.relay.topology.bindings;
+    let declared = bindings.iter().any(|b| destination.exchanges().contains(&b.exchange));
     match grade {
         Grade::Safe => f.ok("route", what),
         // Before the first run nothing may exist yet; that is reported elsewhere.

@@ -179,11 +179,14 @@ fn routes(rules: &[Rule], kind: &str, key: &str) -> Vec<String> {
         Select::Table { .. } => false,
     };
     let say = |rule: &Rule| match &rule.action {
-        Action::Publish { exchange, partitions, .. } => {
+        Action::Publish { destination, partitions, .. } => {
+            let exchanges: Vec<String> =
+                destination.exchanges().iter().map(|name| format!("{name:?}")).collect();
+            let exchange = exchanges.join(" or ");
             let queue = partitions.as_ref().map_or_else(String::new, |partitions| {
                 format!(" for queue {:?}", partitions.name(partitions.of_key(key)))
             });
-            format!("route {:?} publishes it to exchange {exchange:?}{queue}", rule.name)
+            format!("route {:?} publishes it to exchange {exchange}{queue}", rule.name)
         }
         Action::Drop => format!("route {:?} drops it", rule.name),
     };

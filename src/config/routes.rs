@@ -10,9 +10,11 @@ use super::contracts;
 use super::formats;
 use super::partitions::Partitioned;
 use super::rules::rules_of;
-use super::section::Section;
+use super::section::{Scalar, Section};
+use crate::message::SHORT_STRING_MAX;
 use crate::route::{
-    Action, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule, Select, default_rules,
+    Action, Destination, EXCHANGES_MAX, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule,
+    Select, default_rules,
 };
 
 /// Maximum of `nack_limit`.
@@ -49,10 +51,11 @@ pub(super) fn rules(
 pub(super) fn exchanges(rules: &[Rule]) -> Vec<&str> {
     let mut list: Vec<&str> = Vec::new();
     for rule in rules {
-        if let Action::Publish { exchange, .. } = &rule.action
-            && !list.contains(&exchange.as_str())
-        {
-            list.push(exchange);
+        let Action::Publish { destination, .. } = &rule.action else { continue };
+        for exchange in destination.exchanges() {
+            if !list.contains(&exchange.as_str()) {
+                list.push(exchange);
+            }
         }
     }
     list
@@ -73,8 +76,8 @@ fn rule(t: &mut Section<'_>, partitioned: &mut Vec<Partitioned>, relay: &str) ->
     let of_route = Partitioned::read(t);
     let action = publishing(t, select.as_ref(), !drop, of_route.as_ref(), relay);
     let action = if drop { Some(Action::Drop) } else { action };
-    if let (Some(mut of_route), Some(Action::Publish { exchange, .. })) = (of_route, &action) {
-        exchange.clone_into(&mut of_route.exchange);
+    if let (Some(mut of_route), Some(Action::Publish { destination, .. })) = (of_route, &action) {
+        destination.exchange.clone_into(&mut of_route.exchange);
         partitioned.push(of_route);
     }
     // What a route asks for to publish is of no use to one that drops.
@@ -121,21 +124,9 @@ fn publishing(
     partitioned: Option<&Partitioned>,
     relay: &str,
 ) -> Option<Action> {
-    const EXCHANGE: &str = "exchange";
     const ROUTING_KEY: &str = "routing_key";
-    let exchange = match (publishes, partitioned) {
-        (false, _) => t.text(EXCHANGE, ""),
-        (true, None) => t.short_string(EXCHANGE),
-        (true, Some(of_route)) => {
-            let own = t.text(EXCHANGE, "");
-            if own.is_empty() { of_route.partitions.queue.clone() } else { own }
-        }
-    };
-    if exchange.contains('{') {
-        let text =
-            "an exchange has no fields, only routing_key has; write a route for each exchange";
-        t.problem(EXCHANGE, format!("{} = {exchange:?}: {text}", t.path(EXCHANGE)));
-    }
+    let (exchange, exchanges) = exchange(t, publishes, partitioned);
+    let headers = headers(t);
     let routing_key = t.text(ROUTING_KEY, "");
     if partitioned.is_some() && !routing_key.is_empty() {
         let path = t.path(ROUTING_KEY);
@@ -170,9 +161,9 @@ fn publishing(
         (None, None) => routing_key,
     };
     let policy = Policy { on_poison, park_unroutable, nack_limit };
-    (!exchange.is_empty()).then_some(Action::Publish {
-        exchange,
-        routing_key,
+    let destination = Destination { exchange, exchanges, routing_key, headers };
+    (!destination.exchange.is_empty()).then_some(Action::Publish {
+        destination,
         partitions: partitioned.map(|of_route| of_route.partitions.clone()),
         format,
         contracts,
@@ -184,11 +175,76 @@ fn publishing(
     })
 }
 
+/// The exchange of a route, and those that its fields may make.
+fn exchange(
+    t: &mut Section<'_>,
+    publishes: bool,
+    partitioned: Option<&Partitioned>,
+) -> (String, Vec<String>) {
+    const EXCHANGE: &str = "exchange";
+    const EXCHANGES: &str = "exchanges";
+    let exchanges = t.list(EXCHANGES);
+    let mut exchange = t.text(EXCHANGE, "");
+    if publishes && exchange.is_empty() {
+        match partitioned {
+            Some(of_route) => exchange.clone_from(&of_route.partitions.queue),
+            None => t.invalid(EXCHANGE, "\"\"", "1 to 255 bytes"),
+        }
+    }
+    let (path, of_list) = (t.path(EXCHANGE), t.path(EXCHANGES));
+    match (exchange.contains('{'), exchanges.is_empty()) {
+        (true, true) => {
+            let text = "an exchange with fields needs exchanges, the list of all that it may be, \
+                        such as [\"shop.eu\", \"shop.us\"]";
+            t.problem(EXCHANGE, format!("{path} = {exchange:?}: {text}"));
+        }
+        (false, false) if !exchange.is_empty() => {
+            let text = "are those that the fields of exchange may make, and it has none";
+            t.problem(EXCHANGES, format!("{of_list} {text}; remove one of the two"));
+        }
+        (false, true) if exchange.len() > SHORT_STRING_MAX => {
+            t.invalid(EXCHANGE, format!("{exchange:?}"), "1 to 255 bytes");
+        }
+        _ => {}
+    }
+    if exchanges.len() > EXCHANGES_MAX {
+        let text = format!("{of_list} has {} names; at most {EXCHANGES_MAX}", exchanges.len());
+        t.problem(EXCHANGES, text);
+    }
+    for (index, name) in exchanges.iter().enumerate() {
+        if name.is_empty() || name.len() > SHORT_STRING_MAX {
+            t.invalid(EXCHANGES, format!("{name:.60?}"), "names of 1 to 255 bytes");
+        }
+        if exchanges[..index].contains(name) {
+            t.problem(EXCHANGES, format!("{of_list} has {name:?} twice; remove one"));
+        }
+    }
+    (exchange, exchanges)
+}
+
+/// `headers = { region = "{column.region}" }`.
+fn headers(t: &mut Section<'_>) -> Vec<(String, String)> {
+    let mut given = t.table("headers", "such as { region = \"{column.region}\" }");
+    let mut headers = Vec::new();
+    for name in given.keys() {
+        match given.scalar(name) {
+            Some(Scalar::Text(text)) => headers.push((name.to_owned(), text)),
+            Some(Scalar::Int(_) | Scalar::Bool(_)) => {
+                let path = given.path(name);
+                given
+                    .problem(name, format!("{path} is not text in quotes; fields stand in braces"));
+            }
+            None => {}
+        }
+    }
+    headers
+}
+
 /// That of the default rule for events of the same kind.
 fn default_routing_key(select: &Select) -> String {
     let same = |rule: &Rule| discriminant(&rule.select) == discriminant(select);
     let key = default_rules().into_iter().find(same).and_then(|rule| match rule.action {
-        Action::Publish { routing_key, .. } => Some(routing_key),
+        Action::Publish { destination, .. } => Some(destination.routing_key),
         Action::Drop => None,
     });
     key.unwrap_or_default()

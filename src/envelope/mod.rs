@@ -9,24 +9,27 @@ mod contract;
 mod debezium;
 mod event_router;
 mod headers;
+mod key;
 mod native;
 mod raw;
 
 use uuid::Uuid;
 
-use crate::error::{Error, Result};
-use crate::event::{
-    Change, Content, Event, OldRow, OutboxPayload, OutboxRow, Row, Table, Value, id,
-};
-use crate::message::{Builder, Message, Properties, ROUTE_HEADER};
+use crate::error::Result;
+use crate::event::{Change, Content, Event, OutboxPayload, OutboxRow, id};
+use crate::message::{Builder, EXCHANGE_HEADER, ExchangeId, Message, Properties, ROUTE_HEADER};
 use crate::route::{
     CloudEvents, Debezium, DebeziumTable, Facts, Format, MessageIdRule, Ordering, Plan, Route,
-    TablePlan,
+    ShownRow, TablePlan,
 };
 use cloudevents::Attributes;
 use debezium::Record;
 
+use key::{key_columns, key_columns_of, key_row, sent_columns, shown_row};
+use key::{write_key_text, write_row_key_text};
+
 pub use headers::is_reserved_header;
+pub use key::key_text;
 
 const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
@@ -47,6 +50,7 @@ pub struct Envelope {
     key: String,
     record_key: String,
     other_key: String,
+    header: String,
     body: Vec<u8>,
     message: Vec<u8>,
     /// The last commit time as text: the same for all changes of a transaction.
@@ -63,6 +67,7 @@ impl Envelope {
             key: String::new(),
             record_key: String::new(),
             other_key: String::new(),
+            header: String::new(),
             body: Vec::new(),
             message: Vec::new(),
             committed_at: TimeText::new(),
@@ -102,9 +107,9 @@ impl Envelope {
         self.key.push_str(&row.aggregate_type);
         self.key.push('/');
         self.key.push_str(&row.aggregate_id);
-        let facts =
-            Facts { key: &self.key, record_key: &row.aggregate_id, op: event.op().as_str() };
-        route.routing_key(event, facts, &mut self.routing_key)?;
+        let (key, record_key) = (&*self.key, &*row.aggregate_id);
+        let facts = Facts { key, record_key, op: event.op().as_str(), row: None };
+        let exchange = route.address(event, facts, &mut self.routing_key)?;
         let id = message_id(event.id, route, part);
         let attributes = match &route.format {
             Format::CloudEvents(options) => {
@@ -126,6 +131,7 @@ impl Envelope {
         };
         let mut builder = Builder::new(&mut self.message, &self.routing_key, properties)?;
         write_own_headers(&mut builder, event, plan, &self.key)?;
+        write_templates(&mut builder, event, route, exchange, facts, &mut self.header)?;
         if is_tombstone {
             builder.header_bool(TOMBSTONE_HEADER, true)?;
         }
@@ -145,11 +151,12 @@ impl Envelope {
         if let Some(headers) = &row.headers {
             headers::write(&mut builder, headers, |name| {
                 (name == "traceparent" && row.traceparent.is_some())
+                    || route.sets_header(name)
                     || router.is_some_and(|router| event_router::sets_header(router, name))
                     || (attributes.is_some() && cloudevents::is_attribute(name))
             })?;
         }
-        let message = builder.finish(route.exchange, route.id, |out| body.write(out));
+        let message = builder.finish(exchange, route.id, |out| body.write(out));
         self.shrink();
         message
     }
@@ -182,7 +189,8 @@ impl Envelope {
                 self.committed_at.set(event.committed_at_us);
                 let committed_at = &self.committed_at.text;
                 native::write_change(&mut self.body, event, table, change, committed_at)?;
-                self.finish_change(event, plan, (op, JSON), part, |_| Ok(()))
+                let shown = shown_row(table, change);
+                self.finish_change(event, plan, shown, (op, JSON), part, |_| Ok(()))
             }
         }
     }
@@ -203,6 +211,7 @@ impl Envelope {
         write_key_text(&mut self.key, &event.table, table, change)?;
         self.record_key.clear();
         let kind = format!("{}.{op}", event.table.full_name);
+        let shown = shown_row(table, change);
         let about = (message_id(event.id, &plan.route, part), &*kind, &*self.key);
         let attributes = Attributes::new(&self.app_id, event, options, about, "")?;
         self.body.clear();
@@ -216,9 +225,9 @@ impl Envelope {
         if attributes.structured {
             self.body.push(b'}');
             let (op, kind) = (op, cloudevents::STRUCTURED);
-            return self.finish_change(event, plan, (op, kind), part, |_| Ok(()));
+            return self.finish_change(event, plan, shown, (op, kind), part, |_| Ok(()));
         }
-        self.finish_change(event, plan, (op, JSON), part, |builder| {
+        self.finish_change(event, plan, shown, (op, JSON), part, |builder| {
             attributes.write_headers(builder)
         })
     }
@@ -250,15 +259,19 @@ impl Envelope {
             true => self.body.extend_from_slice(options.tombstone_body.bytes()),
             false => debezium::write(&mut self.body, event, table, of_table, options, record)?,
         }
-        let message = self.finish_change(event, plan, (record.op(), JSON), part, |builder| {
-            if let Some((name, _)) = link {
-                builder.header_text(name, other_key.as_bytes())?;
-            }
-            if is_tombstone {
-                builder.header_bool(TOMBSTONE_HEADER, true)?;
-            }
-            Ok(())
-        });
+        let row = record.key_row();
+        let is_only_identity = row.is_some_and(|(_, is_only_identity)| is_only_identity);
+        let shown = ShownRow { table, row: row.map(|(row, _)| row), is_only_identity };
+        let message =
+            self.finish_change(event, plan, shown, (record.op(), JSON), part, |builder| {
+                if let Some((name, _)) = link {
+                    builder.header_text(name, other_key.as_bytes())?;
+                }
+                if is_tombstone {
+                    builder.header_bool(TOMBSTONE_HEADER, true)?;
+                }
+                Ok(())
+            });
         self.other_key = other_key;
         message
     }
@@ -268,6 +281,7 @@ impl Envelope {
         &mut self,
         event: &Event,
         plan: &Plan,
+        shown: ShownRow<'_>,
         (op, content_type): (&str, &str),
         part: u16,
         more_headers: impl FnOnce(&mut Builder<'_>) -> Result<()>,
@@ -277,8 +291,9 @@ impl Envelope {
         self.kind.push_str(&event.table.full_name);
         self.kind.push('.');
         self.kind.push_str(op);
-        let facts = Facts { key: &self.key, record_key: &self.record_key, op };
-        route.routing_key(event, facts, &mut self.routing_key)?;
+        let row = Some(shown);
+        let facts = Facts { key: &self.key, record_key: &self.record_key, op, row };
+        let exchange = route.address(event, facts, &mut self.routing_key)?;
         let properties = Properties {
             content_type,
             message_id: message_id(event.id, route, part),
@@ -288,6 +303,7 @@ impl Envelope {
         };
         let mut builder = Builder::new(&mut self.message, &self.routing_key, properties)?;
         write_own_headers(&mut builder, event, plan, &self.key)?;
+        write_templates(&mut builder, event, route, exchange, facts, &mut self.header)?;
         builder.header_text("ws-source", event.table.full_name.as_bytes())?;
         builder.header_text("ws-op", op.as_bytes())?;
         if let Content::Change(Change::Read { run, .. }) = &event.content {
@@ -303,7 +319,7 @@ impl Envelope {
         }
         more_headers(&mut builder)?;
         let body = &self.body;
-        let message = builder.finish(route.exchange, route.id, |out| out.extend_from_slice(body));
+        let message = builder.finish(exchange, route.id, |out| out.extend_from_slice(body));
         self.shrink();
         message
     }
@@ -414,6 +430,23 @@ fn write_own_headers(
     builder.header_int("ws-committed-at", event.committed_at_us)
 }
 
+/// The headers that the route's templates make.
+fn write_templates(
+    builder: &mut Builder<'_>,
+    event: &Event,
+    route: &Route,
+    exchange: ExchangeId,
+    facts: Facts<'_>,
+    scratch: &mut String,
+) -> Result<()> {
+    if let Some(name) = route.chosen(exchange) {
+        builder.header_text(EXCHANGE_HEADER, name.as_bytes())?;
+    }
+    route.each_header(event, facts, scratch, |name, value| {
+        builder.header_text(name, value.as_bytes())
+    })
+}
+
 /// The id of an event's message number `part` on a route.
 pub fn message_id(event: Uuid, route: &Route, part: u16) -> Uuid {
     match route.message_id {
@@ -437,89 +470,6 @@ fn seconds(us: i64) -> u64 {
     u64::try_from(us.div_euclid(1_000_000)).unwrap_or(0)
 }
 
-/// The row that tells the key after the change (before it, for a delete).
-fn key_row(change: &Change) -> Option<&Row> {
-    match change {
-        Change::Insert { new } | Change::Read { new, .. } | Change::Update { new, .. } => Some(new),
-        Change::Delete { old } => Some(old.row()),
-        Change::Truncate => None,
-    }
-}
-
-/// The columns that name the row. A delete whose old row does not have the key is named by what it
-/// has.
-fn key_columns<'a>(table: &'a TablePlan, change: &'a Change) -> impl Iterator<Item = usize> + 'a {
-    let old = match change {
-        Change::Delete { old: OldRow::Key(row) } => Some(row),
-        Change::Delete { old: OldRow::Full(_) }
-        | Change::Insert { .. }
-        | Change::Read { .. }
-        | Change::Update { .. }
-        | Change::Truncate => None,
-    };
-    key_columns_of(table, old)
-}
-
-/// The same; `old` is a row that is only an identity.
-fn key_columns_of<'a>(
-    table: &'a TablePlan,
-    old: Option<&'a Row>,
-) -> impl Iterator<Item = usize> + 'a {
-    sent_columns(&table.key, old)
-}
-
-/// These columns; of an old row that is only an identity, all that were sent where one of these was
-/// not. No column of an identity can be null: what is null was not sent.
-fn sent_columns<'a>(wanted: &'a [usize], old: Option<&'a Row>) -> impl Iterator<Item = usize> + 'a {
-    let is_sent = move |column: &usize| old.is_none_or(|row| row[*column] != Value::Null);
-    let all = old.filter(|_| wanted.is_empty() || !wanted.iter().all(is_sent));
-    let count = all.map_or(wanted.len(), |row| row.len());
-    (0..count).map(move |i| if all.is_some() { i } else { wanted[i] }).filter(is_sent)
-}
-
-/// `/value/value` of the key columns; for people and logs, not for parsing.
-fn write_key_text(
-    out: &mut String,
-    table: &Table,
-    plan: &TablePlan,
-    change: &Change,
-) -> Result<()> {
-    let Some(row) = key_row(change) else { return Ok(()) };
-    write_row_key_text(out, table, row, key_columns(plan, change))
-}
-
-fn write_row_key_text(
-    out: &mut String,
-    table: &Table,
-    row: &Row,
-    columns: impl Iterator<Item = usize>,
-) -> Result<()> {
-    for column in columns {
-        out.push('/');
-        if let Value::Text(text) = &row[column] {
-            let text = std::str::from_utf8(text).map_err(|_| {
-                Error::event(format!("key column {:?} is not UTF-8", table.columns[column].name))
-            })?;
-            out.push_str(text);
-        }
-    }
-    Ok(())
-}
-
-/// The event's key by this plan, for people and logs.
-pub fn key_text(event: &Event, plan: &Plan) -> String {
-    let change = match &event.content {
-        Content::Outbox(row) => return format!("{}/{}", row.aggregate_type, row.aggregate_id),
-        Content::Change(change) => change,
-    };
-    let mut text = event.table.full_name.to_string();
-    if let Some(table) = &plan.table {
-        // A key that is not text is shown as far as it is.
-        let _ = write_key_text(&mut text, &event.table, table, change);
-    }
-    text
-}
-
 /// `2024-01-02T03:04:05.123456Z`.
 fn iso_time(us: i64) -> String {
     match jiff::Timestamp::from_microsecond(us) {
@@ -534,3 +484,5 @@ mod tests;
 mod tests_cloudevents;
 #[cfg(test)]
 mod tests_debezium;
+#[cfg(test)]
+mod tests_templates;

@@ -223,8 +223,8 @@ fn the_routing_key_can_be_the_topic_or_the_key_of_the_record() {
         (String::new(), ""),
     ] {
         let mut rule = rule(&event, Format::Debezium(Arc::new(options())));
-        let Action::Publish { routing_key, .. } = &mut rule.action else { unreachable!() };
-        *routing_key = template;
+        let Action::Publish { destination, .. } = &mut rule.action else { unreachable!() };
+        destination.routing_key = template;
         let got = message(&event, rule, 0).unwrap();
         assert_eq!(got.routing_key(), expected.as_bytes());
     }
@@ -282,8 +282,8 @@ fn cases_8_and_11_key_and_topic_are_templates() {
     ] {
         let event = user("{}", None);
         let mut rule = rule(&event, Format::Debezium(Arc::new(options())));
-        let Action::Publish { routing_key, .. } = &mut rule.action else { unreachable!() };
-        *routing_key = template.to_owned();
+        let Action::Publish { destination, .. } = &mut rule.action else { unreachable!() };
+        destination.routing_key = template.to_owned();
         assert_eq!(message(&event, rule, 0).unwrap().routing_key(), expected.as_bytes());
     }
 }

@@ -13,15 +13,16 @@ use super::database_secret::DatabaseSecret;
 use super::lanes::{self, LaneKeys};
 use super::promise::{self, PlanRules};
 use super::schemas::{SchemaChange, Schemas};
+use super::texts::Texts;
 use super::{
     DebeziumTable, Format, MessageIdRule, Ordering, Parsed, Policy, Route, RouteRules, Router,
-    Select, Template,
+    Select,
 };
 use crate::column;
 use crate::contract::Contracts;
 use crate::event::hidden::Hidden;
 use crate::event::{Change, Content, Event, Op, Table};
-use crate::message::{ExchangeId, RouteId, route_hash};
+use crate::message::{RouteId, route_hash};
 use crate::position::{Mark, Position};
 
 /// A route's plan.
@@ -47,6 +48,8 @@ pub struct TablePlan {
     pub source_json: Vec<u8>,
     /// What Debezium's format needs, on a route that has it.
     pub debezium: Option<Box<DebeziumTable>>,
+    /// The columns that templates of the route name, with their places where they are sent.
+    pub(super) shown: Box<[(String, Option<usize>)]>,
     /// Hash of route and table.
     pub(super) group: u64,
     /// Where the hashes of its rows begin.
@@ -200,7 +203,12 @@ impl TablePlan {
             Format::Debezium(debezium) => Some(Box::new(DebeziumTable::new(debezium, &table))),
             Format::Raw | Format::Watership | Format::CloudEvents(_) => None,
         };
+        let place = |name: &String| {
+            let sent_as = route.rules.map.name(name);
+            (name.clone(), table.column(sent_as))
+        };
         Self {
+            shown: route.texts.columns.iter().map(place).collect(),
             identity_has_key,
             group: lanes::group(route.seed, &table),
             hasher,
@@ -355,13 +363,12 @@ impl Plans {
             id: RouteId(0),
             name: String::new(),
             label: "".into(),
-            exchange: ExchangeId(0),
             contracts: Contracts::default(),
             format: Format::Watership,
             ordering: Ordering::Keyed,
             message_id: MessageIdRule::Event,
             policy: Policy::default(),
-            routing_key: Template::default(),
+            texts: Texts::none(),
             key: Vec::new(),
             seed: route_hash(""),
             rules: RouteRules::default(),

@@ -142,7 +142,7 @@ pub(super) fn broken(route: &Route, agreed: &Description, now: &Description) -> 
     let needs = |name: &String| {
         let filter = rules.filter.as_ref();
         let filters = filter.is_some_and(|filter| filter.columns().any(|column| column == name));
-        filters || route.key.contains(name)
+        filters || route.key.contains(name) || route.texts.columns.contains(name)
     };
     let concerns = |difference: &Difference| match difference {
         Difference::Gone(column) => {

@@ -1,9 +1,14 @@
 //! Texts with fields, such as `{aggregate_type}.{event_type}`: parsed, and written for a message.
 //! `Rule::known_keys` expands the same fields without an event, for the audit. Pure.
+//!
+//! Invariant: a column is shown as it is sent. What stands in the place of a hidden value is all
+//! that a template sees, and no error shows a value.
 
+use super::Select;
 use super::partition::{self, Partitions};
+use super::plan::TablePlan;
 use crate::error::{Error, Result};
-use crate::event::{Content, Event};
+use crate::event::{Content, Event, Row, Value};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Field {
@@ -17,6 +22,8 @@ pub(super) enum Field {
     Key,
     /// The key of Debezium's record.
     RecordKey,
+    /// The text form of a column, by its place among the columns that the route's templates name.
+    Column(usize),
 }
 
 /// What a template can show of a message beside its event.
@@ -28,22 +35,76 @@ pub struct Facts<'a> {
     pub record_key: &'a str,
     /// The operation, as in `ws-op`.
     pub op: &'a str,
+    /// The row of a captured table, as it is sent.
+    pub row: Option<ShownRow<'a>>,
 }
 
-pub(super) const OUTBOX_FIELDS: &[(&str, Field)] = &[
+/// The row that a message is about.
+#[derive(Debug, Clone, Copy)]
+pub struct ShownRow<'a> {
+    /// Of what is sent.
+    pub table: &'a TablePlan,
+    /// Absent for a truncate.
+    pub row: Option<&'a Row>,
+    /// Only the columns of the replica identity came.
+    pub is_only_identity: bool,
+}
+
+/// Stands before the name of a column.
+const COLUMN: &str = "column.";
+const OUTBOX_FIELDS: &[(&str, Field)] = &[
     ("aggregate_type", Field::AggregateType),
     ("aggregate_id", Field::AggregateId),
     ("event_type", Field::EventType),
     ("key", Field::Key),
     ("record_key", Field::RecordKey),
 ];
-pub(super) const TABLE_FIELDS: &[(&str, Field)] = &[
+const TABLE_FIELDS: &[(&str, Field)] = &[
     ("schema", Field::Schema),
     ("table", Field::Table),
     ("op", Field::Op),
     ("key", Field::Key),
     ("record_key", Field::RecordKey),
 ];
+
+/// The fields that the templates of a route may have.
+#[derive(Debug)]
+pub(super) struct Fields {
+    known: &'static [(&'static str, Field)],
+    of_table: bool,
+    /// The columns that were asked for, by the names that they have in the table.
+    pub(super) columns: Vec<String>,
+}
+
+impl Fields {
+    pub(super) fn of(select: &Select) -> Self {
+        let (known, of_table) = match select {
+            Select::Outbox { .. } => (OUTBOX_FIELDS, false),
+            Select::Table { .. } => (TABLE_FIELDS, true),
+        };
+        Self { known, of_table, columns: Vec::new() }
+    }
+
+    fn find(&mut self, name: &str) -> Option<Field> {
+        let column = name.strip_prefix(COLUMN).filter(|column| !column.is_empty());
+        let Some(column) = column.filter(|_| self.of_table) else {
+            return self.known.iter().find(|(known, _)| *known == name).map(|(_, field)| *field);
+        };
+        let known = self.columns.iter().position(|asked| asked == column);
+        Some(Field::Column(known.unwrap_or_else(|| {
+            self.columns.push(column.to_owned());
+            self.columns.len() - 1
+        })))
+    }
+
+    fn names(&self) -> String {
+        let mut names: Vec<&str> = self.known.iter().map(|(name, _)| *name).collect();
+        if self.of_table {
+            names.push("column.NAME");
+        }
+        names.join(", ")
+    }
+}
 
 #[derive(Debug)]
 pub(super) enum Segment {
@@ -65,7 +126,7 @@ impl Template {
     }
 
     /// `setting` is the key of the configuration that it is the value of.
-    pub(super) fn parse(setting: &str, text: &str, fields: &[(&str, Field)]) -> Result<Self> {
+    pub(super) fn parse(setting: &str, text: &str, fields: &mut Fields) -> Result<Self> {
         let wrong = |what: &str| Error::config(format!("{setting} {text:?}: {what}"));
         let mut segments = Vec::new();
         let mut plain = String::new();
@@ -84,15 +145,14 @@ impl Template {
             }
             let (name, after) =
                 rest.split_once('}').ok_or_else(|| wrong("a \"{\" without \"}\""))?;
-            let field = fields.iter().find(|(known, _)| *known == name).ok_or_else(|| {
-                let known: Vec<&str> = fields.iter().map(|(name, _)| *name).collect();
-                let known = known.join(", ");
+            let field = fields.find(name).ok_or_else(|| {
+                let known = fields.names();
                 wrong(&format!("field {name:?} is not known here, allowed are: {known}"))
             })?;
             if !plain.is_empty() {
                 segments.push(Segment::Text(std::mem::take(&mut plain)));
             }
-            segments.push(Segment::Field(field.1));
+            segments.push(Segment::Field(field));
             rest = after;
         }
         plain.push_str(rest);
@@ -116,14 +176,20 @@ impl Template {
         self.0.iter().any(|part| matches!(part, Segment::Field(field) if *field == wanted))
     }
 
-    pub(super) fn render(&self, event: &Event, facts: Facts<'_>, out: &mut String) {
+    /// Appends the text for a message.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when a column that it names has no text in this row.
+    pub(super) fn render(&self, event: &Event, facts: Facts<'_>, out: &mut String) -> Result<()> {
         for segment in &self.0 {
             match segment {
                 Segment::Text(text) => out.push_str(text),
+                Segment::Field(Field::Column(index)) => out.push_str(column(facts.row, *index)?),
                 Segment::Field(field) => out.push_str(field.of(event, facts)),
                 Segment::Partition(names) => out.push_str(partition(names, facts.key)),
             }
         }
+        Ok(())
     }
 }
 
@@ -147,7 +213,39 @@ impl Field {
             (Field::AggregateType | Field::AggregateId | Field::EventType, Content::Change(_)) => {
                 unreachable!("a table route is parsed with the table fields only")
             }
+            (Field::Column(_), _) => unreachable!("columns are shown by `column`"),
         }
+    }
+}
+
+/// The text of a column that a template names.
+fn column(shown: Option<ShownRow<'_>>, index: usize) -> Result<&str> {
+    const FILTER: &str = "leave such changes out with filter, such as \"op != 'truncate'\"";
+    let Some(ShownRow { table, row, is_only_identity }) = shown else {
+        unreachable!("outbox routes are parsed with the outbox fields only")
+    };
+    let (name, place) = &table.shown[index];
+    let wrong = |what: &str| Error::event(format!("column {name:?} {what}"));
+    let Some(place) = *place else {
+        let text = wrong("is in a template of the route, and the table is sent without it");
+        return Err(text.hint("`watership schema TABLE` shows what the route sends"));
+    };
+    let Some(row) = row else {
+        return Err(wrong("is in a template of the route, and a truncate has no row").hint(FILTER));
+    };
+    match &row[place] {
+        Value::Text(text) => std::str::from_utf8(text).map_err(|_| wrong("is not UTF-8")),
+        Value::Null if is_only_identity => Err(wrong(
+            "is in a template of the route, and the old row came without it",
+        )
+        .hint("set REPLICA IDENTITY FULL, or leave deletes out with filter: \"op != 'delete'\"")),
+        Value::Null => Err(wrong("is in a template of the route, and null here")
+            .hint("set map.default for it, or leave such rows out with filter")),
+        Value::Unchanged => Err(wrong(
+            "is in a template of the route, and this change did not touch its large value",
+        )
+        .hint("Postgres does not send it then: set REPLICA IDENTITY FULL, or name another column")),
+        Value::Unreadable(value) => Err(Error::event(format!("column {name:?}: {}", value.why))),
     }
 }
 
@@ -157,8 +255,8 @@ mod tests {
 
     #[test]
     fn doubled_braces_are_braces() {
-        let template =
-            Template::parse("routing_key", "a{{b}}.{event_type}", OUTBOX_FIELDS).unwrap();
+        let mut fields = Fields::of(&Select::Outbox { aggregate_type: "*".into() });
+        let template = Template::parse("routing_key", "a{{b}}.{event_type}", &mut fields).unwrap();
         assert_eq!(template.0.len(), 2);
         assert!(matches!(&template.0[0], Segment::Text(t) if t == "a{b}."));
     }

@@ -64,6 +64,7 @@ mod sql;
 #[path = "../support/mod.rs"]
 mod support;
 mod table_shapes;
+mod templates;
 mod topology;
 mod two_relays;
 mod type_matrix;

@@ -32,7 +32,9 @@ pub fn verify(
     let is_known = |name: &str| {
         now.column(name).is_some() || agreed.is_some_and(|agreed| agreed.column(name).is_some())
     };
-    if let Some((key, name)) = rules.named().find(|(_, name)| !is_known(name)) {
+    let of_rules = rules.named().map(|(key, name)| (key.to_owned(), name.to_owned()));
+    let mut named = of_rules.chain(rule.template_columns());
+    if let Some((key, name)) = named.find(|(_, name)| !is_known(name)) {
         let columns: Vec<&str> = now.columns.iter().map(|column| &*column.name).collect();
         let text = format!("{key} names column {name:?}, which table {table} does not have");
         return Err(in_route(Error::refused(text))

@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::amqp::printer::text_header;
 use crate::envelope::{message_id, parts};
 use crate::error::{Error, Result};
-use crate::message::{Message, Parts};
+use crate::message::{EXCHANGE_HEADER, Message, Parts};
 use crate::position::Position;
 use crate::publisher::Publisher;
 use crate::relay::checkpoint::Store;
@@ -222,7 +223,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 
 /// The message that was parked as it is.
 fn as_it_was(row: &ParkedRow, route: &Route, parts: &Parts<'_>) -> Result<Message> {
-    let mut message = Message::from_parts(parts, route.exchange, route.id, row.id)?;
+    let exchange =
+        route.exchange_called(text_header(parts.properties, EXCHANGE_HEADER).as_deref())?;
+    let mut message = Message::from_parts(parts, exchange, route.id, row.id)?;
     message.part = row.key.part;
     message.in_sequence = route.ordering == Ordering::Pipelined;
     message.route_hash = route.hash();

@@ -133,11 +133,14 @@ fn things(topology: &Topology, rules: &[Rule]) -> Vec<(RouteId, Things)> {
     let survey = topology.survey();
     let mut all = Vec::new();
     for (id, rule) in (0..).map(RouteId).zip(rules) {
-        let Action::Publish { exchange, .. } = &rule.action else { continue };
+        let Action::Publish { destination, .. } = &rule.action else { continue };
         let mut things = Things { exchanges: Vec::new(), queues: Vec::new() };
-        for key in rule.known_keys() {
-            things.exchanges.extend(survey.exchanges_of(&rule.name, exchange, &key));
-            things.queues.extend(survey.queues_of(&rule.name, exchange, &key));
+        let keys = rule.known_keys();
+        for (exchange, key) in
+            destination.exchanges().iter().flat_map(|e| keys.iter().map(move |key| (e, key)))
+        {
+            things.exchanges.extend(survey.exchanges_of(&rule.name, exchange, key));
+            things.queues.extend(survey.queues_of(&rule.name, exchange, key));
         }
         all.push((id, things));
     }
@@ -149,7 +152,7 @@ mod tests {
     use super::*;
     use crate::amqp::topology::{Exchange, Mode, Queue, QueueKind};
     use crate::error::Error;
-    use crate::route::{Format, MessageIdRule, Ordering, Policy, Select};
+    use crate::route::{self, Format, MessageIdRule, Ordering, Policy, Select};
 
     fn rule(name: &str, exchange: &str) -> Rule {
         Rule {
@@ -158,8 +161,7 @@ mod tests {
             select: Select::Outbox { aggregate_type: name.into() },
             action: Action::Publish {
                 contracts: Default::default(),
-                exchange: exchange.into(),
-                routing_key: "{aggregate_type}.{event_type}".into(),
+                destination: route::Destination::new(exchange, "{aggregate_type}.{event_type}"),
                 partitions: None,
                 format: Format::Raw,
                 ordering: Ordering::Keyed,

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::amqp;
-use crate::amqp::audit::{Grade, Graded};
+use crate::amqp::audit::{Grade, Graded, Survey};
 use crate::amqp::management::Management;
 use crate::amqp::topology::{self, Mode, Topology};
 use crate::error::Result;
@@ -99,10 +99,10 @@ async fn audit(options: &Options, metrics: &Metrics) -> Vec<RouteGrade> {
     graded.collect()
 }
 
-/// The rules that publish, with their exchange.
-fn published(rules: &[Rule]) -> Vec<(&Rule, &str)> {
+/// The rules that publish, with their exchanges.
+fn published(rules: &[Rule]) -> Vec<(&Rule, &[String])> {
     let publishes = rules.iter().filter_map(|rule| match &rule.action {
-        Action::Publish { exchange, .. } => Some((rule, exchange.as_str())),
+        Action::Publish { destination, .. } => Some((rule, destination.exchanges())),
         Action::Drop => None,
     });
     publishes.collect()
@@ -110,14 +110,21 @@ fn published(rules: &[Rule]) -> Vec<(&Rule, &str)> {
 
 async fn by_management(options: &Options, management: &Management) -> Result<Vec<Graded>> {
     let rules = published(&options.rules);
-    let mut exchanges: Vec<String> = rules.iter().map(|(_, e)| (*e).to_owned()).collect();
+    let mut exchanges: Vec<String> = rules.iter().flat_map(|(_, e)| e.to_vec()).collect();
     exchanges.sort();
     exchanges.dedup();
     let survey = management.survey(&exchanges).await?;
-    let grade = |(rule, exchange): &(&Rule, &str)| {
-        survey.grade_keys(&rule.name, exchange, &rule.known_keys())
-    };
-    Ok(rules.iter().map(grade).collect())
+    Ok(rules.iter().map(|(rule, exchanges)| grade(&survey, rule, exchanges)).collect())
+}
+
+/// The grade of the worst of the exchanges that the rule publishes to.
+pub fn grade(survey: &Survey, rule: &Rule, exchanges: &[String]) -> Graded {
+    let keys = rule.known_keys();
+    let of_each = exchanges.iter().map(|exchange| survey.grade_keys(&rule.name, exchange, &keys));
+    let unknown = || Graded { grade: Grade::Unsafe, reason: String::new() };
+    of_each
+        .reduce(|worst, next| if next.grade > worst.grade { next } else { worst })
+        .unwrap_or_else(unknown)
 }
 
 /// What can be said of each route that publishes without the management API: whether its exchange

@@ -1,0 +1,310 @@
+//! The texts of a route that templates make: exchange, routing key, headers, and the attributes of
+//! CloudEvents. Pure.
+//!
+//! Invariant: a message goes to an exchange that the configuration lists. So each has its channels,
+//! is verified at start, and is graded, whatever the rows say; what a template makes beside the
+//! list is an error of the event.
+
+use super::template::{Facts, Field, Fields, Segment, Template, partition};
+use super::{Format, Partitions, Rule, Select};
+use crate::envelope::is_reserved_header;
+use crate::error::{Error, Result};
+use crate::event::Event;
+use crate::event::hidden::Hide;
+use crate::message::{ExchangeId, SHORT_STRING_MAX};
+use crate::route::RouteRules;
+
+/// Where the messages of a route go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Destination {
+    /// The exchange; with `exchanges`, a template that makes one of them.
+    pub exchange: String,
+    /// All exchanges that the template may make; empty where the exchange has no fields.
+    pub exchanges: Vec<String>,
+    /// Template of the routing key: text with `{field}`; `{{` and `}}` are braces. Empty for a
+    /// route with partitions, whose names are its routing keys.
+    pub routing_key: String,
+    /// Headers by name, with the templates of their values.
+    pub headers: Vec<(String, String)>,
+}
+
+impl Destination {
+    /// To one exchange, without headers.
+    pub fn new(exchange: impl Into<String>, routing_key: impl Into<String>) -> Self {
+        let (exchange, routing_key) = (exchange.into(), routing_key.into());
+        Self { exchange, exchanges: Vec::new(), routing_key, headers: Vec::new() }
+    }
+
+    /// The exchanges that it can go to: at least one.
+    pub fn exchanges(&self) -> &[String] {
+        match self.exchanges.as_slice() {
+            [] => std::slice::from_ref(&self.exchange),
+            several => several,
+        }
+    }
+}
+
+/// The templates of a route, parsed.
+#[derive(Debug)]
+pub(super) struct Texts {
+    exchange: Exchange,
+    routing_key: Template,
+    headers: Vec<(String, Template)>,
+    /// The columns that they name, by the names of the table.
+    pub(super) columns: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Exchange {
+    One(ExchangeId),
+    /// One of these.
+    Of(Template, Vec<(String, ExchangeId)>),
+}
+
+impl Texts {
+    /// Those of a route without a name: nothing is published by it.
+    pub(super) fn none() -> Self {
+        let exchange = Exchange::One(ExchangeId(0));
+        let (routing_key, headers, columns) = (Template::default(), Vec::new(), Vec::new());
+        Self { exchange, routing_key, headers, columns }
+    }
+
+    /// Parses them. `exchange_id` numbers an exchange.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Config`] with what is wrong.
+    pub(super) fn parse(
+        select: &Select,
+        destination: &Destination,
+        partitions: Option<&Partitions>,
+        format: &Format,
+        rules: &RouteRules,
+        mut exchange_id: impl FnMut(&str) -> ExchangeId,
+    ) -> Result<Self> {
+        let mut fields = Fields::of(select);
+        let routing_key = match partitions {
+            Some(partitions) => Template::of_partitions(partitions),
+            None => Template::parse("routing_key", &destination.routing_key, &mut fields)?,
+        };
+        let made = Template::parse("exchange", &destination.exchange, &mut fields);
+        let exchange = match destination.exchanges.as_slice() {
+            // Without a list the name is the name, as the broker has it.
+            [] => Exchange::One(exchange_id(&destination.exchange)),
+            listed => {
+                let made = made?;
+                if partitions.is_some() {
+                    return Err(Error::config(
+                        "exchanges and partitions: the queues of partitions are bound to one \
+                         exchange; name it in exchange, and remove exchanges",
+                    ));
+                }
+                check_length("exchange", &made)?;
+                check_record_key("exchange", &made, format)?;
+                let id = |name: &String| (name.clone(), exchange_id(name));
+                Exchange::Of(made, listed.iter().map(id).collect())
+            }
+        };
+        check_length("routing_key", &routing_key)?;
+        check_record_key("routing_key", &routing_key, format)?;
+        let mut headers = Vec::new();
+        for (name, text) in &destination.headers {
+            check_header(name, select, format)?;
+            let template = Template::parse(&format!("headers.{name}"), text, &mut fields)?;
+            check_record_key(&format!("headers.{name}"), &template, format)?;
+            headers.push((name.clone(), template));
+        }
+        let columns = fields.columns;
+        for name in &columns {
+            check_column(name, rules)?;
+        }
+        Ok(Self { exchange, routing_key, headers, columns })
+    }
+
+    /// Writes the routing key into `out`, which is cleared first, and returns the exchange.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when a text is longer than 255 bytes, when a column has none,
+    /// and for an exchange that is not listed. No error shows a value.
+    pub(super) fn address(
+        &self,
+        route: &str,
+        event: &Event,
+        facts: Facts<'_>,
+        out: &mut String,
+    ) -> Result<ExchangeId> {
+        let exchange = match &self.exchange {
+            Exchange::One(id) => *id,
+            Exchange::Of(template, listed) => {
+                render("exchange", route, template, event, facts, out)?;
+                let known = listed.iter().find(|(name, _)| name == out);
+                known.map(|(_, id)| *id).ok_or_else(|| not_listed(route, listed))?
+            }
+        };
+        render("routing_key", route, &self.routing_key, event, facts, out)?;
+        Ok(exchange)
+    }
+
+    /// The number of a listed exchange, for a message that was made before.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when the route no longer has it, or `name` is missing where
+    /// the route has several.
+    pub(super) fn exchange_called(&self, route: &str, name: Option<&str>) -> Result<ExchangeId> {
+        match &self.exchange {
+            Exchange::One(id) => Ok(*id),
+            Exchange::Of(_, listed) => {
+                let known = listed.iter().find(|(listed, _)| name == Some(listed));
+                known.map(|(_, id)| *id).ok_or_else(|| not_listed(route, listed))
+            }
+        }
+    }
+
+    /// The name of the exchange, where it is one of several.
+    pub(super) fn chosen(&self, id: ExchangeId) -> Option<&str> {
+        match &self.exchange {
+            Exchange::One(_) => None,
+            Exchange::Of(_, listed) => {
+                listed.iter().find(|(_, listed)| *listed == id).map(|(name, _)| &**name)
+            }
+        }
+    }
+
+    /// The headers with their values, one by one; `out` is scratch space.
+    ///
+    /// # Errors
+    /// Those of `each`, and as [`Self::address`].
+    pub(super) fn each_header(
+        &self,
+        event: &Event,
+        facts: Facts<'_>,
+        out: &mut String,
+        mut each: impl FnMut(&str, &str) -> Result<()>,
+    ) -> Result<()> {
+        for (name, template) in &self.headers {
+            out.clear();
+            let made = template.render(event, facts, out);
+            made.map_err(|error| error.context(format!("header {name:?}")))?;
+            each(name, out)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a header of this name is among them.
+    pub(super) fn sets_header(&self, wanted: &str) -> bool {
+        self.headers.iter().any(|(name, _)| name == wanted)
+    }
+
+    /// See [`super::Route::partition_of`].
+    pub(super) fn partition_of(&self, key: &str) -> Option<&str> {
+        match self.routing_key.0.as_slice() {
+            [Segment::Partition(names)] => Some(partition(names, key)),
+            _ => None,
+        }
+    }
+}
+
+impl Rule {
+    /// The columns that its templates name, with the key of the configuration; none for a rule
+    /// whose templates are wrong.
+    pub fn template_columns(&self) -> Vec<(String, String)> {
+        let super::Action::Publish { destination, .. } = &self.action else { return Vec::new() };
+        let Destination { exchange, exchanges, routing_key, headers } = destination;
+        let exchange = (!exchanges.is_empty()).then(|| ("exchange".to_owned(), exchange));
+        let headers = headers.iter().map(|(name, text)| (format!("headers.{name}"), text));
+        let mut all = Vec::new();
+        let texts = exchange.into_iter().chain([("routing_key".to_owned(), routing_key)]);
+        for (setting, text) in texts.chain(headers) {
+            let mut fields = Fields::of(&self.select);
+            if Template::parse(&setting, text, &mut fields).is_ok() {
+                all.extend(fields.columns.into_iter().map(|column| (setting.clone(), column)));
+            }
+        }
+        all
+    }
+}
+
+fn render(
+    what: &str,
+    route: &str,
+    template: &Template,
+    event: &Event,
+    facts: Facts<'_>,
+    out: &mut String,
+) -> Result<()> {
+    out.clear();
+    let made = template.render(event, facts, out);
+    made.map_err(|error| error.context(format!("{what} of route {route:?}")))?;
+    if out.len() > SHORT_STRING_MAX {
+        let (what, len) = (what.replace('_', " "), out.len());
+        let text =
+            format!("{what} of route {route:?} has {len} bytes, AMQP allows {SHORT_STRING_MAX}");
+        return Err(Error::event(text));
+    }
+    Ok(())
+}
+
+fn not_listed(route: &str, listed: &[(String, ExchangeId)]) -> Error {
+    let names: Vec<String> = listed.iter().map(|(name, _)| format!("{name:?}")).collect();
+    let text = format!(
+        "the exchange that this event makes for route {route:?} is not one of its exchanges: {}",
+        names.join(", ")
+    );
+    Error::event(text).hint("add it to exchanges, or leave such events out with filter")
+}
+
+fn check_length(setting: &str, template: &Template) -> Result<()> {
+    let least = template.least_len();
+    if least > SHORT_STRING_MAX {
+        let text = format!(
+            "{setting} has {least} bytes without its fields, AMQP allows {SHORT_STRING_MAX}"
+        );
+        return Err(Error::config(text));
+    }
+    Ok(())
+}
+
+fn check_record_key(setting: &str, template: &Template, format: &Format) -> Result<()> {
+    if template.has(Field::RecordKey) && !matches!(format, Format::Debezium(_)) {
+        let text = "the field \"record_key\" is known with format = \"debezium\" only; use \"key\"";
+        return Err(Error::config(format!("{setting}: {text}")));
+    }
+    Ok(())
+}
+
+/// A header must have one meaning: the relay's own and those of the format keep theirs.
+fn check_header(name: &str, select: &Select, format: &Format) -> Result<()> {
+    let wrong = |why: &str| Error::config(format!("headers has {name:?}: {why}"));
+    let is_name =
+        (1..=SHORT_STRING_MAX).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_graphic());
+    if !is_name {
+        return Err(wrong("a name has 1 to 255 printable ASCII characters"));
+    }
+    if is_reserved_header(name) {
+        return Err(wrong("CC, BCC, x-* and ws-* have a meaning already; choose another name"));
+    }
+    let is_outbox = matches!(select, Select::Outbox { .. });
+    let is_taken = match format {
+        Format::Debezium(debezium) if is_outbox => {
+            let placed = debezium.router.placements.iter();
+            name == "id" || placed.filter(|p| !p.in_body).any(|placed| placed.name == name)
+        }
+        Format::Debezium(_) => name.starts_with("__debezium."),
+        Format::CloudEvents(_) => {
+            name.starts_with("cloudEvents_") || name.starts_with("cloudEvents:")
+        }
+        Format::Raw | Format::Watership => false,
+    };
+    if is_taken || (is_outbox && name == "traceparent") {
+        return Err(wrong("the route sets this header itself; choose another name"));
+    }
+    Ok(())
+}
+
+fn check_column(name: &str, rules: &RouteRules) -> Result<()> {
+    let left_out = rules.columns.hide(name) == Some(Hide::Exclude);
+    if left_out || rules.map.drop.iter().any(|dropped| dropped == name) {
+        let text = format!("a template names column {name:?}, which the route does not send");
+        return Err(Error::config(text).hint("mask or hash it instead, or name another column"));
+    }
+    Ok(())
+}

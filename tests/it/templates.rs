@@ -1,0 +1,110 @@
+//! Templates of exchanges, routing keys and headers between real servers: where a row goes by its
+//! columns, what is parked, and that a retry goes to the exchange that was chosen.
+
+use crate::parking::{parked, until_rows};
+use crate::support::inbox::Message;
+use crate::support::stage::{Setup, Stage};
+
+const TABLE: &str = "CREATE TABLE sales (id int PRIMARY KEY, region text, email text)";
+const ROUTES: &str = r#"
+    [[route]]
+    name = "sales"
+    table = "public.sales"
+    exchange = "shop.{column.region}"
+    exchanges = ["shop.eu", "shop.us"]
+    routing_key = "{column.region}.{op}"
+    headers = { region = "{column.region}", who = "{column.email}/{key}" }
+    columns = { mask = ["email"] }
+    on_unroutable = "park"
+    [[binding]]
+    queue = "all"
+    exchange = "shop.eu"
+    routing_key = '#'
+    "#;
+const FAST: &str = "relay.checkpoint_interval = \"20ms\"\nlog.level = \"trace\"";
+
+async fn stage(routes: &str) -> Stage {
+    let tables = &["public.sales"];
+    Stage::new(Setup { sql: TABLE, tables, settings: FAST, routes, ..Setup::default() }).await
+}
+
+fn places(messages: &[Message]) -> Vec<(&str, &str, String)> {
+    let place = |m: &'_ Message| m.text("ws-exchange");
+    messages.iter().map(|m| (&*m.exchange, &*m.routing_key, place(m))).collect()
+}
+
+#[tokio::test]
+async fn a_row_goes_where_its_columns_say_and_what_they_cannot_say_is_parked_with_the_reason() {
+    let stage = stage(ROUTES).await;
+    let mut relay = stage.start().await;
+    let insert = "INSERT INTO sales VALUES (1, 'eu', 'topsecret'), (2, NULL, 'topsecret'), \
+                  (3, 'asia', 'topsecret'), (4, 'us', 'topsecret')";
+    stage.execute(insert).await;
+    stage.execute("DELETE FROM sales WHERE id = 1").await;
+    stage.execute("TRUNCATE sales").await;
+    let rows = [
+        "parked invalid",
+        "parked invalid",
+        "parked unroutable",
+        "parked invalid",
+        "parked invalid",
+    ];
+    until_rows(&stage, &rows).await;
+    let errors = stage.text("SELECT string_agg(error, '|' ORDER BY id) FROM watership.parked");
+    let errors = errors.await;
+    for expected in [
+        "column \"region\" is in a template of the route, and null here",
+        "is not one of its exchanges: \"shop.eu\", \"shop.us\"",
+        "the old row came without it",
+        "a truncate has no row",
+    ] {
+        assert!(errors.contains(expected), "{errors}");
+    }
+    assert!(!errors.contains("asia"), "{errors}");
+    let got = stage.settled().await;
+    let eu = ("shop.eu", "eu.insert", "shop.eu".to_owned());
+    assert_eq!(places(&got), [eu.clone()]);
+    assert_eq!(
+        (got[0].text("region"), got[0].text("who")),
+        ("eu".into(), "***/public.sales/1".into())
+    );
+
+    let (options, none) = (Default::default(), Default::default());
+    let bind = stage.channel.queue_bind("all".into(), "shop.us".into(), "#".into(), options, none);
+    bind.await.expect("bound");
+    parked(&stage, &["retry", "--all"]).await;
+    let rows = [&rows[..2], &["released unroutable"], &rows[3..]].concat();
+    until_rows(&stage, &rows).await;
+    let got = stage.settled().await;
+    assert_eq!(places(&got), [eu, ("shop.us", "us.insert", "shop.us".to_owned())]);
+    let seen = format!("{got:?} {}", relay.get("/status").await.1);
+    relay.signal(watership::dev::Signal::Term);
+    let log = relay.ended().await.log;
+    let table = stage.text("SELECT string_agg(p::text, ' ') FROM watership.parked AS p").await;
+    assert!(![seen, log, table].join("\n").contains("topsecret"));
+}
+
+#[tokio::test]
+async fn a_template_that_names_no_column_of_the_table_is_refused_by_check_and_at_start() {
+    let stage = stage(ROUTES).await;
+    let text = stage.configuration().replace("{column.region}.{op}", "{column.regoin}.{op}");
+    stage.replace_configuration(&text);
+    let refused = "routing_key names column \"regoin\", which table public.sales does not have";
+    let columns = "its published columns are: id, region, email";
+    stage.run(&["check"]).await.expect_code(1).expect_text(&[refused, columns]);
+    stage.spawn().ended().await.expect_text(&[refused]);
+    for (from, to, expected) in [
+        (
+            "{column.regoin}",
+            "{colum.region}",
+            "allowed are: schema, table, op, key, record_key, col",
+        ),
+        ("{column.regoin}", "{column.email}", "a template names column \"email\", which the route"),
+        ("exchanges = [\"shop.eu\", \"shop.us\"]", "", "an exchange with fields needs exchanges"),
+        ("\"shop.{column.region}\"", "\"shop.eu\"", "and it has none; remove one of the two"),
+    ] {
+        let text = text.replace(from, to).replace("mask = [\"email\"]", "exclude = [\"email\"]");
+        stage.replace_configuration(&text);
+        stage.run(&["check"]).await.expect_code(1).expect_text(&[expected]);
+    }
+}
