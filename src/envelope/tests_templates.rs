@@ -94,7 +94,7 @@ fn what_has_no_text_or_no_place_is_refused_with_the_reason_and_without_the_value
         (change(Change::Truncate), "a truncate has no row"),
         (
             insert(text("secret")),
-            "is not one of its exchanges: \"shop.us\", \"shop.eu\"; add it to exchanges",
+            "is not one of its exchanges: \"shop.us\", \"shop.eu\" (add it to exchanges",
         ),
     ] {
         let error = refused(message(&event, by_region(&event, "x"), 0));

@@ -105,6 +105,6 @@ async fn a_template_that_names_no_column_of_the_table_is_refused_by_check_and_at
     ] {
         let text = text.replace(from, to).replace("mask = [\"email\"]", "exclude = [\"email\"]");
         stage.replace_configuration(&text);
-        stage.run(&["check"]).await.expect_code(1).expect_text(&[expected]);
+        stage.run(&["check"]).await.expect_code(2).expect_text(&[expected]);
     }
 }
