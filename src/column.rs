@@ -28,7 +28,7 @@ pub mod instant;
 pub mod oid;
 mod user_type;
 
-pub use user_type::{Extension, Types, UserType};
+pub use user_type::{Extension, Kind, Resolved, Types, UserType};
 
 use serde::{Deserialize, Serialize};
 

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use bytestring::ByteString;
 use uuid::Uuid;
 
-use crate::column::{self, Shape};
+use crate::column::{self, Resolved, Shape, Types};
 use crate::position::{Lsn, Position};
 
 /// One committed row change.
@@ -224,6 +224,8 @@ pub struct Column {
     pub type_modifier: i32,
     /// How its values are written as JSON.
     pub shape: Shape,
+    /// What its type is made of, where users or extensions made it.
+    pub resolved: Option<Resolved>,
     /// Its name as a member of a JSON object: `"name":`.
     pub name_json: Box<[u8]>,
 }
@@ -236,7 +238,14 @@ impl Column {
         column::write_string(&mut name_json, &name);
         name_json.push(b':');
         let (shape, name_json) = (Shape::of(type_oid), name_json.into());
-        Self { name, type_oid, type_modifier, shape, name_json }
+        Self { name, type_oid, type_modifier, shape, resolved: None, name_json }
+    }
+
+    /// A column of this type, built-in or of users, by what a session read of the catalog.
+    pub fn of(name: impl Into<String>, type_oid: u32, type_modifier: i32, types: &Types) -> Self {
+        let resolved = types.resolve(type_oid, type_modifier);
+        let column = Self::new(name, type_oid, type_modifier).shaped(types.shape(type_oid));
+        Self { resolved, ..column }
     }
 
     /// The same, with values that are written like this.

@@ -85,7 +85,7 @@ impl Types {
             Some(UserType::Composite) => self.composite(out, value, depth),
             Some(UserType::Extension(extension)) => extension::write(out, extension, value),
             Some(UserType::Text | UserType::Array(..)) => unreachable!("these came before"),
-            Some(UserType::Domain(_) | UserType::Opaque) => Err(without_renderer(base)),
+            Some(UserType::Domain(..) | UserType::Opaque) => Err(without_renderer(base)),
             None if self.knows(base) => scalar(out, base, value),
             None => Err(Error::protocol(format!("type {base} is not known to this session")).hint(
                 "a type that was dropped cannot be rendered from binary; set \
@@ -271,7 +271,7 @@ mod tests {
     fn text(type_oid: u32, value: &[u8]) -> String {
         let types = Types(HashMap::from([
             (20_000, UserType::Text),
-            (20_001, UserType::Domain(oid::INT4)),
+            (20_001, UserType::Domain(oid::INT4, -1)),
             (20_002, UserType::Array(20_000, b',')),
             (20_003, UserType::Composite),
         ]));

@@ -8,6 +8,8 @@
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Form, Shape, oid};
 
 /// Arrays of domains over arrays and the like: deeper ones are sent as text.
@@ -18,8 +20,8 @@ pub(super) const DEPTH_MAX: u8 = 16;
 pub enum UserType {
     /// The same bytes in text and in binary: enums, `citext`.
     Text,
-    /// The form of this type.
-    Domain(u32),
+    /// The form of this type, with this type modifier.
+    Domain(u32, i32),
     /// An array of this type; the byte stands between two elements.
     Array(u32, u8),
     /// A range of this type.
@@ -32,6 +34,41 @@ pub enum UserType {
     Extension(Extension),
     /// Text, and in binary nothing that we know.
     Opaque,
+}
+
+/// What a type of users or extensions is made of, for formats that tell types apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resolved {
+    /// What one value is, or one element of an array.
+    pub kind: Kind,
+    /// Its type modifier. Of a domain over a domain none is known.
+    pub modifier: i32,
+    /// How many arrays are around one value; see [`Shape::arrays`].
+    pub arrays: u8,
+    /// Between two elements of these arrays.
+    pub delimiter: u8,
+}
+
+/// What a value is that is not an array, under all domains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// The built-in type with this OID.
+    BuiltIn(u32),
+    /// Text: an enum, `citext`, `ltree`, `isbn` and others.
+    Text,
+    /// `hstore`.
+    Hstore,
+    /// `geometry` and `geography` of PostGIS.
+    Ewkb,
+    /// `vector` of pgvector.
+    Vector,
+    /// `halfvec` of pgvector.
+    HalfVector,
+    /// `sparsevec` of pgvector.
+    SparseVector,
+    /// A row type, or a range of a type that is not built in.
+    Unknown,
 }
 
 /// Types of extensions, by what their send functions write.
@@ -95,7 +132,7 @@ impl Types {
         let mut base = type_oid;
         for _ in 0..DEPTH_MAX {
             match self.0.get(&base) {
-                Some(UserType::Domain(of)) => base = *of,
+                Some(UserType::Domain(of, _)) => base = *of,
                 _ => break,
             }
         }
@@ -113,6 +150,51 @@ impl Types {
             arrays += 1;
         }
         Shape { form: Form::of(element), arrays, delimiter }
+    }
+
+    /// What a type of users or extensions is made of; absent for a built-in type, for one that is
+    /// not known, and for text.
+    pub fn resolve(&self, type_oid: u32, modifier: i32) -> Option<Resolved> {
+        self.0.get(&type_oid)?;
+        let under = |type_oid: u32, modifier| match self.0.get(&type_oid) {
+            Some(UserType::Domain(_, of_domain)) => (self.base_of(type_oid), *of_domain),
+            _ => (type_oid, modifier),
+        };
+        let (mut of, mut modifier) = under(type_oid, modifier);
+        let (mut arrays, mut delimiter) = (0, b',');
+        while let Some((element, between)) = self.precise_element_of(of) {
+            if arrays == DEPTH_MAX {
+                return None;
+            }
+            ((of, modifier), delimiter) = (under(element, modifier), between);
+            arrays += 1;
+        }
+        let kind = match self.0.get(&of) {
+            None => Kind::BuiltIn(of),
+            Some(UserType::Text | UserType::Opaque) => Kind::Text,
+            Some(UserType::Extension(Extension::VersionedText | Extension::Cube)) => Kind::Text,
+            Some(UserType::Extension(Extension::Hstore)) => Kind::Hstore,
+            Some(UserType::Extension(Extension::Ewkb)) => Kind::Ewkb,
+            Some(UserType::Extension(Extension::Vector)) => Kind::Vector,
+            Some(UserType::Extension(Extension::HalfVector)) => Kind::HalfVector,
+            Some(UserType::Extension(Extension::SparseVector)) => Kind::SparseVector,
+            Some(UserType::Range(_) | UserType::Multirange(_) | UserType::Composite) => {
+                Kind::Unknown
+            }
+            // Domains that lead to themselves, which no server has.
+            Some(UserType::Domain(..) | UserType::Array(..)) => return None,
+        };
+        let is_text = kind == Kind::Text && arrays == 0;
+        (!is_text).then_some(Resolved { kind, modifier, arrays, delimiter })
+    }
+
+    /// As [`Self::element_of`], and tells the elements apart that are text there.
+    fn precise_element_of(&self, type_oid: u32) -> Option<(u32, u8)> {
+        let (_, delimiter) = self.element_of(type_oid)?;
+        match self.0.get(&type_oid) {
+            Some(UserType::Array(element, _)) => Some((*element, delimiter)),
+            _ => Some((oid::precise_element_of(type_oid)?, delimiter)),
+        }
     }
 
     /// The element type of an array, and what stands between two elements.
@@ -143,10 +225,10 @@ mod tests {
     fn types() -> Types {
         Types(HashMap::from([
             (MOOD, UserType::Text),
-            (POSINT, UserType::Domain(oid::INT4)),
-            (SMALL, UserType::Domain(POSINT)),
+            (POSINT, UserType::Domain(oid::INT4, -1)),
+            (SMALL, UserType::Domain(POSINT, -1)),
             (SMALLS, UserType::Array(SMALL, b',')),
-            (LIST, UserType::Domain(SMALLS)),
+            (LIST, UserType::Domain(SMALLS, -1)),
             (LISTS, UserType::Array(LIST, b',')),
             (PLACES, UserType::Array(20_007, b':')),
         ]))
@@ -174,8 +256,8 @@ mod tests {
     #[test]
     fn types_that_lead_to_themselves_are_text() {
         let types = Types(HashMap::from([
-            (20_000, UserType::Domain(20_001)),
-            (20_001, UserType::Domain(20_000)),
+            (20_000, UserType::Domain(20_001, -1)),
+            (20_001, UserType::Domain(20_000, -1)),
             (20_002, UserType::Array(20_002, b',')),
         ]));
         assert_eq!(types.shape(20_000), Shape::TEXT);

@@ -19,7 +19,7 @@ use super::{
     Broken, Change, Column, Content, Event, Identity, OldRow, OutboxPayload, OutboxRow, Row, Table,
     Unreadable, Value,
 };
-use crate::column::Shape;
+use crate::column::{Resolved, Shape};
 use crate::error::{Error, Result};
 use crate::position::{Lsn, Position};
 
@@ -67,6 +67,9 @@ struct StoredTable {
     /// when the row is tried again.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     shapes: BTreeMap<usize, Shape>,
+    /// What types of users and extensions are made of, by column, likewise.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    resolved: BTreeMap<usize, Resolved>,
     key: Vec<usize>,
     identity: StoredIdentity,
 }
@@ -188,8 +191,8 @@ fn stored(event: &Event, hidden: Option<&Hidden>, kept: usize) -> Stored {
         form: match &event.content {
             _ if hidden.is_some() => FORM,
             Content::Change(Change::Read { .. }) => FORM,
-            Content::Outbox(_) | Content::Change(_) if table.shapes.is_empty() => FIRST_FORM,
-            Content::Outbox(_) | Content::Change(_) => FORM,
+            _ if !(table.shapes.is_empty() && table.resolved.is_empty()) => FORM,
+            Content::Outbox(_) | Content::Change(_) => FIRST_FORM,
         },
         hidden: hidden.cloned(),
         lsn: event.lsn.map(|lsn| lsn.0),
@@ -276,6 +279,7 @@ fn store_table(table: &Table) -> StoredTable {
     let column = |c: &Column| (c.name.clone(), c.type_oid, c.type_modifier);
     let is_own = |(_, c): &(usize, &Column)| c.shape != Shape::of(c.type_oid);
     let shapes = table.columns.iter().enumerate().filter(is_own);
+    let resolved = |(index, column): (usize, &Column)| Some((index, column.resolved?));
     StoredTable {
         database: table.database.to_string(),
         oid: table.oid,
@@ -286,6 +290,7 @@ fn store_table(table: &Table) -> StoredTable {
             .filter(|name| *name != format!("{}.{}", table.schema, table.name)),
         columns: table.columns.iter().map(column).collect(),
         shapes: shapes.map(|(index, column)| (index, column.shape)).collect(),
+        resolved: table.columns.iter().enumerate().filter_map(resolved).collect(),
         key: table.key.clone(),
         identity: match &table.identity {
             Identity::Nothing => StoredIdentity::Nothing,
@@ -297,7 +302,7 @@ fn store_table(table: &Table) -> StoredTable {
 
 fn load_table(stored: StoredTable) -> Result<Table> {
     let StoredTable { database, oid, version, schema, name, full_name, columns, .. } = stored;
-    let (key, shapes) = (stored.key, stored.shapes);
+    let (key, shapes, resolved) = (stored.key, stored.shapes, stored.resolved);
     let identity = match stored.identity {
         StoredIdentity::Nothing => Identity::Nothing,
         StoredIdentity::Columns(columns) => Identity::Columns(columns),
@@ -308,7 +313,8 @@ fn load_table(stored: StoredTable) -> Result<Table> {
         return Err(Error::event("the stored row is damaged: a key column is missing"));
     }
     let column = |(index, (name, oid, modifier))| {
-        let column = Column::new(name, oid, modifier);
+        let resolved = resolved.get(&index).copied();
+        let column = Column { resolved, ..Column::new(name, oid, modifier) };
         match shapes.get(&index) {
             Some(shape) => column.shaped(*shape),
             None => column,

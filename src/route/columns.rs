@@ -289,8 +289,9 @@ impl Stand {
 }
 
 fn renamed(column: &Column, name: &str) -> Column {
-    let Column { type_oid, type_modifier, shape, .. } = column;
-    Column { shape: *shape, ..Column::new(name, *type_oid, *type_modifier) }
+    let Column { type_oid, type_modifier, shape, resolved, .. } = column;
+    let (shape, resolved) = (*shape, *resolved);
+    Column { shape, resolved, ..Column::new(name, *type_oid, *type_modifier) }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::column::debezium::{ValueForms, Writer};
 use crate::column::write_string;
-use crate::event::{Op, Table};
+use crate::event::{Column, Op, Table};
 
 /// The format of a route's messages.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -163,9 +163,13 @@ impl DebeziumTable {
             source_json.push(b':');
             write_string(&mut source_json, value);
         }
-        let columns = table.columns.iter();
-        let writer = columns.map(|c| Writer::of(c.type_oid, c.type_modifier, &debezium.values));
-        Self { source_json, writers: writer.collect(), skipped: debezium.skipped.clone() }
+        let values = &debezium.values;
+        let writer = |column: &Column| match column.resolved {
+            Some(resolved) => Writer::of_user_type(resolved, values),
+            None => Writer::of(column.type_oid, column.type_modifier, values),
+        };
+        let writers = table.columns.iter().map(writer).collect();
+        Self { source_json, writers, skipped: debezium.skipped.clone() }
     }
 }
 

@@ -104,3 +104,47 @@ async fn what_a_killed_relay_sends_again_has_the_same_bytes() {
         assert_eq!(first.properties, again.properties);
     }
 }
+
+const USER_TYPES: &str = "CREATE EXTENSION hstore; CREATE EXTENSION ltree; \
+    CREATE EXTENSION citext; CREATE TYPE mood AS ENUM ('sad', 'so so'); \
+    CREATE TYPE pair AS (a int, b text); CREATE DOMAIN price AS numeric(8,4); \
+    CREATE DOMAIN net AS price; CREATE DOMAIN three AS timestamp(3); \
+    CREATE TABLE public.things (id int PRIMARY KEY, m mood, ms mood[], p pair, pr price, \
+        prs price[], n net, t three, h hstore, hs hstore[], l ltree, c citext, note text)";
+
+#[tokio::test]
+async fn debezium_resolves_types_of_users_and_extensions_in_both_modes_and_after_parking() {
+    for mode in ["", "source.binary = true"] {
+        let settings = format!("{mode}\n{}", crate::parking::SMALL);
+        let (sql, tables) = (USER_TYPES, &["public.things"]);
+        let setup =
+            Setup { sql, tables, settings: &settings, routes: DEBEZIUM, ..Setup::default() };
+        let stage = Stage::new(setup).await;
+        let relay = stage.start().await;
+        let row = "'so so', '{sad,NULL}', '(1,x)', 1.1, '{1.1,NULL}', 1.1, \
+            '2016-11-04 13:51:30.123', '\"a b\"=>\"1\", c=>NULL', '{\"a=>1\"}', 'Top.Science', 'Ab'";
+        stage.execute(&format!("INSERT INTO things VALUES (1, {row}, 'x')")).await;
+        stage.execute(&format!("INSERT INTO things VALUES (2, {row}, repeat('x', 2000))")).await;
+        crate::parking::until_rows(&stage, &["parked too_large"]).await;
+        let mut expected = json!({
+            "id": 1, "m": "so so", "ms": ["sad", null], "pr": "Kvg=", "prs": ["Kvg=", null],
+            "n": {"scale": 1, "value": "Cw=="}, "t": 1_478_267_490_123_i64,
+            "h": "{\"c\":null,\"a b\":\"1\"}", "hs": ["{\"a\":\"1\"}"], "l": "Top.Science",
+            "c": "Ab", "note": "x",
+        });
+        let got = stage.settled().await;
+        assert_eq!(got[0].json()["after"], expected, "{mode}");
+        // What was parked is the same after a restart, though its types may be gone by then.
+        relay.stop().await.expect_code(0);
+        let text = stage.configuration().replace("1KiB", "1MiB");
+        stage.replace_configuration(&text);
+        let relay = stage.start().await;
+        crate::parking::parked(&stage, &["retry", "--all"]).await;
+        crate::parking::until_rows(&stage, &["released too_large"]).await;
+        let got = stage.settled().await;
+        expected["id"] = json!(2);
+        expected["note"] = json!("x".repeat(2000));
+        assert_eq!(got[1].json()["after"], expected, "{mode}");
+        relay.stop().await.expect_code(0);
+    }
+}

@@ -8,6 +8,7 @@
 //! <https://debezium.io/documentation/reference/stable/connectors/postgresql.html>, "Data type
 //! mappings".
 
+mod extension;
 mod geometry;
 mod number;
 mod time;
@@ -15,6 +16,7 @@ mod time;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
+use super::{Kind, Resolved};
 use super::{array, bytes, is_number, oid, unexpected, utf8, write_bool, write_string};
 use crate::error::Result;
 
@@ -136,6 +138,14 @@ enum Element {
     TimeTz,
     Interval(IntervalHandling),
     Geometric(geometry::Figure),
+    Hstore,
+    /// PostGIS.
+    Ewkb,
+    /// pgvector; of floats that are half as long, or not.
+    Vector {
+        is_half: bool,
+    },
+    SparseVector,
 }
 
 impl Writer {
@@ -155,6 +165,26 @@ impl Writer {
             (None, false) => return None,
         };
         Some(Self { element, delimiter })
+    }
+
+    /// The same for a column of a type that users or extensions made.
+    pub fn of_user_type(of: Resolved, values: &ValueForms) -> Option<Self> {
+        let known = match of.kind {
+            Kind::BuiltIn(element) => Element::of(element, of.modifier, values),
+            Kind::Text => Some(Element::Text),
+            Kind::Hstore => Some(Element::Hstore),
+            Kind::Ewkb => Some(Element::Ewkb),
+            Kind::Vector => Some(Element::Vector { is_half: false }),
+            Kind::HalfVector => Some(Element::Vector { is_half: true }),
+            Kind::SparseVector => Some(Element::SparseVector),
+            Kind::Unknown => None,
+        };
+        // An array whose elements are of a domain over an array has no schema there.
+        let known = known.filter(|_| of.arrays <= 1);
+        let element =
+            known.or(values.include_unknown.then_some(Element::Unknown(values.binary)))?;
+        let is_array = of.arrays == 1;
+        Some(Self { element, delimiter: is_array.then_some(of.delimiter) })
     }
 
     /// Appends `text` as one JSON value.
@@ -194,6 +224,15 @@ impl Writer {
             (None, Element::Bytes(BinaryHandling::Bytes)) => {
                 write_string(out, &STANDARD.encode(placeholder));
             }
+            (None, Element::Hstore) => {
+                let mut json = vec![b'{'];
+                write_string(&mut json, placeholder);
+                json.push(b':');
+                write_string(&mut json, placeholder);
+                json.push(b'}');
+                write_string(out, &String::from_utf8_lossy(&json));
+            }
+            (None, Element::Ewkb) => extension::write_ewkb_unavailable(out),
             (None, _) => write_string(out, placeholder),
         }
     }
@@ -258,6 +297,10 @@ impl Element {
             Element::TimeTz => time::write_timetz(out, text),
             Element::Interval(handling) => time::write_interval(out, text, handling),
             Element::Geometric(figure) => geometry::write(out, text, figure),
+            Element::Hstore => extension::write_hstore(out, text),
+            Element::Ewkb => extension::write_ewkb(out, text),
+            Element::Vector { is_half } => extension::write_vector(out, text, is_half),
+            Element::SparseVector => extension::write_sparse_vector(out, text),
         }
     }
 }
@@ -291,7 +334,8 @@ fn is_text(type_oid: u32) -> bool {
             | CIDR
             | TSVECTOR
     );
-    // Enums, `citext` and other types of users and extensions have text forms.
+    // A type of a user or an extension that nothing is known of: a row that an earlier version
+    // parked.
     is_one || RANGES.contains(&type_oid) || type_oid >= oid::FIRST_USER
 }
 

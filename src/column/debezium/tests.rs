@@ -349,3 +349,143 @@ fn an_error_leaves_what_was_written_before_and_shows_no_value() {
     assert_eq!(error.to_string(), "value of 6 bytes is not a date");
     assert_eq!(out, b"{");
 }
+
+/// Types of a database: an enum, domains, and those of extensions.
+fn user_types() -> crate::column::Types {
+    use crate::column::{Extension, UserType};
+    crate::column::Types(std::collections::HashMap::from([
+        (20_000, UserType::Text),
+        (20_001, UserType::Array(20_000, b',')),
+        (20_002, UserType::Domain(oid::NUMERIC, numeric(8, 4))),
+        (20_003, UserType::Domain(20_002, NONE)),
+        (20_004, UserType::Array(20_002, b',')),
+        (20_005, UserType::Domain(1231, numeric(3, 2))),
+        (20_006, UserType::Array(20_005, b',')),
+        (20_007, UserType::Extension(Extension::Hstore)),
+        (20_008, UserType::Array(20_007, b',')),
+        (20_009, UserType::Extension(Extension::Ewkb)),
+        (20_010, UserType::Array(20_009, b':')),
+        (20_011, UserType::Extension(Extension::Vector)),
+        (20_012, UserType::Extension(Extension::HalfVector)),
+        (20_013, UserType::Extension(Extension::SparseVector)),
+        (20_014, UserType::Extension(Extension::VersionedText)),
+        (20_015, UserType::Composite),
+        (20_016, UserType::Array(20_015, b',')),
+        (20_017, UserType::Range(oid::INT4)),
+        (20_018, UserType::Opaque),
+        (20_019, UserType::Domain(oid::BIT, 1)),
+        (20_020, UserType::Domain(oid::TIMESTAMP, 3)),
+        (20_021, UserType::Domain(20_000, NONE)),
+        (20_022, UserType::Domain(1007, NONE)),
+        (20_023, UserType::Domain(20_014, NONE)),
+    ]))
+}
+
+fn user_writer(type_oid: u32, values: &ValueForms) -> Option<Writer> {
+    match user_types().resolve(type_oid, NONE) {
+        Some(resolved) => Writer::of_user_type(resolved, values),
+        None => Writer::of(type_oid, NONE, values),
+    }
+}
+
+fn user_json(type_oid: u32, text: &str) -> String {
+    let mut out = Vec::new();
+    let writer = user_writer(type_oid, &ValueForms::default()).expect("a type that is known");
+    writer.write(&mut out, text.as_bytes()).expect(text);
+    let json = String::from_utf8(out).unwrap();
+    serde_json::from_str::<serde_json::Value>(&json).expect(&json);
+    json
+}
+
+#[test]
+fn domains_are_their_base_type_and_enums_and_their_like_are_strings() {
+    for (type_oid, text, expected) in [
+        (20_000, "so so", r#""so so""#),
+        (20_001, "{\"so so\",NULL}", r#"["so so",null]"#),
+        (20_021, "ok", r#""ok""#),
+        (20_014, "Top.Science", r#""Top.Science""#),
+        (20_018, "978-0-393-04002-9", r#""978-0-393-04002-9""#),
+        (20_023, "Top", r#""Top""#),
+        (20_002, "1.1000", r#""Kvg=""#),
+        // Nested domains lose length and scale.
+        (20_003, "1.1", r#"{"scale":1,"value":"Cw=="}"#),
+        (20_004, "{1.1000,NULL}", r#"["Kvg=",null]"#),
+        (20_005, "{1.10}", r#"["bg=="]"#),
+        (20_019, "1", "true"),
+        (20_020, "2016-11-04 13:51:30.123", "1478267490123"),
+        (20_022, "{1,NULL}", "[1,null]"),
+    ] {
+        assert_eq!(user_json(type_oid, text), expected, "{type_oid} {text}");
+    }
+}
+
+#[test]
+fn hstore_is_a_string_with_a_json_object() {
+    for (text, expected) in [
+        ("", "{}"),
+        (r#""key"=>"val""#, r#"{"key":"val"}"#),
+        (r#""a"=>"1", "b"=>NULL"#, r#"{"a":"1","b":null}"#),
+        (r#""a, \"=>\\"=>"NULL", ""=>"", "é"=>"x""#, r#"{"a, \"=>\\":"NULL","":"","é":"x"}"#),
+    ] {
+        let json: String = serde_json::from_str(&user_json(20_007, text)).unwrap();
+        assert_eq!(json, expected, "{text}");
+    }
+    let array = user_json(20_008, r#"{"\"a\"=>\"1\"",NULL}"#);
+    assert_eq!(array, r#"["{\"a\":\"1\"}",null]"#);
+    let writer = user_writer(20_007, &ValueForms::default()).unwrap();
+    for wrong in ["a", "\"a\"", "\"a\"=>1", "\"a\"=>\"1\"x", "\"a\"=>\"1\", ", "\"a\"=>\"\\"] {
+        let mut out = Vec::new();
+        assert!(writer.write(&mut out, wrong.as_bytes()).is_err() && out.is_empty(), "{wrong}");
+    }
+    let mut out = Vec::new();
+    writer.write_unavailable(&mut out, &ValueForms::default());
+    let placeholder: String = serde_json::from_slice(&out).unwrap();
+    let word = "__debezium_unavailable_value";
+    assert_eq!(placeholder, format!("{{\"{word}\":\"{word}\"}}"));
+}
+
+#[test]
+fn geometries_of_postgis_are_structures_and_vectors_are_arrays_of_numbers() {
+    let ewkb = "0101000020730C00001C7C613255DE6540787AA52C435C42C0";
+    let point = r#"{"wkb":"AQEAACBzDAAAHHxhMlXeZUB4eqUsQ1xCwA==","srid":3187}"#;
+    assert_eq!(user_json(20_009, ewkb), point);
+    let big_endian = "00200000010000100A3FF00000000000004000000000000000";
+    assert!(user_json(20_009, big_endian).ends_with("\"srid\":4106}"));
+    let plain = "0101000000000000000000F03F0000000000000040";
+    let plain_point = r#"{"wkb":"AQEAAAAAAAAAAADwPwAAAAAAAABA","srid":null}"#;
+    assert_eq!(user_json(20_009, plain), plain_point);
+    let both = format!("{{{ewkb}:{plain}}}");
+    assert_eq!(user_json(20_010, &both), format!("[{point},{plain_point}]"));
+    let writer = user_writer(20_009, &ValueForms::default()).unwrap();
+    for wrong in ["", "0", "01010000", "0101000020", "0101000020730C", "xx01000000"] {
+        assert!(writer.write(&mut Vec::new(), wrong.as_bytes()).is_err(), "{wrong}");
+    }
+    let mut out = Vec::new();
+    writer.write_unavailable(&mut out, &ValueForms::default());
+    let placeholder = r#"{"wkb":"AQEAACDmEAAAAAAA/IPXl8EAAAD8g9eXwQ==","srid":4326}"#;
+    assert_eq!(String::from_utf8(out).unwrap(), placeholder);
+
+    assert_eq!(user_json(20_011, "[1,2.5,-1e-07]"), "[1.0,2.5,-1e-7]");
+    assert_eq!(user_json(20_012, "[1,0.1]"), "[1.0,0.1]");
+    assert_eq!(
+        user_json(20_013, "{1:10,11:20.5}/25"),
+        r#"{"dimensions":25,"vector":[[1,10.0],[11,20.5]]}"#
+    );
+    assert_eq!(user_json(20_013, "{}/3"), r#"{"dimensions":3,"vector":[]}"#);
+    for (type_oid, wrong) in
+        [(20_011, "1,2"), (20_011, "[]"), (20_011, "[NaN]"), (20_013, "{1}/2"), (20_013, "{1:2}")]
+    {
+        let writer = user_writer(type_oid, &ValueForms::default()).unwrap();
+        assert!(writer.write(&mut Vec::new(), wrong.as_bytes()).is_err(), "{wrong}");
+    }
+}
+
+#[test]
+fn row_types_and_ranges_of_users_have_no_field_unless_they_are_asked_for() {
+    let asked = ValueForms { include_unknown: true, ..ValueForms::default() };
+    // The last is an array of a domain over an array.
+    for type_oid in [20_015, 20_016, 20_017, 20_006] {
+        assert_eq!(user_writer(type_oid, &ValueForms::default()), None, "{type_oid}");
+        assert!(user_writer(type_oid, &asked).is_some(), "{type_oid}");
+    }
+}

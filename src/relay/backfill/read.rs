@@ -141,9 +141,7 @@ fn read_shape(
     let columns: Vec<Column> = names
         .iter()
         .zip(types.iter().zip(&modifiers))
-        .map(|(name, (oid, modifier))| {
-            Column::new(name.as_str(), *oid, *modifier).shaped(user_types.shape(*oid))
-        })
+        .map(|(name, (oid, modifier))| Column::of(name.as_str(), *oid, *modifier, user_types))
         .collect();
     let parts = (9..=14).map(texts).collect::<Result<Vec<_>>>()?;
     let mut key = Vec::new();

@@ -23,8 +23,9 @@ pub async fn read_types(client: &impl GenericClient) -> Result<Types> {
         let delimiter: i8 = row.try_get(3).map_err(postgres_error)?;
         let send: &str = row.try_get(4).map_err(postgres_error)?;
         let subtype: Option<u32> = row.try_get(5).map_err(postgres_error)?;
+        let modifier: i32 = row.try_get(6).map_err(postgres_error)?;
         let what = match (base, element) {
-            (Some(base), _) => UserType::Domain(base),
+            (Some(base), _) => UserType::Domain(base, modifier),
             (None, Some(element)) => UserType::Array(element, delimiter.cast_unsigned()),
             (None, None) => UserType::of(send, subtype.unwrap_or(0)),
         };

@@ -56,8 +56,7 @@ pub(super) fn describe(
     let columns: Vec<Column> = relation
         .columns()
         .map(|column| {
-            let shape = options.types.shape(column.type_oid);
-            Column::new(column.name, column.type_oid, column.type_modifier).shaped(shape)
+            Column::of(column.name, column.type_oid, column.type_modifier, &options.types)
         })
         .collect();
     let captured = captured(options, &described, relation.id);
