@@ -28,7 +28,7 @@ pub mod instant;
 pub mod oid;
 mod user_type;
 
-pub use user_type::{Extension, Kind, Resolved, Types, UserType};
+pub use user_type::{Extension, Resolved, Types, UserType, ValueKind};
 
 use serde::{Deserialize, Serialize};
 

@@ -65,6 +65,9 @@ pub struct OutboxRow {
     pub headers: Option<Bytes>,
     /// W3C trace context.
     pub traceparent: Option<ByteString>,
+    /// Further columns of a table of the application's that routes place: a JSON object, with
+    /// values as Debezium writes them.
+    pub columns: Option<Bytes>,
 }
 
 /// The body of an outbox event.

@@ -148,6 +148,13 @@ pub const EXCHANGE_HEADER: &str = "ws-exchange";
 /// The header with the text of a message's key.
 pub const KEY_HEADER: &str = "ws-key";
 
+/// True for names that RabbitMQ or the relay give a meaning to: an application must not set them.
+/// `CC` and `BCC` would add routing keys (sender-selected distribution). Header names are
+/// case-sensitive, so an application's `X-Request-Id` is its own; the outbox's check says the same.
+pub fn is_reserved_header(name: &str) -> bool {
+    name == "CC" || name == "BCC" || name.starts_with("x-") || name.starts_with("ws-")
+}
+
 /// By which routes are told apart without comparing names: a returned message finds its publish
 /// by it, and lanes begin with it, which are stored with parked rows. So it must never change.
 pub fn route_hash(name: &str) -> u64 {

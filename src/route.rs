@@ -4,11 +4,11 @@
 //! none selects is poison: dropping needs a rule that says so.
 //!
 //! To change how routing works, open: this file for the rules, `route/template.rs` for the fields
-//! of templates, `route/texts.rs` for what is made of them, `route/format.rs` for what messages look like, `route/partition.rs` for which
-//! queue a key goes to, `route/plan.rs` for what a route decides once for each table, and
-//! `route/lanes.rs` for which messages wait for each other. What a route does with the columns of a
-//! table: `route/rules.rs` as it is configured, `route/columns.rs` applied, `route/promise.rs` when
-//! the table changes.
+//! of templates, `route/texts.rs` for what is made of them, `route/format.rs` for what messages look
+//! like, `route/partition.rs` for which queue a key goes to, `route/plan.rs` for what a route
+//! decides once for each table, and `route/lanes.rs` for which messages wait for each other. What a
+//! route does with the columns of a table: `route/rules.rs` as it is configured, `route/columns.rs`
+//! applied, `route/promise.rs` when the table changes.
 
 mod columns;
 mod database_secret;
@@ -38,7 +38,7 @@ use texts::Texts;
 
 pub use database_secret::DatabaseSecret;
 pub use format::{
-    CloudEvents, Debezium, DebeziumTable, EventRouter, Format, Placement, TombstoneBody,
+    CloudEvents, Debezium, DebeziumTable, EventRouter, EventTime, Format, Placement, TombstoneBody,
     topic_template,
 };
 pub use lanes::LaneKeys;
@@ -48,7 +48,7 @@ pub use promise::Drift;
 pub use rules::{OnDrift, RouteRules};
 pub use schemas::{Agreement, SchemaChange, Schemas};
 pub use template::{Facts, ShownRow};
-pub use texts::Destination;
+pub use texts::{Address, push_encoded};
 
 /// Most rules that a configuration may have.
 pub const RULES_MAX: usize = 1000;
@@ -118,7 +118,7 @@ pub enum Action {
     /// A message is published.
     Publish {
         /// Where it goes, and with which headers.
-        destination: Destination,
+        address: Box<Address>,
         /// The queues that its keys are spread over.
         partitions: Option<Partitions>,
         /// What its messages look like.
@@ -182,7 +182,7 @@ impl Rule {
 
     /// Empty for a rule that drops, or whose template is wrong.
     fn known_key(&self) -> Vec<KeyPart> {
-        let Action::Publish { destination, .. } = &self.action else { return Vec::new() };
+        let Action::Publish { address, .. } = &self.action else { return Vec::new() };
         let known = match &self.select {
             Select::Outbox { aggregate_type } => {
                 vec![(Field::AggregateType, aggregate_type.as_str())]
@@ -193,7 +193,7 @@ impl Rule {
             }
         };
         let mut fields = Fields::of(&self.select);
-        let parsed = Template::parse("routing_key", &destination.routing_key, &mut fields);
+        let parsed = Template::parse("routing_key", &address.routing_key, &mut fields);
         let Ok(Template(segments)) = parsed else { return Vec::new() };
         if segments.is_empty() {
             return vec![KeyPart::Text(String::new())];
@@ -231,7 +231,7 @@ pub fn default_rules() -> Vec<Rule> {
         owner: String::new(),
         select,
         action: Action::Publish {
-            destination: Destination::new("watership", routing_key),
+            address: Address::new("watership", routing_key).into(),
             partitions: None,
             format,
             contracts: Contracts::default(),
@@ -360,7 +360,7 @@ impl Router {
 
     fn parse(&mut self, id: RouteId, rule: &Rule) -> Result<Parsed> {
         let Action::Publish {
-            destination,
+            address,
             partitions,
             format,
             contracts,
@@ -377,7 +377,7 @@ impl Router {
         mismatch::verify(&rule.select, key, format, contracts, rules).map_err(in_route)?;
         let (select, partitions) = (&rule.select, partitions.as_ref());
         let number = |name: &str| self.number(name);
-        let texts = Texts::parse(select, destination, partitions, format, rules, number);
+        let texts = Texts::parse(select, address, partitions, format, rules, number);
         Ok(Parsed::Publish(Arc::new(Route {
             id,
             name: rule.name.clone(),
@@ -430,6 +430,14 @@ impl Route {
         self.texts.each_header(event, facts, out, each)
     }
 
+    /// The attributes `source` and `type` of a CloudEvent, where the route has templates for them.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when a column has no text.
+    pub fn attributes(&self, event: &Event, facts: Facts<'_>) -> Result<[Option<String>; 2]> {
+        self.texts.attributes(event, facts)
+    }
+
     /// Whether it sets a header of this name itself.
     pub fn sets_header(&self, name: &str) -> bool {
         self.texts.sets_header(name)
@@ -443,7 +451,7 @@ impl Route {
     /// The exchange of a message that was made before; `name` is what its header says.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Event`] when it is none of the route's any more.
+    /// [`crate::error::Kind::Event`] when the route no longer has it.
     pub fn exchange_called(&self, name: Option<&str>) -> Result<ExchangeId> {
         self.texts.exchange_called(&self.name, name)
     }
@@ -479,8 +487,8 @@ mod tests {
     fn rule(name: &str, routing_key: &str) -> Rule {
         let mut rule = default_rules().remove(0);
         rule.name = name.into();
-        let Action::Publish { destination, .. } = &mut rule.action else { unreachable!() };
-        destination.routing_key = routing_key.into();
+        let Action::Publish { address, .. } = &mut rule.action else { unreachable!() };
+        address.routing_key = routing_key.into();
         rule
     }
 

@@ -79,13 +79,13 @@ async fn check_topology(f: &mut Findings, config: &Config, missing: &[Wrong]) ->
 async fn check_permission(f: &mut Findings, config: &Config, missing: &[Wrong]) {
     let mut asked = Vec::new();
     for rule in &config.relay.rules {
-        let Action::Publish { destination, .. } = &rule.action else { continue };
+        let Action::Publish { address, .. } = &rule.action else { continue };
         let part = |part: KeyPart| match part {
             KeyPart::Text(text) => text,
             KeyPart::Word | KeyPart::Any => "x".to_owned(),
         };
         let key: String = rule.known_keys().swap_remove(0).into_iter().map(part).collect();
-        for exchange in destination.exchanges() {
+        for exchange in address.exchanges() {
             let thing = Thing::Exchange(exchange.clone());
             if missing.iter().any(|wrong| wrong.thing == thing) || asked.contains(exchange) {
                 continue;
@@ -111,8 +111,8 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
     let survey = management.survey(&exchanges).await?;
     let mut reached = Vec::new();
     for rule in &config.relay.rules {
-        let Action::Publish { destination, .. } = &rule.action else { continue };
-        let (exchanges, keys) = (destination.exchanges(), rule.known_keys());
+        let Action::Publish { address, .. } = &rule.action else { continue };
+        let (exchanges, keys) = (address.exchanges(), rule.known_keys());
         let of_exchange = |exchange: &String| -> Vec<Vec<String>> {
             keys.iter().map(|key| survey.queues_of(&rule.name, exchange, key)).collect()
         };
@@ -185,9 +185,9 @@ async fn check_bindings(f: &mut Findings, config: &Config, api: &Management) -> 
 fn grade(f: &mut Findings, config: &Config, rule: &Rule, unreached: bool, graded: &Graded) {
     let Graded { grade, reason } = graded;
     let what = format!("{:?} is {grade} ({reason})", rule.name);
-    let Action::Publish { destination, .. } = &rule.action else { return };
+    let Action::Publish { address, .. } = &rule.action else { return };
     let bindings = &config.relay.topology.bindings;
-    let declared = bindings.iter().any(|b| destination.exchanges().contains(&b.exchange));
+    let declared = bindings.iter().any(|b| address.exchanges().contains(&b.exchange));
     match grade {
         Grade::Safe => f.ok("route", what),
         // Before the first run nothing may exist yet; that is reported elsewhere.

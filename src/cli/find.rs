@@ -179,9 +179,9 @@ fn routes(rules: &[Rule], kind: &str, key: &str) -> Vec<String> {
         Select::Table { .. } => false,
     };
     let say = |rule: &Rule| match &rule.action {
-        Action::Publish { destination, partitions, .. } => {
+        Action::Publish { address, partitions, .. } => {
             let exchanges: Vec<String> =
-                destination.exchanges().iter().map(|name| format!("{name:?}")).collect();
+                address.exchanges().iter().map(|name| format!("{name:?}")).collect();
             let exchange = exchanges.join(" or ");
             let queue = partitions.as_ref().map_or_else(String::new, |partitions| {
                 format!(" for queue {:?}", partitions.name(partitions.of_key(key)))

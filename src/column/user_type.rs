@@ -40,7 +40,7 @@ pub enum UserType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resolved {
     /// What one value is, or one element of an array.
-    pub kind: Kind,
+    pub kind: ValueKind,
     /// Its type modifier. Of a domain over a domain none is known.
     pub modifier: i32,
     /// How many arrays are around one value; see [`Shape::arrays`].
@@ -52,7 +52,7 @@ pub struct Resolved {
 /// What a value is that is not an array, under all domains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum ValueKind {
     /// The built-in type with this OID.
     BuiltIn(u32),
     /// Text: an enum, `citext`, `ltree`, `isbn` and others.
@@ -170,21 +170,23 @@ impl Types {
             arrays += 1;
         }
         let kind = match self.0.get(&of) {
-            None => Kind::BuiltIn(of),
-            Some(UserType::Text | UserType::Opaque) => Kind::Text,
-            Some(UserType::Extension(Extension::VersionedText | Extension::Cube)) => Kind::Text,
-            Some(UserType::Extension(Extension::Hstore)) => Kind::Hstore,
-            Some(UserType::Extension(Extension::Ewkb)) => Kind::Ewkb,
-            Some(UserType::Extension(Extension::Vector)) => Kind::Vector,
-            Some(UserType::Extension(Extension::HalfVector)) => Kind::HalfVector,
-            Some(UserType::Extension(Extension::SparseVector)) => Kind::SparseVector,
+            None => ValueKind::BuiltIn(of),
+            Some(UserType::Text | UserType::Opaque) => ValueKind::Text,
+            Some(UserType::Extension(Extension::VersionedText | Extension::Cube)) => {
+                ValueKind::Text
+            }
+            Some(UserType::Extension(Extension::Hstore)) => ValueKind::Hstore,
+            Some(UserType::Extension(Extension::Ewkb)) => ValueKind::Ewkb,
+            Some(UserType::Extension(Extension::Vector)) => ValueKind::Vector,
+            Some(UserType::Extension(Extension::HalfVector)) => ValueKind::HalfVector,
+            Some(UserType::Extension(Extension::SparseVector)) => ValueKind::SparseVector,
             Some(UserType::Range(_) | UserType::Multirange(_) | UserType::Composite) => {
-                Kind::Unknown
+                ValueKind::Unknown
             }
             // Domains that lead to themselves, which no server has.
             Some(UserType::Domain(..) | UserType::Array(..)) => return None,
         };
-        let is_text = kind == Kind::Text && arrays == 0;
+        let is_text = kind == ValueKind::Text && arrays == 0;
         (!is_text).then_some(Resolved { kind, modifier, arrays, delimiter })
     }
 

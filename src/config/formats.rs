@@ -11,7 +11,8 @@ use crate::column::debezium::{
 };
 use crate::event::Op;
 use crate::route::{
-    CloudEvents, Debezium, EventRouter, Format, Placement, Select, TombstoneBody, topic_template,
+    CloudEvents, Debezium, EventRouter, EventTime, Format, Placement, Select, TombstoneBody,
+    topic_template,
 };
 
 const DEBEZIUM: &str = "debezium";
@@ -100,6 +101,10 @@ fn debezium(t: &mut Section<'_>, is_table: bool, relay: &str) -> (Debezium, Key)
         values,
         topic_prefix: t.text("topic_prefix", &default.topic_prefix),
         version: t.text("version", &default.version),
+        event_time: t.word(
+            "event_time",
+            &[("commit", EventTime::Commit), ("processing", EventTime::Processing)],
+        ),
         tombstones: t.flag("tombstones", default.tombstones),
         tombstone_body: t.word("tombstone_body", &bodies),
         skipped: skipped(t),
@@ -217,14 +222,12 @@ fn cloudevents(t: &mut Section<'_>) -> CloudEvents {
     let options = CloudEvents {
         structured: t.word("mode", &[("binary", false), ("structured", true)]),
         source: t.text("source", ""),
+        kind: t.text("type", ""),
         type_prefix: t.text("type_prefix", ""),
         dataschema: t.text("dataschema", ""),
     };
     // RFC 3986, section 2; a dataschema is a URI with its scheme.
     let is_uri = |c: char| c.is_ascii_alphanumeric() || "-._~:/?#[]@!$&'()*+,;=%".contains(c);
-    if !options.source.chars().all(is_uri) {
-        t.invalid("source", format!("{:?}", options.source), "a URI or a path, percent-encoded");
-    }
     let has_scheme = options.dataschema.is_empty() || options.dataschema.contains(':');
     if !options.dataschema.chars().all(is_uri) || !has_scheme {
         let expected = "a URI, such as \"https://example.com/order.json\"";
@@ -242,6 +245,7 @@ fn default_debezium(relay: &str) -> Debezium {
         values: ValueForms::default(),
         topic_prefix: relay.to_owned(),
         version: "watership".to_owned(),
+        event_time: EventTime::Commit,
         tombstones: false,
         tombstone_body: TombstoneBody::Empty,
         skipped: vec![Op::Truncate],

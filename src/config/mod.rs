@@ -169,11 +169,14 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
         source::wal_keys(&mut source, kind);
     let poll_interval = source::poll_interval(&mut source, kind);
     let source::CapturedTables { names: tables, held, initial } = source::tables(&mut source, kind);
-    let outbox = outbox::outbox(&mut outbox, kind, &tables);
+    let mut outbox = outbox::outbox(&mut outbox, kind, &tables);
     let connection = broker::connection(&mut broker, &name);
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);
     let (rules, partitioned) = routes::rules(root, &tables, &name);
+    if outbox.table.is_mapped() {
+        outbox.table.placed = routes::placed(&rules);
+    }
     let admin = admin_options(&mut admin);
     let log = Log {
         format: log.word(

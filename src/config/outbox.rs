@@ -98,7 +98,10 @@ pub(super) fn outbox(t: &mut Section<'_>, kind: SourceKind, captured: &[String])
         SourceKind::Poll => check_retained(t, retained_for, delete_after),
     }
     let catalog = OutboxCatalog::default();
-    let table = OutboxTable { table, columns, demanded, headers_from, order_by, xid, catalog };
+    // The routes say which; they are read later.
+    let placed = Vec::new();
+    let table =
+        OutboxTable { table, columns, demanded, headers_from, placed, order_by, xid, catalog };
     Outbox { table, maintain: false, retain, delete_after, retained_for }
 }
 

@@ -201,8 +201,8 @@ pub(super) fn add_all(root: &Section<'_>, all: &[Partitioned], topology: &mut To
 /// The exchange of partitions routes by whole keys, unless another route needs patterns of it.
 pub(super) fn kind_of_exchange(all: &[Partitioned], rules: &[Rule], name: &str) -> &'static str {
     let needs_patterns = |rule: &Rule| match &rule.action {
-        Action::Publish { destination, partitions, .. } => {
-            partitions.is_none() && destination.exchanges().iter().any(|e| e == name)
+        Action::Publish { address, partitions, .. } => {
+            partitions.is_none() && address.exchanges().iter().any(|e| e == name)
         }
         Action::Drop => false,
     };

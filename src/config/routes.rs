@@ -13,8 +13,8 @@ use super::rules::rules_of;
 use super::section::{Scalar, Section};
 use crate::message::SHORT_STRING_MAX;
 use crate::route::{
-    Action, Destination, EXCHANGES_MAX, MessageIdRule, OnPoison, Ordering, Policy, Router, Rule,
-    Select, default_rules,
+    Action, Address, EXCHANGES_MAX, Format, MessageIdRule, OnPoison, Ordering, Placement, Policy,
+    Router, Rule, Select, default_rules,
 };
 
 /// Maximum of `nack_limit`.
@@ -51,10 +51,26 @@ pub(super) fn rules(
 pub(super) fn exchanges(rules: &[Rule]) -> Vec<&str> {
     let mut list: Vec<&str> = Vec::new();
     for rule in rules {
-        let Action::Publish { destination, .. } = &rule.action else { continue };
-        for exchange in destination.exchanges() {
+        let Action::Publish { address, .. } = &rule.action else { continue };
+        for exchange in address.exchanges() {
             if !list.contains(&exchange.as_str()) {
                 list.push(exchange);
+            }
+        }
+    }
+    list
+}
+
+/// The fields that routes of the outbox place, each once.
+pub(super) fn placed(rules: &[Rule]) -> Vec<String> {
+    let mut list: Vec<String> = Vec::new();
+    for rule in rules {
+        let Action::Publish { format: Format::Debezium(debezium), .. } = &rule.action else {
+            continue;
+        };
+        for Placement { field, .. } in &debezium.router.placements {
+            if !list.contains(field) {
+                list.push(field.clone());
             }
         }
     }
@@ -76,8 +92,8 @@ fn rule(t: &mut Section<'_>, partitioned: &mut Vec<Partitioned>, relay: &str) ->
     let of_route = Partitioned::read(t);
     let action = publishing(t, select.as_ref(), !drop, of_route.as_ref(), relay);
     let action = if drop { Some(Action::Drop) } else { action };
-    if let (Some(mut of_route), Some(Action::Publish { destination, .. })) = (of_route, &action) {
-        destination.exchange.clone_into(&mut of_route.exchange);
+    if let (Some(mut of_route), Some(Action::Publish { address, .. })) = (of_route, &action) {
+        address.exchange.clone_into(&mut of_route.exchange);
         partitioned.push(of_route);
     }
     // What a route asks for to publish is of no use to one that drops.
@@ -161,9 +177,9 @@ fn publishing(
         (None, None) => routing_key,
     };
     let policy = Policy { on_poison, park_unroutable, nack_limit };
-    let destination = Destination { exchange, exchanges, routing_key, headers };
-    (!destination.exchange.is_empty()).then_some(Action::Publish {
-        destination,
+    let address = Box::new(Address { exchange, exchanges, routing_key, headers });
+    (!address.exchange.is_empty()).then_some(Action::Publish {
+        address,
         partitions: partitioned.map(|of_route| of_route.partitions.clone()),
         format,
         contracts,
@@ -244,7 +260,7 @@ fn headers(t: &mut Section<'_>) -> Vec<(String, String)> {
 fn default_routing_key(select: &Select) -> String {
     let same = |rule: &Rule| discriminant(&rule.select) == discriminant(select);
     let key = default_rules().into_iter().find(same).and_then(|rule| match rule.action {
-        Action::Publish { destination, .. } => Some(destination.routing_key),
+        Action::Publish { address, .. } => Some(address.routing_key),
         Action::Drop => None,
     });
     key.unwrap_or_default()

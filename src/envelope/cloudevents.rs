@@ -6,8 +6,6 @@
 //!
 //! <https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/amqp-protocol-binding.md>
 
-use std::fmt::Write as _;
-
 use uuid::Uuid;
 
 use super::{JSON, iso_time, raw};
@@ -15,7 +13,7 @@ use crate::column::write_string;
 use crate::error::{Error, Result};
 use crate::event::{Event, OutboxPayload};
 use crate::message::Builder;
-use crate::route::CloudEvents;
+use crate::route::{CloudEvents, Facts, Route, push_encoded};
 
 /// Content type of an event in structured mode.
 pub(super) const STRUCTURED: &str = "application/cloudevents+json";
@@ -29,35 +27,47 @@ pub(super) struct Attributes {
 }
 
 impl Attributes {
-    /// `about` is the id of the message, its type without prefix, and the text of its key.
+    /// `id` is that of the message, `kind` its type unless the route has a template for it.
     ///
     /// # Errors
-    /// [`crate::error::Kind::Event`] without a type, and for a control character in an attribute.
+    /// [`crate::error::Kind::Event`] without a type or source, for a control character in an
+    /// attribute, and for a template that cannot be made.
     pub(super) fn new(
         relay: &str,
         event: &Event,
-        options: &CloudEvents,
-        about: (Uuid, &str, &str),
+        (route, options): (&Route, &CloudEvents),
+        facts: Facts<'_>,
+        (id, kind): (Uuid, &str),
         traceparent: &str,
     ) -> Result<Self> {
-        let (id, kind, key) = about;
-        let source = match options.source.as_str() {
-            "" => format!("/{}/{}", encoded(relay), encoded(&event.table.full_name)),
-            source => source.to_owned(),
-        };
+        let [source, templated] = route.attributes(event, facts)?;
+        let source = source.unwrap_or_else(|| {
+            let mut source = String::new();
+            for name in [relay, &event.table.full_name] {
+                source.push('/');
+                push_encoded(&mut source, name);
+            }
+            source
+        });
+        let key = facts.key;
+        let is_empty = templated.as_deref().unwrap_or(kind).is_empty();
+        let kind = templated.unwrap_or_else(|| format!("{}{kind}", options.type_prefix));
         let list = [
             ("specversion", "1.0".to_owned()),
             ("id", id.to_string()),
             ("source", source),
-            ("type", format!("{}{kind}", options.type_prefix)),
+            ("type", kind),
             ("subject", key.to_owned()),
             ("time", iso_time(event.occurred_at_us)),
             ("dataschema", options.dataschema.clone()),
             ("partitionkey", key.to_owned()),
             ("traceparent", traceparent.to_owned()),
         ];
-        if kind.is_empty() {
+        if is_empty {
             return Err(Error::event("the event type is empty, and a CloudEvent needs a type"));
+        }
+        if list[2].1.is_empty() {
+            return Err(Error::event("the source is empty, and a CloudEvent needs a source"));
         }
         if let Some((name, _)) = list.iter().find(|(_, value)| value.contains(char::is_control)) {
             let text = format!("the CloudEvents attribute {name:?} has a control character");
@@ -114,22 +124,6 @@ pub(super) fn write_data(
     }
     out.push(b'}');
     Ok(())
-}
-
-/// A segment of a URI's path: what must not stand in one is percent-encoded (RFC 3986).
-fn encoded(name: &str) -> String {
-    let mut segment = String::new();
-    for byte in name.bytes() {
-        match byte {
-            b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b'-' | b'.' | b'_' | b'~' => {
-                segment.push(char::from(byte));
-            }
-            _ => {
-                let _ = write!(segment, "%{byte:02X}");
-            }
-        }
-    }
-    segment
 }
 
 /// Whether an application's header would be taken for an attribute.

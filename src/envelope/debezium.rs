@@ -2,7 +2,7 @@
 //!
 //! Invariant: one change is one record or several (a key change is a delete and a create; a
 //! tombstone follows a delete), and each is a message of its own with a number, so that order and
-//! ids hold on every attempt. The times are those of the commit, not of the processing.
+//! ids hold on every attempt. The times of the source are those of the commit.
 //!
 //! <https://debezium.io/documentation/reference/stable/connectors/postgresql.html>, "Data change
 //! events".
@@ -138,14 +138,14 @@ pub(super) fn write_key(
     Ok(())
 }
 
-/// The body; a tombstone has none.
+/// The body; a tombstone has none. `us` is the time of the event.
 pub(super) fn write(
     out: &mut Vec<u8>,
     event: &Event,
     table: &TablePlan,
-    format: &DebeziumTable,
-    debezium: &Debezium,
+    (format, debezium): (&DebeziumTable, &Debezium),
     record: Record<'_>,
+    us: i64,
 ) -> Result<()> {
     let (op, before, after) = match record {
         Record::Create { new, .. } => ('c', None, Some(new)),
@@ -177,7 +177,7 @@ pub(super) fn write(
     out.extend_from_slice(b",\"source\":");
     write_source(out, event, format, matches!(record, Record::Read { .. }));
     let _ = write!(Text(out), ",\"op\":\"{op}\",");
-    write_times(out, event.committed_at_us);
+    write_times(out, us);
     out.extend_from_slice(b",\"transaction\":null}");
     Ok(())
 }

@@ -1,12 +1,10 @@
 //! Format `debezium`, for the outbox: what Debezium's outbox event router makes of a row.
 //!
 //! The payload is passed on as the application wrote it unless the route asks for another form.
-//! Where the router has columns of its own for additional fields, an outbox row has the members of
-//! its column `headers`.
+//! An additional field is a column of a mapped table, or a member of the column `headers`.
 //!
 //! <https://debezium.io/documentation/reference/stable/transformations/outbox-event-router.html>
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
@@ -128,17 +126,18 @@ fn each_placed(
             each(name, std::str::from_utf8(&json).expect("it was text"))?;
             continue;
         }
-        let members: BTreeMap<String, &RawValue> = match &row.headers {
-            Some(json) => headers::parse(json)?,
-            None => BTreeMap::new(),
-        };
-        match members.get(field) {
+        // A column of the table stands before a member of the column headers.
+        let columns = row.columns.as_deref().map(headers::parse).transpose()?;
+        let members = row.headers.as_deref().map(headers::parse).transpose()?;
+        let mut found = columns.iter().chain(&members).filter_map(|members| members.get(field));
+        match found.next() {
             Some(value) => each(name, value.get())?,
             None if router.ignore_missing => {}
             None => {
                 let text = format!("the row has no field {field:?}, which the route places");
                 return Err(Error::event(text).hint(
-                    "write it into the column headers, or set debezium.missing_field = \"ignore\"",
+                    "it is a column of outbox.table, or a member of the column headers; or set \
+                     debezium.missing_field = \"ignore\"",
                 ));
             }
         }

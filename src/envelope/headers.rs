@@ -5,14 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::value::RawValue;
 
 use crate::error::{Error, Result};
-use crate::message::Builder;
-
-/// True for names that RabbitMQ or the relay give a meaning to: an application must not set them.
-/// `CC` and `BCC` would add routing keys (sender-selected distribution). Header names are
-/// case-sensitive, so an application's `X-Request-Id` is its own; the outbox's check says the same.
-pub fn is_reserved_header(name: &str) -> bool {
-    name == "CC" || name == "BCC" || name.starts_with("x-") || name.starts_with("ws-")
-}
+use crate::message::{Builder, is_reserved_header};
 
 /// The members of the column `headers`.
 pub(super) fn parse(headers: &[u8]) -> Result<BTreeMap<String, &RawValue>> {

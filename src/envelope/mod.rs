@@ -1,7 +1,8 @@
 //! Event to message: properties, headers and body. Pure.
 //!
 //! Invariant: a message is a function of the event, its plan and the relay's name, so the same
-//! event gives the same bytes on every attempt. Each format has a file for its bodies; what all
+//! event gives the same bytes on every attempt. Only a route that asks for it has the time at which
+//! a message was made. Each format has a file for its bodies; what all
 //! formats share (properties, the relay's own headers, the key) is here.
 
 mod cloudevents;
@@ -19,8 +20,8 @@ use crate::error::Result;
 use crate::event::{Change, Content, Event, OutboxPayload, OutboxRow, id};
 use crate::message::{Builder, EXCHANGE_HEADER, ExchangeId, Message, Properties, ROUTE_HEADER};
 use crate::route::{
-    CloudEvents, Debezium, DebeziumTable, Facts, Format, MessageIdRule, Ordering, Plan, Route,
-    ShownRow, TablePlan,
+    CloudEvents, Debezium, DebeziumTable, EventTime, Facts, Format, MessageIdRule, Ordering, Plan,
+    Route, ShownRow, TablePlan,
 };
 use cloudevents::Attributes;
 use debezium::Record;
@@ -28,7 +29,7 @@ use debezium::Record;
 use key::{key_columns, key_columns_of, key_row, sent_columns, shown_row};
 use key::{write_key_text, write_row_key_text};
 
-pub use headers::is_reserved_header;
+pub use crate::message::is_reserved_header;
 pub use key::key_text;
 
 const JSON: &str = "application/json";
@@ -44,6 +45,8 @@ const SCRATCH_KEPT: usize = 64 * 1024;
 #[derive(Debug)]
 pub struct Envelope {
     app_id: String,
+    /// Asked only by a route that wants the time of processing.
+    clock: fn() -> i64,
     // Scratch space, kept between events.
     routing_key: String,
     kind: String,
@@ -58,10 +61,11 @@ pub struct Envelope {
 }
 
 impl Envelope {
-    /// `app_id` is the relay's name.
-    pub fn new(app_id: impl Into<String>) -> Self {
+    /// `app_id` is the relay's name; `clock` gives microseconds since 1970-01-01 UTC.
+    pub fn new(app_id: impl Into<String>, clock: fn() -> i64) -> Self {
         Self {
             app_id: app_id.into(),
+            clock,
             routing_key: String::new(),
             kind: String::new(),
             key: String::new(),
@@ -114,8 +118,8 @@ impl Envelope {
         let attributes = match &route.format {
             Format::CloudEvents(options) => {
                 let traceparent = row.traceparent.as_deref().unwrap_or_default();
-                let about = (id, &*row.event_type, &*self.key);
-                Some(Attributes::new(&self.app_id, event, options, about, traceparent)?)
+                let (by, about) = ((route, &**options), (id, &*row.event_type));
+                Some(Attributes::new(&self.app_id, event, by, facts, about, traceparent)?)
             }
             Format::Raw | Format::Watership | Format::Debezium(_) => None,
         };
@@ -212,8 +216,10 @@ impl Envelope {
         self.record_key.clear();
         let kind = format!("{}.{op}", event.table.full_name);
         let shown = shown_row(table, change);
-        let about = (message_id(event.id, &plan.route, part), &*kind, &*self.key);
-        let attributes = Attributes::new(&self.app_id, event, options, about, "")?;
+        let facts = Facts { key: &self.key, record_key: "", op, row: Some(shown) };
+        let (by, about) =
+            ((&*plan.route, options), (message_id(event.id, &plan.route, part), &*kind));
+        let attributes = Attributes::new(&self.app_id, event, by, facts, about, "")?;
         self.body.clear();
         if attributes.structured {
             attributes.write_json(&mut self.body, JSON);
@@ -257,7 +263,14 @@ impl Envelope {
         let is_tombstone = matches!(record, Record::Tombstone { .. });
         match is_tombstone {
             true => self.body.extend_from_slice(options.tombstone_body.bytes()),
-            false => debezium::write(&mut self.body, event, table, of_table, options, record)?,
+            false => {
+                let us = match options.event_time {
+                    EventTime::Commit => event.committed_at_us,
+                    EventTime::Processing => (self.clock)(),
+                };
+                let of = (of_table, options);
+                debezium::write(&mut self.body, event, table, of, record, us)?;
+            }
         }
         let row = record.key_row();
         let is_only_identity = row.is_some_and(|(_, is_only_identity)| is_only_identity);

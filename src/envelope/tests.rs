@@ -15,6 +15,9 @@ use crate::route::{Action, Format, Plan, Router, Rule, default_rules};
 /// 2026-01-02T03:04:05.678901Z.
 const COMMITTED_AT_US: i64 = 1_767_323_045_678_901;
 
+/// When messages are made.
+pub(super) const NOW_US: i64 = COMMITTED_AT_US + 1_500_007;
+
 pub(super) fn event(table: Table, content: Content) -> Event {
     Event {
         id: Uuid::from_u128(7),
@@ -51,6 +54,7 @@ pub(super) fn outbox(payload: OutboxPayload) -> Event {
         content_type: None,
         headers: None,
         traceparent: None,
+        columns: None,
     };
     event(table("outbox"), Content::Outbox(Box::new(row)))
 }
@@ -68,7 +72,7 @@ pub(super) fn message(event: &Event, rule: Rule, part: u16) -> Result<Message> {
     let router = Router::new(&[rule])?;
     let route = router.publishing().next().expect("one that publishes").clone();
     let table = matches!(event.content, Content::Change(_)).then_some(&event.table);
-    Envelope::new("shop").message(event, &Plan::new(route, table), part)
+    Envelope::new("shop", || NOW_US).message(event, &Plan::new(route, table), part)
 }
 
 fn body(event: &Event, format: Format) -> Result<String> {

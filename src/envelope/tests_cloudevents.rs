@@ -132,3 +132,80 @@ fn what_cannot_be_an_attribute_is_an_error_and_an_application_does_not_set_them(
     assert_eq!(list.iter().filter(|(name, _)| name == "id").count(), 1);
     assert!(list.contains(&("id".to_owned(), ID.to_owned())), "{list:?}");
 }
+
+fn refused(event: &Event, options: &CloudEvents) -> String {
+    made(event, options).unwrap_err().text_with_hint()
+}
+
+#[test]
+fn source_and_type_can_be_templates_in_both_modes() {
+    let columns = vec![Column::new("id", oid::INT4, -1), Column::new("tenant", oid::TEXT, -1)];
+    let identity = Identity::Columns(vec![0]);
+    let table = crate::event::Table { columns, key: vec![0], identity, ..table("t") };
+    let row = |tenant: Option<&'static str>| -> crate::event::Row {
+        let text = |text: &'static str| Value::Text(Bytes::from_static(text.as_bytes()));
+        [text("7"), tenant.map_or(Value::Null, text)].into()
+    };
+    let insert =
+        |tenant| event(table.clone(), Content::Change(Change::Insert { new: row(tenant) }));
+    for structured in [false, true] {
+        let options = CloudEvents {
+            structured,
+            source: "urn:shop:{column.tenant}/{table}".into(),
+            kind: "com.example.{table}.{op}".into(),
+            ..CloudEvents::default()
+        };
+        let got = made(&insert(Some("a/b \u{e9}")), &options).unwrap();
+        let value = |name: &str| match structured {
+            true => {
+                serde_json::from_slice::<Json>(got.body()).unwrap()[name].as_str().map(Into::into)
+            }
+            false => {
+                attributes(&got).0.into_iter().find(|(known, _)| known == name).map(|(_, v)| v)
+            }
+        };
+        assert_eq!(value("source").as_deref(), Some("urn:shop:a%2Fb%20%C3%A9/t"));
+        assert_eq!(value("type").as_deref(), Some("com.example.t.insert"));
+        let error = refused(&insert(None), &options);
+        let expected = "the CloudEvents attribute \"source\": column \"tenant\" is in a template";
+        assert!(error.contains(expected), "{error}");
+        let control =
+            CloudEvents { source: String::new(), kind: "{column.tenant}".into(), ..options };
+        assert!(refused(&insert(Some("a\u{7}")), &control).contains("has a control character"));
+        assert!(refused(&insert(Some("")), &control).contains("the event type is empty"));
+    }
+    let options =
+        CloudEvents { kind: "{aggregate_type}.{event_type}".into(), ..Default::default() };
+    let (list, _) = attributes(&made(&order(json_payload()), &options).unwrap());
+    assert!(list.contains(&("type".to_owned(), "order.created".to_owned())), "{list:?}");
+}
+
+#[test]
+fn templates_of_attributes_that_cannot_be_followed_are_refused_at_start() {
+    let text = |text: &str| text.to_owned();
+    for (options, expected) in [
+        (
+            CloudEvents { source: text("/a/{table}"), ..Default::default() },
+            "cloudevents.source \"/a/{table}\": field \"table\" is not known here, allowed are: ",
+        ),
+        (
+            CloudEvents { source: text("/a b/{key}"), ..Default::default() },
+            "expected a URI or a path, percent-encoded",
+        ),
+        (
+            CloudEvents { kind: text("{key"), ..Default::default() },
+            "cloudevents.type \"{key\": a \"{\" without \"}\"",
+        ),
+        (
+            CloudEvents { kind: text("{record_key}"), ..Default::default() },
+            "cloudevents.type: the field \"record_key\" is known with format = \"debezium\" only",
+        ),
+        (
+            CloudEvents { kind: text("x"), type_prefix: text("y"), ..Default::default() },
+            "cloudevents.type and cloudevents.type_prefix are two ways to say it; keep one",
+        ),
+    ] {
+        let error = refused(&order(json_payload()), &options);
+        assert!(error.contains(expected), "{error}");
+    }
+}

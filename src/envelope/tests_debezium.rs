@@ -15,7 +15,7 @@ use bytes::Bytes;
 use serde_json::{Value as Json, json};
 
 use super::parts;
-use super::tests::{event, message, outbox, rule, table};
+use super::tests::{NOW_US, event, message, outbox, rule, table};
 use crate::column::{debezium::ValueForms, oid};
 use crate::event::hidden::Hidden;
 use crate::event::{
@@ -23,7 +23,7 @@ use crate::event::{
 };
 use crate::message::Message;
 use crate::route::{
-    Action, Debezium, Decision, EventRouter, Format, Placement, Plans, Resumed, Router,
+    Action, Debezium, Decision, EventRouter, EventTime, Format, Placement, Plans, Resumed, Router,
     TombstoneBody,
 };
 
@@ -32,6 +32,7 @@ fn options() -> Debezium {
         values: ValueForms::default(),
         topic_prefix: "bench".into(),
         version: "watership".into(),
+        event_time: EventTime::Commit,
         tombstones: false,
         tombstone_body: TombstoneBody::Empty,
         skipped: vec![Op::Truncate],
@@ -107,6 +108,17 @@ fn an_insert_is_a_create_with_the_times_of_its_commit() {
     );
     assert_eq!(text(&got[0], "ws-op").as_deref(), Some("insert"));
     assert_eq!(messages(&event, options())[0].body(), got[0].body());
+}
+
+#[test]
+fn the_times_of_the_event_can_be_those_of_its_processing_and_the_source_has_its_commit() {
+    let event = change(by_key(), Change::Insert { new: row("7", Some("x")) });
+    let got = messages(&event, Debezium { event_time: EventTime::Processing, ..options() });
+    let body = body(&got[0]);
+    let times = |of: &Json| [of["ts_ms"].clone(), of["ts_us"].clone(), of["ts_ns"].clone()];
+    let now = [json!(NOW_US / 1000), json!(NOW_US), json!(NOW_US * 1000)];
+    assert_eq!(times(&body), now);
+    assert_eq!(times(&body["source"])[1], json!(1_767_323_045_678_901_i64));
 }
 
 #[test]
@@ -223,8 +235,8 @@ fn the_routing_key_can_be_the_topic_or_the_key_of_the_record() {
         (String::new(), ""),
     ] {
         let mut rule = rule(&event, Format::Debezium(Arc::new(options())));
-        let Action::Publish { destination, .. } = &mut rule.action else { unreachable!() };
-        destination.routing_key = template;
+        let Action::Publish { address, .. } = &mut rule.action else { unreachable!() };
+        address.routing_key = template;
         let got = message(&event, rule, 0).unwrap();
         assert_eq!(got.routing_key(), expected.as_bytes());
     }
@@ -282,8 +294,8 @@ fn cases_8_and_11_key_and_topic_are_templates() {
     ] {
         let event = user("{}", None);
         let mut rule = rule(&event, Format::Debezium(Arc::new(options())));
-        let Action::Publish { destination, .. } = &mut rule.action else { unreachable!() };
-        destination.routing_key = template.to_owned();
+        let Action::Publish { address, .. } = &mut rule.action else { unreachable!() };
+        address.routing_key = template.to_owned();
         assert_eq!(message(&event, rule, 0).unwrap().routing_key(), expected.as_bytes());
     }
 }

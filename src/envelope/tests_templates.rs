@@ -10,7 +10,7 @@ use crate::event::{
     Change, Column, Content, Event, Identity, OldRow, OutboxPayload, Row, Unreadable, Value,
 };
 use crate::message::Message;
-use crate::route::{Action, Destination, Format, Router, Rule};
+use crate::route::{Action, Address, Format, Router, Rule};
 
 fn change(change: Change) -> Event {
     let columns = vec![Column::new("id", oid::INT4, -1), Column::new("region", oid::TEXT, -1)];
@@ -34,8 +34,8 @@ fn insert(region: Value) -> Event {
 /// A route with this routing key, a header `region`, and two exchanges to choose from.
 fn by_region(event: &Event, routing_key: &str) -> Rule {
     let mut rule = rule(event, Format::Watership);
-    let Action::Publish { destination, .. } = &mut rule.action else { unreachable!() };
-    *destination = Destination {
+    let Action::Publish { address, .. } = &mut rule.action else { unreachable!() };
+    **address = Address {
         exchange: "shop.{column.region}".into(),
         exchanges: vec!["shop.us".into(), "shop.eu".into()],
         routing_key: routing_key.into(),
@@ -102,8 +102,8 @@ fn what_has_no_text_or_no_place_is_refused_with_the_reason_and_without_the_value
     }
     let long = insert(text(&"x".repeat(255)));
     let mut of_one = by_region(&long, "{column.region}.");
-    let Action::Publish { destination, .. } = &mut of_one.action else { unreachable!() };
-    *destination = Destination { headers: Vec::new(), ..Destination::new("e", "{column.region}.") };
+    let Action::Publish { address, .. } = &mut of_one.action else { unreachable!() };
+    **address = Address { headers: Vec::new(), ..Address::new("e", "{column.region}.") };
     let error = refused(message(&long, of_one, 0));
     assert_eq!(error, "routing key of route \"tables\" has 256 bytes, AMQP allows 255");
 }
@@ -114,8 +114,8 @@ fn headers_of_a_route_stand_before_those_of_the_application() {
     let Content::Outbox(row) = &mut event.content else { unreachable!() };
     row.headers = Some(Bytes::from_static(b"{\"kind\": \"own\", \"other\": \"own\"}"));
     let mut rule = rule(&event, Format::Raw);
-    let Action::Publish { destination, .. } = &mut rule.action else { unreachable!() };
-    destination.headers = vec![("kind".into(), "{aggregate_type}/{event_type}".into())];
+    let Action::Publish { address, .. } = &mut rule.action else { unreachable!() };
+    address.headers = vec![("kind".into(), "{aggregate_type}/{event_type}".into())];
     let got = message(&event, rule, 0).unwrap();
     assert_eq!(header(&got, "kind").as_deref(), Some("order/created"));
     assert_eq!(header(&got, "other").as_deref(), Some("own"));
@@ -127,10 +127,10 @@ fn templates_that_cannot_be_followed_are_refused_at_start() {
     let change = insert(Value::Null);
     let outbox = outbox(OutboxPayload::Empty);
     let long = "x".repeat(256);
-    let with = |event: &Event, make: &dyn Fn(&mut Destination)| {
+    let with = |event: &Event, make: &dyn Fn(&mut Address)| {
         let mut rule = rule(event, Format::Watership);
-        let Action::Publish { destination, .. } = &mut rule.action else { unreachable!() };
-        make(destination);
+        let Action::Publish { address, .. } = &mut rule.action else { unreachable!() };
+        make(address);
         Router::new(&[rule]).unwrap_err().text_with_hint()
     };
     let header = |name: &str, text: &str| vec![(name.to_owned(), text.to_owned())];

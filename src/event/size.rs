@@ -31,7 +31,8 @@ impl Event {
                         .map(Bytes::len)
                         .sum(),
                 };
-                payload + outbox.headers.as_ref().map_or(0, Bytes::len)
+                let further = [&outbox.headers, &outbox.columns];
+                payload + further.into_iter().flatten().map(Bytes::len).sum::<usize>()
             }
             Content::Change(Change::Insert { new } | Change::Read { new, .. }) => row(new),
             Content::Change(Change::Update { old: before, new }) => {
@@ -137,7 +138,7 @@ mod tests {
         let (plans, mut bodies) = (Plans::new(&router, Resumed::default()), Vec::new());
         plans.decide_alone(&router, event, &Hidden::default(), |decision| {
             let Decision::Publish(plan, _) = decision else { panic!("it is dropped") };
-            bodies.push(Envelope::new("r").message(event, plan, 0).unwrap().body().to_vec());
+            bodies.push(Envelope::new("r", || 0).message(event, plan, 0).unwrap().body().to_vec());
         });
         bodies.pop().expect("one route takes all tables")
     }

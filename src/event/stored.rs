@@ -25,8 +25,8 @@ use crate::position::{Lsn, Position};
 
 /// Version of the latest form that this program writes. It reads this one and those before it.
 const FORM: u32 = 2;
-/// The form of a document without what the second form brought, which are shapes, hidden values and
-/// the rows that a backfill read: an earlier program reads what it knows.
+/// The form of a document without what the second form brought, which are shapes, hidden values,
+/// further columns, and the rows that a backfill read: an earlier program reads what it knows.
 const FIRST_FORM: u32 = 1;
 
 /// Bytes of a document above which large values are left out of it. It is in memory several times
@@ -102,6 +102,8 @@ struct StoredOutbox {
     content_type: Option<String>,
     headers: Option<Cell>,
     traceparent: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    columns: Option<Cell>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -191,6 +193,7 @@ fn stored(event: &Event, hidden: Option<&Hidden>, kept: usize) -> Stored {
         form: match &event.content {
             _ if hidden.is_some() => FORM,
             Content::Change(Change::Read { .. }) => FORM,
+            Content::Outbox(row) if row.columns.is_some() => FORM,
             _ if !(table.shapes.is_empty() && table.resolved.is_empty()) => FORM,
             Content::Outbox(_) | Content::Change(_) => FIRST_FORM,
         },
@@ -357,6 +360,7 @@ fn store_outbox(row: &OutboxRow, kept: usize) -> StoredOutbox {
         content_type: row.content_type.as_ref().map(text),
         headers: row.headers.as_ref().map(cell),
         traceparent: row.traceparent.as_ref().map(text),
+        columns: row.columns.as_ref().map(cell),
     }
 }
 
@@ -390,6 +394,7 @@ fn load_outbox(stored: StoredOutbox) -> Result<OutboxRow> {
         content_type: stored.content_type.map(Into::into),
         headers: stored.headers.map(present).transpose()?.flatten(),
         traceparent: stored.traceparent.map(Into::into),
+        columns: stored.columns.map(present).transpose()?.flatten(),
     })
 }
 

@@ -19,7 +19,7 @@ pub mod window;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
@@ -74,6 +74,12 @@ pub struct Relay<S, P, C> {
     tuning: Tuning,
     ending: Ending,
     stream_failed: bool,
+}
+
+/// Microseconds since 1970-01-01 UTC.
+fn clock_us() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
 }
 
 /// Events become messages.
@@ -195,7 +201,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             making: Making {
                 router,
                 plans,
-                envelope: Envelope::new(name),
+                envelope: Envelope::new(name, clock_us),
                 batch: Vec::new(),
                 made: Vec::new(),
                 broker_max_body: usize::MAX,

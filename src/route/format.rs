@@ -27,8 +27,11 @@ pub enum Format {
 pub struct CloudEvents {
     /// One JSON object with all attributes, instead of headers beside the data.
     pub structured: bool,
-    /// The attribute `source`, a URI reference; if empty, made of the names of relay and table.
+    /// Template of the attribute `source`, a URI reference; if empty, made of the names of relay
+    /// and table.
     pub source: String,
+    /// Template of the attribute `type`; if empty, the event type, or table and operation.
+    pub kind: String,
     /// Stands before the event type, or before table and operation, in the attribute `type`.
     pub type_prefix: String,
     /// The attribute `dataschema`, a URI; empty for none.
@@ -65,6 +68,8 @@ pub struct Debezium {
     pub topic_prefix: String,
     /// `source.version`: there it is the version of Debezium.
     pub version: String,
+    /// What the times of a change event are; those in its `source` are always of the commit.
+    pub event_time: EventTime,
     /// `tombstones.on.delete`: a message without a body follows each delete.
     pub tombstones: bool,
     /// What a message without a value has for its body. Debezium Server's RabbitMQ sink sends the
@@ -74,6 +79,15 @@ pub struct Debezium {
     pub skipped: Vec<Op>,
     /// What is made of outbox rows.
     pub router: EventRouter,
+}
+
+/// `ts_ms`, `ts_us` and `ts_ns` of a change event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EventTime {
+    /// When it was committed: each attempt has the same bytes.
+    Commit,
+    /// When its message was made, as Debezium has it: attempts differ.
+    Processing,
 }
 
 /// The body of a tombstone.

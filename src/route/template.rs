@@ -162,13 +162,17 @@ impl Template {
         Ok(Self(segments))
     }
 
+    /// The texts between its fields.
+    pub(super) fn texts(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().filter_map(|segment| match segment {
+            Segment::Text(text) => Some(text.as_str()),
+            Segment::Field(_) | Segment::Partition(_) => None,
+        })
+    }
+
     /// Bytes that every text of it has.
     pub(super) fn least_len(&self) -> usize {
-        let len = |segment: &Segment| match segment {
-            Segment::Text(text) => text.len(),
-            Segment::Field(_) | Segment::Partition(_) => 0,
-        };
-        self.0.iter().map(len).sum()
+        self.texts().map(str::len).sum()
     }
 
     /// Whether the field is in it.
@@ -181,12 +185,25 @@ impl Template {
     /// # Errors
     /// [`crate::error::Kind::Event`] when a column that it names has no text in this row.
     pub(super) fn render(&self, event: &Event, facts: Facts<'_>, out: &mut String) -> Result<()> {
+        self.each_piece(event, facts, |piece, _| out.push_str(piece))
+    }
+
+    /// The pieces of the text for a message, in order, and whether each is the value of a field.
+    ///
+    /// # Errors
+    /// As [`Self::render`].
+    pub(super) fn each_piece(
+        &self,
+        event: &Event,
+        facts: Facts<'_>,
+        mut each: impl FnMut(&str, bool),
+    ) -> Result<()> {
         for segment in &self.0 {
             match segment {
-                Segment::Text(text) => out.push_str(text),
-                Segment::Field(Field::Column(index)) => out.push_str(column(facts.row, *index)?),
-                Segment::Field(field) => out.push_str(field.of(event, facts)),
-                Segment::Partition(names) => out.push_str(partition(names, facts.key)),
+                Segment::Text(text) => each(text, false),
+                Segment::Field(Field::Column(index)) => each(column(facts.row, *index)?, true),
+                Segment::Field(field) => each(field.of(event, facts), true),
+                Segment::Partition(names) => each(partition(names, facts.key), true),
             }
         }
         Ok(())

@@ -5,18 +5,19 @@
 //! is verified at start, and is graded, whatever the rows say; what a template makes beside the
 //! list is an error of the event.
 
+use std::fmt::Write as _;
+
 use super::template::{Facts, Field, Fields, Segment, Template, partition};
-use super::{Format, Partitions, Rule, Select};
-use crate::envelope::is_reserved_header;
+use super::{CloudEvents, Format, Partitions, Rule, Select};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event::hidden::Hide;
-use crate::message::{ExchangeId, SHORT_STRING_MAX};
+use crate::message::{ExchangeId, SHORT_STRING_MAX, is_reserved_header};
 use crate::route::RouteRules;
 
 /// Where the messages of a route go.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Destination {
+pub struct Address {
     /// The exchange; with `exchanges`, a template that makes one of them.
     pub exchange: String,
     /// All exchanges that the template may make; empty where the exchange has no fields.
@@ -28,7 +29,7 @@ pub struct Destination {
     pub headers: Vec<(String, String)>,
 }
 
-impl Destination {
+impl Address {
     /// To one exchange, without headers.
     pub fn new(exchange: impl Into<String>, routing_key: impl Into<String>) -> Self {
         let (exchange, routing_key) = (exchange.into(), routing_key.into());
@@ -50,6 +51,8 @@ pub(super) struct Texts {
     exchange: Exchange,
     routing_key: Template,
     headers: Vec<(String, Template)>,
+    /// The attributes `source` and `type` of CloudEvents, where they are templates.
+    attributes: [Option<Template>; 2],
     /// The columns that they name, by the names of the table.
     pub(super) columns: Vec<String>,
 }
@@ -66,7 +69,7 @@ impl Texts {
     pub(super) fn none() -> Self {
         let exchange = Exchange::One(ExchangeId(0));
         let (routing_key, headers, columns) = (Template::default(), Vec::new(), Vec::new());
-        Self { exchange, routing_key, headers, columns }
+        Self { exchange, routing_key, headers, attributes: [None, None], columns }
     }
 
     /// Parses them. `exchange_id` numbers an exchange.
@@ -75,7 +78,7 @@ impl Texts {
     /// [`crate::error::Kind::Config`] with what is wrong.
     pub(super) fn parse(
         select: &Select,
-        destination: &Destination,
+        address: &Address,
         partitions: Option<&Partitions>,
         format: &Format,
         rules: &RouteRules,
@@ -84,12 +87,12 @@ impl Texts {
         let mut fields = Fields::of(select);
         let routing_key = match partitions {
             Some(partitions) => Template::of_partitions(partitions),
-            None => Template::parse("routing_key", &destination.routing_key, &mut fields)?,
+            None => Template::parse("routing_key", &address.routing_key, &mut fields)?,
         };
-        let made = Template::parse("exchange", &destination.exchange, &mut fields);
-        let exchange = match destination.exchanges.as_slice() {
+        let made = Template::parse("exchange", &address.exchange, &mut fields);
+        let exchange = match address.exchanges.as_slice() {
             // Without a list the name is the name, as the broker has it.
-            [] => Exchange::One(exchange_id(&destination.exchange)),
+            [] => Exchange::One(exchange_id(&address.exchange)),
             listed => {
                 let made = made?;
                 if partitions.is_some() {
@@ -107,17 +110,21 @@ impl Texts {
         check_length("routing_key", &routing_key)?;
         check_record_key("routing_key", &routing_key, format)?;
         let mut headers = Vec::new();
-        for (name, text) in &destination.headers {
+        for (name, text) in &address.headers {
             check_header(name, select, format)?;
             let template = Template::parse(&format!("headers.{name}"), text, &mut fields)?;
             check_record_key(&format!("headers.{name}"), &template, format)?;
             headers.push((name.clone(), template));
         }
+        let attributes = match format {
+            Format::CloudEvents(options) => attributes(options, &mut fields)?,
+            Format::Raw | Format::Watership | Format::Debezium(_) => [None, None],
+        };
         let columns = fields.columns;
         for name in &columns {
             check_column(name, rules)?;
         }
-        Ok(Self { exchange, routing_key, headers, columns })
+        Ok(Self { exchange, routing_key, headers, attributes, columns })
     }
 
     /// Writes the routing key into `out`, which is cleared first, and returns the exchange.
@@ -189,6 +196,29 @@ impl Texts {
         Ok(())
     }
 
+    /// The attributes `source` and `type` of a CloudEvent, where they are templates.
+    ///
+    /// # Errors
+    /// [`crate::error::Kind::Event`] when a column has no text.
+    pub(super) fn attributes(
+        &self,
+        event: &Event,
+        facts: Facts<'_>,
+    ) -> Result<[Option<String>; 2]> {
+        let [source, kind] = &self.attributes;
+        let render = |name: &str, template: &Option<Template>, is_uri: bool| -> Result<_> {
+            let Some(template) = template else { return Ok(None) };
+            let mut text = String::new();
+            let made = template.each_piece(event, facts, |piece, is_field| match is_field {
+                true if is_uri => push_encoded(&mut text, piece),
+                _ => text.push_str(piece),
+            });
+            made.map_err(|error| error.context(format!("the CloudEvents attribute {name:?}")))?;
+            Ok(Some(text))
+        };
+        Ok([render("source", source, true)?, render("type", kind, false)?])
+    }
+
     /// Whether a header of this name is among them.
     pub(super) fn sets_header(&self, wanted: &str) -> bool {
         self.headers.iter().any(|(name, _)| name == wanted)
@@ -207,19 +237,70 @@ impl Rule {
     /// The columns that its templates name, with the key of the configuration; none for a rule
     /// whose templates are wrong.
     pub fn template_columns(&self) -> Vec<(String, String)> {
-        let super::Action::Publish { destination, .. } = &self.action else { return Vec::new() };
-        let Destination { exchange, exchanges, routing_key, headers } = destination;
+        let super::Action::Publish { address, format, .. } = &self.action else {
+            return Vec::new();
+        };
+        let Address { exchange, exchanges, routing_key, headers } = &**address;
         let exchange = (!exchanges.is_empty()).then(|| ("exchange".to_owned(), exchange));
         let headers = headers.iter().map(|(name, text)| (format!("headers.{name}"), text));
         let mut all = Vec::new();
         let texts = exchange.into_iter().chain([("routing_key".to_owned(), routing_key)]);
-        for (setting, text) in texts.chain(headers) {
+        let attributes = match format {
+            Format::CloudEvents(options) => Some([
+                ("cloudevents.source".to_owned(), &options.source),
+                ("cloudevents.type".to_owned(), &options.kind),
+            ]),
+            Format::Raw | Format::Watership | Format::Debezium(_) => None,
+        };
+        for (setting, text) in texts.chain(headers).chain(attributes.into_iter().flatten()) {
             let mut fields = Fields::of(&self.select);
             if Template::parse(&setting, text, &mut fields).is_ok() {
                 all.extend(fields.columns.into_iter().map(|column| (setting.clone(), column)));
             }
         }
         all
+    }
+}
+
+/// `source` and `type`, where they are given.
+fn attributes(options: &CloudEvents, fields: &mut Fields) -> Result<[Option<Template>; 2]> {
+    let mut parse = |setting: &str, text: &str| {
+        let parsed = (!text.is_empty()).then(|| Template::parse(setting, text, fields));
+        let parsed = parsed.transpose()?;
+        match parsed.as_ref().is_some_and(|parsed| parsed.has(Field::RecordKey)) {
+            true => Err(no_record_key(setting)),
+            false => Ok(parsed),
+        }
+    };
+    let source = parse("cloudevents.source", &options.source)?;
+    let kind = parse("cloudevents.type", &options.kind)?;
+    // RFC 3986, section 2.
+    let is_uri = |c: char| c.is_ascii_alphanumeric() || "-._~:/?#[]@!$&'()*+,;=%".contains(c);
+    if !source.iter().flat_map(Template::texts).flat_map(str::chars).all(is_uri) {
+        let text = format!("cloudevents.source is {:?}", options.source);
+        return Err(Error::config(text).hint("expected a URI or a path, percent-encoded"));
+    }
+    if kind.is_some() && !options.type_prefix.is_empty() {
+        let text = "cloudevents.type and cloudevents.type_prefix are two ways to say it; keep one";
+        return Err(Error::config(text));
+    }
+    if kind.iter().flat_map(Template::texts).any(|text| text.contains(char::is_control)) {
+        return Err(Error::config("cloudevents.type has a control character; remove it"));
+    }
+    Ok([source, kind])
+}
+
+/// As a segment of a URI's path: what must not stand in one is percent-encoded (RFC 3986).
+pub fn push_encoded(out: &mut String, text: &str) {
+    for byte in text.bytes() {
+        match byte {
+            b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b'-' | b'.' | b'_' | b'~' => {
+                out.push(char::from(byte));
+            }
+            _ => {
+                let _ = write!(out, "%{byte:02X}");
+            }
+        }
     }
 }
 
@@ -264,11 +345,15 @@ fn check_length(setting: &str, template: &Template) -> Result<()> {
 }
 
 fn check_record_key(setting: &str, template: &Template, format: &Format) -> Result<()> {
-    if template.has(Field::RecordKey) && !matches!(format, Format::Debezium(_)) {
-        let text = "the field \"record_key\" is known with format = \"debezium\" only; use \"key\"";
-        return Err(Error::config(format!("{setting}: {text}")));
+    match template.has(Field::RecordKey) && !matches!(format, Format::Debezium(_)) {
+        true => Err(no_record_key(setting)),
+        false => Ok(()),
     }
-    Ok(())
+}
+
+fn no_record_key(setting: &str) -> Error {
+    let text = "the field \"record_key\" is known with format = \"debezium\" only; use \"key\"";
+    Error::config(format!("{setting}: {text}"))
 }
 
 /// A header must have one meaning: the relay's own and those of the format keep theirs.

@@ -22,6 +22,8 @@ pub struct OutboxTable {
     pub demanded: Vec<String>,
     /// Headers whose values other columns have: name of the header, name of the column.
     pub headers_from: Vec<(String, String)>,
+    /// Further columns that routes place in messages, where the table has them.
+    pub placed: Vec<String>,
     /// The indexed column that grows with each insert; only for a source that polls.
     pub order_by: Option<String>,
     /// The column with the transaction of the insert (`xid8`); only for a source that polls.
@@ -95,6 +97,7 @@ impl Default for OutboxTable {
             },
             demanded: Vec::new(),
             headers_from: Vec::new(),
+            placed: Vec::new(),
             order_by: None,
             xid: None,
             catalog: OutboxCatalog::default(),

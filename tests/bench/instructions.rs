@@ -276,7 +276,7 @@ fn routing((mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>
     Routing {
         plans: Plans::new(&router, Resumed::default()),
         router,
-        envelope: Envelope::new("bench"),
+        envelope: Envelope::new("bench", || 0),
         events: items.into_iter().filter_map(event).collect(),
         made: Vec::with_capacity(2048),
     }

@@ -64,8 +64,16 @@ fn table_at<'t>(root: &'t mut Table, path: &str) -> &'t mut Table {
 }
 
 /// Tables whose keys are free.
-const FREE: [&str; 7] =
-    [".arguments", ".contracts", ".mask", ".rename", ".set", ".map.default", "outbox.headers_from"];
+const FREE: [&str; 8] = [
+    ".arguments",
+    ".contracts",
+    ".headers",
+    ".mask",
+    ".rename",
+    ".set",
+    ".map.default",
+    "outbox.headers_from",
+];
 
 /// The paths of all tables below `table`, and of the keys in each.
 fn collect(table: &Table, path: &str, found: &mut Vec<(String, Vec<String>)>) {
@@ -254,7 +262,7 @@ fn each_mistake_is_named_with_what_is_expected() {
         ("[[binding]]\nexchange = 'e'", "set queue or to_exchange"),
         (
             "[[route]]\nname = 'r'\noutbox.aggregate_type = '*'\nexchange = '{schema}.events'",
-            "exchange = \"{schema}.events\": an exchange has no fields, only routing_key has",
+            "exchange = \"{schema}.events\": an exchange with fields needs exchanges, the list",
         ),
         (
             "[[binding]]\nexchange = 'e'\nqueue = 'q'\nto_exchange = 'f'",

@@ -8,7 +8,7 @@ use crate::support::inbox::Message;
 use crate::support::stage::{Setup, Stage};
 use crate::support::waiting::until;
 
-const TABLE: &str =
+pub const TABLE: &str =
     "CREATE TABLE customers (email text PRIMARY KEY, name text, ssn text, note text)";
 const RULES: &str = "columns = { exclude = [\"ssn\"], mask = [\"name\"], hash = [\"email\"] }\n";
 
@@ -38,7 +38,7 @@ fn ops(messages: &[&Message]) -> Vec<String> {
 }
 
 /// Everything that people can see of it.
-async fn seen(stage: &Stage, messages: &[Message], pages: &[String]) -> String {
+pub async fn seen(stage: &Stage, messages: &[Message], pages: &[String]) -> String {
     let tables = "SELECT coalesce((SELECT string_agg(p::text, ' ') FROM watership.parked AS p), \
         '') || coalesce((SELECT string_agg(h::text, ' ') FROM watership.schema_history AS h), '')";
     let mut all = vec![format!("{messages:?}"), stage.text(tables).await];
@@ -60,7 +60,7 @@ async fn seen(stage: &Stage, messages: &[Message], pages: &[String]) -> String {
     all.join("\n")
 }
 
-fn not_seen(all: &str) {
+pub fn not_seen(all: &str) {
     let lines: Vec<&str> = all.lines().filter(|line| line.contains("topsecret")).collect();
     assert!(lines.is_empty(), "it is seen in {lines:?}");
 }

@@ -122,7 +122,8 @@ async fn debezium_resolves_types_of_users_and_extensions_in_both_modes_and_after
         let stage = Stage::new(setup).await;
         let relay = stage.start().await;
         let row = "'so so', '{sad,NULL}', '(1,x)', 1.1, '{1.1,NULL}', 1.1, \
-            '2016-11-04 13:51:30.123', '\"a b\"=>\"1\", c=>NULL', '{\"a=>1\"}', 'Top.Science', 'Ab'";
+            '2016-11-04 13:51:30.123', '\"a b\"=>\"1\", c=>NULL', '{\"a=>1\"}', \
+            'Top.Science', 'Ab'";
         stage.execute(&format!("INSERT INTO things VALUES (1, {row}, 'x')")).await;
         stage.execute(&format!("INSERT INTO things VALUES (2, {row}, repeat('x', 2000))")).await;
         crate::parking::until_rows(&stage, &["parked too_large"]).await;

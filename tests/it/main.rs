@@ -17,6 +17,7 @@ mod crash;
 mod dev;
 mod drift;
 mod dry_run;
+mod event_router;
 mod failover;
 mod find;
 mod formats;

@@ -22,7 +22,7 @@ async fn stage(sql: &str, settings: &str) -> Stage {
 
 /// Everything that arrived, once the relay has settled all that is committed now. The fence is a
 /// logical message, because nobody reads the relay's own outbox.
-async fn settled(stage: &Stage) -> Vec<Message> {
+pub async fn settled(stage: &Stage) -> Vec<Message> {
     let now = stage.text("pg_current_wal_insert_lsn()").await;
     stage.execute(&format!("SELECT watership.emit_wal('{FENCE}', '1', 'passed', '{{}}')")).await;
     let passed = format!(

@@ -63,7 +63,7 @@ async fn a_row_goes_where_its_columns_say_and_what_they_cannot_say_is_parked_wit
     assert!(!errors.contains("asia"), "{errors}");
     let got = stage.settled().await;
     let eu = ("shop.eu", "eu.insert", "shop.eu".to_owned());
-    assert_eq!(places(&got), [eu.clone()]);
+    assert_eq!(places(&got), std::slice::from_ref(&eu));
     assert_eq!(
         (got[0].text("region"), got[0].text("who")),
         ("eu".into(), "***/public.sales/1".into())

@@ -16,7 +16,7 @@ mod time;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use super::{Kind, Resolved};
+use super::{Resolved, ValueKind};
 use super::{array, bytes, is_number, oid, unexpected, utf8, write_bool, write_string};
 use crate::error::Result;
 
@@ -170,14 +170,14 @@ impl Writer {
     /// The same for a column of a type that users or extensions made.
     pub fn of_user_type(of: Resolved, values: &ValueForms) -> Option<Self> {
         let known = match of.kind {
-            Kind::BuiltIn(element) => Element::of(element, of.modifier, values),
-            Kind::Text => Some(Element::Text),
-            Kind::Hstore => Some(Element::Hstore),
-            Kind::Ewkb => Some(Element::Ewkb),
-            Kind::Vector => Some(Element::Vector { is_half: false }),
-            Kind::HalfVector => Some(Element::Vector { is_half: true }),
-            Kind::SparseVector => Some(Element::SparseVector),
-            Kind::Unknown => None,
+            ValueKind::BuiltIn(element) => Element::of(element, of.modifier, values),
+            ValueKind::Text => Some(Element::Text),
+            ValueKind::Hstore => Some(Element::Hstore),
+            ValueKind::Ewkb => Some(Element::Ewkb),
+            ValueKind::Vector => Some(Element::Vector { is_half: false }),
+            ValueKind::HalfVector => Some(Element::Vector { is_half: true }),
+            ValueKind::SparseVector => Some(Element::SparseVector),
+            ValueKind::Unknown => None,
         };
         // An array whose elements are of a domain over an array has no schema there.
         let known = known.filter(|_| of.arrays <= 1);

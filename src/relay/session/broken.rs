@@ -133,11 +133,11 @@ fn things(topology: &Topology, rules: &[Rule]) -> Vec<(RouteId, Things)> {
     let survey = topology.survey();
     let mut all = Vec::new();
     for (id, rule) in (0..).map(RouteId).zip(rules) {
-        let Action::Publish { destination, .. } = &rule.action else { continue };
+        let Action::Publish { address, .. } = &rule.action else { continue };
         let mut things = Things { exchanges: Vec::new(), queues: Vec::new() };
         let keys = rule.known_keys();
         for (exchange, key) in
-            destination.exchanges().iter().flat_map(|e| keys.iter().map(move |key| (e, key)))
+            address.exchanges().iter().flat_map(|e| keys.iter().map(move |key| (e, key)))
         {
             things.exchanges.extend(survey.exchanges_of(&rule.name, exchange, key));
             things.queues.extend(survey.queues_of(&rule.name, exchange, key));
@@ -161,7 +161,7 @@ mod tests {
             select: Select::Outbox { aggregate_type: name.into() },
             action: Action::Publish {
                 contracts: Default::default(),
-                destination: route::Destination::new(exchange, "{aggregate_type}.{event_type}"),
+                address: route::Address::new(exchange, "{aggregate_type}.{event_type}").into(),
                 partitions: None,
                 format: Format::Raw,
                 ordering: Ordering::Keyed,

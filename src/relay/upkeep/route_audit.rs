@@ -102,7 +102,7 @@ async fn audit(options: &Options, metrics: &Metrics) -> Vec<RouteGrade> {
 /// The rules that publish, with their exchanges.
 fn published(rules: &[Rule]) -> Vec<(&Rule, &[String])> {
     let publishes = rules.iter().filter_map(|rule| match &rule.action {
-        Action::Publish { destination, .. } => Some((rule, destination.exchanges())),
+        Action::Publish { address, .. } => Some((rule, address.exchanges())),
         Action::Drop => None,
     });
     publishes.collect()

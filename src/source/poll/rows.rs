@@ -137,6 +137,7 @@ fn content(row: &Row, body: u64, max_body: usize) -> Result<OutboxRow> {
         content_type,
         headers: bytes(11)?,
         traceparent,
+        columns: None,
     })
 }
 

@@ -136,6 +136,7 @@ fn read(mut content: Bytes) -> std::result::Result<Message, String> {
         content_type,
         headers,
         traceparent,
+        columns: None,
     };
     Ok(Message { id, created_at_us: created_at.saturating_add(POSTGRES_EPOCH_US), row })
 }
@@ -151,6 +152,7 @@ fn unreadable(why: String, content: Bytes) -> OutboxRow {
         content_type: None,
         headers: None,
         traceparent: None,
+        columns: None,
     }
 }
 

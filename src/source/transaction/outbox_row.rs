@@ -10,9 +10,10 @@ use bytestring::ByteString;
 use uuid::Uuid;
 
 use super::rows::Values;
+use crate::column::debezium::{ValueForms, Writer};
 use crate::column::{instant, oid};
 use crate::error::{Error, Result};
-use crate::event::{Broken, OutboxPayload, OutboxRow, Table};
+use crate::event::{Broken, Column, OutboxPayload, OutboxRow, Table};
 use crate::pg::pgoutput::{Tuple, TupleValue};
 use crate::source::outbox::{AggregateType, OutboxTable, derived_id};
 use crate::verdict::Verdict;
@@ -43,6 +44,8 @@ pub(in crate::source) struct OutboxColumns {
     created_at: Option<(usize, TimeForm)>,
     /// Headers whose values other columns have.
     headers_from: Vec<HeaderColumn>,
+    /// Further columns that routes place, with how Debezium writes them.
+    placed: Vec<(HeaderColumn, Writer)>,
     /// How many columns lie up to the last of them: the rest need not be read.
     count: usize,
     /// The table is the application's: what its own outbox forbids may be null.
@@ -121,6 +124,7 @@ impl OutboxColumns {
             traceparent: optional(&names.traceparent),
             created_at: optional(&names.created_at).map(|index| (index, time_form(base(index)))),
             headers_from: headers_from(table, outbox),
+            placed: placed(table, outbox),
             count: 0,
             mapped: outbox.is_mapped(),
         };
@@ -148,7 +152,8 @@ impl OutboxColumns {
             self.created_at.map(|(index, _)| index),
         ];
         let needed_ones = [self.id, self.aggregate_id, self.event_type];
-        let further = self.headers_from.iter().map(|header| header.index);
+        let placed = self.placed.iter().map(|(column, _)| column.index);
+        let further = self.headers_from.iter().map(|header| header.index).chain(placed);
         let all = needed_ones.into_iter().chain(optional_ones.into_iter().flatten());
         all.chain(further).max().unwrap_or(0)
     }
@@ -170,12 +175,35 @@ fn time_form(base_type: u32) -> TimeForm {
 
 fn headers_from(table: &Table, outbox: &OutboxTable) -> Vec<HeaderColumn> {
     let header = |(header, column): &(String, String)| {
-        let mut name_json = Vec::new();
-        crate::column::write_string(&mut name_json, header);
-        name_json.push(b':');
-        Some(HeaderColumn { name_json: name_json.into(), index: table.column(column)? })
+        Some(HeaderColumn::new(header, table.column(column)?))
     };
     outbox.headers_from.iter().filter_map(header).collect()
+}
+
+/// Those that the table has and Debezium knows: the rest may be members of the column `headers`.
+fn placed(table: &Table, outbox: &OutboxTable) -> Vec<(HeaderColumn, Writer)> {
+    let column = |name: &String| {
+        let index = table.column(name)?;
+        Some((HeaderColumn::new(name, index), writer(&table.columns[index])?))
+    };
+    outbox.placed.iter().filter_map(column).collect()
+}
+
+fn writer(column: &Column) -> Option<Writer> {
+    let values = ValueForms::default();
+    match column.resolved {
+        Some(resolved) => Writer::of_user_type(resolved, &values),
+        None => Writer::of(column.type_oid, column.type_modifier, &values),
+    }
+}
+
+impl HeaderColumn {
+    fn new(name: &str, index: usize) -> Self {
+        let mut name_json = Vec::new();
+        crate::column::write_string(&mut name_json, name);
+        name_json.push(b':');
+        Self { name_json: name_json.into(), index }
+    }
 }
 
 /// The values of a row, and the first thing that is wrong with it.
@@ -262,6 +290,7 @@ fn read_row<'a>(
     let event_type = cells.needed(columns.event_type);
     let payload = payload(columns, &cells);
     let headers = headers(columns, &cells);
+    let further = further(columns, &cells);
     let created_at_us = columns.created_at.and_then(|(index, form)| {
         let text = cells.bytes(Some(index))?;
         created_at(&text, form).filter(|us| !columns.mapped || YEARS.contains(us))
@@ -278,6 +307,7 @@ fn read_row<'a>(
         content_type,
         headers,
         traceparent,
+        columns: further,
     };
     (id, created_at_us, Box::new(row))
 }
@@ -333,6 +363,30 @@ fn headers(columns: &OutboxColumns, cells: &Cells<'_>) -> Option<Bytes> {
         json.push(b',');
     }
     json.extend_from_slice(rest);
+    Some(json.into())
+}
+
+/// Further columns that routes place, as a JSON object.
+fn further(columns: &OutboxColumns, cells: &Cells<'_>) -> Option<Bytes> {
+    if columns.placed.is_empty() {
+        return None;
+    }
+    let mut json = Vec::new();
+    for (HeaderColumn { name_json, index }, writer) in &columns.placed {
+        json.push(if json.is_empty() { b'{' } else { b',' });
+        json.extend_from_slice(name_json);
+        match cells.bytes(Some(*index)) {
+            None => json.extend_from_slice(b"null"),
+            Some(text) => {
+                if let Err(error) = writer.write(&mut json, &text) {
+                    let name = cells.name(*index);
+                    cells.why.get_or_init(|| format!("column {name:?}: {error}"));
+                    return None;
+                }
+            }
+        }
+    }
+    json.push(b'}');
     Some(json.into())
 }
 
