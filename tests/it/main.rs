@@ -34,6 +34,7 @@ mod lost_tables;
 mod maintain;
 mod management;
 mod mapping;
+mod masked_formats;
 mod memory;
 mod messages;
 mod parked_commands;
