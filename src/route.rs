@@ -4,8 +4,8 @@
 //! none selects is poison: dropping needs a rule that says so.
 //!
 //! To change how routing works, open: this file for the rules, `route/template.rs` for the fields
-//! of templates, `route/texts.rs` for what is made of them, `route/format.rs` for what messages look
-//! like, `route/partition.rs` for which queue a key goes to, `route/plan.rs` for what a route
+//! of templates, `route/texts.rs` for what is made of them, `route/format.rs` for what messages
+//! look like, `route/partition.rs` for which queue a key goes to, `route/plan.rs` for what a route
 //! decides once for each table, and `route/lanes.rs` for which messages wait for each other. What a
 //! route does with the columns of a table: `route/rules.rs` as it is configured, `route/columns.rs`
 //! applied, `route/promise.rs` when the table changes.

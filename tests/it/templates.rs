@@ -15,6 +15,7 @@ const ROUTES: &str = r#"
     routing_key = "{column.region}.{op}"
     headers = { region = "{column.region}", who = "{column.email}/{key}" }
     columns = { mask = ["email"] }
+    map = { rename = { region = "area" } }
     on_unroutable = "park"
     [[binding]]
     queue = "all"
@@ -62,6 +63,7 @@ async fn a_row_goes_where_its_columns_say_and_what_they_cannot_say_is_parked_wit
     }
     assert!(!errors.contains("asia"), "{errors}");
     let got = stage.settled().await;
+    assert_eq!(got[0].json()["after"]["area"], "eu", "templates have the names of the table");
     let eu = ("shop.eu", "eu.insert", "shop.eu".to_owned());
     assert_eq!(places(&got), std::slice::from_ref(&eu));
     assert_eq!(
@@ -107,4 +109,30 @@ async fn a_template_that_names_no_column_of_the_table_is_refused_by_check_and_at
         stage.replace_configuration(&text);
         stage.run(&["check"]).await.expect_code(2).expect_text(&[expected]);
     }
+}
+
+#[tokio::test]
+async fn a_column_of_a_template_that_is_gone_breaks_the_promise_of_the_route() {
+    let routes = "[[route]]\nname = \"sales\"\ntable = \"public.sales\"\n\
+        exchange = \"watership\"\nrouting_key = \"{column.region}\"\non_drift = \"park\"\n\
+        columns = { mask = [\"region\"] }\n";
+    let stage = stage(routes).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO sales VALUES (1, 'eu', 'a')").await;
+    let got = stage.settled().await;
+    assert_eq!(got[0].routing_key, "***");
+    stage.execute("ALTER TABLE sales RENAME region TO area").await;
+    stage.execute("INSERT INTO sales VALUES (2, 'topsecret', 'a')").await;
+    until_rows(&stage, &["parked drift"]).await;
+    let error = stage.text("SELECT error FROM watership.parked").await;
+    assert!(error.contains("column \"region\" (text) is gone"), "{error}");
+    let refused = "routing_key names column \"region\", which table public.sales does not have";
+    let accepted = stage.run(&["schema", "accept", "public.sales"]).await;
+    assert!(accepted.code != 0 && !accepted.log.contains("topsecret"), "{}", accepted.log);
+    // The mask is named first.
+    accepted.expect_text(&["column \"region\", which table public.sales does not have"]);
+    let without = stage.configuration().replace("columns = { mask = [\"region\"] }\n", "");
+    stage.replace_configuration(&without);
+    stage.run(&["schema", "accept", "public.sales"]).await.expect_text(&[refused]);
+    relay.stop().await.expect_code(0);
 }

@@ -225,6 +225,23 @@ mod tests {
     }
 
     #[test]
+    fn each_exchange_that_a_route_may_choose_concerns_it() {
+        let mut several = rule("order", "{aggregate_type}");
+        let Action::Publish { address, .. } = &mut several.action else { unreachable!() };
+        address.exchanges = vec!["other".into(), "e".into()];
+        let mut topology = topology();
+        topology.exchanges.push(exchange("other", "topic"));
+        let concerned = |thing: Thing| {
+            let wrong = Wrong { thing, missing: true, error: Error::refused("gone") };
+            !routes(&topology, std::slice::from_ref(&several), &[wrong]).is_empty()
+        };
+        assert!(concerned(Thing::Exchange("other".into())));
+        assert!(concerned(Thing::Exchange("e".into())));
+        assert!(concerned(Thing::Queue("orders".into())));
+        assert!(!concerned(Thing::Queue("bills".into())));
+    }
+
+    #[test]
     fn what_is_declared_again_is_what_is_missing_with_its_bindings() {
         let rules = [rule("order", "e"), rule("bill", "e")];
         let part = part(&topology(), &rules, &[RouteId(0)].into());
