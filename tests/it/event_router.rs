@@ -4,7 +4,6 @@
 use lapin::types::AMQPValue;
 use serde_json::json;
 
-use crate::mapping::settled;
 use crate::parking::{parked, until_rows};
 use crate::support::inbox::Message;
 use crate::support::stage::{Setup, Stage};
@@ -13,10 +12,13 @@ const SQL: &str = "CREATE SCHEMA outboxsmtit; CREATE TABLE outboxsmtit.outbox (\
     id uuid NOT NULL PRIMARY KEY, aggregatetype varchar(255) NOT NULL, \
     aggregateid varchar(255) NOT NULL, type varchar(255) NOT NULL, payload jsonb, \
     version int NOT NULL, somebooltype boolean NOT NULL, createdat timestamp(3) NOT NULL, \
-    is_deleted boolean DEFAULT false)";
+    is_deleted boolean DEFAULT false, seq bigint GENERATED ALWAYS AS IDENTITY, \
+    xid xid8 NOT NULL DEFAULT pg_current_xact_id()); \
+    CREATE INDEX ON outboxsmtit.outbox (xid, seq); CREATE INDEX ON outboxsmtit.outbox (seq)";
+const POLL: &str = "source.mode = \"poll\"\noutbox.retained_for = \"1d\"\n\
+    outbox.order_by = \"seq\"\noutbox.xid = \"xid\"\n";
 const SETTINGS: &str = "outbox.table = \"outboxsmtit.outbox\"\noutbox.profile = \"debezium\"\n\
-    outbox.columns = { created_at = \"createdat\" }\nrelay.idle_interval = \"1s\"\n\
-    relay.checkpoint_interval = \"20ms\"";
+    outbox.columns = { created_at = \"createdat\" }\nrelay.checkpoint_interval = \"20ms\"";
 const PLACEMENT: &str = "routing_key = \"topic\", additional_placement = [\
     \"version:envelope:eventVersion\", \"aggregatetype:envelope:aggregateType\", \
     \"somebooltype:envelope:someBoolType\", \"is_deleted:envelope:deleted\", \
@@ -57,7 +59,7 @@ async fn further_columns_are_placed_and_a_null_payload_is_null_or_a_tombstone() 
     const D7: &str = "a9d76f78-bda6-48d3-97ed-13a146163218";
     const D8: &str = "a9d76f78-bda6-48d3-97ed-13a146163219";
     let routes = routes();
-    for mode in ["", "source.binary = true\n"] {
+    for mode in ["", "source.binary = true\n", POLL] {
         let settings = format!("{mode}{SETTINGS}");
         let setup = Setup { sql: SQL, settings: &settings, routes: &routes, ..Setup::default() };
         let stage = Stage::new(setup).await;
@@ -65,7 +67,7 @@ async fn further_columns_are_placed_and_a_null_payload_is_null_or_a_tombstone() 
         stage.execute(&insert(D5, "UserEmail", "'{\"email\": \"gh@mefi.in\"}'")).await;
         stage.execute(&insert(D7, "UserEmail", "NULL")).await;
         stage.execute(&insert(D8, "User", "NULL")).await;
-        let got = settled(&stage).await;
+        let got = stage.inbox.count(3).await;
         let of = |id: &str| got.iter().find(|message| message.id() == id).expect("it came");
         let (d5, d7, d8) = (of(D5), of(D7), of(D8));
         let body = |payload| {
@@ -93,7 +95,7 @@ async fn further_columns_are_placed_and_a_null_payload_is_null_or_a_tombstone() 
         let relay = stage.start().await;
         parked(&stage, &["retry", "--all"]).await;
         until_rows(&stage, &["released invalid"]).await;
-        let got = settled(&stage).await;
+        let got = stage.inbox.count(4).await;
         all_features(&got[3], id, "Odd");
         assert_eq!(got[3].json()["eventVersion"], 1);
         relay.stop().await.expect_code(0);
