@@ -46,7 +46,7 @@ pub use partition::{PARTITIONS_MAX, Partitions};
 pub use plan::{Decision, ParkedAs, Plan, Plans, Resumed, TablePlan};
 pub use promise::Drift;
 pub use rules::{OnDrift, RouteRules};
-pub use schemas::{Agreement, SchemaChange, Schemas};
+pub use schemas::{Agreement, Recorded, SchemaChange, Schemas};
 pub use template::{Facts, ShownRow};
 pub use texts::{Address, push_encoded};
 

@@ -171,7 +171,7 @@ pub(super) fn left_out(route: &Route, agreed: &Description, now: &Description) -
     names.filter(is_new).cloned().collect()
 }
 
-/// What is different from the description that was recorded last; it is the last one from now on.
+/// What is different from the description before that; it is the last one from now on.
 pub(super) fn changed<'a>(
     schemas: &mut Schemas,
     routes: impl Iterator<Item = &'a Route>,
@@ -180,7 +180,7 @@ pub(super) fn changed<'a>(
 ) -> Option<SchemaChange> {
     let description = Description::of(table);
     let name = table.full_name.to_string();
-    let differences = schemas.last.get(&name)?.differences(&description);
+    let differences = schemas.recorded.get(&name)?.before(position)?.differences(&description);
     if differences.is_empty() {
         return None;
     }
@@ -198,7 +198,8 @@ pub(super) fn changed<'a>(
             not_sent.push((route.name.clone(), unknown));
         }
     }
-    schemas.last.insert(name.clone(), description.clone());
+    let recorded = schemas.recorded.entry(name.clone()).or_default();
+    recorded.changed = Some((position, description.clone()));
     Some(SchemaChange {
         table: name,
         relation: table.oid,

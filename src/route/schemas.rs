@@ -23,15 +23,38 @@ pub struct Schemas {
     pub secret: Arc<DatabaseSecret>,
     /// By route and table (`schema.table` as the configuration has it).
     pub agreed: HashMap<(String, String), Agreement>,
-    /// The last description of each table that is recorded, by its name in the configuration.
-    pub last: HashMap<String, Description>,
+    /// What is recorded of each table, by its name in the configuration.
+    pub recorded: HashMap<String, Recorded>,
+}
+
+/// The descriptions of a table that are recorded.
+#[derive(Debug, Default)]
+pub struct Recorded {
+    /// The last one that the stream brought, and where.
+    pub changed: Option<(Position, Description)>,
+    /// Those that were agreed to, and where the WAL ended then; the latest last.
+    pub agreed: Vec<(Mark, Description)>,
+}
+
+impl Recorded {
+    /// The description before `position`; absent where none is known, and where what comes there
+    /// is recorded already: a transaction that is read again begins with its old description.
+    pub(super) fn before(&self, position: Position) -> Option<&Description> {
+        let agreed = self.agreed.iter().rfind(|(mark, _)| *mark <= position.mark);
+        match (&self.changed, agreed) {
+            (Some((at, _)), _) if position <= *at => None,
+            (Some((at, _)), Some((mark, agreed))) if *mark > at.mark => Some(agreed),
+            (Some((_, changed)), _) => Some(changed),
+            (None, agreed) => agreed.map(|(_, agreed)| agreed),
+        }
+    }
 }
 
 impl Default for Schemas {
     /// Without agreements, and with a secret that everybody knows: for runs without a database.
     fn default() -> Self {
         let secret = Arc::new(DatabaseSecret::new(b""));
-        Self { secret, agreed: HashMap::new(), last: HashMap::new() }
+        Self { secret, agreed: HashMap::new(), recorded: HashMap::new() }
     }
 }
 
@@ -60,4 +83,37 @@ pub struct SchemaChange {
     pub broken: Vec<(String, Vec<Difference>)>,
     /// Routes that leave out columns nobody agreed to, and those columns.
     pub left_out: Vec<(String, Vec<String>)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn named(name: &str) -> Description {
+        Description { table: name.to_owned(), ..Description::default() }
+    }
+
+    fn at(mark: u64, ordinal: u64) -> Position {
+        Position { epoch: 1, mark: Mark(mark), ordinal, sub: 0 }
+    }
+
+    #[test]
+    fn the_description_before_a_place_is_the_last_that_was_in_force_there() {
+        let agreed = vec![(Mark(10), named("first")), (Mark(30), named("third"))];
+        let mut recorded = Recorded { changed: None, agreed };
+        let before = |recorded: &Recorded, mark, ordinal| {
+            recorded.before(at(mark, ordinal)).map(|description| description.table.clone())
+        };
+        let some = |name: &str| Some(name.to_owned());
+        assert_eq!(before(&recorded, 9, 0), None, "nobody knows");
+        assert_eq!(before(&recorded, 10, 0), some("first"));
+        assert_eq!(before(&recorded, 29, 0), some("first"), "the later one is not in force yet");
+        assert_eq!(before(&recorded, 30, 0), some("third"));
+        recorded.changed = Some((at(20, 2), named("second")));
+        assert_eq!(before(&recorded, 20, 1), None);
+        assert_eq!(before(&recorded, 20, 2), None, "it is recorded already");
+        assert_eq!(before(&recorded, 20, 3), some("second"));
+        assert_eq!(before(&recorded, 29, 0), some("second"));
+        assert_eq!(before(&recorded, 31, 0), some("third"));
+    }
 }

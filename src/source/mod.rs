@@ -25,8 +25,9 @@ pub enum Item {
     /// The end of a transaction: everything before it has been handed on.
     Commit(Receipt),
     /// From here on changes of this captured table are described so; another description than the
-    /// one that was stored last, or than the one before in this stream.
-    Described(Arc<Table>, Receipt),
+    /// one that was stored last, or than the one before in this stream. With its own place, which
+    /// the receipt is past where an earlier session settled what comes next.
+    Described(Arc<Table>, Position, Receipt),
     /// A low mark of a backfill: the rows of its chunk stand here.
     LowMark(LowMark, Receipt),
     /// Nothing is open and everything up to here was handed on; the WAL has grown by something

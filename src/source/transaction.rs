@@ -420,9 +420,9 @@ impl Assembler {
             None => describe::is_former(table, &self.options),
         };
         if !is_known {
-            let receipt = self.receipt(self.position(transaction), None);
-            let receipt = receipt.with_note(Note::Described(table.clone()));
-            out.push(Item::Described(table.clone(), receipt));
+            let position = self.position(transaction);
+            let receipt = self.receipt(position, None).with_note(Note::Described(table.clone()));
+            out.push(Item::Described(table.clone(), position, receipt));
         }
     }
 

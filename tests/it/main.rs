@@ -16,6 +16,8 @@ mod contracts;
 mod crash;
 mod dev;
 mod drift;
+mod drift_kills;
+mod drift_kinds;
 mod dry_run;
 mod event_router;
 mod failover;

@@ -11,12 +11,12 @@ use tokio_postgres::{Client, GenericClient, Row as SqlRow};
 use crate::error::{Error, Result};
 use crate::pg::publication::{CatalogIdentity, Publication, TableFacts};
 use crate::pg::sqlstate::postgres_error;
-use crate::position::{Lsn, Mark};
+use crate::position::{Lsn, Mark, Position};
 use crate::relay::Options;
 use crate::relay::check::columns;
 use crate::relay::checkpoint::{missing_schema, to_sql};
 use crate::route::description::{DescribedColumn, DescribedIdentity, Description};
-use crate::route::{Agreement, DatabaseSecret, Schemas};
+use crate::route::{Agreement, DatabaseSecret, Recorded, Schemas};
 
 /// A captured table as the catalog has it.
 #[derive(Debug, Clone)]
@@ -47,12 +47,34 @@ pub async fn read(client: &impl GenericClient, name: &str) -> Result<Schemas> {
         }
     };
     let rows = client.query(LAST, &[&name]).await.map_err(missing_schema)?;
-    let last = |row: &SqlRow| Ok((row.try_get(0).map_err(postgres_error)?, description(row, 1)?));
     Ok(Schemas {
         secret: Arc::new(DatabaseSecret::new(&secret)),
         agreed: agreed(client, name).await?,
-        last: rows.iter().map(last).collect::<Result<_>>()?,
+        recorded: recorded(&rows)?,
     })
+}
+
+/// What is recorded of each table, by its name.
+fn recorded(rows: &[SqlRow]) -> Result<HashMap<String, Recorded>> {
+    let mut recorded: HashMap<String, Recorded> = HashMap::new();
+    for row in rows {
+        let number = |i: usize| row.try_get::<_, Option<i64>>(i).map_err(postgres_error);
+        let unsigned = |i: usize| number(i).map(|n| u64::try_from(n.unwrap_or_default()));
+        let table: String = row.try_get(0).map_err(postgres_error)?;
+        let recorded = recorded.entry(table).or_default();
+        let mark = Mark(unsigned(2)?.unwrap_or_default());
+        match number(1)? {
+            None => recorded.agreed.push((mark, description(row, 5)?)),
+            Some(epoch) => {
+                let epoch = u32::try_from(epoch).unwrap_or_default();
+                let ordinal = unsigned(3)?.unwrap_or_default();
+                let sub = number(4)?.and_then(|sub| u32::try_from(sub).ok()).unwrap_or_default();
+                let position = Position { epoch, mark, ordinal, sub };
+                recorded.changed = Some((position, description(row, 5)?));
+            }
+        }
+    }
+    Ok(recorded)
 }
 
 /// What the routes are agreed with, by route and table.

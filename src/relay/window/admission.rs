@@ -58,9 +58,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     self.marked(mark, receipt, now);
                     Ok(())
                 }
-                Item::Described(table, receipt) => {
+                Item::Described(table, position, receipt) => {
                     self.before_description(&table, now);
-                    let receipt = self.described(&table, receipt);
+                    let receipt = self.described(&table, position, receipt);
                     self.push_settled(receipt);
                     Ok(())
                 }

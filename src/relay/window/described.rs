@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use crate::event::Table;
+use crate::position::Position;
 use crate::publisher::Publisher;
 use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
@@ -12,8 +13,12 @@ use crate::source::{Note, Receipt, Source};
 
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// The receipt, with what is to be recorded.
-    pub(in crate::relay) fn described(&mut self, table: &Arc<Table>, receipt: Receipt) -> Receipt {
-        let position = receipt.position();
+    pub(in crate::relay) fn described(
+        &mut self,
+        table: &Arc<Table>,
+        position: Position,
+        receipt: Receipt,
+    ) -> Receipt {
         match self.making.plans.describe(&self.making.router, table, position) {
             None => receipt,
             Some(change) => {
