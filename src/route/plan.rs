@@ -174,6 +174,14 @@ pub(super) struct At<'a> {
     pub(super) stored: Option<&'a Hidden>,
 }
 
+impl Plan {
+    /// Whether there are messages of the event, by format and filter.
+    fn sends(&self, event: &Event) -> bool {
+        let skips = self.table.as_ref().is_some_and(|table| table.skips(event.op()));
+        !skips && self.passes(event)
+    }
+}
+
 impl TablePlan {
     fn new(route: &Route, table: Arc<Table>) -> Self {
         let key: Option<Vec<usize>> = match route.key.as_slice() {
@@ -218,6 +226,11 @@ impl TablePlan {
             debezium,
             table,
         }
+    }
+
+    /// Whether its route's format has no message for changes of some kinds.
+    fn skips_some(&self) -> bool {
+        self.debezium.as_ref().is_some_and(|debezium| !debezium.skipped.is_empty())
     }
 
     /// Whether its route's format has no message for changes of this kind.
@@ -401,6 +414,25 @@ impl Plans {
         let mut rules = Rules::of_table(router, table, &at);
         rules.barrier = self.was_parked_as_another(&rules, table);
         self.read = rules;
+    }
+
+    /// Whether every route that sends a row which a backfill has read sends this change, too.
+    pub fn replaces(
+        &mut self,
+        router: &Router,
+        change: &Event,
+        read: impl FnOnce() -> Event,
+    ) -> bool {
+        let is_picky = |plan: &Plan| plan.table.as_ref().is_some_and(TablePlan::skips_some);
+        if !self.read.plans().any(|plan| is_picky(plan) || !plan.is_plain()) {
+            return true;
+        }
+        let read = read();
+        let needed = self.read.plans().filter(|plan| plan.sends(&read));
+        let needed: Vec<RouteId> = needed.map(|plan| plan.route.id).collect();
+        let sent = self.of_table(router, change).plans().filter(|plan| plan.sends(change));
+        let sent: Vec<RouteId> = sent.map(|plan| plan.route.id).collect();
+        needed.iter().all(|route| sent.contains(route))
     }
 
     /// Everything that is to be done with the event; empty means that no rule selects it.

@@ -223,6 +223,48 @@ async fn a_value_that_a_live_change_did_not_touch_is_not_lost() {
     assert!(unchanged > 0, "no update left a value out, so nothing was tested");
 }
 
+#[tokio::test]
+async fn a_row_whose_live_change_a_filter_drops_is_sent_all_the_same() {
+    let sql = "CREATE TABLE t (id int PRIMARY KEY, n int); \
+        INSERT INTO t SELECT g, 0 FROM generate_series(1, 400) AS g";
+    let route = |name: &str, filter: &str| {
+        format!(
+            "[[route]]\nname = \"{name}\"\ntable = \"public.t\"\nexchange = \"watership\"\n\
+             routing_key = \"{name}\"\n{filter}\n"
+        )
+    };
+    let filtered = route("some", "filter = \"op != 'update' and op != 'delete'\"");
+    for routes in [filtered.clone(), filtered + &route("all", "")] {
+        let settings = "backfill.chunk_rows = 50\nbackfill.max_unconfirmed = 8";
+        let setup = Setup { sql, tables: &["public.t"], settings, routes: &routes, source_url: "" };
+        let stage = Stage::new(setup).await;
+        let relay = stage.start().await;
+        backfill(&stage, &["public.t", "--detach"]).await;
+        let mut n = 0;
+        while !state(&stage, "public.t").await.starts_with("done") {
+            n += 1;
+            // Rows that are read next.
+            let next = rows_read(&stage, "public.t").await;
+            let wanted = format!("id > {next} AND id <= {next} + 50 AND id % 10 = {n} % 10");
+            stage.execute(&format!("UPDATE t SET n = {n} WHERE {wanted}")).await;
+        }
+        assert!(n > 1, "nothing was changed meanwhile, so nothing was tested");
+        let got = stage.settled().await;
+        let of = |name: &str| -> Vec<&Message> {
+            got.iter().filter(|message| message.text("ws-route") == name).collect()
+        };
+        let some: HashSet<String> = of("some").iter().map(|m| m.text("ws-key")).collect();
+        assert_eq!(some.len(), 400, "each row was sent");
+        let all = Replica::of(of("all"));
+        all.is_ordered();
+        if routes.contains("\"all\"") {
+            let rows = "SELECT json_build_object('id', id)::jsonb, to_jsonb(t) FROM t";
+            assert_eq!(all.rows, table(&stage, rows).await);
+        }
+        relay.stop().await.expect_code(0);
+    }
+}
+
 const BUSY: &str = "CREATE TABLE t (id int PRIMARY KEY, n int, big text); \
     ALTER TABLE t ALTER big SET STORAGE EXTERNAL; \
     INSERT INTO t SELECT g, 0, repeat(md5(g::text), 80) FROM generate_series(1, 6000) AS g";

@@ -4,7 +4,9 @@
 //! of them leaves of a row is what its consumer ends with. So a row is sent before a change of the
 //! same row, or it is left out, which is right only where the change says all that the row says: a
 //! delete, a truncate, or a new row with every value. A change without a value that it did not
-//! touch (unchanged TOAST) never replaces a row of the chunk: the value would be lost.
+//! touch (unchanged TOAST) never replaces a row of the chunk: the value would be lost. Nor does a
+//! change that is not sent on every route on which the row is: there nothing would say what the row
+//! says.
 //!
 //! A row may be newer than its place: it is read after the mark. Then the changes after the mark
 //! lead from an older state to the same one again, and the last state is the right one.
@@ -69,23 +71,25 @@ impl Unsent {
     }
 
     /// A change of the table comes. Returns the rows that have to be sent before it, with their
-    /// numbers; leaves out those that need not be sent because of it.
-    pub fn meet(&mut self, change: &Event) -> Vec<(u32, Row)> {
-        match says(&self.table, change) {
-            Says::Nothing => {
-                while self.pop().is_some() {
-                    self.left_out += 1;
-                }
-                Vec::new()
-            }
-            Says::Unknown => std::iter::from_fn(|| self.pop()).collect(),
-            Says::All(keys) => {
-                let found = keys.iter().filter_map(|key| self.take(key)).count();
-                self.left_out += found as u64;
-                Vec::new()
-            }
-            Says::Some(keys) => keys.iter().filter_map(|key| self.take(key)).collect(),
+    /// numbers; leaves out those that need not be sent because of it. `replaces` says whether the
+    /// change goes wherever the row of this number would.
+    pub fn meet(
+        &mut self,
+        change: &Event,
+        mut replaces: impl FnMut(u32, &Row) -> bool,
+    ) -> Vec<(u32, Row)> {
+        let (mut found, says_all): (Vec<_>, _) = match says(&self.table, change) {
+            Says::Nothing => (std::iter::from_fn(|| self.pop()).collect(), true),
+            Says::Unknown => (std::iter::from_fn(|| self.pop()).collect(), false),
+            Says::All(keys) => (keys.iter().filter_map(|key| self.take(key)).collect(), true),
+            Says::Some(keys) => (keys.iter().filter_map(|key| self.take(key)).collect(), false),
+        };
+        if says_all {
+            let before = found.len();
+            found.retain(|(number, row)| !replaces(*number, row));
+            self.left_out += (before - found.len()) as u64;
         }
+        found
     }
 
     fn take(&mut self, key: &[u8]) -> Option<(u32, Row)> {
@@ -210,7 +214,7 @@ mod tests {
     /// Which rows go before the change, how many are left out, and which come after it.
     fn met(table: Arc<Table>, change: Change) -> (Vec<u32>, u64, Vec<u32>) {
         let mut unsent = chunk();
-        let first = numbers(unsent.meet(&event(table, change)));
+        let first = numbers(unsent.meet(&event(table, change), |_, _| true));
         let left_out = unsent.left_out();
         (first, left_out, numbers(std::iter::from_fn(|| unsent.pop()).collect()))
     }
@@ -268,6 +272,22 @@ mod tests {
     }
 
     #[test]
+    fn a_row_is_sent_before_a_change_that_does_not_go_wherever_the_row_does() {
+        let whole = || row("1", "y", text("live"));
+        let delete = Change::Delete { old: OldRow::Key(row("1", "y", Value::Null)) };
+        for change in [Change::Insert { new: whole() }, delete] {
+            let mut unsent = chunk();
+            let change = event(keyed(), change);
+            assert_eq!(numbers(unsent.meet(&change, |number, _| number != 2)), [2]);
+            assert_eq!(unsent.left_out(), 0);
+        }
+        let mut unsent = chunk();
+        let truncate = event(keyed(), Change::Truncate);
+        assert_eq!(numbers(unsent.meet(&truncate, |number, _| number < 3)), [3, 4]);
+        assert_eq!((unsent.pop(), unsent.left_out()), (None, 2));
+    }
+
+    #[test]
     fn keys_are_compared_by_the_columns_names_and_are_told_apart() {
         let mut turned = Table::clone(&keyed());
         turned.columns.swap(0, 1);
@@ -275,7 +295,8 @@ mod tests {
         assert_eq!(met(Arc::new(turned), Change::Insert { new }), (vec![], 1, vec![1, 2, 4]));
         let rows = vec![row("ab", "c", Value::Null), row("a", "bc", Value::Null)];
         let mut unsent = Unsent::new(keyed(), rows);
-        unsent.meet(&event(keyed(), Change::Insert { new: row("a", "bc", Value::Null) }));
+        let insert = Change::Insert { new: row("a", "bc", Value::Null) };
+        unsent.meet(&event(keyed(), insert), |_, _| true);
         assert_eq!(unsent.pop().map(|(number, _)| number), Some(1));
         assert_eq!((unsent.pop(), unsent.left_out()), (None, 1));
     }
@@ -285,9 +306,9 @@ mod tests {
         let mut unsent = chunk();
         assert_eq!(unsent.pop().map(|(number, _)| number), Some(1));
         let again = Change::Update { old: None, new: row("1", "x", Value::Unchanged) };
-        assert_eq!(unsent.meet(&event(keyed(), again)), []);
+        assert_eq!(unsent.meet(&event(keyed(), again), |_, _| true), []);
         let next = Change::Update { old: None, new: row("1", "y", Value::Unchanged) };
-        assert_eq!(numbers(unsent.meet(&event(keyed(), next))), [2]);
+        assert_eq!(numbers(unsent.meet(&event(keyed(), next), |_, _| true)), [2]);
         assert_eq!(unsent.pop().map(|(number, _)| number), Some(3));
     }
 }

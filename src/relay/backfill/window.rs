@@ -5,6 +5,7 @@
 //! entry, which is open until its messages are made. The entry of a chunk is open until all of its
 //! rows are settled, and the cursor rides on its receipt: a chunk is settled as a whole.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::merge::Unsent;
@@ -16,10 +17,10 @@ use crate::error::Result;
 use crate::event::{Change, Content, Event, Row, Table, id};
 use crate::position::Position;
 use crate::publisher::Publisher;
-use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
 use crate::relay::window::admission::poison_verdict;
 use crate::relay::window::lanes::Owner;
+use crate::relay::{Making, Relay};
 use crate::source::{LowMark, Note, Receipt, Source};
 
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
@@ -127,7 +128,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 Ok(())
             }
             Stage::Sending(sending) if sending.table == table => {
-                let first = sending.unsent.meet(&event);
+                let first = meet(&mut self.making, sending, &event);
                 self.send_rows(first, now)?;
                 self.admit(&event, receipt, now)
             }
@@ -196,7 +197,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         for (event, entry) in changes {
             let released = match &mut self.backfill.stage {
                 Stage::Sending(sending) => {
-                    let first = sending.unsent.meet(&event);
+                    let first = meet(&mut self.making, sending, &event);
                     self.send_rows(first, now).and_then(|()| self.admit_held(&event, entry, now))
                 }
                 Stage::None | Stage::Expected(_) | Stage::Held(_) => {
@@ -291,7 +292,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             let Stage::Sending(sending) = &self.backfill.stage else {
                 unreachable!("rows come from a chunk that is sent");
             };
-            let event = sending.event(number, row);
+            let table = sending.unsent.table().clone();
+            let event = sending.place.event(sending.cursor.run, table, number, row);
             let entry = sending.place.entry;
             if let Err(poison) = self.make(&event) {
                 // Its chunk stays open: nothing after it may be settled.
@@ -305,11 +307,21 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 }
 
-impl Sending {
+/// The rows that have to be sent before a live change: see [`Unsent::meet`].
+fn meet(making: &mut Making, sending: &mut Sending, change: &Event) -> Vec<(u32, Row)> {
+    let Making { plans, router, .. } = making;
+    let Sending { place, unsent, cursor, .. } = sending;
+    let table = unsent.table().clone();
+    unsent.meet(change, |number, row| {
+        let read = || place.event(cursor.run, table.clone(), number, row.clone());
+        plans.replaces(router, change, read)
+    })
+}
+
+impl Place {
     /// A row as an event.
-    fn event(&self, number: u32, row: Row) -> Event {
-        let LowMark { position, lsn, committed_at_us, xid, .. } = self.place.mark;
-        let (table, run) = (self.unsent.table().clone(), self.cursor.run);
+    fn event(&self, run: uuid::Uuid, table: Arc<Table>, number: u32, row: Row) -> Event {
+        let LowMark { position, lsn, committed_at_us, xid, .. } = self.mark;
         Event {
             id: id::of_read(run, &table, &row),
             position: Position { sub: number, ..position },
