@@ -1,9 +1,11 @@
 -- Rides on the checkpoint of relay $1, session $2, at epoch $3, mark $4, ordinal $5, sub $6, which
 -- was written before in this transaction; if it was not, nothing is.
 -- How far the runs of backfills are: $7, a JSON array. A run that was cancelled or that failed
--- meanwhile stays so.
+-- meanwhile stays so. Its key may be a hidden one: a run that has ended needs none.
 UPDATE watership.backfill AS b
-SET last_key = coalesce(r.last_key, b.last_key), rows_read = r.rows, rows_left_out = r.left_out,
+SET last_key = CASE WHEN NOT r.done AND b.state IN ('requested', 'running', 'paused')
+        THEN coalesce(r.last_key, b.last_key) END,
+    rows_read = r.rows, rows_left_out = r.left_out,
     state = CASE WHEN r.done AND b.state IN ('requested', 'running', 'paused') THEN 'done'
         ELSE b.state END,
     waits = CASE WHEN r.done THEN NULL ELSE b.waits END,

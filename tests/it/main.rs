@@ -24,6 +24,7 @@ mod failover;
 mod find;
 mod formats;
 mod harmless;
+mod hidden_keys;
 mod hosted;
 mod identity;
 mod inbox_commands;
