@@ -10,6 +10,7 @@
 //! route does with the columns of a table: `route/rules.rs` as it is configured, `route/columns.rs`
 //! applied, `route/promise.rs` when the table changes.
 
+mod agreed;
 mod columns;
 mod database_secret;
 pub mod description;
@@ -355,7 +356,7 @@ impl Router {
         now: &Description,
     ) -> (Vec<Difference>, Vec<String>) {
         let Some(route) = self.by_name(route) else { return Default::default() };
-        (promise::broken(route, agreed, now), promise::left_out(route, agreed, now))
+        (promise::broken(route, agreed, now), promise::left_out(route, agreed, now, Some(now)))
     }
 
     fn parse(&mut self, id: RouteId, rule: &Rule) -> Result<Parsed> {

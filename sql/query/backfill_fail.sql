@@ -1,4 +1,5 @@
 -- Run $1 has ended: $2 says why.
 UPDATE watership.backfill
-SET state = 'failed', error = $2, waits = NULL, last_key = NULL, ended_at = now(), updated_at = now()
+SET state = 'failed', error = $2, waits = NULL, last_key = NULL,
+    ended_at = now(), updated_at = now()
 WHERE run = $1 AND state IN ('requested', 'running', 'paused')

@@ -16,7 +16,6 @@ use ring::hmac::Key;
 use uuid::Uuid;
 
 use super::database_secret::{DatabaseSecret, hash, salted};
-use super::description::Description;
 use super::rules::{ColumnRules, Constant, Map};
 use crate::column::oid;
 use crate::event::hidden::{Hidden, Hide};
@@ -80,12 +79,12 @@ pub(super) struct Deciding<'a> {
     pub(super) secret: Option<&'a Arc<DatabaseSecret>>,
 }
 
-/// How the columns of `table` are hidden by the rules of a route that is agreed with `agreed`, and
-/// by what `hidden` says of a stored row: whichever hides more.
+/// How the columns of `table` are hidden by the rules of a route that is agreed with some of them,
+/// and by what `hidden` says of a stored row: whichever hides more.
 pub(super) fn hidings(
     rules: &ColumnRules,
     table: &Table,
-    agreed: Option<&Description>,
+    is_agreed: impl Fn(&str) -> bool,
     secret: &DatabaseSecret,
     hidden: &Hidden,
 ) -> Vec<Hiding> {
@@ -94,7 +93,6 @@ pub(super) fn hidings(
         None => secret.values(),
     };
     let key = Arc::new(key);
-    let is_agreed = |name: &str| agreed.is_some_and(|agreed| agreed.column(name).is_some());
     let hide = |(index, column): (usize, &Column)| {
         let name = &column.name;
         let new = (rules.is_closed() && !is_agreed(name)).then_some(Hide::Exclude);

@@ -24,6 +24,26 @@ pub struct Description {
     pub key: Vec<String>,
     /// What the stream sends of an old row.
     pub identity: DescribedIdentity,
+    /// Which columns these are; only the catalog tells that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numbered: Option<Numbered>,
+}
+
+/// The numbers of a table's columns, which they keep whatever they are called.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Numbered {
+    /// OID of the table: the numbers of another say nothing about this one.
+    pub relation: u32,
+    /// One for each column of the description.
+    pub numbers: Vec<i16>,
+}
+
+impl Numbered {
+    /// The number of this column of the description that has these numbers.
+    pub(super) fn of(&self, description: &Description, name: &str) -> Option<i16> {
+        let at = description.columns.iter().position(|column| column.name == name)?;
+        self.numbers.get(at).copied()
+    }
 }
 
 /// A column of it.
@@ -108,6 +128,7 @@ impl Description {
                 }
                 Identity::Full => DescribedIdentity::Full,
             },
+            numbered: None,
         }
     }
 
@@ -312,6 +333,7 @@ mod tests {
                 .collect(),
             key: vec!["id".into()],
             identity: DescribedIdentity::Columns(vec!["id".into()]),
+            numbered: None,
         }
     }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 use super::Route;
+use super::agreed;
 use super::columns::{self, Deciding, Projection};
 use super::description::{Description, Difference};
 use super::filter::Bound;
@@ -57,9 +58,10 @@ pub(super) fn rules(
         return None;
     }
     let agreement = at.schemas.agreement(&route.name, &plan.table.full_name);
-    let agreed = agreement.map(|agreement| &agreement.description);
     let (rules, table, secret) = (&route.rules.columns, plan.table.clone(), &at.schemas.secret);
-    let hidings = columns::hidings(rules, &table, agreed, secret, hidden);
+    let now = Description::of(&table);
+    let agreed = at.schemas.agreed_columns(route, &table.full_name, &now);
+    let hidings = columns::hidings(rules, &table, |name| agreed.contains(&name), secret, hidden);
     if plan.key.iter().any(|index| hidings[*index].is_some()) {
         plan.lane_secret = Some(secret.clone());
     }
@@ -94,10 +96,11 @@ pub(super) fn united(
     schemas: &Schemas,
 ) -> Option<Box<PlanRules>> {
     let (table, hidden) = (plan.table.clone(), Hidden::default());
+    let now = Description::of(&table);
     let of_route = |route: &&Route| {
-        let agreement = schemas.agreement(&route.name, &table.full_name);
-        let agreed = agreement.map(|agreement| &agreement.description);
-        columns::hidings(&route.rules.columns, &table, agreed, &schemas.secret, &hidden)
+        let agreed = schemas.agreed_columns(route, &table.full_name, &now);
+        let is_agreed = |name: &str| agreed.contains(&name);
+        columns::hidings(&route.rules.columns, &table, is_agreed, &schemas.secret, &hidden)
     };
     let hidings = routes.iter().map(of_route).reduce(columns::union)?;
     if hidings.iter().all(Option::is_none) {
@@ -160,15 +163,22 @@ pub(super) fn broken(route: &Route, agreed: &Description, now: &Description) -> 
     found
 }
 
-/// Projection of `now` that the route leaves out because nobody agreed to them.
-pub(super) fn left_out(route: &Route, agreed: &Description, now: &Description) -> Vec<String> {
-    if !route.rules.columns.is_closed() {
+/// Columns of `now` that the route leaves out because nobody agreed to them. `catalog` is the table
+/// as the catalog had it last.
+pub(super) fn left_out(
+    route: &Route,
+    agreed: &Description,
+    now: &Description,
+    catalog: Option<&Description>,
+) -> Vec<String> {
+    let rules = &route.rules.columns;
+    if !rules.is_closed() {
         return Vec::new();
     }
-    let names = now.columns.iter().map(|column| &column.name);
-    let is_new =
-        |name: &&String| agreed.column(name).is_none() && route.rules.columns.hide(name).is_none();
-    names.filter(is_new).cloned().collect()
+    let agreed = agreed::columns(rules, agreed, now, catalog);
+    let names = now.columns.iter().map(|column| &*column.name);
+    let is_new = |name: &&str| !agreed.contains(name) && rules.hide(name).is_none();
+    names.filter(is_new).map(str::to_owned).collect()
 }
 
 /// What is different from the description before that; it is the last one from now on.
@@ -193,7 +203,7 @@ pub(super) fn changed<'a>(
         if !is_older && !lost.is_empty() {
             not_kept.push((route.name.clone(), lost));
         }
-        let unknown = left_out(route, agreed, &description);
+        let unknown = left_out(route, agreed, &description, schemas.now.get(&name));
         if !unknown.is_empty() {
             not_sent.push((route.name.clone(), unknown));
         }

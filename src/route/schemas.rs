@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::database_secret::DatabaseSecret;
 use super::description::{Description, Difference};
+use super::{Route, agreed};
 use crate::position::{Mark, Position};
 
 /// A description that somebody agreed to for a route.
@@ -25,6 +26,10 @@ pub struct Schemas {
     pub agreed: HashMap<(String, String), Agreement>,
     /// What is recorded of each table, by its name in the configuration.
     pub recorded: HashMap<String, Recorded>,
+    /// Each table as the catalog has it, by its name in the configuration.
+    pub now: HashMap<String, Description>,
+    /// Where the WAL ended before the catalog was read.
+    pub now_at: Mark,
 }
 
 /// The descriptions of a table that are recorded.
@@ -54,7 +59,13 @@ impl Default for Schemas {
     /// Without agreements, and with a secret that everybody knows: for runs without a database.
     fn default() -> Self {
         let secret = Arc::new(DatabaseSecret::new(b""));
-        Self { secret, agreed: HashMap::new(), recorded: HashMap::new() }
+        Self {
+            secret,
+            agreed: HashMap::new(),
+            recorded: HashMap::new(),
+            now: HashMap::new(),
+            now_at: Mark(0),
+        }
     }
 }
 
@@ -63,6 +74,39 @@ impl Schemas {
     pub fn agreement(&self, route: &str, table: &str) -> Option<&Agreement> {
         // Almost never asked for: no need to spare the two allocations.
         self.agreed.get(&(route.to_owned(), table.to_owned()))
+    }
+
+    /// The columns of `now`, the table of that name, that a route which hides some was agreed with.
+    pub(super) fn agreed_columns<'a>(
+        &self,
+        route: &Route,
+        table: &str,
+        now: &'a Description,
+    ) -> Vec<&'a str> {
+        let rules = &route.rules.columns;
+        if !rules.is_closed() {
+            return Vec::new();
+        }
+        let agreement = self.agreement(&route.name, table);
+        agreement.map_or_else(Vec::new, |agreement| {
+            agreed::columns(rules, &agreement.description, now, self.now.get(table))
+        })
+    }
+
+    /// Whether only a younger catalog than the one that was read can tell which columns these are,
+    /// from `mark` on.
+    pub(super) fn needs_catalog(
+        &self,
+        route: &Route,
+        table: &str,
+        now: &Description,
+        mark: Mark,
+    ) -> bool {
+        let agreement = self.agreement(&route.name, table).filter(|_| mark >= self.now_at);
+        agreement.is_some_and(|agreement| {
+            let catalog = self.now.get(table);
+            agreed::needs_catalog(&route.rules.columns, &agreement.description, now, catalog)
+        })
     }
 }
 

@@ -26,6 +26,7 @@ mod find;
 mod formats;
 mod harmless;
 mod hidden_keys;
+mod hidden_moves;
 mod hosted;
 mod identity;
 mod inbox_commands;

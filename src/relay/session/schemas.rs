@@ -15,7 +15,7 @@ use crate::position::{Lsn, Mark, Position};
 use crate::relay::Options;
 use crate::relay::check::columns;
 use crate::relay::checkpoint::{missing_schema, to_sql};
-use crate::route::description::{DescribedColumn, DescribedIdentity, Description};
+use crate::route::description::{DescribedColumn, DescribedIdentity, Description, Numbered};
 use crate::route::{Agreement, DatabaseSecret, Recorded, Schemas};
 
 /// A captured table as the catalog has it.
@@ -29,11 +29,16 @@ pub struct Cataloged {
     pub description: Description,
 }
 
-/// All that is kept, for the start of a session.
+/// All that is kept, for the start of a session; with the captured tables as the catalog has them,
+/// and where the WAL ended before that.
 ///
 /// # Errors
 /// The server's; a missing table is a [`crate::error::Kind::Verdict`].
-pub async fn read(client: &impl GenericClient, name: &str) -> Result<Schemas> {
+pub async fn read(
+    client: &impl GenericClient,
+    name: &str,
+    (now, now_at): (Vec<Cataloged>, Lsn),
+) -> Result<Schemas> {
     const SECRET: &str = include_str!("../../../sql/query/schema_secret.sql");
     const LAST: &str = include_str!("../../../sql/query/schema_last.sql");
     let secret = client.query_opt(SECRET, &[]).await.map_err(missing_schema)?;
@@ -51,6 +56,8 @@ pub async fn read(client: &impl GenericClient, name: &str) -> Result<Schemas> {
         secret: Arc::new(DatabaseSecret::new(&secret)),
         agreed: agreed(client, name).await?,
         recorded: recorded(&rows)?,
+        now: now.into_iter().map(|cataloged| (cataloged.table, cataloged.description)).collect(),
+        now_at: now_at.into(),
     })
 }
 
@@ -135,6 +142,8 @@ pub async fn catalog(
             })
         };
         let rows = rows.map_err(postgres_error)?;
+        let numbers: std::result::Result<_, _> = rows.iter().map(|row| row.try_get(3)).collect();
+        let numbered = Numbered { relation: facts.oid, numbers: numbers.map_err(postgres_error)? };
         let columns: std::result::Result<Vec<_>, _> = rows.iter().map(column).collect();
         let columns = columns.map_err(postgres_error)?;
         let key = match (&*facts.primary_key, &facts.identity) {
@@ -149,7 +158,8 @@ pub async fn catalog(
             CatalogIdentity::Nothing => DescribedIdentity::Nothing,
         };
         let (schema, table) = (facts.table.schema.clone(), facts.table.name.clone());
-        let description = Description { schema, table, columns, key, identity };
+        let description =
+            Description { schema, table, columns, key, identity, numbered: Some(numbered) };
         found.push(Cataloged { table: facts.table.to_string(), oid: facts.oid, description });
     }
     Ok(found)

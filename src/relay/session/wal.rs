@@ -257,6 +257,9 @@ pub(super) async fn stream(
     let catalog_at = insert_lsn(client).await?;
     let types = read_types(client).await?;
     let captured = catalog::captured(client, options, &taken.publication, &taken.agreed).await?;
+    let tables =
+        catalog::read_tables(client, options, &taken.publication, Some(&taken.agreed)).await?;
+    let cataloged = schemas::catalog(client, &taken.publication, &tables.found).await?;
     started_with.set(&captured);
     let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));
     let names = captured.iter().map(|(name, table)| (table.oid, name.as_str().into()));
@@ -264,7 +267,7 @@ pub(super) async fn stream(
         keys: keys.collect(),
         names: names.collect(),
         parked: HashMap::new(),
-        schemas: schemas::read(client, &options.name).await?,
+        schemas: schemas::read(client, &options.name, (cataloged, catalog_at)).await?,
     };
     let assembler = Assembler::new(transaction::Options {
         epoch: row.position.epoch,

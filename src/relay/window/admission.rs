@@ -60,9 +60,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 }
                 Item::Described(table, position, receipt) => {
                     self.before_description(&table, now);
-                    let receipt = self.described(&table, position, receipt);
-                    self.push_settled(receipt);
-                    Ok(())
+                    let described = self.described(&table, position, receipt);
+                    described.map(|receipt| self.push_settled(receipt))
                 }
             };
             if let Err(poison) = admitted {

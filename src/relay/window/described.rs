@@ -3,29 +3,39 @@
 
 use std::sync::Arc;
 
+use crate::error::{Error, Result};
 use crate::event::Table;
 use crate::position::Position;
 use crate::publisher::Publisher;
-use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
+use crate::relay::{Making, Relay};
 use crate::route::SchemaChange;
 use crate::source::{Note, Receipt, Source};
 
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// The receipt, with what is to be recorded.
+    ///
+    /// # Errors
+    /// Where a hidden column may have another name now, and only the catalog tells which.
     pub(in crate::relay) fn described(
         &mut self,
         table: &Arc<Table>,
         position: Position,
         receipt: Receipt,
-    ) -> Receipt {
-        match self.making.plans.describe(&self.making.router, table, position) {
+    ) -> Result<Receipt> {
+        let Making { plans, router, .. } = &self.making;
+        if plans.needs_catalog(router, table, position) {
+            let text = format!("the columns of {} have just changed", table.full_name);
+            return Err(Error::protocol(text)
+                .hint("no action needed: the next session reads which ones they are"));
+        }
+        Ok(match self.making.plans.describe(&self.making.router, table, position) {
             None => receipt,
             Some(change) => {
                 self.tell(&change);
                 receipt.with_note(Note::Changed(Box::new(change)))
             }
-        }
+        })
     }
 
     fn tell(&self, change: &SchemaChange) {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::position::Position;
-use crate::route::description::DescribedColumn;
+use crate::route::description::{DescribedColumn, Description};
 
 fn table(names: &[&str], identity: Identity) -> Arc<Table> {
     Arc::new(Table {
@@ -56,7 +56,7 @@ fn columns(
     Projection::new(Deciding {
         table,
         key: &table.key,
-        hidings: hidings(rules, table, Some(&agreed), &secret, hidden),
+        hidings: hidings(rules, table, |name| agreed.column(name).is_some(), &secret, hidden),
         map,
         version: "v".into(),
         secret: Some(&secret),
