@@ -251,6 +251,39 @@ async fn a_type_without_a_renderer_is_parked_with_its_column_and_what_to_do() {
     relay.stop().await.expect_code(0);
 }
 
+#[tokio::test]
+async fn a_name_of_the_catalog_is_refused_where_only_its_number_would_come() {
+    let table = |kind: &str| format!("CREATE TABLE public.t (id int PRIMARY KEY, what {kind})");
+    for kind in ["regclass", "regtype", "regrole", "regnamespace", "regproc", "regclass[]"] {
+        let (sql, tables) = (table(kind), ["public.t"]);
+        let routes = "[[route]]\nname = \"t\"\ntable = \"public.t\"\nexchange = \"watership\"\n";
+        let stage = Stage::new(Setup { sql: &sql, tables: &tables, routes, ..Setup::default() });
+        let stage = stage.await;
+        let text = stage.configuration();
+        let binary = text.replacen("source.tables", "source.binary = true\nsource.tables", 1);
+        stage.replace_configuration(&binary);
+        let told = format!("column \"what\" of table public.t has the type {}", &kind[..7]);
+        for command in ["init", "check", "run"] {
+            let refused = stage.run(&[command]).await;
+            refused.expect_code(1).expect_text(&[&told, "source.binary = false"]);
+        }
+        // What is not sent is in nobody's way.
+        let exclude = "table = \"public.t\"\ncolumns = { exclude = [\"what\"] }";
+        stage.replace_configuration(&binary.replacen("table = \"public.t\"", exclude, 1));
+        stage.run(&["init"]).await.expect_code(0);
+        let relay = stage.start().await;
+        stage.execute("INSERT INTO t VALUES (1, NULL)").await;
+        assert_eq!(stage.settled().await.len(), 1);
+        relay.stop().await.expect_code(0);
+        // And text mode has the names.
+        stage.replace_configuration(&text);
+        let relay = stage.start().await;
+        stage.execute("INSERT INTO t VALUES (2, NULL)").await;
+        assert_eq!(stage.settled().await.len(), 2);
+        relay.stop().await.expect_code(0);
+    }
+}
+
 const PARKED_TWO: &str = "(SELECT count(*) FROM watership.parked) = 2";
 
 #[tokio::test]

@@ -4,9 +4,10 @@
 //! Invariant: a rule that names a column names one that the table has, or had when the route was
 //! agreed. What a name that is spelt wrong should hide would be sent.
 
+use crate::column::oid;
 use crate::error::{Error, Result};
 use crate::event::hidden::Hide;
-use crate::route::description::Description;
+use crate::route::description::{DescribedColumn, Description};
 use crate::route::{Action, Rule, Select};
 
 /// Publishing routes that are for this table, with the columns that they name as their key.
@@ -63,11 +64,37 @@ pub fn verify(
     rules.verify_types(now).map_err(in_route)
 }
 
+/// Refuses a column of which binary mode gets less than text mode, on a route that sends it. Every
+/// event with a value in it would be parked.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] naming the route, the table, the column and its type.
+pub fn verify_binary(rule: &Rule, table: &str, now: &Description) -> Result<()> {
+    let Action::Publish { rules, .. } = &rule.action else { return Ok(()) };
+    let is_sent = |name: &str| {
+        // A hash is made of the text, too.
+        rules.columns.hide(name) <= Some(Hide::Hash) && !rules.map.drop.iter().any(|n| n == name)
+    };
+    let named = |column: &DescribedColumn| {
+        oid::catalog_name(column.type_oid).filter(|_| is_sent(&column.name))
+    };
+    let Some((column, kind)) = now.columns.iter().find_map(|c| Some((c, named(c)?))) else {
+        return Ok(());
+    };
+    let (route, column) = (&rule.name, &column.name);
+    let text = format!(
+        "route {route:?}: column {column:?} of table {table} has the type {kind}: in binary mode \
+         Postgres sends a number instead of the name"
+    );
+    Err(Error::refused(text).hint(
+        "set source.binary = false; or leave the column out (columns.exclude), or change its type \
+         to text",
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::column::oid;
-    use crate::route::description::DescribedColumn;
     use crate::route::rules::{ColumnRules, Constant, Map};
     use crate::route::{RouteRules, default_rules};
 

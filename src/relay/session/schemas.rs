@@ -178,6 +178,9 @@ pub fn verify(
         for rule in columns::routes_of(&options.rules, table) {
             let agreed = agreed.get(&(rule.name.clone(), table.clone()));
             columns::verify(rule, table, description, agreed.map(|agreed| &agreed.description))?;
+            if options.binary {
+                columns::verify_binary(rule, table, description)?;
+            }
         }
     }
     Ok(())
