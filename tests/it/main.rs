@@ -18,6 +18,7 @@ mod dev;
 mod drift;
 mod drift_kills;
 mod drift_kinds;
+mod drift_partitions;
 mod drift_routes;
 mod dry_run;
 mod event_router;
