@@ -275,6 +275,10 @@ async fn a_name_of_the_catalog_is_refused_where_only_its_number_would_come() {
         stage.execute("INSERT INTO t VALUES (1, NULL)").await;
         assert_eq!(stage.settled().await.len(), 1);
         relay.stop().await.expect_code(0);
+        // Nor is a column that nobody has agreed to.
+        stage.execute(&format!("ALTER TABLE t ADD more {kind}")).await;
+        stage.run(&["check"]).await.expect_code(0).expect_text(&["leaves out new columns"]);
+        stage.start().await.stop().await.expect_code(0);
         // And text mode has the names.
         stage.replace_configuration(&text);
         let relay = stage.start().await;

@@ -69,11 +69,19 @@ pub fn verify(
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] naming the route, the table, the column and its type.
-pub fn verify_binary(rule: &Rule, table: &str, now: &Description) -> Result<()> {
+pub fn verify_binary(
+    rule: &Rule,
+    table: &str,
+    now: &Description,
+    agreed: Option<&Description>,
+) -> Result<()> {
     let Action::Publish { rules, .. } = &rule.action else { return Ok(()) };
+    let is_new = |name: &str| agreed.is_some_and(|agreed| agreed.column(name).is_none());
     let is_sent = |name: &str| {
         // A hash is made of the text, too.
-        rules.columns.hide(name) <= Some(Hide::Hash) && !rules.map.drop.iter().any(|n| n == name)
+        rules.columns.hide(name) <= Some(Hide::Hash)
+            && !rules.map.drop.iter().any(|dropped| dropped == name)
+            && !(rules.columns.is_closed() && is_new(name))
     };
     let named = |column: &DescribedColumn| {
         oid::catalog_name(column.type_oid).filter(|_| is_sent(&column.name))

@@ -177,9 +177,10 @@ pub fn verify(
     for Cataloged { table, description, .. } in tables {
         for rule in columns::routes_of(&options.rules, table) {
             let agreed = agreed.get(&(rule.name.clone(), table.clone()));
-            columns::verify(rule, table, description, agreed.map(|agreed| &agreed.description))?;
+            let agreed = agreed.map(|agreed| &agreed.description);
+            columns::verify(rule, table, description, agreed)?;
             if options.binary {
-                columns::verify_binary(rule, table, description)?;
+                columns::verify_binary(rule, table, description, agreed)?;
             }
         }
     }
