@@ -4,8 +4,8 @@
 //! after the change of state that the event tells of, then readers of the event find that state.
 //! The application's user needs the role `watership_app`.
 //!
-//! `emit` is for tokio-postgres (feature `outbox`), `sqlx::emit` for sqlx (feature `sqlx`). Each has
-//! a sister, `emit_wal`, for an outbox without a table.
+//! `emit` is for tokio-postgres (feature `outbox`), `sqlx::emit` for sqlx (feature `sqlx`). Beside
+//! each is an `emit_wal`, for an outbox without a table.
 //!
 //! ```no_run
 //! use watership::outbox::{NewEvent, Payload, emit};
@@ -107,6 +107,15 @@ pub async fn emit(client: &impl GenericClient, event: &NewEvent<'_>) -> Result<U
 
 /// Writes `event` into the WAL and nowhere else, as [`emit`] does with the outbox: an outbox
 /// without a table. Only a relay that reads the WAL sees it, and only while its slot is there.
+///
+/// ```no_run
+/// use watership::outbox::{NewEvent, Payload, emit_wal};
+///
+/// # async fn example(tx: &tokio_postgres::Transaction<'_>) -> watership::error::Result<()> {
+/// emit_wal(tx, &NewEvent::new("order", "42", "paid", Payload::Json("{}"))).await?;
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// # Errors
 /// As [`emit`]; and when `wal_level` is not `logical`.

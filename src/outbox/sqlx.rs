@@ -42,6 +42,16 @@ pub async fn emit(connection: &mut PgConnection, event: &NewEvent<'_>) -> Result
 /// Writes `event` into the WAL and nowhere else: only a relay that reads the WAL sees it,
 /// and only while its slot is there.
 ///
+/// ```no_run
+/// use watership::outbox::{self, NewEvent, Payload};
+///
+/// # async fn example(connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+/// let event = NewEvent::new("order", "42", "paid", Payload::Json("{}"));
+/// outbox::sqlx::emit_wal(connection, &event).await?;
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// As [`emit`]; and when `wal_level` is not `logical`.
 pub async fn emit_wal(connection: &mut PgConnection, event: &NewEvent<'_>) -> Result<Uuid, Error> {

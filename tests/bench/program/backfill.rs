@@ -61,7 +61,8 @@ pub async fn run(servers: &Servers, rows: u64, rate: u64) -> Result<Backfill> {
     let make = format!(
         "CREATE TABLE {TABLE} (id bigint PRIMARY KEY, name text, note text, at timestamptz); \
          INSERT INTO {TABLE} SELECT g, 'customer-' || g, repeat('watership ', 12), now() \
-         FROM generate_series(1, {rows}) AS g; CREATE TABLE {DROPPED} (LIKE {TABLE} INCLUDING ALL); \
+         FROM generate_series(1, {rows}) AS g; \
+         CREATE TABLE {DROPPED} (LIKE {TABLE} INCLUDING ALL); \
          INSERT INTO {DROPPED} SELECT * FROM {TABLE}; ANALYZE"
     );
     let tables = [TABLE, DROPPED];
