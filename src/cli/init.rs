@@ -480,7 +480,7 @@ async fn grants(steps: &mut Steps, client: &mut Client, config: &Config) -> Resu
     let before: bool = unnamed::query_one(client, sql, &[]).await.map_err(postgres_error)?.get(0);
     let done = if before { Done::Exists } else { Done::Created };
     if config.relay.outbox.is_mapped() && config.relay.kind == SourceKind::Poll {
-        steps.add(Done::Skipped, "grants", "applications need none: polling sees no emit_wal");
+        steps.add(Done::Skipped, "grants", "not needed: applications write to their own table");
     } else if config.relay.outbox.is_mapped() {
         migrate::grant_messages(client).await?;
         steps.add(done, "grants", "watership_app may call emit_wal");

@@ -103,7 +103,7 @@ async fn show(client: &Client, config: &Config, table: &str, out: Out) -> Result
     let line = |name: &str, text: &str| out.line(&format!("{name:<10} {text}"));
     line("table", &format!("{table}: {}", report.columns.join(", ")));
     for route in &report.routes {
-        line("route", &format!("{:?} is agreed with {}", route.route, route.agreed.join(", ")));
+        line("route", &format!("{:?} has agreed columns {}", route.route, route.agreed.join(", ")));
         for what in &route.broken {
             line("", &format!("it promised more: {what}"));
         }

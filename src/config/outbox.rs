@@ -149,8 +149,8 @@ fn refuse_of_polling(t: &Section<'_>, keys: &[(&str, bool)]) {
     for (key, _) in keys.iter().filter(|(_, given)| *given) {
         let path = t.path(key);
         let text = format!(
-            "{path} is for source.mode = \"poll\": the WAL has the order of commits, and every \
-             row that was committed; remove it"
+            "{path} is for source.mode = \"poll\": the WAL has the order of commits by itself; \
+             remove it"
         );
         t.problem(key, text);
     }

@@ -210,13 +210,14 @@ fn exchange(
     let (path, of_list) = (t.path(EXCHANGE), t.path(EXCHANGES));
     match (exchange.contains('{'), exchanges.is_empty()) {
         (true, true) => {
-            let text = "an exchange with fields needs exchanges, the list of all that it may be, \
-                        such as [\"shop.eu\", \"shop.us\"]";
+            let text = "an exchange with fields needs exchanges, the list of all names that it can \
+                        make, such as [\"shop.eu\", \"shop.us\"]";
             t.problem(EXCHANGE, format!("{path} = {exchange:?}: {text}"));
         }
         (false, false) if !exchange.is_empty() => {
-            let text = "are those that the fields of exchange may make, and it has none";
-            t.problem(EXCHANGES, format!("{of_list} {text}; remove one of the two"));
+            let text = "lists what an exchange with fields can make, and exchange has none";
+            let what = "remove exchanges, or put a field into exchange";
+            t.problem(EXCHANGES, format!("{of_list} {text}; {what}"));
         }
         (false, true) if exchange.len() > SHORT_STRING_MAX => {
             t.invalid(EXCHANGE, format!("{exchange:?}"), "1 to 255 bytes");
@@ -247,8 +248,7 @@ fn headers(t: &mut Section<'_>) -> Vec<(String, String)> {
             Some(Scalar::Text(text)) => headers.push((name.to_owned(), text)),
             Some(Scalar::Int(_) | Scalar::Bool(_)) => {
                 let path = given.path(name);
-                given
-                    .problem(name, format!("{path} is not text in quotes; fields stand in braces"));
+                given.problem(name, format!("{path} must be text in quotes"));
             }
             None => {}
         }

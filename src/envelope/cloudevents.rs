@@ -67,7 +67,8 @@ impl Attributes {
             return Err(Error::event("the event type is empty, and a CloudEvent needs a type"));
         }
         if list[2].1.is_empty() {
-            return Err(Error::event("the source is empty, and a CloudEvent needs a source"));
+            return Err(Error::event("the source is empty, and a CloudEvent needs a source")
+                .hint("give cloudevents.source a fixed part, such as \"/shop/{column.tenant}\""));
         }
         if let Some((name, _)) = list.iter().find(|(_, value)| value.contains(char::is_control)) {
             let text = format!("the CloudEvents attribute {name:?} has a control character");

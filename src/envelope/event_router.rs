@@ -136,8 +136,8 @@ fn each_placed(
             None => {
                 let text = format!("the row has no field {field:?}, which the route places");
                 return Err(Error::event(text).hint(
-                    "it is a column of outbox.table, or a member of the column headers; or set \
-                     debezium.missing_field = \"ignore\"",
+                    "correct debezium.additional_placement (a field is a column of outbox.table or \
+                     a member of the column headers), or set debezium.missing_field = \"ignore\"",
                 ));
             }
         }

@@ -198,7 +198,7 @@ fn templates_of_attributes_that_cannot_be_followed_are_refused_at_start() {
         ),
         (
             CloudEvents { kind: text("{record_key}"), ..Default::default() },
-            "cloudevents.type: the field \"record_key\" is known with format = \"debezium\" only",
+            "cloudevents.type: the field \"record_key\" needs format = \"debezium\"",
         ),
         (
             CloudEvents { kind: text("x"), type_prefix: text("y"), ..Default::default() },

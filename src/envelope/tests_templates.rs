@@ -80,7 +80,10 @@ fn what_has_no_text_or_no_place_is_refused_with_the_reason_and_without_the_value
     let unreadable = Unreadable { why: "it has no text form".into(), bytes: None };
     let binary = Value::Text(Bytes::from_static(b"\xff"));
     for (event, expected) in [
-        (insert(Value::Null), "column \"region\" is in a template of the route, and null here"),
+        (
+            insert(Value::Null),
+            "column \"region\" is in a template of the route, but null in this row",
+        ),
         (insert(binary), "column \"region\": value of 1 bytes is not UTF-8"),
         (insert(Value::Unreadable(Box::new(unreadable))), "column \"region\": it has no text form"),
         (
@@ -89,7 +92,7 @@ fn what_has_no_text_or_no_place_is_refused_with_the_reason_and_without_the_value
         ),
         (
             change(Change::Delete { old: OldRow::Key(row(Value::Null)) }),
-            "the old row came without it",
+            "the replica identity does not carry it",
         ),
         (change(Change::Truncate), "a truncate has no row"),
         (
@@ -105,7 +108,10 @@ fn what_has_no_text_or_no_place_is_refused_with_the_reason_and_without_the_value
     let Action::Publish { address, .. } = &mut of_one.action else { unreachable!() };
     **address = Address { headers: Vec::new(), ..Address::new("e", "{column.region}.") };
     let error = refused(message(&long, of_one, 0));
-    assert_eq!(error, "routing key of route \"tables\" has 256 bytes, AMQP allows 255");
+    assert!(
+        error.contains("of route \"tables\" has 256 bytes, AMQP allows 255 (shorten"),
+        "{error}"
+    );
 }
 
 #[test]

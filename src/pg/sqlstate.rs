@@ -179,8 +179,8 @@ fn carries_row_data(code: &str) -> bool {
 
 /// What poolers say for many reasons.
 const POOLER: &str = "if this is a connection pooler such as PgBouncer: source.mode = \"wal\" and \
-    `init` need the Postgres server itself; for source.mode = \"poll\" its file must name the \
-    database and the user, and a URL may have no options that it does not know";
+    `init` need the Postgres server itself; for source.mode = \"poll\" the pooler must know the \
+    database and the user, and source.url may have no options that the pooler does not know";
 
 /// The table: what the caller does about an SQLSTATE, and our hint. The last line of a class is
 /// for all of its codes that are not named.

@@ -244,22 +244,25 @@ fn column(shown: Option<ShownRow<'_>>, index: usize) -> Result<&str> {
     let (name, place) = &table.shown[index];
     let wrong = |what: &str| Error::event(format!("column {name:?} {what}"));
     let Some(place) = *place else {
-        let text = wrong("is in a template of the route, and the table is sent without it");
-        return Err(text.hint("`watership schema TABLE` shows what the route sends"));
+        let text = wrong("is in a template of the route, but the route does not send it");
+        return Err(text.hint(
+            "`watership schema TABLE` shows what it sends; if the column may be sent, \
+             `watership schema accept TABLE`, then retry",
+        ));
     };
     let Some(row) = row else {
-        return Err(wrong("is in a template of the route, and a truncate has no row").hint(FILTER));
+        return Err(wrong("is in a template of the route, but a truncate has no row").hint(FILTER));
     };
     match &row[place] {
         Value::Text(text) => std::str::from_utf8(text).map_err(|_| wrong("is not UTF-8")),
         Value::Null if is_only_identity => Err(wrong(
-            "is in a template of the route, and the old row came without it",
+            "is in a template of the route, but the replica identity does not carry it",
         )
         .hint("set REPLICA IDENTITY FULL, or leave deletes out with filter: \"op != 'delete'\"")),
-        Value::Null => Err(wrong("is in a template of the route, and null here")
+        Value::Null => Err(wrong("is in a template of the route, but null in this row")
             .hint("set map.default for it, or leave such rows out with filter")),
         Value::Unchanged => Err(wrong(
-            "is in a template of the route, and this change did not touch its large value",
+            "is in a template of the route, but this change did not touch its large value",
         )
         .hint("Postgres does not send it then: set REPLICA IDENTITY FULL, or name another column")),
         Value::Unreadable(value) => Err(Error::event(format!("column {name:?}: {}", value.why))),

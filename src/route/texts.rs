@@ -319,7 +319,9 @@ fn render(
         let (what, len) = (what.replace('_', " "), out.len());
         let text =
             format!("{what} of route {route:?} has {len} bytes, AMQP allows {SHORT_STRING_MAX}");
-        return Err(Error::event(text));
+        return Err(
+            Error::event(text).hint("shorten the template, or leave such events out with filter")
+        );
     }
     Ok(())
 }
@@ -327,17 +329,19 @@ fn render(
 fn not_listed(route: &str, listed: &[(String, ExchangeId)]) -> Error {
     let names: Vec<String> = listed.iter().map(|(name, _)| format!("{name:?}")).collect();
     let text = format!(
-        "the exchange that this event makes for route {route:?} is not one of its exchanges: {}",
+        "route {route:?} makes the name of an exchange of this event (not shown: it may have \
+         values of the row), and it is not one of its exchanges: {}",
         names.join(", ")
     );
-    Error::event(text).hint("add it to exchanges, or leave such events out with filter")
+    Error::event(text).hint("add it to exchanges and retry, or leave such events out with filter")
 }
 
 fn check_length(setting: &str, template: &Template) -> Result<()> {
     let least = template.least_len();
     if least > SHORT_STRING_MAX {
         let text = format!(
-            "{setting} has {least} bytes without its fields, AMQP allows {SHORT_STRING_MAX}"
+            "{setting} has {least} bytes without its fields, AMQP allows {SHORT_STRING_MAX}; \
+             shorten it"
         );
         return Err(Error::config(text));
     }
@@ -352,7 +356,7 @@ fn check_record_key(setting: &str, template: &Template, format: &Format) -> Resu
 }
 
 fn no_record_key(setting: &str) -> Error {
-    let text = "the field \"record_key\" is known with format = \"debezium\" only; use \"key\"";
+    let text = "the field \"record_key\" needs format = \"debezium\"; use \"key\" instead";
     Error::config(format!("{setting}: {text}"))
 }
 
@@ -362,10 +366,10 @@ fn check_header(name: &str, select: &Select, format: &Format) -> Result<()> {
     let is_name =
         (1..=SHORT_STRING_MAX).contains(&name.len()) && name.bytes().all(|b| b.is_ascii_graphic());
     if !is_name {
-        return Err(wrong("a name has 1 to 255 printable ASCII characters"));
+        return Err(wrong("a name has 1 to 255 printable ASCII characters without spaces"));
     }
     if is_reserved_header(name) {
-        return Err(wrong("CC, BCC, x-* and ws-* have a meaning already; choose another name"));
+        return Err(wrong("CC, BCC, x-* and ws-* are reserved; choose another name"));
     }
     let is_outbox = matches!(select, Select::Outbox { .. });
     let is_taken = match format {

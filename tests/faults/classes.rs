@@ -308,18 +308,18 @@ const PROVED: &[Proved] = &[
 /// Classes that have no test here, and the reason.
 const NOT_RUN: &[(&str, &str)] = &[
     ("A11", "pg_upgrade needs the programs of two majors from 17 on"),
-    ("B28", "the polling source is not built yet"),
+    ("B28", "a source that polls: tests/it/polling"),
     ("C12", "dropped idle connections need a network namespace; C3 covers what follows"),
     ("C13", "random packet loss needs a network namespace with nftables"),
     ("D15", "an election needs three nodes; a nack is a nack (D10)"),
     ("D19", "a partition needs three nodes, each in a network namespace"),
     ("D24", "power loss needs a file system that forgets (LazyFS, FUSE)"),
     ("D25", "a queue purged or consumed by others: out of scope"),
-    ("E9", "snapshots are not built yet"),
+    ("E9", "a backfill that is killed: tests/it/backfill"),
     ("E11", "there is no reload: configuration is read at the start"),
     ("E22", "there is no reload"),
     ("E26", "there is one version only"),
-    ("M9", "snapshots are not built yet"),
+    ("M9", "a backfill beside live changes: tests/it/backfill"),
 ];
 
 const SIZES: &[(&str, u32)] = &[("A", 19), ("B", 30), ("C", 13), ("D", 25), ("E", 29), ("M", 18)];

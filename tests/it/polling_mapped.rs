@@ -331,7 +331,7 @@ async fn a_column_that_gets_another_type_is_read_as_what_it_is_from_then_on() {
     let messages = settled(&stage, "outbox").await;
     assert_eq!(kinds(&messages), ["json", "bytes"]);
     assert_eq!((&*messages[0].body, &messages[1].bytes[..]), ("1", &[0, 255][..]));
-    relay.stop().await.expect_code(0).expect_text(&["has just got another type"]);
+    relay.stop().await.expect_code(0).expect_text(&["of public.outbox has just changed"]);
 }
 
 #[tokio::test]

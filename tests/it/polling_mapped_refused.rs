@@ -53,7 +53,7 @@ async fn a_table_that_lacks_something_is_refused_by_init_check_and_run_with_its_
         (
             "ALTER TABLE outbox ADD seq bigint NOT NULL DEFAULT 1; CREATE INDEX ON outbox (seq); \
                 CREATE INDEX ON outbox (xid, seq)",
-            &["expected an integer that a sequence numbers upwards", "watership_seq"],
+            &["expected a NOT NULL integer that an ascending sequence fills", "watership_seq"],
         ),
     ];
     for (alter, words) in steps {
@@ -166,7 +166,7 @@ async fn a_checkpoint_of_one_table_is_not_taken_for_that_of_another() {
     stage.execute("ALTER TABLE outbox RENAME TO events").await;
     let text = stage.configuration().replace("\"public.outbox\"", "\"public.events\"");
     stage.replace_configuration(&text);
-    let words = ["is of outbox public.outbox, and the configuration has public.events"];
+    let words = ["belongs to outbox public.outbox, but the configuration names public.events"];
     refuse(&stage, &words).await;
     let renamed = "UPDATE watership.poll_batch SET outbox = 'public.events' WHERE name = 'shop'";
     stage.execute(renamed).await;

@@ -147,8 +147,7 @@ fn polling(relay: &relay::Options, found: &Found) -> String {
         text += &format!("{statement};\n\n");
     }
     if !found.checkpoint {
-        text +=
-            "-- It begins behind what the outbox has then: rows that are there are never sent.\n";
+        text += "-- It begins after what is in the outbox then: existing rows are never sent.\n";
         text += &CHECKPOINT
             .replace(":name", &escape_literal(&relay.name))
             .replace(":outbox", &escape_literal(&relay.outbox.table.to_string()));
@@ -163,8 +162,8 @@ fn last(relay: &relay::Options) -> String {
         (true, SourceKind::Wal) => migrate::GRANT_MESSAGES,
         (true, SourceKind::Poll) => {
             return format!(
-                "-- `watership check` has the statements that {} needs to be polled. Exchanges,\n\
-                 -- queues and bindings are declared by `watership run`.\n",
+                "-- `watership check` prints the statements that {} needs to be polled.\n\
+                 -- Exchanges, queues and bindings are declared by `watership run`.\n",
                 relay.outbox.table
             );
         }

@@ -85,8 +85,8 @@ fn check_start(f: &mut Findings, relay: &Options, found: &PollStart) {
         f.warning(
             "outbox",
             missing,
-            "let the relay catch up before your applications delete more rows, or let them wait \
-             longer",
+            "stop deleting rows until the relay has caught up; if your applications keep rows \
+             for longer than this, raise outbox.retained_for",
         );
     }
     let batch = found.row.flush().0;

@@ -91,8 +91,8 @@ pub fn verify_binary(
     };
     let (route, column) = (&rule.name, &column.name);
     let text = format!(
-        "route {route:?}: column {column:?} of table {table} has the type {kind}: in binary mode \
-         Postgres sends a number instead of the name"
+        "route {route:?}: column {column:?} of table {table} is of type {kind}: in binary mode \
+         Postgres sends its OID instead of the name"
     );
     Err(Error::refused(text).hint(
         "set source.binary = false; or leave the column out (columns.exclude), or change its type \

@@ -68,7 +68,7 @@ fn order_by(outbox: &OutboxTable, found: MappedFacts<'_>) -> Needed {
     let add = |name: &str| {
         format!(
             "ALTER TABLE {table} ADD COLUMN {} {definition} (it rewrites the table while readers \
-             and writers wait, and numbers the rows that are there){right}",
+             and writers wait, and numbers existing rows){right}",
             escape_identifier(name)
         )
     };
@@ -77,8 +77,8 @@ fn order_by(outbox: &OutboxTable, found: MappedFacts<'_>) -> Needed {
         let name = escape_identifier(&column.name);
         fits(column).then(|| format!("ALTER TABLE {table} ALTER COLUMN {name} SET NOT NULL"))
     };
-    let why = "an integer that a sequence numbers upwards, and never null: rows are read in its \
-               order, and an event's position counts from the first row of its batch";
+    let why = "a NOT NULL integer that an ascending sequence fills: rows are read in its order, \
+               and an event's position counts from the first row of its batch";
     let wanted = Wanted { key: "order_by", default: "seq", why, fits: &fits, add: &add, fix: &fix };
     wanted.column(outbox, &outbox.order_by, found)
 }
@@ -88,7 +88,7 @@ fn xid(outbox: &OutboxTable, found: MappedFacts<'_>) -> Needed {
     let add = |name: &str| {
         format!(
             "ALTER TABLE {table} ADD COLUMN {} xid8 NOT NULL DEFAULT {OWN_XID} (it does not \
-             rewrite the table; rows that are there get the transaction of this statement, and \
+             rewrite the table; existing rows get the transaction of this statement, and \
              `init --skip-existing` leaves them unsent)",
             escape_identifier(name)
         )
@@ -103,12 +103,13 @@ fn xid(outbox: &OutboxTable, found: MappedFacts<'_>) -> Needed {
             format!(
                 "ALTER TABLE {table} ALTER COLUMN {name} SET DEFAULT {OWN_XID}; UPDATE {table} \
                  SET {name} = '3' WHERE {name} IS NULL; ALTER TABLE {table} ALTER COLUMN {name} \
-                 SET NOT NULL"
+                 SET NOT NULL (rows without a value then count as sent; to send them, set \
+                 {OWN_XID} instead of '3')"
             )
         })
     };
-    let why = "an xid8 with the default pg_current_xact_id(), and never null: a row that is \
-               committed late is told by it from those that were read";
+    let why = "an xid8, NOT NULL, with the default pg_current_xact_id(): it tells a row that \
+               commits late from those that were read";
     let wanted = Wanted { key: "xid", default: "xid", why, fits: &fits, add: &add, fix: &fix };
     wanted.column(outbox, &outbox.xid, found)
 }

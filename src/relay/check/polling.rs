@@ -172,12 +172,12 @@ pub fn verify_table<'a>(
     let now = table.to_string();
     let Some(other) = stored.find(|stored| *stored != now) else { return Ok(()) };
     let text = format!(
-        "the checkpoint of relay {name:?} is of outbox {other}, and the configuration has {now}: \
-         what was passed in one table says nothing of another"
+        "the checkpoint of relay {name:?} belongs to outbox {other}, but the configuration names \
+         {now}: progress in one table says nothing about another"
     );
     Err(Error::refused(text).hint(format!(
         "correct outbox.table, or choose another name and run `watership init`; if the table was \
-         renamed, as the owner of the schema: {}",
+         renamed, run as the owner of the schema watership: {}",
         statement(RENAME).replace("$2", &escape_literal(&now)).replace("$1", &escape_literal(name))
     )))
 }
@@ -194,8 +194,8 @@ pub fn unread_too_long(retained_for: Option<Duration>, age: Option<Duration>) ->
     let (retained_for, age) = (retained_for?, age?);
     (age > retained_for).then(|| {
         format!(
-            "rows were perhaps not read for {age:?}, longer than outbox.retained_for \
-             ({retained_for:?}): those that were deleted meanwhile were not sent"
+            "the outbox may have gone unread for {age:?}, longer than outbox.retained_for \
+             ({retained_for:?}): rows that were deleted meanwhile were not sent"
         )
     })
 }
@@ -312,7 +312,7 @@ mod tests {
         let error = verify_table("shop", &table, ["public.b", "public.a"].into_iter());
         let told = error.expect_err("another table").text_with_hint();
         assert!(
-            told.contains("is of outbox public.a, and the configuration has public.b"),
+            told.contains("belongs to outbox public.a, but the configuration names public.b"),
             "{told}"
         );
         assert!(told.contains("SET outbox = 'public.b' WHERE name = 'shop'"), "{told}");

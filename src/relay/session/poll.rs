@@ -89,7 +89,9 @@ async fn take_over(
     let PollFacts { stored_age, unsettled_age, .. } = found.facts;
     let age = stored_age.max(unsettled_age);
     if let Some(missing) = polling::unread_too_long(options.retained_for, age) {
-        tracing::warn!("{missing}");
+        let hint = "compare the application's data with what consumers have; if applications keep \
+            rows for longer, raise outbox.retained_for";
+        tracing::warn!(hint, "{missing}");
     }
     if start == PollingFrom::NewEpoch {
         let (row, server) = (&found.row, &found.server);

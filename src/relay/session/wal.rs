@@ -224,7 +224,7 @@ fn tell_agreed(new: &[(String, String)], tables: &[Cataloged]) {
         let of_table = tables.iter().find(|cataloged| cataloged.table == *table);
         let columns = of_table.into_iter().flat_map(|found| &found.description.columns);
         let columns: Vec<&str> = columns.map(|column| &*column.name).collect();
-        tracing::info!(route, table, ?columns, "the route is agreed with the table as it is now");
+        tracing::info!(route, table, ?columns, "the route has agreed to the table as it is now");
     }
 }
 

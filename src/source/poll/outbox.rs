@@ -126,7 +126,7 @@ impl PolledOutbox {
         values: &[unnamed::Parameter<'_>],
     ) -> Result<Row> {
         let row = self.query(client, &self.look, values).await?.into_iter().next();
-        row.ok_or_else(|| Error::protocol("a look at the outbox returned no row"))
+        row.ok_or_else(|| Error::protocol("a poll of the outbox returned no row"))
     }
 
     /// The next rows of a batch: see `poll_read.sql`.
@@ -251,7 +251,7 @@ impl MappedRows {
         let longest: Option<i64> = row.try_get(4).map_err(postgres_error)?;
         let type_oids: &str = row.try_get(5).map_err(postgres_error)?;
         if type_oids != self.type_oids {
-            let text = format!("a column of {} has just got another type", self.table.full_name);
+            let text = format!("the type of a column of {} has just changed", self.table.full_name);
             return Err(Error::protocol(text)
                 .hint("no action needed: the next session reads the catalog again"));
         }
