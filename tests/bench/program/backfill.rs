@@ -47,8 +47,14 @@ pub struct Backfill {
     pub dropped_rows_per_second: f64,
 }
 
-/// Reads a table of `rows` rows while `rate` events a second are emitted.
-pub async fn run(servers: &Servers, rows: u64, rate: u64) -> Result<Backfill> {
+/// Reads a table of `rows` rows while `rate` events a second are emitted; `unconfirmed` instead of
+/// the default of `backfill.max_unconfirmed`.
+pub async fn run(
+    servers: &Servers,
+    rows: u64,
+    rate: u64,
+    unconfirmed: Option<u64>,
+) -> Result<Backfill> {
     let name = "bench_backfill";
     servers.fresh_queue(name).await?;
     queue_of_rows(servers).await?;
@@ -58,6 +64,8 @@ pub async fn run(servers: &Servers, rows: u64, rate: u64) -> Result<Backfill> {
          exchange = \"{EXCHANGE}\"\nrouting_key = \"rows\"\n\
          [[route]]\nname = \"dropped\"\ntable = \"{DROPPED}\"\ndrop = true\n"
     );
+    let limit = unconfirmed.map(|most| format!("[backfill]\nmax_unconfirmed = {most}\n"));
+    let routes = limit.unwrap_or_default() + &routes;
     let make = format!(
         "CREATE TABLE {TABLE} (id bigint PRIMARY KEY, name text, note text, at timestamptz); \
          INSERT INTO {TABLE} SELECT g, 'customer-' || g, repeat('watership ', 12), now() \
@@ -67,6 +75,10 @@ pub async fn run(servers: &Servers, rows: u64, rate: u64) -> Result<Backfill> {
     );
     let tables = [TABLE, DROPPED];
     let installation = Installation::with_tables(servers, name, &make, &tables, &routes).await?;
+    // What loading left to write is not the backfill's.
+    let client = servers.client(name).await?;
+    client.batch_execute("CHECKPOINT").await.map_err(sql("checkpointing"))?;
+    servers.settle_broker().await?;
     let mut relay = installation.start()?;
     relay.ready().await?;
     let mut received = consume(servers, name).await?;
@@ -75,7 +87,6 @@ pub async fn run(servers: &Servers, rows: u64, rate: u64) -> Result<Backfill> {
         Ok(())
     })
     .await?;
-    let client = servers.client(name).await?;
     let during = live(servers, name, rate, &mut received, async {
         read(&client, name, TABLE, &mut relay).await
     })

@@ -70,6 +70,9 @@ struct Arguments {
     /// Live events a second beside it.
     #[arg(long, default_value_t = 1000)]
     live: u64,
+    /// Its share of the unconfirmed messages, instead of the default.
+    #[arg(long)]
+    unconfirmed: Option<u64>,
     /// Measure a relay that polls, and nothing else.
     #[arg(long)]
     poll: bool,
@@ -149,7 +152,8 @@ async fn run(arguments: Arguments) -> Result<()> {
         return report.write(&arguments.out);
     }
     if let Some(rows) = arguments.backfill {
-        report.backfill(backfill::run(&servers, rows, arguments.live).await?);
+        report
+            .backfill(backfill::run(&servers, rows, arguments.live, arguments.unconfirmed).await?);
         return report.write(&arguments.out);
     }
     if arguments.poll {
