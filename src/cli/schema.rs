@@ -132,6 +132,10 @@ async fn accept(client: &Client, config: &Config, table: &str, out: Out) -> Resu
     // A rule for a column that is gone would hide nothing of what came in its place.
     for rule in routes_of(&options.rules, table) {
         columns::verify(rule, table, &now.description, None)?;
+        if options.binary {
+            // Else the next session would refuse what is agreed to here.
+            columns::verify_binary(rule, table, &now.description, Some(&now.description))?;
+        }
     }
     let before = against(config, &now, &agreed)?;
     for rule in routes_of(&options.rules, table) {

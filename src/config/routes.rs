@@ -160,7 +160,8 @@ fn publishing(
     let contracts = contracts::contracts(t);
     let key = t.list("key");
     let orderings = [("keyed", Ordering::Keyed), ("pipelined", Ordering::Pipelined)];
-    let ordering = t.word("ordering", &orderings);
+    let ordering = t.word(ORDERING, &orderings);
+    check_pipelined(t, ordering, &exchanges);
     let ids = [("event", MessageIdRule::Event), ("route", MessageIdRule::Route)];
     let message_id = t.word("message_id", &ids);
     let policies = [("park", OnPoison::Park), ("block", OnPoison::Block), ("stop", OnPoison::Stop)];
@@ -191,6 +192,21 @@ fn publishing(
     })
 }
 
+const ORDERING: &str = "ordering";
+
+/// Each exchange has channels of its own, and nothing holds messages of two channels in order but
+/// waiting for confirms, which a pipelined route does not do.
+fn check_pipelined(t: &mut Section<'_>, ordering: Ordering, exchanges: &[String]) {
+    if ordering == Ordering::Pipelined && !exchanges.is_empty() {
+        let text = format!(
+            "{} = \"pipelined\" with exchanges: messages of one key could overtake each other on \
+             their way to different exchanges; use \"keyed\"",
+            t.path(ORDERING)
+        );
+        t.problem(ORDERING, text);
+    }
+}
+
 /// The exchange of a route, and those that its fields may make.
 fn exchange(
     t: &mut Section<'_>,
@@ -199,7 +215,7 @@ fn exchange(
 ) -> (String, Vec<String>) {
     const EXCHANGE: &str = "exchange";
     const EXCHANGES: &str = "exchanges";
-    let exchanges = t.list(EXCHANGES);
+    let mut exchanges = t.list(EXCHANGES);
     let mut exchange = t.text(EXCHANGE, "");
     if publishes && exchange.is_empty() {
         match partitioned {
@@ -227,6 +243,7 @@ fn exchange(
     if exchanges.len() > EXCHANGES_MAX {
         let text = format!("{of_list} has {} names; at most {EXCHANGES_MAX}", exchanges.len());
         t.problem(EXCHANGES, text);
+        exchanges.truncate(EXCHANGES_MAX);
     }
     for (index, name) in exchanges.iter().enumerate() {
         if name.is_empty() || name.len() > SHORT_STRING_MAX {

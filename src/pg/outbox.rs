@@ -59,7 +59,8 @@ pub async fn read_columns(client: &impl GenericClient, oid: u32) -> Result<Vec<M
                 AND i.indisvalid AND i.indpred IS NULL AND i.indkey[0] = t.attnum), t.modifier, \
             CASE WHEN NOT t.generated THEN pg_get_expr(a.adbin, a.adrelid) END, \
             EXISTS (SELECT FROM pg_catalog.pg_depend AS d \
-                JOIN pg_catalog.pg_sequence AS s ON s.seqincrement > 0 AND NOT s.seqcycle \
+                JOIN pg_catalog.pg_sequence AS s \
+                    ON s.seqincrement > 0 AND NOT s.seqcycle AND s.seqcache = 1 \
                 WHERE d.classid = 'pg_class'::regclass AND d.objid = s.seqrelid \
                     AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 \
                     AND d.refobjsubid = t.attnum AND d.deptype = 'i' \

@@ -99,7 +99,8 @@ pub(super) fn hidings(
         let (rule, stored) = (rules.hide(name).or(new), hidden.of(index));
         let stand = match rule.max(stored)? {
             Hide::Exclude => Stand::Nothing,
-            _ if stored >= rule => Stand::Stored,
+            // An equal mask is the rule's own, with its type; a hash cannot be made again.
+            _ if stored > rule || (stored == rule && stored == Some(Hide::Hash)) => Stand::Stored,
             Hide::Mask => {
                 let (column, text) = rules.mask(name)?.as_column(name);
                 Stand::Mask(column, text)

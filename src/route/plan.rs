@@ -173,6 +173,8 @@ pub(super) struct At<'a> {
     pub(super) mark: Mark,
     /// The event was stored, with these values hidden.
     pub(super) stored: Option<&'a Hidden>,
+    /// The events are rows that a backfill has read.
+    pub(super) is_read: bool,
 }
 
 impl Plan {
@@ -345,7 +347,7 @@ impl Plans {
         position: Position,
     ) -> Option<SchemaChange> {
         let key = key_names(table, &table.key);
-        let at = At { schemas: &self.schemas, mark: position.mark, stored: None };
+        let at = At::of(&self.schemas, position.mark);
         let mut rules = Rules::of_table(router, table, &at);
         let stored = self.keys.insert(table.oid, key.clone());
         let other_key = stored.is_some_and(|stored| stored != key);
@@ -363,7 +365,7 @@ impl Plans {
     /// Whether the columns of a table that is described so can only be told apart by a younger
     /// catalog than the one that the session read.
     pub fn needs_catalog(&self, router: &Router, table: &Arc<Table>, position: Position) -> bool {
-        let at = At { schemas: &self.schemas, mark: position.mark, stored: None };
+        let at = At::of(&self.schemas, position.mark);
         let (rules, now) = (Rules::of_table(router, table, &at), Description::of(table));
         let of_route = |plan: &Plan| {
             self.schemas.needs_catalog(&plan.route, &table.full_name, &now, position.mark)
@@ -402,7 +404,7 @@ impl Plans {
         if matches!(event.content, Content::Outbox(_)) {
             return Plan::new(route, None);
         }
-        let at = At { schemas: &self.schemas, mark: event.position.mark, stored: None };
+        let at = At::of(&self.schemas, event.position.mark);
         let routes = Rules::of_table(router, &event.table, &at);
         let routes: Vec<&Route> = routes.plans().map(|plan| &*plan.route).collect();
         let mut plan = TablePlan::new(&route, event.table.clone());
@@ -422,7 +424,7 @@ impl Plans {
     /// The rows that a backfill reads next are described so. What the stream says of the table is
     /// another matter: it may be behind.
     pub fn describe_read(&mut self, router: &Router, table: &Arc<Table>, mark: Mark) {
-        let at = At { schemas: &self.schemas, mark, stored: None };
+        let at = At { is_read: true, ..At::of(&self.schemas, mark) };
         let mut rules = Rules::of_table(router, table, &at);
         rules.barrier = self.was_parked_as_another(&rules, table);
         self.read = rules;
@@ -482,7 +484,8 @@ impl Plans {
             Content::Outbox(_) => self.outbox.decide(event, false).for_each(each),
             Content::Change(_) => {
                 let (mark, stored) = (event.position.mark, Some(hidden));
-                let at = At { schemas: &self.schemas, mark, stored };
+                let is_read = matches!(event.content, Content::Change(Change::Read { .. }));
+                let at = At { schemas: &self.schemas, mark, stored, is_read };
                 let rules = Rules::of_table(router, &event.table, &at);
                 rules.decide(event, false).for_each(|decision| {
                     each(match decision {
@@ -511,7 +514,7 @@ impl Plans {
         let table = &event.table;
         if !self.tables.contains_key(&table.oid) {
             let mark = event.position.mark;
-            let at = At { schemas: &self.schemas, mark, stored: None };
+            let at = At::of(&self.schemas, mark);
             let mut rules = Rules::of_table(router, table, &at);
             rules.barrier = self.was_parked_as_another(&rules, table);
             self.tables.insert(table.oid, rules);

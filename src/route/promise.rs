@@ -38,6 +38,13 @@ pub struct Drift {
     pub what: String,
 }
 
+impl<'a> At<'a> {
+    /// Of live changes from `mark` on.
+    pub(super) fn of(schemas: &'a Schemas, mark: Mark) -> Self {
+        Self { schemas, mark, stored: None, is_read: false }
+    }
+}
+
 impl std::fmt::Debug for PlanRules {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let hidden = self.columns.as_ref().map(|(columns, _)| &columns.hidden);
@@ -77,7 +84,7 @@ pub(super) fn rules(
         });
         of_sent(route, plan, columns)
     });
-    let drift = agreement.and_then(|agreement| drift(route, agreement, plan, at.mark));
+    let drift = agreement.and_then(|agreement| drift(route, agreement, plan, at));
     let filter = route.rules.filter.as_ref().map(|filter| filter.bind(Some(&table), hidden));
     Some(Box::new(PlanRules { columns, drift, filter }))
 }
@@ -129,12 +136,14 @@ fn of_sent(route: &Arc<Route>, plan: &TablePlan, columns: Projection) -> (Projec
     (columns, Plan { route: route.clone(), table: Some(table), rules: None })
 }
 
-fn drift(route: &Route, agreement: &Agreement, plan: &TablePlan, mark: Mark) -> Option<Drift> {
+fn drift(route: &Route, agreement: &Agreement, plan: &TablePlan, at: &At<'_>) -> Option<Drift> {
     let policy = route.rules.on_drift;
-    if policy == OnDrift::Pass || mark < agreement.since {
+    if policy == OnDrift::Pass || at.mark < agreement.since {
         return None;
     }
-    let broken = broken(route, &agreement.description, &Description::of(&plan.table));
+    let mut broken = broken(route, &agreement.description, &Description::of(&plan.table));
+    // A row that was read has no old row, which is all that an identity is about.
+    broken.retain(|lost| !(at.is_read && matches!(lost, Difference::Identity { .. })));
     let what: Vec<String> = broken.iter().map(ToString::to_string).collect();
     (!what.is_empty()).then(|| Drift { policy, what: what.join("; ") })
 }
@@ -175,7 +184,7 @@ pub(super) fn left_out(
     if !rules.is_closed() {
         return Vec::new();
     }
-    let agreed = agreed::columns(rules, agreed, now, catalog);
+    let agreed = agreed::columns(&route.key, agreed, now, catalog);
     let names = now.columns.iter().map(|column| &*column.name);
     let is_new = |name: &&str| !agreed.contains(name) && rules.hide(name).is_none();
     names.filter(is_new).map(str::to_owned).collect()

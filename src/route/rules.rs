@@ -96,9 +96,9 @@ impl ColumnRules {
     }
 
     /// Whether only columns are sent that somebody agreed to: what is left out, masked or hashed is
-    /// named, so a column that comes later may need that, too.
+    /// named, so one that comes later, or under another name, may need that, too.
     pub fn is_closed(&self) -> bool {
-        self.include.is_empty() && self.hides_some()
+        self.hides_some()
     }
 
     fn hides_some(&self) -> bool {

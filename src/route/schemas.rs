@@ -89,7 +89,7 @@ impl Schemas {
         }
         let agreement = self.agreement(&route.name, table);
         agreement.map_or_else(Vec::new, |agreement| {
-            agreed::columns(rules, &agreement.description, now, self.now.get(table))
+            agreed::columns(&route.key, &agreement.description, now, self.now.get(table))
         })
     }
 

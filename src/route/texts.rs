@@ -59,7 +59,7 @@ pub(super) struct Texts {
 
 #[derive(Debug)]
 enum Exchange {
-    One(ExchangeId),
+    One(String, ExchangeId),
     /// One of these.
     Of(Template, Vec<(String, ExchangeId)>),
 }
@@ -67,7 +67,7 @@ enum Exchange {
 impl Texts {
     /// Those of a route without a name: nothing is published by it.
     pub(super) fn none() -> Self {
-        let exchange = Exchange::One(ExchangeId(0));
+        let exchange = Exchange::One(String::new(), ExchangeId(0));
         let (routing_key, headers, columns) = (Template::default(), Vec::new(), Vec::new());
         Self { exchange, routing_key, headers, attributes: [None, None], columns }
     }
@@ -92,7 +92,7 @@ impl Texts {
         let made = Template::parse("exchange", &address.exchange, &mut fields);
         let exchange = match address.exchanges.as_slice() {
             // Without a list the name is the name, as the broker has it.
-            [] => Exchange::One(exchange_id(&address.exchange)),
+            [] => Exchange::One(address.exchange.clone(), exchange_id(&address.exchange)),
             listed => {
                 let made = made?;
                 if partitions.is_some() {
@@ -140,7 +140,7 @@ impl Texts {
         out: &mut String,
     ) -> Result<ExchangeId> {
         let exchange = match &self.exchange {
-            Exchange::One(id) => *id,
+            Exchange::One(_, id) => *id,
             Exchange::Of(template, listed) => {
                 render("exchange", route, template, event, facts, out)?;
                 let known = listed.iter().find(|(name, _)| name == out);
@@ -158,9 +158,21 @@ impl Texts {
     /// the route has several.
     pub(super) fn exchange_called(&self, route: &str, name: Option<&str>) -> Result<ExchangeId> {
         match &self.exchange {
-            Exchange::One(id) => Ok(*id),
+            Exchange::One(own, _) if name.is_some_and(|name| name != own) => {
+                let text = format!("it was made for exchange {:?}", name.unwrap_or_default());
+                Err(Error::event(format!("{text}, which route {route:?} no longer has"))
+                    .hint("give the route that exchange again to send it, or discard it"))
+            }
+            Exchange::One(_, id) => Ok(*id),
             Exchange::Of(_, listed) => {
-                let known = listed.iter().find(|(listed, _)| name == Some(listed));
+                let Some(name) = name else {
+                    let text = format!("it was made when route {route:?} had one exchange");
+                    return Err(Error::event(text).hint(
+                        "set exchange back to that one and remove exchanges, retry, then change \
+                         the route again",
+                    ));
+                };
+                let known = listed.iter().find(|(listed, _)| name == listed);
                 known.map(|(_, id)| *id).ok_or_else(|| not_listed(route, listed))
             }
         }
@@ -169,7 +181,7 @@ impl Texts {
     /// The name of the exchange, where it is one of several.
     pub(super) fn chosen(&self, id: ExchangeId) -> Option<&str> {
         match &self.exchange {
-            Exchange::One(_) => None,
+            Exchange::One(..) => None,
             Exchange::Of(_, listed) => {
                 listed.iter().find(|(_, listed)| *listed == id).map(|(name, _)| &**name)
             }

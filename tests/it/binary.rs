@@ -262,7 +262,7 @@ async fn a_name_of_the_catalog_is_refused_where_only_its_number_would_come() {
         let text = stage.configuration();
         let binary = text.replacen("source.tables", "source.binary = true\nsource.tables", 1);
         stage.replace_configuration(&binary);
-        let told = format!("column \"what\" of table public.t has the type {}", &kind[..7]);
+        let told = format!("column \"what\" of table public.t is of type {}", &kind[..7]);
         for command in ["init", "check", "run"] {
             let refused = stage.run(&[command]).await;
             refused.expect_code(1).expect_text(&[&told, "source.binary = false"]);
@@ -278,6 +278,8 @@ async fn a_name_of_the_catalog_is_refused_where_only_its_number_would_come() {
         // Nor is a column that nobody has agreed to.
         stage.execute(&format!("ALTER TABLE t ADD more {kind}")).await;
         stage.run(&["check"]).await.expect_code(0).expect_text(&["leaves out new columns"]);
+        let accepted = stage.run(&["schema", "accept", "public.t"]).await;
+        accepted.expect_code(1).expect_text(&["column \"more\"", "source.binary = false"]);
         stage.start().await.stop().await.expect_code(0);
         // And text mode has the names.
         stage.replace_configuration(&text);

@@ -29,6 +29,13 @@ const MOVES: &[(&str, &str, &str)] = &[
         "id name ssn",
     ),
     ("ALTER TABLE people RENAME ssn TO x", "x", "id name note"),
+    // The hidden column stands in the middle of the agreed ones, as before.
+    (
+        "ALTER TABLE people RENAME note TO old; ALTER TABLE people RENAME ssn TO note; \
+         ALTER TABLE people ADD ssn text",
+        "note",
+        "id name ssn",
+    ),
     // Nothing is hidden any more, and all else is known.
     ("ALTER TABLE people DROP COLUMN ssn", "", "id name note"),
 ];

@@ -9,6 +9,7 @@ mod amqp_tls;
 mod audit;
 mod backfill;
 mod backfill_commits;
+mod backfill_drift;
 mod binary;
 mod cli;
 mod column_rules;

@@ -53,7 +53,10 @@ async fn a_table_that_lacks_something_is_refused_by_init_check_and_run_with_its_
         (
             "ALTER TABLE outbox ADD seq bigint NOT NULL DEFAULT 1; CREATE INDEX ON outbox (seq); \
                 CREATE INDEX ON outbox (xid, seq)",
-            &["expected a NOT NULL integer that an ascending sequence fills", "watership_seq"],
+            &[
+                "expected a NOT NULL integer that an ascending sequence with CACHE 1",
+                "watership_seq",
+            ],
         ),
     ];
     for (alter, words) in steps {
@@ -168,7 +171,8 @@ async fn a_checkpoint_of_one_table_is_not_taken_for_that_of_another() {
     stage.replace_configuration(&text);
     let words = ["belongs to outbox public.outbox, but the configuration names public.events"];
     refuse(&stage, &words).await;
-    let renamed = "UPDATE watership.poll_batch SET outbox = 'public.events' WHERE name = 'shop'";
+    let renamed = "UPDATE watership.poll_batch SET outbox = 'public.events' \
+        WHERE outbox = 'public.outbox'";
     stage.execute(renamed).await;
     let relay = stage.start().await;
     stage.execute(&emit("two").replace("outbox", "events")).await;

@@ -102,6 +102,7 @@ async fn a_template_that_names_no_column_of_the_table_is_refused_by_check_and_at
             "allowed are: schema, table, op, key, record_key, col",
         ),
         ("{column.regoin}", "{column.email}", "a template names column \"email\", which the route"),
+        ("exchanges = [", "ordering = \"pipelined\"\nexchanges = [", "overtake each other"),
         ("exchanges = [\"shop.eu\", \"shop.us\"]", "", "an exchange with fields needs exchanges"),
         ("\"shop.{column.region}\"", "\"shop.eu\"", "and exchange has none; remove exchanges"),
     ] {

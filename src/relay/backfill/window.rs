@@ -19,6 +19,7 @@ use crate::position::Position;
 use crate::publisher::Publisher;
 use crate::relay::checkpoint::Store;
 use crate::relay::window::admission::poison_verdict;
+use crate::relay::window::described::columns_changed;
 use crate::relay::window::lanes::Owner;
 use crate::relay::{Making, Relay};
 use crate::source::{LowMark, Note, Receipt, Source};
@@ -178,6 +179,13 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         if let Some(why) = stale {
             self.backfill.stage = Stage::Held(held);
             self.give_up(why, now);
+            return;
+        }
+        let (plans, router) = (&self.making.plans, &self.making.router);
+        if plans.needs_catalog(router, &chunk.table, held.place.mark.position) {
+            let changed = columns_changed(&chunk.table);
+            self.backfill.stage = Stage::Held(held);
+            self.drain(Some(changed));
             return;
         }
         // What the chunk shows of the transactions before the mark, later ones show, too.

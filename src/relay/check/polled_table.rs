@@ -77,8 +77,8 @@ fn order_by(outbox: &OutboxTable, found: MappedFacts<'_>) -> Needed {
         let name = escape_identifier(&column.name);
         fits(column).then(|| format!("ALTER TABLE {table} ALTER COLUMN {name} SET NOT NULL"))
     };
-    let why = "a NOT NULL integer that an ascending sequence fills: rows are read in its order, \
-               and an event's position counts from the first row of its batch";
+    let why = "a NOT NULL integer that an ascending sequence with CACHE 1 fills: rows are read in \
+               its order, and an event's position counts from the first row of its batch";
     let wanted = Wanted { key: "order_by", default: "seq", why, fits: &fits, add: &add, fix: &fix };
     wanted.column(outbox, &outbox.order_by, found)
 }

@@ -178,7 +178,9 @@ pub fn verify_table<'a>(
     Err(Error::refused(text).hint(format!(
         "correct outbox.table, or choose another name and run `watership init`; if the table was \
          renamed, run as the owner of the schema watership: {}",
-        statement(RENAME).replace("$2", &escape_literal(&now)).replace("$1", &escape_literal(name))
+        statement(RENAME)
+            .replace("$2", &escape_literal(&now))
+            .replace("$1", &escape_literal(other))
     )))
 }
 
@@ -315,7 +317,7 @@ mod tests {
             told.contains("belongs to outbox public.a, but the configuration names public.b"),
             "{told}"
         );
-        assert!(told.contains("SET outbox = 'public.b' WHERE name = 'shop'"), "{told}");
+        assert!(told.contains("SET outbox = 'public.b' WHERE outbox = 'public.a'"), "{told}");
     }
 
     #[test]

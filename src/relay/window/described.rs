@@ -12,6 +12,12 @@ use crate::relay::{Making, Relay};
 use crate::route::SchemaChange;
 use crate::source::{Note, Receipt, Source};
 
+/// Ends the session: only a younger catalog tells which columns the table has now.
+pub(in crate::relay) fn columns_changed(table: &Table) -> Error {
+    Error::protocol(format!("the columns of {} have just changed", table.full_name))
+        .hint("no action needed: the next session reads which ones they are")
+}
+
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// The receipt, with what is to be recorded.
     ///
@@ -25,9 +31,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     ) -> Result<Receipt> {
         let Making { plans, router, .. } = &self.making;
         if plans.needs_catalog(router, table, position) {
-            let text = format!("the columns of {} have just changed", table.full_name);
-            return Err(Error::protocol(text)
-                .hint("no action needed: the next session reads which ones they are"));
+            return Err(columns_changed(table));
         }
         Ok(match self.making.plans.describe(&self.making.router, table, position) {
             None => receipt,

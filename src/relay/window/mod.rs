@@ -5,7 +5,7 @@
 //! fills both, outcomes empty them.
 
 pub mod admission;
-mod described;
+pub(in crate::relay) mod described;
 pub mod lanes;
 mod outcomes;
 pub mod recent;

@@ -32,6 +32,7 @@ const BEGIN: &str = "BEGIN READ ONLY; SET LOCAL search_path = pg_catalog, pg_tem
     SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off; \
     SET LOCAL enable_incremental_sort = on; SET LOCAL IntervalStyle = iso_8601; \
     SET LOCAL extra_float_digits = 3; SET LOCAL bytea_output = hex; SET LOCAL lc_monetary = 'C'; \
+    SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL TimeZone = 'UTC'; \
     SET LOCAL quote_all_identifiers = off";
 /// Columns of `poll_read_mapped.sql` before those of the table.
 const BEFORE: usize = 6;
