@@ -36,9 +36,11 @@ pub(super) fn needs_catalog(
     now: &Description,
     catalog: Option<&Description>,
 ) -> bool {
-    // A table can look as it did although its columns are others: the catalog tells where it can.
+    // A younger one says no more of a table that this one describes as it is, nor of another table
+    // under its name: a session that ended for that would end again and again.
+    let is_behind = catalog.is_none_or(|catalog| names(catalog) != names(now));
     let is_in_doubt = agreed.numbered.is_some() || !is_kept(agreed, now);
-    rules.is_closed() && numbers(agreed, now, catalog).is_none() && is_in_doubt
+    rules.is_closed() && is_behind && is_in_doubt
 }
 
 /// The numbers of the columns when it was agreed to, and of those of `now`, if the catalog knows.
@@ -48,11 +50,12 @@ fn numbers<'a>(
     catalog: Option<&'a Description>,
 ) -> Option<(&'a Numbered, &'a Numbered)> {
     let catalog = catalog?;
-    let names = |description: &Description| -> Vec<String> {
-        description.columns.iter().map(|column| column.name.clone()).collect()
-    };
     let (then, today) = (agreed.numbered.as_ref()?, catalog.numbered.as_ref()?);
     (then.relation == today.relation && names(now) == names(catalog)).then_some((then, today))
+}
+
+fn names(description: &Description) -> Vec<&str> {
+    description.columns.iter().map(|column| &*column.name).collect()
 }
 
 /// Whether the columns that were agreed to stand where they stood.
@@ -98,6 +101,21 @@ mod tests {
         assert_eq!(agreed_of("id note name", None), "id", "it may be the hidden one");
         assert_eq!(agreed_of("id ssn note name", None), "id", "they have exchanged their names");
         assert_eq!(agreed_of("id note name ssn", None), "id", "a new one has its name");
+    }
+
+    #[test]
+    fn the_catalog_is_asked_only_where_a_younger_one_can_tell_more() {
+        let rules = ColumnRules { hash: vec!["ssn".into()], ..ColumnRules::default() };
+        let agreed = described("id note ssn", &[1, 2, 3]);
+        let asks = |now: &str, catalog: &Description| {
+            needs_catalog(&rules, &agreed, &described(now, &[]), Some(catalog))
+        };
+        assert!(asks("id old note ssn", &agreed), "its columns stand elsewhere");
+        assert!(asks("id note ssn more", &agreed), "they may be others under these names");
+        assert!(!asks("id note", &described("id note", &[1, 3])));
+        let mut again = described("id note ssn", &[1, 2, 3]);
+        again.numbered.as_mut().expect("numbers").relation = 8;
+        assert!(!asks("id note ssn", &again), "it was dropped and created again");
     }
 
     #[test]

@@ -53,3 +53,26 @@ async fn rows_of_a_table_that_lost_a_hidden_column_unseen_are_sent_whole() {
     assert_eq!(rows, whole);
     relay.stop().await.expect_code(0);
 }
+
+#[tokio::test]
+async fn a_table_that_was_created_again_is_read_in_one_session() {
+    let sql = "CREATE TABLE t (id int PRIMARY KEY, note text, ssn text)";
+    let routes = route("columns = { mask = [\"ssn\"] }");
+    let tables = ["public.t"];
+    let stage = Stage::new(Setup { sql, tables: &tables, routes: &routes, ..Setup::default() });
+    let stage = stage.await;
+    stage.start().await.stop().await.expect_code(0);
+    stage
+        .execute(&format!("DROP TABLE t; {sql}; INSERT INTO t VALUES (1, 'a', 'topsecret')"))
+        .await;
+    stage.run(&["init"]).await.expect_code(0);
+    let resync = ["resync", "--accept-gap", "--reason", "it was created again"];
+    stage.run(&resync).await.expect_code(0);
+    let relay = stage.start().await;
+    backfill(&stage, &["public.t"]).await;
+    let got = stage.settled().await;
+    let rows: Vec<_> = reads(&got).iter().map(|row| row.json()["after"].clone()).collect();
+    assert_eq!(rows, [json!({"id": 1, "note": "a", "ssn": "***"})]);
+    assert_eq!(relay.status().await["sessions"], 1);
+    relay.stop().await.expect_code(0);
+}
