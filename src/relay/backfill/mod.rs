@@ -24,6 +24,7 @@ mod options;
 pub mod pace;
 pub mod read;
 pub mod runs;
+pub mod share;
 pub mod shown;
 pub mod waits;
 mod window;
@@ -40,6 +41,7 @@ use crate::relay::window::EntryId;
 use crate::source::{Cursor, LowMark, Note};
 
 use merge::Unsent;
+use share::Share;
 
 pub use options::Options;
 
@@ -132,8 +134,8 @@ pub struct WorkerEnd {
 #[derive(Debug)]
 pub struct Backfill {
     link: Option<(mpsc::Receiver<ChunkCommand>, mpsc::Sender<ChunkReport>)>,
-    /// Messages of rows that may be unconfirmed.
-    max_unconfirmed: usize,
+    /// How many messages of rows may be unconfirmed.
+    share: Share,
     tables: Vec<Remembered>,
     stage: Stage,
     /// When the last chunk was there, and how long it took to send it.
@@ -209,16 +211,19 @@ impl Backfill {
         let (tables, storing) = Default::default();
         let (filled_at, sent) = Default::default();
         let stage = Stage::None;
-        Self { link: None, max_unconfirmed: 1, tables, stage, filled_at, sent, storing }
+        Self { link: None, share: Share::new(1), tables, stage, filled_at, sent, storing }
     }
 
-    /// A link between a loop and a worker. Messages of rows that may be unconfirmed are
-    /// `max_unconfirmed`.
+    /// A link between a loop and a worker. At most `max_unconfirmed` messages of rows may be
+    /// unconfirmed.
     pub fn linked(max_unconfirmed: usize) -> (Self, WorkerEnd) {
         let (commands, take) = mpsc::channel(LINK_MAX);
         let (tell, reports) = mpsc::channel(LINK_MAX);
         let link = Some((take, tell));
-        (Self { link, max_unconfirmed, ..Self::none() }, WorkerEnd { commands, reports })
+        (
+            Self { link, share: Share::new(max_unconfirmed), ..Self::none() },
+            WorkerEnd { commands, reports },
+        )
     }
 
     /// A run has begun and not ended: the loop listens, and looks at what comes of its table.
@@ -244,6 +249,16 @@ impl Backfill {
             // A worker that does not take them has ended, or will begin again.
             let _gone = reports.try_send(report);
         }
+    }
+
+    /// A live message was confirmed.
+    pub(in crate::relay) fn live_confirmed(&mut self) {
+        self.share.live();
+    }
+
+    /// A message of a row was confirmed, `took` after it was handed over.
+    pub(in crate::relay) fn row_confirmed(&mut self, took: Duration, now: Instant) {
+        self.share.confirmed(took, now);
     }
 
     fn table(&mut self, table: u32) -> Option<&mut Remembered> {
