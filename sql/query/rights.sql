@@ -1,7 +1,8 @@
 -- What a relay of kind $2 needs of its own schema and does not have: role $1 (null: the connected
 -- one), and the applications' role for the outbox. Privileges that are lacking, and whether
--- row-level security stands in the way (check_enable_rls in rls.c decides in the same way). What
--- does not exist is not named. `vital`: without it the relay cannot run.
+-- row-level security stands in the way (check_enable_rls in rls.c decides in the same way). `vital`:
+-- without it the relay cannot run. Of tables that do not exist, only vital ones are named; the
+-- outbox may be another.
 WITH needed (app, name, privilege, columns, vital) AS (VALUES
     (false, 'migration', 'SELECT', NULL, false),
     (false, 'checkpoint', 'SELECT', NULL, true),
@@ -47,11 +48,13 @@ WITH needed (app, name, privilege, columns, vital) AS (VALUES
     WHERE rolname IN ('watership_app', coalesce($1::text, current_user::text))
 ), held AS (
     SELECT r.rolname::text AS role, n.app, 'watership.' || n.name AS object, n.privilege, n.vital,
-        CASE WHEN n.columns IS NULL THEN has_table_privilege(r.oid, c.oid, n.privilege)
+        c.oid IS NULL AND n.vital AND n.name <> 'outbox' AS missing,
+        CASE WHEN c.oid IS NULL THEN true
+            WHEN n.columns IS NULL THEN has_table_privilege(r.oid, c.oid, n.privilege)
             ELSE (SELECT bool_and(has_column_privilege(r.oid, c.oid, name, n.privilege))
                 FROM unnest(n.columns::text[]) AS name)
         END AS granted,
-        c.relrowsecurity AND NOT r.sees_all
+        c.oid IS NOT NULL AND c.relrowsecurity AND NOT r.sees_all
             AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE'))
             -- What applications insert may be allowed by a policy; what the relay reads may be
             -- hidden by one.
@@ -60,15 +63,15 @@ WITH needed (app, name, privilege, columns, vital) AS (VALUES
             AS hidden
     FROM needed AS n
     JOIN role AS r ON r.app = n.app
-    JOIN pg_catalog.pg_class AS c ON c.relname = n.name
-        AND c.relnamespace = (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname = 'watership')
+    JOIN pg_catalog.pg_namespace AS s ON s.nspname = 'watership'
+    LEFT JOIN pg_catalog.pg_class AS c ON c.relname = n.name AND c.relnamespace = s.oid
     UNION ALL
-    SELECT r.rolname, r.app, 'SCHEMA watership', 'USAGE', NOT r.app,
+    SELECT r.rolname, r.app, 'SCHEMA watership', 'USAGE', NOT r.app, false,
         has_schema_privilege(r.oid, s.oid, 'USAGE'), false
     FROM role AS r
     JOIN pg_catalog.pg_namespace AS s ON s.nspname = 'watership'
     UNION ALL
-    SELECT r.rolname, r.app, 'FUNCTION watership.maintain(interval)', 'EXECUTE', false,
+    SELECT r.rolname, r.app, 'FUNCTION watership.maintain(interval)', 'EXECUTE', false, false,
         has_function_privilege(r.oid, f.oid, 'EXECUTE'), false
     FROM role AS r
     JOIN pg_catalog.pg_proc AS f ON f.proname = 'maintain' AND NOT r.app
@@ -76,8 +79,8 @@ WITH needed (app, name, privilege, columns, vital) AS (VALUES
 )
 SELECT role, app, object,
     coalesce(array_agg(privilege ORDER BY privilege) FILTER (WHERE NOT granted), '{}'),
-    bool_or(hidden), bool_or(vital AND (hidden OR NOT granted))
+    bool_or(hidden), bool_or(vital AND (missing OR hidden OR NOT granted)), bool_or(missing)
 FROM held
-WHERE hidden OR NOT granted
+WHERE missing OR hidden OR NOT granted
 GROUP BY role, app, object
 ORDER BY app, object

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::findings::Findings;
 use super::{End, Out};
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::postgres_error;
 use crate::relay;
@@ -178,10 +178,14 @@ async fn start(client: &Client, config: &Config, args: &Args, out: Out) -> Resul
     }
     let first_key = (!args.from.is_empty()).then_some(&*args.from);
     let from = first_key.map_or(From::Start, |key| From::At(key.to_vec()));
+    if args.condition.as_ref().is_some_and(|condition| condition.trim().is_empty()) {
+        return Err(Error::refused("--where is empty")
+            .hint("give a condition on the table's columns, or leave --where out"));
+    }
     // Whether the server understands what the relay would ask.
     let statement = shape.statement(&from, args.condition.as_deref(), 0);
     let prepared = client.prepare(query_of(&statement)).await;
-    prepared.map_err(|error| postgres_error(error).context("--where or --from"))?;
+    prepared.map_err(|error| unclear(postgres_error(error)))?;
     let condition = args.condition.as_deref();
     let request = Request { table, condition, first_key, initial_slot: None };
     let run = runs::request(client, &config.relay.name, request).await?;
@@ -193,6 +197,19 @@ async fn start(client: &Client, config: &Config, args: &Args, out: Out) -> Resul
         return Ok(End::Fine);
     }
     follow(client, &config.relay, run, out).await
+}
+
+/// The server does not understand what was asked for.
+fn unclear(error: Error) -> Error {
+    let is_theirs = error.kind() == Kind::Refused;
+    let error = error.context("--where or --from");
+    if !is_theirs {
+        return error;
+    }
+    error.hint(
+        "--where takes a condition in SQL on the table's columns, in which everything outside \
+         pg_catalog is named with its schema; --from takes a value of each column of the key",
+    )
 }
 
 /// The statement inside of a COPY.

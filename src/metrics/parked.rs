@@ -11,9 +11,11 @@ pub struct ParkedMetrics {
     by_route: Vec<ParkedKind>,
     /// Unreleased rows.
     pub rows: Gauge,
-    /// Keys that are parked.
+    /// Messages that may not be parked and block their keys.
+    pub blocked: Gauge,
+    /// Keys that are parked or blocked.
     pub keys: Gauge,
-    /// Age of the oldest unreleased row, in seconds; 0 without one.
+    /// Age of the oldest row or blocked message, in seconds; 0 without one.
     pub oldest_seconds: Gauge,
     /// Messages that were tried again.
     pub retried: Counter,
@@ -49,6 +51,7 @@ impl ParkedMetrics {
         Self {
             by_route: names.flat_map(kinds).collect(),
             rows: gauge!("watership_parked"),
+            blocked: gauge!("watership_parked_blocked"),
             keys: gauge!("watership_parked_keys"),
             oldest_seconds: gauge!("watership_parked_oldest_seconds"),
             retried: counter!("watership_parked_retried_total"),

@@ -7,7 +7,7 @@ use crate::publisher::Publisher;
 use crate::relay::Relay;
 use crate::relay::checkpoint::Store;
 use crate::relay::checkpoint::progress::Progress;
-use crate::relay::parking::Parking;
+use crate::relay::parking::{Parking, Summary};
 use crate::relay::window::lanes::Lanes;
 use crate::source::{Seen, Source};
 
@@ -95,16 +95,18 @@ impl Observed {
 
     /// Sets the gauges of what is parked and held.
     pub fn parked(&mut self, metrics: &Metrics, parking: &Parking, lanes: &Lanes, now: Instant) {
-        let (rows, keys, oldest) = parking.summary();
+        let Summary { rows, blocked, keys, oldest_at } = parking.summary();
         // Almost always there is nothing, and the gauges say so already.
-        let was_quiet = std::mem::replace(&mut self.quiet, rows == 0 && lanes.holds().count() == 0);
+        let was_quiet =
+            std::mem::replace(&mut self.quiet, rows + blocked == 0 && lanes.holds().count() == 0);
         if was_quiet && self.quiet {
             return;
         }
         metrics.parked.rows.set(rows as f64);
+        metrics.parked.blocked.set(blocked as f64);
         metrics.parked.keys.set(keys as f64);
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
-        let age = oldest.map_or(0.0, |oldest| (clock - oldest).max(0.0));
+        let age = oldest_at.map_or(0.0, |oldest| (clock - oldest).max(0.0));
         metrics.parked.oldest_seconds.set(age);
         let counts = parking.by_route();
         metrics.parked.set_rows(|route, kind| {

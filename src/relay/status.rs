@@ -20,7 +20,7 @@ use crate::pg::sqlstate::OBJECT_IN_USE;
 use crate::relay::backfill::shown::BackfillView;
 use crate::relay::checkpoint::progress::Progress;
 use crate::relay::find::Asks;
-use crate::relay::parking::Parking;
+use crate::relay::parking::{Parking, Summary};
 use crate::relay::session::circuit::{self, Circuit};
 use crate::relay::window::lanes::Lanes;
 use crate::relay::window::refusals::RefusedRoute;
@@ -339,7 +339,7 @@ impl Status {
 
     /// The loop's tick, about what is parked.
     pub fn parked(&self, parking: &Parking) {
-        let (rows, keys, _) = parking.summary();
+        let Summary { rows, keys, .. } = parking.summary();
         let blocked = parking.blocked_routes();
         let blocked = blocked.iter().map(|(route, row)| ((*route).to_owned(), row.error.clone()));
         self.lock().parked = ParkedStatus { rows, keys, blocked: blocked.collect() };

@@ -252,6 +252,13 @@ async fn on_poison_block_lets_only_its_key_wait() {
     assert_eq!(kinds(&stage.inbox.count(1).await), ["other"]);
     until("it is shown", async || relay.status().await["parked"]["blocked"][0][0] == "all").await;
     assert!(rows(&stage).await.is_empty());
+    until("it is counted", async || relay.metric("watership_parked_blocked").await == Some(2.0))
+        .await;
+    assert_eq!(relay.metric("watership_parked").await, Some(0.0), "nothing is parked");
+    assert_eq!(relay.status().await["parked"]["rows"], 0);
+    let log = relay.log();
+    assert!(log.contains("may not be parked; its key is blocked"), "{log}");
+    assert!(!log.contains("it is parked"), "{log}");
     relay.kill();
     let text = stage.configuration().replace("1KiB", "1MiB");
     stage.replace_configuration(&text);

@@ -87,7 +87,8 @@ async fn a_parked_row_that_is_hidden_while_the_relay_runs_is_never_overtaken() {
 }
 
 #[tokio::test]
-async fn a_privilege_that_the_relay_lacks_refuses_check_init_and_start_and_names_the_grant() {
+async fn a_privilege_or_table_that_the_relay_lacks_refuses_check_init_and_start_and_says_what_to_do()
+ {
     let (stage, _) = stage_of_a_role("").await;
     for (privilege, table) in [
         ("INSERT", "parked"),
@@ -105,6 +106,14 @@ async fn a_privilege_that_the_relay_lacks_refuses_check_init_and_start_and_names
             stage.run(&[command]).await.expect_code(1).expect_text(&[&told, &remedy]);
         }
         stage.execute(&remedy).await;
+    }
+    for table in ["parked", "backfill", "described"] {
+        stage.execute(&format!("ALTER TABLE watership.{table} RENAME TO away")).await;
+        let told = format!("table watership.{table} does not exist");
+        for command in ["check", "init", "run"] {
+            stage.run(&[command]).await.expect_code(1).expect_text(&[&told, "restore it"]);
+        }
+        stage.execute(&format!("ALTER TABLE watership.away RENAME TO {table}")).await;
     }
     let revoke = "REVOKE EXECUTE ON FUNCTION watership.maintain(interval) FROM watership_relay";
     stage.execute(revoke).await;

@@ -306,6 +306,11 @@ impl Running {
         line.and_then(|value| value.parse().ok())
     }
 
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        read(&self.process)
+    }
+
     /// Peak resident memory, in KiB.
     pub fn peak_memory_kib(&self) -> u64 {
         let path = format!("/proc/{}/status", self.process.pid());

@@ -142,7 +142,12 @@ pub async fn look(
 ) -> Result<std::result::Result<(ReadTable, TableShape), Unfit>> {
     if !relay.tables.iter().any(|captured| captured == table) {
         let what = format!("{table} is not captured");
-        let hint = "add it to source.tables and to the publication (`watership init`)".to_owned();
+        let tables: Vec<&str> = relay.tables.iter().map(String::as_str).collect();
+        let hint = format!(
+            "source.tables has: {}; name the table as it stands there, or add it and run \
+             `watership init`",
+            tables.join(", ")
+        );
         return Ok(Err(Unfit { what, hint }));
     }
     let name: TableName = table.parse()?;

@@ -34,6 +34,7 @@ use order::{Blocking, Set, sets};
 
 pub use bounds::{Known, Limits};
 pub(in crate::relay) use retries::tell_releases;
+pub use shown::Summary;
 
 /// Most rows of a route that are on their way again at once.
 pub const RETRYING_MAX: usize = 256;

@@ -3,8 +3,21 @@
 
 use std::collections::BTreeMap;
 
-use super::{Blocked, Parking};
+use super::{Blocked, Parking, Place};
 use crate::relay::parking::row::{ParkedRow, RowState, Why};
+
+/// What waits, in figures.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Summary {
+    /// Rows that are parked and not released.
+    pub rows: usize,
+    /// Messages that may not be parked, now or ever.
+    pub blocked: usize,
+    /// Keys that wait for either.
+    pub keys: usize,
+    /// Since when the oldest of both waits, in seconds since 1970.
+    pub oldest_at: Option<f64>,
+}
 
 impl Parking {
     /// Names of the routes that have blocked rows.
@@ -27,19 +40,22 @@ impl Parking {
         self.pending.values().filter(|row| row.state == RowState::Released)
     }
 
-    /// Rows that are not released, as (route, why): how many.
+    /// Rows that are parked and not released, as (route, why): how many.
     pub fn by_route(&self) -> BTreeMap<(&str, Why), usize> {
         let mut counts = BTreeMap::new();
         let loaded = self.loaded.values().map(|l| (&l.key, &l.waiting));
-        for (key, waiting) in self.rows.iter().chain(loaded) {
+        let rows = self.rows.iter().filter(|(_, waiting)| waiting.place != Place::Blocked);
+        for (key, waiting) in rows.chain(loaded) {
             *counts.entry((&*key.route, waiting.why)).or_default() += 1;
         }
         counts
     }
 
-    /// Rows that are not released, lanes that are parked, and since when the oldest row is there.
-    pub fn summary(&self) -> (usize, usize, Option<f64>) {
-        let oldest = self.rows.values().map(|w| w.parked_at).min_by(f64::total_cmp);
-        (self.rows.len() + self.loaded.len(), self.lanes.len(), oldest)
+    /// What waits, in figures.
+    pub fn summary(&self) -> Summary {
+        let oldest_at = self.rows.values().map(|w| w.parked_at).min_by(f64::total_cmp);
+        let blocked = self.blocked.len();
+        let rows = self.rows.len() - blocked + self.loaded.len();
+        Summary { rows, blocked, keys: self.lanes.len(), oldest_at }
     }
 }

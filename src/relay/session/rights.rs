@@ -26,6 +26,8 @@ pub struct Lack {
     pub hidden: bool,
     /// Whether the relay cannot run without it.
     pub vital: bool,
+    /// Whether there is no such object.
+    pub missing: bool,
 }
 
 impl Lack {
@@ -40,6 +42,13 @@ impl Lack {
         let quoted = postgres_protocol::escape::escape_identifier(role);
         let mut what = Vec::new();
         let mut hints = Vec::new();
+        if self.missing {
+            what.push(format!("table {object} does not exist"));
+            hints.push(format!(
+                "`watership init` makes what a newer version has added; if {object} was dropped, \
+                 restore it from a backup, or create it again as the files in sql/ do"
+            ));
+        }
         if self.hidden {
             what.push(match self.app {
                 true => format!(
@@ -90,6 +99,7 @@ pub async fn lacking(client: &Client, role: Option<&str>, kind: SourceKind) -> R
             privileges: row.try_get(3)?,
             hidden: row.try_get(4)?,
             vital: row.try_get(5)?,
+            missing: row.try_get(6)?,
         })
     };
     rows.iter().map(|row| lack(row).map_err(postgres_error)).collect()
@@ -128,6 +138,7 @@ mod tests {
             privileges: privileges.iter().map(|p| (*p).to_owned()).collect(),
             hidden,
             vital,
+            missing: false,
         };
         let lacks = [
             lack("watership.parked", &["INSERT", "SELECT"], true, true),

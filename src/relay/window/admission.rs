@@ -31,6 +31,8 @@ pub(in crate::relay) enum Made {
 /// Of the first lines about parked messages each is logged, then one in every [`LOGGED_EVERY`].
 const LOGGED_FIRST: u64 = 20;
 const LOGGED_EVERY: u64 = 1000;
+const BLOCKED_HINT: &str = "its route has on_poison = \"block\", a limit of parked rows is reached, or \
+    it follows such a message: fix the cause and restart the relay, or make room (`watership parked`)";
 
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     pub(in crate::relay) fn admit_batch(&mut self) {
@@ -237,22 +239,42 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     pub(in crate::relay) fn park(&mut self, row: ParkedRow, entry: EntryId, policy: OnPoison) {
         let clock = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let follows = self.parked.parking.follows(&row.key, row.lanes);
-        self.seen.metrics.parked.count(&row.key.route, row.why.as_str());
         self.parked.count += 1;
-        if self.parked.count <= LOGGED_FIRST || self.parked.count.is_multiple_of(LOGGED_EVERY) {
-            tracing::warn!(
-                route = &*row.key.route,
-                position = %row.key.position,
-                kind = %row.why,
-                error = row.error,
-                hint = row.why.hint(),
-                parked = self.parked.count,
-                "a message cannot be published; it is parked"
-            );
-        }
+        let count = self.parked.count;
+        let logged = count <= LOGGED_FIRST || count.is_multiple_of(LOGGED_EVERY);
+        let told = logged.then(|| (row.key.clone(), row.error.clone()));
+        let (route, why) = (row.key.route.clone(), row.why);
         match self.parked.parking.park(row, entry, policy, follows, clock.as_secs_f64()) {
-            Disposition::Settled => self.flight.window.settle(entry),
-            Disposition::Blocked => {}
+            Disposition::Settled => {
+                self.flight.window.settle(entry);
+                self.seen.metrics.parked.count(&route, why.as_str());
+                if let Some((ParkedKey { position, .. }, error)) = told {
+                    let (route, kind, hint) = (&*route, why.as_str(), why.hint());
+                    tracing::warn!(
+                        route,
+                        %position,
+                        kind,
+                        error,
+                        hint,
+                        count,
+                        "a message cannot be published; it is parked"
+                    );
+                }
+            }
+            Disposition::Blocked => {
+                if let Some((ParkedKey { position, .. }, error)) = told {
+                    let (route, kind) = (&*route, why.as_str());
+                    tracing::warn!(
+                        route,
+                        %position,
+                        kind,
+                        error,
+                        hint = BLOCKED_HINT,
+                        count,
+                        "a message cannot be published and may not be parked; its key is blocked"
+                    );
+                }
+            }
         }
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Four writers emit a given number of events a second, each waits for its commits; one consumer
 //! takes them. First without a backfill, then while a table is read, whose rows go to a queue that
-//! nobody reads. At last the same table again, without live events, on a route that drops its rows:
-//! what reading costs when nothing is published.
+//! nobody reads. At last the same rows again, without live events: on a route that drops them, which
+//! is what reading costs, and to a broker that takes everything at once and keeps nothing.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -17,12 +17,14 @@ use uuid::Uuid;
 use watership::error::{Error, Result};
 
 use crate::latency::{Received, consume, quantile};
+use crate::null_broker::NullBroker;
 use crate::relay::{Installation, Relay};
 use crate::servers::{EXCHANGE, Servers, broker, sql};
 
-/// The table that is read, and the one whose rows are dropped.
+/// The table that is read, the one whose rows are dropped, and the one whose rows go nowhere.
 const TABLE: &str = "public.t";
 const DROPPED: &str = "public.u";
+const NOWHERE: &str = "public.v";
 const WRITERS: u64 = 4;
 /// Seconds without a backfill, and events of each writer that do not count.
 const BEFORE: u64 = 15;
@@ -45,6 +47,8 @@ pub struct Backfill {
     pub during_p99_ms: f64,
     /// Of a table whose rows are dropped, without live events.
     pub dropped_rows_per_second: f64,
+    /// Of a table whose rows go to a broker that costs nothing, without live events.
+    pub null_rows_per_second: f64,
 }
 
 /// Reads a table of `rows` rows while `rate` events a second are emitted; `unconfirmed` instead of
@@ -62,6 +66,8 @@ pub async fn run(
         "[[route]]\nname = \"live\"\noutbox = {{ aggregate_type = \"*\" }}\n\
          exchange = \"{EXCHANGE}\"\n[[route]]\nname = \"rows\"\ntable = \"{TABLE}\"\n\
          exchange = \"{EXCHANGE}\"\nrouting_key = \"rows\"\n\
+         [[route]]\nname = \"nowhere\"\ntable = \"{NOWHERE}\"\n\
+         exchange = \"{EXCHANGE}\"\nrouting_key = \"nowhere\"\n\
          [[route]]\nname = \"dropped\"\ntable = \"{DROPPED}\"\ndrop = true\n"
     );
     let limit = unconfirmed.map(|most| format!("[backfill]\nmax_unconfirmed = {most}\n"));
@@ -71,9 +77,11 @@ pub async fn run(
          INSERT INTO {TABLE} SELECT g, 'customer-' || g, repeat('watership ', 12), now() \
          FROM generate_series(1, {rows}) AS g; \
          CREATE TABLE {DROPPED} (LIKE {TABLE} INCLUDING ALL); \
-         INSERT INTO {DROPPED} SELECT * FROM {TABLE}; ANALYZE"
+         INSERT INTO {DROPPED} SELECT * FROM {TABLE}; \
+         CREATE TABLE {NOWHERE} (LIKE {TABLE} INCLUDING ALL); \
+         INSERT INTO {NOWHERE} SELECT * FROM {TABLE}; ANALYZE"
     );
-    let tables = [TABLE, DROPPED];
+    let tables = [TABLE, DROPPED, NOWHERE];
     let installation = Installation::with_tables(servers, name, &make, &tables, &routes).await?;
     // What loading left to write is not the backfill's.
     let client = servers.client(name).await?;
@@ -95,6 +103,13 @@ pub async fn run(
     read(&client, name, DROPPED, &mut relay).await?;
     let dropped = elapsed(&client, DROPPED).await?;
     relay.stop().await?;
+    let null = NullBroker::start(servers.rabbit.port()).await?;
+    installation.use_broker(servers, null.port)?;
+    let mut relay = installation.start()?;
+    relay.ready().await?;
+    read(&client, name, NOWHERE, &mut relay).await?;
+    let nowhere = elapsed(&client, NOWHERE).await?;
+    relay.stop().await?;
     Ok(Backfill {
         rows,
         seconds,
@@ -105,6 +120,7 @@ pub async fn run(
         during_p50_ms: quantile(&during, 0.5),
         during_p99_ms: quantile(&during, 0.99),
         dropped_rows_per_second: rows as f64 / dropped,
+        null_rows_per_second: rows as f64 / nowhere,
     })
 }
 

@@ -10,6 +10,7 @@ mod drain;
 mod latency;
 mod limits;
 mod load;
+mod null_broker;
 mod peer;
 mod polling;
 mod relay;

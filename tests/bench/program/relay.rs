@@ -114,6 +114,14 @@ impl Installation {
         Err(Error::refused(format!("watership init: {}: {said}", output.status)))
     }
 
+    /// From the next start on, another port is the broker's.
+    pub fn use_broker(&self, servers: &Servers, port: u16) -> Result<()> {
+        let failed = |e| Error::config(format!("writing {}", self.config.display())).caused_by(e);
+        let text = fs::read_to_string(&self.config).map_err(failed)?;
+        let (this, other) = (format!(":{}/", servers.rabbit.port()), format!(":{port}/"));
+        fs::write(&self.config, text.replace(&this, &other)).map_err(failed)
+    }
+
     fn command(&self, word: &str) -> Result<Command> {
         let mut command = Command::new(Servers::built("watership")?);
         command.arg(word).arg("--config").arg(&self.config);

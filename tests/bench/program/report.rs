@@ -29,6 +29,7 @@ const P99_MS_MAX: f64 = 10.0;
 const START_MS_MAX: f64 = 100.0;
 const NACKS_SHARE_MIN: f64 = 0.8;
 const POISON_SHARE_MIN: f64 = 0.95;
+const BACKFILL_NULL_RATE_MIN: f64 = 100_000.0;
 const POLL_RATE_MIN: f64 = 15_000.0;
 const POLL_IDLE_PERCENT_MAX: f64 = 0.5;
 const POLL_P50_MS_MAX: f64 = 8.0;
@@ -221,6 +222,9 @@ impl Report {
         );
         let times = b.during_p99_ms / b.before_p99_ms;
         println!("  {:.0} rows/s without live events, dropped", b.dropped_rows_per_second);
+        let null = b.null_rows_per_second;
+        let bar = at_least(null, BACKFILL_NULL_RATE_MIN);
+        println!("  {null:.0} rows/s to a broker that takes everything at once {bar}");
         println!("  p99, times: {times:.2} {}", at_most(times, BACKFILL_P99_TIMES_MAX));
         self.backfill = Some(backfill);
     }
