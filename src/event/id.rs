@@ -39,13 +39,18 @@ pub fn namespace(system_id: u64, timeline: u32) -> Uuid {
 }
 
 /// The id of a row that the run of a backfill read: of the run, the table and the key, so that a
-/// row that is read again in the same run has the same id.
-pub fn of_read(run: Uuid, table: &Table, row: &Row) -> Uuid {
+/// row that is read again in the same run has the same id; and, of a row that is read again because
+/// it had moved to this key, of the position of that change, because another row may have had the
+/// key before; empty for others.
+pub fn of_read(run: Uuid, table: &Table, row: &Row, moved: &str) -> Uuid {
     let mut ids = Ids::default();
     ids.name.extend_from_slice(&(table.full_name.len() as u64).to_be_bytes());
     ids.name.extend_from_slice(table.full_name.as_bytes());
     for column in &table.key {
         ids.value(run, &row[*column]);
+    }
+    if !moved.is_empty() {
+        ids.value(run, &Value::Text(moved.to_owned().into()));
     }
     ids.hashed(run)
 }
@@ -261,13 +266,14 @@ mod tests {
     fn a_row_that_is_read_again_has_its_id_in_the_same_run_only() {
         let (run, other) = (Uuid::from_u128(5), Uuid::from_u128(6));
         let keyed = table(&["id", "note"], Identity::Full);
-        let id = of_read(run, &keyed, &row(&["7", "x"]));
+        let id = of_read(run, &keyed, &row(&["7", "x"]), "");
         assert_eq!(id.to_string(), "e6616c47-a8c2-5a72-a630-9e13eb69520e");
-        assert_eq!(of_read(run, &keyed, &row(&["7", "y"])), id);
-        assert_ne!(of_read(run, &keyed, &row(&["8", "x"])), id);
-        assert_ne!(of_read(other, &keyed, &row(&["7", "x"])), id);
+        assert_eq!(of_read(run, &keyed, &row(&["7", "y"]), ""), id);
+        assert_ne!(of_read(run, &keyed, &row(&["8", "x"]), ""), id);
+        assert_ne!(of_read(other, &keyed, &row(&["7", "x"]), ""), id);
+        assert_ne!(of_read(run, &keyed, &row(&["7", "x"]), "0a"), id);
         let renamed = Table { full_name: "public.u".into(), ..keyed };
-        assert_ne!(of_read(run, &renamed, &row(&["7", "x"])), id);
+        assert_ne!(of_read(run, &renamed, &row(&["7", "x"]), ""), id);
     }
 
     /// The ids of rows with one LSN, one after the other.

@@ -52,6 +52,8 @@ pub enum Note {
     Described(Arc<Table>),
     /// How far a backfill is.
     Backfilled(Cursor),
+    /// A row that a backfill has to read again.
+    Moved(Moved),
     /// What is different about it from what was recorded last.
     Changed(Box<SchemaChange>),
 }
@@ -85,8 +87,21 @@ pub struct Cursor {
     pub rows: u64,
     /// Those of them that were not sent: a later change told all of them, or they are not wanted.
     pub left_out: u64,
+    /// Rows that had moved and were read again: the positions of their changes, as text.
+    pub reread: Vec<String>,
     /// There are no more rows.
     pub done: bool,
+}
+
+/// A row that got another key by a change that does not carry all of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Moved {
+    /// OID of the table.
+    pub relation: u32,
+    /// Of the change.
+    pub position: Position,
+    /// The new key: names and texts; absent where it is not UTF-8.
+    pub key: Option<Vec<(String, String)>>,
 }
 
 impl Receipt {

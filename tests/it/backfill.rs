@@ -294,7 +294,8 @@ async fn after_kill_9_under_writes_the_table_is_whole_and_one_chunk_at_most_came
             .execute(&format!(
                 "UPDATE t SET n = {n} WHERE id IN ({a}, {b}); DELETE FROM t WHERE id = {a} + 1; \
                  INSERT INTO t VALUES ({a} + 1, {n}, 'new'), ({rows} + {n}, {n}, 'new'); \
-                 UPDATE t SET id = 10000000 + {n} WHERE id = {b} + 2"
+                 UPDATE t SET id = 10000000 + {n} WHERE id = {b} + 2; \
+                 UPDATE t SET id = -{n} WHERE id = {b} + 4"
             ))
             .await;
         if rows_read(&stage, "public.t").await > [rows / 6, rows / 2, u64::MAX][kills] {

@@ -10,6 +10,7 @@ mod audit;
 mod backfill;
 mod backfill_commits;
 mod backfill_drift;
+mod backfill_moves;
 mod binary;
 mod cli;
 mod column_rules;

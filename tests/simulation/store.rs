@@ -109,7 +109,9 @@ impl MemoryStore {
                     let mut described = self.described.lock().unwrap();
                     described.extend(tables.into_iter().map(|table| (table.oid, table)));
                 }
-                Rider::Backfilled(_) => unreachable!("nobody asked for a backfill"),
+                Rider::Backfilled(_) | Rider::Moved(_) => {
+                    unreachable!("nobody asked for a backfill")
+                }
             }
         }
         if self.keeps_history {

@@ -4,10 +4,12 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use tokio_postgres::GenericClient;
+use uuid::Uuid;
 
 use super::keyset::{From, TableShape};
 use super::pace::Pace;
-use super::read::{self, ReadTable, Unfit};
+use super::read::{self, ChunkRows, ReadTable, Unfit};
+use super::reread::{MovedRows, Phase};
 use super::runs::{self, Run};
 use super::shown::BackfillView;
 use super::{Options, runs::RunState};
@@ -28,6 +30,8 @@ pub(super) struct Active {
     pub(super) wanted: ReadTable,
     pub(super) shape: TableShape,
     pub(super) pace: Pace,
+    /// What the next chunk is of.
+    pub(super) phase: Phase,
     /// Transactions that were open when the loop began to remember those of the table; absent once
     /// none of them can matter.
     before: Option<(HashSet<u32>, Instant)>,
@@ -73,7 +77,8 @@ impl Active {
         let Options { chunk_rows, max_rate, .. } = relay.backfill;
         let (pace, now) = (Pace::new(chunk_rows, max_rate), Instant::now());
         let (since, lately, before) = ((now, run.rows), None, None);
-        Ok(Ok(Self { run, wanted, shape, pace, before, not_before: now, since, lately }))
+        let phase = Phase::Keys;
+        Ok(Ok(Self { run, wanted, shape, pace, phase, before, not_before: now, since, lately }))
     }
 
     /// From now on the loop remembers the transactions of the table; these were open before.
@@ -105,6 +110,30 @@ impl Active {
             (None, Some(key)) => From::At(key.clone()),
             (None, None) => From::Start,
         }
+    }
+
+    /// The cursor of a chunk of these rows; `moved` are those that had moved and were asked for.
+    pub(super) fn cursor(&self, token: Uuid, rows: &ChunkRows, moved: &MovedRows) -> Cursor {
+        let in_order = self.phase == Phase::Keys;
+        Cursor {
+            run: self.run.run,
+            token,
+            last_key: rows.last_key.clone().filter(|_| in_order),
+            rows: self.run.rows + rows.read as u64,
+            left_out: self.run.left_out + (rows.read - rows.wanted.len()) as u64,
+            reread: moved.reread(rows),
+            done: self.phase == Phase::Moved { passed: true } && moved.is_empty(),
+        }
+    }
+
+    /// What the next chunk is of, after one that is stored; `all` says that it had all rows that
+    /// were left.
+    pub(super) fn next_phase(&mut self, all: bool, moved: &MovedRows) {
+        self.phase = match self.phase {
+            Phase::Keys if all => Phase::Moved { passed: false },
+            Phase::Keys => Phase::Keys,
+            Phase::Moved { .. } => Phase::Moved { passed: moved.is_empty() },
+        };
     }
 
     /// A chunk with this cursor is stored. Returns how many rows it had, and how many were left

@@ -60,6 +60,8 @@ pub enum From {
     At(Vec<String>),
     /// Behind the row with this key.
     After(Vec<String>),
+    /// The rows with these keys, and no others.
+    Only(Vec<Vec<String>>),
 }
 
 impl TableShape {
@@ -107,6 +109,10 @@ impl TableShape {
             From::Start => {}
             From::At(key) => sql += &format!(" WHERE {}", self.begins(key, |key| &key.at_least)),
             From::After(key) => sql += &format!(" WHERE {}", self.begins(key, |key| &key.greater)),
+            From::Only(keys) => {
+                let each: Vec<String> = keys.iter().map(|key| self.is(key)).collect();
+                sql += &format!(" WHERE {}", each.join(" OR "));
+            }
         }
         let order = self.key.iter().map(|key| format!("{} USING {}", self.column(key), key.less));
         let order = order.collect::<Vec<_>>().join(", ");
@@ -147,6 +153,15 @@ impl TableShape {
         // For the index.
         let begin = format!("{} {} {}", self.column(first), first.at_least, literal(first, value));
         format!("{begin} AND {condition}")
+    }
+
+    /// A condition for the row with this key.
+    fn is(&self, key: &[String]) -> String {
+        assert_eq!(key.len(), self.key.len(), "a key has a value for each column");
+        let each = self.key.iter().zip(key).map(|(key, value)| {
+            format!("{} {} {}", self.column(key), key.equal, literal(key, value))
+        });
+        format!("({})", each.collect::<Vec<_>>().join(" AND "))
     }
 
     fn column(&self, key: &KeyColumn) -> String {
@@ -234,6 +249,17 @@ mod tests {
         let condition = " WHERE t.\"c\" OPERATOR(public.>=) 'x'::citext AND \
             (t.\"c\" OPERATOR(public.>) 'x'::citext OR (t.\"c\" OPERATOR(public.=) 'x'::citext \
             AND t.\"id\" OPERATOR(pg_catalog.>=) '7'::int)) ORDER BY";
+        assert!(sql.contains(condition), "{sql}");
+    }
+
+    #[test]
+    fn rows_with_certain_keys_are_found_by_all_columns_of_the_key() {
+        let two = shape(vec![key(2, "public", "citext", ""), key(0, "pg_catalog", "int", "")]);
+        let keys = [["x", "7"], ["y", "8"]].map(|key| key.map(str::to_owned).to_vec()).to_vec();
+        let sql = two.statement(&From::Only(keys), None, 3);
+        let condition = " WHERE (t.\"c\" OPERATOR(public.=) 'x'::citext AND t.\"id\" \
+            OPERATOR(pg_catalog.=) '7'::int) OR (t.\"c\" OPERATOR(public.=) 'y'::citext AND \
+            t.\"id\" OPERATOR(pg_catalog.=) '8'::int) ORDER BY";
         assert!(sql.contains(condition), "{sql}");
     }
 

@@ -20,9 +20,11 @@ pub mod active;
 pub mod copied;
 pub mod keyset;
 pub mod merge;
+pub mod moved;
 mod options;
 pub mod pace;
 pub mod read;
+pub mod reread;
 pub mod runs;
 pub mod share;
 pub mod shown;
@@ -115,6 +117,8 @@ pub struct Chunk {
     pub table: Arc<Table>,
     /// The rows that are wanted.
     pub rows: Vec<Row>,
+    /// Of rows that had moved, the positions of those changes, in the order of the rows.
+    pub moved: Vec<String>,
     /// Transactions that the chunk does not see, although they had begun before it.
     pub unseen: Vec<u32>,
     /// Where the next one begins.
@@ -136,6 +140,8 @@ pub struct Backfill {
     link: Option<(mpsc::Receiver<ChunkCommand>, mpsc::Sender<ChunkReport>)>,
     /// How many messages of rows may be unconfirmed.
     share: Share,
+    /// Tables with a run that has not ended, also one that is paused.
+    watched: Vec<u32>,
     tables: Vec<Remembered>,
     stage: Stage,
     /// When the last chunk was there, and how long it took to send it.
@@ -195,6 +201,8 @@ struct Sending {
     table: u32,
     place: Place,
     unsent: Unsent,
+    /// See [`Chunk::moved`].
+    moved: Vec<String>,
     cursor: Cursor,
 }
 
@@ -208,27 +216,30 @@ struct Place {
 impl Backfill {
     /// Of a relay whose source has no backfills.
     pub fn none() -> Self {
-        let (tables, storing) = Default::default();
+        let (watched, tables, storing) = Default::default();
         let (filled_at, sent) = Default::default();
         let stage = Stage::None;
-        Self { link: None, share: Share::new(1), tables, stage, filled_at, sent, storing }
+        Self { link: None, share: Share::new(1), watched, tables, stage, filled_at, sent, storing }
     }
 
     /// A link between a loop and a worker. At most `max_unconfirmed` messages of rows may be
-    /// unconfirmed.
-    pub fn linked(max_unconfirmed: usize) -> (Self, WorkerEnd) {
+    /// unconfirmed; `watched` are the tables with a run that has not ended.
+    pub fn linked(max_unconfirmed: usize, watched: Vec<u32>) -> (Self, WorkerEnd) {
         let (commands, take) = mpsc::channel(LINK_MAX);
         let (tell, reports) = mpsc::channel(LINK_MAX);
         let link = Some((take, tell));
-        (
-            Self { link, share: Share::new(max_unconfirmed), ..Self::none() },
-            WorkerEnd { commands, reports },
-        )
+        let share = Share::new(max_unconfirmed);
+        (Self { link, share, watched, ..Self::none() }, WorkerEnd { commands, reports })
     }
 
     /// A run has begun and not ended: the loop listens, and looks at what comes of its table.
     pub(in crate::relay) fn is_active(&self) -> bool {
         !self.tables.is_empty() || !matches!(self.stage, Stage::None)
+    }
+
+    /// Changes of captured tables have to be looked at.
+    pub(in crate::relay) fn sees_changes(&self) -> bool {
+        self.is_active() || !self.watched.is_empty()
     }
 
     /// The next command. Cancel-safe.
@@ -275,7 +286,7 @@ impl Backfill {
     pub(in crate::relay) fn store(&mut self, notes: &[Note]) {
         self.storing.extend(notes.iter().filter_map(|note| match note {
             Note::Backfilled(cursor) => Some(cursor.clone()),
-            Note::Described(_) | Note::Changed(_) => None,
+            Note::Described(_) | Note::Changed(_) | Note::Moved(_) => None,
         }));
     }
 

@@ -215,7 +215,7 @@ fn parse_snapshot(text: &str) -> Result<HashSet<u32>> {
 }
 
 /// What was read of a chunk.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ChunkRows {
     /// The rows that are wanted.
     pub wanted: Vec<Row>,
@@ -223,6 +223,8 @@ pub struct ChunkRows {
     pub read: usize,
     /// The key of the last of them.
     pub last_key: Option<Vec<String>>,
+    /// The keys of all of them, where certain keys were asked for.
+    pub keys: Vec<Vec<String>>,
     /// There was no more.
     pub done: bool,
     /// Transactions that it does not see.
@@ -278,7 +280,8 @@ pub async fn chunk(
     }
     let (unseen, _) = unseen(&tx).await?;
     let sql = now.statement(from, condition, rows);
-    let mut read = copy(&tx, &sql, &now, rows).await?;
+    let keeps_keys = matches!(from, From::Only(_));
+    let mut read = copy(&tx, &sql, &now, rows, keeps_keys).await?;
     tx.commit().await.map_err(postgres_error)?;
     read.unseen = unseen.into_iter().collect();
     read.took = began.elapsed();
@@ -290,12 +293,11 @@ async fn copy(
     sql: &str,
     shape: &TableShape,
     rows: usize,
+    keeps_keys: bool,
 ) -> Result<ChunkRows> {
     let stream = tx.copy_out(sql).await.map_err(postgres_error)?;
     pin_mut!(stream);
-    let (took, unseen) = Default::default();
-    let mut read =
-        ChunkRows { wanted: Vec::new(), read: 0, last_key: None, done: true, unseen, took };
+    let mut read = ChunkRows { done: true, ..ChunkRows::default() };
     let (mut bytes, mut last): (usize, Option<Vec<Value>>) = (0, None);
     while let Some(line) = stream.try_next().await.map_err(postgres_error)? {
         if bytes >= CHUNK_BYTES {
@@ -311,6 +313,9 @@ async fn copy(
             return Err(Error::protocol("a row of another width than its table"));
         }
         read.read += 1;
+        if keeps_keys {
+            read.keys.push(key(shape, &values)?);
+        }
         if is_wanted {
             last = None;
             read.wanted.push(values.into());
@@ -325,7 +330,7 @@ async fn copy(
 }
 
 /// The text of a row's key, in the order of its index.
-fn key(shape: &TableShape, row: &[Value]) -> Result<Vec<String>> {
+pub(super) fn key(shape: &TableShape, row: &[Value]) -> Result<Vec<String>> {
     let text = |key: &KeyColumn| {
         let name = &shape.table.columns[key.column].name;
         match &row[key.column] {

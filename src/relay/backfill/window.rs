@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::merge::Unsent;
+use super::moved::moved;
 use super::{
     Backfill, Chunk, ChunkCommand, ChunkReport, Expected, GivenUp, HELD_SHARE, Held, Place,
     Remembered, Sending, Stage,
@@ -38,6 +39,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             Some(ChunkCommand::Begin(table)) => {
                 self.backfill.tables.retain(|remembered| remembered.table != table);
                 self.backfill.tables.push(Remembered::new(table));
+                if !self.backfill.watched.contains(&table) {
+                    self.backfill.watched.push(table);
+                }
                 self.backfill.report(ChunkReport::Began(table));
             }
             Some(ChunkCommand::End(table)) => {
@@ -98,10 +102,15 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     pub(in crate::relay) fn admit_beside(
         &mut self,
         event: Event,
-        receipt: Receipt,
+        mut receipt: Receipt,
         now: Instant,
     ) -> Result<()> {
         let table = event.table.oid;
+        if self.backfill.watched.contains(&table)
+            && let Some(moved) = moved(&event)
+        {
+            receipt.add_note(Note::Moved(moved));
+        }
         let is_change = matches!(event.content, Content::Change(_));
         let Some(remembered) = self.backfill.table(table).filter(|_| is_change) else {
             return self.admit(&event, receipt, now);
@@ -190,12 +199,12 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         }
         // What the chunk shows of the transactions before the mark, later ones show, too.
         let Held { token, table, place, changes, .. } = held;
-        let Chunk { table: description, rows, cursor, .. } = chunk;
+        let Chunk { table: description, rows, moved, cursor, .. } = chunk;
         self.backfill.filled_at = Some(now);
         let mark = place.mark.position.mark;
         self.making.plans.describe_read(&self.making.router, &description, mark);
         let unsent = Unsent::new(description, rows);
-        let sending = Sending { token, table, place, unsent, cursor };
+        let sending = Sending { token, table, place, unsent, moved, cursor };
         self.backfill.stage = Stage::Sending(Box::new(sending));
         self.release(changes, now);
     }
@@ -301,7 +310,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 unreachable!("rows come from a chunk that is sent");
             };
             let table = sending.unsent.table().clone();
-            let event = sending.place.event(sending.cursor.run, table, number, row);
+            let event = sending.event(table, number, row);
             let entry = sending.place.entry;
             if let Err(poison) = self.make(&event) {
                 // Its chunk stays open: nothing after it may be settled.
@@ -318,20 +327,35 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
 /// The rows that have to be sent before a live change: see [`Unsent::meet`].
 fn meet(making: &mut Making, sending: &mut Sending, change: &Event) -> Vec<(u32, Row)> {
     let Making { plans, router, .. } = making;
-    let Sending { place, unsent, cursor, .. } = sending;
+    let Sending { place, unsent, moved, cursor, .. } = sending;
     let table = unsent.table().clone();
     unsent.meet(change, |number, row| {
-        let read = || place.event(cursor.run, table.clone(), number, row.clone());
+        let read = || place.event(cursor.run, table.clone(), number, row.clone(), moved);
         plans.replaces(router, change, read)
     })
 }
 
+impl Sending {
+    /// A row as an event.
+    fn event(&self, table: Arc<Table>, number: u32, row: Row) -> Event {
+        self.place.event(self.cursor.run, table, number, row, &self.moved)
+    }
+}
+
 impl Place {
     /// A row as an event.
-    fn event(&self, run: uuid::Uuid, table: Arc<Table>, number: u32, row: Row) -> Event {
+    fn event(
+        &self,
+        run: uuid::Uuid,
+        table: Arc<Table>,
+        number: u32,
+        row: Row,
+        moved: &[String],
+    ) -> Event {
+        let moved = moved.get(number as usize - 1).map_or("", String::as_str);
         let LowMark { position, lsn, committed_at_us, xid, .. } = self.mark;
         Event {
-            id: id::of_read(run, &table, &row),
+            id: id::of_read(run, &table, &row, moved),
             position: Position { sub: number, ..position },
             lsn: Some(lsn),
             occurred_at_us: committed_at_us,

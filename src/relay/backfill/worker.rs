@@ -14,7 +14,8 @@ use tokio_postgres::Client;
 use uuid::Uuid;
 
 use super::active::{self, Active};
-use super::read::{self, ReadOutcome};
+use super::read::{self, ChunkRows, ReadOutcome};
+use super::reread::{self, MovedRows, Phase};
 use super::runs::{self, Request, RunState};
 use super::shown::BackfillView;
 use super::{Chunk, ChunkCommand, ChunkReport, GivenUp, WorkerEnd, waits};
@@ -24,7 +25,6 @@ use crate::pg::client::{SqlConnection, sql};
 use crate::pg::sqlstate::{LOCK_NOT_AVAILABLE, QUERY_CANCELED, postgres_error};
 use crate::relay::options::Options;
 use crate::relay::session::Shared;
-use crate::source::Cursor;
 use crate::source::transaction::MARK_PREFIX;
 
 /// How often the table of runs is looked at.
@@ -255,35 +255,34 @@ impl Worker<'_> {
 
     async fn chunk(&mut self, mut one: Active) -> Result<Option<Duration>> {
         let began = Instant::now();
+        let moved = match self.moved(&one).await? {
+            Ok(moved) => moved,
+            Err(why) => return self.unfit(one, &why).await,
+        };
         let (token, table, hold) = (Uuid::now_v7(), one.wanted.oid, one.pace.hold());
         if self.end.commands.send(ChunkCommand::Expect { token, table, hold }).await.is_err() {
             return Ok(None);
         }
-        let rows = match self.read(&one, token).await {
+        let rows = match self.read(&one, token, &moved).await {
             Ok(ReadOutcome::Rows(rows)) => rows,
             Ok(ReadOutcome::Changed(why)) => {
                 self.forget(token).await;
-                self.leave(&one).await;
-                return self.fail(one.run, &why).await.map(|()| Some(Duration::ZERO));
+                return self.unfit(one, &why).await;
             }
             Err(error) => {
                 self.forget(token).await;
                 return self.unread(one, error).await;
             }
         };
-        let (read, took) = (rows.read, rows.took);
-        let cursor = Cursor {
-            run: one.run.run,
-            token,
-            last_key: rows.last_key,
-            rows: one.run.rows + rows.read as u64,
-            left_out: one.run.left_out + (rows.read - rows.wanted.len()) as u64,
-            done: rows.done,
-        };
+        let (read, took, all) = (rows.read, rows.took, rows.done);
+        let cursor = one.cursor(token, &rows, &moved);
+        let keys = rows.wanted.iter().filter(|_| !moved.is_empty());
+        let keys = keys.map(|row| read::key(&one.shape, row)).collect::<Result<Vec<_>>>()?;
         let chunk = Chunk {
             token,
             table: one.shape.table.clone(),
             rows: rows.wanted,
+            moved: moved.positions(keys.into_iter()),
             unseen: rows.unseen,
             cursor: cursor.clone(),
         };
@@ -298,9 +297,10 @@ impl Worker<'_> {
                 self.fail(one.run, "the table was truncated").await?;
             }
             Ended::Report(ChunkReport::Stored { left_out, sent, .. }) => {
-                let (moved, skipped) = one.stored(&cursor, left_out);
+                one.next_phase(all, &moved);
+                let (sent_rows, skipped) = one.stored(&cursor, left_out);
                 if let Some(metrics) = self.shared.backfills.of(&one.run.table) {
-                    metrics.rows.increment(moved);
+                    metrics.rows.increment(sent_rows);
                     metrics.left_out.increment(skipped);
                 }
                 one.not_before = Instant::now() + one.pace.done(read, took, sent, began.elapsed());
@@ -320,13 +320,34 @@ impl Worker<'_> {
         Ok(Some(Duration::ZERO))
     }
 
-    async fn read(&mut self, one: &Active, token: Uuid) -> Result<ReadOutcome> {
+    /// Rows that had moved, when everything else was read. The inner error is why they cannot be
+    /// read.
+    async fn moved(&self, one: &Active) -> Result<std::result::Result<MovedRows, String>> {
+        match one.phase {
+            Phase::Keys => Ok(Ok(MovedRows::default())),
+            Phase::Moved { .. } => reread::load(&self.client, one.run.run, &one.shape).await,
+        }
+    }
+
+    /// The run cannot go on.
+    async fn unfit(&mut self, one: Active, why: &str) -> Result<Option<Duration>> {
+        self.leave(&one).await;
+        self.fail(one.run, why).await.map(|()| Some(Duration::ZERO))
+    }
+
+    async fn read(&mut self, one: &Active, token: Uuid, moved: &MovedRows) -> Result<ReadOutcome> {
         let mark = "SELECT pg_catalog.pg_logical_emit_message(true, $1::text, $2::text)";
         let token = token.to_string();
         let written = self.client.execute(mark, &[&MARK_PREFIX, &token]).await;
         written.map_err(postgres_error)?;
-        let (from, condition) = (one.from(), one.run.condition.as_deref());
-        let (wanted, shape, rows) = (&one.wanted, &one.shape, one.pace.rows());
+        let (from, rows) = match one.phase {
+            Phase::Keys => (one.from(), one.pace.rows()),
+            Phase::Moved { .. } if moved.is_empty() => {
+                return Ok(ReadOutcome::Rows(ChunkRows { done: true, ..ChunkRows::default() }));
+            }
+            Phase::Moved { .. } => moved.from(),
+        };
+        let (wanted, shape, condition) = (&one.wanted, &one.shape, one.run.condition.as_deref());
         read::chunk(&mut self.client, wanted, shape, &from, condition, rows).await
     }
 

@@ -13,7 +13,7 @@ use crate::position::Position;
 use crate::relay::parking::row::{Changed, ParkedRow, changes_to_json, rows_to_json};
 use crate::route::SchemaChange;
 use crate::route::description::Description;
-use crate::source::{Cursor, Note};
+use crate::source::{Cursor, Moved, Note};
 
 /// One of them: all of its kind that go with one checkpoint.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,17 +26,20 @@ pub enum Rider {
     Described(Vec<Arc<Table>>),
     /// How far backfills are; the later of two for one run counts.
     Backfilled(Vec<Cursor>),
+    /// Rows that backfills have to read again.
+    Moved(Vec<Moved>),
     /// What is different about captured tables from here on.
     Changed(Vec<SchemaChange>),
 }
 
 /// The kinds, in the order of their statements.
-pub const STATEMENTS: [&str; 5] = [
+pub const STATEMENTS: [&str; 6] = [
     include_str!("../../../sql/query/rider_parked.sql"),
     include_str!("../../../sql/query/rider_unparked.sql"),
     include_str!("../../../sql/query/rider_described.sql"),
     include_str!("../../../sql/query/rider_backfilled.sql"),
     include_str!("../../../sql/query/rider_changed.sql"),
+    include_str!("../../../sql/query/rider_moved.sql"),
 ];
 
 impl Rider {
@@ -48,6 +51,7 @@ impl Rider {
             Rider::Described(_) => 2,
             Rider::Backfilled(_) => 3,
             Rider::Changed(_) => 4,
+            Rider::Moved(_) => 5,
         }
     }
 
@@ -74,6 +78,10 @@ impl Rider {
                     rows.map(|(_, cursor)| JsonCursor::of(cursor)).collect();
                 serde_json::to_string(&rows).expect("texts and numbers are JSON")
             }
+            Rider::Moved(rows) => {
+                let rows: Vec<JsonMoved> = rows.iter().map(JsonMoved::of).collect();
+                serde_json::to_string(&rows).expect("texts and numbers are JSON")
+            }
             Rider::Changed(changes) => {
                 let rows: Vec<JsonChange<'_>> = changes.iter().map(JsonChange::of).collect();
                 serde_json::to_string(&rows).expect("names and numbers are JSON")
@@ -85,10 +93,12 @@ impl Rider {
 /// The riders that notes become, one of a kind.
 pub fn of_notes(notes: Vec<Note>) -> Vec<Rider> {
     let (mut tables, mut cursors, mut changes) = (Vec::new(), Vec::new(), Vec::new());
+    let mut moved = Vec::new();
     for note in notes {
         match note {
             Note::Described(table) => tables.push(table),
             Note::Backfilled(cursor) => cursors.push(cursor),
+            Note::Moved(row) => moved.push(row),
             Note::Changed(change) => changes.push(*change),
         }
     }
@@ -98,6 +108,9 @@ pub fn of_notes(notes: Vec<Note>) -> Vec<Rider> {
     }
     if !cursors.is_empty() {
         riders.push(Rider::Backfilled(cursors));
+    }
+    if !moved.is_empty() {
+        riders.push(Rider::Moved(moved));
     }
     if !changes.is_empty() {
         riders.push(Rider::Changed(changes));
@@ -111,14 +124,32 @@ struct JsonCursor<'a> {
     last_key: Option<&'a [String]>,
     rows: u64,
     left_out: u64,
+    reread: &'a [String],
     done: bool,
+}
+
+#[derive(Serialize)]
+struct JsonMoved {
+    relation: u32,
+    position: String,
+    key: Option<serde_json::Map<String, serde_json::Value>>,
+}
+
+impl JsonMoved {
+    fn of(row: &Moved) -> Self {
+        let Moved { relation, position, key } = row;
+        let text = |(name, text): &(String, String)| (name.clone(), text.as_str().into());
+        let key = key.as_ref().map(|key| key.iter().map(text).collect());
+        Self { relation: *relation, position: position.to_string(), key }
+    }
 }
 
 impl<'a> JsonCursor<'a> {
     fn of(cursor: &'a Cursor) -> Self {
-        let Cursor { run, last_key, rows, left_out, done, token: _ } = cursor;
+        let Cursor { run, last_key, rows, left_out, reread, done, token: _ } = cursor;
         let (rows, left_out, done) = (*rows, *left_out, *done);
-        Self { run: run.to_string(), last_key: last_key.as_deref(), rows, left_out, done }
+        let last_key = last_key.as_deref();
+        Self { run: run.to_string(), last_key, rows, left_out, reread, done }
     }
 }
 

@@ -34,7 +34,10 @@ impl RecentlyParked {
                         self.0.retain(|key| !done.contains(&key));
                     }
                 }
-                Rider::Described(_) | Rider::Backfilled(_) | Rider::Changed(_) => {}
+                Rider::Described(_)
+                | Rider::Backfilled(_)
+                | Rider::Moved(_)
+                | Rider::Changed(_) => {}
             }
         }
         let excess = self.0.len().saturating_sub(ROWS_MAX);

@@ -245,7 +245,9 @@ pub(in crate::relay) fn tell_releases(riders: &[Rider]) {
                 let changes = changes.iter().filter(|c| c.state == RowState::Released);
                 changes.map(|change| &change.key).collect()
             }
-            Rider::Described(_) | Rider::Backfilled(_) | Rider::Changed(_) => continue,
+            Rider::Described(_) | Rider::Backfilled(_) | Rider::Moved(_) | Rider::Changed(_) => {
+                continue;
+            }
         };
         for key in keys {
             released.entry(&key.route).or_default().push(key.position);

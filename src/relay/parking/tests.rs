@@ -63,9 +63,11 @@ fn sub(position: Position, sub: u32) -> ParkedKey {
 fn rows(riders: Vec<Rider>) -> Vec<ParkedRow> {
     let rows = |rider| match rider {
         Rider::Parked(rows) => rows,
-        Rider::Unparked(_) | Rider::Described(_) | Rider::Backfilled(_) | Rider::Changed(_) => {
-            Vec::new()
-        }
+        Rider::Unparked(_)
+        | Rider::Described(_)
+        | Rider::Backfilled(_)
+        | Rider::Moved(_)
+        | Rider::Changed(_) => Vec::new(),
     };
     riders.into_iter().flat_map(rows).collect()
 }
@@ -73,9 +75,11 @@ fn rows(riders: Vec<Rider>) -> Vec<ParkedRow> {
 fn changes(riders: Vec<Rider>) -> Vec<Changed> {
     let changes = |rider| match rider {
         Rider::Unparked(changes) => changes,
-        Rider::Parked(_) | Rider::Described(_) | Rider::Backfilled(_) | Rider::Changed(_) => {
-            Vec::new()
-        }
+        Rider::Parked(_)
+        | Rider::Described(_)
+        | Rider::Backfilled(_)
+        | Rider::Moved(_)
+        | Rider::Changed(_) => Vec::new(),
     };
     riders.into_iter().flat_map(changes).collect()
 }

@@ -204,6 +204,7 @@ impl Store for Nowhere {
                 Rider::Unparked(_)
                 | Rider::Described(_)
                 | Rider::Changed(_)
+                | Rider::Moved(_)
                 | Rider::Backfilled(_) => {}
             }
         }

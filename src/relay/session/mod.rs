@@ -107,8 +107,18 @@ pub async fn open(
             return Err(error);
         }
     };
-    let Prepared { source, resumed, store, parking, row, failover, canary, wrong, closed } =
-        prepared;
+    let Prepared {
+        source,
+        resumed,
+        store,
+        parking,
+        row,
+        failover,
+        canary,
+        wrong,
+        backfilling,
+        closed,
+    } = prepared;
     let broken = broken::routes(&options.topology, &options.rules, &wrong);
     shared.missing.set(&broken);
     report(options, &wrong);
@@ -118,7 +128,7 @@ pub async fn open(
     tell_start(options, &row, kept);
     let (backfill, end) = match row.kind {
         SourceKind::Wal => {
-            let (backfill, end) = Backfill::linked(options.backfill.max_unconfirmed);
+            let (backfill, end) = Backfill::linked(options.backfill.max_unconfirmed, backfilling);
             (backfill, Some(end))
         }
         // Its marks are in the WAL, and there are no captured tables.
@@ -213,6 +223,8 @@ struct Prepared {
     canary: bool,
     /// What is wrong in the broker, thing by thing.
     wrong: Vec<Wrong>,
+    /// Tables with a backfill that has not ended.
+    backfilling: Vec<u32>,
     /// Reports the end of the SQL connection.
     closed: Closed,
 }

@@ -67,7 +67,18 @@ pub(super) async fn prepare(
     let own = shared.own.clone();
     let store = PostgresStore::pooled(client, &options.name, row.session_no, own);
     let (source, failover, canary) = (AnySource::Poll(source), None, false);
-    Ok(Prepared { source, resumed, store, parking, row, failover, canary, wrong, closed })
+    Ok(Prepared {
+        source,
+        resumed,
+        store,
+        parking,
+        row,
+        failover,
+        canary,
+        wrong,
+        backfilling: Vec::new(),
+        closed,
+    })
 }
 
 /// Reads the checkpoint, makes sure that it may be started from, and takes it over. Returns it with

@@ -21,6 +21,7 @@ use crate::pg::slot::{ServerFacts, insert_lsn};
 use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
 use crate::position::Lsn;
 use crate::relay::Options;
+use crate::relay::backfill::runs;
 use crate::relay::check::lost::{self, Agreed, Returned};
 use crate::relay::check::position::{self, Failover, Start};
 use crate::relay::checkpoint::{self, Checkpoint, PostgresStore};
@@ -78,10 +79,23 @@ pub(super) async fn prepare(
     resumed.parked = parked::table_names(&client, &options.name).await?;
     let known = parked::known(&client, &options.name, row.position).await?;
     let parking = Parking::new(options.tuning.parked, found, known);
+    let backfilling = runs::list(&*client, &options.name, true).await?;
+    let backfilling = backfilling.iter().filter_map(|run| Some(run.began?.0)).collect();
     let own = shared.own.clone();
     let store = PostgresStore::new(client, &options.name, row.session_no, own).await?;
     let TakenOver { row, failover, canary, .. } = taken;
-    Ok(Prepared { source, resumed, store, parking, row, failover, canary, wrong, closed })
+    Ok(Prepared {
+        source,
+        resumed,
+        store,
+        parking,
+        row,
+        failover,
+        canary,
+        wrong,
+        backfilling,
+        closed,
+    })
 }
 
 /// What a session starts from.

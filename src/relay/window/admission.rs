@@ -38,7 +38,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     pub(in crate::relay) fn admit_batch(&mut self) {
         let now = tokio::time::Instant::now().into_std();
         let mut batch = std::mem::take(&mut self.making.batch);
-        let beside = self.backfill.is_active();
+        let beside = self.backfill.sees_changes();
         for item in batch.drain(..) {
             if matches!(self.ending, Ending::Draining { .. }) {
                 // A poison event came before: nothing after it may be settled.

@@ -1,0 +1,113 @@
+//! The rows that a run reads at its end, because they had moved: see `moved`.
+//!
+//! Order: the last chunk in the order of the key; then chunks of what has moved. A run ends with a
+//! chunk for which nothing was left, and which comes after one that had nothing either: the mark of
+//! that one has passed all that moved before the last rows were read.
+
+use std::collections::HashMap;
+
+use serde_json::Value as Json;
+use tokio_postgres::GenericClient;
+use uuid::Uuid;
+
+use super::keyset::{From, TableShape};
+use super::read::ChunkRows;
+use crate::error::Result;
+use crate::pg::sqlstate::postgres_error;
+
+/// Rows of a chunk at most: each is named in the statement.
+const ROWS_MAX: i64 = 200;
+
+/// What a run's next chunk is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Rows in the order of the key.
+    Keys,
+    /// Rows that had moved; `passed` when the chunk before it found none.
+    Moved {
+        /// The chunk before it found none.
+        passed: bool,
+    },
+}
+
+/// Rows that had moved: their keys now, in the order of [`TableShape::key`], by the position of the
+/// change.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MovedRows(Vec<(String, Vec<String>)>);
+
+/// The next ones of a run. The inner error is why they cannot be read.
+///
+/// # Errors
+/// The server's.
+pub async fn load(
+    client: &impl GenericClient,
+    run: Uuid,
+    shape: &TableShape,
+) -> Result<std::result::Result<MovedRows, String>> {
+    const SQL: &str = include_str!("../../../sql/query/backfill_moved.sql");
+    let rows = client.query(SQL, &[&run, &ROWS_MAX]).await.map_err(postgres_error)?;
+    let mut moved = MovedRows::default();
+    for row in rows {
+        let position: String = row.try_get(0).map_err(postgres_error)?;
+        let key: Option<String> = row.try_get(1).map_err(postgres_error)?;
+        let Some(key) = key.and_then(|key| of_json(shape, &key)) else {
+            return Ok(Err(format!("the key of a row of {} cannot be read", shape.name)));
+        };
+        moved.0.push((position, key));
+    }
+    Ok(Ok(moved))
+}
+
+fn of_json(shape: &TableShape, key: &str) -> Option<Vec<String>> {
+    let key: HashMap<String, Json> = serde_json::from_str(key).ok()?;
+    let text = |name: &String| key.get(name)?.as_str().map(str::to_owned);
+    shape.key.iter().map(|column| text(&shape.table.columns[column.column].name)).collect()
+}
+
+impl MovedRows {
+    /// There are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What is to be read, and how many rows that may be, with one more: a statement that ends
+    /// before is complete.
+    pub fn from(&self) -> (From, usize) {
+        let keys = self.0.iter().map(|(_, key)| key.clone()).collect();
+        (From::Only(keys), self.0.len() + 1)
+    }
+
+    /// The positions of the changes by which rows with these keys came to them, the last of each.
+    pub fn positions(&self, keys: impl Iterator<Item = Vec<String>>) -> Vec<String> {
+        let last: HashMap<&[String], &String> =
+            self.0.iter().map(|(position, key)| (&**key, position)).collect();
+        keys.map(|key| last.get(&*key).map(|at| (*at).clone()).unwrap_or_default()).collect()
+    }
+
+    /// The positions of all that need not be read again after these rows.
+    pub fn reread(&self, rows: &ChunkRows) -> Vec<String> {
+        let is_read = |key: &Vec<String>| rows.done || rows.keys.contains(key);
+        self.0.iter().filter(|(_, key)| is_read(key)).map(|(at, _)| at.clone()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn moved(rows: &[(&str, &str)]) -> MovedRows {
+        let row = |(at, key): &(&str, &str)| ((*at).to_owned(), vec![(*key).to_owned()]);
+        MovedRows(rows.iter().map(row).collect())
+    }
+
+    #[test]
+    fn a_row_has_the_position_of_its_last_move_and_what_was_not_read_is_left() {
+        let rows = moved(&[("1", "a"), ("2", "b"), ("3", "a"), ("4", "c")]);
+        let keys = [vec!["a".to_owned()], vec!["b".to_owned()]];
+        assert_eq!(rows.positions(keys.clone().into_iter()), ["3", "2"]);
+        let read = |done| ChunkRows { keys: keys.to_vec(), done, ..ChunkRows::default() };
+        assert_eq!(rows.reread(&read(false)), ["1", "2", "3"], "the rest was too large");
+        assert_eq!(rows.reread(&read(true)), ["1", "2", "3", "4"], "the last one is gone");
+        assert_eq!(rows.from().1, 5);
+    }
+}
