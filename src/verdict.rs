@@ -65,13 +65,15 @@ pub enum Verdict {
     PartitionsChanged,
     /// A batch that the polling relay stored is gone from its table.
     BatchMissing,
+    /// A batch was made with another table or other columns than the outbox has now.
+    BatchUnreadable,
     /// The outbox has rows of transactions that this cluster has not had yet.
     ForeignRows,
 }
 
 impl Verdict {
     /// All of them.
-    pub const ALL: [Verdict; 27] = [
+    pub const ALL: [Verdict; 28] = [
         Verdict::WalLevel,
         Verdict::OtherCluster,
         Verdict::TimelineChanged,
@@ -98,6 +100,7 @@ impl Verdict {
         Verdict::ParkingRefused,
         Verdict::PartitionsChanged,
         Verdict::BatchMissing,
+        Verdict::BatchUnreadable,
         Verdict::ForeignRows,
     ];
 
@@ -130,6 +133,7 @@ impl Verdict {
             Verdict::ParkingRefused => "parking_refused",
             Verdict::PartitionsChanged => "partitions_changed",
             Verdict::BatchMissing => "batch_missing",
+            Verdict::BatchUnreadable => "batch_unreadable",
             Verdict::ForeignRows => "foreign_rows",
         }
     }

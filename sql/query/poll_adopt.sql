@@ -1,3 +1,3 @@
--- Takes rows that were copied from another cluster for rows that are passed.
-UPDATE :outbox SET :transaction = '3'
+-- Takes rows that were copied from another cluster for rows of transaction :by.
+UPDATE :outbox SET :transaction = :by
 WHERE :transaction >= pg_snapshot_xmax(pg_current_snapshot())

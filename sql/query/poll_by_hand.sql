@@ -13,5 +13,6 @@ WITH made AS (
     ON CONFLICT (name) DO NOTHING
     RETURNING name, mark
 )
-INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at, outbox)
-SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), :outbox FROM made;
+INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at, outbox, outbox_oid)
+SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), :outbox,
+    to_regclass(:quoted) FROM made;

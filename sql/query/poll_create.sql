@@ -1,5 +1,6 @@
 -- The first checkpoint of a relay that polls: $1 name, $2 system identifier, $3 timeline; it begins
--- behind what is visible now in the outbox $5. Unless $4, only if that has no rows. No row: there
+-- behind what is visible now in the outbox $5, whose OID is $6, by its columns $7 (order) and $8
+-- (transaction). Unless $4, only if that has no rows. No row: there
 -- are some, or there is a checkpoint.
 WITH made AS (
     INSERT INTO watership.checkpoint
@@ -19,8 +20,10 @@ WITH made AS (
     DELETE FROM watership.poll_batch WHERE name IN (SELECT name FROM made)
         AND number <> (SELECT mark FROM made)
 )
-INSERT INTO watership.poll_batch AS b (name, number, since, snapshot, first_seq, made_at, outbox)
-SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), $5 FROM made
+INSERT INTO watership.poll_batch AS b (name, number, since, snapshot, first_seq, made_at, outbox,
+    outbox_oid, order_attnum, xid_attnum)
+SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), $5, $6, $7, $8 FROM made
 ON CONFLICT (name, number) DO UPDATE SET since = excluded.since, snapshot = excluded.snapshot,
-    made_at = excluded.made_at, outbox = excluded.outbox
+    made_at = excluded.made_at, outbox = excluded.outbox, outbox_oid = excluded.outbox_oid,
+    order_attnum = excluded.order_attnum, xid_attnum = excluded.xid_attnum
 RETURNING b.number

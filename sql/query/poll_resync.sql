@@ -1,5 +1,6 @@
 -- Relay $1, last written by session $2, begins again behind what is visible now, in a new epoch,
--- on system $3, timeline $4, of the outbox $5. The old session can write no more. No row: another
+-- on system $3, timeline $4, of the outbox $5, whose OID is $6, by its columns $7 (order) and $8
+-- (transaction). The old session can write no more. No row: another
 -- session has taken over.
 WITH moved AS (
     UPDATE watership.checkpoint AS c
@@ -14,7 +15,9 @@ WITH moved AS (
 ), passed AS (
     DELETE FROM watership.poll_batch WHERE name IN (SELECT name FROM moved)
 ), made AS (
-    INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at, outbox)
-    SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), $5 FROM moved
+    INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at, outbox,
+        outbox_oid, order_attnum, xid_attnum)
+    SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), $5, $6, $7, $8
+    FROM moved
 )
 SELECT epoch::bigint, mark FROM moved

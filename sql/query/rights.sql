@@ -7,7 +7,7 @@ WITH needed (app, name, privilege, columns, vital) AS (VALUES
     (false, 'migration', 'SELECT', NULL, false),
     (false, 'checkpoint', 'SELECT', NULL, true),
     (false, 'checkpoint', 'UPDATE', '{epoch, mark, ordinal, sub, flush_mark, session_no,
-        system_identifier, timeline, publication, publication_oid, updated_at}', true),
+        system_identifier, timeline, publication, publication_oid, updated_at, polled_at}', true),
     (false, 'publication_seen', 'SELECT', NULL, true),
     (false, 'publication_seen', 'INSERT', NULL, true),
     (false, 'publication_seen', 'UPDATE', NULL, true),
@@ -54,8 +54,10 @@ WITH needed (app, name, privilege, columns, vital) AS (VALUES
         c.oid IS NULL AND n.vital AND n.name <> 'outbox' AS missing,
         CASE WHEN c.oid IS NULL THEN true
             WHEN n.columns IS NULL THEN has_table_privilege(r.oid, c.oid, n.privilege)
-            ELSE (SELECT bool_and(has_column_privilege(r.oid, c.oid, name, n.privilege))
-                FROM unnest(n.columns::text[]) AS name)
+            -- A schema that `init` has still to bring up to date lacks some.
+            ELSE (SELECT bool_and(has_column_privilege(r.oid, c.oid, a.attnum, n.privilege))
+                FROM pg_catalog.pg_attribute AS a
+                WHERE a.attrelid = c.oid AND a.attname = ANY (n.columns::text[]))
         END AS granted,
         c.oid IS NOT NULL AND c.relrowsecurity AND NOT r.sees_all
             AND (c.relforcerowsecurity OR NOT pg_has_role(r.oid, c.relowner, 'USAGE'))

@@ -20,6 +20,7 @@ use crate::pg;
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::{Options, Settings};
 use crate::pg::migrate;
+use crate::pg::outbox::current_role;
 use crate::pg::publication::{Publication, TableName};
 use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
@@ -111,13 +112,17 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         client.batch_execute("SET statement_timeout = '5min'").await.map_err(postgres_error)?;
     }
     let server = server_facts(&client).await?;
-    before::verify(&client, config, &admin, &server, args.publish_anyway).await?;
+    let role = match args.admin_url {
+        Some(_) => role_of_source(config).await,
+        None => server.user.clone(),
+    };
+    before::verify(&client, config, &admin, &server, &role, args.publish_anyway).await?;
 
     let mut steps = Steps { list: Vec::new(), out };
     schema(&mut steps, &mut client).await?;
-    relay_role(&mut steps, &client, config, &server).await?;
-    let (user, kind) = (&config.relay.sql.user, config.relay.kind);
-    rights::verify(&rights::lacking(&client, Some(user), kind).await?)?;
+    relay_role(&mut steps, &client, &role, &server).await?;
+    let kind = config.relay.kind;
+    rights::verify(&rights::lacking(&client, Some(&role), kind).await?)?;
     match kind {
         SourceKind::Wal => {
             let publication = publication(&mut steps, &client, config).await?;
@@ -177,17 +182,26 @@ async fn schema(steps: &mut Steps, client: &mut Client) -> Result<()> {
     Ok(())
 }
 
+/// The role that source.url leads to: a pooler may connect as another one than the URL says. What
+/// cannot be reached from here, as a role that is yet to be made, is taken at its word.
+async fn role_of_source(config: &Config) -> String {
+    let asked = async {
+        let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
+        current_role(&client).await
+    };
+    asked.await.unwrap_or_else(|_| config.relay.sql.user.clone())
+}
+
 /// Grants the role of source.url what the relay needs.
 async fn relay_role(
     steps: &mut Steps,
     client: &Client,
-    config: &Config,
+    user: &str,
     server: &ServerFacts,
 ) -> Result<()> {
-    let user = &config.relay.sql.user;
     let sql = "SELECT pg_catalog.pg_has_role($1::text, 'watership_relay', 'USAGE')";
     let member: bool =
-        unnamed::query_one(client, sql, &[user]).await.map_err(postgres_error)?.get(0);
+        unnamed::query_one(client, sql, &[&user]).await.map_err(postgres_error)?.get(0);
     if member {
         steps.add(Done::Exists, "role", format!("{user} has the rights of watership_relay"));
         return Ok(());
@@ -196,7 +210,7 @@ async fn relay_role(
     let grant = format!("GRANT watership_relay TO {quoted}");
     let granted = client.batch_execute(&grant).await.map_err(postgres_error);
     granted.map_err(|e| e.context(&grant).hint(format!("as a superuser: {grant}")))?;
-    let by = if *user == server.user { " (the role that runs init)" } else { "" };
+    let by = if user == server.user { " (the role that runs init)" } else { "" };
     steps.add(Done::Created, "role", format!("watership_relay granted to {user}{by}"));
     Ok(())
 }

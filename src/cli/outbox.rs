@@ -15,7 +15,7 @@ use crate::relay::session::outbox;
 use crate::source::SourceKind;
 use crate::source::outbox::AggregateType;
 
-/// Adds its findings: the table must fit its mapping.
+/// Adds its findings: the table must fit its mapping. Returns whether it does.
 ///
 /// # Errors
 /// The server's.
@@ -24,19 +24,19 @@ pub(super) async fn check(
     config: &Config,
     client: &Client,
     publication: Option<&Publication>,
-) -> Result<()> {
+) -> Result<bool> {
     let (options, table) = (&config.relay, &config.relay.outbox);
-    let mapped = match outbox::read(client, options).await {
+    let mapped = match outbox::read(client, options, None).await {
         Ok(Some(mapped)) => mapped,
-        Ok(None) => return Ok(()),
+        Ok(None) => return Ok(true),
         Err(error) if error.kind() == Kind::Refused => {
             f.error("outbox", &error);
-            return Ok(());
+            return Ok(false);
         }
         Err(error) => return Err(error),
     };
     let before = f.problems();
-    let found = mapped.found(options);
+    let found = mapped.found();
     for (what, hint) in mapping::faults(table, found, publication, options.kind) {
         f.problem("outbox", what, hint);
     }
@@ -56,14 +56,15 @@ pub(super) async fn check(
             Harm::Impossible => {}
         }
     }
-    if f.problems() == before {
+    let fits = f.problems() == before;
+    if fits {
         let kept = match options.delete_after {
             Some(_) => "rows older than outbox.delete_after are deleted",
             None => "the relay never deletes its rows",
         };
         f.ok("outbox", format!("{}, mapped; {kept}", table.table));
     }
-    Ok(())
+    Ok(fits)
 }
 
 /// Rows of the table with the wanted id or key, in the form of `find_outbox.sql`. Absent for the
@@ -78,8 +79,8 @@ pub(super) async fn rows(
     most: i64,
 ) -> Result<Option<Vec<Row>>> {
     let options = &config.relay;
-    let Some(mapped) = outbox::read(client, options).await? else { return Ok(None) };
-    mapping::fits(&options.outbox, mapped.found(options), None, options.kind)?;
+    let Some(mapped) = outbox::read(client, options, None).await? else { return Ok(None) };
+    mapping::fits(&options.outbox, mapped.found(), None, options.kind)?;
     let names = &options.outbox.columns;
     let is_uuid = |name: &str| {
         let column = mapped.columns.iter().find(|column| column.name == name);
@@ -113,7 +114,7 @@ pub(super) async fn count_since(
     most: i64,
 ) -> Result<Option<(i64, String)>> {
     let options = &config.relay;
-    let Some(mapped) = outbox::read(client, options).await? else { return Ok(None) };
+    let Some(mapped) = outbox::read(client, options, None).await? else { return Ok(None) };
     let Some(created_at) = mapping::time_column(&options.outbox, &mapped.columns) else {
         let text = format!("{} has no column with the time of an event", options.outbox.table);
         return Err(Error::refused(text).hint("set outbox.columns.created_at"));

@@ -82,6 +82,7 @@ pub const OUTBOX: Schema = Schema {
         migration!(9, "sql", "0009_emit_wal"),
         migration!(10, "sql", "0010_schema_history"),
         migration!(11, "sql", "0011_poll_mapped"),
+        migration!(12, "sql", "0012_poll_made_with"),
         migration!(13, "sql", "0013_backfill_moved"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",

@@ -27,6 +27,7 @@ pub mod socket;
 #[cfg(any(feature = "inbox", feature = "outbox", feature = "relay"))]
 pub mod sqlstate;
 #[cfg(feature = "relay")]
+pub mod statement;
 pub mod unnamed;
 #[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod wire;

@@ -9,11 +9,14 @@ use uuid::Uuid;
 use crate::error::Result;
 use crate::pg::publication::TableName;
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::statement::fill;
 use crate::pg::unnamed;
 
 /// A column, as far as a mapping has to know it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MappedColumn {
+    /// `attnum`, which stays the same under another name.
+    pub number: i32,
     /// Name.
     pub name: String,
     /// OID of its type, which the stream names.
@@ -66,7 +69,8 @@ pub async fn read_columns(client: &impl GenericClient, oid: u32) -> Result<Vec<M
                     AND d.refobjsubid = t.attnum AND d.deptype = 'i' \
                 OR d.classid = 'pg_attrdef'::regclass AND d.objid = a.oid \
                     AND d.refclassid = 'pg_class'::regclass AND d.refobjid = s.seqrelid \
-                    AND pg_get_expr(a.adbin, a.adrelid) LIKE 'nextval(%') \
+                    AND pg_get_expr(a.adbin, a.adrelid) LIKE 'nextval(%'), \
+            t.attnum::integer \
         FROM typed AS t \
         JOIN pg_catalog.pg_type AS b ON b.oid = t.base AND b.typtype <> 'd' \
         LEFT JOIN pg_catalog.pg_attrdef AS a ON a.adrelid = $1 AND a.adnum = t.attnum \
@@ -75,6 +79,7 @@ pub async fn read_columns(client: &impl GenericClient, oid: u32) -> Result<Vec<M
     let column = |row: &Row| {
         let category: String = row.try_get(3)?;
         Ok(MappedColumn {
+            number: row.try_get(11)?,
             name: row.try_get(0)?,
             type_oid: row.try_get(1)?,
             base_oid: row.try_get(2)?,
@@ -113,6 +118,16 @@ pub async fn read_indexes(
     let rows = unnamed::query(client, sql, &[&table.quoted()]).await.map_err(postgres_error)?;
     let index = |row: &Row| Ok((row.try_get(0)?, row.try_get(1)?));
     rows.iter().map(|row| index(row).map_err(postgres_error)).collect()
+}
+
+/// The role that the server takes the connection for. Behind a pooler it may be another one than
+/// that of the URL.
+///
+/// # Errors
+/// What the server says.
+pub async fn current_role(client: &impl GenericClient) -> Result<String> {
+    let row = unnamed::query_one(client, "SELECT current_user::text", &[]).await;
+    row.map_err(postgres_error)?.try_get(0).map_err(postgres_error)
 }
 
 /// What `role` may see of a table: whether it may use its schema, read its rows, and whether
@@ -350,14 +365,16 @@ pub async fn find(
         Some(xid) => format!("pg_visible_in_snapshot({}, b.snapshot)", named(xid)),
         None => "NULL::boolean".to_owned(),
     };
-    let sql = SQL
-        .replace(":table", &columns.table.quoted())
-        .replace(":visible", &visible)
-        .replace(":same_id", &same_id)
-        .replace(":id", &id_column)
-        .replace(":aggregate_type", &aggregate_type)
-        .replace(":aggregate_id", &named(columns.aggregate_id))
-        .replace(":event_type", &named(columns.event_type))
-        .replace(":created_at", &created_at);
+    let values = [
+        ("table", &*columns.table.quoted()),
+        ("visible", &visible),
+        ("same_id", &same_id),
+        ("id", &id_column),
+        ("aggregate_type", &aggregate_type),
+        ("aggregate_id", &named(columns.aggregate_id)),
+        ("event_type", &named(columns.event_type)),
+        ("created_at", &created_at),
+    ];
+    let sql = fill(SQL, &values);
     unnamed::query(client, &sql, &[&relay, &id, &key, &most]).await.map_err(postgres_error)
 }

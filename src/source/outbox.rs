@@ -9,6 +9,7 @@ use postgres_protocol::escape::escape_identifier;
 use uuid::Uuid;
 
 use crate::pg::publication::TableName;
+use crate::pg::statement::fill;
 
 /// The table that applications write their events into.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -125,13 +126,20 @@ impl Polled {
     /// A statement with the names in it, for `:outbox`, `:order` and `:transaction`. Names of the
     /// relay's own outbox need no quotation marks.
     pub fn fill(&self, sql: &str) -> String {
+        self.fill_with(sql, &[])
+    }
+
+    /// The same with further values.
+    pub fn fill_with(&self, sql: &str, more: &[(&str, &str)]) -> String {
         let (table, [order_by, xid]) = match self.is_own() {
             true => (self.table.to_string(), [self.order_by.clone(), self.xid.clone()]),
             false => {
                 (self.table.quoted(), [&self.order_by, &self.xid].map(|c| escape_identifier(c)))
             }
         };
-        sql.replace(":outbox", &table).replace(":order", &order_by).replace(":transaction", &xid)
+        let mut values = vec![("outbox", &*table), ("order", &order_by), ("transaction", &xid)];
+        values.extend(more);
+        fill(sql, &values)
     }
 
     /// Whether it is `watership.outbox`.

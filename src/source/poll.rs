@@ -24,8 +24,8 @@ use std::time::Duration;
 use futures_util::try_join;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
-use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
 
 use crate::error::{Error, Kind, Result};
 use crate::pg::sqlstate::postgres_error;
@@ -35,7 +35,7 @@ use crate::source::{Item, PollSeen, Receipt, Seen, Source};
 use batch::{BatchCursor, LookPace};
 use rows::PolledRow;
 
-pub use batch::{Batch, Interval};
+pub use batch::{Batch, Interval, MadeWith};
 pub use outbox::PolledOutbox;
 
 /// Most rows of one portion.
@@ -65,6 +65,8 @@ pub struct Options {
     pub outbox: PolledOutbox,
     /// How often the outbox is looked at.
     pub interval: Interval,
+    /// How often a source that finds nothing stores that it has looked; absent for never.
+    pub noted_every: Option<Duration>,
     /// Most bytes of a body that are read.
     pub max_body: usize,
 }
@@ -83,6 +85,8 @@ pub struct Poll {
     ready: VecDeque<Item>,
     work: Option<Work>,
     pace: LookPace,
+    /// When it was stored last that nothing was found.
+    noted: Option<Instant>,
     /// Batches that are not passed, and when they were found or found again.
     open: VecDeque<(Mark, Instant)>,
     passed: Mark,
@@ -111,7 +115,7 @@ impl Drop for Work {
 /// What came of it.
 enum Done {
     /// Nothing is new; what is visible now.
-    Nothing(Instant, String),
+    Nothing { at: Instant, snapshot: String, noted: bool },
     /// A new batch, which is stored, with its first portion.
     Found(Box<Found>),
     /// The next portion of the batch that is being read.
@@ -154,6 +158,7 @@ impl Poll {
             ready: VecDeque::new(),
             work: None,
             pace: LookPace::new(options.interval, now.into_std()),
+            noted: None,
             open: batches.iter().map(|batch| (batch.number, now)).collect(),
             passed: settled.number,
             forgotten: Mark::ZERO,
@@ -188,9 +193,15 @@ impl Poll {
             since: self.since.clone(),
             number: Mark(self.last.0 + 1),
             passed: (self.forgotten, self.passed),
+            note: self.note_is_due(),
         };
         let looking = async move { in_time(LOOK_LIMIT, look.run(&client, &options)).await };
         Some(Work(tokio::spawn(looking)))
+    }
+
+    fn note_is_due(&self) -> bool {
+        let due = |every| self.noted.is_none_or(|noted| noted.elapsed() >= every);
+        self.options.noted_every.is_some_and(due)
     }
 
     fn due(&self) -> Instant {
@@ -199,8 +210,9 @@ impl Poll {
 
     fn apply(&mut self, done: Done) -> Result<()> {
         match done {
-            Done::Nothing(at, snapshot) => {
+            Done::Nothing { at, snapshot, noted } => {
                 self.polled.looks += 1;
+                self.noted = if noted { Some(at) } else { self.noted };
                 self.since = snapshot;
                 self.pace.looked(at.into_std(), false);
                 Ok(())
@@ -255,6 +267,8 @@ struct Look {
     number: Mark,
     /// Batches from the first and before the second are passed.
     passed: (Mark, Mark),
+    /// Whether to store that nothing was found.
+    note: bool,
 }
 
 impl Look {
@@ -263,7 +277,12 @@ impl Look {
         let row = options.outbox.look(client, &[&self.since]).await?;
         let int = |i: usize| row.try_get::<_, Option<i64>>(i).map_err(postgres_error);
         let snapshot: String = row.try_get(0).map_err(postgres_error)?;
-        let Some(first_seq) = int(2)? else { return Ok(Done::Nothing(at, snapshot)) };
+        let Some(first_seq) = int(2)? else {
+            if self.note {
+                note(client, options).await?;
+            }
+            return Ok(Done::Nothing { at, snapshot, noted: self.note });
+        };
         let batch = Batch {
             number: self.number,
             since: self.since,
@@ -272,6 +291,7 @@ impl Look {
             new: int(3)?.zip(int(4)?),
             made_at_us: int(5)?.unwrap_or_default(),
             outbox: options.outbox.name.clone(),
+            made_with: options.outbox.made_with(),
         };
         // Sent together: reading does not hang on storing, but handing on does.
         let cursor = BatchCursor::begin(&batch, options.resume_after);
@@ -292,7 +312,8 @@ async fn store(
     const SQL: &str = include_str!("../../sql/query/poll_store.sql");
     let (number, new_first) = (to_sql(batch.number), batch.new.map(|new| new.0));
     let (new_last, from, to) = (batch.new.map(|new| new.1), to_sql(passed.0), to_sql(passed.1));
-    let values: [&(dyn ToSql + Sync); 12] = [
+    let (oid, order_by, xid) = MadeWith::stored(batch.made_with);
+    let values: [&(dyn ToSql + Sync); 15] = [
         &options.name,
         &options.session_no,
         &number,
@@ -305,6 +326,9 @@ async fn store(
         &from,
         &to,
         &options.outbox.name,
+        &oid,
+        &order_by,
+        &xid,
     ];
     let begin = "BEGIN READ WRITE; SET LOCAL synchronous_commit = local";
     let (_, stored, _) = try_join!(
@@ -319,6 +343,21 @@ async fn store(
     let name = &options.name;
     Err(Error::new(Kind::Busy, format!("another relay has taken over the checkpoint of {name:?}"))
         .hint("two relays with one name: this one is on standby"))
+}
+
+/// Stores that nothing was found. It may be lost in a crash; a session that was replaced stores
+/// nothing, and its next batch says so.
+async fn note(client: &Client, options: &Options) -> Result<()> {
+    const SQL: &str = include_str!("../../sql/query/poll_noted.sql");
+    let begin = "BEGIN READ WRITE; SET LOCAL synchronous_commit = off";
+    let values: [unnamed::Parameter<'_>; 2] = [&options.name, &options.session_no];
+    try_join!(
+        client.batch_execute(begin),
+        unnamed::execute(client, SQL, &values),
+        client.batch_execute("COMMIT"),
+    )
+    .map_err(postgres_error)?;
+    Ok(())
 }
 
 async fn read(
@@ -356,7 +395,7 @@ pub async fn batches(client: &Client, name: &str, from: Mark) -> Result<VecDeque
     const SQL: &str = include_str!("../../sql/query/poll_batches.sql");
     let rows =
         unnamed::query(client, SQL, &[&name, &to_sql(from)]).await.map_err(postgres_error)?;
-    let batch = |row: &tokio_postgres::Row| -> std::result::Result<Batch, tokio_postgres::Error> {
+    let batch = |row: &Row| -> std::result::Result<Batch, tokio_postgres::Error> {
         Ok(Batch {
             number: Mark(row.try_get::<_, i64>(0)?.unsigned_abs()),
             since: row.try_get(1)?,
@@ -365,9 +404,16 @@ pub async fn batches(client: &Client, name: &str, from: Mark) -> Result<VecDeque
             new: row.try_get::<_, Option<i64>>(4)?.zip(row.try_get(5)?),
             made_at_us: row.try_get(6)?,
             outbox: row.try_get(7)?,
+            made_with: made_with(row)?,
         })
     };
     rows.iter().map(|row| batch(row).map_err(postgres_error)).collect()
+}
+
+fn made_with(row: &Row) -> std::result::Result<Option<MadeWith>, tokio_postgres::Error> {
+    let (table, order_by): (Option<u32>, Option<i32>) = (row.try_get(8)?, row.try_get(9)?);
+    let all = table.zip(order_by).zip(row.try_get::<_, Option<i32>>(10)?);
+    Ok(all.map(|((table, order_by), xid)| MadeWith { table, order_by, xid }))
 }
 
 /// A number of a batch as bigint, which has no unsigned form.

@@ -51,6 +51,7 @@ mod partitions;
 mod pg_stream;
 mod pg_wire;
 mod polling;
+mod polling_changed;
 mod polling_mapped;
 mod polling_mapped_refused;
 mod polling_verdicts;

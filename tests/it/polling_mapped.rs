@@ -310,7 +310,9 @@ async fn what_was_not_read_for_longer_than_rows_stay_is_told_and_polling_goes_on
     stage.execute(&emit("one")).await;
     settled(&stage, "outbox").await;
     relay.stop().await.expect_code(0);
-    stage.execute("UPDATE watership.checkpoint SET updated_at = now() - interval '2 days'").await;
+    let down = "UPDATE watership.checkpoint SET polled_at = now() - interval '2 days'; \
+        UPDATE watership.poll_batch SET made_at = now() - interval '2 days'";
+    stage.execute(down).await;
     let relay = stage.start().await;
     stage.execute(&emit("two")).await;
     assert_eq!(kinds(&settled(&stage, "outbox").await), ["one", "two"]);

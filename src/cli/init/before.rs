@@ -31,21 +31,22 @@ pub(super) async fn verify(
     config: &Config,
     admin: &Options,
     server: &ServerFacts,
+    role: &str,
     publish_anyway: bool,
 ) -> Result<()> {
     check_server(client, config, server).await?;
     warn_of_encoding(client).await?;
-    check_relay_role(client, config, server).await?;
+    check_relay_role(client, config, server, role).await?;
     if config.relay.kind == SourceKind::Poll {
-        check_sight(client, config).await?;
-        return check_mapping(client, config).await;
+        check_sight(client, config, role).await?;
+        return check_mapping(client, config, role).await;
     }
     if read_slot(client, &config.relay.slot).await?.is_none() {
         let what = format!("role {:?} may not create the replication slot", server.user);
         may_replicate(client, admin, &what).await?;
     }
-    check_sight(client, config).await?;
-    check_outbox(client, config, server, publish_anyway).await?;
+    check_sight(client, config, role).await?;
+    check_outbox(client, config, (server, role), publish_anyway).await?;
     check_tables(client, config, server, publish_anyway).await
 }
 
@@ -91,13 +92,17 @@ async fn warn_of_encoding(client: &Client) -> Result<()> {
 
 /// The role that the relay connects as must exist, and be allowed to replicate where the WAL is
 /// read, before anything is created.
-async fn check_relay_role(client: &Client, config: &Config, server: &ServerFacts) -> Result<()> {
-    let user = &config.relay.sql.user;
-    if *user == server.user {
+async fn check_relay_role(
+    client: &Client,
+    config: &Config,
+    server: &ServerFacts,
+    user: &str,
+) -> Result<()> {
+    if user == server.user {
         return Ok(());
     }
     let sql = "SELECT FROM pg_catalog.pg_roles WHERE rolname = $1::text";
-    if unnamed::query_opt(client, sql, &[user]).await.map_err(postgres_error)?.is_none() {
+    if unnamed::query_opt(client, sql, &[&user]).await.map_err(postgres_error)?.is_none() {
         let quoted = postgres_protocol::escape::escape_identifier(user);
         let hint = match config.relay.kind {
             SourceKind::Wal => hosting::how_to_create(client, user).await?,
@@ -131,8 +136,8 @@ async fn may_replicate(client: &Client, options: &Options, what: &str) -> Result
 
 /// Row-level security on tables that are there already, for the role that runs `init` and for that
 /// of `source.url`: neither may take hidden rows for absent ones. Privileges may still be granted.
-async fn check_sight(client: &Client, config: &Config) -> Result<()> {
-    for role in [None, Some(config.relay.sql.user.as_str())] {
+async fn check_sight(client: &Client, config: &Config, role: &str) -> Result<()> {
+    for role in [None, Some(role)] {
         let mut lacks = rights::lacking(client, role, config.relay.kind).await?;
         lacks.retain(|lack| lack.hidden && !lack.app);
         lacks.iter_mut().for_each(|lack| lack.privileges.clear());
@@ -142,10 +147,10 @@ async fn check_sight(client: &Client, config: &Config) -> Result<()> {
 }
 
 /// The same where it is polled: nothing of it is published.
-async fn check_mapping(client: &Client, config: &Config) -> Result<()> {
+async fn check_mapping(client: &Client, config: &Config, role: &str) -> Result<()> {
     let options = &config.relay;
-    let Some(mapped) = outbox::read(client, options).await? else { return Ok(()) };
-    check::outbox::fits(&options.outbox, mapped.found(options), None, options.kind)?;
+    let Some(mapped) = outbox::read(client, options, Some(role)).await? else { return Ok(()) };
+    check::outbox::fits(&options.outbox, mapped.found(), None, options.kind)?;
     warn_if_slow(options, &mapped);
     Ok(())
 }
@@ -161,14 +166,14 @@ fn warn_if_slow(options: &relay::Options, mapped: &Mapped) {
 async fn check_outbox(
     client: &Client,
     config: &Config,
-    server: &ServerFacts,
+    (server, role): (&ServerFacts, &str),
     publish_anyway: bool,
 ) -> Result<()> {
     let options = &config.relay;
     let publication = read_publication(client, &options.publication).await?;
-    let Some(mapped) = outbox::read(client, options).await? else { return Ok(()) };
+    let Some(mapped) = outbox::read(client, options, Some(role)).await? else { return Ok(()) };
     let (table, kind) = (&options.outbox, options.kind);
-    check::outbox::fits(table, mapped.found(options), publication.as_ref(), kind)?;
+    check::outbox::fits(table, mapped.found(), publication.as_ref(), kind)?;
     warn_if_slow(options, &mapped);
     refuse_obstacles(&mapped.facts, publication.as_ref(), publish_anyway)?;
     may_publish(server, &mapped.facts, publication.as_ref())

@@ -13,6 +13,7 @@ use crate::relay::check::polling::{self, Index, missing_indexes};
 use crate::relay::checkpoint;
 use crate::relay::session::poll;
 use crate::source::SourceKind;
+use crate::source::poll::MadeWith;
 
 /// An outbox with more bytes is not indexed while its writers wait.
 const INDEXED_MAX: i64 = 256 << 20;
@@ -76,12 +77,14 @@ pub(super) async fn checkpoint(
         steps.add(Done::Exists, WHAT, format!("{name} at batch {}", row.flush().0));
         return Ok(());
     }
-    polling::verify_transactions(&poll::facts(client, &config.relay, None).await?)?;
+    let facts = poll::facts(client, &config.relay, None).await?;
+    polling::verify_transactions(&facts)?;
     older_rows(steps, client, config, args, "its first poll").await?;
     let (system, timeline) = (server.system_identifier.to_string(), i64::from(server.timeline));
     let table = config.relay.outbox.table.to_string();
+    let (oid, order_by, xid) = MadeWith::stored(facts.made_with());
     let values: &[unnamed::Parameter<'_>] =
-        &[name, &system, &timeline, &args.skip_existing, &table];
+        &[name, &system, &timeline, &args.skip_existing, &table, &oid, &order_by, &xid];
     let create = poll::polled(&config.relay)?.fill(CREATE);
     let made = unnamed::query_opt(client, &create, values).await.map_err(postgres_error)?;
     let Some(made) = made else {

@@ -3,6 +3,7 @@
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use tokio_postgres::Client;
 
+use super::role_of_source;
 use crate::cli::{End, print_warning};
 use crate::config::Config;
 use crate::error::Result;
@@ -15,6 +16,7 @@ use crate::pg::publication::{
 };
 use crate::pg::slot::{create_statement as create_slot, read_slot};
 use crate::pg::sqlstate::postgres_error;
+use crate::pg::statement::fill;
 use crate::pg::unnamed;
 use crate::relay;
 use crate::relay::check::polling::{self, Index, missing_indexes};
@@ -26,6 +28,8 @@ use crate::source::outbox::Polled;
 #[derive(Default)]
 struct Found {
     pending: Vec<Migration>,
+    /// The role that source.url leads to.
+    user: String,
     member: bool,
     publication: Option<Publication>,
     slot: bool,
@@ -40,9 +44,10 @@ fn own_indexes() -> Vec<Index> {
 
 impl Found {
     /// As in an empty database.
-    fn nothing() -> Self {
+    fn nothing(config: &Config) -> Self {
         let (pending, indexes) = (migrate::OUTBOX.migrations.to_vec(), own_indexes());
-        Self { pending, indexes, ..Self::default() }
+        let user = config.relay.sql.user.clone();
+        Self { pending, user, indexes, ..Self::default() }
     }
 
     async fn read(client: &Client, config: &Config) -> Result<Self> {
@@ -51,12 +56,13 @@ impl Found {
         let member = "SELECT coalesce(bool_or(pg_has_role(u.oid, g.oid, 'USAGE')), false) \
             FROM pg_catalog.pg_roles AS u, pg_catalog.pg_roles AS g \
             WHERE u.rolname = $1::text AND g.rolname = 'watership_relay'";
-        let user = &config.relay.sql.user;
+        let user = role_of_source(config).await;
         let member =
-            unnamed::query_one(client, member, &[user]).await.map_err(postgres_error)?.get(0);
+            unnamed::query_one(client, member, &[&user]).await.map_err(postgres_error)?.get(0);
         let name = &config.relay.name;
         Ok(Self {
             pending,
+            user,
             member,
             publication: read_publication(client, &config.relay.publication).await?,
             slot: read_slot(client, &config.relay.slot).await?.is_some(),
@@ -82,7 +88,7 @@ pub(super) async fn print(config: &Config, admin: &Options) -> Result<End> {
         Ok(SqlConnection { client, closed: _closed }) => Found::read(&client, config).await?,
         Err(error) => {
             print_warning(&format!("{error}; the SQL is that for an empty database"));
-            Found::nothing()
+            Found::nothing(config)
         }
     };
     let text = script(config, &found)?;
@@ -104,7 +110,7 @@ fn script(config: &Config, found: &Found) -> Result<String> {
         text += &migrate::OUTBOX.script(&found.pending);
     }
     if !found.member {
-        text += &format!("GRANT watership_relay TO {};\n\n", escape_identifier(&relay.sql.user));
+        text += &format!("GRANT watership_relay TO {};\n\n", escape_identifier(&found.user));
     }
     if relay.kind == SourceKind::Poll {
         text += &polling(relay, found);
@@ -129,10 +135,12 @@ fn script(config: &Config, found: &Found) -> Result<String> {
         text += ";\n\n";
     }
     if !found.checkpoint {
-        text += &CHECKPOINT
-            .replace(":name,", &format!("{},", escape_literal(&relay.name)))
-            .replace("= :slot", &format!("= {}", escape_literal(&relay.slot)))
-            .replace("= :publication", &format!("= {}", escape_literal(publication)));
+        let values = [
+            ("name", &*escape_literal(&relay.name)),
+            ("slot", &escape_literal(&relay.slot)),
+            ("publication", &escape_literal(publication)),
+        ];
+        text += &fill(CHECKPOINT, &values);
         text += "\n";
     }
     Ok(text + &last(relay))
@@ -148,9 +156,13 @@ fn polling(relay: &relay::Options, found: &Found) -> String {
     }
     if !found.checkpoint {
         text += "-- It begins after what is in the outbox then: existing rows are never sent.\n";
-        text += &CHECKPOINT
-            .replace(":name", &escape_literal(&relay.name))
-            .replace(":outbox", &escape_literal(&relay.outbox.table.to_string()));
+        let table = &relay.outbox.table;
+        let values = [
+            ("name", &*escape_literal(&relay.name)),
+            ("outbox", &escape_literal(&table.to_string())),
+            ("quoted", &escape_literal(&table.quoted())),
+        ];
+        text += &fill(CHECKPOINT, &values);
         text += "\n";
     }
     text

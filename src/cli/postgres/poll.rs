@@ -23,15 +23,15 @@ pub(super) async fn look(
     check_version(f, config, server);
     check_encoding(f, client).await?;
     check_rights(f, config, client, &server.user).await?;
-    outbox::check(f, config, client, None).await?;
+    let fits = outbox::check(f, config, client, None).await?;
     if !check_schema(f, client).await {
         return Ok(());
     }
     let name = &config.relay.name;
     check_messages(f, client).await?;
     let relay = &config.relay;
-    // The mapping does not say what to go by, and that was told.
-    if relay.outbox.polled().is_none() {
+    // What is in the way was told.
+    if !fits {
         return Ok(());
     }
     if checkpoint::read(client, name).await?.is_none() {
@@ -81,7 +81,7 @@ async fn check_messages(f: &mut Findings, client: &Client) -> Result<()> {
 
 fn check_start(f: &mut Findings, relay: &Options, found: &PollStart) {
     let name = &relay.name;
-    if let Some(missing) = polling::unread_too_long(relay.retained_for, found.facts.unsettled_age) {
+    if let Some(missing) = polling::unread_too_long(relay.retained_for, found.facts.unread_for) {
         f.warning(
             "outbox",
             missing,

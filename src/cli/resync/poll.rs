@@ -15,6 +15,7 @@ use crate::relay::check::polling::verify_transactions;
 use crate::relay::check::resync::ResumeFrom;
 use crate::relay::checkpoint;
 use crate::relay::session::poll::{self, PollStart};
+use crate::source::poll::MadeWith;
 use crate::verdict::Verdict;
 
 /// What was done, or would be done.
@@ -99,7 +100,12 @@ pub(super) async fn execute(
 /// take them for rows of the future, too.
 fn may_be_accepted(doubt: &Error) -> bool {
     match doubt.verdict() {
-        Some(Verdict::OtherCluster | Verdict::CheckpointAhead | Verdict::BatchMissing) => true,
+        Some(
+            Verdict::OtherCluster
+            | Verdict::CheckpointAhead
+            | Verdict::BatchMissing
+            | Verdict::BatchUnreadable,
+        ) => true,
         Some(_) | None => false,
     }
 }
@@ -140,8 +146,9 @@ async fn accept(
         verify_transactions(&facts)?;
     }
     let table = config.relay.outbox.table.to_string();
-    let values: [unnamed::Parameter<'_>; 5] =
-        [&report.name, &row.session_no, &system, &timeline, &table];
+    let (oid, order_by, xid) = MadeWith::stored(found.facts.made_with());
+    let values: [unnamed::Parameter<'_>; 8] =
+        [&report.name, &row.session_no, &system, &timeline, &table, &oid, &order_by, &xid];
     let (sql, values) = match from {
         ResumeFrom::Checkpoint => (KEEP, &values[..4]),
         ResumeFrom::Slot | ResumeFrom::Now => (RESYNC, &values[..]),

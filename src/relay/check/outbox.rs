@@ -295,6 +295,7 @@ mod tests {
 
     fn column(name: &str, base_oid: u32, category: char) -> MappedColumn {
         MappedColumn {
+            number: 1,
             name: name.into(),
             type_oid: base_oid,
             base_oid,

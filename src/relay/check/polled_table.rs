@@ -7,6 +7,7 @@ use postgres_protocol::escape::escape_identifier;
 
 use super::outbox::{MappedFacts, MappingFault, is_int};
 use super::polling::missing_indexes;
+use crate::error::{Error, Result};
 use crate::pg::outbox::{IndexColumns, MappedColumn};
 use crate::source::outbox::{OutboxTable, Polled};
 
@@ -54,6 +55,19 @@ pub fn faults(outbox: &OutboxTable, found: MappedFacts<'_>) -> Vec<MappingFault>
     }
     faults.extend(unseen(outbox, found, facts));
     faults
+}
+
+/// Refuses a table without an order or without the transaction of each row.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] with the statements that add them.
+pub fn verify_columns(outbox: &OutboxTable, found: MappedFacts<'_>) -> Result<()> {
+    let needed = [order_by(outbox, found), xid(outbox, found)];
+    let (what, hints): (Vec<_>, Vec<_>) = needed.into_iter().filter_map(|n| n.fault).unzip();
+    if what.is_empty() {
+        return Ok(());
+    }
+    Err(Error::refused(what.join("; ")).hint(hints.join("; ")))
 }
 
 fn order_by(outbox: &OutboxTable, found: MappedFacts<'_>) -> Needed {

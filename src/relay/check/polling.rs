@@ -10,12 +10,14 @@ use std::time::Duration;
 use postgres_protocol::escape::escape_literal;
 
 use crate::error::{Error, Result};
-use crate::pg::outbox::IndexColumns;
+use crate::pg::outbox::{IndexColumns, MappedColumn};
 use crate::pg::publication::TableName;
 use crate::pg::slot::ServerFacts;
+use crate::pg::statement::fill;
 use crate::position::Mark;
 use crate::relay::checkpoint::Checkpoint;
 use crate::source::outbox::Polled;
+use crate::source::poll::MadeWith;
 use crate::verdict::{RESYNC, Verdict};
 
 /// How the relay continues.
@@ -38,10 +40,18 @@ pub struct PollFacts {
     pub outbox: Polled,
     /// Its indexes.
     pub indexes: Vec<IndexColumns>,
-    /// How long ago the checkpoint was stored, if there is one.
-    pub stored_age: Option<Duration>,
-    /// How long ago the oldest batch was found that is not settled, if there is one.
-    pub unsettled_age: Option<Duration>,
+    /// Of an outbox table of the application's, its OID and its columns.
+    pub mapped: Option<(u32, Vec<MappedColumn>)>,
+    /// For how long rows may have gone unread, if there is a checkpoint.
+    pub unread_for: Option<Duration>,
+}
+
+impl PollFacts {
+    /// What a batch that is made now is made with; absent for the relay's own outbox.
+    pub fn made_with(&self) -> Option<MadeWith> {
+        let (oid, columns) = self.mapped.as_ref()?;
+        MadeWith::of(*oid, &self.outbox, columns)
+    }
 }
 
 /// An index that finds the rows of a batch.
@@ -121,9 +131,9 @@ pub fn verify_transactions(facts: &PollFacts) -> Result<()> {
 /// What marks rows of another cluster as passed, or sends them (again), as the outbox's owner.
 fn adopt(outbox: &Polled) -> String {
     const SQL: &str = include_str!("../../../sql/query/poll_adopt.sql");
-    let statement = outbox.fill(&statement(SQL));
-    let sent = statement.replace(" = '3'", " = pg_current_xact_id()");
-    format!("to leave them unsent: {statement}; to send them (again), with their ids: {sent}")
+    let adopting = |by| outbox.fill_with(&statement(SQL), &[("by", by)]);
+    let (unsent, sent) = (adopting("'3'"), adopting("pg_current_xact_id()"));
+    format!("to leave them unsent: {unsent}; to send them (again), with their ids: {sent}")
 }
 
 /// What is wrong with the indexes of the relay's own outbox: each look would read all of it.
@@ -178,10 +188,67 @@ pub fn verify_table<'a>(
     Err(Error::refused(text).hint(format!(
         "correct outbox.table, or choose another name and run `watership init`; if the table was \
          renamed, run as the owner of the schema watership: {}",
-        statement(RENAME)
-            .replace("$2", &escape_literal(&now))
-            .replace("$1", &escape_literal(other))
+        fill(
+            &statement(RENAME),
+            &[("old", &escape_literal(other)), ("new", &escape_literal(&now))]
+        )
     )))
+}
+
+/// Refuses batches that the outbox, as it is now, would be read for by something else than what
+/// found them: some of their rows would be left out. One that is settled is not read again, so of
+/// it only the table counts.
+///
+/// # Errors
+/// A named verdict.
+pub fn verify_made_with<'a>(
+    name: &str,
+    outbox: &Polled,
+    (now, columns): (Option<MadeWith>, &[MappedColumn]),
+    settled: Mark,
+    stored: impl Iterator<Item = (Mark, &'a Option<MadeWith>)>,
+) -> Result<()> {
+    let Some(now) = now else { return Ok(()) };
+    let told = |number: i32| {
+        let column = columns.iter().find(|column| column.number == number);
+        column.map_or_else(
+            || format!("a column that is gone ({number})"),
+            |c| format!("{:?}", c.name),
+        )
+    };
+    let table = &outbox.table;
+    for (batch, made_with) in stored {
+        let Some(made_with) = *made_with else { continue };
+        let number = batch.0;
+        if made_with.table != now.table {
+            let text = format!(
+                "batch {number} of relay {name:?} was made with another table of the name {table} \
+                 (OID {}, now {}): progress in one table says nothing about another",
+                made_with.table, now.table
+            );
+            return Err(Error::named(Verdict::BatchUnreadable, text).hint(format!(
+                "if the other table is there under another name, correct outbox.table or rename it \
+                 back; to begin again behind what is in this one now: {RESYNC}"
+            )));
+        }
+        let pairs = [
+            ("order_by", made_with.order_by, now.order_by, &outbox.order_by),
+            ("xid", made_with.xid, now.xid, &outbox.xid),
+        ];
+        let other = pairs.into_iter().find(|(_, then, now, _)| then != now);
+        let Some((key, then, _, name_now)) = other.filter(|_| batch > settled) else { continue };
+        let then = told(then);
+        let text = format!(
+            "batch {number} of relay {name:?} is not settled and was made with {then} as \
+             outbox.{key}, but the configuration names {name_now:?}: read by that, some of its rows \
+             would be left out"
+        );
+        return Err(Error::named(Verdict::BatchUnreadable, text).hint(format!(
+            "set outbox.{key} back to {then}, let the relay settle what it has found, then change \
+             it; if that cannot be, begin again behind what is in the outbox now: {RESYNC}"
+        )));
+    }
+    Ok(())
 }
 
 /// A statement of `sql/query` in one line, for people.
@@ -246,8 +313,8 @@ mod tests {
             foreign_rows: false,
             outbox: Polled::own(),
             indexes,
-            stored_age: None,
-            unsettled_age: None,
+            mapped: None,
+            unread_for: None,
         }
     }
 

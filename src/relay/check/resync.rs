@@ -101,6 +101,7 @@ fn allowed_by(verdict: Verdict, slot: &str) -> Result<ResumeFrom> {
         | Verdict::ParkingRefused
         | Verdict::PartitionsChanged
         | Verdict::BatchMissing
+        | Verdict::BatchUnreadable
         | Verdict::ForeignRows => {
             return Err(Error::refused(format!(
                 "{} is not a gap that can be accepted",

@@ -3,11 +3,13 @@
 use tokio_postgres::Client;
 
 use crate::error::Result;
-use crate::pg::outbox::{MappedColumn, may_delete, read_columns, read_indexes, sight};
+use crate::pg::outbox::{
+    MappedColumn, current_role, may_delete, read_columns, read_indexes, sight,
+};
 use crate::pg::publication::{Publication, TableFacts, read_table};
 use crate::relay::Options;
 use crate::relay::check::outbox::{self, MappedFacts};
-use crate::relay::check::polled_table::PolledTable;
+use crate::relay::check::polled_table::{self, PolledTable};
 use crate::source::SourceKind;
 use crate::source::outbox::{OutboxCatalog, OutboxTable};
 
@@ -19,13 +21,19 @@ pub struct Mapped {
     pub columns: Vec<MappedColumn>,
     may_delete: Option<bool>,
     polled: Option<PolledTable>,
+    role: String,
 }
 
-/// Reads it; absent for the relay's own outbox.
+/// Reads it, and what the relay's role may do with it: `role`, or that of the connection. Absent
+/// for the relay's own outbox.
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] when it does not exist, or the server's.
-pub async fn read(client: &Client, options: &Options) -> Result<Option<Mapped>> {
+pub async fn read(
+    client: &Client,
+    options: &Options,
+    role: Option<&str>,
+) -> Result<Option<Mapped>> {
     let table = &options.outbox;
     if !table.is_mapped() {
         return Ok(None);
@@ -33,29 +41,60 @@ pub async fn read(client: &Client, options: &Options) -> Result<Option<Mapped>> 
     let facts = read_table(client, &table.table).await?;
     let facts = facts.ok_or_else(|| outbox::missing(table))?;
     let columns = read_columns(client, facts.oid).await?;
+    let role = match role {
+        Some(role) => role.to_owned(),
+        None => current_role(client).await?,
+    };
     let deletes = options.delete_after.is_some();
     let may_delete = match deletes {
-        true => Some(may_delete(client, facts.oid, &options.sql.user).await?),
+        true => Some(may_delete(client, facts.oid, &role).await?),
         false => None,
     };
     let polled = match options.kind {
         SourceKind::Wal => None,
-        SourceKind::Poll => Some(read_polled(client, options, facts.oid).await?),
+        SourceKind::Poll => Some(read_polled(client, options, facts.oid, &role).await?),
     };
-    Ok(Some(Mapped { facts, columns, may_delete, polled }))
+    Ok(Some(Mapped { facts, columns, may_delete, polled, role }))
 }
 
-async fn read_polled(client: &Client, options: &Options, oid: u32) -> Result<PolledTable> {
+/// The OID and the columns of a table that is polled, which has what polling goes by; absent for
+/// the relay's own outbox. Rights and indexes are not asked for.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] when it is not there or lacks one of the two, or the server's.
+pub async fn polled_columns(
+    client: &Client,
+    options: &Options,
+) -> Result<Option<(u32, Vec<MappedColumn>)>> {
+    let table = &options.outbox;
+    if !table.is_mapped() {
+        return Ok(None);
+    }
+    let facts = read_table(client, &table.table).await?;
+    let facts = facts.ok_or_else(|| outbox::missing(table))?;
+    let columns = read_columns(client, facts.oid).await?;
+    let found =
+        MappedFacts { facts: &facts, columns: &columns, may_delete: None, polled: None, role: "" };
+    polled_table::verify_columns(table, found)?;
+    Ok(Some((facts.oid, columns)))
+}
+
+async fn read_polled(
+    client: &Client,
+    options: &Options,
+    oid: u32,
+    role: &str,
+) -> Result<PolledTable> {
     let indexes = read_indexes(client, &options.outbox.table).await?;
-    let (may_use_schema, may_select, hidden) = sight(client, oid, &options.sql.user).await?;
+    let (may_use_schema, may_select, hidden) = sight(client, oid, role).await?;
     Ok(PolledTable { indexes, may_use_schema, may_select, hidden })
 }
 
 impl Mapped {
     /// For [`crate::relay::check::outbox`].
-    pub fn found<'a>(&'a self, options: &'a Options) -> MappedFacts<'a> {
-        let Self { facts, columns, may_delete, polled } = self;
-        let (may_delete, polled, role) = (*may_delete, polled.as_ref(), &options.sql.user);
+    pub fn found(&self) -> MappedFacts<'_> {
+        let Self { facts, columns, may_delete, polled, role } = self;
+        let (may_delete, polled) = (*may_delete, polled.as_ref());
         MappedFacts { facts, columns, may_delete, polled, role }
     }
 }
@@ -69,11 +108,9 @@ pub async fn verify(
     options: &Options,
     publication: Option<&Publication>,
 ) -> Result<OutboxTable> {
-    let catalog = match read(client, options).await? {
+    let catalog = match read(client, options, None).await? {
         None => OutboxCatalog::default(),
-        Some(mapped) => {
-            outbox::fits(&options.outbox, mapped.found(options), publication, options.kind)?
-        }
+        Some(mapped) => outbox::fits(&options.outbox, mapped.found(), publication, options.kind)?,
     };
     Ok(OutboxTable { catalog, ..options.outbox.clone() })
 }

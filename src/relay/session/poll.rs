@@ -1,7 +1,7 @@
 //! The start of a session that polls the outbox: the checkpoint is compared with the server before
 //! it is taken over, and reading continues behind the batches that are settled.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +11,7 @@ use super::{Prepared, Shared, outbox, partitions, user_types};
 use crate::amqp::{self, topology};
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
-use crate::pg::outbox::read_indexes;
-use crate::pg::publication::TableName;
+use crate::pg::outbox::{MappedColumn, read_indexes};
 use crate::pg::slot::{ServerFacts, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
@@ -27,7 +26,7 @@ use crate::relay::parking::{Parking, store as parked};
 use crate::relay::window::remembered::Remembered;
 use crate::route::{Resumed, Schemas};
 use crate::source::outbox::{OutboxTable, Polled};
-use crate::source::poll::{self, Poll, PolledOutbox};
+use crate::source::poll::{self, Batch, MadeWith, Poll, PolledOutbox};
 use crate::source::{AnySource, SourceKind};
 
 /// Bodies up to this size are read even if the broker does not take them: then they are parked as
@@ -97,9 +96,7 @@ async fn take_over(
     if !options.outbox.is_mapped() {
         polling::verify_indexes(&found.facts)?;
     }
-    let PollFacts { stored_age, unsettled_age, .. } = found.facts;
-    let age = stored_age.max(unsettled_age);
-    if let Some(missing) = polling::unread_too_long(options.retained_for, age) {
+    if let Some(missing) = polling::unread_too_long(options.retained_for, found.facts.unread_for) {
         let hint = "compare the application's data with what consumers have; if applications keep \
             rows for longer, raise outbox.retained_for";
         tracing::warn!(hint, "{missing}");
@@ -141,10 +138,10 @@ async fn polled_outbox(
     options: &Options,
     database: &Arc<str>,
 ) -> Result<PolledOutbox> {
-    let Some(mapped) = outbox::read(client, options).await? else {
+    let Some(mapped) = outbox::read(client, options, None).await? else {
         return Ok(PolledOutbox::own(database));
     };
-    let catalog = check::outbox::fits(&options.outbox, mapped.found(options), None, options.kind)?;
+    let catalog = check::outbox::fits(&options.outbox, mapped.found(), None, options.kind)?;
     let outbox = OutboxTable { catalog, ..options.outbox.clone() };
     let types = user_types::read_types(client).await?;
     PolledOutbox::mapped(database, (&outbox, &polled(options)?), &mapped.columns, types)
@@ -157,9 +154,8 @@ async fn source(
     outbox: PolledOutbox,
 ) -> Result<Poll> {
     let batches = poll::batches(&client, &options.name, row.flush()).await?;
-    let tables = batches.iter().map(|batch| batch.outbox.as_str());
-    polling::verify_table(&options.name, &options.outbox.table, tables)?;
-    polling::verify_batches(&options.name, row.flush(), batches.iter().map(|batch| batch.number))?;
+    let (outbox_now, made_with) = (polled(options)?, outbox.made_with());
+    verify_stored(&options.name, row.flush(), (&outbox_now, made_with, &[]), &batches)?;
     let options = poll::Options {
         name: options.name.clone(),
         session_no: row.session_no,
@@ -168,16 +164,35 @@ async fn source(
         flushed: row.flush(),
         outbox,
         interval: options.poll_interval,
+        noted_every: options.retained_for.map(noted_every),
         max_body: options.broker.max_message_size.max(BODY_MAX),
     };
     Ok(Poll::new(client, options, batches))
 }
 
+/// Compares the batches from the settled one on with the outbox as it is: what is configured, what
+/// that means in the catalog, and the columns there.
+fn verify_stored(
+    name: &str,
+    settled: Mark,
+    (outbox, made_with, columns): (&Polled, Option<MadeWith>, &[MappedColumn]),
+    batches: &VecDeque<Batch>,
+) -> Result<()> {
+    polling::verify_table(name, &outbox.table, batches.iter().map(|batch| batch.outbox.as_str()))?;
+    let stored = batches.iter().map(|batch| (batch.number, &batch.made_with));
+    polling::verify_made_with(name, outbox, (made_with, columns), settled, stored)?;
+    polling::verify_batches(name, settled, batches.iter().map(|batch| batch.number))
+}
+
+/// How often a source that finds nothing stores that it has looked: often enough to tell a pause
+/// from one that was too long.
+fn noted_every(retained_for: Duration) -> Duration {
+    (retained_for / 10).clamp(Duration::from_secs(1), Duration::from_secs(60))
+}
+
 /// What the checkpoint of a relay that polls is compared with.
 pub struct PollStart {
     name: String,
-    /// The outbox that is configured, and those of the batches.
-    tables: (TableName, Vec<String>),
     /// The checkpoint.
     pub row: Checkpoint,
     /// The server.
@@ -185,7 +200,7 @@ pub struct PollStart {
     /// The outbox.
     pub facts: PollFacts,
     /// Batches from the settled one on.
-    pub batches: Vec<Mark>,
+    batches: VecDeque<Batch>,
 }
 
 /// Reads all of it.
@@ -200,16 +215,14 @@ pub async fn read(client: &Client, options: &Options) -> Result<PollStart> {
     let newest = batches.back().map(|batch| &batch.snapshot);
     let facts = facts(client, options, newest.map(String::as_str)).await?;
     let server = server_facts(client).await?;
-    let tables = batches.iter().map(|batch| batch.outbox.clone()).collect();
-    let tables = (options.outbox.table.clone(), tables);
-    let batches = batches.iter().map(|batch| batch.number).collect();
-    Ok(PollStart { name: name.clone(), tables, row, server, facts, batches })
+    Ok(PollStart { name: name.clone(), row, server, facts, batches })
 }
 
 /// What the outbox and its indexes are like; `snapshot` is the newest that is stored.
 ///
 /// # Errors
-/// The server's.
+/// [`crate::error::Kind::Refused`] when a mapped table is not there or lacks a column that polling
+/// goes by, or the server's.
 pub async fn facts(
     client: &Client,
     options: &Options,
@@ -218,19 +231,17 @@ pub async fn facts(
     const FACTS: &str = include_str!("../../../sql/query/poll_facts.sql");
     const FOREIGN: &str = include_str!("../../../sql/query/poll_foreign.sql");
     let outbox = polled(options)?;
+    let mapped = outbox::polled_columns(client, options).await?;
     let row = unnamed::query_one(client, FACTS, &[&snapshot, &options.name]).await;
     let row = row.map_err(checkpoint::missing_schema)?;
-    let age = |i: usize| -> Result<Option<Duration>> {
-        let seconds: Option<i64> = row.try_get(i).map_err(postgres_error)?;
-        Ok(seconds.map(|seconds| Duration::from_secs(seconds.max(0).unsigned_abs())))
-    };
+    let unread: Option<i64> = row.try_get(1).map_err(postgres_error)?;
     let mut facts = PollFacts {
         snapshot_ahead: row.try_get(0).map_err(postgres_error)?,
         foreign_rows: false,
         indexes: read_indexes(client, &outbox.table).await?,
         outbox,
-        stored_age: age(1)?,
-        unsettled_age: age(2)?,
+        mapped,
+        unread_for: unread.map(|seconds| Duration::from_secs(seconds.max(0).unsigned_abs())),
     };
     // Without the index it would read all of the outbox.
     if polling::missing_indexes(&facts.outbox, &facts.indexes, false).is_empty() {
@@ -260,11 +271,12 @@ impl PollStart {
     /// # Errors
     /// A named verdict.
     pub fn verify(&self) -> Result<PollingFrom> {
-        let Self { name, tables: (table, stored), row, server, facts, batches } = self;
+        let Self { name, row, server, facts, batches } = self;
         let start = polling::verify(row, server)?;
-        polling::verify_table(name, table, stored.iter().map(String::as_str))?;
         polling::verify_transactions(facts)?;
-        polling::verify_batches(name, row.flush(), batches.iter().copied())?;
+        let columns = facts.mapped.as_ref().map_or(&[][..], |(_, columns)| columns);
+        let outbox = (&facts.outbox, facts.made_with(), columns);
+        verify_stored(name, row.flush(), outbox, batches)?;
         Ok(start)
     }
 

@@ -236,17 +236,17 @@ async fn compare_polling(
     shared: &Shared,
 ) -> Result<Option<Error>> {
     let last_known = shared.own.last_known();
-    let found = match poll::read(client, options).await {
-        Ok(found) => found,
-        Err(error) if error.kind().is_verdict() => return Ok(Some(error)),
-        Err(error) => return Err(error),
-    };
     match outbox::verify(client, options, None).await {
         Ok(_) => {}
         // The next session refuses to start, and says what to alter.
         Err(error) if error.kind() == Kind::Refused => return Ok(Some(error)),
         Err(error) => return Err(error),
     }
+    let found = match poll::read(client, options).await {
+        Ok(found) => found,
+        Err(error) if error.kind().is_verdict() => return Ok(Some(error)),
+        Err(error) => return Err(error),
+    };
     Ok(match found.verify().and_then(|start| found.verify_own(last_known).map(|()| start)) {
         Ok(PollingFrom::AsStored) => None,
         Ok(PollingFrom::NewEpoch) => {

@@ -58,7 +58,7 @@ impl PassedRows {
         if !every_relay_passed(client, &note.lsn, polls).await? {
             return Ok(SOON);
         }
-        let Some(mapped) = outbox::read(client, options).await? else { return Ok(LATER) };
+        let Some(mapped) = outbox::read(client, options, None).await? else { return Ok(LATER) };
         // Without the column the next session refuses to start, and says so.
         let Some(time) = time_column(&options.outbox, &mapped.columns) else { return Ok(LATER) };
         let table = &options.outbox.table;

@@ -7,7 +7,9 @@
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::pg::outbox::MappedColumn;
 use crate::position::{Mark, ORDINAL_END, Position};
+use crate::source::outbox::Polled;
 
 /// What one look found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +28,38 @@ pub struct Batch {
     pub made_at_us: i64,
     /// The table of its rows, `schema.table`.
     pub outbox: String,
+    /// What it was made with; absent for the relay's own outbox, and where it is not known.
+    pub made_with: Option<MadeWith>,
+}
+
+/// What found the rows of a batch, by numbers that stay the same under another name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MadeWith {
+    /// OID of the table.
+    pub table: u32,
+    /// `attnum` of the column that grows with each insert.
+    pub order_by: i32,
+    /// `attnum` of the column with the transaction.
+    pub xid: i32,
+}
+
+impl MadeWith {
+    /// That of a table with this OID and these columns; absent where a column is not there.
+    pub fn of(table: u32, polled: &Polled, columns: &[MappedColumn]) -> Option<Self> {
+        let number = |name: &str| {
+            let column = columns.iter().find(|column| column.name == name);
+            column.map(|column| column.number)
+        };
+        Some(Self { table, order_by: number(&polled.order_by)?, xid: number(&polled.xid)? })
+    }
+
+    /// The three, as statements store them.
+    pub fn stored(made_with: Option<Self>) -> (Option<u32>, Option<i32>, Option<i32>) {
+        match made_with {
+            Some(Self { table, order_by, xid }) => (Some(table), Some(order_by), Some(xid)),
+            None => (None, None, None),
+        }
+    }
 }
 
 /// Where the reading of a batch is.
@@ -141,6 +175,7 @@ mod tests {
             new: Some((100, 120)),
             made_at_us: 1,
             outbox: "watership.outbox".into(),
+            made_with: None,
         }
     }
 

@@ -11,6 +11,7 @@ use postgres_protocol::escape::escape_identifier;
 use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
+use super::batch::MadeWith;
 use super::rows::{PolledRow, RawValue, too_large};
 use crate::column::{Types, oid};
 use crate::error::{Error, Result};
@@ -41,6 +42,8 @@ const BEFORE: usize = 6;
 pub struct PolledOutbox {
     /// The table, as `watership.poll_batch` names it.
     pub(super) name: String,
+    /// What its batches are made with; absent for the relay's own.
+    made_with: Option<MadeWith>,
     look: String,
     read: String,
     rows: Rows,
@@ -76,6 +79,7 @@ impl PolledOutbox {
         let name = TableName::outbox();
         Self {
             name: name.to_string(),
+            made_with: None,
             look: include_str!("../../../sql/query/poll_look.sql").into(),
             read: include_str!("../../../sql/query/poll_read.sql").into(),
             rows: Rows::Own(Arc::new(table(database, &name, 0, Vec::new()))),
@@ -92,6 +96,8 @@ impl PolledOutbox {
         columns: &[MappedColumn],
         types: Types,
     ) -> Result<Self> {
+        let oid = outbox.catalog.oid.unwrap_or(0);
+        let made_with = MadeWith::of(oid, polled, columns);
         let headers = outbox.headers_from.iter().map(|(_, column)| column.as_str());
         let placed = outbox.placed.iter().map(String::as_str);
         let mapped = outbox.needed().into_iter().chain(outbox.optional());
@@ -101,7 +107,6 @@ impl PolledOutbox {
         let described = columns.iter().map(|c| {
             Column::new(&c.name, c.type_oid, c.type_modifier).shaped(types.shape(c.type_oid))
         });
-        let oid = outbox.catalog.oid.unwrap_or(0);
         let table = Arc::new(table(database, &outbox.table, oid, described.collect()));
         let type_oids: Vec<String> = columns.iter().map(|c| c.type_oid.to_string()).collect();
         let rows = MappedRows {
@@ -114,6 +119,7 @@ impl PolledOutbox {
         const LOOK: &str = include_str!("../../../sql/query/poll_look_mapped.sql");
         Ok(Self {
             name: outbox.table.to_string(),
+            made_with,
             look: polled.fill(LOOK),
             read: read_statement(polled, outbox, &columns),
             rows: Rows::Mapped(Box::new(rows)),
@@ -163,6 +169,11 @@ impl PolledOutbox {
         rows.map_err(postgres_error)
     }
 
+    /// What its batches are made with; absent for the relay's own.
+    pub fn made_with(&self) -> Option<MadeWith> {
+        self.made_with
+    }
+
     /// How its events are described.
     pub(super) fn table(&self) -> &Arc<Table> {
         match &self.rows {
@@ -210,17 +221,19 @@ fn read_statement(polled: &Polled, outbox: &OutboxTable, columns: &[&MappedColum
     }
     let tie = format!("coalesce(o.{}::text, '') COLLATE \"C\"", escape_identifier(&names.id));
     let inner = format!(
-        "o.:order::bigint AS place, {tie} AS tie, o.:transaction::text AS xid, \
-         ({})::bigint AS bytes{inner}",
+        "o.{}::bigint AS place, {tie} AS tie, o.{}::text AS xid, ({})::bigint AS bytes{inner}",
+        escape_identifier(&polled.order_by),
+        escape_identifier(&polled.xid),
         sizes.join(" + ")
     );
-    let sql = READ
-        .replace(":columns", &inner)
-        .replace(":texts", &texts.join(", "))
-        .replace(":types", &format!("concat_ws(' ', {})", types.join(", ")))
-        .replace(":too_large", &format!("greatest({})::bigint", too_large.join(", ")))
-        .replace(":tie", &tie);
-    polled.fill(&sql)
+    let values = [
+        ("columns", &*inner),
+        ("texts", &texts.join(", ")),
+        ("types", &format!("concat_ws(' ', {})", types.join(", "))),
+        ("too_large", &format!("greatest({})::bigint", too_large.join(", "))),
+        ("tie", &tie),
+    ];
+    polled.fill_with(READ, &values)
 }
 
 fn body(column: &MappedColumn, value: &str) -> Body {
