@@ -33,7 +33,7 @@ pub(super) struct Args {
     #[arg(long)]
     accept_reorder: bool,
     /// Print what would be published, one JSON object a line, and change nothing: no connection to
-    /// the broker, no checkpoint, no move of the slot. The slot must have no reader.
+    /// the broker, no checkpoint, no move of the slot. In mode "wal" the slot must have no reader.
     #[arg(long)]
     dry_run: bool,
     /// With --dry-run: end after this many messages.

@@ -69,6 +69,8 @@ pub struct Options {
     pub noted_every: Option<Duration>,
     /// Most bytes of a body that are read.
     pub max_body: usize,
+    /// Nothing is written: batches are kept in memory only, and a look that finds nothing is told.
+    pub read_only: bool,
 }
 
 /// The outbox as a source.
@@ -199,9 +201,14 @@ impl Poll {
         Some(Work(tokio::spawn(looking)))
     }
 
+    /// Whether everything was handed on that was there when it first looked.
+    pub fn is_caught_up(&self) -> bool {
+        self.polled.looks > 0 && self.reading.is_none() && self.ready.is_empty()
+    }
+
     fn note_is_due(&self) -> bool {
         let due = |every| self.noted.is_none_or(|noted| noted.elapsed() >= every);
-        self.options.noted_every.is_some_and(due)
+        !self.options.read_only && self.options.noted_every.is_some_and(due)
     }
 
     fn due(&self) -> Instant {
@@ -211,6 +218,9 @@ impl Poll {
     fn apply(&mut self, done: Done) -> Result<()> {
         match done {
             Done::Nothing { at, snapshot, noted } => {
+                if self.options.read_only {
+                    self.ready.push_back(Item::Idle(Receipt::idle(self.passed)));
+                }
                 self.polled.looks += 1;
                 self.noted = if noted { Some(at) } else { self.noted };
                 self.since = snapshot;
@@ -295,7 +305,12 @@ impl Look {
         };
         // Sent together: reading does not hang on storing, but handing on does.
         let cursor = BatchCursor::begin(&batch, options.resume_after);
-        let storing = store(client, options, &batch, self.passed);
+        let storing = async {
+            match options.read_only {
+                true => Ok(()),
+                false => store(client, options, &batch, self.passed).await,
+            }
+        };
         let ((), portion) = try_join!(storing, read(client, options, &batch, &cursor))?;
         let forgotten = self.passed.1;
         Ok(Done::Found(Box::new(Found { at, batch, portion, forgotten })))

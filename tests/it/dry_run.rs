@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use crate::polling_mapped::{COLUMNS, MAPPED, TABLE, emit};
+use crate::sources::POLL;
 use crate::support::stage::{Ended, Setup, Stage};
 
 /// The lines of JSON that a dry run has printed.
@@ -26,6 +28,15 @@ async fn state(stage: &Stage) -> String {
         all.push('\n');
     }
     all
+}
+
+/// Of a relay that polls.
+async fn polled_state(stage: &Stage) -> String {
+    let tables = "SELECT string_agg(row_to_json(c)::text, ',') FROM watership.checkpoint AS c";
+    let batches = "SELECT string_agg(row_to_json(b)::text, ',' ORDER BY number) FROM watership.poll_batch AS b";
+    let parked = "SELECT count(*)::text FROM watership.parked";
+    let parts = [stage.text(tables).await, stage.text(batches).await, stage.text(parked).await];
+    parts.join("\n")
 }
 
 async fn stage() -> Stage {
@@ -89,4 +100,50 @@ async fn a_dry_run_ends_at_its_limit_and_says_when_a_relay_has_the_slot() {
     assert_eq!(relay.status().await["sessions"], 1, "the relay has not noticed");
     relay.stop().await.expect_code(0);
     stage.run(&["run", "--limit", "5"]).await.expect_code(2).expect_text(&["--dry-run"]);
+}
+
+#[tokio::test]
+async fn a_dry_run_of_a_relay_that_polls_prints_what_it_then_publishes_and_stores_nothing() {
+    let mapped = format!("{MAPPED}\n{COLUMNS}");
+    let own = |kind: &str| format!("SELECT watership.emit('order', '1', '{kind}', '{{\"a\": 1}}')");
+    let of_table: (&str, &str, &dyn Fn(&str) -> String) = (TABLE, &mapped, &|kind| emit(kind));
+    for (sql, settings, emit) in [("", POLL, &own as &dyn Fn(&str) -> String), of_table] {
+        let stage = Stage::new(Setup { sql, settings, ..Setup::default() }).await;
+        let nothing = stage.run(&["run", "--dry-run", "--until-caught-up"]).await;
+        nothing.expect_code(0).expect_text(&["would_be_parked=0"]);
+        for kind in ["one", "two", "three"] {
+            stage.execute(&emit(kind)).await;
+        }
+        let before = polled_state(&stage).await;
+        let dry = stage.run(&["run", "--dry-run", "--until-caught-up"]).await;
+        dry.expect_code(0).expect_text(&["nothing was changed"]);
+        assert_eq!(polled_state(&stage).await, before);
+        assert!(stage.settled_now().await.is_empty(), "nothing reached the broker");
+        let again = stage.run(&["run", "--dry-run", "--limit", "2"]).await;
+        let first = printed(&dry);
+        assert_eq!((first.len(), printed(&again).len()), (3, 2));
+        let later = async {
+            for _ in 0..3 {
+                tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+                stage.execute(&emit("later")).await;
+            }
+        };
+        let (following, ()) = tokio::join!(stage.run(&["run", "--dry-run", "--limit", "6"]), later);
+        assert_eq!(printed(following.expect_code(0)).len(), 6, "it goes on");
+        assert_eq!(polled_state(&stage).await, before);
+
+        let relay = stage.start().await;
+        let got = stage.inbox.count(6).await;
+        for (line, message) in first.iter().zip(&got) {
+            assert_eq!(line["properties"]["message_id"], message.id());
+            assert_eq!(line["routing_key"], message.routing_key);
+            assert_eq!(line["headers"]["ws-key"], message.text("ws-key"));
+            assert_eq!(line["body"], message.body);
+        }
+        // A relay that runs does not stand in the way, and is not disturbed.
+        let beside = stage.run(&["run", "--dry-run", "--until-caught-up"]).await;
+        beside.expect_code(0);
+        assert_eq!(relay.status().await["sessions"], 1);
+        relay.stop().await.expect_code(0);
+    }
 }

@@ -2,8 +2,9 @@
 //!
 //! Invariant: neither end is moved. Nothing is written to Postgres, no checkpoint is taken over,
 //! and the server is never told a flush position, so the slot stays where it is (a status update
-//! with the position 0 confirms nothing: walsender.c, `ProcessStandbyReplyMessage`). There is no
-//! connection to the broker. While it reads, the slot is in use, as with any reader.
+//! with the position 0 confirms nothing: walsender.c, `ProcessStandbyReplyMessage`), and batches that
+//! a poll finds are not stored. There is no connection to the broker. While it reads, the slot is in
+//! use, as with any reader.
 
 use std::future::{Future, ready};
 use std::sync::Arc;
@@ -11,9 +12,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio_postgres::Client;
 
-use super::facts;
 use super::wal::{self, TakenOver};
+use super::{facts, poll};
 use crate::error::{Error, Kind, Result};
 use crate::metrics::{Metrics, RouteLabel};
 use crate::pg::client::{SqlConnection, sql};
@@ -24,9 +26,9 @@ use crate::position::{Lsn, Mark, Position};
 use crate::publisher::Publisher;
 use crate::relay::backfill::Backfill;
 use crate::relay::check::position::Start;
-use crate::relay::checkpoint::Store;
 use crate::relay::checkpoint::progress::Progress;
 use crate::relay::checkpoint::rider::Rider;
+use crate::relay::checkpoint::{Checkpoint, Store};
 use crate::relay::parking::row::{ParkedKey, RowState};
 use crate::relay::parking::store::Found;
 use crate::relay::parking::{Parking, store as parked};
@@ -35,9 +37,9 @@ use crate::relay::session::catalog::StartedWith;
 use crate::relay::status::Status;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::{Kept, Options, Relay, RelayParts};
-use crate::route::{Plans, Router, Rule};
+use crate::route::{Plans, Resumed, Router, Rule};
 use crate::source::wal::{Timing, Wal};
-use crate::source::{Item, Seen, Source, SourceKind};
+use crate::source::{AnySource, Item, Seen, Source, SourceKind};
 
 /// When a dry run ends by itself.
 #[derive(Debug, Clone)]
@@ -60,37 +62,20 @@ pub async fn run<P: Publisher>(
     publisher: P,
     until: &Until,
 ) -> Result<u64> {
-    match options.kind {
-        SourceKind::Wal => {}
-        // To read a batch again, it has to be stored first.
-        SourceKind::Poll => {
-            return Err(Error::refused("--dry-run reads the WAL, and source.mode is \"poll\"")
-                .hint(
-                    "use source.mode = \"wal\", or a database for tests with a relay of its own",
-                ));
-        }
-    }
     let SqlConnection { client, mut closed } = sql(&options.sql).await?;
-    let mut replication = ReplicationConnection::connect(&options.sql).await?;
-    let (timelines, _) = wal::timelines(&mut replication).await?;
-    let taken = look(&client, options, timelines.history()).await?;
-    let started_with = StartedWith::default();
-    let (stream, assembler, mut resumed) =
-        wal::stream(&client, replication, options, &taken, timelines, &started_with).await?;
-    let end = insert_lsn(&client).await?;
-    let timing = Timing::new(taken.server.wal_sender_timeout);
-    let position = taken.row.position;
+    let client = Arc::new(client);
+    let Looked { source, row, mut resumed, end } = match options.kind {
+        SourceKind::Wal => look_at_wal(&client, options).await?,
+        SourceKind::Poll => look_at_outbox(&client, options).await?,
+    };
+    let position = row.position;
     let mut found = parked::index(&client, &options.name).await?;
     // A dry run takes no row back out of the table.
     found.iter_mut().for_each(|row| row.state = RowState::Parked);
     resumed.parked = parked::table_names(&client, &options.name).await?;
     let known = parked::known(&client, &options.name, position).await?;
     let store = Nowhere::default();
-    let source = Unmoved {
-        wal: Wal::new(stream, assembler, timing, Lsn::ZERO),
-        end: until.caught_up.then_some(end),
-        over: until.over.clone(),
-    };
+    let source = Unmoved { source, end: until.caught_up.then_some(end), over: until.over.clone() };
     let label = |rule: &Rule| RouteLabel { name: rule.name.clone(), owner: rule.owner.clone() };
     let labels: Vec<RouteLabel> = options.rules.iter().map(label).collect();
     let names: Vec<String> = options.rules.iter().map(|rule| rule.name.clone()).collect();
@@ -98,7 +83,7 @@ pub async fn run<P: Publisher>(
         source,
         publisher,
         store: store.clone(),
-        progress: Progress::new(position, taken.row.flush_lsn.into()),
+        progress: Progress::new(position, row.flush()),
         parking: Parking::new(options.tuning.parked, found, known),
         router: router.clone(),
         plans: Plans::new(router, resumed),
@@ -121,14 +106,42 @@ pub async fn run<P: Publisher>(
     ended.map(|()| store.parked.load(Ordering::Relaxed))
 }
 
-/// What a start would read and compare, without taking anything over.
-async fn look(
-    client: &tokio_postgres::Client,
-    options: &Options,
-    history: &[(u32, Lsn)],
-) -> Result<TakenOver> {
+/// What a start would begin with.
+struct Looked {
+    source: AnySource,
+    row: Checkpoint,
+    resumed: Resumed,
+    /// Where that ends which was committed by now.
+    end: Lsn,
+}
+
+/// The WAL from the checkpoint on.
+async fn look_at_wal(client: &Client, options: &Options) -> Result<Looked> {
+    // Not where it is polled: a pooler would give the setting to others.
     let read_only = "SET default_transaction_read_only = on";
     client.batch_execute(read_only).await.map_err(postgres_error)?;
+    let mut replication = ReplicationConnection::connect(&options.sql).await?;
+    let (timelines, _) = wal::timelines(&mut replication).await?;
+    let taken = look(client, options, timelines.history()).await?;
+    let started_with = StartedWith::default();
+    let (stream, assembler, resumed) =
+        wal::stream(client, replication, options, &taken, timelines, &started_with).await?;
+    let end = insert_lsn(client).await?;
+    let timing = Timing::new(taken.server.wal_sender_timeout);
+    let source = AnySource::Wal(Wal::new(stream, assembler, timing, Lsn::ZERO));
+    Ok(Looked { source, row: taken.row, resumed, end })
+}
+
+/// The outbox from the checkpoint on. A relay may poll it at the same time.
+async fn look_at_outbox(client: &Arc<Client>, options: &Options) -> Result<Looked> {
+    let (row, source) = poll::look(client, options).await?;
+    let (source, resumed) = (AnySource::Poll(source), Resumed::default());
+    // It says itself when it has caught up.
+    Ok(Looked { source, row, resumed, end: Lsn::ZERO })
+}
+
+/// What a start would read and compare, without taking anything over.
+async fn look(client: &Client, options: &Options, history: &[(u32, Lsn)]) -> Result<TakenOver> {
     let found = facts::read(client, options).await?;
     match found.verify(options, history)? {
         Start::AsStored => {}
@@ -147,9 +160,10 @@ async fn look(
     TakenOver::looked_at(found, options)
 }
 
-/// The WAL, which is never told that anything is settled.
+/// A source that writes nothing: the WAL, which is never told that anything is settled, or the
+/// outbox, whose batches are not stored.
 struct Unmoved {
-    wal: Wal,
+    source: AnySource,
     /// The end of what is to be read.
     end: Option<Lsn>,
     over: Arc<watch::Sender<bool>>,
@@ -157,27 +171,34 @@ struct Unmoved {
 
 impl Source for Unmoved {
     async fn next(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<()> {
-        self.wal.next(room, batch).await?;
-        if self.end.is_some_and(|end| self.wal.seen().received >= end) {
+        self.source.next(room, batch).await?;
+        let is_over = |end| match &self.source {
+            AnySource::Wal(source) => source.seen().received >= end,
+            AnySource::Poll(source) => source.is_caught_up(),
+        };
+        if self.end.is_some_and(is_over) {
             self.over.send_replace(true);
         }
         Ok(())
     }
 
-    async fn advance(&mut self, _flush: Mark) -> Result<()> {
-        Ok(())
+    async fn advance(&mut self, flush: Mark) -> Result<()> {
+        match &mut self.source {
+            AnySource::Wal(_) => Ok(()),
+            AnySource::Poll(source) => source.advance(flush).await,
+        }
     }
 
     async fn keep_alive(&mut self) -> Result<()> {
-        self.wal.keep_alive().await
+        self.source.keep_alive().await
     }
 
     fn seen(&self) -> Seen {
-        self.wal.seen()
+        self.source.seen()
     }
 
     async fn close(self) {
-        self.wal.close().await;
+        self.source.close().await;
     }
 }
 

@@ -53,7 +53,7 @@ pub(super) async fn prepare(
     partitions::record(&client, options, &changes).await?;
     // The connection lives as long as the source has its client; the source sees its end.
     let polled = polled_outbox(&client, options, &database.into()).await?;
-    let source = source(Arc::new(reading.client), options, &row, polled).await?;
+    let source = source(Arc::new(reading.client), options, &row, polled, false).await?;
     let parked_rows = parked::index(&client, &options.name).await?;
     let resumed = Resumed {
         keys: HashMap::new(),
@@ -119,6 +119,26 @@ async fn take_over(
     Ok((row, found.server.database))
 }
 
+/// What a start would read and compare, and its source, which writes nothing: nothing is taken over.
+///
+/// # Errors
+/// As of a start; [`crate::error::Kind::Refused`] where that would begin a new epoch.
+pub(super) async fn look(client: &Arc<Client>, options: &Options) -> Result<(Checkpoint, Poll)> {
+    outbox::verify(client, options, None).await?;
+    let found = read(client, options).await?;
+    if found.verify()? == PollingFrom::NewEpoch {
+        let text = "the server was promoted or restored since the checkpoint was stored";
+        return Err(Error::refused(text)
+            .hint("start the relay once: it begins a new epoch, which a dry run must not"));
+    }
+    if !options.outbox.is_mapped() {
+        polling::verify_indexes(&found.facts)?;
+    }
+    let polled = polled_outbox(client, options, &found.server.database.into()).await?;
+    let source = source(client.clone(), options, &found.row, polled, true).await?;
+    Ok((found.row, source))
+}
+
 /// The same place, on the timeline of the server.
 fn new_epoch(row: &Checkpoint, server: &ServerFacts) -> Failover {
     Failover {
@@ -152,6 +172,7 @@ async fn source(
     options: &Options,
     row: &Checkpoint,
     outbox: PolledOutbox,
+    read_only: bool,
 ) -> Result<Poll> {
     let batches = poll::batches(&client, &options.name, row.flush()).await?;
     let (outbox_now, made_with) = (polled(options)?, outbox.made_with());
@@ -166,6 +187,7 @@ async fn source(
         interval: options.poll_interval,
         noted_every: options.retained_for.map(noted_every),
         max_body: options.broker.max_message_size.max(BODY_MAX),
+        read_only,
     };
     Ok(Poll::new(client, options, batches))
 }
