@@ -68,6 +68,8 @@ pub struct OutboxRow {
     /// Further columns of a table of the application's that routes place: a JSON object, with
     /// values as Debezium writes them.
     pub columns: Option<Bytes>,
+    /// The columns of a table of the application's that templates of routes name, as text.
+    pub shown: Vec<(Arc<str>, Option<ByteString>)>,
 }
 
 /// The body of an outbox event.

@@ -417,6 +417,11 @@ impl Route {
         self.texts.address(&self.name, event, facts, out)
     }
 
+    /// The columns that its templates name.
+    pub fn template_columns(&self) -> &[String] {
+        &self.texts.columns
+    }
+
     /// The headers of its own with their values, one by one; `out` is scratch space.
     ///
     /// # Errors

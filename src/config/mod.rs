@@ -17,7 +17,7 @@ use std::time::Duration;
 use toml::de::DeTable;
 
 use crate::amqp::topology::Mode;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::metrics::RouteLabel;
 use crate::pg::publication::TableName;
 use crate::relay::parking::Limits;
@@ -174,8 +174,15 @@ fn config(root: &mut Section<'_>) -> Option<Config> {
     let audit = broker::audit(&mut broker, &connection);
     let mode = broker.word("topology", &[("declare", Mode::Declare), ("verify", Mode::Verify)]);
     let (rules, partitioned) = routes::rules(root, &tables, &name);
+    let shown = routes::shown(&rules);
     if outbox.table.is_mapped() {
         outbox.table.placed = routes::placed(&rules);
+        outbox.table.shown = shown.into_iter().map(|(_, column)| column).collect();
+    } else if let Some((key, column)) = shown.first() {
+        let text = format!(
+            "{key} has the field \"column.{column}\", and watership.outbox has no columns of yours"
+        );
+        root.error("route", &Error::config(text).hint("name a table of your own in outbox.table"));
     }
     let admin = admin_options(&mut admin);
     let log = Log {

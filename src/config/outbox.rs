@@ -99,9 +99,18 @@ pub(super) fn outbox(t: &mut Section<'_>, kind: SourceKind, captured: &[String])
     }
     let catalog = OutboxCatalog::default();
     // The routes say which; they are read later.
-    let placed = Vec::new();
-    let table =
-        OutboxTable { table, columns, demanded, headers_from, placed, order_by, xid, catalog };
+    let (placed, shown) = (Vec::new(), Vec::new());
+    let table = OutboxTable {
+        table,
+        columns,
+        demanded,
+        headers_from,
+        placed,
+        shown,
+        order_by,
+        xid,
+        catalog,
+    };
     Outbox { table, maintain: false, retain, delete_after, retained_for }
 }
 

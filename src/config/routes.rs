@@ -77,6 +77,19 @@ pub(super) fn placed(rules: &[Rule]) -> Vec<String> {
     list
 }
 
+/// The columns that templates of routes of the outbox name, each once, with the first key that does.
+pub(super) fn shown(rules: &[Rule]) -> Vec<(String, String)> {
+    let mut list: Vec<(String, String)> = Vec::new();
+    for rule in rules.iter().filter(|rule| matches!(rule.select, Select::Outbox { .. })) {
+        for (key, column) in rule.template_columns() {
+            if !list.iter().any(|(_, known)| *known == column) {
+                list.push((format!("route {:?}: {key}", rule.name), column));
+            }
+        }
+    }
+    list
+}
+
 /// `None` when there is a problem with what it selects or does.
 fn rule(t: &mut Section<'_>, partitioned: &mut Vec<Partitioned>, relay: &str) -> Option<Rule> {
     const NAME: &str = "name";

@@ -112,7 +112,8 @@ impl Envelope {
         self.key.push('/');
         self.key.push_str(&row.aggregate_id);
         let (key, record_key) = (&*self.key, &*row.aggregate_id);
-        let facts = Facts { key, record_key, op: event.op().as_str(), row: None };
+        let (op, columns) = (event.op().as_str(), route.template_columns());
+        let facts = Facts { key, record_key, op, row: None, columns };
         let exchange = route.address(event, facts, &mut self.routing_key)?;
         let id = message_id(event.id, route, part);
         let attributes = match &route.format {
@@ -216,7 +217,7 @@ impl Envelope {
         self.record_key.clear();
         let kind = format!("{}.{op}", event.table.full_name);
         let shown = shown_row(table, change);
-        let facts = Facts { key: &self.key, record_key: "", op, row: Some(shown) };
+        let facts = Facts { key: &self.key, record_key: "", op, row: Some(shown), columns: &[] };
         let (by, about) =
             ((&*plan.route, options), (message_id(event.id, &plan.route, part), &*kind));
         let attributes = Attributes::new(&self.app_id, event, by, facts, about, "")?;
@@ -305,7 +306,8 @@ impl Envelope {
         self.kind.push('.');
         self.kind.push_str(op);
         let row = Some(shown);
-        let facts = Facts { key: &self.key, record_key: &self.record_key, op, row };
+        let (key, record_key) = (&*self.key, &*self.record_key);
+        let facts = Facts { key, record_key, op, row, columns: &[] };
         let exchange = route.address(event, facts, &mut self.routing_key)?;
         let properties = Properties {
             content_type,

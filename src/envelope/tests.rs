@@ -55,6 +55,7 @@ pub(super) fn outbox(payload: OutboxPayload) -> Event {
         headers: None,
         traceparent: None,
         columns: None,
+        shown: Vec::new(),
     };
     event(table("outbox"), Content::Outbox(Box::new(row)))
 }

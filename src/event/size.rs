@@ -32,7 +32,10 @@ impl Event {
                         .sum(),
                 };
                 let further = [&outbox.headers, &outbox.columns];
-                payload + further.into_iter().flatten().map(Bytes::len).sum::<usize>()
+                let shown = outbox.shown.iter().filter_map(|(_, text)| text.as_ref());
+                payload
+                    + further.into_iter().flatten().map(Bytes::len).sum::<usize>()
+                    + shown.map(|text| text.len()).sum::<usize>()
             }
             Content::Change(Change::Insert { new } | Change::Read { new, .. }) => row(new),
             Content::Change(Change::Update { old: before, new }) => {

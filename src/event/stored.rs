@@ -104,6 +104,8 @@ struct StoredOutbox {
     traceparent: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     columns: Option<Cell>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    shown: Vec<(String, Cell)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -193,7 +195,7 @@ fn stored(event: &Event, hidden: Option<&Hidden>, kept: usize) -> Stored {
         form: match &event.content {
             _ if hidden.is_some() => FORM,
             Content::Change(Change::Read { .. }) => FORM,
-            Content::Outbox(row) if row.columns.is_some() => FORM,
+            Content::Outbox(row) if row.columns.is_some() || !row.shown.is_empty() => FORM,
             _ if !(table.shapes.is_empty() && table.resolved.is_empty()) => FORM,
             Content::Outbox(_) | Content::Change(_) => FIRST_FORM,
         },
@@ -343,6 +345,10 @@ fn store_outbox(row: &OutboxRow, kept: usize) -> StoredOutbox {
     let named = |(name, value): &(String, Option<Bytes>)| {
         (name.clone(), value.as_ref().map_or(Cell::Null, cell))
     };
+    let shown = |(name, value): &(Arc<str>, Option<ByteString>)| {
+        let value = value.as_ref().map(|text| cell(text.as_bytes()));
+        (name.to_string(), value.unwrap_or(Cell::Null))
+    };
     StoredOutbox {
         aggregate_type: text(&row.aggregate_type),
         aggregate_id: text(&row.aggregate_id),
@@ -361,6 +367,7 @@ fn store_outbox(row: &OutboxRow, kept: usize) -> StoredOutbox {
         headers: row.headers.as_ref().map(cell),
         traceparent: row.traceparent.as_ref().map(text),
         columns: row.columns.as_ref().map(cell),
+        shown: row.shown.iter().map(shown).collect(),
     }
 }
 
@@ -374,6 +381,11 @@ fn load_outbox(stored: StoredOutbox) -> Result<OutboxRow> {
     };
     let needed = |cell: Cell| {
         present(cell)?.ok_or_else(|| Error::event("the stored row is damaged: it has no payload"))
+    };
+    let shown = |(name, cell): (String, Cell)| {
+        let text = present(cell)?.map(ByteString::try_from).transpose();
+        let damaged = |_| Error::event(format!("the stored column {name:?} is not UTF-8"));
+        Ok((name.as_str().into(), text.map_err(damaged)?))
     };
     Ok(OutboxRow {
         aggregate_type: stored.aggregate_type.into(),
@@ -395,6 +407,7 @@ fn load_outbox(stored: StoredOutbox) -> Result<OutboxRow> {
         headers: stored.headers.map(present).transpose()?.flatten(),
         traceparent: stored.traceparent.map(Into::into),
         columns: stored.columns.map(present).transpose()?.flatten(),
+        shown: stored.shown.into_iter().map(shown).collect::<Result<_>>()?,
     })
 }
 

@@ -8,7 +8,7 @@ use super::Select;
 use super::partition::{self, Partitions};
 use super::plan::TablePlan;
 use crate::error::{Error, Result};
-use crate::event::{Content, Event, Row, Value};
+use crate::event::{Content, Event, OutboxRow, Row, Value};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Field {
@@ -37,6 +37,8 @@ pub struct Facts<'a> {
     pub op: &'a str,
     /// The row of a captured table, as it is sent.
     pub row: Option<ShownRow<'a>>,
+    /// Of an event of the outbox: the columns that the route's templates name.
+    pub columns: &'a [String],
 }
 
 /// The row that a message is about.
@@ -71,23 +73,22 @@ const TABLE_FIELDS: &[(&str, Field)] = &[
 #[derive(Debug)]
 pub(super) struct Fields {
     known: &'static [(&'static str, Field)],
-    of_table: bool,
     /// The columns that were asked for, by the names that they have in the table.
     pub(super) columns: Vec<String>,
 }
 
 impl Fields {
     pub(super) fn of(select: &Select) -> Self {
-        let (known, of_table) = match select {
-            Select::Outbox { .. } => (OUTBOX_FIELDS, false),
-            Select::Table { .. } => (TABLE_FIELDS, true),
+        let known = match select {
+            Select::Outbox { .. } => OUTBOX_FIELDS,
+            Select::Table { .. } => TABLE_FIELDS,
         };
-        Self { known, of_table, columns: Vec::new() }
+        Self { known, columns: Vec::new() }
     }
 
     fn find(&mut self, name: &str) -> Option<Field> {
         let column = name.strip_prefix(COLUMN).filter(|column| !column.is_empty());
-        let Some(column) = column.filter(|_| self.of_table) else {
+        let Some(column) = column else {
             return self.known.iter().find(|(known, _)| *known == name).map(|(_, field)| *field);
         };
         let known = self.columns.iter().position(|asked| asked == column);
@@ -99,9 +100,7 @@ impl Fields {
 
     fn names(&self) -> String {
         let mut names: Vec<&str> = self.known.iter().map(|(name, _)| *name).collect();
-        if self.of_table {
-            names.push("column.NAME");
-        }
+        names.push("column.NAME");
         names.join(", ")
     }
 }
@@ -201,7 +200,7 @@ impl Template {
         for segment in &self.0 {
             match segment {
                 Segment::Text(text) => each(text, false),
-                Segment::Field(Field::Column(index)) => each(column(facts.row, *index)?, true),
+                Segment::Field(Field::Column(index)) => each(column(event, facts, *index)?, true),
                 Segment::Field(field) => each(field.of(event, facts), true),
                 Segment::Partition(names) => each(partition(names, facts.key), true),
             }
@@ -236,10 +235,13 @@ impl Field {
 }
 
 /// The text of a column that a template names.
-fn column(shown: Option<ShownRow<'_>>, index: usize) -> Result<&str> {
+fn column<'a>(event: &'a Event, facts: Facts<'a>, index: usize) -> Result<&'a str> {
     const FILTER: &str = "leave such changes out with filter, such as \"op != 'truncate'\"";
-    let Some(ShownRow { table, row, is_only_identity }) = shown else {
-        unreachable!("outbox routes are parsed with the outbox fields only")
+    if let Content::Outbox(row) = &event.content {
+        return outbox_column(row, &facts.columns[index]);
+    }
+    let Some(ShownRow { table, row, is_only_identity }) = facts.row else {
+        unreachable!("what is no event of the outbox is of a row")
     };
     let (name, place) = &table.shown[index];
     let wrong = |what: &str| Error::event(format!("column {name:?} {what}"));
@@ -266,6 +268,21 @@ fn column(shown: Option<ShownRow<'_>>, index: usize) -> Result<&str> {
         )
         .hint("Postgres does not send it then: set REPLICA IDENTITY FULL, or name another column")),
         Value::Unreadable(value) => Err(Error::event(format!("column {name:?}: {}", value.why))),
+    }
+}
+
+fn outbox_column<'a>(row: &'a OutboxRow, name: &str) -> Result<&'a str> {
+    let wrong = |what: &str| {
+        Error::event(format!("column {name:?} is in a template of the route, but {what}"))
+    };
+    match row.shown.iter().find(|(shown, _)| **shown == *name) {
+        Some((_, Some(text))) => Ok(text),
+        Some((_, None)) => Err(wrong("null in this row")
+            .hint("let the application fill it, or give the column a default")),
+        None => Err(wrong("the event came without it").hint(
+            "it was emitted with emit_wal, or parked before the template named the column: leave \
+             such events to another route",
+        )),
     }
 }
 

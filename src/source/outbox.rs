@@ -25,6 +25,8 @@ pub struct OutboxTable {
     pub headers_from: Vec<(String, String)>,
     /// Further columns that routes place in messages, where the table has them.
     pub placed: Vec<String>,
+    /// Columns that templates of routes name: they have to be there.
+    pub shown: Vec<String>,
     /// The indexed column that grows with each insert; only for a source that polls.
     pub order_by: Option<String>,
     /// The column with the transaction of the insert (`xid8`); only for a source that polls.
@@ -99,6 +101,7 @@ impl Default for OutboxTable {
             demanded: Vec::new(),
             headers_from: Vec::new(),
             placed: Vec::new(),
+            shown: Vec::new(),
             order_by: None,
             xid: None,
             catalog: OutboxCatalog::default(),

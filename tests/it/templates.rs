@@ -2,6 +2,8 @@
 //! columns, what is parked, and that a retry goes to the exchange that was chosen.
 
 use crate::parking::{parked, until_rows};
+use crate::polling_mapped::{COLUMNS, MAPPED, TABLE as OUTBOX, emit};
+use crate::polling_mapped_refused::refuse;
 use crate::support::inbox::Message;
 use crate::support::stage::{Setup, Stage};
 
@@ -136,4 +138,75 @@ async fn a_column_of_a_template_that_is_gone_breaks_the_promise_of_the_route() {
     stage.replace_configuration(&without);
     stage.run(&["schema", "accept", "public.sales"]).await.expect_text(&[refused]);
     relay.stop().await.expect_code(0);
+}
+
+const OUTBOX_ROUTES: &str = r#"
+    [[route]]
+    name = "outbox"
+    outbox = { aggregate_type = "order" }
+    exchange = "shop.{column.the region}"
+    exchanges = ["shop.eu", "shop.us"]
+    routing_key = "{event_type}.{column.the region}"
+    headers = { vip = "{column.vip}/{aggregate_id}" }
+    on_unroutable = "park"
+    [[binding]]
+    queue = "all"
+    exchange = "shop.eu"
+    routing_key = '#'
+    "#;
+
+#[tokio::test]
+async fn an_event_of_a_table_of_ones_own_goes_where_its_further_columns_say() {
+    let sql = format!("{OUTBOX}; ALTER TABLE outbox ADD \"the region\" text, ADD vip boolean");
+    let mapped = "outbox.table = \"public.outbox\"\noutbox.profile = \"debezium\"";
+    for settings in [mapped.to_owned(), format!("{MAPPED}\n{COLUMNS}")] {
+        let settings = format!("{settings}\n{FAST}");
+        let setup = Setup { sql: &sql, settings: &settings, ..Setup::default() };
+        let stage = Stage::new(Setup { routes: OUTBOX_ROUTES, ..setup }).await;
+        let relay = stage.start().await;
+        let row = |kind: &str, key: &str, region: &str| {
+            emit(kind)
+                .replace("payload)", "payload, \"the region\", vip)")
+                .replace("'order', '1'", &format!("'order', '{key}'"))
+                .replace("'1')", &format!("'1', {region}, true)"))
+        };
+        stage.execute(&row("made", "1", "'eu'")).await;
+        stage.execute(&row("made", "2", "NULL")).await;
+        stage.execute(&row("made", "3", "'us'")).await;
+        stage.execute(&row("made", "4", "'asia'")).await;
+        until_rows(&stage, &["parked invalid", "parked unroutable", "parked invalid"]).await;
+        let got = stage.inbox.count(1).await;
+        assert_eq!(places(&got), [("shop.eu", "made.eu", "shop.eu".to_owned())]);
+        assert_eq!(got[0].text("vip"), "t/1");
+        let errors = "SELECT string_agg(error, '|' ORDER BY id) FROM watership.parked";
+        let null = "column \"the region\" is in a template of the route, but null in this row";
+        let told = stage.text(errors).await;
+        assert!(told.contains(null) && !told.contains("asia"), "{told}");
+        // A row that was parked keeps what its templates name.
+        let (options, none) = (Default::default(), Default::default());
+        let bind =
+            stage.channel.queue_bind("all".into(), "shop.us".into(), "#".into(), options, none);
+        bind.await.expect("bound");
+        parked(&stage, &["retry", "--all"]).await;
+        until_rows(&stage, &["parked invalid", "released unroutable", "parked invalid"]).await;
+        assert_eq!(stage.text(errors).await, told, "with the same reason");
+        let got = stage.inbox.count(2).await;
+        assert_eq!(places(&got)[1], ("shop.us", "made.us", "shop.us".to_owned()));
+        relay.stop().await.expect_code(0);
+        // One that is not there is refused by all.
+        let text = stage.configuration().replace("{column.vip}", "{column.nope}");
+        stage.replace_configuration(&text);
+        let told = "public.outbox has no column \"nope\" ({column.NAME} in a template of a route)";
+        refuse(&stage, &[told, "its columns are: id, aggregatetype"]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_template_of_the_relays_own_outbox_has_no_columns() {
+    let stage = Stage::new(Setup::default()).await;
+    let route = "\n[[route]]\nname = \"one\"\noutbox = { aggregate_type = \"one\" }\n\
+        exchange = \"watership\"\nrouting_key = \"{column.region}\"\n";
+    stage.append_to_configuration(route);
+    let told = ["\"column.region\"", "watership.outbox has no columns of yours", "outbox.table"];
+    stage.run(&["check"]).await.expect_code(2).expect_text(&told);
 }

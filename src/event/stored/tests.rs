@@ -88,6 +88,7 @@ fn an_outbox_payload_keeps_its_digits_spaces_and_key_order() {
         headers: Some(Bytes::from_static(b"{\"n\": 1}")),
         traceparent: Some("00-1".into()),
         columns: Some(Bytes::from_static(b"{\"version\":1}")),
+        shown: Vec::new(),
     };
     round_trip(Content::Outbox(Box::new(row(OutboxPayload::Json(json)))));
     round_trip(Content::Outbox(Box::new(row(OutboxPayload::Hex(Bytes::from_static(b"\\x00ff"))))));

@@ -207,12 +207,24 @@ fn wanted(outbox: &OutboxTable) -> Vec<(&str, &str, (&'static str, Fits))> {
     }
     let headers = outbox.headers_from.iter();
     wanted.extend(headers.map(|(_, column)| (column.as_str(), "headers_from", ANY)));
+    wanted.extend(outbox.shown.iter().map(|name| (name.as_str(), TEMPLATE, ANY)));
     wanted
+}
+
+/// What a column is for that a template of a route names.
+const TEMPLATE: &str = "{column.NAME}";
+
+/// What names the column, in the configuration.
+fn told(what: &str) -> String {
+    match what {
+        TEMPLATE => "{column.NAME} in a template of a route".into(),
+        key => format!("outbox.{key}"),
+    }
 }
 
 /// Whether it may be missing: a profile's optional column, which the configuration does not name.
 fn may_be_missing(outbox: &OutboxTable, name: &str) -> bool {
-    let others = outbox.headers_from.iter().map(|(_, column)| column);
+    let others = outbox.headers_from.iter().map(|(_, column)| column).chain(&outbox.shown);
     let mut must = outbox.demanded.iter().chain(others);
     !must.any(|must| must == name) && !outbox.needed().contains(&name)
 }
@@ -230,7 +242,7 @@ fn column_fault(
             return None;
         }
         let there: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
-        let text = format!("{table} has no column {name:?} (outbox.{what})");
+        let text = format!("{table} has no column {name:?} ({})", told(what));
         return Some((text, format!("its columns are: {}", there.join(", "))));
     };
     if fits(column) {
@@ -238,7 +250,8 @@ fn column_fault(
     }
     let type_name = &column.type_name;
     let text = format!(
-        "column {name:?} of {table} (outbox.{what}) is of type {type_name}; expected {expected}"
+        "column {name:?} of {table} ({}) is of type {type_name}; expected {expected}",
+        told(what)
     );
     Some((text, "map another column, or add one of such a type".into()))
 }
@@ -271,15 +284,16 @@ fn unsent(
         let Some(column) = columns.iter().find(|column| column.name == name) else { continue };
         if list.is_some_and(|list| !list.contains(&column.name)) {
             faults.push((
-                format!("column {name:?} of {table} (outbox.{what}) is not published"),
+                format!("column {name:?} of {table} ({}) is not published", told(what)),
                 "ALTER PUBLICATION ... SET TABLE, with it in the column list, or without a list"
                     .into(),
             ));
         } else if column.generated && list.is_none() && !publication.is_some_and(|p| p.generated) {
             faults.push((
                 format!(
-                    "column {name:?} of {table} (outbox.{what}) is generated, and generated \
-                     columns are not published"
+                    "column {name:?} of {table} ({}) is generated, and generated columns are \
+                     not published",
+                    told(what)
                 ),
                 "map the columns that it is made of".into(),
             ));

@@ -160,6 +160,7 @@ fn an_outbox_event_is_judged_by_its_fields_and_headers() {
             headers: headers.map(|json| Bytes::from_static(json.as_bytes())),
             traceparent: None,
             columns: None,
+            shown: Vec::new(),
         };
         let event = event(Content::Outbox(Box::new(row)));
         filter.bind(None, &Hidden::default()).passes(&event)

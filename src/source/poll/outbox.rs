@@ -101,7 +101,8 @@ impl PolledOutbox {
         let headers = outbox.headers_from.iter().map(|(_, column)| column.as_str());
         let placed = outbox.placed.iter().map(String::as_str);
         let mapped = outbox.needed().into_iter().chain(outbox.optional());
-        let names: Vec<&str> = mapped.chain(headers).chain(placed).collect();
+        let shown = outbox.shown.iter().map(String::as_str);
+        let names: Vec<&str> = mapped.chain(headers).chain(placed).chain(shown).collect();
         let columns: Vec<&MappedColumn> =
             columns.iter().filter(|column| names.contains(&column.name.as_str())).collect();
         let described = columns.iter().map(|c| {

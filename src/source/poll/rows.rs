@@ -138,6 +138,7 @@ fn content(row: &Row, body: u64, max_body: usize) -> Result<OutboxRow> {
         headers: bytes(11)?,
         traceparent,
         columns: None,
+        shown: Vec::new(),
     })
 }
 

@@ -137,6 +137,7 @@ fn read(mut content: Bytes) -> std::result::Result<Message, String> {
         headers,
         traceparent,
         columns: None,
+        shown: Vec::new(),
     };
     Ok(Message { id, created_at_us: created_at.saturating_add(POSTGRES_EPOCH_US), row })
 }
@@ -153,6 +154,7 @@ fn unreadable(why: String, content: Bytes) -> OutboxRow {
         headers: None,
         traceparent: None,
         columns: None,
+        shown: Vec::new(),
     }
 }
 

@@ -4,6 +4,7 @@
 //! parked under its key; nothing is left out, and nothing ends the session.
 
 use std::cell::OnceCell;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use bytestring::ByteString;
@@ -46,6 +47,8 @@ pub(in crate::source) struct OutboxColumns {
     headers_from: Vec<HeaderColumn>,
     /// Further columns that routes place, with how Debezium writes them.
     placed: Vec<(HeaderColumn, Writer)>,
+    /// Columns that templates name.
+    shown: Vec<(Arc<str>, usize)>,
     /// How many columns lie up to the last of them: the rest need not be read.
     count: usize,
     /// The table is the application's: what its own outbox forbids may be null.
@@ -125,6 +128,7 @@ impl OutboxColumns {
             created_at: optional(&names.created_at).map(|index| (index, time_form(base(index)))),
             headers_from: headers_from(table, outbox),
             placed: placed(table, outbox),
+            shown: shown(table, outbox),
             count: 0,
             mapped: outbox.is_mapped(),
         };
@@ -153,7 +157,9 @@ impl OutboxColumns {
         ];
         let needed_ones = [self.id, self.aggregate_id, self.event_type];
         let placed = self.placed.iter().map(|(column, _)| column.index);
-        let further = self.headers_from.iter().map(|header| header.index).chain(placed);
+        let shown = self.shown.iter().map(|(_, index)| *index);
+        let headers = self.headers_from.iter().map(|header| header.index);
+        let further = headers.chain(placed).chain(shown);
         let all = needed_ones.into_iter().chain(optional_ones.into_iter().flatten());
         all.chain(further).max().unwrap_or(0)
     }
@@ -187,6 +193,11 @@ fn placed(table: &Table, outbox: &OutboxTable) -> Vec<(HeaderColumn, Writer)> {
         Some((HeaderColumn::new(name, index), writer(&table.columns[index])?))
     };
     outbox.placed.iter().filter_map(column).collect()
+}
+
+fn shown(table: &Table, outbox: &OutboxTable) -> Vec<(Arc<str>, usize)> {
+    let column = |name: &String| Some((name.as_str().into(), table.column(name)?));
+    outbox.shown.iter().filter_map(column).collect()
 }
 
 fn writer(column: &Column) -> Option<Writer> {
@@ -291,6 +302,8 @@ fn read_row<'a>(
     let payload = payload(columns, &cells);
     let headers = headers(columns, &cells);
     let further = further(columns, &cells);
+    let shown = columns.shown.iter().map(|(name, index)| (name.clone(), cells.text(Some(*index))));
+    let shown = shown.collect();
     let created_at_us = columns.created_at.and_then(|(index, form)| {
         let text = cells.bytes(Some(index))?;
         created_at(&text, form).filter(|us| !columns.mapped || YEARS.contains(us))
@@ -308,6 +321,7 @@ fn read_row<'a>(
         headers,
         traceparent,
         columns: further,
+        shown,
     };
     (id, created_at_us, Box::new(row))
 }
