@@ -55,6 +55,7 @@ mod polling_changed;
 mod polling_mapped;
 mod polling_mapped_refused;
 mod polling_verdicts;
+mod polling_writes;
 mod position;
 mod publishable;
 mod publisher_contract;
