@@ -1,6 +1,7 @@
 //! The Postgres half of `check`: server, role, schema, slot, publication, tables, checkpoint.
 
 mod poll;
+mod role;
 
 use tokio_postgres::Client;
 
@@ -14,14 +15,13 @@ use crate::pg::migrate;
 use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName};
 use crate::pg::publication::{filter_columns, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
-use crate::pg::sqlstate::{TOO_MANY_CONNECTIONS, postgres_error};
+use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::relay::check::publishable::{Harm, Obstacle, filter_breaks, obstacles};
 use crate::relay::check::server::{encoding_risk, may_be_waited_for};
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::check::tables;
 use crate::relay::checkpoint;
-use crate::relay::session::rights::{self, Lack};
 use crate::relay::session::{facts, wal};
 use crate::route::keys_of;
 use crate::source::SourceKind;
@@ -49,7 +49,7 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
     check_server(f, config, &server, hosting::how_to_make_logical(client).await?);
     check_capacity(f, &server, slot.as_ref());
     check_encoding(f, client).await?;
-    check_role(f, config, client, &server).await?;
+    role::check(f, config, client, &server).await?;
     let publication = read_publication(client, &config.relay.publication).await?;
     match &publication {
         Some(publication) => {
@@ -158,75 +158,6 @@ async fn check_encoding(f: &mut Findings, client: &Client) -> Result<()> {
         Some(risk) if encoding == "SQL_ASCII" => f.problem("encoding", risk, ADVICE),
         Some(risk) => f.warning("encoding", risk, ADVICE),
         None => f.ok("encoding", encoding),
-    }
-    Ok(())
-}
-
-async fn check_role(
-    f: &mut Findings,
-    config: &Config,
-    client: &Client,
-    server: &ServerFacts,
-) -> Result<()> {
-    let user = &server.user;
-    match hosting::ask(&config.relay.sql).await {
-        Ok(asked) => {
-            f.ok("role", format!("{user} may replicate"));
-            if asked.read_only {
-                f.warning(
-                    "read-only",
-                    "default_transaction_read_only is on: applications cannot write, and emit \
-                     fails; the relay's own sessions set it off",
-                    "hosting services do that when the disk is full: make room, or, where somebody \
-                     has set it, ALTER SYSTEM, DATABASE or ROLE ... RESET \
-                     default_transaction_read_only",
-                );
-            }
-        }
-        Err(error) if hosting::is_not_admitted(&error) => f.problem(
-            "role",
-            format!("{user} may not replicate: {error}"),
-            hosting::how_to_admit(client, user).await?,
-        ),
-        // The running relay may have the only walsender.
-        Err(error) if error.sqlstate() == Some(TOO_MANY_CONNECTIONS) => f.warning(
-            "role",
-            format!("whether {user} may replicate could not be asked: {error}"),
-            error.hint_or_kind(),
-        ),
-        Err(error) => f.error("role", &error.context("a replication connection")),
-    }
-    check_rights(f, config, client, user).await
-}
-
-/// What the relay's role may do with the relay's own tables.
-async fn check_rights(
-    f: &mut Findings,
-    config: &Config,
-    client: &Client,
-    user: &str,
-) -> Result<()> {
-    let quoted = postgres_protocol::escape::escape_identifier(user);
-    let sql = "SELECT pg_has_role(oid, 'USAGE') FROM pg_roles WHERE rolname = 'watership_relay'";
-    let row = unnamed::query_opt(client, sql, &[]).await.map_err(postgres_error)?;
-    match row.map(|row| row.get::<_, bool>(0)) {
-        Some(true) => f.ok("role", format!("{user} has the rights of watership_relay")),
-        Some(false) => f.problem(
-            "role",
-            format!("{user} is not a member of watership_relay"),
-            format!("{INIT}, or as a superuser: GRANT watership_relay TO {quoted}"),
-        ),
-        None => f.problem("role", "role watership_relay does not exist", INIT),
-    }
-    let mut lacks = rights::lacking(client, None, config.relay.kind).await?;
-    // A mapped table is let into by its owner, not by us.
-    lacks.retain(|lack| !(lack.app && config.relay.outbox.is_mapped()));
-    if lacks.iter().any(Lack::is_everything) {
-        lacks.retain(|lack| lack.app || lack.hidden);
-    }
-    for lack in lacks {
-        let (what, hint) = lack.told();
-        f.problem("rights", what, hint);
     }
     Ok(())
 }

@@ -77,8 +77,9 @@ pub struct SlotState {
     pub active_pid: Option<i32>,
     /// Address and port of the reader; absent for a unix socket, or when the role may not see it.
     pub active_client: Option<String>,
-    /// Whether commits wait for the reader: `synchronous_standby_names` chooses it.
-    pub synchronous: bool,
+    /// Whether commits wait for the reader: `synchronous_standby_names` chooses it. Absent when the
+    /// role may not see that, which takes `pg_read_all_stats`.
+    pub synchronous: Option<bool>,
     /// Where a reader starts.
     pub confirmed_flush_lsn: Option<Lsn>,
     /// Oldest WAL that the slot needs; absent when it is lost.
@@ -144,7 +145,7 @@ pub async fn read_slot(client: &impl GenericClient, name: &str) -> Result<Option
          coalesce((SELECT total_txns \
              FROM pg_catalog.pg_stat_replication_slots AS t WHERE t.slot_name = s.slot_name), 0), \
          CASE WHEN (j->>'failover')::boolean THEN {WAITS_FOR} ELSE '{{}}' END, \
-         coalesce(r.sync_state IN ('sync', 'quorum'), false) \
+         CASE WHEN r.pid IS NULL THEN false ELSE r.sync_state IN ('sync', 'quorum') END \
          FROM pg_catalog.pg_replication_slots AS s \
          CROSS JOIN LATERAL pg_catalog.to_jsonb(s) AS j \
          LEFT JOIN pg_catalog.pg_stat_replication AS r ON r.pid = s.active_pid \

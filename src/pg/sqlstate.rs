@@ -220,9 +220,11 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
             (Kind::Refused, "something that is named does not exist; `watership check` shows which")
         }
         (_, "53400") => (Kind::Refused, "raise max_replication_slots, or drop unused slots"),
-        (_, TOO_MANY_CONNECTIONS) => {
-            (Kind::Unreachable, "if this lasts, raise max_connections or max_wal_senders")
-        }
+        (_, TOO_MANY_CONNECTIONS) => (
+            Kind::Unreachable,
+            "if this lasts, raise max_connections, max_wal_senders, or the CONNECTION LIMIT of the \
+                 role or the database",
+        ),
         (_, "53100") => (Kind::Unreachable, "free disk space on the server"),
         ("53", _) => {
             (Kind::Unreachable, "the server has run out of a resource; see the Postgres log")

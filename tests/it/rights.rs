@@ -87,6 +87,21 @@ async fn a_parked_row_that_is_hidden_while_the_relay_runs_is_never_overtaken() {
 }
 
 #[tokio::test]
+async fn too_few_connections_of_the_role_are_a_problem() {
+    let (stage, role) = stage_of_a_role("").await;
+    stage.execute(&format!("ALTER ROLE {role} CONNECTION LIMIT 4")).await;
+    let told = ["may have 4 connections, the relay needs 5", "CONNECTION LIMIT -1"];
+    stage.run(&["check"]).await.expect_code(1).expect_text(&told);
+    stage.execute(&format!("ALTER ROLE {role} CONNECTION LIMIT 5")).await;
+    stage.run(&["check"]).await.expect_code(0);
+    let relay = stage.start().await;
+    stage.execute("SELECT watership.emit('order', '1', 'placed', '{}')").await;
+    stage.inbox.count(1).await;
+    stage.run(&["check"]).await.expect_code(0);
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
 async fn a_privilege_or_table_that_the_relay_lacks_refuses_check_init_and_start_and_says_what_to_do()
  {
     let (stage, _) = stage_of_a_role("").await;

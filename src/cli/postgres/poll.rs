@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use super::{INIT, check_encoding, check_rights, check_schema, check_version, outbox};
+use super::{INIT, check_encoding, check_schema, check_version, outbox, role};
 use crate::cli::findings::Findings;
 use crate::config::Config;
 use crate::error::Result;
@@ -22,7 +22,7 @@ pub(super) async fn look(
 ) -> Result<()> {
     check_version(f, config, server);
     check_encoding(f, client).await?;
-    check_rights(f, config, client, &server.user).await?;
+    role::check_rights(f, config, client, &server.user).await?;
     let fits = outbox::check(f, config, client, None).await?;
     if !check_schema(f, client).await {
         return Ok(());

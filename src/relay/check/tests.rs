@@ -56,7 +56,7 @@ fn slot() -> SlotState {
         two_phase: false,
         active_client: None,
         active_pid: None,
-        synchronous: false,
+        synchronous: Some(false),
         confirmed_flush_lsn: Some(Lsn(1000)),
         restart_lsn: Some(Lsn(800)),
         wal_status: Some(WalStatus::Reserved),

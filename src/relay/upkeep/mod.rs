@@ -23,6 +23,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::relay::Options;
 use crate::relay::check::polling::PollingFrom;
+use crate::relay::check::server::may_be_waited_for;
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::session::{Shared, catalog, facts, outbox, poll, rights, schemas};
 use crate::relay::status::SlotStatus;
@@ -327,10 +328,22 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
     }
 }
 
+async fn standby_names(client: &Client) -> Result<String> {
+    let sql = "SELECT current_setting('synchronous_standby_names')";
+    Ok(unnamed::query_one(client, sql, &[]).await.map_err(postgres_error)?.get(0))
+}
+
 async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Result<()> {
     let slot = read_slot(client, &options.slot).await?;
     shared.status.slot_seen(slot.as_ref());
-    shared.canary.hurry(slot.as_ref().is_some_and(|slot| slot.synchronous));
+    let synchronous = match slot.as_ref().map(|slot| slot.synchronous) {
+        Some(Some(known)) => known,
+        Some(None) => {
+            may_be_waited_for(&standby_names(client).await?, &options.sql.application_name)
+        }
+        None => false,
+    };
+    shared.canary.hurry(synchronous);
     let Some(slot) = slot else { return Ok(()) };
     let at_risk = at_risk(&slot, max_slot_wal_keep_size(client).await?);
     let held = held_by_standby(&slot);
