@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use super::section::Section;
 use crate::column::debezium::{
-    BinaryHandling, DecimalHandling, IntervalHandling, MONEY_DIGITS_MAX, TimePrecision, ValueForms,
+    BinaryHandling, DecimalHandling, HstoreHandling, IntervalHandling, MONEY_DIGITS_MAX,
+    TimePrecision, ValueForms,
 };
 use crate::event::Op;
 use crate::route::{
@@ -148,11 +149,13 @@ fn values(t: &mut Section<'_>, default: ValueForms) -> ValueForms {
         ("base64-url-safe", BinaryHandling::Base64UrlSafe),
         ("hex", BinaryHandling::Hex),
     ];
+    let hstores = [("json", HstoreHandling::Json), ("map", HstoreHandling::Map)];
     ValueForms {
         decimal: t.word("decimal_handling", &decimals),
         time: t.word("time_precision", &times),
         interval: t.word("interval_handling", &intervals),
         binary: t.word("binary_handling", &binaries),
+        hstore: t.word("hstore_handling", &hstores),
         money_fraction_digits: t.number(
             "money_fraction_digits",
             default.money_fraction_digits,

@@ -6,15 +6,15 @@
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 
-use super::write_double;
+use super::{HstoreHandling, write_double};
 use crate::column::{is_number, unexpected, utf8, write_string};
 use crate::error::Result;
 
 /// The flag of EWKB's type that says that an SRID follows it.
 const HAS_SRID: u32 = 0x2000_0000;
 
-/// `"a"=>"1", "b"=>NULL` as a string with a JSON object in it: `hstore.handling.mode` is `json`.
-pub(super) fn write_hstore(out: &mut Vec<u8>, text: &[u8]) -> Result<()> {
+/// `"a"=>"1", "b"=>NULL` as a JSON object, or as a string with that in it.
+pub(super) fn write_hstore(out: &mut Vec<u8>, text: &[u8], handling: HstoreHandling) -> Result<()> {
     let wrong = || unexpected(text, "an hstore");
     let mut json = vec![b'{'];
     let mut rest = text;
@@ -40,8 +40,29 @@ pub(super) fn write_hstore(out: &mut Vec<u8>, text: &[u8]) -> Result<()> {
         };
     }
     json.push(b'}');
-    write_string(out, utf8(&json)?);
+    write_object(out, utf8(&json)?, handling);
     Ok(())
+}
+
+/// An object with the placeholder as its only key and value.
+pub(super) fn write_hstore_unavailable(
+    out: &mut Vec<u8>,
+    placeholder: &str,
+    handling: HstoreHandling,
+) {
+    let mut json = vec![b'{'];
+    write_string(&mut json, placeholder);
+    json.push(b':');
+    write_string(&mut json, placeholder);
+    json.push(b'}');
+    write_object(out, &String::from_utf8_lossy(&json), handling);
+}
+
+fn write_object(out: &mut Vec<u8>, json: &str, handling: HstoreHandling) {
+    match handling {
+        HstoreHandling::Json => write_string(out, json),
+        HstoreHandling::Map => out.extend_from_slice(json.as_bytes()),
+    }
 }
 
 /// The text in quotes that `text` begins with, and what comes after it.

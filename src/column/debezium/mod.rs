@@ -31,6 +31,8 @@ pub struct ValueForms {
     pub interval: IntervalHandling,
     /// `binary.handling.mode`.
     pub binary: BinaryHandling,
+    /// `hstore.handling.mode`.
+    pub hstore: HstoreHandling,
     /// `money.fraction.digits`, at most [`MONEY_DIGITS_MAX`].
     pub money_fraction_digits: u8,
     /// `include.unknown.datatypes`: their text, as `binary` says, instead of no field.
@@ -49,6 +51,7 @@ impl Default for ValueForms {
             time: TimePrecision::Adaptive,
             interval: IntervalHandling::Numeric,
             binary: BinaryHandling::Bytes,
+            hstore: HstoreHandling::Json,
             money_fraction_digits: 2,
             include_unknown: false,
             unavailable: "__debezium_unavailable_value".to_owned(),
@@ -106,6 +109,15 @@ pub enum BinaryHandling {
     Hex,
 }
 
+/// `hstore`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HstoreHandling {
+    /// A string with a JSON object in it.
+    Json,
+    /// An object.
+    Map,
+}
+
 /// How the values of a column are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Writer {
@@ -138,7 +150,7 @@ enum Element {
     TimeTz,
     Interval(IntervalHandling),
     Geometric(geometry::Figure),
-    Hstore,
+    Hstore(HstoreHandling),
     /// PostGIS.
     Ewkb,
     /// pgvector; of floats that are half as long, or not.
@@ -172,7 +184,7 @@ impl Writer {
         let known = match of.kind {
             ValueKind::BuiltIn(element) => Element::of(element, of.modifier, values),
             ValueKind::Text => Some(Element::Text),
-            ValueKind::Hstore => Some(Element::Hstore),
+            ValueKind::Hstore => Some(Element::Hstore(values.hstore)),
             ValueKind::Ewkb => Some(Element::Ewkb),
             ValueKind::Vector => Some(Element::Vector { is_half: false }),
             ValueKind::HalfVector => Some(Element::Vector { is_half: true }),
@@ -224,13 +236,8 @@ impl Writer {
             (None, Element::Bytes(BinaryHandling::Bytes)) => {
                 write_string(out, &STANDARD.encode(placeholder));
             }
-            (None, Element::Hstore) => {
-                let mut json = vec![b'{'];
-                write_string(&mut json, placeholder);
-                json.push(b':');
-                write_string(&mut json, placeholder);
-                json.push(b'}');
-                write_string(out, &String::from_utf8_lossy(&json));
+            (None, Element::Hstore(handling)) => {
+                extension::write_hstore_unavailable(out, placeholder, handling);
             }
             (None, Element::Ewkb) => extension::write_ewkb_unavailable(out),
             (None, _) => write_string(out, placeholder),
@@ -297,7 +304,7 @@ impl Element {
             Element::TimeTz => time::write_timetz(out, text),
             Element::Interval(handling) => time::write_interval(out, text, handling),
             Element::Geometric(figure) => geometry::write(out, text, figure),
-            Element::Hstore => extension::write_hstore(out, text),
+            Element::Hstore(handling) => extension::write_hstore(out, text, handling),
             Element::Ewkb => extension::write_ewkb(out, text),
             Element::Vector { is_half } => extension::write_vector(out, text, is_half),
             Element::SparseVector => extension::write_sparse_vector(out, text),

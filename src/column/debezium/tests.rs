@@ -441,7 +441,19 @@ fn hstore_is_a_string_with_a_json_object() {
     writer.write_unavailable(&mut out, &ValueForms::default());
     let placeholder: String = serde_json::from_slice(&out).unwrap();
     let word = "__debezium_unavailable_value";
-    assert_eq!(placeholder, format!("{{\"{word}\":\"{word}\"}}"));
+    let object = format!("{{\"{word}\":\"{word}\"}}");
+    assert_eq!(placeholder, object);
+    // Or an object itself.
+    let map = ValueForms { hstore: HstoreHandling::Map, ..ValueForms::default() };
+    let (mut of_one, mut of_many, mut unavailable) = (Vec::new(), Vec::new(), Vec::new());
+    let writer = user_writer(20_007, &map).unwrap();
+    writer.write(&mut of_one, br#""a"=>"1", "b"=>NULL"#).unwrap();
+    assert_eq!(of_one, br#"{"a":"1","b":null}"#);
+    let array = user_writer(20_008, &map).unwrap();
+    array.write(&mut of_many, br#"{"\"a\"=>\"1\"",NULL}"#).unwrap();
+    assert_eq!(of_many, br#"[{"a":"1"},null]"#);
+    writer.write_unavailable(&mut unavailable, &map);
+    assert_eq!(unavailable, object.as_bytes());
 }
 
 #[test]
