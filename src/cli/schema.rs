@@ -134,7 +134,7 @@ async fn accept(client: &Client, config: &Config, table: &str, out: Out) -> Resu
         columns::verify(rule, table, &now.description, None)?;
         if options.binary {
             // Else the next session would refuse what is agreed to here.
-            columns::verify_binary(rule, table, &now.description, Some(&now.description))?;
+            columns::verify_binary(rule, &now, Some(&now.description))?;
         }
     }
     let before = against(config, &now, &agreed)?;

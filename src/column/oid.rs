@@ -110,26 +110,6 @@ pub const fn element_of(type_oid: u32) -> Option<u32> {
     Some(element)
 }
 
-/// The name of a built-in type whose binary form is only the number of a thing in the catalog, and
-/// whose text form is the name of that thing; also of arrays of it. `None` for every other type.
-pub const fn catalog_name(type_oid: u32) -> Option<&'static str> {
-    let name = match type_oid {
-        24 | 1008 => "regproc",
-        2202 | 2207 => "regprocedure",
-        2203 | 2208 => "regoper",
-        2204 | 2209 => "regoperator",
-        2205 | 2210 => "regclass",
-        2206 | 2211 => "regtype",
-        3734 | 3735 => "regconfig",
-        3769 | 3770 => "regdictionary",
-        4089 | 4090 => "regnamespace",
-        4096 | 4097 => "regrole",
-        4191 | 4192 => "regcollation",
-        _ => return None,
-    };
-    Some(name)
-}
-
 /// The element type of a built-in array type that [`element_of`] takes for text, or knows; `None`
 /// for everything else.
 pub const fn precise_element_of(type_oid: u32) -> Option<u32> {

@@ -4,10 +4,10 @@
 //! Invariant: a rule that names a column names one that the table has, or had when the route was
 //! agreed. What a name that is spelt wrong should hide would be sent.
 
-use crate::column::oid;
 use crate::error::{Error, Result};
 use crate::event::hidden::Hide;
-use crate::route::description::{DescribedColumn, Description};
+use crate::relay::session::schemas::Cataloged;
+use crate::route::description::Description;
 use crate::route::{Action, Rule, Select};
 
 /// Publishing routes that are for this table, with the columns that they name as their key.
@@ -69,12 +69,7 @@ pub fn verify(
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] naming the route, the table, the column and its type.
-pub fn verify_binary(
-    rule: &Rule,
-    table: &str,
-    now: &Description,
-    agreed: Option<&Description>,
-) -> Result<()> {
+pub fn verify_binary(rule: &Rule, now: &Cataloged, agreed: Option<&Description>) -> Result<()> {
     let Action::Publish { rules, .. } = &rule.action else { return Ok(()) };
     let is_new = |name: &str| agreed.is_some_and(|agreed| agreed.column(name).is_none());
     let is_sent = |name: &str| {
@@ -83,16 +78,13 @@ pub fn verify_binary(
             && !rules.map.drop.iter().any(|dropped| dropped == name)
             && !(rules.columns.is_closed() && is_new(name))
     };
-    let named = |column: &DescribedColumn| {
-        oid::catalog_name(column.type_oid).filter(|_| is_sent(&column.name))
-    };
-    let Some((column, kind)) = now.columns.iter().find_map(|c| Some((c, named(c)?))) else {
+    let Some((column, kind)) = now.named_things.iter().find(|(column, _)| is_sent(column)) else {
         return Ok(());
     };
-    let (route, column) = (&rule.name, &column.name);
+    let (route, table) = (&rule.name, &now.table);
     let text = format!(
-        "route {route:?}: column {column:?} of table {table} is of type {kind}: in binary mode \
-         Postgres sends its OID instead of the name"
+        "route {route:?}: column {column:?} of table {table} is of type {kind}, or made of \
+         it: in binary mode Postgres sends an OID instead of the name"
     );
     Err(Error::refused(text).hint(
         "set source.binary = false; or leave the column out (columns.exclude), or change its type \
@@ -103,6 +95,8 @@ pub fn verify_binary(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::column::oid;
+    use crate::route::description::DescribedColumn;
     use crate::route::rules::{ColumnRules, Constant, Map};
     use crate::route::{RouteRules, default_rules};
 

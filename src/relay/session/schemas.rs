@@ -27,6 +27,9 @@ pub struct Cataloged {
     pub oid: u32,
     /// What the stream says of it from now on.
     pub description: Description,
+    /// Its columns whose values have numbers in binary mode and names in text mode, and a type that
+    /// does this to them.
+    pub named_things: Vec<(String, String)>,
 }
 
 /// All that is kept, for the start of a session; with the captured tables as the catalog has them,
@@ -145,6 +148,12 @@ pub async fn catalog(
         let numbers: std::result::Result<_, _> = rows.iter().map(|row| row.try_get(3)).collect();
         let numbered = Numbered { relation: facts.oid, numbers: numbers.map_err(postgres_error)? };
         let columns: std::result::Result<Vec<_>, _> = rows.iter().map(column).collect();
+        let mut named_things = Vec::new();
+        for row in &rows {
+            if let Some(kind) = row.try_get::<_, Option<String>>(4).map_err(postgres_error)? {
+                named_things.push((row.try_get(0).map_err(postgres_error)?, kind));
+            }
+        }
         let columns = columns.map_err(postgres_error)?;
         let key = match (&*facts.primary_key, &facts.identity) {
             ([], CatalogIdentity::Index(columns)) => columns.clone(),
@@ -160,7 +169,8 @@ pub async fn catalog(
         let (schema, table) = (facts.table.schema.clone(), facts.table.name.clone());
         let description =
             Description { schema, table, columns, key, identity, numbered: Some(numbered) };
-        found.push(Cataloged { table: facts.table.to_string(), oid: facts.oid, description });
+        let (table, oid) = (facts.table.to_string(), facts.oid);
+        found.push(Cataloged { table, oid, description, named_things });
     }
     Ok(found)
 }
@@ -174,13 +184,13 @@ pub fn verify(
     tables: &[Cataloged],
     agreed: &HashMap<(String, String), Agreement>,
 ) -> Result<()> {
-    for Cataloged { table, description, .. } in tables {
+    for cataloged @ Cataloged { table, description, .. } in tables {
         for rule in columns::routes_of(&options.rules, table) {
             let agreed = agreed.get(&(rule.name.clone(), table.clone()));
             let agreed = agreed.map(|agreed| &agreed.description);
             columns::verify(rule, table, description, agreed)?;
             if options.binary {
-                columns::verify_binary(rule, table, description, agreed)?;
+                columns::verify_binary(rule, cataloged, agreed)?;
             }
         }
     }
