@@ -226,9 +226,47 @@ impl DescribedColumn {
             (oid::FLOAT4, oid::FLOAT8) => true,
             (oid::NUMERIC, oid::NUMERIC) => holds_digits(had, has),
             (from, to) if is_text(from) && is_text(to) => longer,
-            (from, to) => from == to && longer,
+            (oid::VARBIT, oid::VARBIT) => longer,
+            (
+                oid::TIME | oid::TIMETZ | oid::TIMESTAMP | oid::TIMESTAMPTZ,
+                oid::TIME | oid::TIMETZ | oid::TIMESTAMP | oid::TIMESTAMPTZ,
+            ) => from == to && digits(has) >= digits(had),
+            (oid::INTERVAL, oid::INTERVAL) => holds_fields(had, has),
+            // `char` and `bit` are as long as they are called: a longer one is filled up.
+            (oid::BPCHAR | oid::BIT, _) => from == to && has == had,
+            (from, to) if from == to => match element(from) {
+                Some(type_oid) => {
+                    let of = |one: &Self| Self { type_oid, ..one.clone() };
+                    of(self).holds_all_of(&of(before))
+                }
+                // What the numbers of other types mean is not known.
+                None => has < 0 || has == had,
+            },
+            _ => false,
         }
     }
+}
+
+/// The element type of a built-in array type, if its modifiers are told apart.
+fn element(type_oid: u32) -> Option<u32> {
+    oid::precise_element_of(type_oid).filter(|element| *element != 0)
+}
+
+/// Digits behind the point of a second; without a modifier there are six.
+fn digits(modifier: i32) -> i32 {
+    if modifier < 0 { 6 } else { modifier }
+}
+
+/// Whether an interval with the second modifier has all fields and digits of one with the first
+/// (timestamp.h, `INTERVAL_TYPMOD`).
+fn holds_fields(had: i32, has: i32) -> bool {
+    const ALL: i32 = 0x7fff;
+    let parts = |modifier: i32| match (modifier >> 16, modifier & 0xffff) {
+        _ if modifier < 0 => (ALL, 6),
+        (fields, digits) => (fields & ALL, digits.min(6)),
+    };
+    let ((had_fields, had_digits), (has_fields, has_digits)) = (parts(had), parts(has));
+    (has_fields == ALL || has_fields == had_fields) && has_digits >= had_digits
 }
 
 /// Whether a numeric column with the second modifier holds all values of one with the first. A
@@ -340,6 +378,7 @@ mod tests {
     #[test]
     fn a_type_that_holds_every_value_in_the_same_form_takes_nothing_away() {
         let numeric = |precision: i32, scale: i32| (precision << 16 | scale) + 4;
+        let interval = |fields: i32, digits: i32| fields << 16 | digits;
         for (from, to, fits) in [
             ((oid::INT2, -1), (oid::INT8, -1), true),
             ((oid::INT8, -1), (oid::INT4, -1), false),
@@ -355,6 +394,42 @@ mod tests {
             ((oid::TIMESTAMP, -1), (oid::TIMESTAMPTZ, -1), false),
             ((oid::FLOAT4, -1), (oid::FLOAT8, -1), true),
             ((16_999, -1), (17_000, -1), false),
+            // `geometry(Point)`: another number is another thing.
+            ((16_999, 4), (16_999, 8), false),
+            ((16_999, 4), (16_999, -1), true),
+            ((16_999, -1), (16_999, 4), false),
+            // A longer one is filled up with spaces, or with zeros.
+            ((oid::BPCHAR, 14), (oid::BPCHAR, 24), false),
+            ((oid::BPCHAR, 14), (oid::BPCHAR, -1), false),
+            ((oid::BPCHAR, 14), (oid::TEXT, -1), false),
+            ((oid::BPCHAR, 14), (oid::VARCHAR, 24), false),
+            ((oid::BIT, 8), (oid::BIT, 16), false),
+            ((oid::BIT, 8), (oid::VARBIT, 16), false),
+            ((oid::VARBIT, 8), (oid::VARBIT, 16), true),
+            ((oid::VARBIT, 8), (oid::VARBIT, -1), true),
+            ((oid::VARBIT, 16), (oid::VARBIT, 8), false),
+            ((oid::TIMESTAMP, 3), (oid::TIMESTAMP, 6), true),
+            ((oid::TIMESTAMP, 3), (oid::TIMESTAMP, -1), true),
+            ((oid::TIMESTAMP, -1), (oid::TIMESTAMP, 6), true),
+            ((oid::TIMESTAMP, -1), (oid::TIMESTAMP, 3), false),
+            ((oid::TIMESTAMPTZ, 3), (oid::TIMESTAMPTZ, 6), true),
+            ((oid::TIME, 0), (oid::TIME, 3), true),
+            ((oid::TIME, 3), (oid::TIME, 0), false),
+            ((oid::TIMETZ, 6), (oid::TIMETZ, 0), false),
+            ((oid::TIME, 6), (oid::TIMETZ, 6), false),
+            ((oid::INTERVAL, interval(0x7fff, 3)), (oid::INTERVAL, -1), true),
+            ((oid::INTERVAL, interval(0x7fff, 3)), (oid::INTERVAL, interval(0x7fff, 6)), true),
+            ((oid::INTERVAL, -1), (oid::INTERVAL, interval(0x7fff, 6)), true),
+            ((oid::INTERVAL, -1), (oid::INTERVAL, interval(0x7fff, 3)), false),
+            ((oid::INTERVAL, interval(0x4, 0xffff)), (oid::INTERVAL, -1), true),
+            ((oid::INTERVAL, -1), (oid::INTERVAL, interval(0x4, 0xffff)), false),
+            ((oid::INTERVAL, interval(0x4, 0xffff)), (oid::INTERVAL, interval(0x8, 6)), false),
+            // Arrays as their elements.
+            ((1015, 14), (1015, 24), true),
+            ((1014, 14), (1014, 24), false),
+            ((1231, numeric(10, 2)), (1231, numeric(12, 4)), false),
+            ((1561, 8), (1561, 16), false),
+            ((1115, 3), (1115, 6), true),
         ] {
             let (before, after) = (column("c", from.0, from.1), column("c", to.0, to.1));
             let difference = Difference::Retyped { from: before, to: after };

@@ -9,14 +9,15 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::Route;
+use super::{Format, Route};
 use super::agreed;
 use super::columns::{self, Deciding, Projection};
-use super::description::{Description, Difference};
+use super::description::{DescribedColumn, Description, Difference};
 use super::filter::Bound;
 use super::plan::{At, Plan, TablePlan};
 use super::rules::{Map, OnDrift};
 use super::schemas::{Agreement, SchemaChange, Schemas};
+use crate::column::debezium::Writer;
 use crate::event::hidden::{Hidden, Hide};
 use crate::event::{Event, Table};
 use crate::position::{Mark, Position};
@@ -168,8 +169,27 @@ pub(super) fn broken(route: &Route, agreed: &Description, now: &Description) -> 
         Difference::New(_) | Difference::Name { .. } | Difference::Identity { .. } => true,
     };
     let mut found = agreed.differences(now);
-    found.retain(|difference| difference.takes_away() && concerns(difference));
+    let is_lost = |difference: &Difference| {
+        difference.takes_away() || changes_form(&route.format, difference)
+    };
+    found.retain(|difference| is_lost(difference) && concerns(difference));
     found
+}
+
+/// Whether a format that tells types apart writes a column in another way now, although its type
+/// holds all that it held.
+fn changes_form(format: &Format, difference: &Difference) -> bool {
+    let (Format::Debezium(debezium), Difference::Retyped { from, to }) = (format, difference)
+    else {
+        return false;
+    };
+    let writer = |column: &DescribedColumn| {
+        Writer::of(column.type_oid, column.type_modifier, &debezium.values)
+    };
+    match (writer(from), writer(to)) {
+        (Some(from), Some(to)) => !from.is_like(to),
+        (from, to) => from.is_some() != to.is_some(),
+    }
 }
 
 /// Columns of `now` that the route leaves out because nobody agreed to them. `catalog` is the table

@@ -199,6 +199,20 @@ impl Writer {
         Some(Self { element, delimiter: is_array.then_some(of.delimiter) })
     }
 
+    /// Whether what the other one writes is read in the same way.
+    pub fn is_like(self, other: Self) -> bool {
+        let is_like = match (self.element, other.element) {
+            (Element::Numeric(one, _), Element::Numeric(other, _))
+                if one != DecimalHandling::Precise =>
+            {
+                one == other
+            }
+            (Element::TimestampTz(_), Element::TimestampTz(_)) => true,
+            (one, other) => one == other,
+        };
+        is_like && self.delimiter == other.delimiter
+    }
+
     /// Appends `text` as one JSON value.
     ///
     /// # Errors
