@@ -171,6 +171,16 @@ impl Rule {
         }
     }
 
+    /// Whether what it publishes hangs on which columns its table has, whatever they are called.
+    pub fn needs_columns(&self) -> bool {
+        match &self.action {
+            Action::Publish { rules, .. } => {
+                !rules.columns.is_empty() || rules.on_drift != OnDrift::Pass
+            }
+            Action::Drop => false,
+        }
+    }
+
     /// Its routing keys as far as they are known without an event: one for each partition, or one.
     pub fn known_keys(&self) -> Vec<Vec<KeyPart>> {
         match self.partitions() {

@@ -12,7 +12,8 @@ SELECT n.nspname::text, c.relname::text, c.relkind = 'p', row_security_active(c.
         WHERE ps.pnpubid = p.oid AND ps.pnnspid = c.relnamespace)
     OR NOT p.pubviaroot AND EXISTS (SELECT FROM pg_catalog.pg_publication_rel AS pr
         WHERE pr.prpubid = p.oid
-          AND pr.prrelid IN (SELECT relid FROM pg_catalog.pg_partition_ancestors(c.oid)))
+          AND pr.prrelid IN (SELECT relid FROM pg_catalog.pg_partition_ancestors(c.oid))),
+    a.numbers
 FROM pg_catalog.pg_class AS c
 JOIN pg_catalog.pg_namespace AS n ON n.oid = c.relnamespace
 LEFT JOIN pg_catalog.pg_publication AS p ON p.pubname = $2
@@ -20,7 +21,8 @@ LEFT JOIN pg_catalog.pg_publication_rel AS r ON r.prpubid = p.oid AND r.prrelid 
 CROSS JOIN LATERAL (
     SELECT array_agg(a.attname::text ORDER BY a.attnum) AS names,
         array_agg(a.atttypid ORDER BY a.attnum) AS types,
-        array_agg(a.atttypmod ORDER BY a.attnum) AS modifiers
+        array_agg(a.atttypmod ORDER BY a.attnum) AS modifiers,
+        array_agg(a.attnum ORDER BY a.attnum) AS numbers
     FROM pg_catalog.pg_attribute AS a
     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
       AND CASE WHEN r.prattrs IS NOT NULL THEN a.attnum = ANY (r.prattrs::int2[])

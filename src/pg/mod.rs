@@ -29,5 +29,7 @@ pub mod sqlstate;
 #[cfg(feature = "relay")]
 pub mod statement;
 pub mod unnamed;
+#[cfg(feature = "relay")]
+pub mod visibility;
 #[cfg(any(feature = "inbox", feature = "relay"))]
 pub mod wire;

@@ -2,34 +2,75 @@
 //!
 //! Invariant: a route that hides columns sends only those that somebody agreed to. Names are not
 //! enough: `note` is dropped, and the hidden `ssn` is renamed to `note`. The stream tells names and
-//! their order; the catalog tells numbers, too, which a column keeps for life. Where the catalog
-//! does not describe the table as it was then, the stream must show that nothing was dropped,
-//! renamed or exchanged: all columns that were agreed to stand where they stood, and new ones after
-//! them. Otherwise only the key is sent, without which a change would say nothing.
+//! their order; the catalog tells numbers, too, which a column keeps for life, in whose order the
+//! columns stand, and which no later column gets.
+//!
+//! The catalog may be younger than a row. What it has of the agreed columns, the table had then,
+//! too; what it has not may have been there. A column is known where nothing that may have been
+//! there could have moved it; one that may be another is treated as that.
 
 use super::description::{Description, Numbered};
 use super::rules::ColumnRules;
+use crate::event::hidden::Hide;
 
-/// The columns of `now` that a route with these rules was agreed with as `agreed`. `catalog` is the
-/// table as the catalog had it last, `key` the columns of the route's own key.
+/// Which column it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    /// The one with this number.
+    Number(i16),
+    /// One that was not there when it was agreed to.
+    New,
+    /// One of several.
+    Unknown,
+}
+
+/// The columns of `now` that a route with these rules may send: those that it was agreed with as
+/// `agreed`. If it names what it sends, also those that came later. `key` are the
+/// columns of the route's own key, `catalog` is the table as the catalog had it last.
 pub(super) fn columns<'a>(
+    rules: &ColumnRules,
     key: &[String],
     agreed: &Description,
     now: &'a Description,
     catalog: Option<&Description>,
 ) -> Vec<&'a str> {
-    let numbers = numbers(agreed, now, catalog);
-    let is_kept = is_kept(agreed, now);
-    let is_key = |name: &str| now.key.iter().chain(key).any(|key| key == name);
-    let is_it = |name: &&str| match numbers {
-        Some((then, today)) => then.of(agreed, name) == today.of(now, name),
-        None => is_kept || is_key(name),
+    let named = || now.columns.iter().map(|column| &*column.name);
+    let Some(which) = which(agreed, now, catalog) else {
+        let places = agreed.columns.iter().map(|column| &*column.name).zip(named());
+        let kept = places.take_while(|(then, now)| then == now).count();
+        // Where one has lost its place, so may have all behind it.
+        let is_kept = kept == agreed.columns.len();
+        let is_key = |name: &str| now.key.iter().chain(key).any(|key| key == name);
+        let is_it = |(place, name): &(usize, &str)| *place < kept && (is_kept || is_key(name));
+        return named().enumerate().filter(is_it).map(|(_, name)| name).collect();
     };
-    let named = now.columns.iter().map(|column| &*column.name);
-    named.filter(|name| agreed.column(name).is_some()).filter(is_it).collect()
+    let settled = catalog.is_some_and(|catalog| is_settled(rules, agreed, catalog));
+    let is_it = |(which, name): &(Which, &str)| match which {
+        Which::Number(number) => match agreed.with_number(*number) {
+            Some(then) if then == *name => true,
+            // It was hidden under another name.
+            Some(then) => !rules.is_closed() && rules.hide(then) != Some(Hide::Exclude),
+            None => !rules.is_closed(),
+        },
+        Which::New => !rules.is_closed(),
+        Which::Unknown => settled && agreed.column(name).is_some(),
+    };
+    which.into_iter().zip(named()).filter(is_it).map(|(_, name)| name).collect()
 }
 
-/// Whether only the catalog can tell which columns these are.
+/// Whether nothing in the catalog has taken the name of something else, and all that is hidden is
+/// there under its own: then what has the name of a column in an older row was that column, unless
+/// it was renamed forth and back.
+fn is_settled(rules: &ColumnRules, agreed: &Description, catalog: &Description) -> bool {
+    let (Some(then), Some(today)) = (&agreed.numbered, &catalog.numbered) else { return false };
+    let mut columns = agreed.columns.iter().zip(&then.numbers);
+    columns.all(|(column, number)| match catalog.place(&column.name) {
+        Some(place) => today.numbers.get(place) == Some(number),
+        None => rules.hide(&column.name).is_none(),
+    })
+}
+
+/// Whether only a younger catalog can tell which columns these are.
 pub(super) fn needs_catalog(
     rules: &ColumnRules,
     agreed: &Description,
@@ -39,30 +80,83 @@ pub(super) fn needs_catalog(
     // A younger one says no more of a table that this one describes as it is, nor of another table
     // under its name: a session that ended for that would end again and again.
     let is_behind = catalog.is_none_or(|catalog| names(catalog) != names(now));
-    let is_in_doubt = agreed.numbered.is_some() || !is_kept(agreed, now);
-    rules.is_closed() && is_behind && is_in_doubt
+    let is_unknown = match which(agreed, now, catalog) {
+        Some(which) => which.contains(&Which::Unknown),
+        None => {
+            let is_kept = agreed.columns.len() <= now.columns.len()
+                && names(agreed).iter().zip(names(now)).all(|(then, now)| *then == now);
+            agreed.numbered.is_some() || !is_kept
+        }
+    };
+    !rules.is_empty() && is_behind && is_unknown
 }
 
-/// The numbers of the columns when it was agreed to, and of those of `now`, if the catalog knows.
-fn numbers<'a>(
-    agreed: &'a Description,
+/// The numbers of the columns of `now`, where all are known.
+pub(super) fn numbered(
+    agreed: &Description,
     now: &Description,
-    catalog: Option<&'a Description>,
-) -> Option<(&'a Numbered, &'a Numbered)> {
-    let catalog = catalog?;
-    let (then, today) = (agreed.numbered.as_ref()?, catalog.numbered.as_ref()?);
-    (then.relation == today.relation && names(now) == names(catalog)).then_some((then, today))
+    catalog: Option<&Description>,
+) -> Option<Numbered> {
+    let today = catalog?.numbered.as_ref()?;
+    let numbers = match which(agreed, now, catalog) {
+        _ if is_as_cataloged(now, catalog?, today) => today.numbers.clone(),
+        Some(which) => {
+            let number = |which: Which| match which {
+                Which::Number(number) => Some(number),
+                Which::New | Which::Unknown => None,
+            };
+            which.into_iter().map(number).collect::<Option<Vec<i16>>>()?
+        }
+        None => return None,
+    };
+    Some(Numbered { relation: today.relation, numbers })
+}
+
+/// Which the columns of `now` are; absent where numbers tell nothing.
+fn which(
+    agreed: &Description,
+    now: &Description,
+    catalog: Option<&Description>,
+) -> Option<Vec<Which>> {
+    let (then, catalog) = (agreed.numbered.as_ref()?, catalog?);
+    let unknown = || Some(vec![Which::Unknown; now.columns.len()]);
+    // It was being altered when it was read.
+    let Some(today) = &catalog.numbered else { return unknown() };
+    if then.relation != today.relation {
+        return None;
+    }
+    if is_as_cataloged(now, catalog, today) {
+        return Some(today.numbers.iter().map(|number| Which::Number(*number)).collect());
+    }
+    let is_there = |number: &&i16| today.numbers.contains(number);
+    let kept = then.numbers.iter().filter(is_there).count();
+    let last = then.numbers.last().copied().unwrap_or_default();
+    let is_published_anew = |number: &i16| *number < last && !then.numbers.contains(number);
+    // A column list does not tell what was there.
+    if now.columns.len() < kept || today.numbers.iter().any(is_published_anew) {
+        return unknown();
+    }
+    if now.columns.len() == kept {
+        let kept = then.numbers.iter().filter(is_there);
+        return Some(kept.map(|number| Which::Number(*number)).collect());
+    }
+    // The first that is gone may have been there, or not.
+    let certain = then.numbers.iter().take_while(is_there).count();
+    let of_place = |place: usize| match then.numbers.get(place) {
+        Some(number) if place < certain => Which::Number(*number),
+        None if certain == then.numbers.len() => Which::New,
+        Some(_) | None => Which::Unknown,
+    };
+    Some((0..now.columns.len()).map(of_place).collect())
+}
+
+/// Whether the catalog has these columns.
+fn is_as_cataloged(now: &Description, catalog: &Description, today: &Numbered) -> bool {
+    names(now) == names(catalog) && today.numbers.len() == now.columns.len()
 }
 
 fn names(description: &Description) -> Vec<&str> {
     description.columns.iter().map(|column| &*column.name).collect()
-}
-
-/// Whether the columns that were agreed to stand where they stood.
-fn is_kept(agreed: &Description, now: &Description) -> bool {
-    let both = agreed.columns.iter().zip(&now.columns);
-    now.columns.len() >= agreed.columns.len()
-        && both.clone().all(|(then, now)| then.name == now.name)
 }
 
 #[cfg(test)]
@@ -86,9 +180,18 @@ mod tests {
         }
     }
 
+    fn masks() -> ColumnRules {
+        ColumnRules { hash: vec!["ssn".into()], ..ColumnRules::default() }
+    }
+
+    fn includes(names: &str) -> ColumnRules {
+        let include = names.split(' ').map(str::to_owned).collect();
+        ColumnRules { include, ..ColumnRules::default() }
+    }
+
     fn agreed_of(now: &str, catalog: Option<&Description>) -> String {
         let agreed = described("id note ssn name", &[1, 2, 3, 4]);
-        columns(&["customer".into()], &agreed, &described(now, &[]), catalog).join(" ")
+        columns(&masks(), &["customer".into()], &agreed, &described(now, &[]), catalog).join(" ")
     }
 
     #[test]
@@ -101,17 +204,19 @@ mod tests {
         assert_eq!(agreed_of("id note name", None), "id", "it may be the hidden one");
         assert_eq!(agreed_of("id ssn note name", None), "id", "they have exchanged their names");
         assert_eq!(agreed_of("id note name ssn", None), "id", "a new one has its name");
+        assert_eq!(agreed_of("old note id name", None), "", "the key is the hidden one");
     }
 
     #[test]
     fn the_catalog_is_asked_only_where_a_younger_one_can_tell_more() {
-        let rules = ColumnRules { hash: vec!["ssn".into()], ..ColumnRules::default() };
         let agreed = described("id note ssn", &[1, 2, 3]);
         let asks = |now: &str, catalog: &Description| {
-            needs_catalog(&rules, &agreed, &described(now, &[]), Some(catalog))
+            needs_catalog(&masks(), &agreed, &described(now, &[]), Some(catalog))
         };
-        assert!(asks("id old note ssn", &agreed), "its columns stand elsewhere");
-        assert!(asks("id note ssn more", &agreed), "they may be others under these names");
+        let dropped = described("id ssn", &[1, 3]);
+        assert!(asks("id note ssn", &dropped), "its columns stand elsewhere");
+        assert!(!asks("id note ssn more", &agreed), "it has all that it had, and one more");
+        assert!(!asks("id remark ssn", &agreed), "they have the same places");
         assert!(!asks("id note", &described("id note", &[1, 3])));
         let mut again = described("id note ssn", &[1, 2, 3]);
         again.numbered.as_mut().expect("numbers").relation = 8;
@@ -126,11 +231,72 @@ mod tests {
         assert_eq!(agreed_of("id note name", Some(&renamed)), "id name");
         let exchanged = described("id ssn note name", &[1, 2, 3, 4]);
         assert_eq!(agreed_of("id ssn note name", Some(&exchanged)), "id name");
-        // It describes the table as it was at another time.
-        assert_eq!(agreed_of("id note name", Some(&exchanged)), "id");
         // Another table of that name has numbers of its own.
         let mut other = described("id ssn note name", &[1, 2, 3, 4]);
         other.numbered.as_mut().expect("numbers").relation = 8;
         assert_eq!(agreed_of("id ssn note name", Some(&other)), "id");
+    }
+
+    #[test]
+    fn a_younger_catalog_tells_what_may_have_been_there() {
+        // `note` was dropped, the hidden one has its name, and there is a new `ssn`: then a column
+        // came. The rows before that look like those that were agreed to.
+        let agreed = described("id note ssn", &[1, 2, 3]);
+        let of = |now: &str, catalog: &Description| {
+            columns(&masks(), &[], &agreed, &described(now, &[]), Some(catalog)).join(" ")
+        };
+        let swapped = described("id note ssn more", &[1, 3, 4, 5]);
+        assert_eq!(of("id note ssn", &swapped), "id");
+        assert_eq!(of("id note ssn more", &swapped), "id");
+        let swapped = described("id note ssn", &[1, 3, 4]);
+        assert_eq!(of("id note ssn", &swapped), "id");
+        // Nothing is gone: all have their places, whatever they are called.
+        let grown = described("id remark ssn more", &[1, 2, 3, 4]);
+        assert_eq!(of("id note ssn", &grown), "id note ssn");
+        assert_eq!(of("id ssn note", &grown), "id");
+        // As many as are left of them are those.
+        let less = described("id ssn more", &[1, 3, 4]);
+        assert_eq!(of("id note", &less), "id", "it is the hidden one");
+        // What is hidden is there, and nothing has another's name: one that was open was dropped.
+        let agreed = described("id ssn note name", &[1, 2, 3, 4]);
+        let dropped = described("id ssn name more", &[1, 2, 4, 5]);
+        let now = described("id ssn note name", &[]);
+        assert_eq!(columns(&masks(), &[], &agreed, &now, Some(&dropped)).len(), 4);
+        let dropped = described("id note name more", &[1, 3, 4, 5]);
+        let sent = columns(&masks(), &[], &agreed, &now, Some(&dropped));
+        assert_eq!(sent, ["id"], "the hidden one may have had any of these names");
+        // A column list that grew does not tell what was there.
+        let agreed = described("id note name", &[1, 2, 4]);
+        let listed = described("id name ssn note", &[1, 2, 3, 4]);
+        let now = described("id note name", &[]);
+        assert!(columns(&masks(), &[], &agreed, &now, Some(&listed)).is_empty());
+        // It was being altered when it was read.
+        let open = described("id note name", &[]);
+        assert!(columns(&masks(), &[], &agreed, &now, Some(&open)).is_empty());
+    }
+
+    #[test]
+    fn a_column_that_was_not_included_is_not_sent_under_a_name_that_is() {
+        let agreed = described("id note ssn", &[1, 2, 3]);
+        let of = |rules: &str, now: &str, numbers: &[i16]| {
+            let catalog = described(now, numbers);
+            columns(&includes(rules), &[], &agreed, &described(now, &[]), Some(&catalog)).join(" ")
+        };
+        assert_eq!(of("id note", "id note", &[1, 3]), "id", "it is the other one");
+        assert_eq!(of("id note", "id note", &[1, 4]), "id note", "it is a new one");
+        assert_eq!(of("id note", "id ssn note", &[1, 2, 3]), "id ssn");
+        assert_eq!(of("id note ssn", "id ssn note", &[1, 2, 3]), "id ssn note", "both are sent");
+    }
+
+    #[test]
+    fn numbers_are_told_where_all_are_known() {
+        let agreed = described("id note ssn", &[1, 2, 3]);
+        let of = |now: &str, catalog: &Description| {
+            numbered(&agreed, &described(now, &[]), Some(catalog)).map(|known| known.numbers)
+        };
+        let again = described("id ssn note", &[1, 3, 4]);
+        assert_eq!(of("id ssn note", &again), Some(vec![1, 3, 4]));
+        assert_eq!(of("id ssn", &again), Some(vec![1, 3]));
+        assert_eq!(of("id note ssn", &again), None);
     }
 }

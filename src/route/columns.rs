@@ -95,7 +95,7 @@ pub(super) fn hidings(
     let key = Arc::new(key);
     let hide = |(index, column): (usize, &Column)| {
         let name = &column.name;
-        let new = (rules.is_closed() && !is_agreed(name)).then_some(Hide::Exclude);
+        let new = (!rules.is_empty() && !is_agreed(name)).then_some(Hide::Exclude);
         let (rule, stored) = (rules.hide(name).or(new), hidden.of(index));
         let stand = match rule.max(stored)? {
             Hide::Exclude => Stand::Nothing,

@@ -38,14 +38,6 @@ pub struct Numbered {
     pub numbers: Vec<i16>,
 }
 
-impl Numbered {
-    /// The number of this column of the description that has these numbers.
-    pub(super) fn of(&self, description: &Description, name: &str) -> Option<i16> {
-        let at = description.columns.iter().position(|column| column.name == name)?;
-        self.numbers.get(at).copied()
-    }
-}
-
 /// A column of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DescribedColumn {
@@ -137,7 +129,35 @@ impl Description {
         self.columns.iter().find(|column| column.name == name)
     }
 
-    /// What has changed from this one to `later`.
+    /// The place of the column of that name.
+    pub(super) fn place(&self, name: &str) -> Option<usize> {
+        self.columns.iter().position(|column| column.name == name)
+    }
+
+    /// The name of the column with that number.
+    pub(super) fn with_number(&self, number: i16) -> Option<&str> {
+        let numbers = &self.numbered.as_ref()?.numbers;
+        let at = numbers.iter().position(|known| *known == number)?;
+        self.columns.get(at).map(|column| &*column.name)
+    }
+
+    /// Whether the column of that name is another one in `later`: the catalog gave it another
+    /// number, because the one before was dropped or has another name now.
+    fn is_another(&self, later: &Self, name: &str) -> bool {
+        let (Some(mine), Some(theirs)) = (&self.numbered, &later.numbered) else { return false };
+        let number = |of: &Self, numbers: &Numbered| numbers.numbers.get(of.place(name)?).copied();
+        mine.relation == theirs.relation && number(self, mine) != number(later, theirs)
+    }
+
+    /// Whether `later` has others of its columns under the same names.
+    pub(super) fn has_others(&self, later: &Self) -> bool {
+        let is_both = |column: &&DescribedColumn| later.column(&column.name).is_some();
+        let mut both = self.columns.iter().filter(is_both);
+        both.any(|column| self.is_another(later, &column.name))
+    }
+
+    /// What has changed from this one to `later`. A column that is another one under the same name
+    /// is gone, and the other is new: what it holds has nothing to do with what was there.
     pub fn differences(&self, later: &Self) -> Vec<Difference> {
         let mut found = Vec::new();
         let name = |d: &Self| format!("{}.{}", d.schema, d.table);
@@ -147,6 +167,9 @@ impl Description {
         for before in &self.columns {
             match later.column(&before.name) {
                 None => found.push(Difference::Gone(before.clone())),
+                Some(_) if self.is_another(later, &before.name) => {
+                    found.push(Difference::Gone(before.clone()));
+                }
                 Some(after) if after != before => {
                     let (from, to) = (before.clone(), after.clone());
                     found.push(Difference::Retyped { from, to });
@@ -154,7 +177,9 @@ impl Description {
                 Some(_) => {}
             }
         }
-        let is_new = |column: &&DescribedColumn| self.column(&column.name).is_none();
+        let is_new = |column: &&DescribedColumn| {
+            self.column(&column.name).is_none() || self.is_another(later, &column.name)
+        };
         found.extend(later.columns.iter().filter(is_new).cloned().map(Difference::New));
         if !same_names(&self.key, &later.key) {
             found.push(Difference::Key { from: self.key.clone(), to: later.key.clone() });

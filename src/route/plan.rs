@@ -4,13 +4,14 @@
 //! only looks up what was decided: which columns make the key, whether the stream carries it,
 //! where the hashes of its lanes begin, and the texts that are the same for every event.
 
+mod asked;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use xxhash_rust::xxh64::Xxh64;
 
 use super::database_secret::DatabaseSecret;
-use super::description::Description;
 use super::lanes::{self, LaneKeys};
 use super::promise::{self, PlanRules};
 use super::schemas::{SchemaChange, Schemas};
@@ -360,17 +361,6 @@ impl Plans {
         let change = promise::changed(&mut self.schemas, routes, table, position);
         self.tables.insert(table.oid, rules);
         change
-    }
-
-    /// Whether the columns of a table that is described so can only be told apart by a younger
-    /// catalog than the one that the session read.
-    pub fn needs_catalog(&self, router: &Router, table: &Arc<Table>, position: Position) -> bool {
-        let at = At::of(&self.schemas, position.mark);
-        let (rules, now) = (Rules::of_table(router, table, &at), Description::of(table));
-        let of_route = |plan: &Plan| {
-            self.schemas.needs_catalog(&plan.route, &table.full_name, &now, position.mark)
-        };
-        rules.plans().any(of_route)
     }
 
     /// The plan by which an event went that was decided before.

@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::{Format, Route};
 use super::agreed;
 use super::columns::{self, Deciding, Projection};
 use super::description::{DescribedColumn, Description, Difference};
@@ -17,6 +16,7 @@ use super::filter::Bound;
 use super::plan::{At, Plan, TablePlan};
 use super::rules::{Map, OnDrift};
 use super::schemas::{Agreement, SchemaChange, Schemas};
+use super::{Format, Route};
 use crate::column::debezium::Writer;
 use crate::event::hidden::{Hidden, Hide};
 use crate::event::{Event, Table};
@@ -142,7 +142,9 @@ fn drift(route: &Route, agreement: &Agreement, plan: &TablePlan, at: &At<'_>) ->
     if policy == OnDrift::Pass || at.mark < agreement.since {
         return None;
     }
-    let mut broken = broken(route, &agreement.description, &Description::of(&plan.table));
+    let (agreed, table) = (&agreement.description, &plan.table);
+    let now = at.schemas.described(&table.full_name, table, agreed);
+    let mut broken = broken(route, agreed, &now);
     // A row that was read has no old row, which is all that an identity is about.
     broken.retain(|lost| !(at.is_read && matches!(lost, Difference::Identity { .. })));
     let what: Vec<String> = broken.iter().map(ToString::to_string).collect();
@@ -201,10 +203,10 @@ pub(super) fn left_out(
     catalog: Option<&Description>,
 ) -> Vec<String> {
     let rules = &route.rules.columns;
-    if !rules.is_closed() {
+    if rules.is_empty() {
         return Vec::new();
     }
-    let agreed = agreed::columns(&route.key, agreed, now, catalog);
+    let agreed = agreed::columns(rules, &route.key, agreed, now, catalog);
     let names = now.columns.iter().map(|column| &*column.name);
     let is_new = |name: &&str| !agreed.contains(name) && rules.hide(name).is_none();
     names.filter(is_new).map(str::to_owned).collect()
@@ -217,9 +219,10 @@ pub(super) fn changed<'a>(
     table: &Table,
     position: Position,
 ) -> Option<SchemaChange> {
-    let description = Description::of(table);
     let name = table.full_name.to_string();
-    let differences = schemas.recorded.get(&name)?.before(position)?.differences(&description);
+    let before = schemas.recorded.get(&name)?.before(position)?;
+    let description = schemas.described(&name, table, before);
+    let differences = before.differences(&description);
     if differences.is_empty() {
         return None;
     }
@@ -228,7 +231,7 @@ pub(super) fn changed<'a>(
         let Some(agreement) = schemas.agreement(&route.name, &name) else { continue };
         let agreed = &agreement.description;
         let is_older = position.mark < agreement.since;
-        let lost = broken(route, agreed, &description);
+        let lost = broken(route, agreed, &schemas.described(&name, table, agreed));
         if !is_older && !lost.is_empty() {
             not_kept.push((route.name.clone(), lost));
         }

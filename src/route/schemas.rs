@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::database_secret::DatabaseSecret;
 use super::description::{Description, Difference};
 use super::{Route, agreed};
+use crate::event::Table;
 use crate::position::{Mark, Position};
 
 /// A description that somebody agreed to for a route.
@@ -42,6 +43,15 @@ pub struct Recorded {
 }
 
 impl Recorded {
+    /// The last one.
+    fn last(&self) -> Option<&Description> {
+        match (&self.changed, self.agreed.last()) {
+            (Some((at, changed)), Some((mark, _))) if *mark <= at.mark => Some(changed),
+            (Some((_, changed)), None) => Some(changed),
+            (_, agreed) => agreed.map(|(_, agreed)| agreed),
+        }
+    }
+
     /// The description before `position`; absent where none is known, and where what comes there
     /// is recorded already: a transaction that is read again begins with its old description.
     pub(super) fn before(&self, position: Position) -> Option<&Description> {
@@ -76,7 +86,7 @@ impl Schemas {
         self.agreed.get(&(route.to_owned(), table.to_owned()))
     }
 
-    /// The columns of `now`, the table of that name, that a route which hides some was agreed with.
+    /// The columns of `now`, the table of that name, that a route may send which hides some.
     pub(super) fn agreed_columns<'a>(
         &self,
         route: &Route,
@@ -84,13 +94,45 @@ impl Schemas {
         now: &'a Description,
     ) -> Vec<&'a str> {
         let rules = &route.rules.columns;
-        if !rules.is_closed() {
-            return Vec::new();
+        match self.agreement(&route.name, table) {
+            Some(agreement) if !rules.is_empty() => {
+                agreed::columns(rules, &route.key, &agreement.description, now, self.now.get(table))
+            }
+            // Nobody has agreed to anything.
+            None if rules.is_closed() => Vec::new(),
+            Some(_) | None => now.columns.iter().map(|column| &*column.name).collect(),
         }
-        let agreement = self.agreement(&route.name, table);
-        agreement.map_or_else(Vec::new, |agreement| {
-            agreed::columns(&route.key, &agreement.description, now, self.now.get(table))
-        })
+    }
+
+    /// The table of that name as the stream describes it, with the numbers of its columns if they
+    /// are known. `agreed` is a description from before.
+    pub(super) fn described(&self, name: &str, table: &Table, agreed: &Description) -> Description {
+        let now = Description::of(table);
+        let numbered = agreed::numbered(agreed, &now, self.now.get(name));
+        Description { numbered, ..now }
+    }
+
+    /// Whether the table of that name has other columns than those that are recorded, under the
+    /// same names: its description does not show it.
+    pub fn is_renumbered(&self, table: &str) -> bool {
+        let (recorded, now) = (self.recorded.get(table), self.now.get(table));
+        let last = recorded.and_then(Recorded::last);
+        last.zip(now).is_some_and(|(last, now)| last.has_others(now))
+    }
+
+    /// It is not known any more which columns the table of that name has: it was being altered when
+    /// the catalog was asked.
+    pub(super) fn forget_numbers(&mut self, table: &str) {
+        if let Some(now) = self.now.get_mut(table) {
+            now.numbered = None;
+        }
+    }
+
+    /// Whether one of the columns that the catalog had of the table of that name is not among
+    /// `numbers`, which it has now.
+    pub(super) fn has_lost(&self, table: &str, numbers: &[i16]) -> bool {
+        let known = self.now.get(table).and_then(|now| now.numbered.as_ref());
+        known.is_some_and(|known| known.numbers.iter().any(|number| !numbers.contains(number)))
     }
 
     /// Whether only a younger catalog than the one that was read can tell which columns these are,

@@ -1,6 +1,7 @@
 //! Where events come from. A source hands on committed changes in source order and is told what
 //! has been settled; it advances only as far as the receipts that come back.
 
+pub mod columns;
 pub mod outbox;
 pub mod poll;
 pub mod transaction;
@@ -28,11 +29,22 @@ pub enum Item {
     /// one that was stored last, or than the one before in this stream. With its own place, which
     /// the receipt is past where an earlier session settled what comes next.
     Described(Arc<Table>, Position, Receipt),
+    /// Which columns the table has from here on cannot be told by what the session has read.
+    Columns(Arc<Table>, Position, ColumnDoubt),
     /// A low mark of a backfill: the rows of its chunk stand here.
     LowMark(LowMark, Receipt),
     /// Nothing is open and everything up to here was handed on; the WAL has grown by something
     /// that is not ours.
     Idle(Receipt),
+}
+
+/// Why it cannot be told which columns a table has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ColumnDoubt {
+    /// It has lost some that it had: the catalog is to be read again.
+    Others,
+    /// It may have been altered by a transaction that cannot be looked at yet.
+    Unknown,
 }
 
 /// Proof that the source handed something on. Not `Clone`: it travels with the entry through the

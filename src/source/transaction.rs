@@ -18,10 +18,10 @@ use uuid::Uuid;
 use crate::error::{Error, Result};
 use crate::event::id::{self, Ids};
 use crate::event::{Change, Content, Event, Table};
-use crate::pg::pgoutput::{self, Relation, ReplicationMessage, Tuple};
+use crate::pg::pgoutput::{self, ReplicationMessage, Tuple};
 use crate::position::{Lsn, Mark, Position};
-use crate::source::{CanaryGap, CanarySighting, Item, Note, Receipt, Seen};
-use describe::{Described, Role, described, just_changed, just_lost_or_found};
+use crate::source::{CanaryGap, CanarySighting, Item, Receipt, Seen};
+use describe::{Described, Role, described};
 use outbox_row::outbox_row;
 use rows::{Values, complete, old_row};
 
@@ -31,6 +31,7 @@ mod low_mark;
 mod message;
 mod options;
 pub(super) mod outbox_row;
+mod relation;
 pub(super) mod rows;
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ mod tests_identity;
 pub use low_mark::MARK_PREFIX;
 pub use options::{CapturedTable, Former, HeldTable};
 pub use options::{Options, Timelines};
+pub use relation::DescribedAt;
 
 /// Relations described by one stream; more would be a leak on somebody's side.
 const RELATIONS_MAX: usize = 100_000;
@@ -66,6 +68,8 @@ pub struct Assembler {
     no_table: Arc<Table>,
     /// Roots with partitions that do not send what the root is said to send.
     unlike: BTreeSet<(u32, u32)>,
+    /// The captured table that the last message has described.
+    described: Option<DescribedAt>,
 }
 
 #[derive(Debug)]
@@ -114,7 +118,7 @@ impl Assembler {
         let timeline = options.timelines.current();
         let namespace = (timeline, id::namespace(options.system_id, timeline));
         let (state, canary, last_begun) = (State::Idle, None, Lsn::ZERO);
-        let (root, unlike) = Default::default();
+        let (root, unlike, described) = Default::default();
         let no_table = message::no_table(&options.database);
         Self {
             options,
@@ -128,7 +132,13 @@ impl Assembler {
             root,
             no_table,
             unlike,
+            described,
         }
+    }
+
+    /// The captured table that the last message has described; once.
+    pub fn take_described(&mut self) -> Option<DescribedAt> {
+        self.described.take()
     }
 
     /// What came so far; how far the server is, is not known here.
@@ -343,87 +353,6 @@ impl Assembler {
             self.hand_on(counted, table, id, at, Content::Change(Change::Truncate), out);
         }
         Ok(())
-    }
-
-    fn relation(&mut self, relation: &Relation<'_>, out: &mut Vec<Item>) -> Result<()> {
-        let is_older = match &self.state {
-            State::Open(transaction) => transaction.commit_lsn < self.options.catalog_at,
-            State::Idle => true,
-        };
-        if !is_older && let Some(table) = describe::held_is_another(relation, &self.options) {
-            return Err(just_lost_or_found(table));
-        }
-        let mut described = describe::describe(relation, &self.options, is_older)?;
-        // A partition of a captured root is never captured itself: a table that is, and that comes
-        // right after a root, is another one of the same truncate.
-        if let Some(root) = self.root.take()
-            && matches!(described.role, Role::Unwanted)
-        {
-            self.partition(&root, relation, is_older, out)?;
-        }
-        if self.tables.len() >= RELATIONS_MAX {
-            // The server describes a relation again before it uses it only after an invalidation,
-            // so forgetting is not possible; a new session is.
-            return Err(Error::protocol(format!("more than {RELATIONS_MAX} tables in one stream")));
-        }
-        if matches!(described.role, Role::Captured(_)) {
-            if !is_older && !describe::names_every_row(&described.table, &self.options) {
-                return Err(just_changed(&described.table.full_name));
-            }
-            if describe::is_root(&described.table, &self.options) {
-                self.root = Some(described.table.clone());
-            }
-            if self.has_unlike(relation.id) {
-                described.table = describe::without_identity(&described.table);
-            }
-            self.announce(&described.table, out);
-        }
-        self.tables.insert(relation.id, described);
-        Ok(())
-    }
-
-    /// A partition was described, right after its root.
-    fn partition(
-        &mut self,
-        root: &Arc<Table>,
-        partition: &Relation<'_>,
-        is_older: bool,
-        out: &mut Vec<Item>,
-    ) -> Result<()> {
-        let pair = (root.oid, partition.id);
-        if describe::sends_like_root(root, partition, &self.options) {
-            self.unlike.remove(&pair);
-        } else if is_older {
-            self.unlike.insert(pair);
-        } else {
-            return Err(just_changed(&format!("{}.{}", partition.namespace, partition.name)));
-        }
-        let unlike = self.has_unlike(root.oid);
-        let table = if unlike { describe::without_identity(root) } else { Arc::clone(root) };
-        self.announce(&table, out);
-        if let Some(described) = self.tables.get_mut(&root.oid) {
-            described.table = table;
-        }
-        Ok(())
-    }
-
-    fn has_unlike(&self, root: u32) -> bool {
-        self.unlike.range((root, 0)..=(root, u32::MAX)).next().is_some()
-    }
-
-    /// Hands on a description that differs from the one before it in this stream, or from the
-    /// stored one.
-    fn announce(&self, table: &Arc<Table>, out: &mut Vec<Item>) {
-        let State::Open(transaction) = &self.state else { return };
-        let is_known = match self.tables.get(&table.oid) {
-            Some(before) => before.table.version == table.version && before.table.key == table.key,
-            None => describe::is_former(table, &self.options),
-        };
-        if !is_known {
-            let position = self.position(transaction);
-            let receipt = self.receipt(position, None).with_note(Note::Described(table.clone()));
-            out.push(Item::Described(table.clone(), position, receipt));
-        }
     }
 
     fn open_transaction(&self) -> Result<Transaction> {

@@ -11,7 +11,8 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::error::{Error, Result};
 use crate::pg::replication::{Frame, ReplicationStream};
-use crate::position::{Lsn, Mark};
+use crate::position::{Lsn, Mark, Position};
+use crate::source::columns::ColumnWatch;
 use crate::source::transaction::Assembler;
 use crate::source::{Item, Receipt, Seen, Source};
 
@@ -56,6 +57,10 @@ impl Timing {
 pub struct Wal {
     stream: ReplicationStream,
     assembler: Assembler,
+    columns: ColumnWatch,
+    /// What is handed on when the catalog has answered about the columns of a table, and where it
+    /// was described.
+    waiting: Option<(Position, Vec<Item>)>,
     timing: Timing,
     flushed: Lsn,
     received: Lsn,
@@ -77,12 +82,24 @@ impl Wal {
     pub fn new(
         stream: ReplicationStream,
         assembler: Assembler,
+        columns: ColumnWatch,
         timing: Timing,
         flushed: Lsn,
     ) -> Self {
         let now = Instant::now();
-        let (silence, received) = (Silence::Since(now), flushed);
-        Self { stream, assembler, timing, flushed, received, last_status: now, silence }
+        let (silence, received, waiting) = (Silence::Since(now), flushed, None);
+        let last_status = now;
+        Self {
+            stream,
+            assembler,
+            columns,
+            waiting,
+            timing,
+            flushed,
+            received,
+            last_status,
+            silence,
+        }
     }
 
     /// Takes what has arrived, without waiting.
@@ -96,7 +113,16 @@ impl Wal {
                 None => return Ok(Taken::Some),
                 Some(Frame::XLogData { wal_start, wal_end, data, .. }) => {
                     self.received = self.received.max(wal_end);
+                    let before = batch.len();
                     self.assembler.apply(wal_start, &data, batch)?;
+                    if let Some(described) = self.assembler.take_described() {
+                        let position = described.position;
+                        if self.columns.described(described) {
+                            self.waiting = Some((position, batch.split_off(before)));
+                            let is_empty = batch.is_empty();
+                            return Ok(if is_empty { Taken::OnlyFiltered } else { Taken::Some });
+                        }
+                    }
                 }
                 Some(Frame::Keepalive { wal_end, reply_requested, .. }) => {
                     self.received = self.received.max(wal_end);
@@ -173,6 +199,15 @@ impl Source for Wal {
     async fn next(&mut self, room: usize, batch: &mut Vec<Item>) -> Result<()> {
         assert!(batch.is_empty(), "a batch is taken out before the next one comes");
         loop {
+            if let Some((position, _)) = &self.waiting {
+                let position = *position;
+                let doubt = self.columns.answer().await?;
+                batch.extend(doubt.map(|(table, doubt)| Item::Columns(table, position, doubt)));
+                batch.extend(self.waiting.take().into_iter().flat_map(|(_, items)| items));
+                if !batch.is_empty() {
+                    return Ok(());
+                }
+            }
             match self.take(room, batch)? {
                 Taken::Some => return Ok(()),
                 Taken::OnlyFiltered => tokio::task::yield_now().await,

@@ -199,6 +199,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         database: "shop".into(),
         outbox: OutboxTable::default(),
         catalog_at: Lsn::ZERO,
+        renumbered: Default::default(),
         types: Default::default(),
         canary: String::new(),
         canary_accepted: 0,
@@ -270,7 +271,11 @@ fn routing((mut assembler, frames, mut items): (Assembler, Vec<Bytes>, Vec<Item>
     take_all(&mut assembler, &frames, &mut items);
     let event = |item| match item {
         Item::Event(event, _) => Some(event),
-        Item::Commit(_) | Item::Idle(_) | Item::Described(..) | Item::LowMark(..) => None,
+        Item::Commit(_)
+        | Item::Idle(_)
+        | Item::Described(..)
+        | Item::Columns(..)
+        | Item::LowMark(..) => None,
     };
     let router = Router::new(&default_rules()).expect("the default rules");
     Routing {
@@ -321,7 +326,11 @@ fn messages() -> (Vec<Made>, Vec<Receipt>) {
     take_all(&mut assembler, &frames, &mut items);
     let receipt = |item| match item {
         Item::Event(_, receipt) => Some(receipt),
-        Item::Commit(_) | Item::Idle(_) | Item::Described(..) | Item::LowMark(..) => None,
+        Item::Commit(_)
+        | Item::Idle(_)
+        | Item::Described(..)
+        | Item::Columns(..)
+        | Item::LowMark(..) => None,
     };
     let made = wrap(outbox_routing()).made;
     (made, items.into_iter().filter_map(receipt).collect())

@@ -95,6 +95,7 @@ async fn stream(
         outbox: OutboxTable::default(),
         captured: HashMap::from([("public.t".into(), key)]),
         catalog_at: Lsn::ZERO,
+        renumbered: Default::default(),
         types: types.clone(),
         max_body: 16 << 20,
         canary: "none".into(),

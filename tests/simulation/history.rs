@@ -187,7 +187,11 @@ impl History {
             apply(&commit(transaction), &mut items);
             let events = items.drain(..).filter_map(|item| match item {
                 Item::Event(event, _) => Some(event),
-                Item::Commit(_) | Item::Idle(_) | Item::Described(..) | Item::LowMark(..) => None,
+                Item::Commit(_)
+                | Item::Idle(_)
+                | Item::Described(..)
+                | Item::Columns(..)
+                | Item::LowMark(..) => None,
             });
             let events: Vec<_> = events.collect();
             assert_eq!(events.len(), transaction.events.len());
@@ -383,6 +387,7 @@ pub fn options(
         database: "shop".into(),
         outbox: OutboxTable::default(),
         catalog_at: Lsn::ZERO,
+        renumbered: Default::default(),
         types: Default::default(),
         canary: String::new(),
         canary_accepted: 0,

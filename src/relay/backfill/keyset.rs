@@ -22,6 +22,8 @@ use crate::pg::publication::TableName;
 pub struct TableShape {
     /// How its rows are described; its key are the columns of `key`, in column order.
     pub table: Arc<Table>,
+    /// The numbers of its columns, which tell them from others of the same names.
+    pub numbers: Vec<i16>,
     /// Its name in the catalog.
     pub name: TableName,
     /// It is the root of partitions, whose rows are its own.
@@ -216,7 +218,7 @@ mod tests {
         let columns = ["id", "no\"te", "c"].map(|name| Column::new(name, 25, -1)).into();
         let name = TableName::new("public", "T");
         let table = TableShape::describe("shop", 7, &name, "public.T", columns, &key);
-        TableShape { table, name, partitioned: false, key, filter: None }
+        TableShape { table, numbers: vec![1, 2, 3], name, partitioned: false, key, filter: None }
     }
 
     #[test]

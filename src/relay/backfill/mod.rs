@@ -115,6 +115,8 @@ pub struct Chunk {
     pub token: Uuid,
     /// How they are described.
     pub table: Arc<Table>,
+    /// The numbers of its columns.
+    pub numbers: Vec<i16>,
     /// The rows that are wanted.
     pub rows: Vec<Row>,
     /// Of rows that had moved, the positions of those changes, in the order of the rows.

@@ -165,7 +165,8 @@ fn read_shape(
     let table = TableShape::describe(database, wanted.oid, &name, full_name, columns, &key);
     let partitioned = row.try_get(2).map_err(failed)?;
     let filter = row.try_get(15).map_err(failed)?;
-    Ok(Ok(TableShape { table, name, partitioned, key, filter }))
+    let numbers = row.try_get::<_, Option<Vec<i16>>>(17).map_err(failed)?.unwrap_or_default();
+    Ok(Ok(TableShape { table, numbers, name, partitioned, key, filter }))
 }
 
 fn without_key(name: &TableName) -> Unfit {
@@ -274,7 +275,7 @@ pub async fn chunk(
         Some(Err(unfit)) => return Ok(ReadOutcome::Changed(unfit.what)),
         Some(Ok(now)) => now,
     };
-    if now.table.version != shape_then.table.version {
+    if now.table.version != shape_then.table.version || now.numbers != shape_then.numbers {
         let what = format!("{table} was altered: its columns, its key or its name are others");
         return Ok(ReadOutcome::Changed(what));
     }

@@ -191,7 +191,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             return;
         }
         let (plans, router) = (&self.making.plans, &self.making.router);
-        if plans.needs_catalog(router, &chunk.table, held.place.mark.position) {
+        if plans.needs_catalog(router, &chunk.table, held.place.mark.position)
+            || plans.has_lost(&chunk.table, &chunk.numbers)
+        {
             let changed = columns_changed(&chunk.table);
             self.backfill.stage = Stage::Held(held);
             self.drain(Some(changed));

@@ -281,6 +281,7 @@ impl Worker<'_> {
         let chunk = Chunk {
             token,
             table: one.shape.table.clone(),
+            numbers: one.shape.numbers.clone(),
             rows: rows.wanted,
             moved: moved.positions(keys.into_iter()),
             unseen: rows.unseen,

@@ -1,7 +1,8 @@
 //! What a session reads of the catalog: the captured tables.
 
-use std::collections::HashMap;
-use std::sync::Mutex;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use tokio_postgres::Client;
 
@@ -13,6 +14,7 @@ use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
 use crate::relay::check::tables;
 use crate::relay::{Options, checkpoint};
 use crate::route::keys_of;
+use crate::source::columns::ColumnNumbers;
 use crate::source::transaction::{CapturedTable, HeldTable};
 
 /// The primary keys that the session was started with, by the table's OID. The stream does not show
@@ -24,6 +26,17 @@ pub(in crate::relay) struct StartedWith {
     intact: Mutex<Option<Lsn>>,
     /// Number of the last agreement between routes and tables.
     agreed_to: Mutex<i64>,
+    columns: Mutex<StartedColumns>,
+}
+
+/// The columns of the captured tables.
+#[derive(Debug, Default)]
+struct StartedColumns {
+    of_tables: HashMap<u32, ColumnNumbers>,
+    /// Tables of which routes hide columns, or promise them.
+    watched: HashSet<u32>,
+    /// The source cannot tell for now which columns a table has.
+    unknown: Arc<AtomicBool>,
 }
 
 impl StartedWith {
@@ -31,6 +44,43 @@ impl StartedWith {
     pub(super) fn set(&self, captured: &HashMap<String, CapturedTable>) {
         let keys = captured.values().map(|table| (table.oid, table.primary_key.clone()));
         *self.keys.lock().expect("nobody panics while holding the keys") = keys.collect();
+    }
+
+    /// A session starts with these columns by OID, and looks after some of the tables. Returns what
+    /// its source sets when it cannot tell the columns of a table.
+    pub(super) fn set_columns(
+        &self,
+        of_tables: HashMap<u32, ColumnNumbers>,
+        watched: HashSet<u32>,
+    ) -> Arc<AtomicBool> {
+        let unknown = Arc::default();
+        let started = StartedColumns { of_tables, watched, unknown: Arc::clone(&unknown) };
+        *self.columns.lock().expect("nobody panics while holding columns") = started;
+        unknown
+    }
+
+    /// The tables that the session reads columns of.
+    pub(in crate::relay) fn tables(&self) -> Vec<u32> {
+        let columns = self.columns.lock().expect("nobody panics while holding columns");
+        columns.of_tables.keys().copied().collect()
+    }
+
+    /// An error when a table has other columns now, which the next session has to tell apart.
+    pub(in crate::relay) fn compare_columns(
+        &self,
+        now: &HashMap<u32, ColumnNumbers>,
+    ) -> Option<Error> {
+        let columns = self.columns.lock().expect("nobody panics while holding columns");
+        let is_other = |(table, then): (&u32, &ColumnNumbers)| {
+            now.get(table).is_some_and(|now| {
+                then.has_another(now) || (columns.watched.contains(table) && then.has_lost(now))
+            })
+        };
+        let changed = columns.of_tables.iter().any(is_other);
+        (columns.unknown.load(Ordering::Relaxed) || changed).then(|| {
+            Error::protocol("a captured table has other columns now")
+                .hint("no action needed: the next session reads which ones they are")
+        })
     }
 
     /// The publication was as agreed when the WAL ended here; `None` where nobody has looked.

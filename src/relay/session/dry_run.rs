@@ -14,7 +14,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_postgres::Client;
 
-use super::wal::{self, TakenOver};
+use super::wal::{self, Streaming, TakenOver};
 use super::{facts, poll};
 use crate::error::{Error, Kind, Result};
 use crate::metrics::{Metrics, RouteLabel};
@@ -116,7 +116,7 @@ struct Looked {
 }
 
 /// The WAL from the checkpoint on.
-async fn look_at_wal(client: &Client, options: &Options) -> Result<Looked> {
+async fn look_at_wal(client: &Arc<Client>, options: &Options) -> Result<Looked> {
     // Not where it is polled: a pooler would give the setting to others.
     let read_only = "SET default_transaction_read_only = on";
     client.batch_execute(read_only).await.map_err(postgres_error)?;
@@ -124,11 +124,11 @@ async fn look_at_wal(client: &Client, options: &Options) -> Result<Looked> {
     let (timelines, _) = wal::timelines(&mut replication).await?;
     let taken = look(client, options, timelines.history()).await?;
     let started_with = StartedWith::default();
-    let (stream, assembler, resumed) =
+    let Streaming { stream, assembler, columns, resumed } =
         wal::stream(client, replication, options, &taken, timelines, &started_with).await?;
-    let end = insert_lsn(client).await?;
+    let end = insert_lsn(&**client).await?;
     let timing = Timing::new(taken.server.wal_sender_timeout);
-    let source = AnySource::Wal(Wal::new(stream, assembler, timing, Lsn::ZERO));
+    let source = AnySource::Wal(Wal::new(stream, assembler, columns, timing, Lsn::ZERO));
     Ok(Looked { source, row: taken.row, resumed, end })
 }
 

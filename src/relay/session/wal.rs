@@ -22,14 +22,16 @@ use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
 use crate::position::Lsn;
 use crate::relay::Options;
 use crate::relay::backfill::runs;
+use crate::relay::check::columns::routes_of;
 use crate::relay::check::lost::{self, Agreed, Returned};
 use crate::relay::check::position::{self, Failover, Start};
 use crate::relay::checkpoint::{self, Checkpoint, PostgresStore};
 use crate::relay::parking::{Parking, store as parked};
 use crate::relay::upkeep::canary;
 use crate::relay::window::remembered::Remembered;
-use crate::route::Resumed;
+use crate::route::{Resumed, Rule};
 use crate::source::AnySource;
+use crate::source::columns::{self, ColumnWatch, Watched};
 use crate::source::transaction::{self, Assembler, Timelines};
 use crate::source::wal::{Timing, Wal};
 use crate::verdict::Verdict;
@@ -59,8 +61,11 @@ pub(super) async fn prepare(
     };
     let (SqlConnection { client, closed }, changes) = compared;
     let client = Arc::new(client);
-    // Whether a standby has the checkpoint does not matter, and it may be away for long.
-    client.batch_execute("SET synchronous_commit = local").await.map_err(postgres_error)?;
+    // Whether a standby has the checkpoint does not matter, and it may be away for long. What asks
+    // the catalog must see what has just ended, also while a checkpoint is being stored.
+    let settings = "SET synchronous_commit = local; \
+        SET default_transaction_isolation = 'read committed'";
+    client.batch_execute(settings).await.map_err(postgres_error)?;
     let (timelines, system_id) = timelines(&mut replication).await?;
     let taken = take_over(&client, options, &timelines, shared, remembered).await;
     let taken = count_busy(taken, busy)?;
@@ -72,9 +77,9 @@ pub(super) async fn prepare(
             .hint("source.url must name one server, not a load balancer"));
     }
     let stream = stream(&client, replication, options, &taken, timelines, &shared.keys).await;
-    let (stream, assembler, mut resumed) = count_busy(stream, busy)?;
+    let Streaming { stream, assembler, columns, mut resumed } = count_busy(stream, busy)?;
     let timing = Timing::new(taken.server.wal_sender_timeout);
-    let source = AnySource::Wal(Wal::new(stream, assembler, timing, row.flush_lsn));
+    let source = AnySource::Wal(Wal::new(stream, assembler, columns, timing, row.flush_lsn));
     let found = parked::index(&client, &options.name).await?;
     resumed.parked = parked::table_names(&client, &options.name).await?;
     let known = parked::known(&client, &options.name, row.position).await?;
@@ -258,18 +263,28 @@ fn has_canary(options: &Options, publication: &Publication) -> bool {
     canary
 }
 
+/// A stream that has begun.
+pub(super) struct Streaming {
+    pub(super) stream: ReplicationStream,
+    pub(super) assembler: Assembler,
+    pub(super) columns: ColumnWatch,
+    pub(super) resumed: Resumed,
+}
+
 pub(super) async fn stream(
-    client: &Client,
+    shared_client: &Arc<Client>,
     replication: ReplicationConnection,
     options: &Options,
     taken: &TakenOver,
     timelines: Timelines,
     started_with: &catalog::StartedWith,
-) -> Result<(ReplicationStream, Assembler, Resumed)> {
+) -> Result<Streaming> {
     let row = &taken.row;
     // The place comes first: what is changed in between is then read, or newer.
+    let client: &Client = shared_client;
     let catalog_at = insert_lsn(client).await?;
     let types = read_types(client).await?;
+    let columns = columns_of(shared_client, options, taken, started_with).await?;
     let captured = catalog::captured(client, options, &taken.publication, &taken.agreed).await?;
     let tables =
         catalog::read_tables(client, options, &taken.publication, Some(&taken.agreed)).await?;
@@ -277,12 +292,11 @@ pub(super) async fn stream(
     started_with.set(&captured);
     let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));
     let names = captured.iter().map(|(name, table)| (table.oid, name.as_str().into()));
-    let resumed = Resumed {
-        keys: keys.collect(),
-        names: names.collect(),
-        parked: HashMap::new(),
-        schemas: schemas::read(client, &options.name, (cataloged, catalog_at)).await?,
-    };
+    let schemas = schemas::read(client, &options.name, (cataloged, catalog_at)).await?;
+    let renumbered = captured.iter().filter(|(name, _)| schemas.is_renumbered(name));
+    let renumbered = renumbered.map(|(_, table)| table.oid).collect();
+    let resumed =
+        Resumed { keys: keys.collect(), names: names.collect(), parked: HashMap::new(), schemas };
     let assembler = Assembler::new(transaction::Options {
         epoch: row.position.epoch,
         system_id: row.system_id,
@@ -292,6 +306,7 @@ pub(super) async fn stream(
         outbox: outbox::verify(client, options, Some(&taken.publication)).await?,
         captured,
         catalog_at,
+        renumbered,
         types,
         max_body: options.broker.max_message_size,
         canary: options.name.clone(),
@@ -301,7 +316,34 @@ pub(super) async fn stream(
     // Always with messages: an event that is one would be passed over in silence without.
     let asked = StreamOptions { binary: options.binary, messages: true };
     let stream = replication.start(&options.slot, row.flush_lsn, &publications, asked).await?;
-    Ok((stream, assembler, resumed))
+    Ok(Streaming { stream, assembler, columns, resumed })
+}
+
+/// What asks the catalog about the columns of captured tables. Reads it before anything else does:
+/// what is changed in between is asked about.
+async fn columns_of(
+    client: &Arc<Client>,
+    options: &Options,
+    taken: &TakenOver,
+    started_with: &catalog::StartedWith,
+) -> Result<ColumnWatch> {
+    let tables =
+        catalog::read_tables(client, options, &taken.publication, Some(&taken.agreed)).await?;
+    let oids: Vec<u32> = tables.found.iter().map(|facts| facts.oid).collect();
+    let (found, shown) = columns::read(client, &oids).await?;
+    let mut watched = HashMap::new();
+    for facts in &tables.found {
+        let name = facts.table.to_string();
+        let mut routes = routes_of(&options.rules, &name);
+        let (columns, shown) = (found.get(&facts.oid), shown.clone());
+        if let (Some(columns), Some(shown)) = (columns, shown)
+            && routes.any(Rule::needs_columns)
+        {
+            watched.insert(facts.oid, Watched { columns: columns.clone(), shown });
+        }
+    }
+    let unknown = started_with.set_columns(found, watched.keys().copied().collect());
+    Ok(ColumnWatch::new(client.clone(), watched, unknown))
 }
 
 /// The timeline that the server is on with its ancestors, and the system identifier.

@@ -30,7 +30,7 @@ use crate::relay::status::SlotStatus;
 use crate::relay::upkeep::canary::Canary;
 use crate::relay::upkeep::canary::Written;
 use crate::relay::upkeep::passed_rows::PassedRows;
-use crate::source::SourceKind;
+use crate::source::{SourceKind, columns};
 
 /// How often there may be something to do.
 const TICK: Duration = Duration::from_secs(1);
@@ -319,7 +319,9 @@ async fn compare(client: &Client, options: &Options, shared: &Shared) -> Result<
                 keys.seen_intact(end);
             }
             let agreed_to = schemas::agreed_to(client, &options.name).await?;
+            let (columns, _) = columns::read(client, &keys.tables()).await?;
             let changed = held.or_else(|| keys.compare(&tables.found));
+            let changed = changed.or_else(|| keys.compare_columns(&columns));
             Ok(changed.or_else(|| keys.compare_agreed(agreed_to)))
         }
         // The next session refuses to start, and says what to alter.

@@ -60,6 +60,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     self.marked(mark, receipt, now);
                     Ok(())
                 }
+                Item::Columns(table, position, doubt) => {
+                    self.columns_in_doubt(&table, position, doubt)
+                }
                 Item::Described(table, position, receipt) => {
                     self.before_description(&table, now);
                     let described = self.described(&table, position, receipt);

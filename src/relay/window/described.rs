@@ -10,7 +10,7 @@ use crate::publisher::Publisher;
 use crate::relay::checkpoint::Store;
 use crate::relay::{Making, Relay};
 use crate::route::SchemaChange;
-use crate::source::{Note, Receipt, Source};
+use crate::source::{ColumnDoubt, Note, Receipt, Source};
 
 /// Ends the session: only a younger catalog tells which columns the table has now.
 pub(in crate::relay) fn columns_changed(table: &Table) -> Error {
@@ -40,6 +40,33 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 receipt.with_note(Note::Changed(Box::new(change)))
             }
         })
+    }
+
+    /// Nothing is sent of the table that may be hidden, until the catalog has been read again.
+    ///
+    /// # Errors
+    /// Where that can be done at once: the next session does.
+    pub(in crate::relay) fn columns_in_doubt(
+        &mut self,
+        table: &Arc<Table>,
+        position: Position,
+        doubt: ColumnDoubt,
+    ) -> Result<()> {
+        match doubt {
+            ColumnDoubt::Others => Err(columns_changed(table)),
+            ColumnDoubt::Unknown => {
+                tracing::warn!(
+                    table = &*table.full_name,
+                    position = %position,
+                    hint = "no action needed: its routes send all columns again some seconds after \
+                            the transaction has ended; alter tables in transactions of their own",
+                    "a transaction that may have altered the table cannot be looked at yet: \
+                     columns that may be hidden ones are left out"
+                );
+                self.making.plans.forget_columns(&self.making.router, table, position);
+                Ok(())
+            }
+        }
     }
 
     fn tell(&self, change: &SchemaChange) {

@@ -53,10 +53,12 @@ fn columns(
     hidden: &Hidden,
 ) -> Projection {
     let (secret, agreed) = (secret(), agreed(agreement));
+    // Which columns a route may send that names them is decided before: `route/agreed`.
+    let is_agreed = |name: &str| !rules.is_closed() || agreed.column(name).is_some();
     Projection::new(Deciding {
         table,
         key: &table.key,
-        hidings: hidings(rules, table, |name| agreed.column(name).is_some(), &secret, hidden),
+        hidings: hidings(rules, table, is_agreed, &secret, hidden),
         map,
         version: "v".into(),
         secret: Some(&secret),

@@ -1,7 +1,7 @@
 //! What the assembler is told before the stream starts: the outbox, the captured tables, timelines,
 //! and the position after which events are new.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::column::Types;
@@ -28,6 +28,9 @@ pub struct Options {
     pub captured: HashMap<String, CapturedTable>,
     /// Where the WAL ended when the catalog was read for `captured` and `types`.
     pub catalog_at: Lsn,
+    /// OIDs of the captured tables that have other columns than those that are recorded, under the
+    /// same names.
+    pub renumbered: HashSet<u32>,
     /// The types of users and extensions.
     pub types: Types,
     /// Most bytes of a body: a value that alone makes a larger one is not made text of.

@@ -23,6 +23,7 @@ fn assembler(resume_after: Position) -> Assembler {
         database: "shop".into(),
         outbox: OutboxTable::default(),
         catalog_at: Lsn::ZERO,
+        renumbered: Default::default(),
         types: Default::default(),
         captured: HashMap::from([(
             "public.t".into(),

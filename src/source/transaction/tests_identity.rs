@@ -23,6 +23,7 @@ fn assembler(primary_key: &[&str]) -> Assembler {
         outbox: OutboxTable::default(),
         captured: HashMap::from([("public.t".into(), captured)]),
         catalog_at: Lsn(1_000_000),
+        renumbered: Default::default(),
         types: Default::default(),
         canary: "shop".into(),
         canary_accepted: 0,
@@ -42,7 +43,11 @@ fn apply(assembler: &mut Assembler, messages: &[Bytes]) -> Vec<Item> {
 fn events(items: Vec<Item>) -> Vec<Event> {
     let event = |item| match item {
         Item::Event(event, _) => Some(event),
-        Item::Commit(_) | Item::Idle(_) | Item::Described(..) | Item::LowMark(..) => None,
+        Item::Commit(_)
+        | Item::Idle(_)
+        | Item::Described(..)
+        | Item::Columns(..)
+        | Item::LowMark(..) => None,
     };
     items.into_iter().filter_map(event).collect()
 }
