@@ -305,3 +305,53 @@ impl Plan {
         self.rules.as_ref()?.columns.as_ref()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::column::debezium::ValueForms;
+    use crate::column::oid;
+    use crate::route::{
+        Action, Debezium, EventRouter, EventTime, Router, Select, TombstoneBody, default_rules,
+    };
+
+    fn described(type_oid: u32, type_modifier: i32) -> Description {
+        let column = DescribedColumn { name: "c".into(), type_oid, type_modifier };
+        Description { columns: vec![column], ..Description::default() }
+    }
+
+    #[test]
+    fn a_wider_type_breaks_a_format_that_writes_it_in_another_way() {
+        let judged = |format: Format, from: Description, to: Description| {
+            let mut rule = default_rules().remove(1);
+            rule.select = Select::Table { name: "public.t".into() };
+            let Action::Publish { format: of_rule, .. } = &mut rule.action else { unreachable!() };
+            *of_rule = format;
+            let router = Router::new(&[rule]).expect("a route");
+            !router.against("tables", &from, &to).0.is_empty()
+        };
+        let debezium = || {
+            Format::Debezium(Arc::new(Debezium {
+                values: ValueForms::default(),
+                topic_prefix: String::new(),
+                version: String::new(),
+                event_time: EventTime::Commit,
+                tombstones: false,
+                tombstone_body: TombstoneBody::Empty,
+                skipped: Vec::new(),
+                router: EventRouter::default(),
+            }))
+        };
+        for (from, to) in [
+            ((oid::NUMERIC, (10 << 16 | 2) + 4), (oid::NUMERIC, -1)),
+            ((oid::TIMESTAMP, 3), (oid::TIMESTAMP, 6)),
+            ((oid::TIME, 3), (oid::TIME, -1)),
+        ] {
+            let (from, to) = (described(from.0, from.1), described(to.0, to.1));
+            assert!(!judged(Format::Watership, from.clone(), to.clone()), "{to:?}");
+            assert!(judged(debezium(), from, to.clone()), "{to:?}");
+        }
+        let longer = (described(oid::VARCHAR, 14), described(oid::VARCHAR, 24));
+        assert!(!judged(debezium(), longer.0, longer.1));
+    }
+}

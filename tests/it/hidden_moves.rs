@@ -6,7 +6,9 @@ use serde_json::Value;
 use crate::backfill::until_state;
 use crate::column_rules::not_seen;
 use crate::support::inbox::Message;
+use crate::support::servers::{database_of, own_vhost, private_postgres};
 use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::{LIMIT, until};
 
 const TABLE: &str = "CREATE TABLE people (id int PRIMARY KEY, note text, ssn text, name text)";
 
@@ -125,12 +127,15 @@ const LIKE_BEFORE: &str = "CREATE TABLE people (id int PRIMARY KEY, note text, s
 const SWAP: &str = "ALTER TABLE people DROP COLUMN note; ALTER TABLE people RENAME ssn TO note; \
     ALTER TABLE people ADD ssn text";
 
-async fn like_before(rules: &str, settings: &str) -> Stage {
-    let routes = format!(
+fn route(rules: &str) -> String {
+    format!(
         "[[route]]\nname = \"people\"\ntable = \"public.people\"\n\
          exchange = \"watership\"\ncolumns = {{ {rules} }}\n"
-    );
-    let tables = &["public.people"];
+    )
+}
+
+async fn like_before(rules: &str, settings: &str) -> Stage {
+    let (routes, tables) = (route(rules), &["public.people"]);
     let setup = Setup { sql: LIKE_BEFORE, tables, settings, routes: &routes, source_url: "" };
     Stage::new(setup).await
 }
@@ -273,4 +278,37 @@ async fn a_hidden_column_that_takes_the_name_of_the_key_is_not_sent() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn a_hidden_column_is_not_sent_by_a_transaction_that_waits_for_the_relay_to_be_seen() {
+    let server = private_postgres(&[], None).await;
+    let (routes, tables) = (route("mask = [\"ssn\"]"), &["public.people"]);
+    let setup = Setup { sql: LIKE_BEFORE, tables, routes: &routes, ..Setup::default() };
+    let stage = Stage::on(database_of(&server), own_vhost().await, setup).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO people VALUES (1, 'open', 'topsecret')").await;
+    stage.settled().await;
+    stage.execute("ALTER SYSTEM SET synchronous_standby_names = '*'").await;
+    stage.execute("SELECT pg_reload_conf()").await;
+    let chosen = "(SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync') = 1";
+    until("the relay is a standby", async || stage.holds(chosen).await).await;
+    // Nobody sees it before the relay has settled it.
+    let sql = format!("{SWAP}; INSERT INTO people (id, note) VALUES (2, 'topsecret')");
+    tokio::time::timeout(LIMIT, stage.execute(&sql)).await.expect("the commit ends");
+    until("the next session knows the columns", async || {
+        relay.metric("watership_sessions_total").await > Some(1.0)
+            && relay.status().await["state"] == "streaming"
+    })
+    .await;
+    let sql = "INSERT INTO people (id, note) VALUES (3, 'topsecret')";
+    tokio::time::timeout(LIMIT, stage.execute(sql)).await.expect("the commit ends");
+    let got = stage.settled().await;
+    assert_eq!(got.len(), 3);
+    assert_eq!(got[2].json()["after"]["id"], 3);
+    let mut all = shown(&stage, &got).await;
+    let log = relay.stop().await.log;
+    assert!(log.contains("columns that may be hidden ones are left out"), "{log}");
+    all += &log;
+    not_seen(&all);
 }

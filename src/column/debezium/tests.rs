@@ -501,3 +501,28 @@ fn row_types_and_ranges_of_users_have_no_field_unless_they_are_asked_for() {
         assert!(user_writer(type_oid, &asked).is_some(), "{type_oid}");
     }
 }
+
+#[test]
+fn a_wider_type_is_read_in_the_same_way_unless_its_form_is_another() {
+    let string = ValueForms { decimal: DecimalHandling::String, ..ValueForms::default() };
+    let micro = ValueForms { time: TimePrecision::Microseconds, ..ValueForms::default() };
+    let adaptive = ValueForms::default();
+    for (values, type_oid, from, to, expected) in [
+        (&adaptive, oid::NUMERIC, numeric(10, 2), numeric(12, 2), true),
+        (&adaptive, oid::NUMERIC, numeric(10, 2), NONE, false),
+        (&string, oid::NUMERIC, numeric(10, 2), NONE, true),
+        (&adaptive, 1231, numeric(10, 2), NONE, false),
+        (&adaptive, oid::TIMESTAMP, 0, 3, true),
+        (&adaptive, oid::TIMESTAMP, 3, 6, false),
+        (&adaptive, oid::TIMESTAMP, 6, NONE, true),
+        (&micro, oid::TIMESTAMP, 3, 6, true),
+        (&adaptive, oid::TIME, 3, NONE, false),
+        (&adaptive, oid::TIMESTAMPTZ, 3, 6, true),
+        (&adaptive, oid::VARBIT, 1, 8, false),
+        (&adaptive, oid::VARBIT, 8, 16, true),
+        (&adaptive, oid::VARCHAR, 14, 24, true),
+    ] {
+        let writer = |modifier| Writer::of(type_oid, modifier, values).expect("a known type");
+        assert_eq!(writer(from).is_like(writer(to)), expected, "{type_oid}: {from} to {to}");
+    }
+}
