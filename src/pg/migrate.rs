@@ -98,6 +98,7 @@ pub const INBOX: Schema = Schema {
         migration!(2, "sql/inbox", "0002_claim"),
         migration!(3, "sql/inbox", "0003_receive"),
         migration!(4, "sql/inbox", "0004_maintain"),
+        migration!(5, "sql/inbox", "0005_messages"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 4)",
 };

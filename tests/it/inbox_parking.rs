@@ -197,6 +197,12 @@ async fn a_consumers_user_can_do_all_of_it_and_take_nothing_away() {
         "attempt_started('c', 'm7')",
         "attempt_failed('c', 'm7', 'x')",
         "attempt_ended('c', 'm7')",
+        "begin_message('c', 'm8', now(), 'k2', 'x', '{}')",
+        "receive_message('c', 'm8', now(), 'k2', 'x', '{}')",
+        "fail_message('c', 'm9', now(), 'k2', 'x', '{}', NULL, 'why')",
+        "end_message('c', 'm8')",
+        "suspect('c', 'm8')",
+        "next_retry('c')",
         "forget('c', 'm1')",
         "maintain()",
     ] {
