@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import pika
@@ -22,7 +22,6 @@ import psycopg
 import pytest
 
 from watership import Message, aio, sync
-from watership.consumer import Consumer
 
 Handler = Callable[[Message, Callable[..., Awaitable[Any]]], Awaitable[None]]
 
@@ -50,7 +49,7 @@ class Running:
     """A consumer in a thread."""
 
     def __init__(self, flavour: str, handler: Handler, **options: Any) -> None:
-        self.inbox: Consumer
+        self.inbox: aio.Inbox
         self.error: BaseException | None = None
         self._loop = asyncio.new_event_loop()
         if flavour == "async":
@@ -81,11 +80,12 @@ class Running:
             self.error = error
 
     def ask_to_stop(self) -> None:
-        stop = getattr(self.inbox, "stop")
-        if isinstance(self.inbox, aio.Inbox):
-            self._loop.call_soon_threadsafe(stop)
-        else:
-            stop()
+        self.inbox.stop()
+
+    def in_loop(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Runs it where the consumer lives."""
+        loop: asyncio.AbstractEventLoop = getattr(self.inbox, "_loop")
+        asyncio.run_coroutine_threadsafe(work, loop).result(10)
 
     def stop(self) -> None:
         if self._thread.is_alive():

@@ -15,8 +15,7 @@ import pytest
 from conftest import Handler, World, eventually
 
 from watership import DeadLetter, Message, Permanent
-from watership.consumer import NotInstalled
-from watership.database import Db
+from watership.aio import NotInstalled
 
 Run = Callable[..., Awaitable[Any]]
 
@@ -230,15 +229,15 @@ def test_a_retry_that_must_be_alone_does_not_wait_for_those_who_wait_for_its_key
     running = world.start(handle)
     eventually(world.parked)
     state["parked"] = True
-    enter = running.inbox.enter
+    borrow = getattr(running.inbox, "_borrow")
 
-    async def late(db: Db, message: Message) -> None:
-        if message.id == first:
+    async def late(session: Any, work: Any, alone: bool = False) -> Any:
+        if alone and not waits.is_set():
             waits.set()
-            await running.inbox.sleep(2)
-        await enter(db, message)
+            await session.pause(2)
+        return await borrow(session, work, alone)
 
-    setattr(running.inbox, "enter", late)
+    setattr(running.inbox, "_borrow", late)
     world.rows("SELECT watership_inbox.attempt_started(%s, %s)", world.consumer, first)
     world.rows("SELECT watership_inbox.retry(%s, key => 'a')", world.consumer)
     waits.wait(20)

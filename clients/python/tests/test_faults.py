@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import random
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import World, eventually
+from conftest import Running, World, eventually
 from proxy import Proxy
 
-from watership import Message, aio
-from watership.lanes import Delivery
+from watership import Message
 
 Run = Callable[..., Awaitable[Any]]
 EXAMPLES = Path(__file__).parents[3] / "examples" / "python"
@@ -37,6 +35,11 @@ def database(world: World) -> Iterator[Proxy]:
     proxy = Proxy(world.database, 5432)
     yield proxy
     proxy.close()
+
+
+def session(running: Running) -> Any:
+    """The subscription that it has now."""
+    return getattr(running.inbox, "_session")
 
 
 def works(world: World) -> None:
@@ -59,12 +62,8 @@ def test_a_queue_that_is_deleted_and_made_again_is_consumed_again(world: World) 
 def test_a_channel_that_the_broker_closes_is_opened_again(world: World) -> None:
     running = world.start()
     works(world)
-    channel = getattr(running.inbox, "_channel")
     # An acknowledgement of what was never delivered.
-    if isinstance(running.inbox, aio.Inbox):
-        asyncio.run_coroutine_threadsafe(channel.basic_ack(1_000_000), running._loop)
-    else:
-        channel.connection.add_callback_threadsafe(lambda: channel.basic_ack(1_000_000))
+    running.in_loop(session(running).channel.basic_ack(1_000_000))
     eventually(lambda: running.counted("resubscribed", 'cause="channel_closed"') == 1)
     works(world)
 
@@ -105,21 +104,9 @@ def test_a_connection_that_is_half_open_is_given_up(world: World, broker: Proxy)
 def test_a_watchdog_notices_that_nobody_consumes(world: World) -> None:
     running = world.start(watchdog=0.5)
     works(world)
-    watch, channel = running.inbox.watch, getattr(running.inbox, "_channel")
-
-    async def deaf(seconds: float) -> None:
-        """As a client that does not notice."""
-        await watch(seconds)
-
-    setattr(running.inbox, "watch", deaf)
-    time.sleep(1)
-    if isinstance(running.inbox, aio.Inbox):
-        tag = getattr(running.inbox, "_tag")
-        asyncio.run_coroutine_threadsafe(channel.basic_cancel(tag), running._loop).result(10)
-    else:
-        channel.connection.add_callback_threadsafe(
-            lambda: channel.basic_cancel(channel.consumer_tags[0]))
-        time.sleep(1)
+    # As a client that does not notice.
+    session(running).trouble = lambda: ""
+    running.in_loop(session(running).channel.basic_cancel(session(running).tag))
     works(world)
     assert running.counted("resubscribed", 'cause="watchdog"') == 1
 
@@ -127,16 +114,9 @@ def test_a_watchdog_notices_that_nobody_consumes(world: World) -> None:
 def test_a_watchdog_notices_that_its_queue_is_gone(world: World) -> None:
     running = world.start(watchdog=0.5)
     works(world)
-    watch = running.inbox.watch
-
-    async def deaf(seconds: float) -> None:
-        await watch(seconds)
-
-    setattr(running.inbox, "watch", deaf)
-    time.sleep(1)
+    session(running).trouble = lambda: ""
     world.channel.queue_delete(world.queue)
     time.sleep(1.5)
-    setattr(running.inbox, "watch", watch)
     world.declare()
     works(world)
     assert running.counted("resubscribed", 'cause="watchdog"') == 1
@@ -146,13 +126,11 @@ def test_a_watchdog_notices_that_nothing_is_sent(world: World) -> None:
     """A consumer that the broker shows, and that has nothing in hand."""
     running = world.start(watchdog=0.5, idle=1.0)
     works(world)
-    deliver, generation = running.inbox.deliver, running.inbox.lanes.generation
 
-    def forgetful(delivery: Delivery) -> None:
-        if running.inbox.lanes.generation != generation:
-            deliver(delivery)
+    async def forgetful(_: Any) -> None:
+        pass
 
-    setattr(running.inbox, "deliver", forgetful)
+    session(running).channel.consumers[session(running).tag] = forgetful
     # More than the prefetch, so that some are ready and the rest in nobody's hand.
     for _ in range(60):
         world.publish("a")

@@ -11,9 +11,7 @@ from pamqp import commands
 from pika import BasicProperties
 
 from watership import Message
-from watership.consumer import doubled
-from watership.database import sqlstate
-from watership.lanes import Delivery, Lanes
+from watership.aio import doubled, sqlstate
 from watership.sync import Inbox
 
 SECONDS = 1_767_225_600
@@ -59,36 +57,6 @@ def test_every_header_becomes_json_that_postgres_takes() -> None:
         "time": str(TIME), "list": [None, True, {"x": "inf"}], "float": 0.5}
 
 
-def delivery(key: str | None, tag: int) -> Delivery:
-    return Delivery(Message(str(tag), b"", key=key), tag, None, None)
-
-
-def test_a_key_is_in_one_hand_at_a_time_and_in_order() -> None:
-    lanes = Lanes()
-    lanes.open = True
-    lane = lanes.add(delivery("a", 1))
-    assert lane is not None
-    assert lanes.add(delivery("a", 2)) is None
-    assert lanes.add(delivery(None, 3)) is not None
-    assert [lanes.take(lane)[0], lanes.done(lane)] == [delivery("a", 1), True]
-    assert [lanes.take(lane)[0], lanes.done(lane)] == [delivery("a", 2), False]
-    assert lanes.add(delivery("a", 4)) == lane
-
-
-def test_what_was_dropped_is_not_taken_nor_what_comes_before_it_is_open_again() -> None:
-    lanes = Lanes()
-    lanes.open = True
-    lane = lanes.add(delivery("a", 1))
-    assert lane is not None and lanes.add(delivery("a", 2)) is None
-    _, before = lanes.take(lane)
-    lanes.drop()
-    assert lanes.add(delivery("b", 3)) is None
-    assert not lanes.done(lane) and len(lanes) == 0
-    lanes.open = True
-    lane = lanes.add(delivery("a", 1))
-    assert lanes.take(lane) == (delivery("a", 1), before + 1)
-
-
 def test_an_sqlstate_is_found_in_what_wraps_it() -> None:
     inner = Exception()
     inner.sqlstate = "40001"  # type: ignore[attr-defined]
@@ -110,7 +78,7 @@ def test_waiting_doubles_up_to_a_limit() -> None:
 def test_the_prefetch_of_an_ordered_queue_is_1_where_the_broker_needs_it(
         ordered: bool, version: str, prefetch: int) -> None:
     core = Inbox(consumer="c", queue="q", amqp="", database="", ordered=ordered)
-    assert core.chosen_prefetch(version) == prefetch
+    assert getattr(core, "_prefetch")(version) == prefetch
 
 
 def test_an_option_that_makes_no_sense_is_refused() -> None:

@@ -34,21 +34,22 @@ class DeadLetter:
         it expire, be refused or be copied elsewhere.
         """
         changed = copy.copy(of)
-        dropped = ("CC", "BCC", "x-delivery-count")
-        kept = {name: value for name, value in (of.headers or {}).items() if name not in dropped}
-        changed.headers, changed.expiration, changed.user_id = {**kept, **headers}, None, None
+        changed.headers = {**(of.headers or {}), **headers}
+        for name in ("CC", "BCC", "x-delivery-count"):
+            changed.headers.pop(name, None)
+        changed.expiration = changed.user_id = None
         return changed
 
 
 def plain(value: Any) -> Any:
     """The value as JSON can hold it, and Postgres: without NUL, NaN and infinities."""
-    if isinstance(value, str):
-        return value.replace("\0", "\ufffd").encode(errors="replace").decode()
     if isinstance(value, (bytes, bytearray)):
         try:
-            return plain(value.decode())
+            value = value.decode()
         except UnicodeDecodeError:
             return base64.b64encode(value).decode()
+    if isinstance(value, str):
+        return value.replace("\0", "\ufffd").encode(errors="replace").decode()
     if isinstance(value, Mapping):
         return {plain(str(name)): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -59,10 +60,9 @@ def plain(value: Any) -> Any:
 
 def _time(value: Any) -> datetime | None:
     """AMQP's timestamp: whole seconds, UTC. pika gives a number, aio-pika a datetime."""
-    if value is None:
-        return None
     seconds = value.timestamp() if isinstance(value, datetime) else value
-    return datetime.fromtimestamp(min(int(seconds), int(_LAST.timestamp())), timezone.utc)
+    return None if seconds is None else datetime.fromtimestamp(
+        min(int(seconds), int(_LAST.timestamp())), timezone.utc)
 
 
 @dataclass(frozen=True)
@@ -89,22 +89,15 @@ class Message:
         found = {name: getattr(properties, name, None) for name in _KEPT}
         found["type"] = found["type"] or getattr(properties, "message_type", None)
         found.update(exchange=exchange, routing_key=routing_key)
-        given, key, count = properties.message_id, headers.get("ws-key"), headers.get(
-            "x-delivery-count")
+        kept = {name: plain(value) for name, value in found.items() if value is not None}
+        given, key = properties.message_id, headers.get("ws-key")
+        count = headers.get("x-delivery-count")
         has_id = isinstance(given, str) and given != "" and "\0" not in given
         return cls(
             id=given if has_id else "sha256-" + hashlib.sha256(body).hexdigest(),
             body=bytes(body), occurred_at=_time(properties.timestamp),
-            key=None if key is None else str(key),
-            properties={**{name: plain(value) for name, value in found.items()
-                           if value is not None}, "headers": headers},
+            key=None if key is None else str(key), properties={**kept, "headers": headers},
             redelivered=bool(redelivered) or isinstance(count, int) and count > 0, has_id=has_id)
-
-    @classmethod
-    def parked(cls, id: str, seconds: int | None, key: str | None, body: bytes,
-               properties: dict[str, Any]) -> Message:
-        """One that was parked and is tried again; `seconds` since 1970 is its time."""
-        return cls(id, body, _time(seconds), key, properties, redelivered=True)
 
     def header(self, name: str) -> str | None:
         """A header, if it is a text."""
@@ -129,3 +122,9 @@ class Message:
     def json(self) -> Any:
         """The body, parsed as JSON."""
         return json.loads(self.body)
+
+
+def parked(id: str, seconds: int | None, key: str | None, body: bytes,
+           properties: dict[str, Any]) -> Message:
+    """One that was parked and is tried again; `seconds` since 1970 is its time."""
+    return Message(id, body, _time(seconds), key, properties, redelivered=True)

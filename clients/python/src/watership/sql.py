@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, overload
 from uuid import UUID
 
@@ -22,6 +21,13 @@ from .message import Message, plain
 P = ParamSpec("P")
 T = TypeVar("T")
 Rows = Sequence[Sequence[Any]]
+Call = tuple[str, dict[str, Any]]
+# Of the arguments that are not text.
+_TYPES = {"occurred_at": "timestamptz", "body": "bytea", "properties": "jsonb", "data": "bytea",
+          "body_hash": "bytea", "ids": "text[]", "times": "timestamptz[]", "headers": "jsonb",
+          "payload": "json", "id": "uuid", "retried": "bigint", "max_failures": "integer",
+          "max_kills": "integer", **dict.fromkeys(
+              ("strict", "has_id", "is_final", "dead_letters"), "boolean")}
 
 
 class _Sync(Protocol):
@@ -34,29 +40,41 @@ class _Async(Protocol):
     def execute(self, statement: Any, /) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Statement:
-    """A call of an SQL function: its name, and each argument's type and value."""
+def ask(conn: Any, function: str, values: dict[str, Any],
+        result: Callable[[Rows], Any] = lambda rows: rows[0] if rows else None) -> Any:
+    """Calls a function of the database with named arguments."""
+    is_psycopg = hasattr(conn, "cursor") or hasattr(conn, "fetchall")
+    mark = "%({})s" if is_psycopg else ":{}"
+    passed = (f"{name} => CAST({mark.format(name)} AS {_TYPES.get(name, 'text')})"
+              for name in values)
+    query: Any = f"SELECT * FROM {function}({', '.join(passed)})"
+    if is_psycopg:
+        from psycopg.rows import tuple_row
+        # A cursor of its own: the row factory of the given one is the caller's affair.
+        conn = getattr(conn, "connection", conn).cursor(row_factory=tuple_row)
+    else:
+        from sqlalchemy import text
+        query = text(query)
+    answer = conn.execute(query, values)
+    if not hasattr(answer, "__await__"):
+        return result(answer.fetchall())
 
-    function: str
-    arguments: dict[str, tuple[str, Any]]
+    async def later() -> Any:
+        rows = (await answer).fetchall()
+        return result(await rows if hasattr(rows, "__await__") else rows)
+    return later()
 
-    def text(self, placeholder: str) -> str:
-        """The SQL; `placeholder` says how the driver marks a parameter, as `%({})s`."""
-        passed = (f"{name} => CAST({placeholder.format(name)} AS {kind})"
-                  for name, (kind, _) in self.arguments.items())
-        return f"SELECT * FROM {self.function}({', '.join(passed)})"
 
-    @property
-    def values(self) -> dict[str, Any]:
-        """The arguments' values by name."""
-        return {name: value for name, (_, value) in self.arguments.items()}
+def whole(message: Message) -> dict[str, Any]:
+    """The arguments of functions that get a whole message."""
+    return {"message_id": message.id, "occurred_at": message.occurred_at, "key": message.key,
+            "body": message.body, "properties": json.dumps(message.properties)}
 
 
 class Piece(Generic[P, T]):
-    """A function of the database: `of` makes its statement, `result` reads its rows."""
+    """A function of the database, typed for both kinds of connections."""
 
-    def __init__(self, of: Callable[P, Statement], result: Callable[[Rows], T]) -> None:
+    def __init__(self, of: Callable[P, Call], result: Callable[[Rows], T]) -> None:
         self.of, self.result, self.__doc__ = of, result, of.__doc__
 
     @overload
@@ -64,25 +82,11 @@ class Piece(Generic[P, T]):
     @overload
     def __call__(self, conn: _Async, /, *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]: ...
     def __call__(self, conn: Any, /, *args: P.args, **kwargs: P.kwargs) -> T | Awaitable[T]:
-        statement = self.of(*args, **kwargs)
-        if hasattr(conn, "cursor") or hasattr(conn, "fetchall"):
-            from psycopg.rows import tuple_row
-            # A cursor of its own: the row factory of the given one is the caller's affair.
-            cursor = getattr(conn, "connection", conn).cursor(row_factory=tuple_row)
-            answer = cursor.execute(statement.text("%({})s"), statement.values)
-        else:
-            from sqlalchemy import text
-            answer = conn.execute(text(statement.text(":{}")), statement.values)
-        if not hasattr(answer, "__await__"):
-            return self.result(answer.fetchall())
-
-        async def later() -> T:
-            rows = (await answer).fetchall()
-            return self.result(await rows if hasattr(rows, "__await__") else rows)
-        return later()
+        answer: T | Awaitable[T] = ask(conn, *self.of(*args, **kwargs), self.result)
+        return answer
 
 
-def _piece(result: Callable[[Rows], T]) -> Callable[[Callable[P, Statement]], Piece[P, T]]:
+def _piece(result: Callable[[Rows], T]) -> Callable[[Callable[P, Call]], Piece[P, T]]:
     return lambda of: Piece(of, result)
 
 
@@ -90,93 +94,67 @@ def _truth(rows: Rows) -> bool:
     return bool(rows[0][0])
 
 
-def _word(rows: Rows) -> str:
-    return str(rows[0][0])
-
-
-def _uuid(rows: Rows) -> UUID:
-    return UUID(str(rows[0][0]))
-
-
-def _ids(rows: Rows) -> set[str]:
-    return {str(row[0]) for row in rows}
-
-
-def call(function: str, consumer: str, id: str, **more: tuple[str, Any]) -> Statement:
-    """A function of the inbox for a message."""
-    return Statement(f"watership_inbox.{function}",
-                     {"consumer": ("text", consumer), "message_id": ("text", id), **more})
-
-
-def _whole(message: Message) -> dict[str, tuple[str, Any]]:
-    properties = json.dumps(message.properties)
-    return {"occurred_at": ("timestamptz", message.occurred_at), "key": ("text", message.key),
-            "body": ("bytea", message.body), "properties": ("jsonb", properties)}
-
-
 @_piece(_truth)
 def claim(consumer: str, message: Message, *, body_hash: bytes | None = None,
-          strict: bool = False) -> Statement:
+          strict: bool = False) -> Call:
     """True the first time, False for a duplicate: then skip the work, commit and acknowledge.
     Raises SQLSTATE WI001 for a message older than the window; `receive` parks it instead.
     """
-    if message.occurred_at is None:
-        return call("claim", consumer, message.id)
-    return call("claim", consumer, message.id, occurred_at=("timestamptz", message.occurred_at),
-                body_hash=("bytea", body_hash), strict=("boolean", strict))
+    timed = {"occurred_at": message.occurred_at, "body_hash": body_hash, "strict": strict}
+    return "watership_inbox.claim", {"consumer": consumer, "message_id": message.id,
+                                     **(timed if message.occurred_at else {})}
 
 
-@_piece(_ids)
-def claim_many(consumer: str, messages: Iterable[Message]) -> Statement:
+@_piece(lambda rows: {str(row[0]) for row in rows})
+def claim_many(consumer: str, messages: Iterable[Message]) -> Call:
     """Claims all of them, and returns the ids of the new ones. Each needs a time of its own."""
-    pairs = [(message.id, message.occurred_at) for message in messages]
-    return Statement("watership_inbox.claim_many", {
-        "consumer": ("text", consumer), "ids": ("text[]", [pair[0] for pair in pairs]),
-        "times": ("timestamptz[]", [pair[1] for pair in pairs])})
+    given = list(messages)
+    return "watership_inbox.claim_many", {
+        "consumer": consumer, "ids": [one.id for one in given],
+        "times": [one.occurred_at for one in given]}
 
 
-@_piece(_word)
-def receive(consumer: str, message: Message, *, body_hash: bytes | None = None) -> Statement:
+@_piece(lambda rows: str(rows[0][0]))
+def receive(consumer: str, message: Message, *, body_hash: bytes | None = None) -> Call:
     """`handle`; or `duplicate`; or `parked`: stored behind an earlier message of its key."""
-    return call("receive", consumer, message.id, **_whole(message), body_hash=("bytea", body_hash))
+    return "watership_inbox.receive", {
+        "consumer": consumer, **whole(message), "body_hash": body_hash}
 
 
 @_piece(_truth)
-def park(consumer: str, message: Message, reason: str, error: str | None = None) -> Statement:
+def park(consumer: str, message: Message, reason: str, error: str | None = None) -> Call:
     """Parks a message whose handler failed. False if it was handled or parked meanwhile."""
-    return call("park", consumer, message.id, **_whole(message), reason=("text", reason),
-                error=("text", plain(error)))
+    return "watership_inbox.park", {
+        "consumer": consumer, **whole(message), "reason": reason, "error": plain(error)}
 
 
 @_piece(_truth)
-def forget(consumer: str, message_id: str) -> Statement:
+def forget(consumer: str, message_id: str) -> Call:
     """Lets a message have its effect a second time. True if it was known."""
-    return call("forget", consumer, message_id)
+    return "watership_inbox.forget", {"consumer": consumer, "message_id": message_id}
 
 
-def _event(aggregate_type: str, aggregate_id: object, event_type: str,
-           headers: Mapping[str, str] | None, id: UUID | None) -> dict[str, tuple[str, Any]]:
-    return {"aggregate_type": ("text", aggregate_type), "aggregate_id": ("text", str(aggregate_id)),
-            "event_type": ("text", event_type), "id": ("uuid", id),
-            "headers": ("jsonb", None if headers is None else json.dumps(dict(headers)))}
+def _event(function: str, kind: str, id_of: object, event_type: str,
+           headers: Mapping[str, str] | None, id: UUID | None, **body: Any) -> Call:
+    return f"watership.{function}", {
+        "aggregate_type": kind, "aggregate_id": str(id_of), "event_type": event_type, "id": id,
+        "headers": None if headers is None else json.dumps(dict(headers)), **body}
 
 
-@_piece(_uuid)
+@_piece(lambda rows: UUID(str(rows[0][0])))
 def emit(aggregate_type: str, aggregate_id: object, event_type: str, payload: Any, *,
-         headers: Mapping[str, str] | None = None, id: UUID | None = None) -> Statement:
+         headers: Mapping[str, str] | None = None, id: UUID | None = None) -> Call:
     """Writes an event into the outbox, and returns its id. `payload` is a str that holds JSON, or
     anything else that `json.dumps` takes. An `id` must never have been used before.
     """
     text = payload if isinstance(payload, str) else json.dumps(payload)
-    event = _event(aggregate_type, aggregate_id, event_type, headers, id)
-    return Statement("watership.emit", {**event, "payload": ("json", text)})
+    return _event("emit", aggregate_type, aggregate_id, event_type, headers, id, payload=text)
 
 
-@_piece(_uuid)
+@_piece(lambda rows: UUID(str(rows[0][0])))
 def emit_bytes(aggregate_type: str, aggregate_id: object, event_type: str, data: bytes,
                content_type: str, *, headers: Mapping[str, str] | None = None,
-               id: UUID | None = None) -> Statement:
+               id: UUID | None = None) -> Call:
     """As `emit`, for a body that is not JSON."""
-    event = _event(aggregate_type, aggregate_id, event_type, headers, id)
-    return Statement("watership.emit_bytes", {
-        **event, "data": ("bytea", data), "content_type": ("text", content_type)})
+    return _event("emit_bytes", aggregate_type, aggregate_id, event_type, headers, id, data=data,
+                  content_type=content_type)
