@@ -36,7 +36,7 @@ public final class Producer {
     }
 
     public static void main(String[] arguments) throws SQLException {
-        try (var connection = Database.open()) {
+        try (var connection = Consumer.open()) {
             pay(connection, 7);
         }
     }
