@@ -23,49 +23,47 @@ export const within = <T>(ms: number, what: string, work: Promise<T>): Promise<T
 
 /** After so many ms a silent broker is given up. */
 const SILENCE_LIMIT = 4_000;
+/** The leader of a quorum queue may take its time to accept a consumer, in ms. */
+const SUBSCRIBE_LIMIT = 20_000;
 
-/** A connection, opened when it is asked for and not there. */
-export class Connection {
-  #model: ChannelModel | undefined;
+export interface Broker { url: string; name: string; socket: SocketOptions }
 
-  constructor(readonly url: string, readonly name: string, readonly socket: SocketOptions) {}
+async function connect({ url: given, name, socket }: Broker): Promise<ChannelModel> {
+  const url = new URL(given);
+  // In seconds; amqplib notices a dead peer after two or three.
+  if (!url.searchParams.has('heartbeat')) url.searchParams.set('heartbeat', '3');
+  const model = await amqp.connect(url.href, { timeout: SILENCE_LIMIT, noDelay: true,
+    clientProperties: { connection_name: name }, ...socket });
+  return model.on('error', ignore);
+}
 
-  async open(): Promise<ChannelModel> {
-    if (this.#model) return this.#model;
-    const url = new URL(this.url);
-    // In seconds; amqplib notices a dead peer after two or three.
-    if (!url.searchParams.has('heartbeat')) url.searchParams.set('heartbeat', '3');
-    const model = await amqp.connect(url.href, { timeout: SILENCE_LIMIT, noDelay: true,
-      clientProperties: { connection_name: this.name }, ...this.socket });
-    const gone = (): void => { if (this.#model === model) this.#model = undefined; };
-    model.on('error', gone).on('close', gone);
-    return this.#model = model;
-  }
+async function disconnect(model: ChannelModel): Promise<void> {
+  await within(SILENCE_LIMIT, 'closing', model.close()).catch(ignore);
+  // The socket to a dead peer would keep the process alive for minutes.
+  (model.connection as { stream?: Duplex }).stream?.destroy();
+}
 
-  async close(): Promise<void> {
-    const model = this.#model;
-    this.#model = undefined;
-    if (model) await within(SILENCE_LIMIT, 'closing', model.close()).catch(ignore);
-    // The socket to a dead peer would keep the process alive for minutes.
-    (model?.connection as { stream?: Duplex } | undefined)?.stream?.destroy();
-  }
-
-  /** Publishes a message again, to where a queue must be bound, and waits for the confirm. */
-  async publish(exchange: string, routingKey: string, { content, properties }: ConsumeMessage,
-    headers: { [name: string]: unknown }): Promise<void> {
-    const channel = await (await this.open()).createConfirmChannel();
+/** Publishes a message again, to where a queue must be bound, and waits for the confirm. On a
+ *  connection of its own: a broker short of memory does not read from those that publish. */
+export async function publish(broker: Broker, exchange: string, routingKey: string,
+  { content, properties }: ConsumeMessage, headers: { [name: string]: unknown }): Promise<void> {
+  const model = await connect(broker);
+  try {
+    const channel = await model.createConfirmChannel();
     let returned = false;
     channel.on('error', ignore).on('return', () => { returned = true; });
     // The broker refuses the user id of another; and what is kept must not expire.
     const { userId: _, expiration: __, ...options } = { ...properties, headers, mandatory: true };
     await new Promise<void>((resolve, reject) => {
       channel.publish(exchange, routingKey, content, options, (e) => e ? reject(e) : resolve());
-    }).finally(() => void channel.close().catch(ignore));
+    });
     if (returned) throw new Error(`${exchange || 'the default exchange'} has no ${routingKey}`);
+  } finally {
+    await disconnect(model);
   }
 }
 
-/** A consumer on a channel of its own. Once lost, it is never used again. */
+/** A consumer on a connection of its own. Once lost, it is never used again. */
 export class Subscription {
   /** Messages that were delivered and are not done with. */
   inHand = 0;
@@ -74,8 +72,8 @@ export class Subscription {
   readonly #over = new AbortController();
   #lastDelivery = performance.now();
 
-  private constructor(readonly connection: Connection, readonly model: ChannelModel,
-    readonly channel: Channel, readonly queue: string) {
+  private constructor(readonly model: ChannelModel, readonly channel: Channel,
+    readonly queue: string) {
     setMaxListeners(0, this.over);
     channel.on('error', () => this.lose('channel_closed'));
     // amqplib closes the channels of a lost connection before it tells of the connection.
@@ -84,19 +82,26 @@ export class Subscription {
     model.on('close', () => this.lose('connection_lost'));
   }
 
-  static async open(connection: Connection, queue: string, prefetch: (version: string) => number,
+  static async open(broker: Broker, queue: string, prefetch: (version: string) => number,
     deliver: (delivery: ConsumeMessage, from: Subscription) => void): Promise<Subscription> {
-    const model = await connection.open();
-    const made = new Subscription(connection, model, await model.createChannel(), queue);
-    await made.channel.prefetch(prefetch(model.connection.serverProperties.version));
-    await made.channel.consume(queue, (delivery) => {
-      // The broker cancels a consumer with null.
-      if (!delivery) return made.lose('cancelled');
-      made.inHand += 1;
-      made.#lastDelivery = performance.now();
-      deliver(delivery, made);
+    const model = await connect(broker);
+    const subscribe = async (): Promise<Subscription> => {
+      const made = new Subscription(model, await model.createChannel(), queue);
+      await made.channel.prefetch(prefetch(model.connection.serverProperties.version));
+      await made.channel.consume(queue, (delivery) => {
+        // The broker cancels a consumer with null.
+        if (!delivery) return made.lose('cancelled');
+        made.inHand += 1;
+        made.#lastDelivery = performance.now();
+        deliver(delivery, made);
+      });
+      return made;
+    };
+    // Also the end of a consumer that would be accepted later.
+    return within(SUBSCRIBE_LIMIT, 'subscribing', subscribe()).catch(async (error: unknown) => {
+      await disconnect(model);
+      throw error;
     });
-    return made;
   }
 
   /** Aborted when no more messages are to be begun. */
@@ -118,12 +123,11 @@ export class Subscription {
     }
   }
 
-  /** Closes the channel without a cancel before it: its messages go back together, in order. */
+  /** Closes without a cancel before it: its messages go back together, in order. */
   async close(): Promise<void> {
-    await within(SILENCE_LIMIT, 'closing', this.channel.close()).catch(async (error: unknown) => {
-      // Closed already; or nobody answers, and then the connection is dead.
-      if (!(error instanceof amqp.IllegalOperationError)) await this.connection.close();
-    });
+    // First the channel: that its acknowledgements arrive.
+    await within(SILENCE_LIMIT, 'closing', this.channel.close()).catch(ignore);
+    await disconnect(this.model);
   }
 
   /** Finds messages that wait and are not delivered, though nobody told us of a loss. */

@@ -1,42 +1,19 @@
 // The database's side: a pool that is made again when it is lost, and transactions.
 import pg from 'pg';
-import { ignore, pause, within } from './broker.js';
+import { ignore, within } from './broker.js';
 import { clean } from './message.js';
 import { call, value } from './sql.js';
 
-/** The last of these serialization failures is a failure like any other. */
-const SERIALIZATION_TRIES = 10;
-
 export const codeOf = (error: unknown): string =>
   String((error as { code?: unknown } | null | undefined)?.code ?? '');
-export const isSerialization = (error: unknown): boolean => /^(40001|40P01)$/.test(codeOf(error));
+/** Of two transactions: nobody's fault. */
+export const isConflict = (error: unknown): boolean => /^(40001|40P01)$/.test(codeOf(error));
 export const describe = (error: unknown): string =>
   clean(`${error instanceof Error ? error.message : String(error)} ${codeOf(error)}`.trim());
 
-/** Whether the transaction was committed is not known. */
-export class ConnectionLost extends Error {}
-
-/** Does the work in a transaction, which is rolled back if this rejects: but see ConnectionLost. */
-export async function transaction<T>(
-  client: pg.PoolClient, work: () => Promise<T>, onRetry = ignore): Promise<T> {
-  for (let tries = 1; ; tries += 1) {
-    try {
-      await client.query('BEGIN');
-      const result = await work();
-      // The COMMIT of an aborted transaction is not an error to Postgres.
-      if ((await client.query('COMMIT')).command === 'COMMIT') return result;
-      throw new Error('the handler ignored the error of a statement');
-    } catch (error) {
-      await client.query('ROLLBACK').catch(() => { throw new ConnectionLost(describe(error)); });
-      if (!isSerialization(error) || tries >= SERIALIZATION_TRIES) throw error;
-    }
-    onRetry();
-    await pause(Math.random() * 10 * tries);
-  }
-}
-
-export async function maintain(client: pg.PoolClient): Promise<void> {
-  while (await transaction(client, () => value(client, '(watership_inbox.maintain()).more')));
+/** Lets the window move on; to a message that it could not take, if given. */
+export async function maintain(client: pg.PoolClient, seen: Date | null = null): Promise<void> {
+  while (await value(client, '(watership_inbox.maintain($1)).more', seen?.toISOString()));
 }
 
 export class Database {
@@ -53,8 +30,8 @@ export class Database {
       .on('connect', (client) => client.on('error', ignore))
       .on('acquire', (client) => this.#busy.add(client))
       .on('release', (_, client) => this.#busy.delete(client));
-    await this.run((client) => transaction(client, () => call(client, 'register', consumer)));
-    await this.run(maintain);
+    await this.run((client) => call(client, 'register', consumer));
+    await this.run((client) => maintain(client));
   }
 
   /** Gives the work a connection of its own. If it rejects, the database counts as lost. */

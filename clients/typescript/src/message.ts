@@ -33,6 +33,8 @@ export class Message {
   get traceparent(): string | null { return text(this.headers['traceparent']); }
   /** How often a quorum queue has delivered it before. */
   get deliveryCount(): number { return Number(this.headers['x-delivery-count']) || 0; }
+  /** It was delivered before, to whomever. */
+  get again(): boolean { return this.redelivered || this.deliveryCount > 0; }
   json<T = unknown>(): T { return JSON.parse(this.body.toString()) as T; }
 }
 

@@ -41,10 +41,22 @@ export function claimMany(db: Queryable, consumer: string,
 
 export type Outcome = 'handle' | 'duplicate' | 'parked';
 
+/** A function of the inbox that gets a whole message, and returns one row. */
+export async function about<T>(db: Queryable, name: string, consumer: string, m: Message,
+  ...more: unknown[]): Promise<T> {
+  const values =
+    [consumer, m.id, utc(m.time), m.key, m.body, JSON.stringify(m.properties), ...more];
+  const parameters = values.map((_, i) => `$${i + 1}`).join();
+  return (await db.query(`SELECT * FROM watership_inbox.${name}(${parameters})`, values))
+    .rows[0] as T;
+}
+
+/** What is to be done about a message. */
+export interface Next { next: string; reason: string }
+
 /** Only what is to `handle` is handled; all are committed, and acknowledged then. */
-export function receive(db: Queryable, consumer: string, m: Message): Promise<Outcome> {
-  const properties = JSON.stringify(m.properties);
-  return call(db, 'receive', consumer, m.id, utc(m.time), m.key, m.body, properties);
+export async function receive(db: Queryable, consumer: string, m: Message): Promise<Outcome> {
+  return (await about<{ receive: Outcome }>(db, 'receive', consumer, m)).receive;
 }
 
 /** Stores what cannot be handled, with its key; false if it was handled or parked meanwhile. */
