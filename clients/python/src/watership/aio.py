@@ -129,7 +129,9 @@ class Inbox:
 
     def stop(self) -> None:
         """Begins no more messages; `run` returns when those in hand have ended. From any thread."""
-        if self._loop is not None:
+        if self._loop is None or self._loop.is_closed():
+            self._stop()
+        else:
             self._loop.call_soon_threadsafe(self._stop)
 
     def metrics(self) -> str:
@@ -276,17 +278,19 @@ class Inbox:
                 await slots.enter_async_context(self._free)
             if session.over.is_set():
                 raise Abandoned
+            # Here, and not in a thread.
+            conn = session.idle.pop() if session.idle else None
             try:
-                return await self._in_database(self._connected(session, work))
+                return await self._in_database(self._connected(session, conn, work))
             except Exception:
                 session.lose("database")
                 raise
 
-    async def _connected(self, session: Session,
+    async def _connected(self, session: Session, conn: Any,
                          work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
         options: Any = {**_CONNECTION, **conninfo_to_dict(self.database), "autocommit": True}
-        conn = session.idle.pop() if session.idle else await got(self._connect(**options))
         try:
+            conn = conn or await got(self._connect(**options))
             result = await work(conn)
             if not session.cause:
                 session.idle.append(conn)
