@@ -147,8 +147,8 @@ fn templates_that_cannot_be_followed_are_refused_at_start() {
              table, op, key, record_key, column.NAME",
         ),
         (
-            with(&outbox, &|d| d.headers = header("a", "{column.id}")),
-            "field \"column.id\" is not known here, allowed are: aggregate_type, ",
+            with(&outbox, &|d| d.headers = header("a", "{colum.id}")),
+            "field \"colum.id\" is not known here, allowed are: aggregate_type, ",
         ),
         (with(&change, &|d| d.headers = header("ws-a", "")), "headers has \"ws-a\": "),
         (with(&outbox, &|d| d.headers = header("traceparent", "")), "sets this header itself"),

@@ -75,8 +75,17 @@ impl Observed {
     /// What looks like an event and is not one: counted, and said once in a session.
     fn ignored(&self, metrics: &Metrics, seen: Seen) {
         let (updates, messages) = (seen.outbox_updates, seen.messages_ignored);
+        let (unsigned, counted) = (seen.messages_unsigned, self.counted.messages_unsigned);
         metrics.outbox.updates_ignored.increment(updates - self.counted.outbox_updates);
         metrics.outbox.messages_ignored.increment(messages - self.counted.messages_ignored);
+        metrics.outbox.messages_ignored.increment(unsigned - counted);
+        if unsigned > 0 && counted == 0 {
+            tracing::warn!(
+                unsigned,
+                "logical messages with the prefix \"watership\" that watership.emit_wal did not write \
+                 are ignored"
+            );
+        }
         if updates > 0 && self.counted.outbox_updates == 0 {
             tracing::warn!(
                 updates,

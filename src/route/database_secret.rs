@@ -14,6 +14,7 @@ pub struct DatabaseSecret {
     lanes: Key,
     ids: Key,
     values: Key,
+    messages: Key,
 }
 
 impl fmt::Debug for DatabaseSecret {
@@ -30,7 +31,12 @@ impl DatabaseSecret {
             let derived = sign(&master, format!("watership {purpose}").as_bytes());
             Key::new(HMAC_SHA256, derived.as_ref())
         };
-        Self { lanes: derive("lanes"), ids: derive("ids"), values: derive("values") }
+        Self {
+            lanes: derive("lanes"),
+            ids: derive("ids"),
+            values: derive("values"),
+            messages: derive("messages"),
+        }
     }
 
     /// For the hash of a lane whose key is hidden.
@@ -43,6 +49,11 @@ impl DatabaseSecret {
         let tag = sign(&self.ids, id.as_bytes());
         let bytes = tag.as_ref().first_chunk().expect("SHA-256 has 32 bytes");
         Builder::from_custom_bytes(*bytes).into_uuid()
+    }
+
+    /// For the tags of logical messages: `sql/0014_signed_messages.sql` derives the same.
+    pub fn messages(&self) -> Key {
+        self.messages.clone()
     }
 
     /// For hashed columns of a route without a salt of its own.

@@ -175,6 +175,8 @@ pub struct Seen {
     pub outbox_updates: u64,
     /// Logical messages with our prefix that are no part of a transaction, which are ignored.
     pub messages_ignored: u64,
+    /// The same in a transaction, which `emit_wal` did not write.
+    pub messages_unsigned: u64,
     /// The last canary of this relay that came.
     pub canary: Option<CanarySighting>,
     /// The first canaries that did not come although a later one did.

@@ -26,7 +26,7 @@ use watership::message::Message as WireMessage;
 use watership::pg::pgoutput::{ReplicationMessage, TupleValue, decode};
 use watership::position::{Lsn, Position};
 use watership::relay;
-use watership::route::{Decision, LaneKeys, Plans, Resumed, Router, default_rules};
+use watership::route::{DatabaseSecret, Decision, LaneKeys, Plans, Resumed, Router, default_rules};
 use watership::source::outbox::OutboxTable;
 use watership::source::transaction::{Assembler, CapturedTable, Options, Timelines};
 use watership::source::{Item, Receipt};
@@ -203,6 +203,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         types: Default::default(),
         canary: String::new(),
         canary_accepted: 0,
+        messages: DatabaseSecret::new(&[0]).messages(),
         max_body: 16 << 20,
     });
     let mut relation = b"R\0\0\x40\x07watership\0outbox\0d\0\x0c".to_vec();

@@ -18,6 +18,7 @@ use watership::pg::replication::{Frame, ReplicationConnection, StreamOptions};
 use watership::pg::slot::create_slot;
 use watership::position::{Lsn, Position};
 use watership::relay::session::user_types::read_types;
+use watership::route::DatabaseSecret;
 use watership::secret::Secret;
 use watership::source::Item;
 use watership::source::outbox::OutboxTable;
@@ -100,6 +101,7 @@ async fn stream(
         max_body: 16 << 20,
         canary: "none".into(),
         canary_accepted: 0,
+        messages: DatabaseSecret::new(&[0]).messages(),
     });
     let (mut items, mut commits) = (Vec::new(), 0);
     while commits < inserts {

@@ -12,6 +12,7 @@ use bytes::{BufMut, Bytes};
 use uuid::Uuid;
 use watership::event::Table;
 use watership::position::{Lsn, Position};
+use watership::route::DatabaseSecret;
 use watership::source::Item;
 use watership::source::outbox::OutboxTable;
 use watership::source::transaction::{Assembler, CapturedTable, Former, Options, Timelines};
@@ -391,6 +392,7 @@ pub fn options(
         types: Default::default(),
         canary: String::new(),
         canary_accepted: 0,
+        messages: DatabaseSecret::new(&[0]).messages(),
         max_body: 16 << 20,
     }
 }

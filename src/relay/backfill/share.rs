@@ -4,7 +4,7 @@
 //! What waits in the broker makes everything after it wait, so the share follows how long confirms
 //! of rows take, as TCP Vegas follows round trips: it grows by one a round while they take about
 //! as long as with a single row on its way, and is halved when they take longer. Every few seconds
-//! it begins anew with one row, because a queue that always stands hides how quick the broker is.
+//! it begins again with one row, because a queue that always stands hides how quick the broker is.
 //! Without live events there is nobody to be late for, and the share only grows.
 
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 const TIMES: u32 = 2;
 /// What timers and wake-ups add to either.
 const LEEWAY: Duration = Duration::from_millis(1);
-/// How long the shortest time counts, and how often it is measured anew.
+/// How long the shortest time counts, and how often it is measured again.
 const EPOCH: Duration = Duration::from_secs(10);
 
 /// The share of one session's backfills.
@@ -144,7 +144,7 @@ mod tests {
         // Two epochs later nothing is known of the time when it was quick.
         for epoch in 1..=2 {
             share.confirmed(MS * 10, now + EPOCH * epoch);
-            assert_eq!(share.allowed(), 1, "it begins anew");
+            assert_eq!(share.allowed(), 1, "it begins again");
             after(&mut share, 1, now + EPOCH * epoch, |_| 10, true);
         }
         after(&mut share, 3, now + EPOCH * 2, |_| 10, true);

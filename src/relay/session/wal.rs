@@ -295,6 +295,7 @@ pub(super) async fn stream(
     let schemas = schemas::read(client, &options.name, (cataloged, catalog_at)).await?;
     let renumbered = captured.iter().filter(|(name, _)| schemas.is_renumbered(name));
     let renumbered = renumbered.map(|(_, table)| table.oid).collect();
+    let messages = schemas.secret.messages();
     let resumed =
         Resumed { keys: keys.collect(), names: names.collect(), parked: HashMap::new(), schemas };
     let assembler = Assembler::new(transaction::Options {
@@ -304,6 +305,7 @@ pub(super) async fn stream(
         resume_after: row.position,
         database: taken.server.database.as_str().into(),
         outbox: outbox::verify(client, options, Some(&taken.publication)).await?,
+        messages,
         captured,
         catalog_at,
         renumbered,

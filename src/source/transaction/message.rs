@@ -1,13 +1,16 @@
 //! From a logical message of `watership.emit_wal` to an event. Pure.
 //!
-//! Invariant: whatever stands in the content becomes an event: what this program cannot read
-//! (another version, a message that something else wrote under our prefix) is parked under an id of
-//! its own, never a crash and never a loop. `sql/0009_emit_wal.sql` writes the form.
+//! Invariant: every role of the database can write messages with our prefix, so only what has the
+//! tag of `emit_wal` is an event; the rest is counted and ignored. What has the tag and cannot be
+//! read is parked under an id of its own, never a crash and never a loop. The form is that of
+//! `sql/0014_signed_messages.sql`.
 
 use std::sync::Arc;
 
 use bytes::{Buf as _, Bytes};
 use bytestring::ByteString;
+use ring::digest::SHA256_OUTPUT_LEN;
+use ring::hmac::{Key, verify};
 use uuid::Uuid;
 
 use super::{Assembler, MARK_PREFIX, POSTGRES_EPOCH_US, State, id_source};
@@ -19,7 +22,9 @@ use crate::source::Item;
 /// Prefix of the messages that are events. All others are somebody else's.
 const PREFIX: &str = "watership";
 /// Version of the form.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// Version and tag come before what is signed.
+const SIGNED_FROM: usize = 1 + SHA256_OUTPUT_LEN;
 
 impl Assembler {
     /// A logical message: an event, a mark of ours, or traffic of somebody else. `at` is its LSN
@@ -54,11 +59,15 @@ impl Assembler {
             return Ok(());
         }
         let counted = self.count_sub(lsn)?;
+        let Some(signed) = signed(&self.options.messages, &content) else {
+            self.seen.messages_unsigned += 1;
+            return Ok(());
+        };
         self.seen.changes += 1;
         if let State::Open(transaction) = &mut self.state {
             transaction.has_messages = true;
         }
-        let (id, at, row) = match read(content.clone()) {
+        let (id, at, row) = match read(signed) {
             Ok(read) => (read.id, read.created_at_us, read.row),
             Err(why) => {
                 let source = id_source(&mut self.namespace, &self.options, &counted);
@@ -94,16 +103,19 @@ struct Message {
     row: OutboxRow,
 }
 
-/// The event of a content, or why there is none. Texts and body are slices of the content.
+/// What follows the tag, if the tag is right.
+fn signed(key: &Key, content: &Bytes) -> Option<Bytes> {
+    if content.first() != Some(&VERSION) || content.len() < SIGNED_FROM {
+        return None;
+    }
+    let signed = content.slice(SIGNED_FROM..);
+    verify(key, &signed, &content[1..SIGNED_FROM]).is_ok().then_some(signed)
+}
+
+/// The event of a signed content, or why there is none. Texts and body are slices of the content.
 fn read(mut content: Bytes) -> std::result::Result<Message, String> {
     const SHORT: &str = "the logical message is cut off";
     let short = |_| SHORT.to_owned();
-    let version = content.try_get_u8().map_err(|_| "the logical message is empty".to_owned())?;
-    if version != VERSION {
-        return Err(format!(
-            "the logical message has version {version}, and this program reads version {VERSION}"
-        ));
-    }
     let kind = content.try_get_u8().map_err(short)?;
     let id = Uuid::from_u128(content.try_get_u128().map_err(short)?);
     let created_at = content.try_get_i64().map_err(short)?;
@@ -162,16 +174,32 @@ fn unreadable(why: String, content: Bytes) -> OutboxRow {
 pub(super) mod tests {
     use bytes::BufMut as _;
     use proptest::prelude::*;
+    use ring::hmac::{HMAC_SHA256, sign};
 
     use super::*;
 
-    /// A content in the form of the SQL.
+    /// The key of these tests.
+    pub(in crate::source::transaction) fn key() -> Key {
+        Key::new(HMAC_SHA256, b"of a test")
+    }
+
+    /// A message in the form of the SQL.
     pub(in crate::source::transaction) fn content(
         id: u128,
         event_type: &str,
         body: &[u8],
     ) -> Bytes {
-        let mut out = vec![VERSION, b'b'];
+        with_tag(&unsigned(id, event_type, body))
+    }
+
+    /// Anything with the right tag.
+    pub(in crate::source::transaction) fn with_tag(content: &[u8]) -> Bytes {
+        [&[VERSION], sign(&key(), content).as_ref(), content].concat().into()
+    }
+
+    /// What is signed of it.
+    fn unsigned(id: u128, event_type: &str, body: &[u8]) -> Bytes {
+        let mut out = vec![b'b'];
         out.put_u128(id);
         out.put_i64(5);
         let texts = [Some("order"), Some("7"), Some(event_type), None, None, Some("{\"a\": 1}")];
@@ -190,7 +218,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_message_is_read_as_it_was_written() {
-        let Message { id, created_at_us, row } = read(content(9, "paid", b"\0x")).ok().unwrap();
+        let Message { id, created_at_us, row } = read(unsigned(9, "paid", b"\0x")).ok().unwrap();
         assert_eq!((id.as_u128(), created_at_us), (9, POSTGRES_EPOCH_US + 5));
         let texts = [&row.aggregate_type, &row.aggregate_id, &row.event_type];
         assert_eq!(texts, ["order", "7", "paid"]);
@@ -200,34 +228,41 @@ pub(super) mod tests {
 
     #[test]
     fn what_cannot_be_read_says_why() {
-        let whole = content(9, "paid", b"");
+        let whole = unsigned(9, "paid", b"");
         let changed = |index: usize, byte: u8| {
             let mut bytes = whole.to_vec();
             bytes[index] = byte;
             read(bytes.into()).err().expect("it is refused")
         };
-        assert_eq!(read(Bytes::new()).err().expect("refused"), "the logical message is empty");
-        let version = "the logical message has version 2, and this program reads version 1";
-        assert_eq!(changed(0, 2), version);
-        assert_eq!(changed(1, b'x'), "the logical message has a body of unknown kind 120");
+        assert_eq!(changed(0, b'x'), "the logical message has a body of unknown kind 120");
         // The first length, and the first byte of the text after it.
-        assert_eq!(changed(26, 0x7F), "the logical message is cut off");
-        assert_eq!(changed(26, 0xFE), "the logical message is cut off");
-        assert_eq!(changed(30, 0xFF), "aggregate_type is not valid UTF-8");
-        for cut in 1..whole.len() {
+        assert_eq!(changed(25, 0x7F), "the logical message is cut off");
+        assert_eq!(changed(25, 0xFE), "the logical message is cut off");
+        assert_eq!(changed(29, 0xFF), "aggregate_type is not valid UTF-8");
+        for cut in 0..whole.len() {
             let told = read(whole.slice(..cut)).err().expect("it is refused");
             assert_eq!(told, "the logical message is cut off", "{cut}");
         }
     }
 
+    #[test]
+    fn only_what_the_key_has_signed_is_an_event() {
+        let whole = content(9, "paid", b"body");
+        assert!(signed(&key(), &whole).is_some_and(|of| of == unsigned(9, "paid", b"body")));
+        for place in 0..whole.len() {
+            let mut bytes = whole.to_vec();
+            bytes[place] ^= 1;
+            assert!(signed(&key(), &bytes.into()).is_none(), "{place}");
+            assert!(signed(&key(), &whole.slice(..place)).is_none(), "{place}");
+        }
+        assert!(signed(&Key::new(HMAC_SHA256, b"another"), &whole).is_none());
+    }
+
     proptest! {
         #[test]
-        fn no_content_makes_it_panic(mut bytes in prop::collection::vec(any::<u8>(), 0..80)) {
+        fn no_content_makes_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..80)) {
             let _ = read(bytes.clone().into());
-            if let Some(first) = bytes.first_mut() {
-                *first = VERSION;
-            }
-            let _ = read(bytes.into());
+            prop_assert!(signed(&key(), &bytes.into()).is_none());
         }
     }
 }

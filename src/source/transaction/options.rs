@@ -4,6 +4,8 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use ring::hmac::Key;
+
 use crate::column::Types;
 use crate::position::{Lsn, Position};
 use crate::source::outbox::OutboxTable;
@@ -23,6 +25,8 @@ pub struct Options {
     pub database: Arc<str>,
     /// The outbox.
     pub outbox: OutboxTable,
+    /// The key of the tags of logical messages.
+    pub messages: Key,
     /// The captured tables, by `schema.table`. Changes of other tables that are published are
     /// counted and left out.
     pub captured: HashMap<String, CapturedTable>,

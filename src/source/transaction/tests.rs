@@ -31,6 +31,7 @@ fn assembler(resume_after: Position) -> Assembler {
         )]),
         canary: "shop".into(),
         canary_accepted: 0,
+        messages: message::tests::key(),
         max_body: 16 << 20,
     });
     let outbox = ["id", "aggregate_type", "aggregate_id", "event_type", "payload"];
@@ -396,6 +397,10 @@ fn messages_of_others_are_traffic_and_one_outside_of_a_transaction_is_counted() 
     assert_eq!(receipt.flush(), Some(Mark(108)));
     let items = apply(&mut assembler, &[logical(false, "watership", b"x")]);
     assert!(items.is_empty(), "{items:?}");
+    let unsigned = logical(true, "watership", b"{}");
+    let items = apply(&mut assembler, &[begin(150), unsigned, commit(150)]);
+    assert!(matches!(items[..], [Item::Idle(_) | Item::Commit(_)]), "{items:?}");
+    assert_eq!(assembler.seen().messages_unsigned, 1);
     let items = apply(&mut assembler, &[begin(200), foreign, own(1), commit(200)]);
     assert!(matches!(items[..], [Item::Event(..), Item::Commit(_)]), "{items:?}");
     let seen = assembler.seen();
@@ -407,7 +412,7 @@ fn messages_of_others_are_traffic_and_one_outside_of_a_transaction_is_counted() 
 
 #[test]
 fn a_message_that_cannot_be_read_is_an_event_with_an_id_of_its_own() {
-    let broken = logical(true, "watership", b"{\"id\": 1}");
+    let broken = logical(true, "watership", &message::tests::with_tag(b"{\"id\": 1}"));
     let ids = || {
         let mut assembler = assembler(Position::default());
         let mut out = Vec::new();

@@ -27,6 +27,7 @@ fn assembler(primary_key: &[&str]) -> Assembler {
         types: Default::default(),
         canary: "shop".into(),
         canary_accepted: 0,
+        messages: message::tests::key(),
         max_body: 16 << 20,
     })
 }

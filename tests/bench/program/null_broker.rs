@@ -67,7 +67,7 @@ async fn connection(client: TcpStream, broker: u16) {
     }
 }
 
-/// What the relay sends: publishes are confirmed, the rest goes on.
+/// What the relay sends: publishes are confirmed, the rest is passed on.
 async fn take(
     mut from: OwnedReadHalf,
     mut to_broker: OwnedWriteHalf,
