@@ -13,6 +13,11 @@ WITH made AS (
     ON CONFLICT (name) DO NOTHING
     RETURNING name, mark
 )
-INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at, outbox, outbox_oid)
-SELECT name, mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), :outbox,
-    to_regclass(:quoted) FROM made;
+INSERT INTO watership.poll_batch (name, number, since, snapshot, first_seq, made_at, outbox,
+    outbox_oid, order_attnum, xid_attnum)
+SELECT made.name, made.mark, pg_current_snapshot(), pg_current_snapshot(), 0, now(), :outbox,
+    c.oid, o.attnum, x.attnum
+FROM made
+LEFT JOIN pg_catalog.pg_class AS c ON c.oid = to_regclass(:mapped)
+LEFT JOIN pg_catalog.pg_attribute AS o ON o.attrelid = c.oid AND o.attname = :order
+LEFT JOIN pg_catalog.pg_attribute AS x ON x.attrelid = c.oid AND x.attname = :transaction;

@@ -11,7 +11,7 @@ use super::{DAY, MINUTE, YEAR};
 use crate::envelope::is_reserved_header;
 use crate::pg::publication::TableName;
 use crate::source::SourceKind;
-use crate::source::outbox::{AggregateType, OutboxCatalog, OutboxNames, OutboxTable};
+use crate::source::outbox::{AggregateType, OutboxNames, OutboxTable};
 
 /// What `[outbox]` says.
 pub(super) struct Outbox {
@@ -97,20 +97,9 @@ pub(super) fn outbox(t: &mut Section<'_>, kind: SourceKind, captured: &[String])
         }
         SourceKind::Poll => check_retained(t, retained_for, delete_after),
     }
-    let catalog = OutboxCatalog::default();
-    // The routes say which; they are read later.
-    let (placed, shown) = (Vec::new(), Vec::new());
-    let table = OutboxTable {
-        table,
-        columns,
-        demanded,
-        headers_from,
-        placed,
-        shown,
-        order_by,
-        xid,
-        catalog,
-    };
+    // What routes ask for is read later, and the catalog by a session.
+    let rest = OutboxTable::default();
+    let table = OutboxTable { table, columns, demanded, headers_from, order_by, xid, ..rest };
     Outbox { table, maintain: false, retain, delete_after, retained_for }
 }
 

@@ -77,7 +77,7 @@ pub(super) fn placed(rules: &[Rule]) -> Vec<String> {
     list
 }
 
-/// The columns that templates of routes of the outbox name, each once, with the first key that does.
+/// The columns that templates of outbox routes name, each once, after the first key that does.
 pub(super) fn shown(rules: &[Rule]) -> Vec<(String, String)> {
     let mut list: Vec<(String, String)> = Vec::new();
     for rule in rules.iter().filter(|rule| matches!(rule.select, Select::Outbox { .. })) {

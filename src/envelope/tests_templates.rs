@@ -148,7 +148,8 @@ fn templates_that_cannot_be_followed_are_refused_at_start() {
         ),
         (
             with(&outbox, &|d| d.headers = header("a", "{colum.id}")),
-            "field \"colum.id\" is not known here, allowed are: aggregate_type, ",
+            "field \"colum.id\" is not known here, allowed are: aggregate_type, aggregate_id, \
+             event_type, key, record_key, column.NAME",
         ),
         (with(&change, &|d| d.headers = header("ws-a", "")), "headers has \"ws-a\": "),
         (with(&outbox, &|d| d.headers = header("traceparent", "")), "sets this header itself"),

@@ -241,7 +241,7 @@ fn column<'a>(event: &'a Event, facts: Facts<'a>, index: usize) -> Result<&'a st
         return outbox_column(row, &facts.columns[index]);
     }
     let Some(ShownRow { table, row, is_only_identity }) = facts.row else {
-        unreachable!("what is no event of the outbox is of a row")
+        unreachable!("a change of a captured table has its row here")
     };
     let (name, place) = &table.shown[index];
     let wrong = |what: &str| Error::event(format!("column {name:?} {what}"));

@@ -5,6 +5,7 @@ use serde_json::Value;
 use crate::polling_mapped::{COLUMNS, MAPPED, TABLE, emit};
 use crate::sources::POLL;
 use crate::support::stage::{Ended, Setup, Stage};
+use crate::support::waiting::until;
 
 /// The lines of JSON that a dry run has printed.
 fn printed(ended: &Ended) -> Vec<Value> {
@@ -33,7 +34,8 @@ async fn state(stage: &Stage) -> String {
 /// Of a relay that polls.
 async fn polled_state(stage: &Stage) -> String {
     let tables = "SELECT string_agg(row_to_json(c)::text, ',') FROM watership.checkpoint AS c";
-    let batches = "SELECT string_agg(row_to_json(b)::text, ',' ORDER BY number) FROM watership.poll_batch AS b";
+    let batches = "SELECT string_agg(row_to_json(b)::text, ',' ORDER BY number) \
+        FROM watership.poll_batch AS b";
     let parked = "SELECT count(*)::text FROM watership.parked";
     let parts = [stage.text(tables).await, stage.text(batches).await, stage.text(parked).await];
     parts.join("\n")
@@ -105,9 +107,12 @@ async fn a_dry_run_ends_at_its_limit_and_says_when_a_relay_has_the_slot() {
 #[tokio::test]
 async fn a_dry_run_of_a_relay_that_polls_prints_what_it_then_publishes_and_stores_nothing() {
     let mapped = format!("{MAPPED}\n{COLUMNS}");
-    let own = |kind: &str| format!("SELECT watership.emit('order', '1', '{kind}', '{{\"a\": 1}}')");
-    let of_table: (&str, &str, &dyn Fn(&str) -> String) = (TABLE, &mapped, &|kind| emit(kind));
-    for (sql, settings, emit) in [("", POLL, &own as &dyn Fn(&str) -> String), of_table] {
+    let insert = |is_mapped: bool, kind: &str| match is_mapped {
+        true => emit(kind),
+        false => format!("SELECT watership.emit('order', '1', '{kind}', '{{\"a\": 1}}')"),
+    };
+    for (is_mapped, sql, settings) in [(false, "", POLL), (true, TABLE, &mapped)] {
+        let emit = |kind: &str| insert(is_mapped, kind);
         let stage = Stage::new(Setup { sql, settings, ..Setup::default() }).await;
         let nothing = stage.run(&["run", "--dry-run", "--until-caught-up"]).await;
         nothing.expect_code(0).expect_text(&["would_be_parked=0"]);
@@ -123,13 +128,17 @@ async fn a_dry_run_of_a_relay_that_polls_prints_what_it_then_publishes_and_store
         let first = printed(&dry);
         assert_eq!((first.len(), printed(&again).len()), (3, 2));
         let later = async {
+            // Its last statement is a look, or the end of one.
+            let looks = "EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() \
+                AND pid <> pg_backend_pid() \
+                AND (query = 'COMMIT' OR query LIKE '%FROM watership.poll%look(%'))";
+            until("it polls", async || stage.holds(looks).await).await;
             for _ in 0..3 {
-                tokio::time::sleep(std::time::Duration::from_millis(500)).await;
                 stage.execute(&emit("later")).await;
             }
         };
         let (following, ()) = tokio::join!(stage.run(&["run", "--dry-run", "--limit", "6"]), later);
-        assert_eq!(printed(following.expect_code(0)).len(), 6, "it goes on");
+        assert_eq!(printed(following.expect_code(0)).len(), 6, "it continues");
         assert_eq!(polled_state(&stage).await, before);
 
         let relay = stage.start().await;

@@ -175,7 +175,8 @@ async fn rights_are_those_of_the_role_that_the_server_sees_and_not_of_the_one_in
         .execute(&format!(
             "CREATE ROLE {own}; GRANT watership_relay TO {own}; \
              GRANT SELECT, DELETE ON outbox TO {own}; \
-             CREATE ROLE {tenant} LOGIN NOINHERIT IN ROLE {own}; ALTER ROLE {tenant} SET role = {own}"
+             CREATE ROLE {tenant} LOGIN NOINHERIT IN ROLE {own}; \
+             ALTER ROLE {tenant} SET role = {own}"
         ))
         .await;
     let before = stage.configuration();

@@ -143,6 +143,9 @@ async fn what_init_prints_makes_a_relay_that_polls_a_mapped_table() {
         printed.log.lines().filter(|line| !line.starts_with("warning: ")).collect();
     stage.execute(&sql.join("\n")).await;
     stage.run(&["init"]).await.expect_code(0).expect_text(&["exists   checkpoint"]);
+    let made_with = "(SELECT (outbox_oid, order_attnum, xid_attnum) FROM watership.poll_batch) \
+        = ('outbox'::regclass::oid, 6, 7)";
+    assert!(stage.holds(made_with).await, "its first batch says what it was made with");
     let relay = stage.start().await;
     stage.execute(&emit("one")).await;
     assert_eq!(kinds(&settled(&stage, "outbox").await), ["one"]);

@@ -157,10 +157,19 @@ fn polling(relay: &relay::Options, found: &Found) -> String {
     if !found.checkpoint {
         text += "-- It begins after what is in the outbox then: existing rows are never sent.\n";
         let table = &relay.outbox.table;
+        let mapped = relay.outbox.polled().filter(|_| relay.outbox.is_mapped());
+        let or_null =
+            |text: Option<String>| text.map_or("NULL".to_owned(), |text| escape_literal(&text));
+        let [quoted, order_by, xid] = match mapped {
+            Some(polled) => [polled.table.quoted(), polled.order_by, polled.xid].map(Some),
+            None => [None, None, None],
+        };
         let values = [
             ("name", &*escape_literal(&relay.name)),
             ("outbox", &escape_literal(&table.to_string())),
-            ("quoted", &escape_literal(&table.quoted())),
+            ("mapped", &or_null(quoted)),
+            ("order", &or_null(order_by)),
+            ("transaction", &or_null(xid)),
         ];
         text += &fill(CHECKPOINT, &values);
         text += "\n";

@@ -240,8 +240,8 @@ pub fn verify_made_with<'a>(
         let then = told(then);
         let text = format!(
             "batch {number} of relay {name:?} is not settled and was made with {then} as \
-             outbox.{key}, but the configuration names {name_now:?}: read by that, some of its rows \
-             would be left out"
+             outbox.{key}, but the configuration names {name_now:?}: read by that, some of its \
+             rows would be left out"
         );
         return Err(Error::named(Verdict::BatchUnreadable, text).hint(format!(
             "set outbox.{key} back to {then}, let the relay settle what it has found, then change \

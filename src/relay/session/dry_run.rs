@@ -2,9 +2,9 @@
 //!
 //! Invariant: neither end is moved. Nothing is written to Postgres, no checkpoint is taken over,
 //! and the server is never told a flush position, so the slot stays where it is (a status update
-//! with the position 0 confirms nothing: walsender.c, `ProcessStandbyReplyMessage`), and batches that
-//! a poll finds are not stored. There is no connection to the broker. While it reads, the slot is in
-//! use, as with any reader.
+//! with the position 0 confirms nothing: walsender.c, `ProcessStandbyReplyMessage`), and batches
+//! that a poll finds are not stored. There is no connection to the broker. While it reads, the slot
+//! is in use, as with any reader.
 
 use std::future::{Future, ready};
 use std::sync::Arc;

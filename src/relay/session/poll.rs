@@ -119,7 +119,7 @@ async fn take_over(
     Ok((row, found.server.database))
 }
 
-/// What a start would read and compare, and its source, which writes nothing: nothing is taken over.
+/// What a start would read and compare, and its source, which writes nothing.
 ///
 /// # Errors
 /// As of a start; [`crate::error::Kind::Refused`] where that would begin a new epoch.
