@@ -28,8 +28,8 @@ SET ROLE watership_inbox_owner;
 
 -- The attempt failed, for the `failed`th time. `reason` is 'failed', which counts; another one, as
 -- 'killed', gives up at once, as `is_final` does. A message without an id is parked in any case.
--- With the SQLSTATE of the error, conflicts of transactions are no failures in the first ten `tries`,
--- nor is WI003, for which it calls maintain: then call it after ROLLBACK, not ROLLBACK TO.
+-- Given the SQLSTATE of the error, conflicts of transactions are no failures in the first ten
+-- `tries`, nor is WI003, for which it calls maintain: then call it after ROLLBACK, not ROLLBACK TO.
 CREATE FUNCTION watership_inbox.fail_message(
     consumer text, message_id text, occurred_at timestamptz, key text, body bytea,
     properties jsonb, retried bigint, error text, is_final boolean DEFAULT false,

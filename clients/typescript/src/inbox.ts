@@ -25,6 +25,8 @@ interface Job {
 /** What is to be done about a message, and for how long to wait before, at most. */
 interface Todo { next: string; wait: number }
 
+const LEFT = new Error('left to its next delivery');
+
 /** Runs so much work at the same time; the rest waits in line. */
 function slots(free: number): <T>(work: () => Promise<T>) => Promise<T> {
   const waiting: (() => void)[] = [];
@@ -145,11 +147,11 @@ export class Inbox {
     const isSuspect = message.again && await this.#begin(over, (client) =>
       call<boolean>(client, 'suspect', this.consumer, message.id));
     const attempt = (): Promise<Todo> => this.#begin(over, (c) => this.#attempt(c, job));
-    for (;;) {
-      const { next, wait } = await (isSuspect ? this.#alone(attempt) : attempt());
-      if (next === 'dead_letter') await this.#deadLetter(job, over);
-      if (next !== 'again') return;
-      await pause(Math.random() * wait, over);
+    let todo: Todo = { next: 'again', wait: 0 };
+    while (todo.next === 'again' || todo.next === 'dead_letter') {
+      if (todo.wait > 0) await pause(Math.random() * todo.wait, over);
+      todo = await (todo.next === 'dead_letter' ? this.#deadLetter(job, over)
+        : isSuspect ? this.#alone(attempt) : attempt());
     }
   }
 
@@ -184,6 +186,7 @@ export class Inbox {
 
   async #receive(client: PoolClient, job: Job): Promise<string> {
     const { message, retried } = job;
+    job.isHandling = false;
     if (!job.begun && (message.again || !message.hasId)) {
       const noted = await about<Job & Next>(client, 'begin_message', this.consumer, message,
         retried, message.hasId, this.#options.maxKills, this.#deadLetters);
@@ -220,33 +223,32 @@ export class Inbox {
 
   get #deadLetters(): boolean { return this.#options.onFailure !== 'park'; }
 
-  async #deadLetter({ delivery, message, error = null, reason = '', failed }: Job,
-    over: AbortSignal): Promise<void> {
+  /** As an attempt. */
+  async #deadLetter(job: Job, over: AbortSignal): Promise<Todo> {
+    const { delivery, message, error = null, reason = '', failed } = job;
     const { backoff, maxBackoff, onFailure } = this.#options;
-    if (!delivery || onFailure === 'park') return;
+    if (over.aborted || !delivery || onFailure === 'park') throw LEFT;
     // A CC would send copies to where the message came from.
     const { CC: _, 'x-delivery-count': __, ...headers } = delivery.properties.headers ?? {};
     const dead = { ...headers, 'ws-dead-consumer': this.consumer, 'ws-dead-reason': reason,
       'ws-dead-error': Buffer.from(error ?? '').subarray(0, 1_000).toString()
         .replace(/\uFFFD+$/, ''), 'ws-dead-failures': failed };
-    const { exchange, routingKey } = onFailure;
-    for (let wait = backoff, isSent = false; !isSent; wait = Math.min(maxBackoff, 2 * wait)) {
-      if (over.aborted) throw new Error('left to its next delivery');
-      await publish(this.#broker, exchange, routingKey, delivery, dead).then(
-        () => { isSent = true; }, (refused) => {
-          this.#log('error', 'cannot dead-letter', { error: describe(refused) }, message);
-          return pause(wait, over);
-        });
+    try {
+      await publish(this.#broker, onFailure.exchange, onFailure.routingKey, delivery, dead);
+    } catch (refused) {
+      this.#log('error', 'cannot dead-letter', { error: describe(refused) }, message);
+      return { next: 'dead_letter', wait: Math.min(maxBackoff, backoff * 2 ** job.conflicts++) };
     }
     this.#tell('error', 'dead_lettered', message, error, { reason });
     // Moved back from there, it starts from the beginning.
     await this.#begin(over, (c) => call(c, 'end_message', this.consumer, message.id));
+    return { next: 'sent', wait: 0 };
   }
 
   /** Work with the database, unless no more is to be begun. */
   #begin<T>(over: AbortSignal, work: (client: PoolClient) => Promise<T>): Promise<T> {
     return this.#inSlot(async () => {
-      if (over.aborted) throw new Error('left to its next delivery');
+      if (over.aborted) throw LEFT;
       return this.#database.run(work);
     });
   }

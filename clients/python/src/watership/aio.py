@@ -316,7 +316,8 @@ class Inbox:
             suspect, = await self._borrow(
                 session, lambda conn: self._ask(conn, "suspect", message_id=message.id))
         while following in ("again", "dead_letter"):
-            await session.pause(wait)
+            if wait:
+                await session.pause(wait)
             following, wait = await (self._borrow(
                 session, lambda conn: self._attempt(job, conn), alone=suspect)
                 if following == "again" else self._dead_letter(session, job))
