@@ -142,6 +142,8 @@ test('terminated database connections lose nothing and are nobody\'s failure', a
   const ids = Array.from({ length: 300 }, (_, i) => `m${i}`);
   await scene.send(...ids.map((id, i) => ({ id, key: `k${i % 6}` })));
   for (let i = 0; i < 4; i += 1) {
+    // Handlers of this subscription, and not some that the last loss has not yet ended.
+    await subscribed(i + 1);
     await until('work', () => running > 1);
     await backends(scene.name);
     await until('the loss', () => count(inbox, 'resubscribed', 'cause="database"') > i);
