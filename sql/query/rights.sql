@@ -1,8 +1,8 @@
 -- What a relay of kind $2 needs of its own schema and does not have: role $1 (null: the connected
 -- one), and the applications' role for the outbox. Privileges that are lacking, and whether
--- row-level security stands in the way (check_enable_rls in rls.c decides in the same way). `vital`:
--- without it the relay cannot run. Of tables that do not exist, only vital ones are named; the
--- outbox may be another.
+-- row-level security stands in the way (check_enable_rls in rls.c decides in the same way).
+-- `vital`: without it the relay cannot run. Of tables that do not exist, only vital ones are named;
+-- the outbox may be another.
 WITH needed (app, name, privilege, columns, vital) AS (VALUES
     (false, 'migration', 'SELECT', NULL, false),
     (false, 'checkpoint', 'SELECT', NULL, true),

@@ -82,8 +82,8 @@ impl Observed {
         if unsigned > 0 && counted == 0 {
             tracing::warn!(
                 unsigned,
-                "logical messages with the prefix \"watership\" that watership.emit_wal did not write \
-                 are ignored"
+                "logical messages with the prefix \"watership\" that watership.emit_wal did not \
+                 write are ignored"
             );
         }
         if updates > 0 && self.counted.outbox_updates == 0 {

@@ -102,8 +102,7 @@ async fn too_few_connections_of_the_role_are_a_problem() {
 }
 
 #[tokio::test]
-async fn a_privilege_or_table_that_the_relay_lacks_refuses_check_init_and_start_and_says_what_to_do()
- {
+async fn what_the_relay_lacks_refuses_check_init_and_start_and_says_what_to_do() {
     let (stage, _) = stage_of_a_role("").await;
     for (privilege, table) in [
         ("INSERT", "parked"),

@@ -133,8 +133,8 @@ impl Why {
                  retry; or discard it"
             }
             Why::Invalid => {
-                "correct what the error names (a template, contract or option of the route) and restart \
-                 the relay, then retry; if the event itself is wrong, discard it"
+                "correct what the error names (a template, contract or option of the route) and \
+                 restart the relay, then retry; if the event itself is wrong, discard it"
             }
             Why::Drift => {
                 "`watership schema TABLE` shows what has changed; agree with `watership schema \

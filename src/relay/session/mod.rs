@@ -31,7 +31,7 @@ use crate::error::{Error, Kind, Result};
 use crate::metrics::{BackfillMetrics, Metrics, TableMetrics};
 use crate::pg::client::Closed;
 use crate::publisher::Publisher as _;
-use crate::relay::backfill::{Backfill, worker};
+use crate::relay::backfill::{Backfill, WorkerEnd, worker};
 use crate::relay::check::position::Failover;
 use crate::relay::checkpoint::own::OwnCheckpoint;
 use crate::relay::checkpoint::progress::Progress;
@@ -126,14 +126,7 @@ pub async fn open(
         failed_over::tell(&failover, row.position.epoch, kept, &parking, shared);
     }
     tell_start(options, &row, kept);
-    let (backfill, end) = match row.kind {
-        SourceKind::Wal => {
-            let (backfill, end) = Backfill::linked(options.backfill.max_unconfirmed, backfilling);
-            (backfill, Some(end))
-        }
-        // Its marks are in the WAL, and there are no captured tables.
-        SourceKind::Poll => (Backfill::none(), None),
-    };
+    let (backfill, end) = linked(row.kind, options.backfill.max_unconfirmed, backfilling);
     let parts = RelayParts {
         source,
         publisher,
@@ -155,6 +148,22 @@ pub async fn open(
     shared.canary.begin(row.flush_lsn, canary, std::time::Instant::now());
     let backfill = end.map(|end| worker::start(options.clone(), shared.clone(), end));
     Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed, backfill })
+}
+
+/// The loop's end of backfills, and the worker's.
+fn linked(
+    kind: SourceKind,
+    max_unconfirmed: usize,
+    backfilling: Vec<u32>,
+) -> (Backfill, Option<WorkerEnd>) {
+    match kind {
+        SourceKind::Wal => {
+            let (backfill, end) = Backfill::linked(max_unconfirmed, backfilling);
+            (backfill, Some(end))
+        }
+        // Its marks are in the WAL, and there are no captured tables.
+        SourceKind::Poll => (Backfill::none(), None),
+    }
 }
 
 fn tell_start(options: &Options, row: &Checkpoint, kept: &Kept) {

@@ -31,8 +31,9 @@ pub(in crate::relay) enum Made {
 /// Of the first lines about parked messages each is logged, then one in every [`LOGGED_EVERY`].
 const LOGGED_FIRST: u64 = 20;
 const LOGGED_EVERY: u64 = 1000;
-const BLOCKED_HINT: &str = "its route has on_poison = \"block\", a limit of parked rows is reached, or \
-    it follows such a message: fix the cause and restart the relay, or make room (`watership parked`)";
+const BLOCKED_HINT: &str = "its route has on_poison = \"block\", a limit of parked rows is \
+    reached, or it follows such a message: fix the cause and restart the relay, or make room among \
+    parked rows (`watership parked`)";
 
 impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     pub(in crate::relay) fn admit_batch(&mut self) {

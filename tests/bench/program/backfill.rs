@@ -2,8 +2,8 @@
 //!
 //! Four writers emit a given number of events a second, each waits for its commits; one consumer
 //! takes them. First without a backfill, then while a table is read, whose rows go to a queue that
-//! nobody reads. At last the same rows again, without live events: on a route that drops them, which
-//! is what reading costs, and to a broker that takes everything at once and keeps nothing.
+//! nobody reads. At last the same rows again, without live events: on a route that drops them,
+//! which is what reading costs, and to a broker that takes everything at once and keeps nothing.
 
 use std::collections::HashMap;
 use std::time::Duration;
