@@ -5,9 +5,10 @@
 -- Rows that had moved and are sent now need not be read again.
 WITH reread AS (
     DELETE FROM watership.backfill_moved AS m
-    USING json_to_recordset($7::text::json) AS r (run uuid, reread text[]),
+    USING json_to_recordset($7::text::json) AS r (run uuid, reread text[], done boolean),
         watership.backfill AS b, watership.checkpoint AS mine
-    WHERE m.run = r.run AND m.position = ANY (r.reread) AND b.run = r.run AND b.name = mine.name
+    WHERE m.run = r.run AND (r.done OR m.position = ANY (r.reread))
+      AND b.run = r.run AND b.name = mine.name
       AND mine.name = $1 AND mine.session_no = $2
       AND (mine.epoch, mine.mark, mine.ordinal, mine.sub) = ($3::bigint::integer, $4, $5, $6)
 )

@@ -432,7 +432,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.parked.retry_due = true;
         self.take_commands(now);
         self.look_at_holds(now);
-        for entry in self.parked.parking.unblock() {
+        for (entry, route, why) in self.parked.parking.unblock() {
+            self.seen.metrics.parked.count(&route, why.as_str());
             self.flight.window.settle(entry);
         }
         self.settle_prefix();

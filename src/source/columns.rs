@@ -141,7 +141,9 @@ impl ColumnWatch {
         let table = described.table;
         let Some(watched) = self.watched.get_mut(&table.oid) else { return Ok(None) };
         Ok(match answer? {
-            Answer::Shown(now, _) if watched.columns.has_lost(&now) => {
+            Answer::Shown(now, _)
+                if watched.columns.has_lost(&now) || watched.columns.has_another(&now) =>
+            {
                 Some((table, ColumnDoubt::Others))
             }
             Answer::Shown(_, shown) => {

@@ -345,7 +345,8 @@ async fn store(
         &order_by,
         &xid,
     ];
-    let begin = "BEGIN READ WRITE; SET LOCAL synchronous_commit = local";
+    let begin = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
+        SET LOCAL synchronous_commit = local";
     let (_, stored, _) = try_join!(
         client.batch_execute(begin),
         unnamed::execute(client, SQL, &values),
@@ -364,7 +365,8 @@ async fn store(
 /// nothing, and its next batch says so.
 async fn note(client: &Client, options: &Options) -> Result<()> {
     const SQL: &str = include_str!("../../sql/query/poll_noted.sql");
-    let begin = "BEGIN READ WRITE; SET LOCAL synchronous_commit = off";
+    let begin = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
+        SET LOCAL synchronous_commit = off";
     let values: [unnamed::Parameter<'_>; 2] = [&options.name, &options.session_no];
     try_join!(
         client.batch_execute(begin),

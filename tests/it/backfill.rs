@@ -44,8 +44,14 @@ impl Replica {
                 self.rows.insert(key, body["after"].clone());
             }
             "update" => {
-                let before = body["before"].as_object();
-                let old = before.map_or(key.clone(), |_| text(&body["before"]));
+                // The replica identity may have more columns than the key.
+                let old = body["before"].as_object().map_or(key.clone(), |before| {
+                    let mut old = body["key"].clone();
+                    for (column, value) in old.as_object_mut().expect("a key") {
+                        value.clone_from(before.get(column).unwrap_or(&Value::Null));
+                    }
+                    text(&old)
+                });
                 let mut row = self.rows.remove(&old).unwrap_or_else(|| json!({}));
                 for (column, value) in body["after"].as_object().expect("a row") {
                     row[column] = value.clone();

@@ -3,6 +3,10 @@
 
 use serde_json::json;
 
+use watership::relay::backfill::keyset::From;
+use watership::relay::backfill::read::{self, ONE_BY_ONE};
+use watership::relay::backfill::worker::SETTINGS;
+
 use super::backfill::{Replica, backfill, reads, until_state};
 use crate::support::stage::{Setup, Stage};
 use crate::support::waiting::until;
@@ -114,4 +118,26 @@ async fn a_key_that_two_rows_had_in_one_run_gives_them_two_ids() {
     assert_eq!(big, [json!("b5".repeat(1000)), json!("b503".repeat(1000))]);
     assert_ne!(of_five[0].id(), of_five[1].id());
     relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn rows_that_moved_are_found_by_the_index_and_not_by_reading_the_table_again() {
+    let stage = half_read().await;
+    stage
+        .execute("INSERT INTO t SELECT g, 'k', g, 'x' FROM generate_series(601, 20000) AS g")
+        .await;
+    stage.execute(&format!("ANALYZE t; {SETTINGS}; BEGIN; {ONE_BY_ONE}")).await;
+    let name = "public.t".parse().expect("a name");
+    let found = read::find(&stage.sql, &name, "watership").await.expect("an answer");
+    let shape = read::shape(&stage.sql, &found.expect("a table")).await.expect("an answer");
+    let shape = shape.expect("a table").expect("it can be read");
+    let keys = ["7", "15000", "19000"].map(|a| vec!["k".to_owned(), a.to_owned()]);
+    let copy = shape.statement(&From::Only(keys.to_vec()), None, 4);
+    let query = copy.strip_prefix("COPY (").and_then(|q| q.strip_suffix(") TO STDOUT"));
+    let explain = format!("EXPLAIN {}", query.expect("a query"));
+    let plan = stage.sql.query(&explain, &[]).await.expect("a plan");
+    let plan: Vec<String> = plan.iter().map(|row| row.get(0)).collect();
+    let plan = plan.join("\n");
+    assert!(plan.contains("Bitmap Index Scan on t_pkey"), "{plan}");
+    assert!(!plan.contains("Seq Scan"), "{plan}");
 }

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 use watership::dev::{Rabbit, RabbitOptions};
 
-use crate::support::inbox::{Message, kinds};
+use crate::support::inbox::{Message, kinds, of_key};
 use crate::support::servers::{Vhost, own_database};
 use crate::support::stage::{Running, Setup, Stage};
 use crate::support::waiting::until;
@@ -45,10 +45,6 @@ pub async fn parked(stage: &Stage, arguments: &[&str]) -> Value {
 }
 
 /// The `type`s of the messages of one key, as they came.
-fn of_key<'a>(messages: &'a [Message], key: &str) -> Vec<&'a str> {
-    messages.iter().filter(|m| m.text("ws-key") == key).map(Message::kind).collect()
-}
-
 async fn metric(relay: &Running, series: &str) -> f64 {
     relay.metric(series).await.unwrap_or_else(|| panic!("no series {series}"))
 }

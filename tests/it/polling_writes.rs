@@ -8,7 +8,7 @@ use futures_util::SinkExt as _;
 
 use crate::polling_mapped::{TABLE, emit, settled, stage};
 use crate::polling_mapped_refused::refuse;
-use crate::support::inbox::kinds;
+use crate::support::inbox::{kinds, of_key};
 
 #[tokio::test]
 async fn what_a_savepoint_takes_back_never_comes_and_the_rest_of_its_transaction_does() {
@@ -43,19 +43,25 @@ async fn what_a_savepoint_takes_back_never_comes_and_the_rest_of_its_transaction
 #[tokio::test]
 async fn rows_that_are_copied_in_arrive_in_their_order() {
     const ROWS: usize = 5000;
+    // One key has one message at a time on its way.
+    const KEYS: usize = 250;
     let stage = stage(TABLE, "").await;
     let relay = stage.start().await;
     let copy = "COPY outbox (id, aggregatetype, aggregateid, type, payload) FROM STDIN";
     let sink = stage.sql.copy_in::<_, Bytes>(copy).await.expect("it begins");
     let mut sink = std::pin::pin!(sink);
     for n in 0..ROWS {
-        let line = format!("{}\torder\t1\t{n}\t1\n", uuid::Uuid::from_u128(n as u128));
+        let (id, key) = (uuid::Uuid::from_u128(n as u128), n % KEYS);
+        let line = format!("{id}\torder\t{key}\t{n}\t1\n");
         sink.send(line.into()).await.expect("a row");
     }
     assert_eq!(sink.finish().await.expect("it ends"), ROWS as u64);
     let messages = settled(&stage, "outbox").await;
-    let expected: Vec<String> = (0..ROWS).map(|n| n.to_string()).collect();
-    assert_eq!(kinds(&messages), expected);
+    assert_eq!(messages.len(), ROWS);
+    for key in 0..KEYS {
+        let expected: Vec<String> = (key..ROWS).step_by(KEYS).map(|n| n.to_string()).collect();
+        assert_eq!(of_key(&messages, &format!("order/{key}")), expected);
+    }
     relay.stop().await.expect_code(0);
 }
 

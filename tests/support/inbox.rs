@@ -144,3 +144,8 @@ impl Inbox {
 pub fn kinds(messages: &[Message]) -> Vec<&str> {
     messages.iter().map(Message::kind).collect()
 }
+
+/// The event types of one key, in order of arrival.
+pub fn of_key<'a>(messages: &'a [Message], key: &str) -> Vec<&'a str> {
+    messages.iter().filter(|m| m.text("ws-key") == key).map(Message::kind).collect()
+}

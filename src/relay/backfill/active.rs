@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::keyset::{From, TableShape};
 use super::pace::Pace;
 use super::read::{self, ChunkRows, ReadTable, Unfit};
-use super::reread::{MovedRows, Phase};
+use super::reread::{MovedRows, Phase, ROWS_MAX};
 use super::runs::{self, Run};
 use super::shown::BackfillView;
 use super::{Options, runs::RunState};
@@ -32,6 +32,8 @@ pub(super) struct Active {
     pub(super) pace: Pace,
     /// What the next chunk is of.
     pub(super) phase: Phase,
+    /// Only one row that had moved may be read at once.
+    one_moved: bool,
     /// Transactions that were open when the loop began to remember those of the table; absent once
     /// none of them can matter.
     before: Option<(HashSet<u32>, Instant)>,
@@ -77,8 +79,19 @@ impl Active {
         let Options { chunk_rows, max_rate, .. } = relay.backfill;
         let (pace, now) = (Pace::new(chunk_rows, max_rate), Instant::now());
         let (since, lately, before) = ((now, run.rows), None, None);
-        let phase = Phase::Keys;
-        Ok(Ok(Self { run, wanted, shape, pace, phase, before, not_before: now, since, lately }))
+        let (phase, one_moved) = (Phase::Keys, false);
+        Ok(Ok(Self {
+            run,
+            wanted,
+            shape,
+            pace,
+            phase,
+            one_moved,
+            before,
+            not_before: now,
+            since,
+            lately,
+        }))
     }
 
     /// From now on the loop remembers the transactions of the table; these were open before.
@@ -112,6 +125,11 @@ impl Active {
         }
     }
 
+    /// How many rows that had moved may be read at once.
+    pub(super) fn moved_rows(&self) -> usize {
+        if self.one_moved { 1 } else { ROWS_MAX.min(self.pace.rows()) }
+    }
+
     /// The cursor of a chunk of these rows; `moved` are those that had moved and were asked for.
     pub(super) fn cursor(&self, token: Uuid, rows: &ChunkRows, moved: &MovedRows) -> Cursor {
         let in_order = self.phase == Phase::Keys;
@@ -128,7 +146,9 @@ impl Active {
 
     /// What the next chunk is of, after one that is stored; `all` says that it had all rows that
     /// were left.
-    pub(super) fn next_phase(&mut self, all: bool, moved: &MovedRows) {
+    pub(super) fn next_phase(&mut self, all: bool, moved: &MovedRows, none_reread: bool) {
+        // A key may read otherwise than it was recorded: then it is found alone.
+        self.one_moved = !moved.is_empty() && none_reread;
         self.phase = match self.phase {
             Phase::Keys if all => Phase::Moved { passed: false },
             Phase::Keys => Phase::Keys,

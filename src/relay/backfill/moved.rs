@@ -6,7 +6,7 @@
 //! changes are recorded with the checkpoint that covers them, and the run reads their rows at its
 //! end. That is done wherever the row came from: the loop does not know how keys are ordered.
 
-use crate::event::{Change, Content, Event, Identity, OldRow, Row, Table, Value};
+use crate::event::{Change, Content, Event, OldRow, Row, Table, Value};
 use crate::source::Moved;
 
 /// The new key of a change that moves a row and does not carry all of it.
@@ -35,17 +35,13 @@ fn may_move(table: &Table, old: Option<&OldRow>, new: &Row) -> bool {
     if table.key.is_empty() {
         return false;
     }
-    let is_identity = match &table.identity {
-        Identity::Columns(columns) => *columns == table.key,
-        _ => false,
-    };
     match old {
         Some(OldRow::Full(old)) => differs(table, old, new),
-        Some(OldRow::Key(old)) if is_identity => differs(table, old, new),
-        // The server sends the old identity when that has changed.
-        None if is_identity => false,
         // Of another identity than the key: nobody says whether the key has changed.
-        Some(OldRow::Key(_)) | None => true,
+        _ if !table.identity.covers(&table.key) => true,
+        Some(OldRow::Key(old)) => differs(table, old, new),
+        // The server sends the old identity when that has changed.
+        None => false,
     }
 }
 
@@ -62,7 +58,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::event::Column;
+    use crate::event::{Column, Identity};
     use crate::position::Position;
 
     fn table(identity: Identity) -> Arc<Table> {
@@ -116,6 +112,10 @@ mod tests {
         assert!(update(Identity::Full, full(["0", "x", "z"]), ["1", "x", "?"]).is_some());
         let other = || Identity::Columns(vec![1]);
         assert!(update(other(), None, ["1", "x", "?"]).is_some(), "nobody knows");
+        let wider = || Identity::Columns(vec![0, 1, 2]);
+        assert_eq!(update(wider(), None, ["1", "x", "?"]), None, "it would be sent");
+        assert_eq!(update(wider(), old(["1", "x", "y"]), ["1", "x", "?"]), None, "the same key");
+        assert!(update(wider(), old(["0", "x", "y"]), ["1", "x", "?"]).is_some());
         let found = update(key(), old(["1", "long", "?"]), ["2", "?", "?"]).expect("it moved");
         assert_eq!(found.key, Some(vec![text("a", "2"), text("b", "long")]));
     }

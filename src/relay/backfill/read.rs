@@ -19,6 +19,11 @@ use crate::pg::publication::TableName;
 use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_TABLE, postgres_error};
 use crate::relay::session::user_types::read_types;
 
+/// For rows with certain keys: by a bitmap the index finds each of them; in the order of the index
+/// all rows would be read.
+pub const ONE_BY_ONE: &str = "SET LOCAL enable_bitmapscan = on; SET LOCAL enable_indexscan = off; \
+    SET LOCAL enable_indexonlyscan = off";
+
 /// Bytes of a chunk: what is more is left for the next one.
 const CHUNK_BYTES: usize = 4 << 20;
 
@@ -280,6 +285,9 @@ pub async fn chunk(
         return Ok(ReadOutcome::Changed(what));
     }
     let (unseen, _) = unseen(&tx).await?;
+    if matches!(from, From::Only(_)) {
+        tx.batch_execute(ONE_BY_ONE).await.map_err(postgres_error)?;
+    }
     let sql = now.statement(from, condition, rows);
     let keeps_keys = matches!(from, From::Only(_));
     let mut read = copy(&tx, &sql, &now, rows, keeps_keys).await?;

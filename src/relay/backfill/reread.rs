@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::pg::sqlstate::postgres_error;
 
 /// Rows of a chunk at most: each is named in the statement.
-const ROWS_MAX: i64 = 200;
+pub const ROWS_MAX: usize = 200;
 
 /// What a run's next chunk is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,9 +33,13 @@ pub enum Phase {
 /// Rows that had moved: their keys now, in the order of [`TableShape::key`], by the position of the
 /// change.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct MovedRows(Vec<(String, Vec<String>)>);
+pub struct MovedRows {
+    rows: Vec<(String, Vec<String>)>,
+    /// Positions of changes under a former key of the table: they stand before the run began.
+    former: Vec<String>,
+}
 
-/// The next ones of a run. The inner error is why they cannot be read.
+/// The next ones of a run, `max` at most. The inner error is why they cannot be read.
 ///
 /// # Errors
 /// The server's.
@@ -43,17 +47,22 @@ pub async fn load(
     client: &impl GenericClient,
     run: Uuid,
     shape: &TableShape,
+    max: usize,
 ) -> Result<std::result::Result<MovedRows, String>> {
     const SQL: &str = include_str!("../../../sql/query/backfill_moved.sql");
-    let rows = client.query(SQL, &[&run, &ROWS_MAX]).await.map_err(postgres_error)?;
+    let max = i64::try_from(max).unwrap_or(i64::MAX);
+    let rows = client.query(SQL, &[&run, &max]).await.map_err(postgres_error)?;
     let mut moved = MovedRows::default();
     for row in rows {
         let position: String = row.try_get(0).map_err(postgres_error)?;
         let key: Option<String> = row.try_get(1).map_err(postgres_error)?;
-        let Some(key) = key.and_then(|key| of_json(shape, &key)) else {
-            return Ok(Err(format!("the key of a row of {} cannot be read", shape.name)));
+        let Some(key) = key else {
+            return Ok(Err(format!("the key of a row of {} is not UTF-8", shape.name)));
         };
-        moved.0.push((position, key));
+        match of_json(shape, &key) {
+            Some(key) => moved.rows.push((position, key)),
+            None => moved.former.push(position),
+        }
     }
     Ok(Ok(moved))
 }
@@ -67,27 +76,36 @@ fn of_json(shape: &TableShape, key: &str) -> Option<Vec<String>> {
 impl MovedRows {
     /// There are none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.rows.is_empty() && self.former.is_empty()
+    }
+
+    /// Whether there is anything to read.
+    pub fn has_rows(&self) -> bool {
+        !self.rows.is_empty()
     }
 
     /// What is to be read, and how many rows that may be, with one more: a statement that ends
     /// before is complete.
     pub fn from(&self) -> (From, usize) {
-        let keys = self.0.iter().map(|(_, key)| key.clone()).collect();
-        (From::Only(keys), self.0.len() + 1)
+        let keys = self.rows.iter().map(|(_, key)| key.clone()).collect();
+        (From::Only(keys), self.rows.len() + 1)
     }
 
-    /// The positions of the changes by which rows with these keys came to them, the last of each.
+    /// The positions of the changes by which rows with these keys came to them, the last of each;
+    /// of all, where the text of a key is another one that its type takes for equal.
     pub fn positions(&self, keys: impl Iterator<Item = Vec<String>>) -> Vec<String> {
         let last: HashMap<&[String], &String> =
-            self.0.iter().map(|(position, key)| (&**key, position)).collect();
-        keys.map(|key| last.get(&*key).map(|at| (*at).clone()).unwrap_or_default()).collect()
+            self.rows.iter().map(|(position, key)| (&**key, position)).collect();
+        let of_all = self.rows.last().map(|(position, _)| position);
+        let of = |key: Vec<String>| last.get(&*key).copied().or(of_all).cloned();
+        keys.map(|key| of(key).unwrap_or_default()).collect()
     }
 
     /// The positions of all that need not be read again after these rows.
     pub fn reread(&self, rows: &ChunkRows) -> Vec<String> {
         let is_read = |key: &Vec<String>| rows.done || rows.keys.contains(key);
-        self.0.iter().filter(|(_, key)| is_read(key)).map(|(at, _)| at.clone()).collect()
+        let read = self.rows.iter().filter(|(_, key)| is_read(key)).map(|(at, _)| at);
+        read.chain(&self.former).cloned().collect()
     }
 }
 
@@ -97,7 +115,7 @@ mod tests {
 
     fn moved(rows: &[(&str, &str)]) -> MovedRows {
         let row = |(at, key): &(&str, &str)| ((*at).to_owned(), vec![(*key).to_owned()]);
-        MovedRows(rows.iter().map(row).collect())
+        MovedRows { rows: rows.iter().map(row).collect(), former: vec!["0".to_owned()] }
     }
 
     #[test]
@@ -105,9 +123,11 @@ mod tests {
         let rows = moved(&[("1", "a"), ("2", "b"), ("3", "a"), ("4", "c")]);
         let keys = [vec!["a".to_owned()], vec!["b".to_owned()]];
         assert_eq!(rows.positions(keys.clone().into_iter()), ["3", "2"]);
+        let other = [vec!["A".to_owned()]];
+        assert_eq!(rows.positions(other.into_iter()), ["4"]);
         let read = |done| ChunkRows { keys: keys.to_vec(), done, ..ChunkRows::default() };
-        assert_eq!(rows.reread(&read(false)), ["1", "2", "3"], "the rest was too large");
-        assert_eq!(rows.reread(&read(true)), ["1", "2", "3", "4"], "the last one is gone");
+        assert_eq!(rows.reread(&read(false)), ["1", "2", "3", "0"], "the rest was too large");
+        assert_eq!(rows.reread(&read(true)), ["1", "2", "3", "4", "0"], "the last one is gone");
         assert_eq!(rows.from().1, 5);
     }
 }

@@ -186,6 +186,15 @@ pub async fn waits(client: &impl GenericClient, run: Uuid, why: Option<&str>) ->
     client.execute(SQL, &[&run, &why]).await.map(drop).map_err(postgres_error)
 }
 
+/// Forgets rows that had moved during runs that have ended.
+///
+/// # Errors
+/// The server's.
+pub async fn purge_moved(client: &impl GenericClient, name: &str) -> Result<()> {
+    const SQL: &str = include_str!("../../../sql/query/backfill_moved_purge.sql");
+    client.execute(SQL, &[&name]).await.map(drop).map_err(postgres_error)
+}
+
 /// A run cannot go on.
 ///
 /// # Errors

@@ -29,6 +29,8 @@ use crate::source::transaction::MARK_PREFIX;
 
 /// How often the table of runs is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often rows that had moved during ended runs are removed.
+const PURGE_EVERY: Duration = Duration::from_secs(60);
 /// How often the messages of queues are counted, where there is a limit.
 const COUNT_EVERY: Duration = Duration::from_secs(2);
 /// Longest pause while there is a run.
@@ -43,7 +45,7 @@ const ENDED_MAX: usize = 16;
 
 /// For the connection. A mark comes through the stream once it is on this server's disk; whether a
 /// standby has it does not matter. The order of the key is read from its index, and not sorted.
-const SETTINGS: &str = "SET synchronous_commit = local; SET enable_seqscan = off; \
+pub const SETTINGS: &str = "SET synchronous_commit = local; SET enable_seqscan = off; \
     SET enable_bitmapscan = off; SET max_parallel_workers_per_gather = 0; SET jit = off";
 
 /// A worker that ends when this is dropped.
@@ -83,8 +85,9 @@ async fn work(options: &Options, shared: &Shared, end: &mut WorkerEnd) -> Result
     let SqlConnection { client, closed: _closed } = sql(&options.sql).await?;
     client.batch_execute(SETTINGS).await.map_err(postgres_error)?;
     request_snapshots(&client, options).await?;
-    let (active, ended, looked, counted) = Default::default();
-    let mut worker = Worker { options, shared, end, client, active, ended, looked, counted };
+    let (active, ended, looked, purged, counted) = Default::default();
+    let mut worker =
+        Worker { options, shared, end, client, active, ended, looked, purged, counted };
     loop {
         worker.look().await?;
         let Some(pause) = worker.turn().await? else { return Ok(Gone) };
@@ -125,6 +128,7 @@ struct Worker<'a> {
     /// What became of runs of this process.
     ended: VecDeque<BackfillView>,
     looked: Option<Instant>,
+    purged: Option<Instant>,
     /// When queues were counted, and which is too long.
     counted: Option<(Instant, Option<String>)>,
 }
@@ -137,6 +141,10 @@ impl Worker<'_> {
         }
         if self.looked.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
             return Ok(());
+        }
+        if self.purged.is_none_or(|at| at.elapsed() >= PURGE_EVERY) {
+            runs::purge_moved(&self.client, &self.options.name).await?;
+            self.purged = Some(Instant::now());
         }
         let open = runs::list(&self.client, &self.options.name, true).await?;
         self.looked = Some(Instant::now());
@@ -276,7 +284,7 @@ impl Worker<'_> {
         };
         let (read, took, all) = (rows.read, rows.took, rows.done);
         let cursor = one.cursor(token, &rows, &moved);
-        let keys = rows.wanted.iter().filter(|_| !moved.is_empty());
+        let keys = rows.wanted.iter().filter(|_| moved.has_rows());
         let keys = keys.map(|row| read::key(&one.shape, row)).collect::<Result<Vec<_>>>()?;
         let chunk = Chunk {
             token,
@@ -298,7 +306,7 @@ impl Worker<'_> {
                 self.fail(one.run, "the table was truncated").await?;
             }
             Ended::Report(ChunkReport::Stored { left_out, sent, .. }) => {
-                one.next_phase(all, &moved);
+                one.next_phase(all, &moved, cursor.reread.is_empty());
                 let (sent_rows, skipped) = one.stored(&cursor, left_out);
                 if let Some(metrics) = self.shared.backfills.of(&one.run.table) {
                     metrics.rows.increment(sent_rows);
@@ -326,7 +334,9 @@ impl Worker<'_> {
     async fn moved(&self, one: &Active) -> Result<std::result::Result<MovedRows, String>> {
         match one.phase {
             Phase::Keys => Ok(Ok(MovedRows::default())),
-            Phase::Moved { .. } => reread::load(&self.client, one.run.run, &one.shape).await,
+            Phase::Moved { .. } => {
+                reread::load(&self.client, one.run.run, &one.shape, one.moved_rows()).await
+            }
         }
     }
 
@@ -343,7 +353,7 @@ impl Worker<'_> {
         written.map_err(postgres_error)?;
         let (from, rows) = match one.phase {
             Phase::Keys => (one.from(), one.pace.rows()),
-            Phase::Moved { .. } if moved.is_empty() => {
+            Phase::Moved { .. } if !moved.has_rows() => {
                 return Ok(ReadOutcome::Rows(ChunkRows { done: true, ..ChunkRows::default() }));
             }
             Phase::Moved { .. } => moved.from(),

@@ -226,9 +226,14 @@ pub fn verify_made_with<'a>(
                  (OID {}, now {}): progress in one table says nothing about another",
                 made_with.table, now.table
             );
+            const ANY: &str = include_str!("../../../sql/query/poll_any_table.sql");
+            let any = fill(&statement(ANY), &[("relay", escape_literal(name).trim_start())]);
             return Err(Error::named(Verdict::BatchUnreadable, text).hint(format!(
                 "if the other table is there under another name, correct outbox.table or rename it \
-                 back; to begin again behind what is in this one now: {RESYNC}"
+                 back; if this one has all rows with the same numbers and transactions, as after \
+                 a restore in the same cluster, as the owner of the schema: {}; to begin again \
+                 behind what is in it now: {RESYNC}",
+                any.trim()
             )));
         }
         let pairs = [

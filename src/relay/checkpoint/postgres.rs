@@ -59,7 +59,10 @@ impl Statements {
     fn begin(&self) -> &'static str {
         match self {
             Statements::Prepared { .. } => "BEGIN",
-            Statements::Unnamed => "BEGIN READ WRITE; SET LOCAL synchronous_commit = local",
+            Statements::Unnamed => {
+                "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \
+                 SET LOCAL synchronous_commit = local"
+            }
         }
     }
 }

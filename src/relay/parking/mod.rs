@@ -222,8 +222,9 @@ impl Parking {
         Disposition::Settled
     }
 
-    /// Parks what was blocked by a limit that has room again; returns the entries to settle.
-    pub fn unblock(&mut self) -> Vec<EntryId> {
+    /// Parks what was blocked by a limit that has room again; returns the entries to settle, each
+    /// with its route and why.
+    pub fn unblock(&mut self) -> Vec<(EntryId, Arc<str>, Why)> {
         let mut settled = Vec::new();
         let mut lanes_blocked = Blocking::default();
         let keys: Vec<ParkedKey> = self.blocked.keys().cloned().collect();
@@ -236,8 +237,8 @@ impl Parking {
             let Blocked { row, entry, .. } = self.blocked.remove(&key).expect("it was just read");
             self.rows.get_mut(&key).expect("blocked rows are rows").place = Place::Pending;
             self.pending_bytes += row.size();
+            settled.push((entry, key.route.clone(), row.why));
             self.pending.insert(key, row);
-            settled.push(entry);
         }
         settled
     }
