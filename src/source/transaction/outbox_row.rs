@@ -229,6 +229,19 @@ impl Cells<'_> {
         self.of.bytes(index?, &self.values[index?], &self.why)
     }
 
+    /// What is read of a value, without a copy where the stream has its text; absent for null.
+    fn read<T>(&self, index: usize, read: impl FnOnce(&[u8]) -> T) -> Option<T> {
+        match &self.values[index] {
+            TupleValue::Text(text) => Some(read(text)),
+            TupleValue::Null | TupleValue::Unchanged => None,
+            TupleValue::Binary(_) => self.bytes(Some(index)).map(|text| read(&text)),
+        }
+    }
+
+    fn is_null(&self, index: usize) -> bool {
+        matches!(self.values[index], TupleValue::Null | TupleValue::Unchanged)
+    }
+
     fn name(&self, index: usize) -> &str {
         &self.of.table.columns[index].name
     }
@@ -280,24 +293,27 @@ fn read_row<'a>(
     let cells = Cells { of: values_of, values, why: OnceCell::new() };
     let traceparent = cells.text(columns.traceparent);
     let content_type = cells.text(columns.content_type);
-    let id_text = cells.needed(columns.id);
-    let id = id_text.as_ref().and_then(|text| match columns.id_form {
-        IdForm::Uuid => Uuid::try_parse(text).ok(),
-        IdForm::Derived(namespace) => Some(derived_id(namespace, text)),
-    });
+    let id = match columns.id_form {
+        IdForm::Uuid => cells.read(columns.id, |text| Uuid::try_parse_ascii(text).ok()).flatten(),
+        IdForm::Derived(namespace) => {
+            cells.needed(columns.id).map(|text| derived_id(namespace, &text))
+        }
+    };
     if id.is_none() {
-        let name = cells.name(columns.id);
-        cells.why.get_or_init(|| format!("column {name:?} is not a UUID"));
+        let (name, is_null) = (cells.name(columns.id), cells.is_null(columns.id));
+        cells.why.get_or_init(|| match is_null {
+            true => format!("column {name:?} of the outbox row is null"),
+            false => format!("column {name:?} is not a UUID"),
+        });
     }
     let aggregate_type = match &columns.aggregate_type {
         Aggregate::Column(index) => cells.needed(*index),
         Aggregate::Constant(text) => Some(text.clone()),
     };
     // Without a key an event has no order with others: its own id is its key.
-    let aggregate_id = match cells.bytes(Some(columns.aggregate_id)) {
-        None if columns.mapped && cells.why.get().is_none() => id_text,
-        Some(_) | None => cells.needed(columns.aggregate_id),
-    };
+    let is_keyless =
+        columns.mapped && cells.is_null(columns.aggregate_id) && cells.why.get().is_none();
+    let aggregate_id = cells.needed(if is_keyless { columns.id } else { columns.aggregate_id });
     let event_type = cells.needed(columns.event_type);
     let payload = payload(columns, &cells);
     let headers = headers(columns, &cells);
@@ -305,8 +321,8 @@ fn read_row<'a>(
     let shown = columns.shown.iter().map(|(name, index)| (name.clone(), cells.text(Some(*index))));
     let shown = shown.collect();
     let created_at_us = columns.created_at.and_then(|(index, form)| {
-        let text = cells.bytes(Some(index))?;
-        created_at(&text, form).filter(|us| !columns.mapped || YEARS.contains(us))
+        let read = cells.read(index, |text| created_at(text, form)).flatten();
+        read.filter(|us| !columns.mapped || YEARS.contains(us))
     });
     let payload = match cells.why.get() {
         Some(why) => OutboxPayload::Broken(Box::new(broken(values_of, tuple, why.clone()))),
