@@ -4,14 +4,16 @@
 --     SELECT * FROM watership_inbox.begin_message(...);     -- if redelivered, or without an id
 --     BEGIN;
 --     SELECT * FROM watership_inbox.receive_message(...);   -- 'handle': go on; else COMMIT
---     SAVEPOINT handler;
+--     SAVEPOINT watership_handler;
 --     -- the work
---     RELEASE SAVEPOINT handler;   -- an error if it ended the transaction, or hid an error
+--     RELEASE SAVEPOINT watership_handler;   -- an error if it ended the transaction, or hid one
 --     SELECT watership_inbox.end_message(...);              -- if begun, or failed before
 --     COMMIT;
 --
--- After a failure: ROLLBACK TO SAVEPOINT handler, or ROLLBACK where that is an error; then
--- fail_message and COMMIT. (So nothing of the key passes before the message is parked.)
+-- After a failure: ROLLBACK TO SAVEPOINT watership_handler, or ROLLBACK where that is an error;
+-- then fail_message and COMMIT. (So nothing of the key passes before the message is parked.) The
+-- name is one that no handler uses: ROLLBACK TO goes to the last savepoint of a name, and with a
+-- handler's own of that name half of its work would be committed.
 --
 -- They return `next`:
 -- 'handle':      call the handler;
@@ -23,8 +25,37 @@
 --
 -- next_retry returns a parked message that an operator marked for retry. It goes the same way, with
 -- its number for `retried`, and counts as redelivered.
+--
+-- All of them lock the key first, and rows of the message after it.
 
 SET ROLE watership_inbox_owner;
+
+-- As in 0003, and the row of the key is a new one in any case: a retry whose snapshot does not show
+-- this message gets 40001 where it removes the key, instead of leaving the message without one.
+CREATE OR REPLACE FUNCTION watership_inbox.store_parked(
+    consumer_id integer, lane text, key text, message_id text, occurred_at timestamptz,
+    recorded boolean, reason text, error text, body bytea, properties jsonb
+) RETURNS void
+LANGUAGE plpgsql VOLATILE SET search_path = pg_catalog, pg_temp
+AS $$
+#variable_conflict use_variable
+BEGIN
+    IF jsonb_typeof(properties) IS DISTINCT FROM 'object' OR body IS NULL THEN
+        RAISE EXCEPTION 'message % cannot be parked without body and a JSON object of properties',
+            quote_literal(left(message_id, 100))
+            USING ERRCODE = 'invalid_parameter_value',
+                HINT = 'pass body and properties to watership_inbox.receive and park';
+    END IF;
+    INSERT INTO watership_inbox.parked_key (consumer, lane) VALUES (consumer_id, lane)
+    ON CONFLICT ON CONSTRAINT parked_key_pkey DO UPDATE SET parked_at = parked_key.parked_at;
+    -- Beyond the window the same message may come again while it waits here: it is stored once.
+    INSERT INTO watership_inbox.parked (consumer, lane, key, message_id, occurred_at, recorded,
+        reason, error, body, properties)
+    VALUES (consumer_id, lane, key, message_id, occurred_at, recorded,
+        reason, left(error, 8192), body, properties)
+    ON CONFLICT ON CONSTRAINT parked_consumer_message_id_key DO NOTHING;
+END
+$$;
 
 -- The attempt failed, for the `failed`th time. `reason` is 'failed', which counts; another one, as
 -- 'killed', gives up at once, as `is_final` does. A message without an id is parked in any case.
@@ -104,6 +135,9 @@ DECLARE
     killed integer;
 BEGIN
     next := 'handle';
+    -- First, as everywhere. What dies while it waits for its turn was no attempt.
+    PERFORM pg_advisory_xact_lock(watership_inbox.lane_lock(consumer,
+        watership_inbox.lane(key, message_id)));
     IF has_id THEN
         SELECT a.failed, a.killed INTO failed, killed
         FROM watership_inbox.attempt_started(consumer, message_id) AS a;
@@ -167,12 +201,13 @@ LANGUAGE plpgsql VOLATILE
 AS $$
 #variable_conflict use_variable
 BEGIN
-    IF retried IS NOT NULL THEN
-        next := CASE WHEN watership_inbox.take_retry(consumer, retried) THEN 'handle'
-            ELSE 'kept' END;
-        RETURN;
+    IF retried IS NULL THEN
+        next := watership_inbox.receive(consumer, message_id, occurred_at, key, body, properties);
+    ELSIF watership_inbox.take_retry(consumer, retried) THEN
+        next := 'handle';
+    ELSE
+        next := 'kept';
     END IF;
-    next := watership_inbox.receive(consumer, message_id, occurred_at, key, body, properties);
     IF next <> 'handle' THEN
         PERFORM watership_inbox.attempt_ended(consumer, message_id);
     END IF;
@@ -216,18 +251,33 @@ CREATE FUNCTION watership_inbox.next_retry(consumer text)
 RETURNS TABLE (
     retried bigint, message_id text, seconds bigint, key text, body bytea, properties jsonb
 )
-LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
-    SELECT p.id, p.message_id, extract(epoch FROM p.occurred_at)::bigint, p.key, p.body,
-        p.properties
-    FROM watership_inbox.consumer AS c
-    JOIN watership_inbox.parked_key AS k ON k.consumer = c.id
-    CROSS JOIN LATERAL (
-        SELECT p.* FROM watership_inbox.parked AS p
-        WHERE p.consumer = k.consumer AND p.lane = k.lane ORDER BY p.id LIMIT 1) AS p
-    WHERE c.name = next_retry.consumer AND k.retry_at IS NOT NULL
-        AND pg_try_advisory_xact_lock(watership_inbox.lane_lock(c.name, k.lane))
-    ORDER BY k.retry_at LIMIT 1
+#variable_conflict use_column
+DECLARE
+    consumer_id CONSTANT integer := watership_inbox.register(consumer);
+    candidate text;
+BEGIN
+    -- One by one: each lock takes a place in the server's memory until the end of the transaction.
+    FOR candidate IN
+        SELECT k.lane FROM watership_inbox.parked_key AS k
+        WHERE k.consumer = consumer_id AND k.retry_at IS NOT NULL ORDER BY k.retry_at LIMIT 100
+    LOOP
+        CONTINUE WHEN NOT pg_try_advisory_xact_lock(
+            watership_inbox.lane_lock(consumer, candidate));
+        -- Again, now that the key is ours.
+        RETURN QUERY
+            SELECT p.id, p.message_id, extract(epoch FROM p.occurred_at)::bigint, p.key, p.body,
+                p.properties
+            FROM watership_inbox.parked_key AS k JOIN watership_inbox.parked AS p
+                ON p.consumer = k.consumer AND p.lane = k.lane
+            WHERE k.consumer = consumer_id AND k.lane = candidate AND k.retry_at IS NOT NULL
+            ORDER BY p.id LIMIT 1;
+        IF FOUND THEN
+            RETURN;
+        END IF;
+    END LOOP;
+END
 $$;
 
 REVOKE ALL ON ALL FUNCTIONS IN SCHEMA watership_inbox FROM PUBLIC;

@@ -44,13 +44,13 @@ async fn nothing_passes_between_a_failure_and_its_parking() {
     let (a, b) = (inbox.session().await, inbox.session().await);
     run(&a, "BEGIN").await;
     assert_eq!(received(&a, "m1", "k").await, "handle");
-    run(&a, "SAVEPOINT handler").await;
+    run(&a, "SAVEPOINT watership_handler").await;
     let b_pid = pid(&b).await;
     let second = tokio::spawn(async move { received(&b, "m2", "k").await });
     waits(&inbox, b_pid).await;
     let c = inbox.session().await;
     assert_eq!(received(&c, "m3", "other").await, "handle", "another key continues");
-    run(&a, "ROLLBACK TO handler").await;
+    run(&a, "ROLLBACK TO watership_handler").await;
     assert!(park(&a, "m1", "k").await);
     run(&a, "COMMIT").await;
     assert_eq!(within("it continues", second).await.expect("no panic"), "parked");

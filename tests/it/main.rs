@@ -33,6 +33,7 @@ mod hidden_moves;
 mod hosted;
 mod identity;
 mod inbox_commands;
+mod inbox_messages;
 mod inbox_parking;
 mod inbox_sql;
 mod init_again;
