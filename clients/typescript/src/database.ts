@@ -4,8 +4,16 @@ import { ignore, within } from './broker.js';
 import { clean } from './message.js';
 import { call, value } from './sql.js';
 
-export const codeOf = (error: unknown): string =>
-  String((error as { code?: unknown } | null | undefined)?.code ?? '');
+/** The code of the innermost cause that has one: layers above the driver wrap its errors. */
+export function codeOf(error: unknown): string {
+  let code = '';
+  for (let depth = 0; typeof error === 'object' && error && depth < 20; depth += 1) {
+    const { code: own, cause } = error as { code?: unknown; cause?: unknown };
+    code = String(own ?? code);
+    error = cause;
+  }
+  return code;
+}
 /** Of two transactions: nobody's fault. */
 export const isConflict = (error: unknown): boolean => /^(40001|40P01)$/.test(codeOf(error));
 export const describe = (error: unknown): string =>
@@ -16,22 +24,32 @@ export async function maintain(client: pg.PoolClient, seen: Date | null = null):
   while (await value(client, '(watership_inbox.maintain($1)).more', seen?.toISOString()));
 }
 
+const OLD_SCHEMA = 'the inbox schema is older than this client: run watership inbox install';
+
 export class Database {
   readonly #busy = new Set<pg.PoolClient>();
   #pool: pg.Pool | undefined;
+  #isOpen = false;
 
   constructor(readonly config: pg.PoolConfig, readonly onLost: (error: unknown) => void) {}
 
-  get isOpen(): boolean { return this.#pool !== undefined; }
+  get isOpen(): boolean { return this.#isOpen; }
 
   async open(consumer: string): Promise<void> {
-    if (this.#pool) return;
+    if (this.#isOpen) return;
     this.#pool = new pg.Pool(this.config).on('error', ignore)
       .on('connect', (client) => client.on('error', ignore))
       .on('acquire', (client) => this.#busy.add(client))
       .on('release', (_, client) => this.#busy.delete(client));
-    await this.run((client) => call(client, 'register', consumer));
-    await this.run((client) => maintain(client));
+    await this.run(async (client) => {
+      await call(client, 'register', consumer);
+      // Of the newest file in sql/inbox whose functions are called here.
+      if (await value(client, "to_regproc('watership_inbox.suspect') IS NULL")) {
+        throw new Error(OLD_SCHEMA);
+      }
+      await maintain(client);
+    });
+    this.#isOpen = true;
   }
 
   /** Gives the work a connection of its own. If it rejects, the database counts as lost. */
@@ -49,7 +67,8 @@ export class Database {
       if (this.#pool === pool) {
         this.#pool = undefined;
         pool.end().catch(ignore);
-        this.onLost(error);
+        if (this.#isOpen) this.onLost(error);
+        this.#isOpen = false;
       }
       throw error;
     }
@@ -60,5 +79,6 @@ export class Database {
     await Promise.allSettled([...this.#busy].map((client) => client.end()));
     await within(1_000, 'closing', Promise.resolve(this.#pool?.end())).catch(ignore);
     this.#pool = undefined;
+    this.#isOpen = false;
   }
 }

@@ -18,7 +18,7 @@ const MOST_CONFLICTS = 9;
  *  a delivery; `failure` ended the last attempt, and is not noted yet. */
 interface Job {
   readonly message: Message; readonly delivery?: ConsumeMessage; readonly retried: string | null;
-  begun?: boolean; isHandling?: boolean; failure?: unknown; reason?: string;
+  begun?: boolean; isHandling?: boolean; failure?: { thrown: unknown }; reason?: string;
   error?: string | null; conflicts: number; failed: number;
 }
 
@@ -59,7 +59,9 @@ export class Inbox {
     const name = `watership inbox ${consumer}`;
     this.#inSlot = slots(concurrency);
     this.#broker = { url: amqp, name, socket };
+    // A host that vanished must not be waited for without end.
     this.#database = new Database({ fallback_application_name: name, connectionTimeoutMillis: 5_000,
+      keepAlive: true, keepAliveInitialDelayMillis: 10_000,
       ...typeof database === 'string' ? { connectionString: database } : database,
       max: concurrency }, (error) => {
       this.#log('error', 'the database is away', { error: describe(error) });
@@ -176,10 +178,11 @@ export class Inbox {
         return { next: 'again', wait: isConflict(error) ? 10 * job.conflicts : maxBackoff };
       }
       // In the same transaction, so that nothing of its key passes before it is parked.
-      await client.query('ROLLBACK TO SAVEPOINT handler').catch(() => client.query('ROLLBACK'));
+      await client.query('ROLLBACK TO SAVEPOINT watership_handler')
+        .catch(() => client.query('ROLLBACK'));
       // Data, constraints, limits: another message may pass. The rest is not a message's fault.
       if (job.failure || !job.isHandling && !/^(22|23|54|WI)/.test(codeOf(error))) throw error;
-      Object.assign(job, { failure: error ?? 'nothing', conflicts: 0 });
+      Object.assign(job, { failure: { thrown: error }, conflicts: 0 });
       return this.#attempt(client, job);
     }
   }
@@ -198,11 +201,11 @@ export class Inbox {
       client, 'receive_message', this.consumer, message, retried);
     job.reason = reason;
     if (next === 'handle') {
-      await client.query('SAVEPOINT handler');
+      await client.query('SAVEPOINT watership_handler');
       job.isHandling = true;
       await this.#handler(message, client);
       // An error if the handler ended its transaction, or ignored the error of a statement.
-      await client.query('RELEASE SAVEPOINT handler');
+      await client.query('RELEASE SAVEPOINT watership_handler');
       if (job.begun) await call(client, 'end_message', this.consumer, message.id, retried);
     }
     await client.query('COMMIT');
@@ -210,10 +213,11 @@ export class Inbox {
   }
 
   async #fail(client: PoolClient, job: Job): Promise<string> {
-    const { message, retried, failure } = job;
-    job.error = describe(failure);
+    const { message, retried } = job;
+    const thrown = job.failure?.thrown;
+    job.error = describe(thrown);
     const noted = await about<Job & Next>(client, 'fail_message', this.consumer, message, retried,
-      job.error, failure instanceof Permanent, this.#options.maxFailures, this.#deadLetters);
+      job.error, thrown instanceof Permanent, this.#options.maxFailures, this.#deadLetters);
     await client.query('COMMIT');
     delete job.failure;
     Object.assign(job, noted, { begun: true });

@@ -1,7 +1,9 @@
 // Each message has its effect once and in order; what fails is parked, dead-lettered or retried.
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
+import { readFile, readdir } from 'node:fs/promises';
 import { afterEach, test } from 'node:test';
+import pg from 'pg';
 import { Permanent, type Message } from '../src/index.js';
 import { DATABASE_URL, Scene, count, randomName, until } from './support.js';
 
@@ -259,6 +261,75 @@ test('an ignored error or a COMMIT of the handler is not taken for success', asy
   await scene.send({ id: 'ignores' }, { id: 'floats' }, { id: 'ends' }, { id: 'fine' });
   await until('all are done', async () => (await scene.parked()).length === 3);
   assert.deepEqual(await scene.settled(1, inbox), ['fine']);
+});
+
+test('whatever a handler throws is a failure', async () => {
+  scene = await Scene.open();
+  const thrown: unknown[] = ['', 0, false, null, undefined, NaN];
+  const inbox = scene.start(async (message, tx) => {
+    await scene.insert(message, tx);
+    if (message.key !== null) throw thrown[Number(message.key)];
+  }, { maxFailures: 2 });
+  await scene.send(...thrown.map((_, i) => ({ id: `m${i}`, key: String(i) })), { id: 'fine' });
+  await until('all are parked', async () => (await scene.parked()).length === thrown.length);
+  assert.deepEqual(await scene.settled(1, inbox), ['fine']);
+  assert.equal(count(inbox, 'failures'), 2 * thrown.length);
+});
+
+test('a conflict that a layer above the driver wrapped is tried again and not counted',
+  async () => {
+    scene = await Scene.open();
+    let simulated = 2;
+    const inbox = scene.start(async (message, tx) => {
+      await scene.insert(message, tx);
+      if (simulated-- <= 0) return;
+      await tx.query("DO $$ BEGIN RAISE EXCEPTION 'x' USING ERRCODE = '40001'; END $$")
+        .catch((cause: unknown) => {
+          const query = Object.assign(new Error('query failed', { cause }), { code: 'Q7' });
+          throw new Error('cannot save', { cause: query });
+        });
+    });
+    await scene.send({ id: 'a' });
+    assert.deepEqual(await scene.settled(1, inbox), ['a']);
+    assert.deepEqual([count(inbox, 'retries'), count(inbox, 'failures')], [2, 0]);
+  });
+
+test('nothing of a handler that failed is committed, whatever its savepoints', async () => {
+  scene = await Scene.open();
+  const inbox = scene.start(async (message, tx) => {
+    await scene.insert(message, tx);
+    await tx.query('SAVEPOINT handler');
+    await scene.insert(message, tx);
+    throw new Permanent('no');
+  });
+  await scene.send({ id: 'a', key: 'k' });
+  await until('parked', async () => (await scene.parked()).length === 1);
+  await inbox.stop();
+  assert.deepEqual(await scene.handled(), []);
+});
+
+test('nothing is consumed while the inbox is older than the client', async () => {
+  scene = await Scene.open();
+  const url = new URL(DATABASE_URL);
+  await scene.rows(`CREATE DATABASE "${scene.name}"`);
+  url.pathname = scene.name;
+  const db = new pg.Client(url.href);
+  await db.connect();
+  const sql = new URL('../../../../sql/inbox/', import.meta.url);
+  const [newest, ...older] = (await readdir(sql)).sort().reverse();
+  const install = async (file: string) => db.query(await readFile(new URL(file, sql), 'utf8'));
+  for (const file of older.reverse()) await install(file);
+  const handled: string[] = [];
+  const inbox = scene.start(({ id }) => { handled.push(id); }, { database: url.href });
+  await scene.send({ id: 'a' });
+  await until('it says so more than once', () =>
+    scene.logs.filter((line) => line.includes('run watership inbox install')).length > 1);
+  assert.equal(scene.logs.filter((line) => /subscribed|away/.test(line)).length, 0);
+  await install(newest!);
+  await until('a', () => handled.length === 1);
+  await inbox.stop();
+  await db.end();
+  await scene.rows(`DROP DATABASE "${scene.name}" WITH (FORCE)`);
 });
 
 test('a key is handled in order and one at a time, keys are side by side', async () => {
