@@ -12,6 +12,7 @@ import java.sql.*;
 import java.time.*;
 import java.util.*;
 import java.util.concurrent.*;
+import java.util.concurrent.atomic.AtomicBoolean;
 import java.util.stream.Collectors;
 
 public final class Consumer {
@@ -22,9 +23,9 @@ public final class Consumer {
     static final class Permanent extends Exception {}
 
     // `properties` is JSON: exchange, routing_key, headers (with traceparent), …; `retried` numbers
-    // one that was parked; `begins`: it came back, or has no id.
+    // one that was parked; `begins`: it came back, or has no id, and is not begun.
     record Message(String id, Object time, String key, byte[] body, String properties,
-        Long retried, boolean begins, boolean hasId) {}
+        Long retried, AtomicBoolean begins, boolean hasId) {}
 
     // What it does on this connection has its effect once; it does not commit. When it throws, it
     // is called again, and in the end the message is parked with its key; at once if it throws
@@ -57,7 +58,8 @@ public final class Consumer {
         kept.put("content_type", p.getContentType());
         return new Message(hasId ? id : "sha256-" + HexFormat.of().formatHex(hash),
             p.getTimestamp() == null ? null : new Timestamp(p.getTimestamp().getTime()),
-            key == null ? null : clean(key), d.getBody(), json(kept), null, again || !hasId, hasId);
+            key == null ? null : clean(key), d.getBody(), json(kept), null,
+            new AtomicBoolean(again || !hasId), hasId);
     }
 
     static String clean(Object text) { // of NUL, which Postgres cannot store
@@ -116,9 +118,10 @@ public final class Consumer {
     // One attempt, and what is to be done then. Throws where the connection is lost.
     static String attempt(Connection c, Message m, int tries) throws SQLException {
         try {
-            if (m.begins && tries == 1) {
+            if (m.begins.get()) {
                 var next = ask(c, m, "begin_message", m.hasId);
                 c.commit();
+                m.begins.set(false);
                 if (!next.equals("handle")) {
                     return next;
                 }
@@ -135,8 +138,12 @@ public final class Consumer {
         } catch (Exception e) {
             c.rollback();
             System.err.printf("failed: %s of key %s: %s%n", m.id, m.key, e);
-            var next = ask(c, m, "fail_message", "" + e, e instanceof Permanent, 5, false,
-                e instanceof SQLException sql ? sql.getSQLState() : null, tries);
+            String state = null;
+            for (Throwable t = e; t != null; t = t.getCause()) { // JPA and Spring wrap it
+                state = t instanceof SQLException sql ? sql.getSQLState() : state;
+            }
+            var next = ask(c, m, "fail_message", clean(e), e instanceof Permanent, 5, false, state,
+                tries);
             c.commit();
             return next;
         }
@@ -165,6 +172,12 @@ public final class Consumer {
         var deliveries = new LinkedBlockingQueue<Optional<Delivery>>();
         // Closing the connection is the end, without a cancel before it.
         try (var c = open(); var broker = factory.newConnection()) {
+            // Of the newest file in sql/inbox that is used here.
+            if ((boolean) ask(c, "to_regproc('watership_inbox.suspect') IS NULL")[0]) {
+                throw new IllegalStateException("the inbox schema is older than this program: "
+                    + "run watership inbox install");
+            }
+            maintain(c);
             var channel = broker.createChannel();
             // RabbitMQ before 4.3 redelivers several messages out of order.
             channel.basicQos("true".equals(System.getenv("ORDERED")) ? 1 : 50);
@@ -172,22 +185,23 @@ public final class Consumer {
                 tag -> deliveries.add(Optional.empty()),
                 (tag, cause) -> deliveries.add(Optional.empty()));
             long heard = System.nanoTime(), next = heard;
-            for (int second = 0; stop.getCount() > 0;) {
-                var delivery = deliveries.poll(100, TimeUnit.MILLISECONDS);
+            var retrying = false;
+            for (int second = 1; stop.getCount() > 0;) {
+                var delivery = deliveries.poll(retrying ? 0 : 100, TimeUnit.MILLISECONDS);
                 if (delivery != null) {
                     var d = delivery.orElseThrow(); // cancelled by the broker, or closed
                     work(c, read(d));
                     channel.basicAck(d.getEnvelope().getDeliveryTag(), false);
                     heard = System.nanoTime();
                 }
-                if (System.nanoTime() < next) {
+                var isDue = System.nanoTime() >= next;
+                retrying = (retrying || isDue) && retry(c); // one, then a delivery again
+                if (!isDue) {
                     continue;
                 }
                 next = System.nanoTime() + 1_000_000_000;
-                retry(c);
                 if (second++ % 3600 == 0) {
-                    ask(c, "watership_inbox.maintain()");
-                    c.commit();
+                    maintain(c);
                 }
                 if (second % 15 == 0) { // does the broker know of us?
                     var q = channel.queueDeclarePassive(QUEUE);
@@ -200,18 +214,25 @@ public final class Consumer {
         }
     }
 
-    // Retries what an operator marked, in order.
-    static void retry(Connection c) throws Exception {
-        while (true) {
-            var row = ask(c, "message_id, to_timestamp(seconds), key, body, properties::text, "
-                + "retried FROM watership_inbox.next_retry(?)", NAME);
-            c.commit();
-            if (row == null) {
-                return;
-            }
+    // Retries the next message that an operator marked. False if there is none.
+    static boolean retry(Connection c) throws Exception {
+        var row = ask(c, "message_id, to_timestamp(seconds), key, body, properties::text, "
+            + "retried FROM watership_inbox.next_retry(?)", NAME);
+        c.commit();
+        if (row != null) {
             work(c, new Message((String) row[0], row[1], (String) row[2], (byte[]) row[3],
-                (String) row[4], (Long) row[5], true, true));
+                (String) row[4], (Long) row[5], new AtomicBoolean(true), true));
         }
+        return row != null;
+    }
+
+    // Lets the window of the inbox move on.
+    static void maintain(Connection c) throws SQLException {
+        boolean more;
+        do {
+            more = (boolean) ask(c, "(watership_inbox.maintain()).more")[0];
+            c.commit();
+        } while (more);
     }
 
     public static void main(String[] arguments) throws Exception {

@@ -18,10 +18,12 @@ using RabbitMQ.Client.Events;
 public sealed class PermanentException(string message) : Exception(message);
 
 // `Properties` is JSON: exchange, routing_key, headers (with traceparent), …; `Retried` numbers one
-// that was parked; `Begins`: it came back, or has no id. `Time` is UTC.
+// that was parked; `Begins`: it came back, or has no id, and is not begun. `Time` is UTC.
 public sealed record Message(string Id, DateTime? Time, string? Key, byte[] Body, string Properties,
     long? Retried, bool Begins, bool HasId)
 {
+    public bool Begins { get; set; } = Begins;
+
     internal static Message Read(BasicDeliverEventArgs d)
     {
         var p = d.BasicProperties;
@@ -106,18 +108,22 @@ public static class Consumer
     {
         try
         {
-            if (m.Begins && tries == 1
-                && await AskAsync(db, m, "begin_message", ", $8", m.HasId) is not "handle" and var end)
+            if (m.Begins)
             {
-                return end;
+                var begun = await AskAsync(db, m, "begin_message", ", $8", m.HasId);
+                m.Begins = false;
+                if (begun != "handle")
+                {
+                    return begun;
+                }
             }
             await using var transaction = await db.BeginTransactionAsync();
             var next = await AskAsync(db, m, "receive_message");
             if (next == "handle")
             {
-                await transaction.SaveAsync("handler");
+                await transaction.SaveAsync("watership_handler");
                 await HandleAsync(db, m);
-                await transaction.ReleaseAsync("handler"); // fails if the handler hid an error
+                await transaction.ReleaseAsync("watership_handler"); // fails if an error was hidden
                 await AskAsync(db, "SELECT watership_inbox.end_message($1, $2, $3::bigint)", Name,
                     m.Id, m.Retried);
             }
@@ -127,9 +133,13 @@ public static class Consumer
         catch (Exception e) // it was rolled back
         {
             Console.Error.WriteLine($"failed: {m.Id} of key {m.Key}: {e.Message}");
+            string? state = null;
+            for (var cause = e; cause is not null; cause = cause.InnerException) // EF Core wraps it
+            {
+                state = (cause as PostgresException)?.SqlState ?? state;
+            }
             return await AskAsync(db, m, "fail_message", ", $8, $9, state => $10::text, tries => $11",
-                e.Message.Replace('\0', '\uFFFD'), e is PermanentException,
-                (e as PostgresException)?.SqlState, tries);
+                e.Message.Replace('\0', '\uFFFD'), e is PermanentException, state, tries);
         }
     }
 
@@ -143,14 +153,24 @@ public static class Consumer
         }
     }
 
-    // Retries what an operator marked, in order.
-    private static async Task RetryAsync(NpgsqlConnection db)
+    // Retries the next message that an operator marked. False if there is none.
+    private static async Task<bool> RetryAsync(NpgsqlConnection db)
     {
-        while (await AskAsync(db, "SELECT message_id, to_timestamp(seconds), key, body, "
-            + "properties::text, retried FROM watership_inbox.next_retry($1)", Name) is { } row)
+        var row = await AskAsync(db, "SELECT message_id, to_timestamp(seconds), key, body, "
+            + "properties::text, retried FROM watership_inbox.next_retry($1)", Name);
+        if (row is not null)
         {
             await WorkAsync(db, new Message((string)row[0], row[1] as DateTime?, row[2] as string,
                 (byte[])row[3], (string)row[4], (long)row[5], true, true));
+        }
+        return row is not null;
+    }
+
+    // Lets the window of the inbox move on.
+    private static async Task MaintainAsync(NpgsqlConnection db)
+    {
+        while ((bool)(await AskAsync(db, "SELECT (watership_inbox.maintain()).more"))![0])
+        {
         }
     }
 
@@ -160,6 +180,14 @@ public static class Consumer
         // Npgsql takes no URL: "Host=…;Username=…;Password=…;Database=…"
         await using var db = new NpgsqlConnection(Environment.GetEnvironmentVariable("DATABASE"));
         await db.OpenAsync(Stop.Token);
+        // Of the newest file in sql/inbox that is used here.
+        var isOld = await AskAsync(db, "SELECT to_regproc('watership_inbox.suspect') IS NULL");
+        if ((bool)isOld![0])
+        {
+            throw new InvalidOperationException(
+                "the inbox schema is older than this program: run watership inbox install");
+        }
+        await MaintainAsync(db);
         var factory = new ConnectionFactory
         {
             Uri = new Uri(Environment.GetEnvironmentVariable("AMQP_URL")!),
@@ -179,7 +207,8 @@ public static class Consumer
         consumer.UnregisteredAsync += (_, _) => Task.FromResult(
             deliveries.Writer.TryComplete(new IOException("cancelled by the broker, or closed")));
         await channel.BasicConsumeAsync(Queue, autoAck: false, consumer);
-        long second = 0, heard = Environment.TickCount64, next = heard;
+        var retrying = false;
+        long second = 1, heard = Environment.TickCount64, next = heard;
         while (!Stop.IsCancellationRequested)
         {
             if (deliveries.Reader.TryRead(out var delivery))
@@ -192,19 +221,20 @@ public static class Consumer
             {
                 await deliveries.Reader.Completion; // throws
             }
-            else
+            else if (!retrying)
             {
                 await Task.WhenAny(deliveries.Reader.WaitToReadAsync().AsTask(), Task.Delay(100));
             }
-            if (Environment.TickCount64 < next)
+            var isDue = Environment.TickCount64 >= next;
+            retrying = (retrying || isDue) && await RetryAsync(db); // one, then a delivery again
+            if (!isDue)
             {
                 continue;
             }
             next = Environment.TickCount64 + 1000;
-            await RetryAsync(db);
             if (second++ % 3600 == 0)
             {
-                await AskAsync(db, "SELECT watership_inbox.maintain()");
+                await MaintainAsync(db);
             }
             if (second % 15 == 0) // does the broker know of us?
             {

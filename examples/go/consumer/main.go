@@ -37,7 +37,7 @@ type message struct {
 	Time             *time.Time
 	Body, Properties []byte // JSON: exchange, routing_key, headers (with traceparent), …
 	retried          *int64 // the number of one that was parked
-	begins, hasID    bool   // begins: it came back, or has no id
+	begins, hasID    bool   // begins: it came back, or has no id, and is not begun
 }
 
 // What it does in tx has its effect once. An error: it is called again, and in the end the message
@@ -49,14 +49,18 @@ func handle(ctx context.Context, tx pgx.Tx, m *message) error {
 	return err
 }
 
-// NUL, which Postgres cannot store, becomes U+FFFD. In JSON, a pair of backslashes is stepped over.
-var noNUL = strings.NewReplacer("\x00", "\uFFFD")
+// What Postgres cannot store becomes U+FFFD.
+func clean(text string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
+}
+
+// A pair of backslashes is stepped over.
 var noNULInJSON = strings.NewReplacer(`\\`, `\\`, `\u0000`, `\ufffd`)
 
 func read(d amqp.Delivery) *message {
 	m := &message{ID: d.MessageId, Body: append([]byte{}, d.Body...)} // an empty body is not NULL
 	if key, isText := d.Headers["ws-key"].(string); isText {
-		key = noNUL.Replace(strings.ToValidUTF8(key, "\uFFFD"))
+		key = clean(key)
 		m.Key = &key
 	}
 	m.hasID = m.ID != "" && utf8.ValidString(m.ID) && !strings.Contains(m.ID, "\x00")
@@ -101,14 +105,27 @@ func (m *message) ask(db interface {
 
 // One attempt, and what is to be done then.
 func (m *message) attempt(db *pgx.Conn, tries int) (next string) {
+	var err error
 	if next = "handle"; m.begins {
-		check(m.ask(db, &next, "begin_message", ", $8", m.hasID))
+		err = m.ask(db, &next, "begin_message", ", $8", m.hasID)
+		m.begins = err != nil
 	}
-	if m.begins = false; next != "handle" {
-		return next
+	if err == nil && next == "handle" {
+		err = m.inTransaction(db, &next)
 	}
-	err := db.BeginFunc(always, func(tx pgx.Tx) error {
-		if err := m.ask(tx, &next, "receive_message", ""); err != nil || next != "handle" {
+	if err != nil {
+		log.Printf("failed: %s: %v", m.ID, err)
+		e := &pgconn.PgError{}
+		errors.As(err, &e)
+		check(m.ask(db, &next, "fail_message", ", $8, $9, state => $10, tries => $11",
+			clean(err.Error()), errors.As(err, &permanent{}), e.Code, tries))
+	}
+	return next
+}
+
+func (m *message) inTransaction(db *pgx.Conn, next *string) error {
+	return db.BeginFunc(always, func(tx pgx.Tx) error {
+		if err := m.ask(tx, next, "receive_message", ""); err != nil || *next != "handle" {
 			return err
 		} // in a savepoint: its release fails if the handler hid an error
 		err := tx.BeginFunc(always, func(tx pgx.Tx) error { return handle(always, tx, m) })
@@ -118,14 +135,6 @@ func (m *message) attempt(db *pgx.Conn, tries int) (next string) {
 		}
 		return err
 	})
-	if err != nil {
-		log.Printf("failed: %s: %v", m.ID, err)
-		e := &pgconn.PgError{}
-		errors.As(err, &e)
-		check(m.ask(db, &next, "fail_message", ", $8, $9, state => $10, tries => $11",
-			err.Error(), errors.As(err, &permanent{}), e.Code, tries))
-	}
-	return next
 }
 
 // Tries until it is handled or parked, or the program stops.
@@ -143,17 +152,28 @@ func pause(seconds float64) {
 	}
 }
 
-// Retries what an operator marked, in order.
-func retry(db *pgx.Conn) {
-	for err := error(nil); err == nil; {
-		m := &message{begins: true, hasID: true}
-		if err = db.QueryRow(always, `SELECT retried, message_id, to_timestamp(seconds), key, body,
-			properties FROM watership_inbox.next_retry($1)`, consumer).
-			Scan(&m.retried, &m.ID, &m.Time, &m.Key, &m.Body, &m.Properties); err == nil {
-			m.work(db)
-		} else if !errors.Is(err, pgx.ErrNoRows) {
-			panic(err)
-		}
+// Retries the next message that an operator marked. False if there is none.
+func retry(db *pgx.Conn) bool {
+	m := &message{begins: true, hasID: true}
+	err := db.QueryRow(always, `SELECT retried, message_id, to_timestamp(seconds), key, body,
+		properties FROM watership_inbox.next_retry($1)`, consumer).
+		Scan(&m.retried, &m.ID, &m.Time, &m.Key, &m.Body, &m.Properties)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return false
+	}
+	check(err)
+	m.work(db)
+	return true
+}
+
+func holds(db *pgx.Conn, expression string) (value bool) {
+	check(db.QueryRow(always, "SELECT "+expression).Scan(&value))
+	return value
+}
+
+// Lets the window of the inbox move on.
+func maintain(db *pgx.Conn) {
+	for holds(db, "(watership_inbox.maintain()).more") {
 	}
 }
 
@@ -162,6 +182,10 @@ func consume() (lost any) {
 	defer func() { lost = recover() }()
 	db := must(pgx.Connect(stop, os.Getenv("DATABASE_URL")))
 	defer db.Close(always)
+	if holds(db, "to_regproc('watership_inbox.suspect') IS NULL") { // of the newest file that is used
+		panic("the inbox schema is older than this program: run watership inbox install")
+	}
+	maintain(db)
 	broker := must(amqp.DialConfig(os.Getenv("AMQP_URL"), amqp.Config{Heartbeat: 5 * time.Second}))
 	defer broker.Close() // without a cancel before it
 	channel := must(broker.Channel())
@@ -173,6 +197,7 @@ func consume() (lost any) {
 	deliveries := must(channel.Consume(queue, "", false, false, false, false, nil))
 	second, heard := time.NewTicker(time.Second), time.Now()
 	defer second.Stop()
+	retries := time.NewTimer(0) // deliveries take turns with them
 	for n := 0; stop.Err() == nil; {
 		select {
 		case <-stop.Done():
@@ -183,11 +208,17 @@ func consume() (lost any) {
 			read(d).work(db)
 			check(d.Ack(false))
 			heard = time.Now()
-		case <-second.C:
-			if retry(db); n%3600 == 0 {
-				must(db.Exec(always, "SELECT watership_inbox.maintain()"))
+		case <-retries.C:
+			if retry(db) {
+				retries.Reset(0)
+			} else {
+				retries.Reset(time.Second)
 			}
-			if n++; n%15 == 0 { // does the broker know of us?
+		case <-second.C:
+			if n++; n%3600 == 0 {
+				maintain(db)
+			}
+			if n%15 == 0 { // does the broker know of us?
 				q := must(channel.QueueInspect(queue))
 				if q.Messages > 0 && (q.Consumers == 0 || time.Since(heard).Seconds() > 30) {
 					panic("messages wait, and none comes")
