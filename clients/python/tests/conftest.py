@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pika
@@ -22,6 +22,7 @@ import psycopg
 import pytest
 
 from watership import Message, aio, sync
+from watership.consumer import Consumer
 
 Handler = Callable[[Message, Callable[..., Awaitable[Any]]], Awaitable[None]]
 
@@ -49,7 +50,7 @@ class Running:
     """A consumer in a thread."""
 
     def __init__(self, flavour: str, handler: Handler, **options: Any) -> None:
-        self.inbox: aio.Inbox
+        self.inbox: Consumer
         self.error: BaseException | None = None
         self._loop = asyncio.new_event_loop()
         if flavour == "async":
@@ -82,10 +83,14 @@ class Running:
     def ask_to_stop(self) -> None:
         self.inbox.stop()
 
-    def in_loop(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Runs it where the consumer lives."""
+    def in_loop(self, function: Callable[..., Any], *args: Any) -> None:
+        """Calls it where the consumer lives."""
+        async def work() -> None:
+            answer = function(*args)
+            if hasattr(answer, "__await__"):
+                await answer
         loop: asyncio.AbstractEventLoop = getattr(self.inbox, "_loop")
-        asyncio.run_coroutine_threadsafe(work, loop).result(10)
+        asyncio.run_coroutine_threadsafe(work(), loop).result(10)
 
     def stop(self) -> None:
         if self._thread.is_alive():

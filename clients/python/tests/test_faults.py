@@ -63,7 +63,7 @@ def test_a_channel_that_the_broker_closes_is_opened_again(world: World) -> None:
     running = world.start()
     works(world)
     # An acknowledgement of what was never delivered.
-    running.in_loop(session(running).channel.basic_ack(1_000_000))
+    running.in_loop(session(running).channel.basic_ack, 1_000_000)
     eventually(lambda: running.counted("resubscribed", 'cause="channel_closed"') == 1)
     works(world)
 
@@ -106,7 +106,7 @@ def test_a_watchdog_notices_that_nobody_consumes(world: World) -> None:
     works(world)
     # As a client that does not notice.
     session(running).trouble = lambda: ""
-    running.in_loop(session(running).channel.basic_cancel(session(running).tag))
+    running.in_loop(session(running).channel.basic_cancel, session(running).tag)
     works(world)
     assert running.counted("resubscribed", 'cause="watchdog"') == 1
 
@@ -127,10 +127,7 @@ def test_a_watchdog_notices_that_nothing_is_sent(world: World) -> None:
     running = world.start(watchdog=0.5, idle=1.0)
     works(world)
 
-    async def forgetful(_: Any) -> None:
-        pass
-
-    session(running).channel.consumers[session(running).tag] = forgetful
+    session(running).deliver = lambda *_: None
     # More than the prefetch, so that some are ready and the rest in nobody's hand.
     for _ in range(60):
         world.publish("a")

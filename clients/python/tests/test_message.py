@@ -11,7 +11,7 @@ from pamqp import commands
 from pika import BasicProperties
 
 from watership import Message
-from watership.aio import doubled, sqlstate
+from watership.consumer import doubled, sqlstate
 from watership.sync import Inbox
 
 SECONDS = 1_767_225_600
