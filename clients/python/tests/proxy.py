@@ -16,6 +16,8 @@ class Proxy:
         self._sockets: list[socket.socket] = []
         self._frozen: set[socket.socket] = set()
         self.refuses = False
+        self.sent = bytearray()
+        """By the client."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -33,13 +35,14 @@ class Proxy:
                     continue
                 server = socket.create_connection(self._target)
                 self._sockets += [client, server]
-                for pair in ((client, server), (server, client)):
-                    threading.Thread(target=self._copy, args=pair, daemon=True).start()
+                for trio in ((client, server, self.sent), (server, client, bytearray())):
+                    threading.Thread(target=self._copy, args=trio, daemon=True).start()
 
-    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+    def _copy(self, source: socket.socket, target: socket.socket, copy: bytearray) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 if source not in self._frozen:
+                    copy += data
                     target.sendall(data)
         if source not in self._frozen:
             for end in (source, target):

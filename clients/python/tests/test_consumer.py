@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -421,6 +422,24 @@ def test_texts_that_are_not_utf8_stop_nothing(world: World) -> None:
     world.start()
     eventually(lambda: world.effects() == [2])
     assert [reason for _, reason in eventually(world.parked)] == ["no_message_id"]
+
+
+def test_a_time_in_a_header_that_no_calendar_has_stops_nothing(world: World) -> None:
+    # In a table in a table, made by hand as above.
+    encode, value = pika.data.encode_value, struct.pack(">cQ", b"T", 2**63)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pika.data, "encode_value", lambda pieces, given: (
+            encode(pieces, given) if given != "bad" else pieces.append(value) or len(value)))
+        id = world.publish("a", headers={"x": {"y": "bad", "z": 1}})
+    dead = world.queue + "-dead"
+    world.channel.queue_declare(dead, durable=True)
+    running = world.start(failing(world, lambda message: message.id == id), max_failures=1,
+                          on_failure=DeadLetter("", dead))
+    world.publish("b")
+    eventually(lambda: world.effects() == [2])
+    eventually(lambda: running.counted("dead_lettered") == 1)
+    assert running.counted("resubscribed") == 0 and world.nothing_left()
+    world.channel.queue_delete(dead)
 
 
 def test_a_message_that_killed_the_process_too_often_is_not_called(world: World) -> None:

@@ -101,6 +101,15 @@ def test_a_connection_that_is_half_open_is_given_up(world: World, broker: Proxy)
     assert running.counted("resubscribed", 'cause="connection_lost"') == 1
 
 
+def test_a_stop_closes_without_a_cancel_before_it(world: World, broker: Proxy) -> None:
+    running = world.start(amqp=broker.url)
+    works(world)
+    running.stop()
+    # Of AMQP's methods basic.consume is (60, 20), basic.cancel (60, 30), connection.close (10, 50).
+    assert b"\0\x3c\0\x14" in broker.sent and b"\0\x0a\0\x32" in broker.sent
+    assert b"\0\x3c\0\x1e" not in broker.sent
+
+
 def test_a_watchdog_notices_that_nobody_consumes(world: World) -> None:
     running = world.start(watchdog=0.5)
     works(world)

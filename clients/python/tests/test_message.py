@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import datetime, timezone
 from decimal import Decimal
 
@@ -79,6 +81,12 @@ def test_the_prefetch_of_an_ordered_queue_is_1_where_the_broker_needs_it(
         ordered: bool, version: str, prefetch: int) -> None:
     core = Inbox(consumer="c", queue="q", amqp="", database="", ordered=ordered)
     assert getattr(core, "_prefetch")(version) == prefetch
+
+
+@pytest.mark.parametrize(("helper", "other"), [("aio", "pika"), ("sync", "aiormq")])
+def test_a_helper_needs_no_other_client_than_its_own(helper: str, other: str) -> None:
+    script = f"import sys; sys.modules[{other!r}] = None; import watership.{helper}"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_an_option_that_makes_no_sense_is_refused() -> None:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Coroutine
-from datetime import datetime, timezone
 from typing import Any
 
 import aiormq
@@ -17,30 +16,31 @@ from pamqp import decode
 from . import broker
 from .broker import T, apart
 from .consumer import Consumer, NotInstalled
-from .message import DeadLetter, Message
+from .message import LAST, DeadLetter, Message
 
 __all__ = ["Handler", "Inbox", "NotInstalled"]
 Handler = Callable[[Message, psycopg.AsyncConnection[Any]], Coroutine[Any, Any, None]]
 
 
-def _lenient(kind: str, instead: Callable[[bytes], tuple[int, Any]]) -> None:
+def _lenient(methods: Any, kind: str | bytes, instead: Callable[[bytes], tuple[int, Any]]) -> None:
     """Over a value that it cannot represent, pamqp gives up the connection; each time that such a
     message is delivered, so that its queue would stand still.
     """
-    given: Any = decode.METHODS[kind]
+    given = methods[kind]
 
     def lenient(value: bytes) -> Any:
         try:
             return given(value)
         except (ValueError, OverflowError, OSError):
             return instead(value)
-    decode.METHODS[kind] = lenient
+    methods[kind] = lenient
 
 
 # With NUL an id counts as none; the end of the calendar lies ahead, so the inbox parks it.
-_lenient("shortstr", lambda value: (
+_lenient(decode.METHODS, "shortstr", lambda value: (
     value[0] + 1, value[1:value[0] + 1].decode(errors="replace") + "\0"))
-_lenient("timestamp", lambda _: (8, datetime.max.replace(tzinfo=timezone.utc)))
+_lenient(decode.METHODS, "timestamp", lambda _: (8, LAST))
+_lenient(decode.TABLE_MAPPING, b"T", lambda _: (8, LAST))
 
 
 class Session(broker.Session):

@@ -15,7 +15,7 @@ from typing import Any
 _KEPT = ("content_type", "content_encoding", "delivery_mode", "priority", "correlation_id",
          "reply_to", "expiration", "type", "user_id", "app_id")
 # A time that Python cannot hold counts as one that lies ahead, which the inbox parks.
-_LAST = datetime(9999, 12, 31, tzinfo=timezone.utc)
+LAST = datetime(9999, 12, 31, tzinfo=timezone.utc)
 
 
 class Permanent(Exception):
@@ -62,7 +62,7 @@ def _time(value: Any) -> datetime | None:
     """AMQP's timestamp: whole seconds, UTC. pika gives a number, aio-pika a datetime."""
     seconds = value.timestamp() if isinstance(value, datetime) else value
     return None if seconds is None else datetime.fromtimestamp(
-        min(int(seconds), int(_LAST.timestamp())), timezone.utc)
+        min(int(seconds), int(LAST.timestamp())), timezone.utc)
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,28 @@ from pika.adapters.asyncio_connection import AsyncioConnection
 from . import broker
 from .broker import T, apart
 from .consumer import Consumer, NotInstalled
-from .message import DeadLetter, Message
+from .message import LAST, DeadLetter, Message
 
 __all__ = ["Handler", "Inbox", "NotInstalled"]
 Handler = Callable[[Message, psycopg.Connection[Any]], None]
+
+
+_decode_value: Any = pika.data.decode_value
+
+
+def _lenient(encoded: bytes, offset: int) -> Any:
+    """Over a time in a header that no calendar has, pika gives up the connection; each time that
+    such a message is delivered, so that its queue would stand still.
+    """
+    try:
+        return _decode_value(encoded, offset)
+    except (ValueError, OverflowError, OSError):
+        if encoded[offset:offset + 1] != b"T":
+            raise
+        return LAST, offset + 9
+
+
+pika.data.decode_value = _lenient
 
 
 async def called_back(start: Callable[[Callable[..., None]], Any],
