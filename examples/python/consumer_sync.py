@@ -1,4 +1,4 @@
-"""The same consumer as consumer.py, with a handler that blocks, in threads.
+"""The same consumer as consumer.py, without asyncio: psycopg and pika.
 
     pip install './clients/python[sync]' 'psycopg[binary]'
     AMQP_URL=... DATABASE_URL=... QUEUE=... CONSUMER=... python examples/python/consumer_sync.py

@@ -46,9 +46,8 @@ _lenient(decode.TABLE_MAPPING, b"T", lambda _: (8, LAST))
 class Session(broker.Session):
     """With aiormq, the client that is beneath aio-pika."""
 
-    async def connect(self, url: str) -> str:
+    async def connect(self, url: str) -> None:
         self.connection = await apart(aiormq.connect(url))
-        return str(self.connection.server_properties.get("version", ""))
 
     async def open(self) -> Any:
         return await apart(self.connection.channel(on_return_raises=True))

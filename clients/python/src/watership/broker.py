@@ -60,8 +60,8 @@ class Session(abc.ABC):
             await asyncio.wait_for((over or self.over).wait(), seconds)
 
     @abc.abstractmethod
-    async def connect(self, url: str) -> str:
-        """Sets `connection`, and returns the broker's version."""
+    async def connect(self, url: str) -> None:
+        """Sets `connection`."""
 
     @abc.abstractmethod
     async def open(self) -> Any:
@@ -90,8 +90,9 @@ class Session(abc.ABC):
     async def subscribe(self, url: str, queue: str, prefetch: Callable[[str], int]) -> None:
         """Connects and consumes; `prefetch` is chosen by the broker's version."""
         given = "" if "heartbeat=" in url else ("&" if "?" in url else "?") + "heartbeat=10"
-        version = await self.connect(url + given)
+        await self.connect(url + given)
         self.channel = await self.open()
+        version = str(self.connection.server_properties.get("version", ""))
         await self.call(self.channel.basic_qos, prefetch_count=prefetch(version))
         self.tag = (await self.call(
             self.channel.basic_consume, queue, self.on_message)).consumer_tag

@@ -61,13 +61,12 @@ async def called_back(start: Callable[[Callable[..., None]], Any],
 class Session(broker.Session):
     """With pika, which runs in the loop and never in the handlers' threads."""
 
-    async def connect(self, url: str) -> str:
+    async def connect(self, url: str) -> None:
         def start(settle: Callable[..., None]) -> None:
             # At once, so that one that comes too late is closed, too.
             self.connection = AsyncioConnection(pika.URLParameters(url), settle, settle)
 
         await called_back(start)
-        return str((self.connection.server_properties or {}).get("version", ""))
 
     async def open(self) -> Any:
         return await called_back(lambda settle: self.connection.channel(
