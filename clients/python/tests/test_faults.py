@@ -189,6 +189,23 @@ def test_a_message_is_given_back_while_the_database_is_away(world: World, databa
     assert running.counted("failures") == 0
 
 
+def test_an_unknown_error_of_the_inbox_is_no_failure_of_a_message(world: World) -> None:
+    running, broken = world.start(max_failures=1), {"is": True}
+    ask = getattr(running.inbox, "_ask")
+
+    async def missing(conn: Any, function: str, *args: Any, **values: Any) -> Any:
+        is_missing = broken["is"] and function == "receive_message"
+        return await ask(conn, function + "_v2" if is_missing else function, *args, **values)
+
+    setattr(running.inbox, "_ask", missing)
+    world.publish("a")
+    eventually(lambda: running.counted("resubscribed", 'cause="database"') >= 2)
+    assert world.parked() == [] and running.counted("failures") == 0
+    broken["is"] = False
+    eventually(lambda: world.effects() == [1])
+    assert world.nothing_left()
+
+
 def test_a_consumer_can_start_before_its_servers(world: World, broker: Proxy,
                                                   database: Proxy) -> None:
     broker.refuses = database.refuses = True

@@ -53,6 +53,7 @@ class Job:
     properties: Any = None
     retried: int | None = None
     begun: bool = False
+    handling: bool = False
     conflicts: int = 0
     failed: int = 0
     failure: Exception | None = None
@@ -335,7 +336,8 @@ class Consumer(abc.ABC):
                     return "again", doubled(*self.backoff, job.conflicts)
                 self._tell("retries", job.message)
                 return "again", random.uniform(0, doubled(0.005, 0.2, job.conflicts))
-            if job.failure:
+            # Data, constraints, limits: another message may pass. The rest is no message's fault.
+            if job.failure or not job.handling and state[:2] not in ("22", "23", "54", "WI"):
                 raise
             job.failure, job.conflicts = error, 0
             try:
@@ -351,7 +353,7 @@ class Consumer(abc.ABC):
         return following, random.uniform(0, doubled(*self.backoff, job.failed - 1))
 
     async def _receive(self, job: Job, conn: Any) -> str:
-        message, following = job.message, "handle"
+        message, following, job.handling = job.message, "handle", False
         if not job.begun and (message.redelivered or not message.has_id):
             following, job.reason, job.error, job.failed = await self._ask(
                 conn, "begin_message", message, retried=job.retried, has_id=message.has_id,
@@ -363,6 +365,7 @@ class Consumer(abc.ABC):
                 conn, "receive_message", message, retried=job.retried)
             if following == "handle":
                 await got(conn.execute("SAVEPOINT handler"))
+                job.handling = True
                 await self._invoke(message, conn)
                 # An error if the handler ended its transaction, or hid an error of the database.
                 await got(conn.execute("RELEASE SAVEPOINT handler"))
