@@ -7,10 +7,14 @@ import subprocess
 import sys
 from datetime import datetime, timezone
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from pamqp import commands
 from pika import BasicProperties
+from psycopg.errors import SerializationFailure
+from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError
 
 from watership import Message
 from watership.consumer import doubled, sqlstate
@@ -59,13 +63,18 @@ def test_every_header_becomes_json_that_postgres_takes() -> None:
         "time": str(TIME), "list": [None, True, {"x": "inf"}], "float": 0.5}
 
 
+def raised(error: Exception) -> Any:
+    raise error
+
+
 def test_an_sqlstate_is_found_in_what_wraps_it() -> None:
-    inner = Exception()
-    inner.sqlstate = "40001"  # type: ignore[attr-defined]
-    outer, cause = Exception(), Exception()
-    outer.orig = inner  # type: ignore[attr-defined]
-    cause.__cause__ = outer
-    assert [sqlstate(error) for error in (inner, outer, cause, Exception())] == [
+    inner = SerializationFailure()
+    engine = create_engine("postgresql+psycopg://", creator=lambda: raised(inner))
+    with pytest.raises(OperationalError) as outer:
+        engine.connect()
+    cause = Exception()
+    cause.__cause__ = outer.value
+    assert [sqlstate(error) for error in (inner, outer.value, cause, Exception())] == [
         "40001", "40001", "40001", ""]
 
 

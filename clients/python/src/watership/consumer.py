@@ -66,13 +66,10 @@ def error_text(error: BaseException | None) -> str:
 
 
 def sqlstate(error: BaseException | None) -> str:
-    """Of the error, of what SQLAlchemy wraps in it, or of its cause; or empty."""
-    while error is not None:
-        for of in (error, getattr(error, "orig", None)):
-            if getattr(of, "sqlstate", None):
-                return str(getattr(of, "sqlstate"))
+    """Of the error, or of its cause, as of SQLAlchemy's errors; or empty."""
+    while error is not None and not getattr(error, "sqlstate", None):
         error = error.__cause__
-    return ""
+    return str(getattr(error, "sqlstate", ""))
 
 
 def doubled(first: float, last: float, times: int) -> float:
