@@ -282,11 +282,17 @@ def test_a_message_is_dead_lettered_with_the_reason(world: World, reason: str) -
     world.channel.queue_delete(dead)
 
 
-def test_a_message_that_cannot_be_dead_lettered_stays(world: World) -> None:
+@pytest.mark.parametrize("why", ["no queue", "no exchange", "full"])
+def test_a_message_that_cannot_be_dead_lettered_stays(world: World, why: str) -> None:
+    full = world.queue + "-full"
+    world.channel.queue_declare(full, exclusive=True, arguments={
+        "x-max-length": 0, "x-overflow": "reject-publish"})
+    to = {"no queue": DeadLetter("", "no-such-queue"), "no exchange": DeadLetter("none", full),
+          "full": DeadLetter("", full)}
     world.publish("a")
     world.publish("b")
     running = world.start(failing(world, lambda message: message.key == "a"), max_failures=1,
-                          on_failure=DeadLetter("", "no-such-queue"))
+                          on_failure=to[why])
     eventually(lambda: world.effects() == [2])
     time.sleep(0.5)
     assert running.counted("dead_lettered") == 0
