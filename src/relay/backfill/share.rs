@@ -3,7 +3,7 @@
 //!
 //! What waits in the broker makes everything after it wait, so the share follows how long confirms
 //! of rows take, as TCP Vegas follows round trips: it grows by one a round while they take about
-//! as long as with a single row on its way, and is halved when they take longer. Every few seconds
+//! as long as with a single row on its way, and is halved when most take longer. Every few seconds
 //! it begins again with one row, because a queue that always stands hides how quick the broker is.
 //! Without live events there is nobody to be late for, and the share only grows.
 
@@ -25,8 +25,8 @@ pub struct Share {
     is_quick: bool,
     /// Confirms until the round ends: as many as were allowed when it began.
     left: usize,
-    /// Something took long in this round.
-    is_late: bool,
+    /// Confirms of this round that took long.
+    late: usize,
     /// A live message was confirmed in this round.
     beside_live: bool,
     /// The shortest confirm of this epoch, and of the one before it.
@@ -37,9 +37,9 @@ pub struct Share {
 impl Share {
     /// At most `max` messages.
     pub fn new(max: usize) -> Self {
-        let (is_late, beside_live, shortest, began) = Default::default();
+        let (late, beside_live, shortest, began) = Default::default();
         let one = 1;
-        Self { max, allowed: one, is_quick: true, left: one, is_late, beside_live, shortest, began }
+        Self { max, allowed: one, is_quick: true, left: one, late, beside_live, shortest, began }
     }
 
     /// Messages that may be unconfirmed.
@@ -65,7 +65,7 @@ impl Share {
         let this = self.shortest[0].map_or(took, |shortest| shortest.min(took));
         self.shortest[0] = Some(this);
         let shortest = self.shortest[1].map_or(this, |before| before.min(this));
-        self.is_late |= took > shortest * TIMES + LEEWAY;
+        self.late += usize::from(took > shortest * TIMES + LEEWAY);
         self.left -= 1;
         if self.left == 0 {
             self.end_round();
@@ -73,7 +73,9 @@ impl Share {
     }
 
     fn end_round(&mut self) {
-        let allowed = if self.is_late && self.beside_live {
+        // A disk makes single ones late.
+        let is_late = self.late * 2 > self.allowed;
+        let allowed = if is_late && self.beside_live {
             self.is_quick = false;
             self.allowed / 2
         } else if self.is_quick {
@@ -87,7 +89,7 @@ impl Share {
     fn start_round(&mut self, allowed: usize) {
         self.allowed = allowed.clamp(1, self.max);
         self.left = self.allowed;
-        self.is_late = false;
+        self.late = 0;
         self.beside_live = false;
     }
 }
