@@ -90,7 +90,8 @@ class Session(abc.ABC):
     async def subscribe(self, url: str, queue: str, prefetch: Callable[[str], int]) -> None:
         """Connects and consumes; `prefetch` is chosen by the broker's version."""
         given = "" if "heartbeat=" in url else ("&" if "?" in url else "?") + "heartbeat=10"
-        await self.connect(url + given)
+        self.url = url + given
+        await self.connect(self.url)
         self.channel = await self.open()
         version = str(self.connection.server_properties.get("version", ""))
         await self.call(self.channel.basic_qos, prefetch_count=prefetch(version))
@@ -129,9 +130,16 @@ class Session(abc.ABC):
             await apart(got(self.channel.basic_ack(tag)))
 
     async def send(self, body: bytes, properties: Any, to: Any, headers: dict[str, Any]) -> None:
-        """Publishes a message once more, with these headers."""
-        async with self.aside() as channel:
-            await self.publish(channel, to, to.properties(properties, headers), body)
+        """Publishes a message once more, with these headers; on a connection of its own, because
+        the broker stops reading one that publishes when it has no room, also acknowledgements.
+        """
+        other = type(self)(lambda *_: None)
+        try:
+            await other.connect(self.url)
+            async with other.aside() as channel:
+                await other.publish(channel, to, to.properties(properties, headers), body)
+        finally:
+            await other.close()
 
     async def close(self) -> None:
         """Never an error."""

@@ -148,8 +148,7 @@ class Consumer(abc.ABC):
             session, began = self._new_session(self._deliver), time.monotonic()
             self._session = session
             try:
-                await self._borrow(session, lambda conn: self._ask(conn, "register"))
-                self._registered = True
+                await self._borrow(session, self._register)
                 await session.subscribe(self.amqp, self.queue, self._prefetch)
                 if cause:
                     self._tell("resubscribed", cause=cause)
@@ -172,6 +171,14 @@ class Consumer(abc.ABC):
             cause = cause or session.cause
             failures = 0 if time.monotonic() - began > 10 else failures + 1
             await session.pause(doubled(0.05, 5.0, failures), self._stopped)
+        # It was stopped between two subscriptions.
+        await self._finish()
+
+    async def _register(self, conn: Any) -> None:
+        await self._ask(conn, "register")
+        # An inbox that is older than this helper has not all of its functions.
+        await self._ask(conn, "suspect", message_id="")
+        self._registered = True
 
     def _stop(self) -> None:
         self._stopped.set()
@@ -240,7 +247,7 @@ class Consumer(abc.ABC):
         def done(_: Any) -> None:
             # The broker sends the next one when it has the acknowledgement.
             session.heard, session.in_hand = time.monotonic(), session.in_hand - 1
-            if self._lanes[lane] is task:
+            if self._lanes.get(lane) is task:
                 del self._lanes[lane]
         task.add_done_callback(done)
 
@@ -339,7 +346,7 @@ class Consumer(abc.ABC):
             job.failure, job.conflicts = error, 0
             try:
                 # In the same transaction, so that nothing of its key passes before it is parked.
-                await got(conn.execute("ROLLBACK TO SAVEPOINT handler"))
+                await got(conn.execute("ROLLBACK TO SAVEPOINT watership_handler"))
             except psycopg.Error:
                 await got(conn.execute("ROLLBACK"))
             return await self._attempt(job, conn)
@@ -361,11 +368,11 @@ class Consumer(abc.ABC):
             following, job.reason = await self._ask(
                 conn, "receive_message", message, retried=job.retried)
             if following == "handle":
-                await got(conn.execute("SAVEPOINT handler"))
+                await got(conn.execute("SAVEPOINT watership_handler"))
                 job.handling = True
                 await self._invoke(message, conn)
                 # An error if the handler ended its transaction, or hid an error of the database.
-                await got(conn.execute("RELEASE SAVEPOINT handler"))
+                await got(conn.execute("RELEASE SAVEPOINT watership_handler"))
                 if job.begun:
                     await self._ask(conn, "end_message", message_id=message.id,
                                     retried=job.retried)
