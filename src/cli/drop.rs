@@ -10,6 +10,7 @@ use super::{End, Out, init};
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::pg::client::{SqlConnection, sql};
+use crate::pg::connect::Settings;
 use crate::pg::publication::{drop_publication, read_publication};
 use crate::pg::slot::{SlotState, drop_slot, end_reader, read_slot};
 use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
@@ -62,6 +63,11 @@ struct Plan {
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
     let admin = init::admin_options(config, args.admin_url.as_deref())?;
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
+    if admin.settings == Settings::Relay {
+        // A standby that is away, or the relay that is dropped, must not hold this up.
+        let settings = "SET synchronous_commit = local";
+        client.batch_execute(settings).await.map_err(postgres_error)?;
+    }
     let plan = plan(&client, config).await?;
     let mut parts = parts(&plan, config);
     if parts.is_empty() {

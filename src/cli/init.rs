@@ -108,8 +108,10 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     }
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
     if admin.settings == Settings::Relay {
-        // The usual limit of 30 s is meant for the queries of a running relay.
-        client.batch_execute("SET statement_timeout = '5min'").await.map_err(postgres_error)?;
+        // The usual limit of 30 s is meant for the queries of a running relay. And a commit must not
+        // wait for a standby that is away, or that the relay itself is to be: all can be repeated.
+        let settings = "SET statement_timeout = '5min'; SET synchronous_commit = local";
+        client.batch_execute(settings).await.map_err(postgres_error)?;
     }
     let server = server_facts(&client).await?;
     let role = match args.admin_url {

@@ -191,5 +191,9 @@ async fn a_synchronous_standby_that_is_away_keeps_no_session_from_its_start() {
     stage.execute("SELECT watership.emit('t', '1', 'alone', '1')").await;
     assert_eq!(kinds(&stage.settled().await), ["alone"]);
     assert_eq!(relay.status().await["sessions"], 1);
+    stage.execute("DROP TABLE watership.backfill_moved").await;
+    stage.execute("DELETE FROM watership.migration WHERE version = 13").await;
+    stage.run(&["init", "--admin-url", &stage.database.url]).await.expect_code(0);
     relay.stop().await.expect_code(0);
+    stage.run(&["drop", "--yes", "--admin-url", &stage.database.url]).await.expect_code(0);
 }
