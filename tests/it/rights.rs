@@ -125,7 +125,7 @@ async fn what_the_relay_lacks_refuses_check_init_and_start_and_says_what_to_do()
         stage.execute(&format!("ALTER TABLE watership.{table} RENAME TO away")).await;
         let told = format!("table watership.{table} does not exist");
         for command in ["check", "init", "run"] {
-            stage.run(&[command]).await.expect_code(1).expect_text(&[&told, "restore it"]);
+            stage.run(&[command]).await.expect_code(3).expect_text(&[&told, "restore it"]);
         }
         stage.execute(&format!("ALTER TABLE watership.away RENAME TO {table}")).await;
     }

@@ -105,8 +105,13 @@ pub(super) async fn check_rights(
         lacks.retain(|lack| lack.app || lack.hidden);
     }
     for lack in lacks {
-        let (what, hint) = lack.told();
-        f.problem("rights", what, hint);
+        match rights::verify(std::slice::from_ref(&lack)) {
+            Err(error) => f.error("rights", &error),
+            Ok(()) => {
+                let (what, hint) = lack.told();
+                f.problem("rights", what, hint);
+            }
+        }
     }
     Ok(())
 }

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::source::SourceKind;
+use crate::verdict::Verdict;
 
 /// What a role lacks on one object of the schema `watership`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,7 +109,8 @@ pub async fn lacking(client: &Client, role: Option<&str>, kind: SourceKind) -> R
 /// Refuses a role that cannot do the relay's work.
 ///
 /// # Errors
-/// [`crate::error::Kind::Refused`] with everything that is lacking, and the statements.
+/// [`crate::error::Kind::Refused`] with everything that is lacking, and the statements; a verdict
+/// where a table is missing.
 pub fn verify(lacks: &[Lack]) -> Result<()> {
     if let Some(Lack { role, .. }) = lacks.iter().find(|lack| lack.is_everything()) {
         let quoted = postgres_protocol::escape::escape_identifier(role);
@@ -122,7 +124,13 @@ pub fn verify(lacks: &[Lack]) -> Result<()> {
         return Ok(());
     }
     let (what, hints): (Vec<_>, Vec<_>) = told.into_iter().unzip();
-    Err(Error::refused(what.join("; ")).hint(hints.join("; ")))
+    let what = what.join("; ");
+    let is_missing = lacks.iter().any(|lack| lack.vital && lack.missing);
+    let error = match is_missing {
+        true => Error::named(Verdict::SchemaUnknown, what),
+        false => Error::refused(what),
+    };
+    Err(error.hint(hints.join("; ")))
 }
 
 #[cfg(test)]
