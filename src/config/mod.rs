@@ -254,7 +254,7 @@ fn backfill_options(t: &mut Section<'_>, initial: Vec<TableName>) -> relay::back
     relay::backfill::Options {
         initial,
         chunk_rows: t.number("chunk_rows", 5_000, 1..=100_000),
-        max_unconfirmed: t.number("max_unconfirmed", 128, 1..=10_000),
+        max_unconfirmed: t.number("max_unconfirmed", 32, 1..=10_000),
         max_rate: t.number("max_rate", 0, 0..=10_000_000),
         max_queue_messages: t.number("max_queue_messages", 0, 0..=u32::MAX),
         max_slot_wal: t.size("max_slot_wal", 1 << 30, 1 << 20..=1 << 50) as u64,
