@@ -32,6 +32,10 @@ pub(super) struct Active {
     pub(super) pace: Pace,
     /// What the next chunk is of.
     pub(super) phase: Phase,
+    /// Up to which position rows that had moved are read in this round, and whether one of them was
+    /// not found.
+    pub(super) until: String,
+    lacks_moved: bool,
     /// Only one row that had moved may be read at once.
     one_moved: bool,
     /// Transactions that were open when the loop began to remember those of the table; absent once
@@ -79,13 +83,15 @@ impl Active {
         let Options { chunk_rows, max_rate, .. } = relay.backfill;
         let (pace, now) = (Pace::new(chunk_rows, max_rate), Instant::now());
         let (since, lately, before) = ((now, run.rows), None, None);
-        let (phase, one_moved) = (Phase::Keys, false);
+        let (phase, until, lacks_moved, one_moved) = (Phase::Keys, String::new(), false, false);
         Ok(Ok(Self {
             run,
             wanted,
             shape,
             pace,
             phase,
+            until,
+            lacks_moved,
             one_moved,
             before,
             not_before: now,
@@ -140,19 +146,30 @@ impl Active {
             rows: self.run.rows + rows.read as u64,
             left_out: self.run.left_out + (rows.read - rows.wanted.len()) as u64,
             reread: moved.reread(rows),
-            done: self.phase == Phase::Moved { passed: true } && moved.is_empty(),
+            done: self.phase == Phase::Moved && moved.is_empty() && !self.lacks_moved,
         }
     }
 
-    /// What the next chunk is of, after one that is stored; `all` says that it had all rows that
-    /// were left.
-    pub(super) fn next_phase(&mut self, all: bool, moved: &MovedRows, none_reread: bool) {
+    /// What the next chunk is of, after one that is stored: `all` says that it had all rows that
+    /// were left, `lacks` that one that had moved was not found.
+    pub(super) fn next_phase(
+        &mut self,
+        all: bool,
+        lacks: bool,
+        moved: &MovedRows,
+        cursor: &Cursor,
+    ) {
         // A key may read otherwise than it was recorded: then it is found alone.
-        self.one_moved = !moved.is_empty() && none_reread;
+        self.one_moved = !moved.is_empty() && cursor.reread.is_empty();
+        self.lacks_moved |= lacks;
         self.phase = match self.phase {
-            Phase::Keys if all => Phase::Moved { passed: false },
+            Phase::Keys if all => Phase::Passing,
             Phase::Keys => Phase::Keys,
-            Phase::Moved { .. } => Phase::Moved { passed: moved.is_empty() },
+            Phase::Passing => Phase::Moved,
+            Phase::Moved if moved.is_empty() && std::mem::take(&mut self.lacks_moved) => {
+                Phase::Passing
+            }
+            Phase::Moved => Phase::Moved,
         };
     }
 

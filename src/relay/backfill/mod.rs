@@ -26,7 +26,6 @@ pub mod pace;
 pub mod read;
 pub mod reread;
 pub mod runs;
-pub mod share;
 pub mod shown;
 pub mod waits;
 mod window;
@@ -43,7 +42,6 @@ use crate::relay::window::EntryId;
 use crate::source::{Cursor, LowMark, Note};
 
 use merge::Unsent;
-use share::Share;
 
 pub use options::Options;
 
@@ -140,8 +138,8 @@ pub struct WorkerEnd {
 #[derive(Debug)]
 pub struct Backfill {
     link: Option<(mpsc::Receiver<ChunkCommand>, mpsc::Sender<ChunkReport>)>,
-    /// How many messages of rows may be unconfirmed.
-    share: Share,
+    /// Messages of rows that may be unconfirmed.
+    max_unconfirmed: usize,
     /// Tables with a run that has not ended, also one that is paused.
     watched: Vec<u32>,
     tables: Vec<Remembered>,
@@ -221,7 +219,7 @@ impl Backfill {
         let (watched, tables, storing) = Default::default();
         let (filled_at, sent) = Default::default();
         let stage = Stage::None;
-        Self { link: None, share: Share::new(1), watched, tables, stage, filled_at, sent, storing }
+        Self { link: None, max_unconfirmed: 1, watched, tables, stage, filled_at, sent, storing }
     }
 
     /// A link between a loop and a worker. At most `max_unconfirmed` messages of rows may be
@@ -230,8 +228,7 @@ impl Backfill {
         let (commands, take) = mpsc::channel(LINK_MAX);
         let (tell, reports) = mpsc::channel(LINK_MAX);
         let link = Some((take, tell));
-        let share = Share::new(max_unconfirmed);
-        (Self { link, share, watched, ..Self::none() }, WorkerEnd { commands, reports })
+        (Self { link, max_unconfirmed, watched, ..Self::none() }, WorkerEnd { commands, reports })
     }
 
     /// A run has begun and not ended: the loop listens, and looks at what comes of its table.
@@ -262,16 +259,6 @@ impl Backfill {
             // A worker that does not take them has ended, or will begin again.
             let _gone = reports.try_send(report);
         }
-    }
-
-    /// A live message was confirmed.
-    pub(in crate::relay) fn live_confirmed(&mut self) {
-        self.share.live();
-    }
-
-    /// A message of a row was confirmed, `took` after it was handed over.
-    pub(in crate::relay) fn row_confirmed(&mut self, took: Duration, now: Instant) {
-        self.share.confirmed(took, now);
     }
 
     fn table(&mut self, table: u32) -> Option<&mut Remembered> {

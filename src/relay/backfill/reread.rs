@@ -1,8 +1,8 @@
 //! The rows that a run reads at its end, because they had moved: see `moved`.
 //!
-//! Order: the last chunk in the order of the key; then chunks of what has moved. A run ends with a
-//! chunk for which nothing was left, and which comes after one that had nothing either: the mark of
-//! that one has passed all that moved before the last rows were read.
+//! Order: the last chunk in the order of the key; a chunk without rows, whose mark has passed all
+//! that moved before the last rows were read; then what has moved up to then. A row that is not
+//! found may have moved on: then comes another such round. What moves later had been read.
 
 use std::collections::HashMap;
 
@@ -23,11 +23,10 @@ pub const ROWS_MAX: usize = 200;
 pub enum Phase {
     /// Rows in the order of the key.
     Keys,
-    /// Rows that had moved; `passed` when the chunk before it found none.
-    Moved {
-        /// The chunk before it found none.
-        passed: bool,
-    },
+    /// No rows: its mark passes what has moved.
+    Passing,
+    /// Rows that had moved.
+    Moved,
 }
 
 /// Rows that had moved: their keys now, in the order of [`TableShape::key`], by the position of the
@@ -39,7 +38,17 @@ pub struct MovedRows {
     former: Vec<String>,
 }
 
-/// The next ones of a run, `max` at most. The inner error is why they cannot be read.
+/// The last position of those of a run; empty for none.
+///
+/// # Errors
+/// The server's.
+pub async fn last(client: &impl GenericClient, run: Uuid) -> Result<String> {
+    const SQL: &str = include_str!("../../../sql/query/backfill_moved_last.sql");
+    let row = client.query_one(SQL, &[&run]).await.map_err(postgres_error)?;
+    Ok(row.try_get::<_, Option<String>>(0).map_err(postgres_error)?.unwrap_or_default())
+}
+
+/// The next ones of a run up to position `until`, `max` at most. The inner error is why they cannot be read.
 ///
 /// # Errors
 /// The server's.
@@ -47,11 +56,11 @@ pub async fn load(
     client: &impl GenericClient,
     run: Uuid,
     shape: &TableShape,
-    max: usize,
+    (max, until): (usize, &str),
 ) -> Result<std::result::Result<MovedRows, String>> {
     const SQL: &str = include_str!("../../../sql/query/backfill_moved.sql");
     let max = i64::try_from(max).unwrap_or(i64::MAX);
-    let rows = client.query(SQL, &[&run, &max]).await.map_err(postgres_error)?;
+    let rows = client.query(SQL, &[&run, &max, &until]).await.map_err(postgres_error)?;
     let mut moved = MovedRows::default();
     for row in rows {
         let position: String = row.try_get(0).map_err(postgres_error)?;
@@ -101,6 +110,11 @@ impl MovedRows {
         keys.map(|key| of(key).unwrap_or_default()).collect()
     }
 
+    /// Whether a row of these was not found among all that were.
+    pub fn lacks(&self, rows: &ChunkRows) -> bool {
+        rows.done && self.rows.iter().any(|(_, key)| !rows.keys.contains(key))
+    }
+
     /// The positions of all that need not be read again after these rows.
     pub fn reread(&self, rows: &ChunkRows) -> Vec<String> {
         let is_read = |key: &Vec<String>| rows.done || rows.keys.contains(key);
@@ -128,6 +142,7 @@ mod tests {
         let read = |done| ChunkRows { keys: keys.to_vec(), done, ..ChunkRows::default() };
         assert_eq!(rows.reread(&read(false)), ["1", "2", "3", "0"], "the rest was too large");
         assert_eq!(rows.reread(&read(true)), ["1", "2", "3", "4", "0"], "the last one is gone");
+        assert!(rows.lacks(&read(true)) && !rows.lacks(&read(false)));
         assert_eq!(rows.from().1, 5);
     }
 }

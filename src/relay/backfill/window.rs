@@ -280,7 +280,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         while let Stage::Sending(sending) = &mut self.backfill.stage {
             // One of the open ones stands for the rows that are not sent.
             let open = self.flight.window.open(sending.place.entry);
-            if open > self.backfill.share.allowed() {
+            if open > self.backfill.max_unconfirmed {
                 return;
             }
             let Some(row) = sending.unsent.pop() else {

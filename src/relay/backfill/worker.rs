@@ -283,7 +283,7 @@ impl Worker<'_> {
             }
         };
         let (read, took, all) = (rows.read, rows.took, rows.done);
-        let cursor = one.cursor(token, &rows, &moved);
+        let (cursor, lacks) = (one.cursor(token, &rows, &moved), moved.lacks(&rows));
         let keys = rows.wanted.iter().filter(|_| moved.has_rows());
         let keys = keys.map(|row| read::key(&one.shape, row)).collect::<Result<Vec<_>>>()?;
         let chunk = Chunk {
@@ -306,7 +306,10 @@ impl Worker<'_> {
                 self.fail(one.run, "the table was truncated").await?;
             }
             Ended::Report(ChunkReport::Stored { left_out, sent, .. }) => {
-                one.next_phase(all, &moved, cursor.reread.is_empty());
+                if one.phase == Phase::Passing {
+                    one.until = reread::last(&self.client, one.run.run).await?;
+                }
+                one.next_phase(all, lacks, &moved, &cursor);
                 let (sent_rows, skipped) = one.stored(&cursor, left_out);
                 if let Some(metrics) = self.shared.backfills.of(&one.run.table) {
                     metrics.rows.increment(sent_rows);
@@ -333,9 +336,10 @@ impl Worker<'_> {
     /// read.
     async fn moved(&self, one: &Active) -> Result<std::result::Result<MovedRows, String>> {
         match one.phase {
-            Phase::Keys => Ok(Ok(MovedRows::default())),
-            Phase::Moved { .. } => {
-                reread::load(&self.client, one.run.run, &one.shape, one.moved_rows()).await
+            Phase::Keys | Phase::Passing => Ok(Ok(MovedRows::default())),
+            Phase::Moved => {
+                let limits = (one.moved_rows(), &*one.until);
+                reread::load(&self.client, one.run.run, &one.shape, limits).await
             }
         }
     }
@@ -353,10 +357,10 @@ impl Worker<'_> {
         written.map_err(postgres_error)?;
         let (from, rows) = match one.phase {
             Phase::Keys => (one.from(), one.pace.rows()),
-            Phase::Moved { .. } if !moved.has_rows() => {
+            Phase::Passing | Phase::Moved if !moved.has_rows() => {
                 return Ok(ReadOutcome::Rows(ChunkRows { done: true, ..ChunkRows::default() }));
             }
-            Phase::Moved { .. } => moved.from(),
+            Phase::Passing | Phase::Moved => moved.from(),
         };
         let (wanted, shape, condition) = (&one.wanted, &one.shape, one.run.condition.as_deref());
         read::chunk(&mut self.client, wanted, shape, &from, condition, rows).await

@@ -92,8 +92,6 @@ pub struct Confirmed {
     pub owner: Owner,
     /// Commit time of its event, in microseconds since 1970-01-01 UTC, for the metric.
     pub committed_at_us: i64,
-    /// When it was handed over.
-    pub captured: Instant,
     /// It was the probe of a hold, which has ended.
     pub released: bool,
 }
@@ -285,14 +283,14 @@ impl Lanes {
         let slot = self.at(id);
         let (key, keys, next) = (MessageKey::of(&slot.message), slot.keys, slot.next);
         let (owner, position) = (slot.owner, slot.about.position);
-        let (committed_at_us, captured) = (slot.about.committed_at_us, slot.captured);
+        let committed_at_us = slot.about.committed_at_us;
         // Dropped where it is: a slot is large, and nobody needs the rest of it.
         self.slots[id as usize] = None;
         self.free.push(id);
         let released = self.end_probe(id, key.route);
         *self.route_confirms(key.route) += 1;
         self.leave(id, keys, next);
-        Confirmed { key, position, owner, committed_at_us, captured, released }
+        Confirmed { key, position, owner, committed_at_us, released }
     }
 
     /// The broker refused it for now: it stays at the head of its lane and is tried again, without

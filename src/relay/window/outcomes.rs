@@ -62,18 +62,14 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     fn confirmed(&mut self, ticket: Ticket, clock: Duration, now: Instant) {
-        let Confirmed { key, position, owner, committed_at_us, captured, released } =
+        let Confirmed { key, position, owner, committed_at_us, released } =
             self.flight.lanes.confirmed(ticket, now);
         match owner {
             Owner::Window(entry) => {
                 self.flight.confirms.add(position, key);
                 self.flight.window.settle(entry);
-                self.backfill.live_confirmed();
             }
-            Owner::Chunk(entry) => {
-                self.flight.window.settle(entry);
-                self.backfill.row_confirmed(now.saturating_duration_since(captured), now);
-            }
+            Owner::Chunk(entry) => self.flight.window.settle(entry),
             Owner::Parked(number) => {
                 self.parked.parking.confirmed(number);
                 self.parked.retry_due = true;
