@@ -108,7 +108,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     }
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
     if admin.settings == Settings::Relay {
-        // The usual limit of 30 s is meant for the queries of a running relay. And a commit must not
+        // The usual limit of 30 s is meant for the queries of a running relay. And no commit may
         // wait for a standby that is away, or that the relay itself is to be: all can be repeated.
         let settings = "SET statement_timeout = '5min'; SET synchronous_commit = local";
         client.batch_execute(settings).await.map_err(postgres_error)?;

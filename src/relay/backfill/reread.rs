@@ -48,7 +48,8 @@ pub async fn last(client: &impl GenericClient, run: Uuid) -> Result<String> {
     Ok(row.try_get::<_, Option<String>>(0).map_err(postgres_error)?.unwrap_or_default())
 }
 
-/// The next ones of a run up to position `until`, `max` at most. The inner error is why they cannot be read.
+/// The next ones of a run up to position `until`, `max` at most. The inner error is why they
+/// cannot be read.
 ///
 /// # Errors
 /// The server's.
