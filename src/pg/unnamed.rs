@@ -86,8 +86,9 @@ fn typed<'a>(parameters: &[Parameter<'a>]) -> Vec<(Parameter<'a>, Type)> {
 /// The type that a value is sent as. What can be sent as none of them is a mistake of ours, and the
 /// statement fails with the name of the type.
 fn type_of(value: Parameter<'_>) -> Type {
-    let fits =
-        |declared: &&Type| value.to_sql_checked(declared, &mut bytes::BytesMut::new()).is_ok();
+    let fits = |declared: &&Type| {
+        value.to_sql_checked(declared, &mut tokio_postgres::types::private::BytesMut::new()).is_ok()
+    };
     TYPES.iter().find(fits).cloned().unwrap_or(Type::UNKNOWN)
 }
 
