@@ -12,8 +12,8 @@ ALTER TABLE watership.poll_batch
     ADD COLUMN order_attnum integer,
     ADD COLUMN xid_attnum   integer;
 
--- When a relay that polls last found nothing new: to about a minute, and only where it is told for
--- how long rows stay.
+-- When a polling relay last found nothing new, to about a minute; only if `outbox.retained_for` is
+-- set.
 ALTER TABLE watership.checkpoint ADD COLUMN polled_at timestamptz;
 GRANT UPDATE (polled_at) ON watership.checkpoint TO watership_relay;
 

@@ -2,9 +2,9 @@
 
 SET ROLE watership_owner;
 
--- Changes that gave a row another key and did not carry all of it (unchanged TOAST), while a run of
--- the table was open. A run may have passed the new key before and the old one never, so it reads
--- these rows at its end.
+-- Changes that gave a row another key without carrying all of its values (unchanged TOAST) while a
+-- run of the table was open. The run may be past the new key and may never reach the old one, so it
+-- reads these rows again at its end.
 CREATE TABLE watership.backfill_moved (
     run      uuid NOT NULL REFERENCES watership.backfill ON DELETE CASCADE,
     -- Of the change.

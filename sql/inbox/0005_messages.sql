@@ -1,5 +1,5 @@
--- Watership inbox 0005: what a consumer does about a message, in few calls: so that it is decided
--- here, and not once more in every language.
+-- Watership inbox 0005: a consumer handles a message with a few calls, so that the decisions are
+-- made here and not again in every language.
 --
 --     SELECT * FROM watership_inbox.begin_message(...);     -- if redelivered, or without an id
 --     BEGIN;
@@ -11,9 +11,9 @@
 --     COMMIT;
 --
 -- After a failure: ROLLBACK TO SAVEPOINT watership_handler, or ROLLBACK where that is an error;
--- then fail_message and COMMIT. (So nothing of the key passes before the message is parked.) The
--- name is one that no handler uses: ROLLBACK TO goes to the last savepoint of a name, and with a
--- handler's own of that name half of its work would be committed.
+-- then fail_message and COMMIT. (So nothing of the key passes before the message is parked.)
+-- Handlers must not use this name: ROLLBACK TO goes to the latest savepoint of a name, so half of
+-- the handler's work would be committed.
 --
 -- They return `next`:
 -- 'handle':      call the handler;
@@ -30,8 +30,9 @@
 
 SET ROLE watership_inbox_owner;
 
--- As in 0003, and the row of the key is a new one in any case: a retry whose snapshot does not show
--- this message gets 40001 where it removes the key, instead of leaving the message without one.
+-- As in 0003, but it always writes a new version of the key's row. So a retry whose snapshot does
+-- not show this message gets 40001 when it removes the key, instead of leaving the message without
+-- one.
 CREATE OR REPLACE FUNCTION watership_inbox.store_parked(
     consumer_id integer, lane text, key text, message_id text, occurred_at timestamptz,
     recorded boolean, reason text, error text, body bytea, properties jsonb
@@ -82,7 +83,7 @@ BEGIN
         RETURN;
     END IF;
     PERFORM watership_inbox.check_message_id(message_id);
-    -- First, as who handles the message does.
+    -- First, as when a message is handled.
     PERFORM watership_inbox.lock_lane(consumer, consumer_id,
         watership_inbox.lane(key, message_id));
     IF reason = 'failed' THEN
@@ -108,7 +109,7 @@ BEGIN
         PERFORM watership_inbox.attempt_ended(consumer, message_id);
         RETURN;
     END IF;
-    -- It had no effect: a claim of this transaction goes, wherever it is.
+    -- It had no effect: remove the claim of this transaction, in either table.
     IF watership_inbox.claimed_here(consumer_id, message_id, occurred_at) THEN
         DELETE FROM watership_inbox.claimed AS c
         WHERE c.consumer = consumer_id AND c.message_id = message_id
@@ -135,7 +136,7 @@ DECLARE
     killed integer;
 BEGIN
     next := 'handle';
-    -- First, as everywhere. What dies while it waits for its turn was no attempt.
+    -- First, as everywhere. A process that dies while it waits has not attempted the message.
     PERFORM pg_advisory_xact_lock(watership_inbox.lane_lock(consumer,
         watership_inbox.lane(key, message_id)));
     IF has_id THEN
@@ -167,7 +168,7 @@ DECLARE
 BEGIN
     PERFORM pg_advisory_xact_lock(watership_inbox.lane_lock(consumer, p.lane))
     FROM watership_inbox.parked AS p WHERE p.id = retried AND p.consumer = consumer_id;
-    -- It may have been handled, discarded or found to fail, before the key was ours.
+    -- It may have been handled, discarded, or have failed before we got the lock.
     SELECT p.lane, p.message_id, p.occurred_at, p.recorded, k.beyond_window INTO head
     FROM watership_inbox.parked AS p JOIN watership_inbox.parked_key AS k
         ON k.consumer = p.consumer AND k.lane = p.lane
@@ -258,14 +259,14 @@ DECLARE
     consumer_id CONSTANT integer := watership_inbox.register(consumer);
     candidate text;
 BEGIN
-    -- One by one: each lock takes a place in the server's memory until the end of the transaction.
+    -- One by one: each lock occupies shared memory until the end of the transaction.
     FOR candidate IN
         SELECT k.lane FROM watership_inbox.parked_key AS k
         WHERE k.consumer = consumer_id AND k.retry_at IS NOT NULL ORDER BY k.retry_at LIMIT 100
     LOOP
         CONTINUE WHEN NOT pg_try_advisory_xact_lock(
             watership_inbox.lane_lock(consumer, candidate));
-        -- Again, now that the key is ours.
+        -- Look again, now that we hold the lock.
         RETURN QUERY
             SELECT p.id, p.message_id, extract(epoch FROM p.occurred_at)::bigint, p.key, p.body,
                 p.properties

@@ -1,5 +1,5 @@
--- Whether somebody may be altering the table with OID $1. The lock is kept until the transaction is
--- visible to others, which comes after its place in the WAL.
+-- Whether a transaction may be altering the table with OID $1. It keeps its lock until it is
+-- visible to others, which is later than its commit in the WAL.
 SELECT EXISTS (
     SELECT FROM pg_catalog.pg_locks
     WHERE locktype = 'relation' AND relation = $1 AND granted AND mode = 'AccessExclusiveLock'

@@ -1,5 +1,5 @@
--- The names and numbers of the columns that each of the tables with OIDs $1 has, and which
--- transactions this shows.
+-- The names and numbers of the columns of the tables with OIDs $1, and the snapshot that shows
+-- them.
 SELECT c.oid, a.names, a.numbers, pg_current_snapshot()::text
 FROM unnest($1::oid[]) AS c (oid)
 CROSS JOIN LATERAL (

@@ -199,7 +199,7 @@ async fn start(client: &Client, config: &Config, args: &Args, out: Out) -> Resul
     follow(client, &config.relay, run, out).await
 }
 
-/// The server does not understand what was asked for.
+/// An error of the server about what the user typed.
 fn unclear(error: Error) -> Error {
     let is_theirs = error.kind() == Kind::Refused;
     let error = error.context("--where or --from");
@@ -207,8 +207,8 @@ fn unclear(error: Error) -> Error {
         return error;
     }
     error.hint(
-        "--where takes a condition in SQL on the table's columns, in which everything outside \
-         pg_catalog is named with its schema; --from takes a value of each column of the key",
+        "--where takes an SQL condition on the table's columns, with the schema of everything \
+         outside pg_catalog; --from takes one value for each column of the key",
     )
 }
 

@@ -64,7 +64,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     let admin = init::admin_options(config, args.admin_url.as_deref())?;
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
     if admin.settings == Settings::Relay {
-        // A standby that is away, or the relay that is dropped, must not hold this up.
+        // Do not wait for a standby that is down, or for the relay that is being dropped.
         let settings = "SET synchronous_commit = local";
         client.batch_execute(settings).await.map_err(postgres_error)?;
     }

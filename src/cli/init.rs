@@ -108,8 +108,8 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     }
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
     if admin.settings == Settings::Relay {
-        // The usual limit of 30 s is meant for the queries of a running relay. And no commit may
-        // wait for a standby that is away, or that the relay itself is to be: all can be repeated.
+        // The usual limit of 30 s is meant for the queries of a running relay. Commits do not wait
+        // for standbys: one may be down, or be the relay itself, and init can be repeated.
         let settings = "SET statement_timeout = '5min'; SET synchronous_commit = local";
         client.batch_execute(settings).await.map_err(postgres_error)?;
     }
@@ -184,8 +184,9 @@ async fn schema(steps: &mut Steps, client: &mut Client) -> Result<()> {
     Ok(())
 }
 
-/// The role that source.url leads to: a pooler may connect as another one than the URL says. What
-/// cannot be reached from here, as a role that is yet to be made, is taken at its word.
+/// The role that a connection to source.url gets; a pooler may use another one than the URL names.
+/// If it cannot be asked from here, for example because it does not exist yet, the URL's role is
+/// assumed.
 async fn role_of_source(config: &Config) -> String {
     let asked = async {
         let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;

@@ -29,7 +29,7 @@ impl<'a> Body<'a> {
                 })
             }
             OutboxPayload::Broken(broken) => Err(Error::event(broken.why.clone())
-                .hint("discard it, and let the table refuse such rows, as watership.outbox does")),
+                .hint("discard it, and add constraints to the table that refuse such rows")),
         }
     }
 

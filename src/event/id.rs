@@ -39,9 +39,9 @@ pub fn namespace(system_id: u64, timeline: u32) -> Uuid {
 }
 
 /// The id of a row that the run of a backfill read: of the run, the table and the key, so that a
-/// row that is read again in the same run has the same id; and, of a row that is read again because
-/// it had moved to this key, of the position of that change, because another row may have had the
-/// key before; empty for others.
+/// row that is read again in the same run has the same id. `moved` is the position of the change
+/// that moved a row to this key, if that is why it is read again: another row may have had the key
+/// before. Otherwise it is empty.
 pub fn of_read(run: Uuid, table: &Table, row: &Row, moved: &str) -> Uuid {
     let mut ids = Ids::default();
     ids.name.extend_from_slice(&(table.full_name.len() as u64).to_be_bytes());

@@ -120,8 +120,7 @@ pub async fn read_indexes(
     rows.iter().map(|row| index(row).map_err(postgres_error)).collect()
 }
 
-/// The role that the server takes the connection for. Behind a pooler it may be another one than
-/// that of the URL.
+/// The role of the connection. Behind a pooler it may differ from the one in the URL.
 ///
 /// # Errors
 /// What the server says.

@@ -1,8 +1,7 @@
-//! Names and expressions in a statement's text, where it cannot have parameters. Pure.
+//! Fills names and expressions into a statement where parameters are not possible. Pure.
 
-/// The statement with each `:name` replaced by what `values` has for it. What is put in is not
-/// looked at again, so it may have any character; a name without a value, and a cast (`::type`),
-/// stay as they are.
+/// The statement with each `:name` replaced by its value. Inserted text is not scanned again, so it
+/// may contain any character. A name without a value and a cast (`::type`) stay as they are.
 pub fn fill(sql: &str, values: &[(&str, &str)]) -> String {
     let mut filled = String::with_capacity(sql.len());
     let mut rest = sql;

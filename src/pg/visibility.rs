@@ -1,4 +1,4 @@
-//! What a snapshot of the server shows. Pure.
+//! Which transactions a snapshot of the server shows. Pure.
 
 use crate::error::{Error, Result};
 
@@ -25,10 +25,10 @@ impl Visibility {
         Ok(Self { next, open: open.map(number).collect::<Result<_>>()? })
     }
 
-    /// Whether it shows what a transaction that has committed has done; without its epoch, as the
-    /// stream has it.
+    /// Whether it shows a committed transaction, given by its xid without the epoch, as in the
+    /// stream.
     pub fn shows(&self, xid: u32) -> bool {
-        // The two are less than half of the numbers apart (transam.c, `TransactionIdPrecedes`).
+        // The two are less than half of the xid range apart (transam.c, `TransactionIdPrecedes`).
         let behind = (self.next as u32).wrapping_sub(xid).cast_signed();
         behind > 0 && !self.open.iter().any(|open| *open as u32 == xid)
     }

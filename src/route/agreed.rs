@@ -1,13 +1,13 @@
-//! Which columns of a table are those that were agreed to, and not others under their names. Pure.
+//! Which columns of a table are the agreed ones, and not others of the same name. Pure.
 //!
-//! Invariant: a route that hides columns sends only those that somebody agreed to. Names are not
-//! enough: `note` is dropped, and the hidden `ssn` is renamed to `note`. The stream tells names and
-//! their order; the catalog tells numbers, too, which a column keeps for life, in whose order the
-//! columns stand, and which no later column gets.
+//! Invariant: a route that hides columns sends only agreed ones. Names are not enough: `note` may
+//! be dropped, and the hidden `ssn` renamed to `note`. The stream has the names and their order.
+//! The catalog also has numbers: a column keeps its number for life, no later column gets it, and
+//! columns are in the order of their numbers.
 //!
-//! The catalog may be younger than a row. What it has of the agreed columns, the table had then,
-//! too; what it has not may have been there. A column is known where nothing that may have been
-//! there could have moved it; one that may be another is treated as that.
+//! The catalog may be newer than a row. An agreed column that it still has was there when the row
+//! was written; one that it lacks may have been. A column is identified if no column that may have
+//! been there could stand in its place. Otherwise it is treated as unknown.
 
 use super::description::{Description, Numbered};
 use super::rules::ColumnRules;
@@ -18,15 +18,15 @@ use crate::event::hidden::Hide;
 enum Which {
     /// The one with this number.
     Number(i16),
-    /// One that was not there when it was agreed to.
+    /// A column that did not exist when the columns were agreed.
     New,
-    /// One of several.
+    /// Not known: it could be one of several.
     Unknown,
 }
 
-/// The columns of `now` that a route with these rules may send: those that it was agreed with as
-/// `agreed`. If it names what it sends, also those that came later. `key` are the
-/// columns of the route's own key, `catalog` is the table as the catalog had it last.
+/// The columns of `now` that a route with these rules may send: those of `agreed`, and later ones
+/// too if the route names what it sends. `key`: the columns of the route's own key. `catalog`: the
+/// table as last read from the catalog.
 pub(super) fn columns<'a>(
     rules: &ColumnRules,
     key: &[String],
@@ -38,7 +38,7 @@ pub(super) fn columns<'a>(
     let Some(which) = which(agreed, now, catalog) else {
         let places = agreed.columns.iter().map(|column| &*column.name).zip(named());
         let kept = places.take_while(|(then, now)| then == now).count();
-        // Where one has lost its place, so may have all behind it.
+        // If one lost its place, all after it may have, too.
         let is_kept = kept == agreed.columns.len();
         let is_key = |name: &str| now.key.iter().chain(key).any(|key| key == name);
         let is_it = |(place, name): &(usize, &str)| *place < kept && (is_kept || is_key(name));
@@ -58,9 +58,9 @@ pub(super) fn columns<'a>(
     which.into_iter().zip(named()).filter(is_it).map(|(_, name)| name).collect()
 }
 
-/// Whether nothing in the catalog has taken the name of something else, and all that is hidden is
-/// there under its own: then what has the name of a column in an older row was that column, unless
-/// it was renamed forth and back.
+/// Whether, in the catalog, no column has taken over the name of another, and all hidden columns
+/// still have their own. Then a name in an older row means the same column, unless it was renamed
+/// back and forth.
 fn is_settled(rules: &ColumnRules, agreed: &Description, catalog: &Description) -> bool {
     let (Some(then), Some(today)) = (&agreed.numbered, &catalog.numbered) else { return false };
     let mut columns = agreed.columns.iter().zip(&then.numbers);
@@ -70,15 +70,15 @@ fn is_settled(rules: &ColumnRules, agreed: &Description, catalog: &Description) 
     })
 }
 
-/// Whether only a younger catalog can tell which columns these are.
+/// Whether it takes a newer catalog to identify these columns.
 pub(super) fn needs_catalog(
     rules: &ColumnRules,
     agreed: &Description,
     now: &Description,
     catalog: Option<&Description>,
 ) -> bool {
-    // A younger one says no more of a table that this one describes as it is, nor of another table
-    // under its name: a session that ended for that would end again and again.
+    // A newer one would not help if this one already describes the table as it is, or if it is
+    // another table of that name: the session would end again and again.
     let is_behind = catalog.is_none_or(|catalog| names(catalog) != names(now));
     let is_unknown = match which(agreed, now, catalog) {
         Some(which) => which.contains(&Which::Unknown),
@@ -112,7 +112,7 @@ pub(super) fn numbered(
     Some(Numbered { relation: today.relation, numbers })
 }
 
-/// Which the columns of `now` are; absent where numbers tell nothing.
+/// Identifies the columns of `now`; absent where numbers do not help.
 fn which(
     agreed: &Description,
     now: &Description,
@@ -120,7 +120,7 @@ fn which(
 ) -> Option<Vec<Which>> {
     let (then, catalog) = (agreed.numbered.as_ref()?, catalog?);
     let unknown = || Some(vec![Which::Unknown; now.columns.len()]);
-    // It was being altered when it was read.
+    // The table was being altered when the catalog was read.
     let Some(today) = &catalog.numbered else { return unknown() };
     if then.relation != today.relation {
         return None;
@@ -132,7 +132,7 @@ fn which(
     let kept = then.numbers.iter().filter(is_there).count();
     let last = then.numbers.last().copied().unwrap_or_default();
     let is_published_anew = |number: &i16| *number < last && !then.numbers.contains(number);
-    // A column list does not tell what was there.
+    // With a column list, numbers do not show which columns existed.
     if now.columns.len() < kept || today.numbers.iter().any(is_published_anew) {
         return unknown();
     }

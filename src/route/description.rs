@@ -141,23 +141,23 @@ impl Description {
         self.columns.get(at).map(|column| &*column.name)
     }
 
-    /// Whether the column of that name is another one in `later`: the catalog gave it another
-    /// number, because the one before was dropped or has another name now.
+    /// Whether the column of that name is a different one in `later`: it has another number,
+    /// because the earlier one was dropped or renamed.
     fn is_another(&self, later: &Self, name: &str) -> bool {
         let (Some(mine), Some(theirs)) = (&self.numbered, &later.numbered) else { return false };
         let number = |of: &Self, numbers: &Numbered| numbers.numbers.get(of.place(name)?).copied();
         mine.relation == theirs.relation && number(self, mine) != number(later, theirs)
     }
 
-    /// Whether `later` has others of its columns under the same names.
+    /// Whether `later` has different columns under some of the same names.
     pub(super) fn has_others(&self, later: &Self) -> bool {
         let is_both = |column: &&DescribedColumn| later.column(&column.name).is_some();
         let mut both = self.columns.iter().filter(is_both);
         both.any(|column| self.is_another(later, &column.name))
     }
 
-    /// What has changed from this one to `later`. A column that is another one under the same name
-    /// is gone, and the other is new: what it holds has nothing to do with what was there.
+    /// The changes from this one to `later`. If a name belongs to a different column, the earlier
+    /// column counts as gone and the other as new, since their values are unrelated.
     pub fn differences(&self, later: &Self) -> Vec<Difference> {
         let mut found = Vec::new();
         let name = |d: &Self| format!("{}.{}", d.schema, d.table);
@@ -257,14 +257,14 @@ impl DescribedColumn {
                 oid::TIME | oid::TIMETZ | oid::TIMESTAMP | oid::TIMESTAMPTZ,
             ) => from == to && digits(has) >= digits(had),
             (oid::INTERVAL, oid::INTERVAL) => holds_fields(had, has),
-            // `char` and `bit` are as long as they are called: a longer one is filled up.
+            // `char(n)` and `bit(n)` have a fixed length: a longer one pads its values.
             (oid::BPCHAR | oid::BIT, _) => from == to && has == had,
             (from, to) if from == to => match element(from) {
                 Some(type_oid) => {
                     let of = |one: &Self| Self { type_oid, ..one.clone() };
                     of(self).holds_all_of(&of(before))
                 }
-                // What the numbers of other types mean is not known.
+                // The modifiers of other types have an unknown meaning.
                 None => has < 0 || has == had,
             },
             _ => false,
@@ -272,12 +272,12 @@ impl DescribedColumn {
     }
 }
 
-/// The element type of a built-in array type, if its modifiers are told apart.
+/// The element type of a built-in array type whose modifiers are compared.
 fn element(type_oid: u32) -> Option<u32> {
     oid::precise_element_of(type_oid).filter(|element| *element != 0)
 }
 
-/// Digits behind the point of a second; without a modifier there are six.
+/// Fractional digits of a second; six without a modifier.
 fn digits(modifier: i32) -> i32 {
     if modifier < 0 { 6 } else { modifier }
 }

@@ -86,7 +86,7 @@ impl Schemas {
         self.agreed.get(&(route.to_owned(), table.to_owned()))
     }
 
-    /// The columns of `now`, the table of that name, that a route may send which hides some.
+    /// The columns of `now`, the table of that name, that a route with hidden columns may send.
     pub(super) fn agreed_columns<'a>(
         &self,
         route: &Route,
@@ -98,38 +98,38 @@ impl Schemas {
             Some(agreement) if !rules.is_empty() => {
                 agreed::columns(rules, &route.key, &agreement.description, now, self.now.get(table))
             }
-            // Nobody has agreed to anything.
+            // Nothing has been agreed.
             None if rules.is_closed() => Vec::new(),
             Some(_) | None => now.columns.iter().map(|column| &*column.name).collect(),
         }
     }
 
-    /// The table of that name as the stream describes it, with the numbers of its columns if they
-    /// are known. `agreed` is a description from before.
+    /// The table of that name as the stream describes it, with column numbers if they are known.
+    /// `agreed`: an earlier description.
     pub(super) fn described(&self, name: &str, table: &Table, agreed: &Description) -> Description {
         let now = Description::of(table);
         let numbered = agreed::numbered(agreed, &now, self.now.get(name));
         Description { numbered, ..now }
     }
 
-    /// Whether the table of that name has other columns than those that are recorded, under the
-    /// same names: its description does not show it.
+    /// Whether columns of the table of that name were replaced under the same names, which its
+    /// description does not show.
     pub fn is_renumbered(&self, table: &str) -> bool {
         let (recorded, now) = (self.recorded.get(table), self.now.get(table));
         let last = recorded.and_then(Recorded::last);
         last.zip(now).is_some_and(|(last, now)| last.has_others(now))
     }
 
-    /// It is not known any more which columns the table of that name has: it was being altered when
-    /// the catalog was asked.
+    /// Notes that the columns of the table of that name are unknown: it was being altered when the
+    /// catalog was asked.
     pub(super) fn forget_numbers(&mut self, table: &str) {
         if let Some(now) = self.now.get_mut(table) {
             now.numbered = None;
         }
     }
 
-    /// Whether one of the columns that the catalog had of the table of that name is not among
-    /// `numbers`, which it has now.
+    /// Whether the table of that name, which now has columns with these `numbers`, lacks one that
+    /// the catalog had.
     pub(super) fn has_lost(&self, table: &str, numbers: &[i16]) -> bool {
         let known = self.now.get(table).and_then(|now| now.numbered.as_ref());
         known.is_some_and(|known| known.numbers.iter().any(|number| !numbers.contains(number)))

@@ -1,11 +1,11 @@
-//! Whether captured tables still have the columns that the session has read of the catalog. The
-//! stream describes a table again after each change of it, also when that looks as before: a column
-//! was dropped, another renamed to it, and one added in the place of that.
+//! Whether captured tables still have the columns that the session read from the catalog. The
+//! stream describes a table again after each change, even if the description looks the same: one
+//! column may have been dropped, another renamed to it, and a third added in its place.
 //!
-//! Invariant: what comes behind a description that the catalog was not asked about is not handed on
-//! before its answer. Only one that is not younger than the answer counts: a transaction comes
-//! through the stream before others see it. One that has altered the table keeps its lock until
-//! they do, so an answer that was asked for without such a lock shows all that comes before.
+//! Invariant: after a new description nothing is passed on until the catalog has been asked, and
+//! its answer covers the transaction that altered the table. A transaction can arrive in the stream
+//! before it is visible to others. It keeps its lock on the table until then, so an answer that was
+//! read while nobody held such a lock covers it.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -25,10 +25,10 @@ use crate::pg::visibility::Visibility;
 use crate::source::ColumnDoubt;
 use crate::source::transaction::DescribedAt;
 
-/// How long a transaction may take to be seen that has altered a table. It may wait for a standby,
-/// or for the relay itself.
+/// Maximum wait until a transaction that altered a table becomes visible: it may be waiting for a
+/// standby, which may be the relay itself.
 const VISIBLE_LIMIT: Duration = Duration::from_secs(10);
-/// How soon it is looked for again.
+/// Time between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// The columns of a table, as the catalog has them.
@@ -41,12 +41,12 @@ pub struct ColumnNumbers {
 }
 
 impl ColumnNumbers {
-    /// Whether a column of this has gone from `now`.
+    /// Whether `now` lacks a column of this.
     pub fn has_lost(&self, now: &Self) -> bool {
         self.numbers.iter().any(|number| !now.numbers.contains(number))
     }
 
-    /// Whether `now` has another column under the name of one of this.
+    /// Whether a name belongs to another column in `now`.
     pub fn has_another(&self, now: &Self) -> bool {
         let of = |name: &String| now.names.iter().position(|other| other == name);
         self.names.iter().zip(&self.numbers).any(|(name, number)| {
@@ -55,7 +55,7 @@ impl ColumnNumbers {
     }
 }
 
-/// The columns of these tables by OID, and the transactions that this shows.
+/// Reads the columns of these tables, by OID, and which transactions the answer covers.
 ///
 /// # Errors
 /// The server's.
@@ -78,10 +78,10 @@ pub async fn read(
     Ok((found, snapshot))
 }
 
-/// A table of which the columns are looked after.
+/// A table whose columns are watched.
 #[derive(Debug, Clone)]
 pub struct Watched {
-    /// As the session has them.
+    /// The columns that the session works with.
     pub columns: ColumnNumbers,
     /// What the catalog showed when they were read.
     pub shown: Visibility,
@@ -92,7 +92,7 @@ pub struct ColumnWatch {
     client: Arc<Client>,
     watched: HashMap<u32, Watched>,
     asking: Option<Asking>,
-    /// Set when nobody can know the columns of a table for now.
+    /// Set while the columns of a table cannot be known.
     unknown: Arc<AtomicBool>,
 }
 
@@ -103,12 +103,12 @@ struct Asking {
 
 enum Answer {
     Shown(ColumnNumbers, Visibility),
-    /// It may be altered by what is not visible.
+    /// A transaction that is not visible may have altered the table.
     Unknown,
 }
 
 impl ColumnWatch {
-    /// Looks after these tables, by OID; others are not asked about.
+    /// Watches these tables, by OID, and no others.
     pub fn new(
         client: Arc<Client>,
         watched: HashMap<u32, Watched>,
@@ -117,8 +117,7 @@ impl ColumnWatch {
         Self { client, watched, asking: None, unknown }
     }
 
-    /// The stream has described a table. Returns whether the answer of the catalog is to be waited
-    /// for.
+    /// Takes a description from the stream. Returns whether to wait for the catalog's answer.
     pub(super) fn described(&mut self, described: DescribedAt) -> bool {
         let watched = self.watched.get(&described.table.oid);
         if watched.is_none_or(|watched| watched.shown.shows(described.xid)) {
@@ -130,7 +129,7 @@ impl ColumnWatch {
         true
     }
 
-    /// Waits for the answer, if there is a question. Cancel-safe.
+    /// Waits for the answer, if one is pending. Cancel-safe.
     ///
     /// # Errors
     /// The server's.
@@ -162,7 +161,8 @@ async fn ask(client: Arc<Client>, table: u32, xid: u32) -> Result<Answer> {
     const LOCKED: &str = include_str!("../../sql/query/columns_locked.sql");
     let deadline = Instant::now() + VISIBLE_LIMIT;
     loop {
-        // The lock comes first: when it is let go, the next statement sees what it was for.
+        // Look for the lock first: once it is released, the next statement sees what was done under
+        // it.
         let locked = unnamed::query_one(&*client, LOCKED, &[&table]).await;
         let locked: bool = locked.and_then(|row| row.try_get(0)).map_err(postgres_error)?;
         let (mut found, shown) = read(&client, &[table]).await?;

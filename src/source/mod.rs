@@ -29,7 +29,7 @@ pub enum Item {
     /// one that was stored last, or than the one before in this stream. With its own place, which
     /// the receipt is past where an earlier session settled what comes next.
     Described(Arc<Table>, Position, Receipt),
-    /// Which columns the table has from here on cannot be told by what the session has read.
+    /// From here on, what the session read does not tell which columns the table has.
     Columns(Arc<Table>, Position, ColumnDoubt),
     /// A low mark of a backfill: the rows of its chunk stand here.
     LowMark(LowMark, Receipt),
@@ -38,12 +38,12 @@ pub enum Item {
     Idle(Receipt),
 }
 
-/// Why it cannot be told which columns a table has.
+/// Why the columns of a table are not known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ColumnDoubt {
-    /// It has lost some that it had: the catalog is to be read again.
+    /// It lost or replaced some: the catalog has to be read again.
     Others,
-    /// It may have been altered by a transaction that cannot be looked at yet.
+    /// A transaction that is not visible yet may have altered it.
     Unknown,
 }
 
@@ -99,20 +99,20 @@ pub struct Cursor {
     pub rows: u64,
     /// Those of them that were not sent: a later change told all of them, or they are not wanted.
     pub left_out: u64,
-    /// Rows that had moved and were read again: the positions of their changes, as text.
+    /// The positions, as text, of the changes whose moved rows have been read again.
     pub reread: Vec<String>,
     /// There are no more rows.
     pub done: bool,
 }
 
-/// A row that got another key by a change that does not carry all of it.
+/// A row whose key was changed by a change that does not carry all of its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Moved {
     /// OID of the table.
     pub relation: u32,
-    /// Of the change.
+    /// Position of the change.
     pub position: Position,
-    /// The new key: names and texts; absent where it is not UTF-8.
+    /// The new key, as names and texts of its columns; absent if it is not UTF-8.
     pub key: Option<Vec<(String, String)>>,
 }
 
@@ -175,7 +175,7 @@ pub struct Seen {
     pub outbox_updates: u64,
     /// Logical messages with our prefix that are no part of a transaction, which are ignored.
     pub messages_ignored: u64,
-    /// The same in a transaction, which `emit_wal` did not write.
+    /// Those that are part of a transaction and were not written by `emit_wal`, ignored too.
     pub messages_unsigned: u64,
     /// The last canary of this relay that came.
     pub canary: Option<CanarySighting>,

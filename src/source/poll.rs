@@ -65,11 +65,11 @@ pub struct Options {
     pub outbox: PolledOutbox,
     /// How often the outbox is looked at.
     pub interval: Interval,
-    /// How often a source that finds nothing stores that it has looked; absent for never.
+    /// How often a source that finds nothing records that it looked; absent for never.
     pub noted_every: Option<Duration>,
     /// Most bytes of a body that are read.
     pub max_body: usize,
-    /// Nothing is written: batches are kept in memory only, and a look that finds nothing is told.
+    /// Write nothing: keep batches in memory, and report a look that finds nothing.
     pub read_only: bool,
 }
 
@@ -87,7 +87,7 @@ pub struct Poll {
     ready: VecDeque<Item>,
     work: Option<Work>,
     pace: LookPace,
-    /// When it was stored last that nothing was found.
+    /// When a look that found nothing was last recorded.
     noted: Option<Instant>,
     /// Batches that are not passed, and when they were found or found again.
     open: VecDeque<(Mark, Instant)>,
@@ -201,7 +201,7 @@ impl Poll {
         Some(Work(tokio::spawn(looking)))
     }
 
-    /// Whether everything was handed on that was there when it first looked.
+    /// Whether everything that was there at the first look has been passed on.
     pub fn is_caught_up(&self) -> bool {
         self.polled.looks > 0 && self.reading.is_none() && self.ready.is_empty()
     }
@@ -277,7 +277,7 @@ struct Look {
     number: Mark,
     /// Batches from the first and before the second are passed.
     passed: (Mark, Mark),
-    /// Whether to store that nothing was found.
+    /// Whether to record that nothing was found.
     note: bool,
 }
 
@@ -361,8 +361,8 @@ async fn store(
         .hint("two relays with one name: this one is on standby"))
 }
 
-/// Stores that nothing was found. It may be lost in a crash; a session that was replaced stores
-/// nothing, and its next batch says so.
+/// Records that nothing was found. A crash may lose it. A session that was replaced records
+/// nothing; its next batch fails instead.
 async fn note(client: &Client, options: &Options) -> Result<()> {
     const SQL: &str = include_str!("../../sql/query/poll_noted.sql");
     let begin = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; \

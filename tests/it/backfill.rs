@@ -440,7 +440,7 @@ async fn only_the_rows_that_are_wanted_and_published_are_sent() {
     assert_eq!((sent, rows.len()), (expected.clone(), expected.len()));
     assert!(rows.iter().all(|row| row.get("secret").is_none()), "{rows:?}");
     let wrong = stage.run(&["backfill", "public.t", "--where", "missing = 1"]).await;
-    let told = ["--where or --from", "missing", "a condition in SQL on the table's columns"];
+    let told = ["--where or --from", "missing", "an SQL condition on the table's columns"];
     wrong.expect_code(1).expect_text(&told);
     let wrong = stage.run(&["backfill", "public.t", "--where", " "]).await;
     wrong.expect_code(1).expect_text(&["--where is empty"]);

@@ -1,5 +1,5 @@
-//! Rows that get another key while their table is backfilled: what the change does not carry has to
-//! come all the same.
+//! Rows whose key changes while their table is backfilled: values that the change does not carry
+//! must arrive anyway.
 
 use serde_json::json;
 
@@ -29,7 +29,7 @@ async fn is_half_read(stage: &Stage) {
     until("some rows are read", async || stage.holds(read).await).await;
 }
 
-/// The consumer's table is that of the database.
+/// Fails unless the consumer's table equals that of the database.
 async fn is_whole(stage: &Stage) {
     let messages = stage.settled().await;
     let replica = Replica::of(&messages);

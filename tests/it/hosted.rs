@@ -71,7 +71,7 @@ async fn a_database_that_is_read_only_by_default_still_gets_its_checkpoint() {
     relay.stop().await.expect_code(0);
 }
 
-/// Of a superuser, and of a role that may not see whether it is chosen.
+/// For a superuser, and for a role that may not see whether it was chosen.
 #[tokio::test]
 async fn commits_that_wait_for_the_relay_as_a_synchronous_standby_end() {
     commits_end("postgres").await;
@@ -82,7 +82,7 @@ async fn commits_end(role: &str) {
     let server = private_postgres(&[], None).await;
     server.execute("CREATE ROLE relay LOGIN REPLICATION").await.expect("a role");
     let sql = "CREATE TABLE public.unpublished (id int)";
-    // Without the canary, which is a commit of its own, nothing else would end them.
+    // Without a canary, which is itself a commit, nothing else would end them.
     let settings = "relay.canary_interval = \"1h\"\nrelay.idle_interval = \"1h\"";
     let database = database_of(&server);
     let source_url = database.url.replacen("postgres@", &format!("{role}@"), 1);

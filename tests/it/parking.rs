@@ -253,7 +253,7 @@ async fn on_poison_block_lets_only_its_key_wait() {
     assert_eq!(relay.metric("watership_parked").await, Some(0.0), "nothing is parked");
     assert_eq!(relay.status().await["parked"]["rows"], 0);
     let log = relay.log();
-    assert!(log.contains("may not be parked; its key is blocked"), "{log}");
+    assert!(log.contains("neither published nor parked; its key is blocked"), "{log}");
     assert!(!log.contains("it is parked"), "{log}");
     relay.kill();
     let text = stage.configuration().replace("1KiB", "1MiB");

@@ -43,7 +43,7 @@ async fn what_a_savepoint_takes_back_never_comes_and_the_rest_of_its_transaction
 #[tokio::test]
 async fn rows_that_are_copied_in_arrive_in_their_order() {
     const ROWS: usize = 5000;
-    // One key has one message at a time on its way.
+    // At most one message of a key is unconfirmed at a time.
     const KEYS: usize = 250;
     let stage = stage(TABLE, "").await;
     let relay = stage.start().await;

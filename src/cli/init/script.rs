@@ -28,7 +28,7 @@ use crate::source::outbox::Polled;
 #[derive(Default)]
 struct Found {
     pending: Vec<Migration>,
-    /// The role that source.url leads to.
+    /// The role that a connection to source.url gets.
     user: String,
     member: bool,
     publication: Option<Publication>,

@@ -30,7 +30,7 @@ pub(super) async fn look(
     let name = &config.relay.name;
     check_messages(f, client).await?;
     let relay = &config.relay;
-    // What is in the way was told.
+    // The reason has been reported.
     if !fits {
         return Ok(());
     }

@@ -12,7 +12,7 @@ use crate::pg::sqlstate::{TOO_MANY_CONNECTIONS, postgres_error};
 use crate::pg::unnamed;
 use crate::relay::session::rights::{self, Lack};
 
-/// Of the role of `source.url`.
+/// Checks the role of `source.url`.
 pub(super) async fn check(
     f: &mut Findings,
     config: &Config,
@@ -51,11 +51,11 @@ pub(super) async fn check(
     check_rights(f, config, client, user).await
 }
 
-/// Connections that a relay has open at once: the session's, the one of the source, those of the
-/// upkeep and of backfills, and one for a command.
+/// Connections that a relay needs: one each for the session, the source, upkeep and backfills, and
+/// one for a command.
 const CONNECTIONS: i32 = 5;
 
-/// How many connections the role and the database may have.
+/// Checks the connection limits of the role and the database.
 async fn check_limits(f: &mut Findings, client: &Client, user: &str) -> Result<()> {
     let sql = "SELECT r.rolconnlimit, d.datconnlimit FROM pg_catalog.pg_roles AS r, \
         pg_catalog.pg_database AS d \
@@ -99,7 +99,7 @@ pub(super) async fn check_rights(
         None => f.problem("role", "role watership_relay does not exist", INIT),
     }
     let mut lacks = rights::lacking(client, None, config.relay.kind).await?;
-    // A mapped table is let into by its owner, not by us.
+    // Access to a mapped table is granted by its owner, not by us.
     lacks.retain(|lack| !(lack.app && config.relay.outbox.is_mapped()));
     if lacks.iter().any(Lack::is_everything) {
         lacks.retain(|lack| lack.app || lack.hidden);

@@ -30,13 +30,12 @@ pub(super) struct Active {
     pub(super) wanted: ReadTable,
     pub(super) shape: TableShape,
     pub(super) pace: Pace,
-    /// What the next chunk is of.
+    /// What the next chunk contains.
     pub(super) phase: Phase,
-    /// Up to which position rows that had moved are read in this round, and whether one of them was
-    /// not found.
+    /// The position up to which this round reads rows that moved.
     pub(super) until: String,
     lacks_moved: bool,
-    /// Only one row that had moved may be read at once.
+    /// Read rows that moved one at a time.
     one_moved: bool,
     /// Transactions that were open when the loop began to remember those of the table; absent once
     /// none of them can matter.
@@ -131,12 +130,12 @@ impl Active {
         }
     }
 
-    /// How many rows that had moved may be read at once.
+    /// How many rows that moved may be read at once.
     pub(super) fn moved_rows(&self) -> usize {
         if self.one_moved { 1 } else { ROWS_MAX.min(self.pace.rows()) }
     }
 
-    /// The cursor of a chunk of these rows; `moved` are those that had moved and were asked for.
+    /// The cursor after a chunk with these rows; `moved` are the moved rows it was to read.
     pub(super) fn cursor(&self, token: Uuid, rows: &ChunkRows, moved: &MovedRows) -> Cursor {
         let in_order = self.phase == Phase::Keys;
         Cursor {
@@ -150,8 +149,8 @@ impl Active {
         }
     }
 
-    /// What the next chunk is of, after one that is stored: `all` says that it had all rows that
-    /// were left, `lacks` that one that had moved was not found.
+    /// Chooses what follows a stored chunk. `all`: it had all remaining rows. `lacks`: a row that
+    /// moved was not found.
     pub(super) fn next_phase(
         &mut self,
         all: bool,
@@ -159,7 +158,7 @@ impl Active {
         moved: &MovedRows,
         cursor: &Cursor,
     ) {
-        // A key may read otherwise than it was recorded: then it is found alone.
+        // The text of a key may differ from what was recorded; alone, it is recognized anyway.
         self.one_moved = !moved.is_empty() && cursor.reread.is_empty();
         self.lacks_moved |= lacks;
         self.phase = match self.phase {
@@ -210,8 +209,8 @@ pub async fn look(
         let what = format!("{table} is not captured");
         let tables: Vec<&str> = relay.tables.iter().map(String::as_str).collect();
         let hint = format!(
-            "source.tables has: {}; name the table as it stands there, or add it and run \
-             `watership init`",
+            "source.tables has: {}; use one of these names, or add the table and run `watership \
+             init`",
             tables.join(", ")
         );
         return Ok(Err(Unfit { what, hint }));

@@ -155,7 +155,7 @@ fn says(table: &Table, event: &Event) -> Says {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use uuid::Uuid;
 
     use super::*;
@@ -163,7 +163,7 @@ mod tests {
     use crate::position::Position;
 
     /// Two key columns of three, in another order than the identity flags them.
-    fn table(identity: Identity) -> Arc<Table> {
+    pub(in crate::relay::backfill) fn table(identity: Identity) -> Arc<Table> {
         Arc::new(Table {
             database: "shop".into(),
             oid: 7,
@@ -194,7 +194,7 @@ mod tests {
         Unsent::new(keyed(), rows.map(|(a, b)| row(a, b, text("read"))).into())
     }
 
-    fn event(table: Arc<Table>, change: Change) -> Event {
+    pub(in crate::relay::backfill) fn event(table: Arc<Table>, change: Change) -> Event {
         Event {
             id: Uuid::nil(),
             position: Position::default(),

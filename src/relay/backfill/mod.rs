@@ -117,7 +117,7 @@ pub struct Chunk {
     pub numbers: Vec<i16>,
     /// The rows that are wanted.
     pub rows: Vec<Row>,
-    /// Of rows that had moved, the positions of those changes, in the order of the rows.
+    /// For rows that moved: the position of the change of each, in the order of the rows.
     pub moved: Vec<String>,
     /// Transactions that the chunk does not see, although they had begun before it.
     pub unseen: Vec<u32>,
@@ -140,7 +140,7 @@ pub struct Backfill {
     link: Option<(mpsc::Receiver<ChunkCommand>, mpsc::Sender<ChunkReport>)>,
     /// Messages of rows that may be unconfirmed.
     max_unconfirmed: usize,
-    /// Tables with a run that has not ended, also one that is paused.
+    /// Tables with a run that has not ended, paused ones included.
     watched: Vec<u32>,
     tables: Vec<Remembered>,
     stage: Stage,
@@ -236,7 +236,7 @@ impl Backfill {
         !self.tables.is_empty() || !matches!(self.stage, Stage::None)
     }
 
-    /// Changes of captured tables have to be looked at.
+    /// Whether changes of captured tables have to be inspected.
     pub(in crate::relay) fn sees_changes(&self) -> bool {
         self.is_active() || !self.watched.is_empty()
     }

@@ -1,15 +1,15 @@
-//! Rows that get another key while their table is read. Pure.
+//! Rows whose key changes while their table is read. Pure.
 //!
-//! A chunk reads the rows of a range of keys. A row that moves from a key that is not read yet to
-//! one that was read is in no chunk, so its consumer knows of it what the change says; and a change
-//! does not carry what it did not touch where that is stored out of line (unchanged TOAST). Such
-//! changes are recorded with the checkpoint that covers them, and the run reads their rows at its
-//! end. That is done wherever the row came from: the loop does not know how keys are ordered.
+//! Each chunk reads a range of keys. A row that moves from a range not yet read into one already
+//! read is in no chunk, so the consumer gets only its live change, and a change lacks values that
+//! it did not touch if they are stored out of line (unchanged TOAST). Such changes are recorded
+//! with the checkpoint that covers them, and the run reads their rows again at its end. All moves
+//! are recorded, whatever their direction, because the loop does not know the order of keys.
 
 use crate::event::{Change, Content, Event, OldRow, Row, Table, Value};
 use crate::source::Moved;
 
-/// The new key of a change that moves a row and does not carry all of it.
+/// The new key, if this change moves a row without carrying all of its values.
 pub fn moved(event: &Event) -> Option<Moved> {
     let Content::Change(Change::Update { old, new }) = &event.content else { return None };
     let is_whole = |value: &Value| !matches!(value, Value::Unchanged);
@@ -37,10 +37,10 @@ fn may_move(table: &Table, old: Option<&OldRow>, new: &Row) -> bool {
     }
     match old {
         Some(OldRow::Full(old)) => differs(table, old, new),
-        // Of another identity than the key: nobody says whether the key has changed.
+        // The identity does not include the key, so a change of the key does not show.
         _ if !table.identity.covers(&table.key) => true,
         Some(OldRow::Key(old)) => differs(table, old, new),
-        // The server sends the old identity when that has changed.
+        // The server would have sent the old identity if it had changed.
         None => false,
     }
 }
@@ -55,25 +55,9 @@ fn differs(table: &Table, old: &Row, new: &Row) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
+    use super::super::merge::tests::{event, table};
     use super::*;
-    use crate::event::{Column, Identity};
-    use crate::position::Position;
-
-    fn table(identity: Identity) -> Arc<Table> {
-        Arc::new(Table {
-            database: "shop".into(),
-            oid: 7,
-            version: 1,
-            schema: "public".into(),
-            name: "t".into(),
-            full_name: "public.t".into(),
-            columns: ["a", "b", "big"].map(|name| Column::new(name, 25, -1)).into(),
-            key: vec![0, 1],
-            identity,
-        })
-    }
+    use crate::event::Identity;
 
     fn row(values: [&'static str; 3]) -> Row {
         let value = |text: &'static str| match text {
@@ -84,17 +68,7 @@ mod tests {
     }
 
     fn update(identity: Identity, old: Option<OldRow>, new: [&'static str; 3]) -> Option<Moved> {
-        let content = Content::Change(Change::Update { old, new: row(new) });
-        moved(&Event {
-            id: uuid::Uuid::nil(),
-            position: Position::default(),
-            lsn: None,
-            occurred_at_us: 0,
-            committed_at_us: 0,
-            xid: 1,
-            table: table(identity),
-            content,
-        })
+        moved(&event(table(identity), Change::Update { old, new: row(new) }))
     }
 
     #[test]

@@ -19,8 +19,8 @@ use crate::pg::publication::TableName;
 use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_TABLE, postgres_error};
 use crate::relay::session::user_types::read_types;
 
-/// For rows with certain keys: by a bitmap the index finds each of them; in the order of the index
-/// all rows would be read.
+/// Settings for reading given keys: a bitmap scan looks each one up, while a scan in index order
+/// would read the whole table.
 pub const ONE_BY_ONE: &str = "SET LOCAL enable_bitmapscan = on; SET LOCAL enable_indexscan = off; \
     SET LOCAL enable_indexonlyscan = off";
 
@@ -229,7 +229,7 @@ pub struct ChunkRows {
     pub read: usize,
     /// The key of the last of them.
     pub last_key: Option<Vec<String>>,
-    /// The keys of all of them, where certain keys were asked for.
+    /// The keys of all rows that were read, if they were read by key.
     pub keys: Vec<Vec<String>>,
     /// There was no more.
     pub done: bool,

@@ -1,8 +1,9 @@
-//! The rows that a run reads at its end, because they had moved: see `moved`.
+//! The rows that a run reads again at its end because they moved: see `moved`.
 //!
-//! Order: the last chunk in the order of the key; a chunk without rows, whose mark has passed all
-//! that moved before the last rows were read; then what has moved up to then. A row that is not
-//! found may have moved on: then comes another such round. What moves later had been read.
+//! Order: after the last chunk in key order comes a chunk without rows. Once its mark is durable,
+//! every move from before the last read is recorded. The recorded rows are then read. If one is not
+//! found, it may have moved again, and another such round follows. Rows that move later have been
+//! read before, so they need no round.
 
 use std::collections::HashMap;
 
@@ -15,30 +16,30 @@ use super::read::ChunkRows;
 use crate::error::Result;
 use crate::pg::sqlstate::postgres_error;
 
-/// Rows of a chunk at most: each is named in the statement.
+/// Maximum rows of a chunk: the statement names each key.
 pub const ROWS_MAX: usize = 200;
 
-/// What a run's next chunk is of.
+/// What the next chunk of a run contains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
     /// Rows in the order of the key.
     Keys,
-    /// No rows: its mark passes what has moved.
+    /// No rows: its mark makes sure that all moves are recorded.
     Passing,
-    /// Rows that had moved.
+    /// Rows that moved.
     Moved,
 }
 
-/// Rows that had moved: their keys now, in the order of [`TableShape::key`], by the position of the
-/// change.
+/// Rows that moved: the position of each change, and the new key in the order of
+/// [`TableShape::key`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MovedRows {
     rows: Vec<(String, Vec<String>)>,
-    /// Positions of changes under a former key of the table: they stand before the run began.
+    /// Positions of changes that were made under an earlier key of the table, before the run began.
     former: Vec<String>,
 }
 
-/// The last position of those of a run; empty for none.
+/// The last recorded position of a run; empty if there is none.
 ///
 /// # Errors
 /// The server's.
@@ -48,8 +49,8 @@ pub async fn last(client: &impl GenericClient, run: Uuid) -> Result<String> {
     Ok(row.try_get::<_, Option<String>>(0).map_err(postgres_error)?.unwrap_or_default())
 }
 
-/// The next ones of a run up to position `until`, `max` at most. The inner error is why they
-/// cannot be read.
+/// Loads the next rows of a run that moved up to position `until`, at most `max`. The inner error
+/// says why they cannot be read.
 ///
 /// # Errors
 /// The server's.
@@ -84,25 +85,25 @@ fn of_json(shape: &TableShape, key: &str) -> Option<Vec<String>> {
 }
 
 impl MovedRows {
-    /// There are none.
+    /// Whether nothing is left to do.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty() && self.former.is_empty()
     }
 
-    /// Whether there is anything to read.
+    /// Whether there are rows to read.
     pub fn has_rows(&self) -> bool {
         !self.rows.is_empty()
     }
 
-    /// What is to be read, and how many rows that may be, with one more: a statement that ends
-    /// before is complete.
+    /// The keys to read, and a row limit one above their number: a result below it is complete.
     pub fn from(&self) -> (From, usize) {
         let keys = self.rows.iter().map(|(_, key)| key.clone()).collect();
         (From::Only(keys), self.rows.len() + 1)
     }
 
-    /// The positions of the changes by which rows with these keys came to them, the last of each;
-    /// of all, where the text of a key is another one that its type takes for equal.
+    /// For each of these keys, the position of the last change that moved a row to it. A key whose
+    /// text was recorded differently, although its type considers both equal, gets the last
+    /// position of all.
     pub fn positions(&self, keys: impl Iterator<Item = Vec<String>>) -> Vec<String> {
         let last: HashMap<&[String], &String> =
             self.rows.iter().map(|(position, key)| (&**key, position)).collect();
@@ -111,12 +112,12 @@ impl MovedRows {
         keys.map(|key| of(key).unwrap_or_default()).collect()
     }
 
-    /// Whether a row of these was not found among all that were.
+    /// Whether one of these rows was not found, although the read was complete.
     pub fn lacks(&self, rows: &ChunkRows) -> bool {
         rows.done && self.rows.iter().any(|(_, key)| !rows.keys.contains(key))
     }
 
-    /// The positions of all that need not be read again after these rows.
+    /// The positions of the changes that are done once these rows are sent.
     pub fn reread(&self, rows: &ChunkRows) -> Vec<String> {
         let is_read = |key: &Vec<String>| rows.done || rows.keys.contains(key);
         let read = self.rows.iter().filter(|(_, key)| is_read(key)).map(|(at, _)| at);

@@ -186,7 +186,7 @@ pub async fn waits(client: &impl GenericClient, run: Uuid, why: Option<&str>) ->
     client.execute(SQL, &[&run, &why]).await.map(drop).map_err(postgres_error)
 }
 
-/// Forgets rows that had moved during runs that have ended.
+/// Deletes the recorded moves of runs that have ended.
 ///
 /// # Errors
 /// The server's.

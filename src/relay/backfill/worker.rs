@@ -29,7 +29,7 @@ use crate::source::transaction::MARK_PREFIX;
 
 /// How often the table of runs is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How often rows that had moved during ended runs are removed.
+/// How often recorded moves of ended runs are deleted.
 const PURGE_EVERY: Duration = Duration::from_secs(60);
 /// How often the messages of queues are counted, where there is a limit.
 const COUNT_EVERY: Duration = Duration::from_secs(2);
@@ -332,8 +332,8 @@ impl Worker<'_> {
         Ok(Some(Duration::ZERO))
     }
 
-    /// Rows that had moved, when everything else was read. The inner error is why they cannot be
-    /// read.
+    /// The moved rows to read next, once everything else has been read. The inner error says why
+    /// they cannot be read.
     async fn moved(&self, one: &Active) -> Result<std::result::Result<MovedRows, String>> {
         match one.phase {
             Phase::Keys | Phase::Passing => Ok(Ok(MovedRows::default())),

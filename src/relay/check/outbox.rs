@@ -211,10 +211,10 @@ fn wanted(outbox: &OutboxTable) -> Vec<(&str, &str, (&'static str, Fits))> {
     wanted
 }
 
-/// What a column is for that a template of a route names.
+/// The use of a column that a template of a route names.
 const TEMPLATE: &str = "{column.NAME}";
 
-/// What names the column, in the configuration.
+/// Where the configuration names the column.
 fn told(what: &str) -> String {
     match what {
         TEMPLATE => "{column.NAME} in a template of a route".into(),

@@ -40,14 +40,14 @@ pub struct PollFacts {
     pub outbox: Polled,
     /// Its indexes.
     pub indexes: Vec<IndexColumns>,
-    /// Of an outbox table of the application's, its OID and its columns.
+    /// OID and columns of an outbox table of the application's.
     pub mapped: Option<(u32, Vec<MappedColumn>)>,
-    /// For how long rows may have gone unread, if there is a checkpoint.
+    /// How long rows may have gone unread; absent without a checkpoint.
     pub unread_for: Option<Duration>,
 }
 
 impl PollFacts {
-    /// What a batch that is made now is made with; absent for the relay's own outbox.
+    /// What a new batch would be made with; absent for the relay's own outbox.
     pub fn made_with(&self) -> Option<MadeWith> {
         let (oid, columns) = self.mapped.as_ref()?;
         MadeWith::of(*oid, &self.outbox, columns)
@@ -195,9 +195,9 @@ pub fn verify_table<'a>(
     )))
 }
 
-/// Refuses batches that the outbox, as it is now, would be read for by something else than what
-/// found them: some of their rows would be left out. One that is settled is not read again, so of
-/// it only the table counts.
+/// Refuses stored batches that would now be read through another table or other columns than those
+/// that found them: some of their rows would be left out. A settled batch is not read again, so
+/// only its table counts.
 ///
 /// # Errors
 /// A named verdict.
@@ -229,10 +229,10 @@ pub fn verify_made_with<'a>(
             const ANY: &str = include_str!("../../../sql/query/poll_any_table.sql");
             let any = fill(&statement(ANY), &[("relay", escape_literal(name).trim_start())]);
             return Err(Error::named(Verdict::BatchUnreadable, text).hint(format!(
-                "if the other table is there under another name, correct outbox.table or rename it \
-                 back; if this one has all rows with the same numbers and transactions, as after \
-                 a restore in the same cluster, as the owner of the schema: {}; to begin again \
-                 behind what is in it now: {RESYNC}",
+                "if the other table still exists under another name, correct outbox.table or \
+                 rename it back; if this one has the same rows, numbers and transactions, as after \
+                 a restore in the same cluster, run as the owner of the schema: {}; to skip what \
+                 is in it now: {RESYNC}",
                 any.trim()
             )));
         }

@@ -222,8 +222,8 @@ impl Parking {
         Disposition::Settled
     }
 
-    /// Parks what was blocked by a limit that has room again; returns the entries to settle, each
-    /// with its route and why.
+    /// Parks messages that a limit had blocked, as far as there is room again. Returns the entries
+    /// to settle, with the route and the reason of each.
     pub fn unblock(&mut self) -> Vec<(EntryId, Arc<str>, Why)> {
         let mut settled = Vec::new();
         let mut lanes_blocked = Blocking::default();

@@ -6,16 +6,16 @@ use std::collections::BTreeMap;
 use super::{Blocked, Parking, Place};
 use crate::relay::parking::row::{ParkedRow, RowState, Why};
 
-/// What waits, in figures.
+/// Counts of what is parked or blocked.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Summary {
     /// Rows that are parked and not released.
     pub rows: usize,
-    /// Messages that may not be parked, now or ever.
+    /// Messages that may not be parked, for now or at all.
     pub blocked: usize,
-    /// Keys that wait for either.
+    /// Keys that are parked or blocked.
     pub keys: usize,
-    /// Since when the oldest of both waits, in seconds since 1970.
+    /// When the oldest of them was parked or blocked, in seconds since 1970.
     pub oldest_at: Option<f64>,
 }
 
@@ -51,7 +51,7 @@ impl Parking {
         counts
     }
 
-    /// What waits, in figures.
+    /// Counts of what is parked or blocked.
     pub fn summary(&self) -> Summary {
         let oldest_at = self.rows.values().map(|w| w.parked_at).min_by(f64::total_cmp);
         let blocked = self.blocked.len();

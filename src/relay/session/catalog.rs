@@ -33,9 +33,9 @@ pub(in crate::relay) struct StartedWith {
 #[derive(Debug, Default)]
 struct StartedColumns {
     of_tables: HashMap<u32, ColumnNumbers>,
-    /// Tables of which routes hide columns, or promise them.
+    /// Tables whose columns matter to a route: it hides some, or has an `on_drift` policy.
     watched: HashSet<u32>,
-    /// The source cannot tell for now which columns a table has.
+    /// Set while the source does not know which columns a table has.
     unknown: Arc<AtomicBool>,
 }
 
@@ -46,8 +46,8 @@ impl StartedWith {
         *self.keys.lock().expect("nobody panics while holding the keys") = keys.collect();
     }
 
-    /// A session starts with these columns by OID, and looks after some of the tables. Returns what
-    /// its source sets when it cannot tell the columns of a table.
+    /// Starts a session with these columns, by OID, and the tables to watch. Returns the flag that
+    /// its source sets while it does not know the columns of a table.
     pub(super) fn set_columns(
         &self,
         of_tables: HashMap<u32, ColumnNumbers>,
@@ -59,13 +59,13 @@ impl StartedWith {
         unknown
     }
 
-    /// The tables that the session reads columns of.
+    /// The tables whose columns the session has read.
     pub(in crate::relay) fn tables(&self) -> Vec<u32> {
         let columns = self.columns.lock().expect("nobody panics while holding columns");
         columns.of_tables.keys().copied().collect()
     }
 
-    /// An error when a table has other columns now, which the next session has to tell apart.
+    /// An error if a table has other columns now: the next session reads them.
     pub(in crate::relay) fn compare_columns(
         &self,
         now: &HashMap<u32, ColumnNumbers>,

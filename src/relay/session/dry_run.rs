@@ -2,9 +2,9 @@
 //!
 //! Invariant: neither end is moved. Nothing is written to Postgres, no checkpoint is taken over,
 //! and the server is never told a flush position, so the slot stays where it is (a status update
-//! with the position 0 confirms nothing: walsender.c, `ProcessStandbyReplyMessage`), and batches
-//! that a poll finds are not stored. There is no connection to the broker. While it reads, the slot
-//! is in use, as with any reader.
+//! with the position 0 confirms nothing: walsender.c, `ProcessStandbyReplyMessage`), and the
+//! batches that a poll finds are not stored. It does not connect to the broker. In mode `wal` it
+//! occupies the slot while it runs, as any reader does.
 
 use std::future::{Future, ready};
 use std::sync::Arc;
@@ -106,18 +106,18 @@ pub async fn run<P: Publisher>(
     ended.map(|()| store.parked.load(Ordering::Relaxed))
 }
 
-/// What a start would begin with.
+/// What a relay would start from.
 struct Looked {
     source: AnySource,
     row: Checkpoint,
     resumed: Resumed,
-    /// Where that ends which was committed by now.
+    /// The end of what has been committed so far.
     end: Lsn,
 }
 
 /// The WAL from the checkpoint on.
 async fn look_at_wal(client: &Arc<Client>, options: &Options) -> Result<Looked> {
-    // Not where it is polled: a pooler would give the setting to others.
+    // Not in mode `poll`: a pooler would pass the setting on to other clients.
     let read_only = "SET default_transaction_read_only = on";
     client.batch_execute(read_only).await.map_err(postgres_error)?;
     let mut replication = ReplicationConnection::connect(&options.sql).await?;
@@ -136,7 +136,7 @@ async fn look_at_wal(client: &Arc<Client>, options: &Options) -> Result<Looked> 
 async fn look_at_outbox(client: &Arc<Client>, options: &Options) -> Result<Looked> {
     let (row, source) = poll::look(client, options).await?;
     let (source, resumed) = (AnySource::Poll(source), Resumed::default());
-    // It says itself when it has caught up.
+    // The source reports when it has caught up.
     Ok(Looked { source, row, resumed, end: Lsn::ZERO })
 }
 

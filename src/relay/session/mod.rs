@@ -107,34 +107,23 @@ pub async fn open(
             return Err(error);
         }
     };
-    let Prepared {
-        source,
-        resumed,
-        store,
-        parking,
-        row,
-        failover,
-        canary,
-        wrong,
-        backfilling,
-        closed,
-    } = prepared;
-    let broken = broken::routes(&options.topology, &options.rules, &wrong);
+    let row = prepared.row;
+    let broken = broken::routes(&options.topology, &options.rules, &prepared.wrong);
     shared.missing.set(&broken);
-    report(options, &wrong);
-    if let Some(failover) = failover {
-        failed_over::tell(&failover, row.position.epoch, kept, &parking, shared);
+    report(options, &prepared.wrong);
+    if let Some(failover) = prepared.failover {
+        failed_over::tell(&failover, row.position.epoch, kept, &prepared.parking, shared);
     }
     tell_start(options, &row, kept);
-    let (backfill, end) = linked(row.kind, options.backfill.max_unconfirmed, backfilling);
+    let (backfill, end) = linked(row.kind, options.backfill.max_unconfirmed, prepared.backfilling);
     let parts = RelayParts {
-        source,
+        source: prepared.source,
         publisher,
-        store,
+        store: prepared.store,
         progress: Progress::new(row.position, row.flush()),
-        parking,
+        parking: prepared.parking,
         router: router.clone(),
-        plans: Plans::new(router, resumed),
+        plans: Plans::new(router, prepared.resumed),
         metrics: shared.metrics.clone(),
         status: shared.status.clone(),
         canary: shared.canary.clone(),
@@ -145,12 +134,13 @@ pub async fn open(
         remembered: std::mem::take(&mut kept.remembered),
         backfill,
     };
-    shared.canary.begin(row.flush_lsn, canary, std::time::Instant::now());
+    shared.canary.begin(row.flush_lsn, prepared.canary, std::time::Instant::now());
     let backfill = end.map(|end| worker::start(options.clone(), shared.clone(), end));
-    Ok(Session { relay: Relay::new(parts, &options.name, &options.tuning), closed, backfill })
+    let relay = Relay::new(parts, &options.name, &options.tuning);
+    Ok(Session { relay, closed: prepared.closed, backfill })
 }
 
-/// The loop's end of backfills, and the worker's.
+/// The two ends of the link for backfills: the loop's and the worker's.
 fn linked(
     kind: SourceKind,
     max_unconfirmed: usize,

@@ -24,8 +24,8 @@ pub struct Mapped {
     role: String,
 }
 
-/// Reads it, and what the relay's role may do with it: `role`, or that of the connection. Absent
-/// for the relay's own outbox.
+/// Reads the mapped table and what `role`, or else the role of the connection, may do with it.
+/// Absent for the relay's own outbox.
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] when it does not exist, or the server's.
@@ -57,8 +57,8 @@ pub async fn read(
     Ok(Some(Mapped { facts, columns, may_delete, polled, role }))
 }
 
-/// The OID and the columns of a table that is polled, which has what polling goes by; absent for
-/// the relay's own outbox. Rights and indexes are not asked for.
+/// OID and columns of a polled table that has the columns polling needs; absent for the relay's own
+/// outbox. Rights and indexes are not checked.
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] when it is not there or lacks one of the two, or the server's.

@@ -119,7 +119,7 @@ async fn take_over(
     Ok((row, found.server.database))
 }
 
-/// What a start would read and compare, and its source, which writes nothing.
+/// What a start would read and compare, with a source that writes nothing.
 ///
 /// # Errors
 /// As of a start; [`crate::error::Kind::Refused`] where that would begin a new epoch.
@@ -192,8 +192,8 @@ async fn source(
     Ok(Poll::new(client, options, batches))
 }
 
-/// Compares the batches from the settled one on with the outbox as it is: what is configured, what
-/// that means in the catalog, and the columns there.
+/// Compares the batches from the settled one on with the outbox as it is now: its configuration,
+/// and what the catalog has for it.
 fn verify_stored(
     name: &str,
     settled: Mark,
@@ -206,8 +206,8 @@ fn verify_stored(
     polling::verify_batches(name, settled, batches.iter().map(|batch| batch.number))
 }
 
-/// How often a source that finds nothing stores that it has looked: often enough to tell a pause
-/// from one that was too long.
+/// How often a source that finds nothing records that it looked: often enough to recognize a pause
+/// that was too long.
 fn noted_every(retained_for: Duration) -> Duration {
     (retained_for / 10).clamp(Duration::from_secs(1), Duration::from_secs(60))
 }

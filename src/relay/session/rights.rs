@@ -27,7 +27,7 @@ pub struct Lack {
     pub hidden: bool,
     /// Whether the relay cannot run without it.
     pub vital: bool,
-    /// Whether there is no such object.
+    /// Whether the object does not exist.
     pub missing: bool,
 }
 
@@ -46,8 +46,8 @@ impl Lack {
         if self.missing {
             what.push(format!("table {object} does not exist"));
             hints.push(format!(
-                "`watership init` makes what a newer version has added; if {object} was dropped, \
-                 restore it from a backup, or create it again as the files in sql/ do"
+                "run `watership init` if a newer version added it; if {object} was dropped, \
+                 restore it from a backup, or create it with the statements in sql/"
             ));
         }
         if self.hidden {

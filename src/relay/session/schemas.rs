@@ -27,8 +27,8 @@ pub struct Cataloged {
     pub oid: u32,
     /// What the stream says of it from now on.
     pub description: Description,
-    /// Its columns whose values have numbers in binary mode and names in text mode, and a type that
-    /// does this to them.
+    /// Columns whose values are numbers in binary mode but names in text mode, each with the type
+    /// that causes it.
     pub named_things: Vec<(String, String)>,
 }
 

@@ -61,8 +61,8 @@ pub(super) async fn prepare(
     };
     let (SqlConnection { client, closed }, changes) = compared;
     let client = Arc::new(client);
-    // Whether a standby has the checkpoint does not matter, and it may be away for long. What asks
-    // the catalog must see what has just ended, also while a checkpoint is being stored.
+    // Whether a standby has the checkpoint does not matter, and it may be away for long. Questions
+    // to the catalog must see what has just committed, even while a checkpoint is being stored.
     let settings = "SET synchronous_commit = local; \
         SET default_transaction_isolation = 'read committed'";
     client.batch_execute(settings).await.map_err(postgres_error)?;
@@ -321,8 +321,8 @@ pub(super) async fn stream(
     Ok(Streaming { stream, assembler, columns, resumed })
 }
 
-/// What asks the catalog about the columns of captured tables. Reads it before anything else does:
-/// what is changed in between is asked about.
+/// Watches the columns of captured tables. It reads the catalog before anything else does, so that
+/// a change in between is noticed.
 async fn columns_of(
     client: &Arc<Client>,
     options: &Options,

@@ -275,7 +275,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                         error,
                         hint = BLOCKED_HINT,
                         count,
-                        "a message cannot be published and may not be parked; its key is blocked"
+                        "a message can be neither published nor parked; its key is blocked"
                     );
                 }
             }

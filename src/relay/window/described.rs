@@ -42,10 +42,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         })
     }
 
-    /// Nothing is sent of the table that may be hidden, until the catalog has been read again.
+    /// Sends nothing of the table that may be hidden, until the catalog has been read again.
     ///
-    /// # Errors
-    /// Where that can be done at once: the next session does.
+    /// # Errors When the catalog can be read at once: the next session does that.
     pub(in crate::relay) fn columns_in_doubt(
         &mut self,
         table: &Arc<Table>,

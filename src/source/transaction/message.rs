@@ -1,8 +1,8 @@
 //! From a logical message of `watership.emit_wal` to an event. Pure.
 //!
-//! Invariant: every role of the database can write messages with our prefix, so only what has the
-//! tag of `emit_wal` is an event; the rest is counted and ignored. What has the tag and cannot be
-//! read is parked under an id of its own, never a crash and never a loop. The form is that of
+//! Invariant: every role of the database can write messages with our prefix, so only those with the
+//! tag of `emit_wal` are events; the others are counted and ignored. One with the tag that cannot
+//! be read is parked under an id of its own: it never causes a crash or a loop. The form is that of
 //! `sql/0014_signed_messages.sql`.
 
 use std::sync::Arc;
@@ -103,7 +103,7 @@ struct Message {
     row: OutboxRow,
 }
 
-/// What follows the tag, if the tag is right.
+/// What follows the tag, if the tag is valid.
 fn signed(key: &Key, content: &Bytes) -> Option<Bytes> {
     if content.first() != Some(&VERSION) || content.len() < SIGNED_FROM {
         return None;

@@ -32,8 +32,8 @@ pub struct Options {
     pub captured: HashMap<String, CapturedTable>,
     /// Where the WAL ended when the catalog was read for `captured` and `types`.
     pub catalog_at: Lsn,
-    /// OIDs of the captured tables that have other columns than those that are recorded, under the
-    /// same names.
+    /// OIDs of captured tables in which columns were replaced under the same names since they were
+    /// recorded.
     pub renumbered: HashSet<u32>,
     /// The types of users and extensions.
     pub types: Types,

@@ -229,7 +229,7 @@ impl Cells<'_> {
         self.of.bytes(index?, &self.values[index?], &self.why)
     }
 
-    /// What is read of a value, without a copy where the stream has its text; absent for null.
+    /// Reads a value, without a copy if the stream has its text; absent for null.
     fn read<T>(&self, index: usize, read: impl FnOnce(&[u8]) -> T) -> Option<T> {
         match &self.values[index] {
             TupleValue::Text(text) => Some(read(text)),

@@ -2,8 +2,9 @@
 //!
 //! Four writers emit a given number of events a second, each waits for its commits; one consumer
 //! takes them. First without a backfill, then while a table is read, whose rows go to a queue that
-//! nobody reads. At last the same rows again, without live events: on a route that drops them,
-//! which is what reading costs, and to a broker that takes everything at once and keeps nothing.
+//! nobody reads. Finally the same rows again, without live events: on a route that drops them,
+//! which shows what reading costs, and to a broker that confirms everything at once and keeps
+//! nothing.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use crate::null_broker::NullBroker;
 use crate::relay::{Installation, Relay};
 use crate::servers::{EXCHANGE, Servers, broker, sql};
 
-/// The table that is read, the one whose rows are dropped, and the one whose rows go nowhere.
+/// The table that is read, one whose rows are dropped, and one whose rows go to the null broker.
 const TABLE: &str = "public.t";
 const DROPPED: &str = "public.u";
 const NOWHERE: &str = "public.v";
@@ -47,7 +48,7 @@ pub struct Backfill {
     pub during_p99_ms: f64,
     /// Of a table whose rows are dropped, without live events.
     pub dropped_rows_per_second: f64,
-    /// Of a table whose rows go to a broker that costs nothing, without live events.
+    /// Of a table whose rows go to the null broker, without live events.
     pub null_rows_per_second: f64,
 }
 

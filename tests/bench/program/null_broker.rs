@@ -1,8 +1,8 @@
-//! A broker that takes every message at once and keeps none: what the relay can do if the broker
-//! costs nothing.
+//! A broker that confirms every message at once and keeps none: it shows what the relay can do if
+//! the broker costs nothing.
 //!
-//! It stands before the real one. Publishes are confirmed here and go no further; everything else
-//! passes, so that connections, topology and the lock queue are the real ones.
+//! It is a proxy in front of the real one. It confirms publishes itself and drops them; everything
+//! else passes through, so connections, topology and the lock queue are real.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,14 +27,14 @@ const BASIC_ACK: [u8; 4] = [0, 60, 0, 80];
 const FRAME_END: u8 = 0xCE;
 const CHUNK: usize = 256 * 1024;
 
-/// It listens until it is dropped.
+/// Listens until it is dropped.
 pub struct NullBroker {
     pub port: u16,
     listening: JoinHandle<()>,
 }
 
 impl NullBroker {
-    /// Before the broker at this port.
+    /// Starts one in front of the broker at this port.
     pub async fn start(broker: u16) -> Result<Self> {
         let failed = |e| Error::unreachable("a broker that takes everything").caused_by(e);
         let listener = TcpListener::bind("127.0.0.1:0").await.map_err(failed)?;
@@ -67,7 +67,7 @@ async fn connection(client: TcpStream, broker: u16) {
     }
 }
 
-/// What the relay sends: publishes are confirmed, the rest is passed on.
+/// Handles what the relay sends: confirms publishes, and passes on the rest.
 async fn take(
     mut from: OwnedReadHalf,
     mut to_broker: OwnedWriteHalf,
@@ -96,7 +96,7 @@ async fn take(
     }
 }
 
-/// What the broker sends, in whole frames, so that confirms fit between them.
+/// Passes on what the broker sends, in whole frames, so that confirms fit in between.
 async fn pass(
     mut from: OwnedReadHalf,
     to_client: Arc<Mutex<OwnedWriteHalf>>,
@@ -113,7 +113,7 @@ async fn pass(
     Ok(())
 }
 
-/// The first frame, if all of it is there.
+/// The first frame, if it is complete.
 fn first_frame(input: &[u8]) -> Option<&[u8]> {
     let size = u32::from_be_bytes(input.get(3..HEAD)?.try_into().ok()?);
     input.get(..HEAD + usize::try_from(size).ok()? + 1)
@@ -122,9 +122,9 @@ fn first_frame(input: &[u8]) -> Option<&[u8]> {
 /// A channel that may be in the middle of a message.
 #[derive(Default)]
 struct Channel {
-    /// A method said that a message begins; its header has not come.
+    /// A message was announced, and its header has not arrived.
     begun: bool,
-    /// Bytes of its body that have not come.
+    /// Bytes of its body that have not arrived.
     left: u64,
     /// Messages that are complete, and how many of them are confirmed.
     complete: u64,
@@ -158,7 +158,7 @@ impl Channel {
         true
     }
 
-    /// A confirm of all that is complete; nothing without news.
+    /// A confirm of all complete messages; empty if there are no new ones.
     fn ack(&mut self, number: u16) -> Vec<u8> {
         if self.complete == self.confirmed {
             return Vec::new();

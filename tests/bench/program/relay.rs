@@ -114,7 +114,7 @@ impl Installation {
         Err(Error::refused(format!("watership init: {}: {said}", output.status)))
     }
 
-    /// From the next start on, another port is the broker's.
+    /// Uses another port of the broker from the next start on.
     pub fn use_broker(&self, servers: &Servers, port: u16) -> Result<()> {
         let failed = |e| Error::config(format!("writing {}", self.config.display())).caused_by(e);
         let text = fs::read_to_string(&self.config).map_err(failed)?;

@@ -33,7 +33,7 @@ async def apart(work: Awaitable[T], seconds: float | None = 10.0) -> T:
 
 
 async def got(value: Any) -> Any:
-    """Of what is awaited in one kind of client only."""
+    """Awaits what only one of the two clients returns as an awaitable."""
     return await value if hasattr(value, "__await__") else value
 
 
@@ -51,7 +51,7 @@ class Session(abc.ABC):
         self.channel: Any = None
 
     def lose(self, cause: str) -> None:
-        """Begins nothing more."""
+        """Ends this life: nothing new is begun."""
         self.cause = self.cause or cause
         self.over.set()
 
@@ -73,7 +73,7 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     def on_message(self, *args: Any) -> Any:
-        """What the client calls for `deliver`."""
+        """The callback for the client; it calls `deliver`."""
 
     @abc.abstractmethod
     def state(self) -> tuple[bool, Collection[str]]:
@@ -81,7 +81,7 @@ class Session(abc.ABC):
 
     @abc.abstractmethod
     async def publish(self, channel: Any, to: DeadLetter, properties: Any, body: bytes) -> None:
-        """Mandatory, and waits for the confirm."""
+        """Publishes with the mandatory flag, and waits for the confirm."""
 
     @abc.abstractmethod
     async def disconnect(self) -> None:
@@ -99,7 +99,7 @@ class Session(abc.ABC):
             self.channel.basic_consume, queue, self.on_message)).consumer_tag
 
     def trouble(self) -> str:
-        """Why nothing can come any more; or empty."""
+        """Why no more messages can arrive; empty if they can."""
         is_open, tags = self.state()
         if not is_open:
             return "connection_lost"
@@ -125,7 +125,7 @@ class Session(abc.ABC):
             return found.message_count, found.consumer_count
 
     async def acknowledge(self, tag: int) -> None:
-        # On a channel that is gone: the broker has taken the message back.
+        # If the channel is gone, the broker has taken the message back.
         with contextlib.suppress(Exception):
             await apart(got(self.channel.basic_ack(tag)))
 
@@ -142,7 +142,7 @@ class Session(abc.ABC):
             await other.close()
 
     async def close(self) -> None:
-        """Never an error."""
+        """Closes everything; never raises."""
         if self.connection is not None:
             with contextlib.suppress(Exception):
                 await apart(self.disconnect(), 5.0)

@@ -34,7 +34,7 @@ _CONNECTION = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interva
 
 
 class Abandoned(Exception):
-    """The message is left to another delivery: the helper stops, or the subscription is lost."""
+    """The message is left to its next delivery: the helper stops, or the subscription is lost."""
 
 
 class NotInstalled(RuntimeError):
@@ -171,12 +171,12 @@ class Consumer(abc.ABC):
             cause = cause or session.cause
             failures = 0 if time.monotonic() - began > 10 else failures + 1
             await session.pause(doubled(0.05, 5.0, failures), self._stopped)
-        # It was stopped between two subscriptions.
+        # If it was stopped between two subscriptions.
         await self._finish()
 
     async def _register(self, conn: Any) -> None:
         await self._ask(conn, "register")
-        # An inbox that is older than this helper has not all of its functions.
+        # Fails if the inbox is older than this helper.
         await self._ask(conn, "suspect", message_id="")
         self._registered = True
 
@@ -185,7 +185,7 @@ class Consumer(abc.ABC):
         self._session.over.set()
 
     async def _finish(self) -> None:
-        """Lets the handlers end that are running."""
+        """Waits for running handlers."""
         late = self._tasks and (await asyncio.wait(self._tasks, timeout=self.stop_timeout))[1]
         if late:
             log.error("consumer %s: %d handlers are cut off", self.consumer, len(late))
@@ -203,7 +203,7 @@ class Consumer(abc.ABC):
         return 1
 
     async def _watch(self, session: Session) -> None:
-        """Until the subscription is lost."""
+        """Returns when the subscription is lost."""
         checked = time.monotonic()
         while not session.over.is_set():
             await session.pause(0.5)
@@ -277,7 +277,7 @@ class Consumer(abc.ABC):
                 await slots.enter_async_context(self._free)
             if session.over.is_set():
                 raise Abandoned
-            # Here, and not in a thread.
+            # In the loop, not in a thread.
             conn = session.idle.pop() if session.idle else None
             try:
                 return await self._in_database(self._connected(session, conn, work))
@@ -332,7 +332,7 @@ class Consumer(abc.ABC):
                 raise
             state = "" if isinstance(error, Permanent) else sqlstate(error)
             if state == "WI003" or state in ("40001", "40P01") and job.conflicts < 9:
-                # No failure of the message: nobody maintains the inbox; or a conflict.
+                # Not a failure of the message: the inbox needs maintenance, or there was a conflict.
                 await got(conn.execute("ROLLBACK"))
                 job.conflicts += 1
                 if state == "WI003":
@@ -340,7 +340,7 @@ class Consumer(abc.ABC):
                     return "again", doubled(*self.backoff, job.conflicts)
                 self._tell("retries", job.message)
                 return "again", random.uniform(0, doubled(0.005, 0.2, job.conflicts))
-            # Data, constraints, limits: another message may pass. The rest is no message's fault.
+            # Data, constraints and limits may be the message's fault; other errors are not.
             if job.failure or not job.handling and state[:2] not in ("22", "23", "54", "WI"):
                 raise
             job.failure, job.conflicts = error, 0
@@ -391,7 +391,7 @@ class Consumer(abc.ABC):
         return str(following)
 
     async def _dead_letter(self, session: Session, job: Job) -> tuple[str, float]:
-        """As an attempt."""
+        """Sends it to the dead letters; a failure is tried again."""
         text = job.error or ""
         if session.over.is_set():
             raise Abandoned

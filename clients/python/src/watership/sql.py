@@ -50,7 +50,7 @@ def ask(conn: Any, function: str, values: dict[str, Any],
     query: Any = f"SELECT * FROM {function}({', '.join(passed)})"
     if is_psycopg:
         from psycopg.rows import tuple_row
-        # A cursor of its own: the row factory of the given one is the caller's affair.
+        # A cursor of our own: the caller's connection may have another row factory.
         conn = getattr(conn, "connection", conn).cursor(row_factory=tuple_row)
     else:
         from sqlalchemy import text

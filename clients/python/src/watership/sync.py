@@ -30,8 +30,8 @@ _decode_value: Any = pika.data.decode_value
 
 
 def _lenient(encoded: bytes, offset: int) -> Any:
-    """Over a time in a header that no calendar has, pika gives up the connection; each time that
-    such a message is delivered, so that its queue would stand still.
+    """pika closes the connection at a time in a header that is out of range, at every delivery of
+    such a message, which would block its queue.
     """
     try:
         return _decode_value(encoded, offset)
@@ -46,7 +46,7 @@ pika.data.decode_value = _lenient
 
 async def called_back(start: Callable[[Callable[..., None]], Any],
                       seconds: float | None = 10.0) -> Any:
-    """What is called back with: the last argument, which is raised if it is an error."""
+    """The last argument of the callback; raised if it is an error."""
     answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
     def settle(*given: Any) -> None:
@@ -63,7 +63,7 @@ class Session(broker.Session):
 
     async def connect(self, url: str) -> None:
         def start(settle: Callable[..., None]) -> None:
-            # At once, so that one that comes too late is closed, too.
+            # Set at once, so that a connection that opens too late is closed, too.
             self.connection = AsyncioConnection(pika.URLParameters(url), settle, settle)
 
         await called_back(start)
@@ -101,7 +101,7 @@ class Session(broker.Session):
             self.connection.close()
 
         if self.channel is not None:
-            # pika would cancel first: then the next consumer begins beside what is still held.
+            # pika would cancel first, and the next consumer would start beside unfinished messages.
             self.channel.basic_cancel = lambda **_: None
         await called_back(start)
 
