@@ -11,6 +11,7 @@ use uuid::Uuid;
 use xxhash_rust::xxh64::xxh64;
 
 use crate::error::{Error, Result};
+use crate::position::Position;
 
 /// Index of a route in the router's list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -146,7 +147,32 @@ pub const ROUTE_HEADER: &str = "ws-route";
 pub const EXCHANGE_HEADER: &str = "ws-exchange";
 
 /// The header with the text of a message's key.
-pub const KEY_HEADER: &str = "ws-key";
+const KEY_HEADER: &str = "ws-key";
+
+const POSITION_HEADER: &str = "ws-position";
+
+/// Where the position stands in [`OwnHeaders`]: after its header's name, type and length.
+const POSITION_AT: usize = 1 + POSITION_HEADER.len() + 1 + 4;
+
+/// The length and name of the header with the commit time, and its type, a 64-bit integer.
+const COMMITTED_AT: &[u8; 17] = b"\x0fws-committed-atl";
+
+/// The headers that each message of a route has, up to the text of its key. Most of them is the
+/// same each time, so it is encoded once, with room for the position.
+#[derive(Debug)]
+pub struct OwnHeaders(Box<[u8]>);
+
+impl OwnHeaders {
+    /// Those of a route.
+    pub fn of(route: &str) -> Self {
+        let (mut bytes, position) = (Vec::new(), Position::default().text());
+        let mut put = |name, value| put_text(&mut bytes, name, value).expect("both are short");
+        put(POSITION_HEADER, &position);
+        put(ROUTE_HEADER, route.as_bytes());
+        put(KEY_HEADER, b"");
+        Self(bytes.into())
+    }
+}
 
 /// True for names that RabbitMQ or the relay give a meaning to: an application must not set them.
 /// `CC` and `BCC` would add routing keys (sender-selected distribution). Header names are
@@ -229,13 +255,31 @@ impl<'a> Builder<'a> {
         Ok(Self { buf, routing_key_len: len, headers_len_at, key_at: 0, key_len: 0, properties })
     }
 
-    /// Adds the [`KEY_HEADER`], and notes where its text is.
+    /// Adds what each message has: position, route, key and commit time (microseconds since
+    /// 1970-01-01 UTC), and notes where the key's text is.
     ///
     /// # Errors
-    /// As [`Builder::header_text`].
-    pub fn header_key(&mut self, key: &str) -> Result<()> {
-        self.header_text(KEY_HEADER, key.as_bytes())?;
-        (self.key_at, self.key_len) = (self.buf.len() - key.len(), key.len());
+    /// [`crate::error::Kind::Event`] when the key is longer than 4 GiB.
+    pub fn own_headers(
+        &mut self,
+        own: &OwnHeaders,
+        position: Position,
+        key: &str,
+        committed_at_us: i64,
+    ) -> Result<()> {
+        let at = self.buf.len();
+        self.buf.extend_from_slice(&own.0);
+        let written = &mut self.buf[at..];
+        let position = position.text();
+        written[POSITION_AT..POSITION_AT + position.len()].copy_from_slice(&position);
+        let key_len_at = written.len() - 4;
+        written[key_len_at..].copy_from_slice(&text_len(KEY_HEADER, key.as_bytes())?);
+        (self.key_at, self.key_len) = (self.buf.len(), key.len());
+        self.buf.extend_from_slice(key.as_bytes());
+        let mut committed_at = [0; COMMITTED_AT.len() + 8];
+        committed_at[..COMMITTED_AT.len()].copy_from_slice(COMMITTED_AT);
+        committed_at[COMMITTED_AT.len()..].copy_from_slice(&committed_at_us.to_be_bytes());
+        self.buf.extend_from_slice(&committed_at);
         Ok(())
     }
 
@@ -244,13 +288,7 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
     pub fn header_text(&mut self, name: &str, value: &[u8]) -> Result<()> {
-        self.header_name(name)?;
-        self.buf.push(b'S');
-        let len = u32::try_from(value.len())
-            .map_err(|_| Error::event(format!("header {name:?} is longer than 4 GiB")))?;
-        self.buf.extend_from_slice(&len.to_be_bytes());
-        self.buf.extend_from_slice(value);
-        Ok(())
+        put_text(self.buf, name, value)
     }
 
     /// Adds a 64-bit integer header.
@@ -258,7 +296,7 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
     pub fn header_int(&mut self, name: &str, value: i64) -> Result<()> {
-        self.header_name(name)?;
+        put_name(self.buf, name)?;
         self.buf.push(b'l');
         self.buf.extend_from_slice(&value.to_be_bytes());
         Ok(())
@@ -269,7 +307,7 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
     pub fn header_bool(&mut self, name: &str, value: bool) -> Result<()> {
-        self.header_name(name)?;
+        put_name(self.buf, name)?;
         self.buf.extend_from_slice(&[b't', u8::from(value)]);
         Ok(())
     }
@@ -279,7 +317,7 @@ impl<'a> Builder<'a> {
     /// # Errors
     /// [`crate::error::Kind::Event`] when the name is longer than 255 bytes.
     pub fn header_void(&mut self, name: &str) -> Result<()> {
-        self.header_name(name)?;
+        put_name(self.buf, name)?;
         self.buf.push(b'V');
         Ok(())
     }
@@ -334,13 +372,6 @@ impl<'a> Builder<'a> {
         })
     }
 
-    fn header_name(&mut self, name: &str) -> Result<()> {
-        let len = check_short("header name", name)?;
-        self.buf.push(len);
-        self.buf.extend_from_slice(name.as_bytes());
-        Ok(())
-    }
-
     /// Writes the length of everything after the four bytes at `at` into them.
     fn set_len(&mut self, at: usize) -> Result<()> {
         let len = u32::try_from(self.buf.len() - at - 4)
@@ -348,6 +379,28 @@ impl<'a> Builder<'a> {
         self.buf[at..at + 4].copy_from_slice(&len.to_be_bytes());
         Ok(())
     }
+}
+
+fn put_name(buf: &mut Vec<u8>, name: &str) -> Result<()> {
+    let len = check_short("header name", name)?;
+    buf.push(len);
+    buf.extend_from_slice(name.as_bytes());
+    Ok(())
+}
+
+fn put_text(buf: &mut Vec<u8>, name: &str, value: &[u8]) -> Result<()> {
+    put_name(buf, name)?;
+    buf.push(b'S');
+    buf.extend_from_slice(&text_len(name, value)?);
+    buf.extend_from_slice(value);
+    Ok(())
+}
+
+/// The length of a header's text, as AMQP has it before the text.
+fn text_len(name: &str, value: &[u8]) -> Result<[u8; 4]> {
+    let len = u32::try_from(value.len())
+        .map_err(|_| Error::event(format!("header {name:?} is longer than 4 GiB")))?;
+    Ok(len.to_be_bytes())
 }
 
 fn too_long(properties_len: usize) -> Error {
@@ -388,8 +441,8 @@ mod tests {
     fn properties_are_what_the_amqp_codec_reads() {
         let mut scratch = Vec::new();
         let mut builder = sample(&mut scratch);
-        builder.header_key("order/7").unwrap();
-        builder.header_text(ROUTE_HEADER, b"orders").unwrap();
+        let own = OwnHeaders::of("orders");
+        builder.own_headers(&own, Position::default(), "order/7", 1_700_000_000_123_456).unwrap();
         builder.header_int("n", -3).unwrap();
         builder.header_bool("b", true).unwrap();
         builder.header_void("v").unwrap();
@@ -409,7 +462,10 @@ mod tests {
         assert_eq!(*properties.timestamp(), Some(1_700_000_000));
         assert_eq!(*properties.delivery_mode(), Some(2));
         let headers = properties.headers().as_ref().unwrap().inner();
-        assert_eq!(headers.len(), 5);
+        assert_eq!(headers.len(), 7);
+        let position = AMQPValue::LongString(Position::default().to_string().into());
+        assert_eq!(headers["ws-position"], position);
+        assert_eq!(headers["ws-committed-at"], AMQPValue::LongLongInt(1_700_000_000_123_456));
         assert_eq!(headers["n"], AMQPValue::LongLongInt(-3));
         assert_eq!(headers["b"], AMQPValue::Boolean(true));
         assert_eq!(headers["ws-route"], AMQPValue::LongString("orders".into()));
@@ -426,7 +482,8 @@ mod tests {
     fn a_stored_message_is_what_it_was() {
         let mut scratch = Vec::new();
         let mut builder = sample(&mut scratch);
-        builder.header_key("order/7é").unwrap();
+        let own = OwnHeaders::of("orders");
+        builder.own_headers(&own, Position::default(), "order/7é", 0).unwrap();
         let message = builder.finish(ExchangeId(3), RouteId(1), |b| b.extend(b"{}")).unwrap();
         for key in [message.key_text(), ""] {
             let parts = Parts {

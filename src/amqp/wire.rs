@@ -347,7 +347,7 @@ mod tests {
         builder.header_void("a").unwrap();
         builder.header_int("b", 1).unwrap();
         builder.header_bool("c", true).unwrap();
-        builder.header_key(header).unwrap();
+        builder.header_text("ws-key", header.as_bytes()).unwrap();
         builder.header_text(ROUTE_HEADER, header.as_bytes()).unwrap();
         let write = |out: &mut Vec<u8>| out.extend_from_slice(body);
         let mut message = builder.finish(ExchangeId(0), RouteId(0), write).unwrap();

@@ -23,31 +23,38 @@ pub fn parse_local_us(text: &[u8]) -> Option<i64> {
     }
 }
 
-/// Years with four digits: almost every timestamp there is.
+/// Years with four digits: almost every timestamp there is. On the path of every event, so it looks
+/// for what is not a digit only once, at the end.
 fn ordinary(text: &[u8]) -> Option<i64> {
-    let (date, rest) = text.split_at_checked(19)?;
-    let number = |digits: &[u8]| -> Option<i64> {
-        digits.iter().try_fold(0_i64, |sum, digit| {
-            digit.is_ascii_digit().then(|| sum * 10 + i64::from(digit - b'0'))
-        })
-    };
+    let (date, rest) = text.split_first_chunk::<19>()?;
     let separators = [date[4], date[7], date[10], date[13], date[16]];
     if separators != *b"-- ::" {
         return None;
     }
-    let (year, month, day) = (number(&date[..4])?, number(&date[5..7])?, number(&date[8..10])?);
-    let clock = (number(&date[11..13])?, number(&date[14..16])?, number(&date[17..19])?);
-    let fraction = rest.strip_suffix(b"+00")?;
-    let us = match fraction {
+    let mut only_digits = true;
+    let mut number = |digits: &[u8]| {
+        digits.iter().fold(0_i64, |sum, digit| {
+            only_digits &= digit.is_ascii_digit();
+            sum * 10 + i64::from(digit.wrapping_sub(b'0'))
+        })
+    };
+    let (year, month, day) = (number(&date[..4]), number(&date[5..7]), number(&date[8..10]));
+    let clock = [&date[11..13], &date[14..16], &date[17..]].map(&mut number);
+    let us = match rest.strip_suffix(b"+00")? {
         [] => 0,
-        [b'.', digits @ ..] if (1..=6).contains(&digits.len()) => {
-            number(digits)? * 10_i64.pow(6 - digits.len() as u32)
-        }
+        [b'.', digits @ ..] => match digits.first_chunk::<6>() {
+            Some(all) if digits.len() == 6 => number(all),
+            _ if (1..6).contains(&digits.len()) => {
+                number(digits) * 10_i64.pow(6 - digits.len() as u32)
+            }
+            _ => return None,
+        },
         _ => return None,
     };
+    let [hours, minutes, seconds] = clock;
     let seconds =
-        days_since_1970(year, month, day) * 86_400 + clock.0 * 3600 + clock.1 * 60 + clock.2;
-    Some(seconds * 1_000_000 + us)
+        days_since_1970(year, month, day) * 86_400 + hours * 3600 + minutes * 60 + seconds;
+    only_digits.then_some(seconds * 1_000_000 + us)
 }
 
 /// Days of the proleptic Gregorian calendar, which is Postgres' too: era by era of 400 years, with

@@ -24,7 +24,7 @@ use crate::column;
 use crate::contract::Contracts;
 use crate::event::hidden::Hidden;
 use crate::event::{Change, Content, Event, Op, Table};
-use crate::message::{RouteId, route_hash};
+use crate::message::{OwnHeaders, RouteId, route_hash};
 use crate::position::{Mark, Position};
 
 /// A route's plan.
@@ -385,6 +385,7 @@ impl Plans {
             ordering: Ordering::Keyed,
             message_id: MessageIdRule::Event,
             policy: Policy::default(),
+            own_headers: OwnHeaders::of(""),
             texts: Texts::none(),
             key: Vec::new(),
             seed: route_hash(""),
