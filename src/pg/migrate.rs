@@ -85,6 +85,7 @@ pub const OUTBOX: Schema = Schema {
         migration!(12, "sql", "0012_poll_made_with"),
         migration!(13, "sql", "0013_backfill_moved"),
         migration!(14, "sql", "0014_signed_messages"),
+        migration!(15, "sql", "0015_checkpoint_canary"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
 };

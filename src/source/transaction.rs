@@ -20,7 +20,7 @@ use crate::event::id::{self, Ids};
 use crate::event::{Change, Content, Event, Table};
 use crate::pg::pgoutput::{self, ReplicationMessage, Tuple};
 use crate::position::{Lsn, Mark, Position};
-use crate::source::{CanaryGap, CanarySighting, Item, Receipt, Seen};
+use crate::source::{CanaryGap, CanarySighting, Item, Note, Receipt, Seen};
 use describe::{Described, Role, described};
 use outbox_row::outbox_row;
 use rows::{Values, complete, old_row};
@@ -60,6 +60,8 @@ pub struct Assembler {
     namespace: (u32, Uuid),
     /// Number of the canary of the open transaction.
     canary: Option<u64>,
+    /// That of the last one that came, until a receipt carries it.
+    canary_came: Option<u64>,
     /// Commit LSN of the last transaction that began.
     last_begun: Lsn,
     /// The root that was described last; the description of the partition comes right after it.
@@ -117,7 +119,8 @@ impl Assembler {
         let (tables, seen, ids) = Default::default();
         let timeline = options.timelines.current();
         let namespace = (timeline, id::namespace(options.system_id, timeline));
-        let (state, canary, last_begun) = (State::Idle, None, Lsn::ZERO);
+        let (state, last_begun) = (State::Idle, Lsn::ZERO);
+        let (canary, canary_came) = (None, None);
         let (root, unlike, described) = Default::default();
         let no_table = message::no_table(&options.database);
         Self {
@@ -128,6 +131,7 @@ impl Assembler {
             ids,
             namespace,
             canary,
+            canary_came,
             last_begun,
             root,
             no_table,
@@ -227,16 +231,7 @@ impl Assembler {
         }
         let position = self.position(&transaction);
         if let Some(number) = self.canary.take() {
-            let after = CanarySighting { number, end: end_lsn };
-            // Each is one more than the one before, and their transactions wait for each other.
-            let missing = |before: &CanarySighting| {
-                let last = number.saturating_sub(1);
-                last > before.number && last > self.options.canary_accepted
-            };
-            if let Some(before) = self.seen.canary.filter(missing) {
-                self.seen.canary_gap.get_or_insert(CanaryGap { before, after });
-            }
-            self.seen.canary = Some(after);
+            self.canary_came(CanarySighting { number, end: end_lsn });
         }
         self.state = State::Idle;
         // What we wrote ourselves is not progress: its checkpoint would be the next such write. Nor
@@ -244,9 +239,30 @@ impl Assembler {
         if transaction.own == transaction.ordinal && !transaction.has_messages {
             out.push(Item::Idle(Receipt::idle(end_lsn.into())));
         } else {
-            out.push(Item::Commit(self.receipt(position, Some(end_lsn.into()))));
+            let mut receipt = self.receipt(position, Some(end_lsn.into()));
+            if let Some(number) = self.canary_came.take() {
+                receipt.add_note(Note::Canary(number));
+            }
+            out.push(Item::Commit(receipt));
         }
         Ok(())
+    }
+
+    /// Each is one more than the one before, and their transactions wait for each other. After one
+    /// that is missing, none is noted: a relay that is started again has to find the gap again.
+    fn canary_came(&mut self, after: CanarySighting) {
+        let missing = |before: &CanarySighting| {
+            let last = after.number.saturating_sub(1);
+            last > before.number && last > self.options.canary_accepted
+        };
+        let before = self.seen.canary.or(self.options.canary_before);
+        if let Some(before) = before.filter(missing) {
+            self.seen.canary_gap.get_or_insert(CanaryGap { before, after });
+        }
+        self.seen.canary = Some(after);
+        if self.seen.canary_gap.is_none() {
+            self.canary_came = Some(after.number);
+        }
     }
 
     fn insert(

@@ -202,6 +202,7 @@ fn assembler() -> (Assembler, Vec<Bytes>, Vec<Item>) {
         renumbered: Default::default(),
         types: Default::default(),
         canary: String::new(),
+        canary_before: None,
         canary_accepted: 0,
         messages: DatabaseSecret::new(&[0]).messages(),
         max_body: 16 << 20,

@@ -100,6 +100,7 @@ async fn stream(
         types: types.clone(),
         max_body: 16 << 20,
         canary: "none".into(),
+        canary_before: None,
         canary_accepted: 0,
         messages: DatabaseSecret::new(&[0]).messages(),
     });

@@ -391,6 +391,7 @@ pub fn options(
         renumbered: Default::default(),
         types: Default::default(),
         canary: String::new(),
+        canary_before: None,
         canary_accepted: 0,
         messages: DatabaseSecret::new(&[0]).messages(),
         max_body: 16 << 20,

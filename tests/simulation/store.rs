@@ -104,7 +104,7 @@ impl MemoryStore {
                         }
                     }
                 }
-                Rider::Changed(_) => {}
+                Rider::Changed(_) | Rider::Canary(_) => {}
                 Rider::Described(tables) => {
                     let mut described = self.described.lock().unwrap();
                     described.extend(tables.into_iter().map(|table| (table.oid, table)));

@@ -275,7 +275,7 @@ impl Backfill {
     pub(in crate::relay) fn store(&mut self, notes: &[Note]) {
         self.storing.extend(notes.iter().filter_map(|note| match note {
             Note::Backfilled(cursor) => Some(cursor.clone()),
-            Note::Described(_) | Note::Changed(_) | Note::Moved(_) => None,
+            Note::Described(_) | Note::Changed(_) | Note::Canary(_) | Note::Moved(_) => None,
         }));
     }
 

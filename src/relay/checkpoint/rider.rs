@@ -30,16 +30,19 @@ pub enum Rider {
     Moved(Vec<Moved>),
     /// What is different about captured tables from here on.
     Changed(Vec<SchemaChange>),
+    /// The number of the last canary that came.
+    Canary(u64),
 }
 
 /// The kinds, in the order of their statements.
-pub const STATEMENTS: [&str; 6] = [
+pub const STATEMENTS: [&str; 7] = [
     include_str!("../../../sql/query/rider_parked.sql"),
     include_str!("../../../sql/query/rider_unparked.sql"),
     include_str!("../../../sql/query/rider_described.sql"),
     include_str!("../../../sql/query/rider_backfilled.sql"),
     include_str!("../../../sql/query/rider_changed.sql"),
     include_str!("../../../sql/query/rider_moved.sql"),
+    include_str!("../../../sql/query/rider_canary.sql"),
 ];
 
 impl Rider {
@@ -52,6 +55,7 @@ impl Rider {
             Rider::Backfilled(_) => 3,
             Rider::Changed(_) => 4,
             Rider::Moved(_) => 5,
+            Rider::Canary(_) => 6,
         }
     }
 
@@ -82,6 +86,7 @@ impl Rider {
                 let rows: Vec<JsonMoved> = rows.iter().map(JsonMoved::of).collect();
                 serde_json::to_string(&rows).expect("texts and numbers are JSON")
             }
+            Rider::Canary(number) => format!("[{number}]"),
             Rider::Changed(changes) => {
                 let rows: Vec<JsonChange<'_>> = changes.iter().map(JsonChange::of).collect();
                 serde_json::to_string(&rows).expect("names and numbers are JSON")
@@ -93,13 +98,14 @@ impl Rider {
 /// The riders that notes become, one of a kind.
 pub fn of_notes(notes: Vec<Note>) -> Vec<Rider> {
     let (mut tables, mut cursors, mut changes) = (Vec::new(), Vec::new(), Vec::new());
-    let mut moved = Vec::new();
+    let (mut moved, mut canary) = (Vec::new(), None);
     for note in notes {
         match note {
             Note::Described(table) => tables.push(table),
             Note::Backfilled(cursor) => cursors.push(cursor),
             Note::Moved(row) => moved.push(row),
             Note::Changed(change) => changes.push(*change),
+            Note::Canary(number) => canary = Some(number),
         }
     }
     let mut riders = Vec::new();
@@ -115,6 +121,7 @@ pub fn of_notes(notes: Vec<Note>) -> Vec<Rider> {
     if !changes.is_empty() {
         riders.push(Rider::Changed(changes));
     }
+    riders.extend(canary.map(Rider::Canary));
     riders
 }
 

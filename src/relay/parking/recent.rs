@@ -37,7 +37,8 @@ impl RecentlyParked {
                 Rider::Described(_)
                 | Rider::Backfilled(_)
                 | Rider::Moved(_)
-                | Rider::Changed(_) => {}
+                | Rider::Changed(_)
+                | Rider::Canary(_) => {}
             }
         }
         let excess = self.0.len().saturating_sub(ROWS_MAX);

@@ -245,7 +245,11 @@ pub(in crate::relay) fn tell_releases(riders: &[Rider]) {
                 let changes = changes.iter().filter(|c| c.state == RowState::Released);
                 changes.map(|change| &change.key).collect()
             }
-            Rider::Described(_) | Rider::Backfilled(_) | Rider::Moved(_) | Rider::Changed(_) => {
+            Rider::Described(_)
+            | Rider::Backfilled(_)
+            | Rider::Moved(_)
+            | Rider::Changed(_)
+            | Rider::Canary(_) => {
                 continue;
             }
         };

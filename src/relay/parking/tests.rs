@@ -67,7 +67,8 @@ fn rows(riders: Vec<Rider>) -> Vec<ParkedRow> {
         | Rider::Described(_)
         | Rider::Backfilled(_)
         | Rider::Moved(_)
-        | Rider::Changed(_) => Vec::new(),
+        | Rider::Changed(_)
+        | Rider::Canary(_) => Vec::new(),
     };
     riders.into_iter().flat_map(rows).collect()
 }
@@ -79,7 +80,8 @@ fn changes(riders: Vec<Rider>) -> Vec<Changed> {
         | Rider::Described(_)
         | Rider::Backfilled(_)
         | Rider::Moved(_)
-        | Rider::Changed(_) => Vec::new(),
+        | Rider::Changed(_)
+        | Rider::Canary(_) => Vec::new(),
     };
     riders.into_iter().flat_map(changes).collect()
 }

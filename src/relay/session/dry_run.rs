@@ -225,6 +225,7 @@ impl Store for Nowhere {
                 Rider::Unparked(_)
                 | Rider::Described(_)
                 | Rider::Changed(_)
+                | Rider::Canary(_)
                 | Rider::Moved(_)
                 | Rider::Backfilled(_) => {}
             }

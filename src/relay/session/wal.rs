@@ -30,10 +30,10 @@ use crate::relay::parking::{Parking, store as parked};
 use crate::relay::upkeep::canary;
 use crate::relay::window::remembered::Remembered;
 use crate::route::{Resumed, Rule};
-use crate::source::AnySource;
 use crate::source::columns::{self, ColumnWatch, Watched};
 use crate::source::transaction::{self, Assembler, Timelines};
 use crate::source::wal::{Timing, Wal};
+use crate::source::{AnySource, CanarySighting};
 use crate::verdict::Verdict;
 
 /// Connects to Postgres, takes the checkpoint over, and starts the stream where it says.
@@ -296,6 +296,7 @@ pub(super) async fn stream(
     let renumbered = captured.iter().filter(|(name, _)| schemas.is_renumbered(name));
     let renumbered = renumbered.map(|(_, table)| table.oid).collect();
     let messages = schemas.secret.messages();
+    let canaries = canary::known(client, &options.name).await?;
     let resumed =
         Resumed { keys: keys.collect(), names: names.collect(), parked: HashMap::new(), schemas };
     let assembler = Assembler::new(transaction::Options {
@@ -312,7 +313,8 @@ pub(super) async fn stream(
         types,
         max_body: options.broker.max_message_size,
         canary: options.name.clone(),
-        canary_accepted: canary::accepted(client, &options.name).await?,
+        canary_before: canaries.before.map(|number| CanarySighting { number, end: row.flush_lsn }),
+        canary_accepted: canaries.accepted,
     });
     let publications = [&*options.publication];
     // Always with messages: an event that is one would be passed over in silence without.

@@ -249,15 +249,29 @@ pub async fn accept(client: &impl GenericClient, name: &str) -> Result<()> {
     client.execute(SQL, &[&name]).await.map(drop).map_err(postgres_error)
 }
 
-/// The number up to which canaries may be missing; 0 where nothing was accepted.
+/// What is known of a relay's canaries before it streams.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Known {
+    /// The number of the last one that came before the checkpoint.
+    pub before: Option<u64>,
+    /// The number up to which they may be missing; 0 where nothing was accepted.
+    pub accepted: u64,
+}
+
+/// Reads it.
 ///
 /// # Errors
 /// The server's.
-pub async fn accepted(client: &impl GenericClient, name: &str) -> Result<u64> {
-    const SQL: &str = include_str!("../../../sql/query/canary_accepted.sql");
+pub async fn known(client: &impl GenericClient, name: &str) -> Result<Known> {
+    const SQL: &str = include_str!("../../../sql/query/canary_known.sql");
     let row = client.query_opt(SQL, &[&name]).await.map_err(postgres_error)?;
-    let number = row.map_or(Ok(0), |row| row.try_get::<_, i64>(0)).map_err(postgres_error)?;
-    Ok(u64::try_from(number).unwrap_or_default())
+    let Some(row) = row else { return Ok(Known::default()) };
+    let number = |i: usize| row.try_get::<_, Option<i64>>(i).map_err(postgres_error);
+    let unsigned = |number: i64| u64::try_from(number).unwrap_or_default();
+    Ok(Known {
+        before: number(0)?.map(unsigned),
+        accepted: number(1)?.map(unsigned).unwrap_or_default(),
+    })
 }
 
 /// The upkeep's clock and ours differ by less.

@@ -8,6 +8,7 @@ use ring::hmac::Key;
 
 use crate::column::Types;
 use crate::position::{Lsn, Position};
+use crate::source::CanarySighting;
 use crate::source::outbox::OutboxTable;
 
 /// What the assembler has to know before the stream starts.
@@ -41,6 +42,8 @@ pub struct Options {
     pub max_body: usize,
     /// Name of the relay whose canary is looked for.
     pub canary: String,
+    /// The last one that came before the checkpoint. Absent before the first.
+    pub canary_before: Option<CanarySighting>,
     /// Canaries up to this number may be missing: a person accepted that.
     pub canary_accepted: u64,
 }

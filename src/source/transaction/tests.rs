@@ -15,6 +15,10 @@ const CHECKPOINT_ID: u32 = 3;
 const RENAMED_ID: u32 = 8;
 
 fn assembler(resume_after: Position) -> Assembler {
+    assembler_after(resume_after, None)
+}
+
+fn assembler_after(resume_after: Position, canary_before: Option<CanarySighting>) -> Assembler {
     let mut assembler = Assembler::new(Options {
         epoch: 1,
         system_id: 7,
@@ -30,6 +34,7 @@ fn assembler(resume_after: Position) -> Assembler {
             CapturedTable { oid: RENAMED_ID, primary_key: Vec::new(), ..Default::default() },
         )]),
         canary: "shop".into(),
+        canary_before,
         canary_accepted: 0,
         messages: message::tests::key(),
         max_body: 16 << 20,
@@ -213,6 +218,35 @@ fn a_canary_that_is_missing_between_two_is_a_gap() {
             after: CanarySighting { number: 9, end: Lsn(308) },
         });
         assert_eq!(assembler.seen().canary_gap, gap, "the first one, from {lsn} on");
+    }
+}
+
+/// What the receipts of the items have to be found again.
+fn notes(items: Vec<Item>) -> Vec<Note> {
+    let notes = |item| match item {
+        Item::Commit(mut receipt) | Item::Idle(mut receipt) => receipt.take_notes(),
+        _ => Vec::new(),
+    };
+    items.into_iter().flat_map(notes).collect()
+}
+
+#[test]
+fn a_canary_that_is_missing_after_the_checkpoint_is_a_gap_of_every_session() {
+    let before = Some(CanarySighting { number: 6, end: Lsn(50) });
+    let id = "0192f2a0-0000-7000-8000-000000000001";
+    let event = change(b'I', OUTBOX_ID, &[id, "order", "1", "placed", "{}"]);
+    for (number, is_gap) in [("5", false), ("6", false), ("7", false), ("8", true)] {
+        let mut assembler = assembler_after(Position::default(), before);
+        let row = [begin(100), canary(b'U', "shop", number), commit(100)];
+        assert_eq!(notes(apply(&mut assembler, &row)), [], "a canary is no progress");
+        assert_eq!(assembler.seen().canary_gap.is_some(), is_gap, "{number}");
+        // What comes after a gap is no progress of the canary: the next session looks again.
+        let first = [begin(200), event.clone(), commit(200)];
+        let noted: Vec<u64> = if is_gap { vec![] } else { vec![number.parse().unwrap()] };
+        let noted: Vec<Note> = noted.into_iter().map(Note::Canary).collect();
+        assert_eq!(notes(apply(&mut assembler, &first)), noted, "{number}");
+        let second = [begin(300), event.clone(), commit(300)];
+        assert_eq!(notes(apply(&mut assembler, &second)), [], "once");
     }
 }
 

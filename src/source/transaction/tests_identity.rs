@@ -26,6 +26,7 @@ fn assembler(primary_key: &[&str]) -> Assembler {
         renumbered: Default::default(),
         types: Default::default(),
         canary: "shop".into(),
+        canary_before: None,
         canary_accepted: 0,
         messages: message::tests::key(),
         max_body: 16 << 20,

@@ -9,8 +9,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use lapin::options::{QueueBindOptions, QueueDeclareOptions};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::FieldTable;
 use serde::Serialize;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_postgres::Client;
@@ -20,7 +19,7 @@ use watership::error::{Error, Result};
 use crate::latency::{Received, consume, quantile};
 use crate::null_broker::NullBroker;
 use crate::relay::{Installation, Relay};
-use crate::servers::{EXCHANGE, Servers, broker, sql};
+use crate::servers::{EXCHANGE, Servers, sql};
 
 /// The table that is read, one whose rows are dropped, and one whose rows go to the null broker.
 const TABLE: &str = "public.t";
@@ -62,7 +61,7 @@ pub async fn run(
 ) -> Result<Backfill> {
     let name = "bench_backfill";
     servers.fresh_queue(name).await?;
-    queue_of_rows(servers).await?;
+    servers.bound_queue("rows", "rows", FieldTable::default()).await?;
     let routes = format!(
         "[[route]]\nname = \"live\"\noutbox = {{ aggregate_type = \"*\" }}\n\
          exchange = \"{EXCHANGE}\"\n[[route]]\nname = \"rows\"\ntable = \"{TABLE}\"\n\
@@ -123,20 +122,6 @@ pub async fn run(
         dropped_rows_per_second: rows as f64 / dropped,
         null_rows_per_second: rows as f64 / nowhere,
     })
-}
-
-async fn queue_of_rows(servers: &Servers) -> Result<()> {
-    let mut arguments = FieldTable::default();
-    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
-    let declared = servers.channel.queue_declare("rows".into(), durable, arguments).await;
-    declared.map_err(broker("declaring the queue"))?;
-    let (options, none) = (QueueBindOptions::default(), FieldTable::default());
-    let bound = servers
-        .channel
-        .queue_bind("rows".into(), EXCHANGE.into(), "rows".into(), options, none)
-        .await;
-    bound.map_err(broker("binding the queue"))
 }
 
 /// Asks for a backfill, and waits until it is done.

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use lapin::options::{QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions};
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::options::QueueDeleteOptions;
+use lapin::types::FieldTable;
 use serde::Serialize;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use tokio_postgres::Client;
@@ -58,8 +58,8 @@ pub async fn run(servers: &Servers) -> Result<Deleted> {
     }
     // It declares the exchange.
     servers.fresh_queue(NAME).await?;
-    make(servers, GONE).await?;
-    make(servers, KEPT).await?;
+    servers.bound_queue(GONE, GONE, FieldTable::default()).await?;
+    servers.bound_queue(KEPT, KEPT, FieldTable::default()).await?;
     let routes = [GONE, KEPT].map(|name| {
         format!(
             "[[route]]\nname = \"{name}\"\noutbox = {{ aggregate_type = \"{name}\" }}\n\
@@ -77,18 +77,18 @@ pub async fn run(servers: &Servers) -> Result<Deleted> {
     let taken = servers.channel.queue_delete(GONE.into(), options).await;
     let taken = u64::from(taken.map_err(broker("deleting the queue"))?);
     let back = Instant::now() + AWAY;
-    is(&relay, "watership_route_held", 1.0).await?;
+    relay.until("watership_route_held", |value| value == 1.0).await?;
     // A held route gets no confirm: this is what the broker took before the queue went.
     let confirmed =
         relay.metric_of("watership_messages_confirmed_total", &label(GONE)).await as u64;
     let rate_while = rate(servers, &relay, WHILE).await?;
-    is(&relay, "watership_window_paused", 1.0).await?;
+    relay.until("watership_window_paused", |value| value == 1.0).await?;
     tokio::time::sleep_until(back).await;
 
-    make(servers, GONE).await?;
+    servers.bound_queue(GONE, GONE, FieldTable::default()).await?;
     let returned = Instant::now();
     let first = drain::first_message(servers, GONE, &mut relay).await?;
-    is(&relay, "watership_route_held", 0.0).await?;
+    relay.until("watership_route_held", |value| value == 0.0).await?;
     // The end of the watch is what it waits for.
     let _ = enough.send(true);
     let (gone, kept) = writer.await.map_err(|e| Error::unreachable("writing").caused_by(e))??;
@@ -110,18 +110,6 @@ pub async fn run(servers: &Servers) -> Result<Deleted> {
 
 fn label(route: &str) -> String {
     format!("route=\"{route}\"")
-}
-
-async fn make(servers: &Servers, queue: &str) -> Result<()> {
-    let mut quorum = FieldTable::default();
-    quorum.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
-    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
-    let declared = servers.channel.queue_declare(queue.into(), durable, quorum).await;
-    declared.map_err(broker("declaring the queue"))?;
-    let (options, none) = (QueueBindOptions::default(), FieldTable::default());
-    let bound =
-        servers.channel.queue_bind(queue.into(), EXCHANGE.into(), queue.into(), options, none);
-    bound.await.map_err(broker("binding the queue"))
 }
 
 /// Writes at an even rate until it is enough.
@@ -152,18 +140,6 @@ async fn rate(servers: &Servers, relay: &Relay, time: Duration) -> Result<f64> {
     }
     let came = servers.depth(KEPT).await? - before;
     Ok(came as f64 / begin.elapsed().as_secs_f64())
-}
-
-/// Waits until a metric has this value.
-async fn is(relay: &Relay, metric: &str, value: f64) -> Result<()> {
-    let deadline = Instant::now() + LIMIT;
-    while relay.metric(metric).await != value {
-        if Instant::now() > deadline {
-            return Err(Error::protocol(format!("{metric} is not {value} within {LIMIT:?}")));
-        }
-        sleep(POLL).await;
-    }
-    Ok(())
 }
 
 /// What the queues hold at last: as much as this, or when nothing has come for a while.

@@ -7,6 +7,7 @@
 mod backfill;
 mod deleted;
 mod drain;
+mod edges;
 mod latency;
 mod limits;
 mod load;
@@ -65,6 +66,10 @@ struct Arguments {
     /// that is poison.
     #[arg(long)]
     troubles: bool,
+    /// Measure what edges cost those beside them, and nothing else: a full queue, parking at its
+    /// limits, a locked checkpoint, a password that changes.
+    #[arg(long)]
+    edges: bool,
     /// Measure a backfill of this number of rows beside live events, and nothing else.
     #[arg(long)]
     backfill: Option<u64>,
@@ -150,6 +155,14 @@ async fn run(arguments: Arguments) -> Result<()> {
         report.nacks(trouble::nacks(&servers, NACKED.min(events), seed).await?);
         report.deleted(deleted::run(&servers).await?);
         report.poison(trouble::poison(&servers, events, seed, arguments.repeat).await?);
+        return report.write(&arguments.out);
+    }
+    if arguments.edges {
+        let Arguments { events, seed, repeat, .. } = arguments;
+        report.rotated(edges::rotated(&servers).await?);
+        report.locked(edges::locked(&servers, events, seed).await?);
+        report.beside(edges::beside(&servers, events, seed, repeat).await?);
+        report.at_limits(edges::at_limits(&servers, events, seed, repeat).await?);
         return report.write(&arguments.out);
     }
     if let Some(rows) = arguments.backfill {

@@ -18,6 +18,10 @@ use crate::servers::{EXCHANGE, Servers};
 /// How long the relay may take to be ready, or to end after SIGTERM.
 const LIMIT: Duration = Duration::from_secs(30);
 
+/// How long a metric may take to be as it should, and how often it is looked at.
+const METRIC_LIMIT: Duration = Duration::from_secs(120);
+const POLL: Duration = Duration::from_millis(20);
+
 /// A database with its own slot, publication and configuration file.
 pub struct Installation {
     pub name: String,
@@ -97,40 +101,57 @@ impl Installation {
             .and_then(|()| fs::set_permissions(&config, fs::Permissions::from_mode(0o600)))
             .map_err(|e| Error::config(format!("writing {}", config.display())).caused_by(e))?;
         let installation = Self { name: name.to_owned(), config, log, port };
-        installation.init().await?;
+        installation.finish("init", installation.command(&["init"])?).await?;
         Ok(installation)
     }
 
-    async fn init(&self) -> Result<()> {
-        let mut command = tokio::process::Command::from(self.command("init")?);
+    /// Runs a command that ends by itself.
+    async fn finish(&self, what: &str, command: Command) -> Result<()> {
+        let mut command = tokio::process::Command::from(command);
         let output = tokio::time::timeout(LIMIT, command.kill_on_drop(true).output()).await;
         let output = output
-            .map_err(|_| Error::unreachable("watership init takes too long"))?
-            .map_err(|e| Error::config("running watership init").caused_by(e))?;
+            .map_err(|_| Error::unreachable(format!("watership {what} takes too long")))?
+            .map_err(|e| Error::config(format!("running watership {what}")).caused_by(e))?;
         if output.status.success() {
             return Ok(());
         }
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        Err(Error::refused(format!("watership init: {}: {said}", output.status)))
+        Err(Error::refused(format!("watership {what}: {}: {said}", output.status)))
     }
 
     /// Uses another port of the broker from the next start on.
     pub fn use_broker(&self, servers: &Servers, port: u16) -> Result<()> {
-        let failed = |e| Error::config(format!("writing {}", self.config.display())).caused_by(e);
-        let text = fs::read_to_string(&self.config).map_err(failed)?;
-        let (this, other) = (format!(":{}/", servers.rabbit.port()), format!(":{port}/"));
-        fs::write(&self.config, text.replace(&this, &other)).map_err(failed)
+        self.replace(&format!(":{}/", servers.rabbit.port()), |_| format!(":{port}/"))
     }
 
-    fn command(&self, word: &str) -> Result<Command> {
+    /// Reads the broker's password from a file, as this user, from the next start on.
+    pub fn use_password_file(&self, servers: &Servers, user: &str) -> Result<PathBuf> {
+        let password = self.config.with_extension("password");
+        let theirs = format!("//{user}:${{file:{}}}@", password.display());
+        self.replace(&servers.rabbit.url("/"), |url| url.replace("//guest:guest@", &theirs))?;
+        Ok(password)
+    }
+
+    fn replace(&self, part: &str, by: impl FnOnce(&str) -> String) -> Result<()> {
+        let failed = |e| Error::config(format!("writing {}", self.config.display())).caused_by(e);
+        let text = fs::read_to_string(&self.config).map_err(failed)?;
+        fs::write(&self.config, text.replace(part, &by(part))).map_err(failed)
+    }
+
+    /// Marks all parked rows to be tried again, as an operator does.
+    pub async fn retry_all(&self) -> Result<()> {
+        self.finish("parked retry", self.command(&["parked", "retry", "--all"])?).await
+    }
+
+    fn command(&self, words: &[&str]) -> Result<Command> {
         let mut command = Command::new(Servers::built("watership")?);
-        command.arg(word).arg("--config").arg(&self.config);
+        command.arg("--config").arg(&self.config).args(words);
         Ok(command)
     }
 
     /// Starts `watership run`.
     pub fn start(&self) -> Result<Relay> {
-        let command = self.command("run")?;
+        let command = self.command(&["run"])?;
         let spawned = Instant::now();
         let process = Process::spawn("the relay", command, &self.log)?;
         Ok(Relay { process, spawned, log: self.log.clone(), port: self.port })
@@ -181,6 +202,22 @@ impl Relay {
             rest.is_some_and(|rest| rest.contains(label))
         });
         series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+
+    /// Waits until the sum of a metric is so.
+    pub async fn until(&self, name: &str, wanted: impl Fn(f64) -> bool) -> Result<()> {
+        let deadline = Instant::now() + METRIC_LIMIT;
+        loop {
+            let value = self.metric(name).await;
+            if wanted(value) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let text = format!("{name} stays at {value}\n{}", self.tail());
+                return Err(Error::protocol(text));
+            }
+            tokio::time::sleep(POLL).await;
+        }
     }
 
     /// Asks it to end, and waits.

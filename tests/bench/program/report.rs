@@ -10,6 +10,7 @@ use watership::error::{Error, Result};
 use crate::backfill::Backfill;
 use crate::deleted::Deleted;
 use crate::drain::{Case, Drain, Large};
+use crate::edges::{AtLimits, Beside, Locked, Rotated};
 use crate::latency::Latency;
 use crate::limits::{Publish, cores, cpu_bound};
 use crate::load::Keys;
@@ -27,13 +28,18 @@ const LARGE_FIRST_MS_MAX: f64 = 200.0;
 const P50_MS_MAX: f64 = 2.0;
 const P99_MS_MAX: f64 = 10.0;
 const START_MS_MAX: f64 = 100.0;
-const NACKS_SHARE_MIN: f64 = 0.8;
+const NACKS_SHARE_MIN: f64 = 0.9;
 const POISON_SHARE_MIN: f64 = 0.95;
 const BACKFILL_NULL_RATE_MIN: f64 = 100_000.0;
 const POLL_RATE_MIN: f64 = 15_000.0;
 const POLL_IDLE_PERCENT_MAX: f64 = 0.5;
 const POLL_P50_MS_MAX: f64 = 8.0;
 const POLL_DEAD_LOOK_MS_MAX: f64 = 10.0;
+const COPIES_MAX: u64 = 200;
+const CHECKPOINT_AGE_MS_MAX: f64 = 300.0;
+/// The defaults of `relay.max_unconfirmed` and `relay.max_unstored_events`.
+const DUPLICATES_MAX: u64 = 2_048 + 16_384;
+const ROTATED_MS_MAX: f64 = 2_000.0;
 const BACKFILL_P99_TIMES_MAX: f64 = 2.0;
 
 /// Everything that a run has measured.
@@ -55,6 +61,10 @@ pub struct Report {
     nacks: Option<Nacks>,
     deleted: Option<Deleted>,
     poison: Option<Poison>,
+    rotated: Option<Rotated>,
+    locked: Option<Locked>,
+    beside: Option<Beside>,
+    at_limits: Option<AtLimits>,
 }
 
 impl Report {
@@ -75,6 +85,10 @@ impl Report {
             nacks: None,
             deleted: None,
             poison: None,
+            rotated: None,
+            locked: None,
+            beside: None,
+            at_limits: None,
         }
     }
 
@@ -301,6 +315,49 @@ impl Report {
             at_least(share, POISON_SHARE_MIN)
         );
         self.poison = Some(poison);
+    }
+
+    pub fn rotated(&mut self, rotated: Rotated) {
+        let ms = rotated.ready_ms;
+        println!("\nready {ms:.0} ms after its file has the new password");
+        println!("  {}", at_most(ms, ROTATED_MS_MAX));
+        self.rotated = Some(rotated);
+    }
+
+    pub fn locked(&mut self, locked: Locked) {
+        let l = &locked;
+        println!("\nthe checkpoint locked for 20 s under {} events, then kill -9", l.events);
+        let bar = at_most(l.duplicates as f64, DUPLICATES_MAX as f64);
+        println!("  duplicates {} {bar}, lost {}", l.duplicates, l.lost);
+        self.locked = Some(locked);
+    }
+
+    pub fn beside(&mut self, beside: Beside) {
+        let (b, share) = (&beside, beside.rate / beside.rate_without);
+        println!("\n{} keys that a full queue refuses, for {:.0} s", b.stuck, b.seconds);
+        let bar = at_most(b.copies as f64, COPIES_MAX as f64);
+        println!("  copies in the healthy queue beside it: {} {bar}", b.copies);
+        let bar = at_least(share, POISON_SHARE_MIN);
+        println!(
+            "  another routing key of the route {:.0} events/s, {:.0} without: {share:.2} {bar}",
+            b.rate, b.rate_without
+        );
+        self.beside = Some(beside);
+    }
+
+    pub fn at_limits(&mut self, at_limits: AtLimits) {
+        let (a, share) = (&at_limits, at_limits.rate / at_limits.rate_without);
+        println!("\n{} rows parked, {} blocked, retried {} times", a.parked, a.blocked, a.retried);
+        let bar = at_least(share, POISON_SHARE_MIN);
+        println!(
+            "  the others {:.0} events/s, {:.0} without: {share:.2} {bar}",
+            a.rate, a.rate_without
+        );
+        let bar = at_most(a.checkpoint_age_ms, CHECKPOINT_AGE_MS_MAX);
+        println!("  age of the checkpoint: at most {:.0} ms {bar}", a.checkpoint_age_ms);
+        let bar = at_most(a.duplicates as f64, DUPLICATES_MAX as f64);
+        println!("  after kill -9: duplicates {} {bar}, lost {}", a.duplicates, a.lost);
+        self.at_limits = Some(at_limits);
     }
 
     /// Writes `<folder>/<time>.json` and `<folder>/latest.json`.

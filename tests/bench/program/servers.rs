@@ -98,7 +98,7 @@ impl Servers {
     }
 
     /// The same, with further arguments.
-    pub async fn fresh_queue_with(&self, name: &str, mut arguments: FieldTable) -> Result<()> {
+    pub async fn fresh_queue_with(&self, name: &str, arguments: FieldTable) -> Result<()> {
         let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
         let kind = match self.routing {
             Routing::Direct => ExchangeKind::Direct,
@@ -109,13 +109,23 @@ impl Servers {
             .await
             .map_err(broker("declaring the exchange"))?;
         self.delete_queue(name).await?;
+        self.bound_queue(name, ROUTING_KEY, arguments).await
+    }
+
+    /// A durable quorum queue, bound to the relay's exchange, which is there, by this key.
+    pub async fn bound_queue(
+        &self,
+        name: &str,
+        routing_key: &str,
+        mut arguments: FieldTable,
+    ) -> Result<()> {
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
         let durable = QueueDeclareOptions { durable: true, ..Default::default() };
         self.channel
             .queue_declare(name.into(), durable, arguments)
             .await
             .map_err(broker("declaring the queue"))?;
-        let (queue, key) = (name.into(), ROUTING_KEY.into());
+        let (queue, key) = (name.into(), routing_key.into());
         let options = QueueBindOptions::default();
         self.channel
             .queue_bind(queue, EXCHANGE.into(), key, options, FieldTable::default())

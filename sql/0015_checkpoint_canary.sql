@@ -1,0 +1,12 @@
+-- Watership 0015: the checkpoint has the number of the last canary that came before it.
+--
+-- A relay that found a gap between two canaries has stopped; one that is started afterwards may
+-- begin behind the first of them, and would not know that any is missing.
+
+SET ROLE watership_owner;
+
+ALTER TABLE watership.checkpoint ADD COLUMN canary bigint;
+
+INSERT INTO watership.migration (version, name) VALUES (15, '0015_checkpoint_canary');
+
+RESET ROLE;
