@@ -17,7 +17,7 @@ use crate::pg::publication::{filter_columns, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
-use crate::relay::check::publishable::{Harm, Obstacle, filter_breaks, obstacles};
+use crate::relay::check::publishable::{Harm, Obstacle, filter_breaks, inside_another, obstacles};
 use crate::relay::check::server::{encoding_risk, may_be_waited_for};
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::check::tables;
@@ -351,6 +351,7 @@ async fn check_tables(
     client: &Client,
     publication: Option<&Publication>,
 ) -> Result<()> {
+    let mut found = Vec::new();
     for name in &config.relay.tables {
         let table: TableName = name.parse()?;
         match read_table(client, &table).await? {
@@ -363,6 +364,7 @@ async fn check_tables(
                     f.problem("table", broken.what, broken.hint);
                 }
                 check_table(f, config, &facts, publication);
+                found.push(facts);
             }
             None => f.problem(
                 "table",
@@ -370,6 +372,9 @@ async fn check_tables(
                 "create it, or remove it from source.tables",
             ),
         }
+    }
+    if let Some(Obstacle { what, hint, .. }) = inside_another(&found) {
+        f.problem("table", what, hint);
     }
     Ok(())
 }

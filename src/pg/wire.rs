@@ -326,8 +326,9 @@ impl Wire {
             let detail = notice.detail.as_deref().unwrap_or_default();
             let text = format!("changes are missing from the stream: {}: {detail}", notice.message);
             return Err(self.fail(Error::named(Verdict::PublicationMissing, text).hint(format!(
-                "changes made while the publication was gone are not published; create it with \
-                 `watership init`; to accept the gap: {RESYNC}"
+                "changes made while there was no publication of this name are not published; \
+                 create it with `watership init` if it is gone; to accept the gap: {RESYNC} \
+                 --anyway --from now"
             ))));
         }
         Ok(())

@@ -262,6 +262,28 @@ async fn a_publication_altered_for_a_moment_while_the_relay_is_down_is_a_verdict
 }
 
 #[tokio::test]
+async fn a_publication_that_had_another_name_for_a_while_is_a_verdict_with_a_way_out() {
+    let stage = stage("").await;
+    stage.start().await.stop().await.expect_code(0);
+    stage.execute("ALTER PUBLICATION watership RENAME TO other").await;
+    stage.execute("INSERT INTO items VALUES (7)").await;
+    stage.execute("ALTER PUBLICATION other RENAME TO watership").await;
+    ends_with(stage.spawn(), "publication_altered").await;
+    let asked = ["resync", "--accept-gap", "--reason", "x"];
+    stage.run(&asked).await.expect_code(0);
+    // WAL is read with the catalog of its time, which has no such publication.
+    let way_out = "--accept-gap --reason '\u{2026}' --anyway --from now";
+    stage.spawn().ended().await.expect_code(3).expect_text(&["publication_missing: ", way_out]);
+    let asked = [&asked[..], &["--anyway", "--from", "now"]].concat();
+    stage.run(&asked).await.expect_code(0);
+    let relay = stage.start().await;
+    stage.execute(&emit("after")).await;
+    let got = stage.settled().await;
+    assert!(got.iter().any(|message| message.kind() == "after"), "{got:?}");
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
 async fn a_canary_that_a_later_one_overtook_is_a_verdict() {
     let stage = stage("relay.canary_interval = \"1s\"").await;
     let relay = stage.start().await;

@@ -13,10 +13,15 @@ struct Tried {
 /// `init` refuses the table `public.t` that `sql` makes, before it makes anything;
 /// `check` says the same.
 async fn refused(sql: &str, texts: &[&str]) -> Tried {
+    refused_of(&["public.t"], sql, texts).await
+}
+
+/// The same of these tables.
+async fn refused_of(tables: &'static [&'static str], sql: &str, texts: &[&str]) -> Tried {
     let (database, vhost) = (own_database().await, own_vhost().await);
     let client = database.connect().await;
     client.batch_execute(sql).await.unwrap_or_else(|e| panic!("{sql}: {e:?}"));
-    let setup = Setup { tables: &["public.t"], ..Setup::default() };
+    let setup = Setup { tables, ..Setup::default() };
     let (file, _) =
         configuration(&database.url, &format!("slot_{}", database.name), &vhost, &setup);
     let init = run(&file, &["init"]).await;
@@ -39,6 +44,17 @@ async fn what_cannot_be_published_is_refused_before_anything_is_made() {
         CREATE FOREIGN TABLE public.t (id int) SERVER s";
     refused(sql, &["public.t is a foreign table"]).await;
     refused("SELECT 1", &["public.t does not exist"]).await;
+}
+
+#[tokio::test]
+async fn a_partition_is_not_captured_beside_its_table() {
+    let sql = "CREATE TABLE public.t (id int PRIMARY KEY) PARTITION BY RANGE (id); \
+        CREATE TABLE public.p PARTITION OF public.t FOR VALUES FROM (0) TO (9) \
+            PARTITION BY RANGE (id); \
+        CREATE TABLE public.q PARTITION OF public.p FOR VALUES FROM (0) TO (5)";
+    let of = |part: &str| format!("{part} is a partition of public.t, and both are captured");
+    refused_of(&["public.t", "public.q"], sql, &[&of("public.q"), "remove public.q"]).await;
+    refused_of(&["public.p", "public.t"], sql, &["both are captured"]).await;
 }
 
 #[tokio::test]

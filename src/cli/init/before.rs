@@ -14,7 +14,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::relay;
 use crate::relay::check;
-use crate::relay::check::publishable::{Harm, Obstacle, obstacles};
+use crate::relay::check::publishable::{Harm, Obstacle, inside_another, obstacles};
 use crate::relay::check::server::encoding_risk;
 use crate::relay::check::tables;
 use crate::relay::session::outbox::{self, Mapped};
@@ -186,6 +186,7 @@ async fn check_tables(
     publish_anyway: bool,
 ) -> Result<()> {
     let publication = read_publication(client, &config.relay.publication).await?;
+    let mut found = Vec::new();
     for name in &config.relay.tables {
         let table: TableName = name.parse()?;
         let Some(facts) = read_table(client, &table).await? else {
@@ -200,8 +201,12 @@ async fn check_tables(
             return Err(Error::refused(what).hint("create it, or remove it from source.tables"));
         };
         check_table(config, server, &facts, publication.as_ref(), publish_anyway)?;
+        found.push(facts);
     }
-    Ok(())
+    match inside_another(&found) {
+        Some(Obstacle { what, hint, .. }) => Err(Error::refused(what).hint(hint)),
+        None => Ok(()),
+    }
 }
 
 /// A table that is published already is not refused: its application fails already, and a new

@@ -4,7 +4,7 @@
 //! `init` asks before it makes anything, because the application is the one that fails; `check` and
 //! every start ask again, because the table may have been altered since.
 
-use crate::pg::publication::{CatalogIdentity, Operations, Publication, TableFacts};
+use crate::pg::publication::{CatalogIdentity, Operations, Publication, TableFacts, TableName};
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,6 +84,27 @@ pub fn obstacles(facts: &TableFacts, publication: Option<&Publication>) -> Vec<O
         }
     }
     found
+}
+
+/// A partition that is captured beside the table that it is a part of: its rows come as those of
+/// the whole, and Postgres refuses to publish both.
+pub fn inside_another(all: &[TableFacts]) -> Option<Obstacle> {
+    let has = |whole: &TableFacts, leaf: &TableName| whole.leaves.iter().any(|(l, _)| l == leaf);
+    let is_inside = |part: &TableFacts, whole: &TableFacts| match &part.leaves[..] {
+        [] => has(whole, &part.table),
+        leaves => {
+            leaves.len() <= whole.leaves.len() && leaves.iter().all(|(leaf, _)| has(whole, leaf))
+        }
+    };
+    let pairs = all.iter().flat_map(|part| all.iter().map(move |whole| (part, whole)));
+    let mut different = pairs.filter(|(part, whole)| part.oid != whole.oid);
+    let (part, whole) = different.find(|(part, whole)| is_inside(part, whole))?;
+    let (part, whole) = (&part.table, &whole.table);
+    Some(Obstacle {
+        harm: Harm::Impossible,
+        what: format!("{part} is a partition of {whole}, and both are captured"),
+        hint: format!("remove {part} from source.tables: its rows come as rows of {whole}"),
+    })
 }
 
 /// A column list has to cover the replica identity, or changes fail.
