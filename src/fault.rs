@@ -23,6 +23,28 @@ pub fn io_error(what: &str, error: io::Error) -> Error {
     }
 }
 
+/// Most bytes of a file with a password or a certificate.
+#[cfg(any(feature = "inbox", feature = "relay"))]
+const FILE_MAX: u64 = 1 << 20;
+
+/// Reads a file that the configuration names. Only a regular one: what a pipe or a device gives may
+/// never come, and everything would wait for it.
+///
+/// # Errors
+/// The system's; and for what is no regular file, or larger than 1 MiB.
+#[cfg(any(feature = "inbox", feature = "relay"))]
+pub fn read_file(path: &std::path::Path) -> io::Result<Vec<u8>> {
+    let found = std::fs::metadata(path)?;
+    if !found.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    if found.len() > FILE_MAX {
+        let text = format!("it has {} bytes, at most {FILE_MAX} are allowed", found.len());
+        return Err(io::Error::other(text));
+    }
+    std::fs::read(path)
+}
+
 /// An error of reading a file that the configuration names. That this process has no file
 /// descriptor left says nothing about the file.
 #[cfg(any(feature = "inbox", feature = "relay"))]

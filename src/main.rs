@@ -52,7 +52,7 @@ fn report(error: &Error) -> ExitCode {
     })
 }
 
-/// The first SIGTERM or SIGINT sets the value to true, the second ends the process.
+/// The first SIGTERM, SIGINT or SIGHUP sets the value to true, the second ends the process.
 ///
 /// It has its own thread, so that it works when everything else hangs.
 fn watch_signals() -> Result<watch::Receiver<bool>> {
@@ -60,10 +60,11 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let (sender, receiver) = watch::channel(false);
-    let (mut terminate, mut interrupt) = {
+    let [mut terminate, mut interrupt, mut hang_up] = {
         let _guard = runtime.enter();
-        let terminate = signal(SignalKind::terminate()).map_err(failed)?;
-        (terminate, signal(SignalKind::interrupt()).map_err(failed)?)
+        let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
+        let [terminate, interrupt, hang_up] = kinds.map(signal);
+        [terminate.map_err(failed)?, interrupt.map_err(failed)?, hang_up.map_err(failed)?]
     };
     let wait = move || {
         runtime.block_on(async {
@@ -71,6 +72,8 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
                 tokio::select! {
                     _ = terminate.recv() => {}
                     _ = interrupt.recv() => {}
+                    // The end of the terminal. The configuration is read at the start only.
+                    _ = hang_up.recv() => {}
                 }
                 if times == 2 {
                     exit_now();

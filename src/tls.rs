@@ -22,7 +22,7 @@ use x509_cert::Certificate;
 use x509_cert::der::{Decode as _, Encode as _};
 
 use crate::error::{Error, Kind, Result};
-use crate::fault::{self, file_error};
+use crate::fault::{self, file_error, read_file};
 
 /// How much of the server's certificate is checked; the names are those of libpq's `sslmode`.
 ///
@@ -147,20 +147,20 @@ fn native_certificates() -> Result<Vec<CertificateDer<'static>>> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>> {
-    let read = |e| pem_error(format!("certificate file {} cannot be read", path.display()), e);
-    CertificateDer::pem_file_iter(path).map_err(read)?.collect::<Result<_, _>>().map_err(read)
+    let what = || format!("certificate file {} cannot be read", path.display());
+    let content = read_file(path).map_err(|e| file_error(&what(), e))?;
+    let found = CertificateDer::pem_slice_iter(&content).collect::<Result<_, _>>();
+    found.map_err(|e| pem_error(what(), e))
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>> {
-    PrivateKeyDer::from_pem_file(path)
-        .map_err(|e| pem_error(format!("private key file {} cannot be read", path.display()), e))
+    let what = || format!("private key file {} cannot be read", path.display());
+    let content = read_file(path).map_err(|e| file_error(&what(), e))?;
+    PrivateKeyDer::from_pem_slice(&content).map_err(|e| pem_error(what(), e))
 }
 
 fn pem_error(what: String, error: pem::Error) -> Error {
-    match error {
-        pem::Error::Io(error) => file_error(&what, error),
-        other => Error::config(what).caused_by(other),
-    }
+    Error::config(what).caused_by(error)
 }
 
 /// Checks as much of a certificate as the level asks for. That the server has the certificate's key

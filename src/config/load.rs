@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 
 use crate::error::{Error, Result};
-use crate::fault::file_error;
+use crate::fault::{file_error, read_file};
 
 /// What has a meaning in a URL, or might have.
 const RESERVED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -158,7 +158,10 @@ impl Value {
             Value::Text(text) => Ok(text.clone()),
             Value::File { written, path } => {
                 let what = format!("file {written} of ${{file:…}} cannot be read");
-                let content = std::fs::read_to_string(path).map_err(|e| file_error(&what, e))?;
+                let content = read_file(path).and_then(|bytes| {
+                    String::from_utf8(bytes).map_err(|_| std::io::Error::other("it is not UTF-8"))
+                });
+                let content = content.map_err(|e| file_error(&what, e))?;
                 Ok(without_newline(&content).to_owned())
             }
         }

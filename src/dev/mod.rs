@@ -82,6 +82,8 @@ pub enum Signal {
     Term,
     /// As by Ctrl-C; a fast shutdown for Postgres.
     Int,
+    /// As by a terminal that is closed.
+    Hangup,
     /// An immediate shutdown for Postgres.
     Quit,
     /// End without a word.
@@ -95,6 +97,7 @@ impl Signal {
             Self::Cont => "CONT",
             Self::Term => "TERM",
             Self::Int => "INT",
+            Self::Hangup => "HUP",
             Self::Quit => "QUIT",
             Self::Kill => "KILL",
         }

@@ -212,7 +212,7 @@ fn a_named_certificate_is_good_in_its_own_time_only() {
 #[test]
 fn a_file_that_cannot_be_opened_for_want_of_descriptors_is_not_a_wrong_file() {
     for (code, kind) in [(24, Kind::Unreachable), (23, Kind::Unreachable), (2, Kind::Config)] {
-        let error = pem::Error::Io(std::io::Error::from_raw_os_error(code));
-        assert_eq!(pem_error("x".into(), error).kind(), kind, "{code}");
+        let error = std::io::Error::from_raw_os_error(code);
+        assert_eq!(file_error("x", error).kind(), kind, "{code}");
     }
 }

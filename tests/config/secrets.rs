@@ -238,6 +238,26 @@ fn secrets_from_variables_and_files_may_hold_any_character() {
 }
 
 #[test]
+fn a_password_that_is_not_in_a_file_is_not_waited_for() {
+    let directory = std::env::temp_dir().join(format!("watership-pipe-{}", std::process::id()));
+    std::fs::create_dir(&directory).unwrap();
+    let pipe = directory.join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    std::fs::write(directory.join("large"), vec![b'x'; (1 << 20) + 1]).unwrap();
+    let file = directory.join("w.toml").display().to_string();
+    for (name, why) in [
+        ("pipe", "it is not a regular file"),
+        (".", "it is not a regular file"),
+        ("large", "it has 1048577 bytes, at most 1048576 are allowed"),
+    ] {
+        let text = format!("broker.url = 'amqp://h'\nbroker.password = '${{file:{name}}}'\n");
+        let errors = Config::parse(&file, &text, &|_| None).unwrap_err().to_string();
+        assert!(errors.contains(why), "{errors}");
+    }
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+#[test]
 fn credentials_in_files_are_read_again_and_the_files_are_relative_to_the_one_that_names_them() {
     let directory = std::env::temp_dir().join(format!("watership-again-{}", std::process::id()));
     std::fs::create_dir(&directory).unwrap();

@@ -69,12 +69,12 @@ async fn a_kill_inside_a_large_transaction_loses_nothing_and_repeats_only_what_w
 async fn a_relay_that_is_asked_to_end_drains_and_repeats_nothing() {
     let stage = Stage::new(Setup { settings: SMALL_WINDOW, ..Setup::default() }).await;
     let mut written = 0;
-    for _ in 0..3 {
+    for signal in [Signal::Term, Signal::Int, Signal::Hangup] {
         let mut relay = stage.start().await;
         stage.execute(&rows(written + 1, 5_000)).await;
         stage.inbox.count(usize::try_from(written).unwrap() + 1_000).await;
         // More comes while it ends.
-        relay.signal(Signal::Term);
+        relay.signal(signal);
         stage.execute(&rows(written + 5_001, 5_000)).await;
         relay.ended().await.expect_code(0);
         written += 10_000;
