@@ -31,7 +31,7 @@ const FILE_MAX: u64 = 1 << 20;
 /// never come, and everything would wait for it.
 ///
 /// # Errors
-/// The system's; and for what is no regular file, or larger than 1 MiB.
+/// The system's; and for a file that is not a regular one, or larger than 1 MiB.
 #[cfg(any(feature = "inbox", feature = "relay"))]
 pub fn read_file(path: &std::path::Path) -> io::Result<Vec<u8>> {
     let found = std::fs::metadata(path)?;

@@ -24,8 +24,8 @@ use crate::verdict::Verdict;
 /// Options of `run`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  watership --config shop.toml run\n\n\
-    On SIGTERM, SIGINT or SIGHUP it takes no new events, waits for confirms, stores the checkpoint and \
-    exits. A second signal exits at once.\n\
+    On SIGTERM, SIGINT or SIGHUP it takes no new events, waits for confirms, stores the checkpoint \
+    and exits. A second signal exits at once.\n\
     After a verdict it serves /status and /metrics for admin.linger more, then exits with code 3.")]
 pub(super) struct Args {
     /// Use other partitions than before even while messages are queued: events of one key may be

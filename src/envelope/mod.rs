@@ -135,12 +135,7 @@ impl Envelope {
             app_id: &self.app_id,
         };
         let mut builder = Builder::new(&mut self.message, &self.routing_key, properties)?;
-        builder.own_headers(
-            &route.own_headers,
-            event.position,
-            &self.key,
-            event.committed_at_us,
-        )?;
+        builder.own_headers(&route.own_headers, event.position, key, event.committed_at_us)?;
         write_templates(&mut builder, event, route, exchange, facts, &mut self.header)?;
         if is_tombstone {
             builder.header_bool(TOMBSTONE_HEADER, true)?;
@@ -322,12 +317,7 @@ impl Envelope {
             app_id: &self.app_id,
         };
         let mut builder = Builder::new(&mut self.message, &self.routing_key, properties)?;
-        builder.own_headers(
-            &route.own_headers,
-            event.position,
-            &self.key,
-            event.committed_at_us,
-        )?;
+        builder.own_headers(&route.own_headers, event.position, key, event.committed_at_us)?;
         write_templates(&mut builder, event, route, exchange, facts, &mut self.header)?;
         builder.header_text("ws-source", event.table.full_name.as_bytes())?;
         builder.header_text("ws-op", op.as_bytes())?;

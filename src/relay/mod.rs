@@ -437,15 +437,15 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             self.flight.window.settle(entry);
         }
         self.settle_prefix();
-        let is_whole = self.look_at_canary(now);
+        self.look_at_canary(now);
         let limit = self.seen.canary.limit(now);
         if self.flight.window.is_empty()
-            && is_whole
             && let Some(receipt) = self.durable.idle.due(self.durable.progress.flush(), limit, now)
         {
             self.durable.progress.on_settled(&receipt);
-            let canary = self.source.seen().canary.map(|seen| Note::Canary(seen.number));
-            self.durable.notes.extend(canary);
+            let seen = self.source.seen();
+            let canary = seen.canary_gap.map_or(seen.canary, |gap| Some(gap.before));
+            self.durable.notes.extend(canary.map(|canary| Note::Canary(canary.number)));
         }
         if self.tuning.checkpoint_interval <= TICK_MAX || now >= self.durable.due_at.into_std() {
             self.durable.due_at = Instant::now() + self.tuning.checkpoint_interval;
@@ -457,8 +457,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         Ok(())
     }
 
-    /// Returns whether no canary is missing between two.
-    fn look_at_canary(&mut self, now: std::time::Instant) -> bool {
+    fn look_at_canary(&mut self, now: std::time::Instant) {
         let seen = self.source.seen();
         self.seen.canary.seen(seen.canary, now);
         self.durable.idle.wrote_canary(self.seen.canary.take_own_bytes());
@@ -467,11 +466,9 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.seen.status.canary(age, self.seen.canary.is_late(now));
         self.seen.metrics.wal.canary_age_seconds.set(age.unwrap_or_default().as_secs_f64());
         let gap = seen.canary_gap.and_then(|gap| self.seen.canary.gap_verdict(gap));
-        let is_whole = gap.is_none();
         if let Some(deaf) = gap.or_else(|| self.seen.canary.verdict(seen.received, now)) {
             self.drain(Some(deaf));
         }
-        is_whole
     }
 
     fn drain(&mut self, because: Option<Error>) {

@@ -296,7 +296,7 @@ pub(super) async fn stream(
     let renumbered = captured.iter().filter(|(name, _)| schemas.is_renumbered(name));
     let renumbered = renumbered.map(|(_, table)| table.oid).collect();
     let messages = schemas.secret.messages();
-    let canaries = canary::known(client, &options.name).await?;
+    let canaries = canary::recorded(client, &options.name).await?;
     let resumed =
         Resumed { keys: keys.collect(), names: names.collect(), parked: HashMap::new(), schemas };
     let assembler = Assembler::new(transaction::Options {

@@ -50,6 +50,8 @@ struct Inner {
     own_bytes: u64,
     /// Commits wait for the stream.
     hurried: bool,
+    /// Where the last one came before one that is missing.
+    gap_from: Option<Lsn>,
 }
 
 /// A canary that was committed.
@@ -78,6 +80,7 @@ impl Canary {
             fresh_at: None,
             own_bytes: 0,
             hurried: false,
+            gap_from: None,
         })))
     }
 
@@ -86,7 +89,7 @@ impl Canary {
         let mut inner = self.lock();
         inner.listening = published && !inner.interval.is_zero();
         inner.began = (flush, now);
-        inner.last_seen = None;
+        (inner.last_seen, inner.gap_from) = (None, None);
         // An earlier session passed it, or a failover rolled it away.
         inner.pending.clear();
     }
@@ -184,6 +187,9 @@ impl Canary {
     /// written the limit falls: a canary must not pin WAL.
     pub fn limit(&self, now: Instant) -> Option<Lsn> {
         let inner = self.lock();
+        if inner.gap_from.is_some() {
+            return inner.gap_from;
+        }
         let (began, begun_at) = inner.began;
         let last = inner.last_written.map_or(begun_at, |at| at.max(begun_at));
         let expected = now.saturating_duration_since(last) < inner.patience();
@@ -193,10 +199,12 @@ impl Canary {
     /// The verdict about a stream that brought a later canary and not the one before it. It may be
     /// well again by now, but what was committed in between may have been left out like the canary.
     pub fn gap_verdict(&self, gap: CanaryGap) -> Option<Error> {
-        if !self.lock().listening {
+        let CanaryGap { before, after } = gap;
+        let mut inner = self.lock();
+        if !inner.listening {
             return None;
         }
-        let CanaryGap { before, after } = gap;
+        inner.gap_from = Some(before.end);
         let missing = match (before.number + 1, after.number - 1) {
             (first, last) if first == last => format!("canary {first}"),
             (first, last) => format!("canaries {first} to {last}"),
@@ -249,9 +257,9 @@ pub async fn accept(client: &impl GenericClient, name: &str) -> Result<()> {
     client.execute(SQL, &[&name]).await.map(drop).map_err(postgres_error)
 }
 
-/// What is known of a relay's canaries before it streams.
+/// What is stored of a relay's canaries.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Known {
+pub struct StoredCanary {
     /// The number of the last one that came before the checkpoint.
     pub before: Option<u64>,
     /// The number up to which they may be missing; 0 where nothing was accepted.
@@ -262,13 +270,13 @@ pub struct Known {
 ///
 /// # Errors
 /// The server's.
-pub async fn known(client: &impl GenericClient, name: &str) -> Result<Known> {
-    const SQL: &str = include_str!("../../../sql/query/canary_known.sql");
+pub async fn recorded(client: &impl GenericClient, name: &str) -> Result<StoredCanary> {
+    const SQL: &str = include_str!("../../../sql/query/canary_recorded.sql");
     let row = client.query_opt(SQL, &[&name]).await.map_err(postgres_error)?;
-    let Some(row) = row else { return Ok(Known::default()) };
+    let Some(row) = row else { return Ok(StoredCanary::default()) };
     let number = |i: usize| row.try_get::<_, Option<i64>>(i).map_err(postgres_error);
     let unsigned = |number: i64| u64::try_from(number).unwrap_or_default();
-    Ok(Known {
+    Ok(StoredCanary {
         before: number(0)?.map(unsigned),
         accepted: number(1)?.map(unsigned).unwrap_or_default(),
     })
@@ -347,7 +355,11 @@ mod tests {
         let canary = listening(start);
         let seen = |number, end| Seen { number, end: Lsn(end) };
         let gap = |to| CanaryGap { before: seen(7, 100), after: seen(to, 400) };
+        canary.seen(Some(seen(7, 100)), start);
+        canary.seen(Some(seen(9, 400)), start);
+        assert_eq!(canary.limit(start), Some(Lsn(400)), "the last one that came");
         let one = canary.gap_verdict(gap(9)).expect("deaf").to_string();
+        assert_eq!(canary.limit(start), Some(Lsn(100)), "the next start finds it again");
         assert!(one.contains("without canary 8:"), "{one}");
         assert!(one.contains("between 0/64 and 0/190"), "{one}");
         let more = canary.gap_verdict(gap(11)).expect("deaf");

@@ -238,9 +238,9 @@ fn a_canary_that_is_missing_after_the_checkpoint_is_a_gap_of_every_session() {
     for (number, is_gap) in [("5", false), ("6", false), ("7", false), ("8", true)] {
         let mut assembler = assembler_after(Position::default(), before);
         let row = [begin(100), canary(b'U', "shop", number), commit(100)];
-        assert_eq!(notes(apply(&mut assembler, &row)), [], "a canary is no progress");
+        assert_eq!(notes(apply(&mut assembler, &row)), [], "a canary alone is not progress");
         assert_eq!(assembler.seen().canary_gap.is_some(), is_gap, "{number}");
-        // What comes after a gap is no progress of the canary: the next session looks again.
+        // After a gap none is noted, so that the next session finds it again.
         let first = [begin(200), event.clone(), commit(200)];
         let noted: Vec<u64> = if is_gap { vec![] } else { vec![number.parse().unwrap()] };
         let noted: Vec<Note> = noted.into_iter().map(Note::Canary).collect();
