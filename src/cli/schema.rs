@@ -2,8 +2,10 @@
 //! agreement to the table as it is now.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use serde::Serialize;
+use tokio::time::{Instant, sleep};
 use tokio_postgres::{Client, Row as SqlRow};
 
 use super::findings::Findings;
@@ -12,10 +14,11 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::publication::{TableName, read_publication, read_table};
-use crate::pg::slot::insert_lsn;
+use crate::pg::slot::{insert_lsn, read_slot};
 use crate::pg::sqlstate::postgres_error;
 use crate::position::{Mark, Position};
 use crate::relay::check::columns::{self, routes_of};
+use crate::relay::checkpoint;
 use crate::relay::session::schemas::{self, Cataloged};
 use crate::route::description::Description;
 use crate::route::{Agreement, OnDrift, Router};
@@ -43,6 +46,9 @@ enum Command {
     },
 }
 
+/// How long a relay that runs may take to begin a session with what was agreed to.
+const TAKE_OVER_LIMIT: Duration = Duration::from_secs(60);
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Rows of the history that are shown.
 const ROWS_MAX: i64 = 50;
 const AREA: &str = "schema";
@@ -138,6 +144,7 @@ async fn accept(client: &Client, config: &Config, table: &str, out: Out) -> Resu
         }
     }
     let before = against(config, &now, &agreed)?;
+    let session = checkpoint::read(client, &options.name).await?.map(|row| row.session_no);
     for rule in routes_of(&options.rules, table) {
         schemas::agree(client, &options.name, &rule.name, &now, at).await?;
     }
@@ -149,12 +156,35 @@ async fn accept(client: &Client, config: &Config, table: &str, out: Out) -> Resu
         };
         out.line(&format!("agreed     route {route:?}, table {table}: {told}"));
     }
-    out.line(
-        "A relay that runs takes it over within some seconds. What was parked for it is sent after \
-         `watership parked retry`.",
-    );
+    match taken_over(client, config, session).await? {
+        Some(true) => out.line("The running relay has taken it over."),
+        Some(false) => out.line(&format!(
+            "The running relay has not taken it over within {} s; see `watership status`.",
+            TAKE_OVER_LIMIT.as_secs()
+        )),
+        None => out.line("The relay does not run; it takes it over when it starts."),
+    }
+    out.line("What was parked for it is sent after `watership parked retry`.");
     out.data(&serde_json::json!({ "table": table, "agreed": before }))?;
     Ok(End::Fine)
+}
+
+/// Waits until a relay that runs has begun its next session, which reads what was agreed to: what
+/// is retried before would be parked again. Absent where nobody reads the slot.
+async fn taken_over(client: &Client, config: &Config, before: Option<i64>) -> Result<Option<bool>> {
+    let deadline = Instant::now() + TAKE_OVER_LIMIT;
+    let slot = read_slot(client, &config.relay.slot).await?;
+    if before.is_none() || slot.is_none_or(|slot| slot.active_pid.is_none()) {
+        return Ok(None);
+    }
+    while Instant::now() < deadline {
+        let now = checkpoint::read(client, &config.relay.name).await?.map(|row| row.session_no);
+        if now != before {
+            return Ok(Some(true));
+        }
+        sleep(LOOK_EVERY).await;
+    }
+    Ok(Some(false))
 }
 
 /// Adds its findings to those of `check`.

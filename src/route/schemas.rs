@@ -96,7 +96,9 @@ impl Schemas {
         let rules = &route.rules.columns;
         match self.agreement(&route.name, table) {
             Some(agreement) if !rules.is_empty() => {
-                agreed::columns(rules, &route.key, &agreement.description, now, self.now.get(table))
+                let seen = self.recorded.get(table).and_then(Recorded::last);
+                let found = (self.now.get(table), seen);
+                agreed::columns(rules, &route.key, &agreement.description, now, found)
             }
             // Nothing has been agreed.
             None if rules.is_closed() => Vec::new(),

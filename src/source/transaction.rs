@@ -72,6 +72,8 @@ pub struct Assembler {
     unlike: BTreeSet<(u32, u32)>,
     /// The captured table that the last message has described.
     described: Option<DescribedAt>,
+    /// Some table has another key from `catalog_at` on.
+    has_later_keys: bool,
 }
 
 #[derive(Debug)]
@@ -137,6 +139,7 @@ impl Assembler {
             no_table,
             unlike,
             described,
+            has_later_keys: false,
         }
     }
 
@@ -169,7 +172,11 @@ impl Assembler {
         match message {
             ReplicationMessage::Insert { relation, new } => self.insert(at(relation), &new, out),
             ReplicationMessage::Begin { final_lsn, commit_time, xid } => {
-                self.begin(final_lsn, commit_time, xid)
+                self.begin(final_lsn, commit_time, xid)?;
+                if self.has_later_keys && final_lsn >= self.options.catalog_at {
+                    self.take_later_keys(out);
+                }
+                Ok(())
             }
             ReplicationMessage::Commit { commit_lsn, end_lsn, .. } => {
                 self.commit(commit_lsn, end_lsn, out)
@@ -327,7 +334,7 @@ impl Assembler {
         out: &mut Vec<Item>,
     ) -> Result<()> {
         let described = described(&self.tables, received.relation)?;
-        let Described { table, role, unknown_type } = described;
+        let Described { table, role, unknown_type, .. } = described;
         let Role::Captured(id_columns) = role else { unreachable!("the caller has looked") };
         if let Some(column) = unknown_type {
             self.has_known_types(&counted.transaction, table, *column)?;

@@ -312,3 +312,33 @@ async fn a_hidden_column_is_not_sent_by_a_transaction_that_waits_for_the_relay_t
     all += &log;
     not_seen(&all);
 }
+
+#[tokio::test]
+async fn a_hidden_column_that_was_seen_under_an_open_name_is_not_sent_after_it_has_its_own_again() {
+    for rules in ["mask = [\"ssn\"]", "hash = [\"ssn\"]", "exclude = [\"ssn\"]"] {
+        let routes = format!(
+            "[[route]]\nname = \"people\"\ntable = \"public.people\"\n\
+             exchange = \"watership\"\ncolumns = {{ {rules} }}\n"
+        );
+        let (sql, tables) = (TABLE, &["public.people"]);
+        let stage = Stage::new(Setup { sql, tables, routes: &routes, ..Setup::default() }).await;
+        let relay = stage.start().await;
+        insert(&stage, 1, "ssn").await;
+        let changes = "ALTER TABLE people DROP COLUMN note; ALTER TABLE people RENAME name TO old; \
+            ALTER TABLE people RENAME ssn TO name; ALTER TABLE people ADD more text";
+        stage.execute(changes).await;
+        let secret = |id: u32| format!("INSERT INTO people (id, name) VALUES ({id}, 'topsecret')");
+        stage.execute(&secret(2)).await;
+        stage.settled().await;
+        relay.stop().await.expect_code(0);
+        // In the backlog it has the open name, in the catalog its own.
+        stage.execute(&secret(3)).await;
+        stage.execute("ALTER TABLE people RENAME name TO ssn").await;
+        let relay = stage.start().await;
+        let got = stage.settled().await;
+        let last = String::from_utf8_lossy(&got[2].bytes).into_owned();
+        not_seen(&format!("{got:?} {last}"));
+        assert_eq!(got.len(), 3, "{rules}");
+        not_seen(&relay.stop().await.log);
+    }
+}

@@ -167,6 +167,9 @@ impl Writer {
         let (element, delimiter) = match oid::element_of(type_oid) {
             Some(_) => {
                 let element = oid::precise_element_of(type_oid)?;
+                if has_no_array(element) {
+                    return None;
+                }
                 (element, Some(if element == oid::BOX { b';' } else { b',' }))
             }
             None => (type_oid, None),
@@ -191,6 +194,12 @@ impl Writer {
             ValueKind::SparseVector => Some(Element::SparseVector),
             ValueKind::Unknown => None,
         };
+        if let ValueKind::BuiltIn(element) = of.kind
+            && of.arrays > 0
+            && has_no_array(element)
+        {
+            return None;
+        }
         // An array whose elements are of a domain over an array has no schema there.
         let known = known.filter(|_| of.arrays <= 1);
         let element =
@@ -237,8 +246,8 @@ impl Writer {
     pub fn write_unavailable(self, out: &mut Vec<u8>, values: &ValueForms) {
         let placeholder = &values.unavailable;
         match (self.delimiter, self.element) {
-            // Arrays of integers hold its bytes, one by one.
-            (Some(_), Element::Integer) => {
+            // Arrays of integers hold its bytes, one by one; days are integers.
+            (Some(_), Element::Integer | Element::Date(time::Unit::Days)) => {
                 let bytes: Vec<String> = placeholder.bytes().map(|b| b.to_string()).collect();
                 out.extend_from_slice(format!("[{}]", bytes.join(",")).as_bytes());
             }
@@ -324,6 +333,16 @@ impl Element {
             Element::SparseVector => extension::write_sparse_vector(out, text),
         }
     }
+}
+
+/// Built-in types whose arrays Debezium leaves out, whatever is configured
+/// (`PostgresValueConverter`: "These array types still need to be implemented").
+fn has_no_array(element: u32) -> bool {
+    const NAME: u32 = 19;
+    const XML: u32 = 142;
+    const REFCURSOR: u32 = 1790;
+    let without = [oid::MONEY, NAME, oid::INTERVAL, oid::VARBIT, XML, oid::POINT, REFCURSOR];
+    without.contains(&element)
 }
 
 /// Built-in types that are strings there. What is not among them is unknown to Debezium:

@@ -64,6 +64,9 @@ impl BackfillView {
         if let Some(percent) = self.percent {
             text += &format!(" ({percent:.1} %)");
         }
+        if self.left_out > 0 {
+            text += &format!(", {} of them not sent", self.left_out);
+        }
         if let Some(rate) = self.rows_per_second {
             text += &format!(", {rate:.0} rows/s");
         }
@@ -123,6 +126,9 @@ mod tests {
         assert_eq!(BackfillView::new(&one, None).percent, Some(99.9));
         one.state = RunState::Done;
         assert_eq!(BackfillView::new(&one, None).percent, Some(100.0));
+        (one.rows, one.left_out) = (2_500, 2_000);
+        let line = "public.orders: done, 2500 rows (100.0 %), 2000 of them not sent";
+        assert_eq!(BackfillView::new(&one, None).line(), line);
         (one.state, one.error) = (RunState::Failed, Some("the table was truncated".into()));
         assert!(BackfillView::new(&one, None).line().ends_with("; the table was truncated"));
     }

@@ -28,6 +28,8 @@ pub(super) struct Described {
     pub(super) role: Role,
     /// The first column whose type is not among those that this session read of the catalog.
     pub(super) unknown_type: Option<usize>,
+    /// Its key from where the catalog was read on, if that is another one.
+    pub(super) later_key: Option<Vec<usize>>,
 }
 
 /// What the changes of a table are to the relay.
@@ -63,13 +65,18 @@ pub(super) fn describe(
     let full_name = captured.map_or(&described, |(name, _)| name);
     let captured = captured.map(|(_, captured)| captured);
     let (identity, version) = (identity(relation), version(relation));
+    let key_of =
+        |is_older| key(relation.replica_identity, &identity, &columns, version, captured, is_older);
+    let key = key_of(is_older);
+    let later_key = (is_older && captured.is_some()).then(|| key_of(false));
+    let later_key = later_key.filter(|later| *later != key);
     let table = Arc::new(Table {
         database: options.database.clone(),
         oid: relation.id,
         version,
         schema: schema.to_owned(),
         name: name.to_owned(),
-        key: key(relation.replica_identity, &identity, &columns, version, captured, is_older),
+        key,
         full_name: full_name.as_str().into(),
         columns,
         identity,
@@ -90,7 +97,7 @@ pub(super) fn describe(
         Role::Unwanted
     };
     let unknown_type = table.columns.iter().position(|c| !options.types.knows(c.type_oid));
-    Ok(Described { table, role, unknown_type })
+    Ok(Described { table, role, unknown_type, later_key })
 }
 
 /// Whether each change of the table says which row it is about, by the key that the catalog names.

@@ -59,8 +59,30 @@ impl Assembler {
                 self.described = Some(DescribedAt { table, position, xid: transaction.xid });
             }
         }
+        self.has_later_keys |= described.later_key.is_some();
         self.tables.insert(relation.id, described);
         Ok(())
+    }
+
+    /// A transaction began that is younger than what was read of the catalog. What the stream says
+    /// of a table with REPLICA IDENTITY FULL is the same after its key was changed, so from here on
+    /// the key is that of the catalog.
+    pub(super) fn take_later_keys(&mut self, out: &mut Vec<Item>) {
+        self.has_later_keys = false;
+        let mut found = Vec::new();
+        for described in self.tables.values_mut() {
+            let Some(key) = described.later_key.take() else { continue };
+            let table = Arc::new(Table { key, ..Table::clone(&described.table) });
+            if describe::names_every_row(&table, &self.options) {
+                found.push(table);
+            }
+        }
+        for table in found {
+            self.announce(&table, out);
+            if let Some(described) = self.tables.get_mut(&table.oid) {
+                described.table = table;
+            }
+        }
     }
 
     /// A partition was described, right after its root.
