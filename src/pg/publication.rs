@@ -332,8 +332,8 @@ pub struct TableFacts {
 /// What a relation is, as far as a publication or its application could stumble over it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Nature {
-    /// In words, where it is not a table: a view, a foreign table. Its rows are never in the WAL as
-    /// its own.
+    /// In words, where it is not a user's table: a view, a foreign table, a catalog. Its rows are
+    /// never in the stream as its own.
     pub other_than_table: Option<&'static str>,
     /// In words, where its rows are not written to the WAL: unlogged or temporary.
     pub not_logged: Option<&'static str>,
@@ -431,16 +431,26 @@ pub async fn read_table(
         generated: names(8)?.unwrap_or_default(),
         leading: names(9)?.unwrap_or_default(),
         may_select: row.try_get(6).map_err(postgres_error)?,
-        nature: nature(&row, lost_leaves)?,
+        nature: nature(&row, oid, lost_leaves)?,
     }))
 }
 
+/// Smaller ones are those of initdb (access/transam.h, `FirstNormalObjectId`).
+const FIRST_NORMAL_OID: u32 = 16384;
+/// Of [`Nature::other_than_table`].
+pub(crate) const CATALOG: &str = "a system catalog";
+
 /// What the columns of [`NATURE`] say, which follow those of the facts.
-fn nature(row: &tokio_postgres::Row, lost_leaves: Vec<(String, &'static str)>) -> Result<Nature> {
+fn nature(
+    row: &tokio_postgres::Row,
+    oid: u32,
+    lost_leaves: Vec<(String, &'static str)>,
+) -> Result<Nature> {
     let failed = postgres_error;
     let immediate = row.try_get::<_, Option<bool>>(3).map_err(failed)?;
     Ok(Nature {
         other_than_table: match row.try_get(10).map_err(failed)? {
+            _ if oid < FIRST_NORMAL_OID => Some(CATALOG),
             "r" | "p" => None,
             "v" => Some("a view"),
             "m" => Some("a materialized view"),

@@ -24,6 +24,8 @@ pub const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
 pub const UNIQUE_VIOLATION: &str = "23505";
 /// A statement was cancelled: it took too long.
 pub const QUERY_CANCELED: &str = "57014";
+/// Something else depends on it.
+pub const DEPENDENT_OBJECTS: &str = "2BP01";
 /// A lock did not come in time.
 pub const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// No table of that name.
@@ -88,7 +90,10 @@ impl ServerError {
 
     /// The error that a caller sees.
     pub fn to_error(&self) -> Error {
-        let (kind, hint) = classify(&self.code);
+        let (kind, mut hint) = classify(&self.code);
+        if self.code == "28000" && self.message.ends_with(NO_LOGIN) {
+            hint = Some("ALTER ROLE ... LOGIN, or name another role in the URL");
+        }
         let message = match quotes_value(&self.code) {
             true => without_quoted(&self.message),
             false => self.message.clone(),
@@ -176,6 +181,9 @@ fn without_quoted(text: &str) -> String {
 fn carries_row_data(code: &str) -> bool {
     code != "22023" && (code.starts_with("22") || code.starts_with("23"))
 }
+
+/// What Postgres says of a role that may not log in; in other languages we do not know it.
+const NO_LOGIN: &str = "is not permitted to log in";
 
 /// What poolers say for many reasons.
 const POOLER: &str = "if this is a connection pooler such as PgBouncer: source.mode = \"wal\" and \
@@ -298,6 +306,18 @@ mod tests {
         };
         let told = "invalid input syntax for type integer: \"***\" (SQLSTATE 22P02)";
         assert_eq!(error.to_error().to_string(), told);
+    }
+
+    #[test]
+    fn a_role_that_may_not_log_in_is_told_from_a_wrong_password() {
+        let error = |message: &str| {
+            let (code, message) = ("28000".into(), message.into());
+            ServerError { code, message, ..Default::default() }.to_error()
+        };
+        let hint = error("role \"relay\" is not permitted to log in");
+        assert!(hint.hint_text().unwrap().contains("ALTER ROLE"));
+        let other = error("no pg_hba.conf entry for host \"::1\"");
+        assert!(other.hint_text().unwrap().contains("pg_hba.conf"));
     }
 
     #[test]

@@ -4,7 +4,9 @@
 //! `init` asks before it makes anything, because the application is the one that fails; `check` and
 //! every start ask again, because the table may have been altered since.
 
-use crate::pg::publication::{CatalogIdentity, Operations, Publication, TableFacts, TableName};
+use crate::pg::publication::{
+    CATALOG, CatalogIdentity, Operations, Publication, TableFacts, TableName,
+};
 
 /// How bad it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -38,7 +40,11 @@ pub fn obstacles(facts: &TableFacts, publication: Option<&Publication>) -> Vec<O
     let (table, quoted) = (&facts.table, facts.table.quoted());
     let mut add = |harm, what: String, hint: String| found.push(Obstacle { harm, what, hint });
     if let Some(kind) = facts.nature.other_than_table {
-        let hint = "remove it from source.tables; capture the tables that it reads".to_owned();
+        let hint = match kind {
+            CATALOG => "remove it from source.tables",
+            _ => "remove it from source.tables; capture the tables that it reads",
+        };
+        let hint = hint.to_owned();
         add(Harm::Impossible, format!("{table} is {kind}, which no publication can hold"), hint);
         return found;
     }
