@@ -7,6 +7,9 @@
 mod before;
 mod poll;
 mod script;
+mod slot;
+
+use std::collections::HashMap;
 
 use serde::Serialize;
 use tokio_postgres::Client;
@@ -15,27 +18,25 @@ use super::{End, Out, print_warning};
 use crate::amqp::topology::{self, Mode};
 use crate::config::Config;
 use crate::config::load;
-use crate::error::{Error, Kind, Result};
-use crate::pg;
+use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::{Options, Settings};
 use crate::pg::migrate;
 use crate::pg::outbox::current_role;
 use crate::pg::publication::{Publication, TableName};
 use crate::pg::publication::{add_tables, create_publication, read_publication, read_table};
-use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
-use crate::pg::slot::{create_slot, drop_slot, insert_lsn, read_slot, server_facts};
+use crate::pg::slot::{ServerFacts, insert_lsn, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
-use crate::position::Lsn;
 use crate::relay;
 use crate::relay::check::partitions::PartitionChange;
 use crate::relay::check::{lost, position};
-use crate::relay::checkpoint::{self, NewCheckpoint};
-use crate::relay::session::{self, facts, rights, wal};
+use crate::relay::checkpoint;
+use crate::relay::session::schemas::Cataloged;
+use crate::relay::session::{self, facts, rights};
+use crate::route::Agreement;
 use crate::secret::Secret;
 use crate::source::SourceKind;
-use crate::verdict::Verdict;
 
 /// Options of `init`.
 #[derive(Debug, clap::Args)]
@@ -104,7 +105,7 @@ impl Steps {
 pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<End> {
     let admin = admin_options(config, args.admin_url.as_deref())?;
     if args.print_sql {
-        return script::print(config, &admin).await;
+        return script::print(config, &admin, args).await;
     }
     let SqlConnection { mut client, closed: _closed } = sql(&admin).await?;
     if admin.settings == Settings::Relay {
@@ -118,7 +119,8 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         Some(_) => role_of_source(config).await,
         None => server.user.clone(),
     };
-    before::verify(&client, config, &admin, &server, &role, args.publish_anyway).await?;
+    let publish = before::Publish { anyway: args.publish_anyway, by_another: false };
+    before::verify(&client, config, &admin, &server, &role, publish).await?;
 
     let mut steps = Steps { list: Vec::new(), out };
     schema(&mut steps, &mut client).await?;
@@ -128,7 +130,8 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     match kind {
         SourceKind::Wal => {
             let publication = publication(&mut steps, &client, config).await?;
-            slot_and_checkpoint(&mut steps, &client, config, args, &server, &publication).await?;
+            slot::slot_and_checkpoint(&mut steps, &client, config, args, &server, &publication)
+                .await?;
             schemas(&mut steps, &client, config, &publication).await?;
         }
         SourceKind::Poll => {
@@ -238,16 +241,6 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
             steps.add(Done::Created, "publication", detail(&wanted));
         }
         Some(there) => {
-            if !there.via_root {
-                let quoted = postgres_protocol::escape::escape_identifier(name);
-                return Err(Error::refused(format!(
-                    "publication {name:?} publishes partitions under their own names"
-                ))
-                .hint(format!(
-                    "ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true), \
-                     or set source.publication to another one"
-                )));
-            }
             let is_there = |table: &TableName| there.tables.iter().any(|t| t.table == *table);
             let missing: Vec<TableName> = wanted.iter().filter(|t| !is_there(t)).cloned().collect();
             if missing.is_empty() {
@@ -260,77 +253,6 @@ async fn publication(steps: &mut Steps, client: &Client, config: &Config) -> Res
     }
     let made = read_publication(client, name).await?;
     made.ok_or_else(|| Error::protocol(format!("publication {name:?} was dropped during init")))
-}
-
-async fn slot_and_checkpoint(
-    steps: &mut Steps,
-    client: &Client,
-    config: &Config,
-    args: &Args,
-    server: &ServerFacts,
-    publication: &Publication,
-) -> Result<()> {
-    let name = &config.relay.slot;
-    let row = checkpoint::read(client, &config.relay.name).await?;
-    row.iter().try_for_each(|row| checkpoint::is_of(row, &config.relay.name, SourceKind::Wal))?;
-    if let Some(row) = &row
-        && row.slot != *name
-    {
-        let text = format!(
-            "the checkpoint of relay {:?} belongs to slot {:?}, but source.slot is {name:?}",
-            config.relay.name, row.slot
-        );
-        return Err(Error::named(Verdict::OtherSlot, text)
-            .hint("set source.slot to that slot, or choose another name for a new relay"));
-    }
-    refuse_shared_slot(client, config).await?;
-    let slot = read_slot(client, name).await?;
-    let consistent_point = match (slot, row) {
-        (Some(slot), Some(row)) => {
-            position(client, config).await?;
-            steps.add(Done::Exists, "slot", slot_detail(name, slot.confirmed_flush_lsn));
-            steps.add(
-                Done::Exists,
-                "checkpoint",
-                format!("{} at {}", config.relay.name, row.flush_lsn),
-            );
-            return agree(steps, client, config).await;
-        }
-        (None, Some(_)) => return position(client, config).await,
-        (Some(slot), None) => {
-            let point = check_fresh_slot(&slot, server)?;
-            refuse_older_rows(steps, client, config, args).await?;
-            steps.add(Done::Exists, "slot", slot_detail(name, Some(point)));
-            point
-        }
-        (None, None) => {
-            refuse_older_rows(steps, client, config, args).await?;
-            let point = create_slot_without_gap(client, config, args).await?;
-            steps.add(Done::Created, "slot", slot_detail(name, Some(point)));
-            point
-        }
-    };
-    let new = NewCheckpoint {
-        name: config.relay.name.clone(),
-        slot: name.clone(),
-        publication: publication.name.clone(),
-        publication_oid: publication.oid,
-        consistent_point,
-        system_id: server.system_identifier,
-        timeline: server.timeline,
-    };
-    let created = checkpoint::create(client, &new).await?;
-    let done = if created { Done::Created } else { Done::Exists };
-    steps.add(done, "checkpoint", format!("{} at {consistent_point}", config.relay.name));
-    agree(steps, client, config).await
-}
-
-/// Fails when the relay may not resume from its checkpoint.
-async fn position(client: &Client, config: &Config) -> Result<()> {
-    let found = facts::read(client, &config.relay).await?;
-    let history = wal::ancestors_for(&config.relay.sql, &found).await?;
-    let (row, slot, server) = found.position();
-    position::verify(row, server, slot, &history).map(drop)
 }
 
 /// Records the publication as it is now, which the relay expects from then on. Where it is in doubt
@@ -352,6 +274,23 @@ async fn agree(steps: &mut Steps, client: &Client, config: &Config) -> Result<()
     }
 }
 
+/// The captured tables as they are, which have what their routes name, and what the routes are
+/// agreed with.
+async fn fitting_schemas(
+    client: &Client,
+    options: &relay::Options,
+    publication: &Publication,
+) -> Result<(Vec<Cataloged>, HashMap<(String, String), Agreement>)> {
+    let mut tables = Vec::new();
+    for table in &options.tables {
+        tables.extend(read_table(client, &table.parse()?).await?);
+    }
+    let tables = session::schemas::catalog(client, publication, &tables).await?;
+    let agreed = session::schemas::agreed(client, &options.name).await?;
+    session::schemas::verify(options, &tables, &agreed)?;
+    Ok((tables, agreed))
+}
+
 /// Agrees routes of captured tables that are new with their tables as they are now.
 async fn schemas(
     steps: &mut Steps,
@@ -361,134 +300,13 @@ async fn schemas(
 ) -> Result<()> {
     let options = &config.relay;
     let at = insert_lsn(client).await?;
-    let mut tables = Vec::new();
-    for table in &options.tables {
-        tables.extend(read_table(client, &table.parse()?).await?);
-    }
-    let tables = session::schemas::catalog(client, publication, &tables).await?;
-    let agreed = session::schemas::agreed(client, &options.name).await?;
-    session::schemas::verify(options, &tables, &agreed)?;
+    let (tables, agreed) = fitting_schemas(client, options, publication).await?;
     let new = session::schemas::agree_first(client, options, &tables, &agreed, at).await?;
     for (route, table) in new {
         let detail = format!("route {route:?} sends {table} with the columns that it has now");
         steps.add(Done::Created, "agreement", detail);
     }
     Ok(())
-}
-
-fn slot_detail(name: &str, at: Option<Lsn>) -> String {
-    format!("{name} at {}", at.unwrap_or(Lsn::ZERO))
-}
-
-async fn refuse_shared_slot(client: &Client, config: &Config) -> Result<()> {
-    const SQL: &str = include_str!("../../sql/query/checkpoint_of_slot.sql");
-    let slot = &config.relay.slot;
-    let row = unnamed::query_opt(client, SQL, &[slot, &config.relay.name])
-        .await
-        .map_err(postgres_error)?;
-    match row {
-        None => Ok(()),
-        Some(row) => Err(Error::config(format!(
-            "slot {slot:?} belongs to relay {:?}, but this relay is {:?}",
-            row.get::<_, String>(0),
-            config.relay.name
-        ))
-        .hint("each relay needs its own slot: set source.slot to a name that is not in use")),
-    }
-}
-
-/// A slot without a checkpoint: created by hand, or by an `init` that was interrupted.
-fn check_fresh_slot(slot: &SlotState, server: &ServerFacts) -> Result<Lsn> {
-    let name = &slot.name;
-    let fits = slot.plugin.as_deref() == Some("pgoutput")
-        && slot.database.as_deref() == Some(&*server.database)
-        && !slot.temporary
-        && !slot.two_phase
-        && slot.wal_status != Some(WalStatus::Lost);
-    match slot.confirmed_flush_lsn {
-        Some(_) if fits && let Some(pid) = slot.active_pid => {
-            let text = format!("slot {name:?} has no checkpoint, and pid {pid} reads it");
-            Err(Error::new(Kind::Busy, text).hint(
-                "stop that reader if this relay is to use the slot, or set another source.slot",
-            ))
-        }
-        Some(point) if fits => Ok(point),
-        None if fits && let Some(pid) = slot.active_pid => {
-            let text = format!(
-                "slot {name:?} is being created by pid {pid}, perhaps for an `init` that was \
-                 interrupted; it waits for open transactions to end"
-            );
-            Err(Error::new(Kind::Busy, text).hint("end those transactions, then run init again"))
-        }
-        Some(_) | None => Err(Error::refused(format!(
-            "slot {name:?} is the wrong kind ({}, wal_status {}); expected a permanent pgoutput \
-             slot of database {:?}",
-            slot.kind(),
-            slot.wal_status.map_or("none", WalStatus::as_str),
-            server.database
-        ))
-        .hint("set source.slot to another name")),
-    }
-}
-
-/// Counting stops here; a larger number would tell nothing new.
-const COUNT_MAX: i64 = 1_000_000;
-
-async fn count_rows(client: &Client, config: &Config) -> Result<i64> {
-    const SQL: &str = include_str!("../../sql/query/outbox_count.sql");
-    let outbox = &config.relay.outbox;
-    if outbox.is_mapped() {
-        return pg::outbox::count(client, &outbox.table, COUNT_MAX).await;
-    }
-    Ok(unnamed::query_one(client, SQL, &[&COUNT_MAX]).await.map_err(postgres_error)?.get(0))
-}
-
-async fn refuse_older_rows(
-    steps: &mut Steps,
-    client: &Client,
-    config: &Config,
-    args: &Args,
-) -> Result<()> {
-    older_rows(steps, client, config, args, "the slot").await
-}
-
-/// `begin` is where the relay begins.
-async fn older_rows(
-    steps: &mut Steps,
-    client: &Client,
-    config: &Config,
-    args: &Args,
-    begin: &str,
-) -> Result<()> {
-    let count = count_rows(client, config).await?;
-    if count == 0 {
-        return Ok(());
-    }
-    let more = if count == COUNT_MAX { " or more" } else { "" };
-    if args.skip_existing {
-        steps.add(Done::Skipped, "outbox", format!("{count}{more} rows older than {begin}"));
-        return Ok(());
-    }
-    Err(Error::refused(format!(
-        "{} has {count}{more} rows that are older than {begin}; they would never be published",
-        config.relay.outbox.table
-    ))
-    .hint("pass --skip-existing to leave them unpublished, or empty the outbox first"))
-}
-
-/// Creates the slot. A row that commits between the count and the slot's consistent point would be
-/// missed silently; so if rows have appeared meanwhile, the slot is dropped again.
-async fn create_slot_without_gap(client: &Client, config: &Config, args: &Args) -> Result<Lsn> {
-    let name = &config.relay.slot;
-    let point = create_slot(client, name, config.failover).await?;
-    if args.skip_existing || count_rows(client, config).await? == 0 {
-        return Ok(point);
-    }
-    drop_slot(client, name).await?;
-    Err(Error::refused("an application wrote to the outbox while the slot was being created").hint(
-        "stop the application and empty the outbox, or pass --skip-existing to leave its rows \
-         unpublished",
-    ))
 }
 
 /// A mapped table is its application's own: nobody is let into the outbox that no relay reads.

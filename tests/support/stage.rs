@@ -118,6 +118,11 @@ impl Stage {
         std::fs::write(&self.config, all).expect("the configuration is written");
     }
 
+    /// Where the configuration file is.
+    pub fn config(&self) -> &PathBuf {
+        &self.config
+    }
+
     /// The configuration file.
     pub fn configuration(&self) -> String {
         std::fs::read_to_string(&self.config).expect("the configuration")

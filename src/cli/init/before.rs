@@ -18,9 +18,31 @@ use crate::relay::check::publishable::{Harm, Obstacle, inside_another, obstacles
 use crate::relay::check::server::encoding_risk;
 use crate::relay::check::tables;
 use crate::relay::session::outbox::{self, Mapped};
-use crate::relay::session::rights;
+use crate::relay::session::rights::{self, Lack};
 use crate::route::keys_of;
 use crate::source::SourceKind;
+
+/// What is known of the publication to come.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Publish {
+    /// Also tables whose application cannot change them then.
+    pub(super) anyway: bool,
+    /// Another role than that of the connection will make it all.
+    pub(super) by_another: bool,
+}
+
+impl Publish {
+    /// What the connected role cannot do is only said when another one does it.
+    fn unless_by_another(self, checked: Result<()>) -> Result<()> {
+        match checked {
+            Err(error) if self.by_another => {
+                print_warning(&format!("{error}; {}", error.hint_or_kind()));
+                Ok(())
+            }
+            checked => checked,
+        }
+    }
+}
 
 /// Refuses what is certain to go wrong, and warns of what may.
 ///
@@ -32,22 +54,39 @@ pub(super) async fn verify(
     admin: &Options,
     server: &ServerFacts,
     role: &str,
-    publish_anyway: bool,
+    publish: Publish,
 ) -> Result<()> {
     check_server(client, config, server).await?;
     warn_of_encoding(client).await?;
     check_relay_role(client, config, server, role).await?;
     if config.relay.kind == SourceKind::Poll {
-        check_sight(client, config, role).await?;
+        check_sight(client, config, role, publish).await?;
         return check_mapping(client, config, role).await;
     }
     if read_slot(client, &config.relay.slot).await?.is_none() {
         let what = format!("role {:?} may not create the replication slot", server.user);
-        may_replicate(client, admin, &what).await?;
+        publish.unless_by_another(may_replicate(client, admin, &what).await)?;
     }
-    check_sight(client, config, role).await?;
-    check_outbox(client, config, (server, role), publish_anyway).await?;
-    check_tables(client, config, server, publish_anyway).await
+    check_sight(client, config, role, publish).await?;
+    let publication = read_publication(client, &config.relay.publication).await?;
+    if let Some(there) = &publication {
+        publishes_roots(there)?;
+    }
+    check_outbox(client, config, (server, role), publication.as_ref(), publish).await?;
+    check_tables(client, config, server, publication.as_ref(), publish).await
+}
+
+fn publishes_roots(there: &Publication) -> Result<()> {
+    if there.via_root {
+        return Ok(());
+    }
+    let name = &there.name;
+    let quoted = postgres_protocol::escape::escape_identifier(name);
+    Err(Error::refused(format!("publication {name:?} publishes partitions under their own names"))
+        .hint(format!(
+            "ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true), \
+             or set source.publication to another one"
+        )))
 }
 
 /// Refuses what would fail later, after half of the steps.
@@ -136,14 +175,16 @@ async fn may_replicate(client: &Client, options: &Options, what: &str) -> Result
 
 /// Row-level security on tables that are there already, for the role that runs `init` and for that
 /// of `source.url`: neither may take hidden rows for absent ones. Privileges may still be granted.
-async fn check_sight(client: &Client, config: &Config, role: &str) -> Result<()> {
-    for role in [None, Some(role)] {
-        let mut lacks = rights::lacking(client, role, config.relay.kind).await?;
-        lacks.retain(|lack| lack.hidden && !lack.app);
-        lacks.iter_mut().for_each(|lack| lack.privileges.clear());
-        rights::verify(&lacks)?;
-    }
-    Ok(())
+async fn check_sight(client: &Client, config: &Config, role: &str, publish: Publish) -> Result<()> {
+    let kind = config.relay.kind;
+    publish.unless_by_another(sees_all(rights::lacking(client, None, kind).await?))?;
+    sees_all(rights::lacking(client, Some(role), kind).await?)
+}
+
+fn sees_all(mut lacks: Vec<Lack>) -> Result<()> {
+    lacks.retain(|lack| lack.hidden && !lack.app);
+    lacks.iter_mut().for_each(|lack| lack.privileges.clear());
+    rights::verify(&lacks)
 }
 
 /// The same where it is polled: nothing of it is published.
@@ -167,25 +208,25 @@ async fn check_outbox(
     client: &Client,
     config: &Config,
     (server, role): (&ServerFacts, &str),
-    publish_anyway: bool,
+    publication: Option<&Publication>,
+    publish: Publish,
 ) -> Result<()> {
     let options = &config.relay;
-    let publication = read_publication(client, &options.publication).await?;
     let Some(mapped) = outbox::read(client, options, Some(role)).await? else { return Ok(()) };
     let (table, kind) = (&options.outbox, options.kind);
-    check::outbox::fits(table, mapped.found(), publication.as_ref(), kind)?;
+    check::outbox::fits(table, mapped.found(), publication, kind)?;
     warn_if_slow(options, &mapped);
-    refuse_obstacles(&mapped.facts, publication.as_ref(), publish_anyway)?;
-    may_publish(server, &mapped.facts, publication.as_ref())
+    refuse_obstacles(&mapped.facts, publication, publish)?;
+    publish.unless_by_another(may_publish(server, &mapped.facts, publication))
 }
 
 async fn check_tables(
     client: &Client,
     config: &Config,
     server: &ServerFacts,
-    publish_anyway: bool,
+    publication: Option<&Publication>,
+    publish: Publish,
 ) -> Result<()> {
-    let publication = read_publication(client, &config.relay.publication).await?;
     let mut found = Vec::new();
     for name in &config.relay.tables {
         let table: TableName = name.parse()?;
@@ -200,7 +241,7 @@ async fn check_tables(
             }
             return Err(Error::refused(what).hint("create it, or remove it from source.tables"));
         };
-        check_table(config, server, &facts, publication.as_ref(), publish_anyway)?;
+        check_table(config, server, &facts, publication, publish)?;
         found.push(facts);
     }
     match inside_another(&found) {
@@ -216,18 +257,18 @@ fn check_table(
     server: &ServerFacts,
     facts: &TableFacts,
     publication: Option<&Publication>,
-    publish_anyway: bool,
+    publish: Publish,
 ) -> Result<()> {
     if facts.nature.other_than_table.is_none() {
         tables::keys_its_changes(facts, publication)?;
     }
-    refuse_obstacles(facts, publication, publish_anyway)?;
+    refuse_obstacles(facts, publication, publish)?;
     for (route, key) in keys_of(&config.relay.rules, &facts.table.to_string()) {
         if let Some((what, hint)) = tables::hides_route_key(facts, route, key) {
             print_warning(&format!("{what}; {hint}"));
         }
     }
-    may_publish(server, facts, publication)
+    publish.unless_by_another(may_publish(server, facts, publication))
 }
 
 fn is_published(facts: &TableFacts, publication: Option<&Publication>) -> bool {
@@ -237,13 +278,13 @@ fn is_published(facts: &TableFacts, publication: Option<&Publication>) -> bool {
 fn refuse_obstacles(
     facts: &TableFacts,
     publication: Option<&Publication>,
-    publish_anyway: bool,
+    publish: Publish,
 ) -> Result<()> {
     let is_there = is_published(facts, publication);
     for Obstacle { harm, what, hint } in obstacles(facts, publication) {
         let fatal = match harm {
             Harm::Less => false,
-            Harm::Partly | Harm::Absent | Harm::Breaks => !publish_anyway && !is_there,
+            Harm::Partly | Harm::Absent | Harm::Breaks => !publish.anyway && !is_there,
             Harm::Impossible => true,
         };
         if !fatal {

@@ -3,14 +3,15 @@
 
 use tokio_postgres::Client;
 
-use super::{Args, Done, Steps, older_rows};
+use super::slot::rows_before;
+use super::{Args, Done, Steps};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::pg::slot::ServerFacts;
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::relay::check::polling::{self, Index, missing_indexes};
-use crate::relay::checkpoint;
+use crate::relay::checkpoint::{self, Checkpoint};
 use crate::relay::session::poll;
 use crate::source::SourceKind;
 use crate::source::poll::MadeWith;
@@ -33,19 +34,7 @@ pub(super) async fn indexes(steps: &mut Steps, client: &mut Client, config: &Con
         steps.add(Done::Exists, WHAT, format!("watership.outbox {}", columns.join(" and ")));
         return Ok(());
     }
-    let size = "SELECT coalesce(sum(pg_catalog.pg_relation_size(relid)), 0)::bigint \
-        FROM pg_catalog.pg_partition_tree('watership.outbox'::regclass)";
-    let size: i64 = unnamed::query_one(client, size, &[]).await.map_err(postgres_error)?.get(0);
-    if size > INDEXED_MAX {
-        let (size, most) = (size >> 20, INDEXED_MAX >> 20);
-        return Err(Error::refused(format!(
-            "watership.outbox has {size} MiB and lacks an index for polling; init makes it only up \
-             to {most} MiB, because every INSERT waits meanwhile"
-        ))
-        .hint(
-            "docs/sources.md shows how to make it while applications write; then run init again",
-        ));
-    }
+    may_index(client).await?;
     let tx = client.transaction().await.map_err(postgres_error)?;
     tx.batch_execute("SET LOCAL ROLE watership_owner; SET LOCAL lock_timeout = '5s'")
         .await
@@ -61,6 +50,42 @@ pub(super) async fn indexes(steps: &mut Steps, client: &mut Client, config: &Con
     Ok(())
 }
 
+/// Refuses to make an index while its writers would wait for long.
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`] with what to do; the server's.
+pub(super) async fn may_index(client: &Client) -> Result<()> {
+    let size = "SELECT coalesce(sum(pg_catalog.pg_relation_size(relid)), 0)::bigint \
+        FROM pg_catalog.pg_partition_tree('watership.outbox'::regclass)";
+    let size: i64 = unnamed::query_one(client, size, &[]).await.map_err(postgres_error)?.get(0);
+    if size > INDEXED_MAX {
+        let (size, most) = (size >> 20, INDEXED_MAX >> 20);
+        return Err(Error::refused(format!(
+            "watership.outbox has {size} MiB and lacks an index for polling; init makes it only up \
+             to {most} MiB, because every INSERT waits meanwhile"
+        ))
+        .hint(
+            "docs/sources.md shows how to make it while applications write; then run init again",
+        ));
+    }
+    Ok(())
+}
+
+/// Where a relay begins that polls.
+pub(super) const FIRST_POLL: &str = "its first poll";
+
+/// The checkpoint, from which the relay may go on.
+///
+/// # Errors
+/// A named verdict, or what [`checkpoint::is_of`] refuses; the server's.
+pub(super) async fn resumes(client: &Client, config: &Config) -> Result<Option<Checkpoint>> {
+    let name = &config.relay.name;
+    let Some(row) = checkpoint::read(client, name).await? else { return Ok(None) };
+    checkpoint::is_of(&row, name, SourceKind::Poll)?;
+    poll::read(client, &config.relay).await?.verify()?;
+    Ok(Some(row))
+}
+
 pub(super) async fn checkpoint(
     steps: &mut Steps,
     client: &Client,
@@ -71,15 +96,15 @@ pub(super) async fn checkpoint(
     const WHAT: &str = "checkpoint";
     const CREATE: &str = include_str!("../../../sql/query/poll_create.sql");
     let name = &config.relay.name;
-    if let Some(row) = checkpoint::read(client, name).await? {
-        checkpoint::is_of(&row, name, SourceKind::Poll)?;
-        poll::read(client, &config.relay).await?.verify()?;
+    if let Some(row) = resumes(client, config).await? {
         steps.add(Done::Exists, WHAT, format!("{name} at batch {}", row.flush().0));
         return Ok(());
     }
     let facts = poll::facts(client, &config.relay, None).await?;
     polling::verify_transactions(&facts)?;
-    older_rows(steps, client, config, args, "its first poll").await?;
+    if let Some(rows) = rows_before(client, config, args.skip_existing, FIRST_POLL).await? {
+        steps.add(Done::Skipped, "outbox", rows);
+    }
     let (system, timeline) = (server.system_identifier.to_string(), i64::from(server.timeline));
     let table = config.relay.outbox.table.to_string();
     let (oid, order_by, xid) = MadeWith::stored(facts.made_with());

@@ -1,9 +1,12 @@
-//! `init --print-sql`: what `init` would run, for somebody who runs it by hand.
+//! `init --print-sql`: what `init` would run, for somebody who runs it by hand. What `init` refuses
+//! is refused here, too, except for what the connected role cannot do: another one runs the script.
 
 use postgres_protocol::escape::{escape_identifier, escape_literal};
 use tokio_postgres::Client;
 
-use super::role_of_source;
+use super::before::{self, Publish};
+use super::slot::{self, Begin, older_rows, rows_before};
+use super::{Args, fitting_schemas, poll, role_of_source};
 use crate::cli::{End, print_warning};
 use crate::config::Config;
 use crate::error::Result;
@@ -14,26 +17,25 @@ use crate::pg::outbox::read_indexes;
 use crate::pg::publication::{
     Publication, TableName, add_statement, create_statement, read_publication,
 };
-use crate::pg::slot::{create_statement as create_slot, read_slot};
-use crate::pg::sqlstate::postgres_error;
+use crate::pg::slot::{ServerFacts, create_statement as create_slot, server_facts};
+use crate::pg::sqlstate::{INSUFFICIENT_PRIVILEGE, postgres_error};
 use crate::pg::statement::fill;
 use crate::pg::unnamed;
 use crate::relay;
 use crate::relay::check::polling::{self, Index, missing_indexes};
-use crate::relay::checkpoint;
 use crate::source::SourceKind;
 use crate::source::outbox::Polled;
 
 /// What is there already.
-#[derive(Default)]
 struct Found {
     pending: Vec<Migration>,
     /// The role that a connection to source.url gets.
     user: String,
     member: bool,
+    /// Whether our schema is there, even if it lacks migrations.
+    installed: bool,
     publication: Option<Publication>,
-    slot: bool,
-    checkpoint: bool,
+    begin: Begin,
     /// Indexes that polling lacks, with their statements.
     indexes: Vec<Index>,
 }
@@ -47,10 +49,18 @@ impl Found {
     fn nothing(config: &Config) -> Self {
         let (pending, indexes) = (migrate::OUTBOX.migrations.to_vec(), own_indexes());
         let user = config.relay.sql.user.clone();
-        Self { pending, user, indexes, ..Self::default() }
+        Self {
+            pending,
+            user,
+            member: false,
+            installed: false,
+            publication: None,
+            begin: Begin::Neither,
+            indexes,
+        }
     }
 
-    async fn read(client: &Client, config: &Config) -> Result<Self> {
+    async fn read(client: &Client, config: &Config, server: &ServerFacts) -> Result<Self> {
         let pending = migrate::OUTBOX.pending(client).await?;
         let installed = pending.len() < migrate::OUTBOX.migrations.len();
         let member = "SELECT coalesce(bool_or(pg_has_role(u.oid, g.oid, 'USAGE')), false) \
@@ -59,14 +69,21 @@ impl Found {
         let user = role_of_source(config).await;
         let member =
             unnamed::query_one(client, member, &[&user]).await.map_err(postgres_error)?.get(0);
-        let name = &config.relay.name;
+        let begin = match config.relay.kind {
+            SourceKind::Wal => slot::begin(client, config, server, installed).await?,
+            SourceKind::Poll if !installed => Begin::Neither,
+            SourceKind::Poll => match poll::resumes(client, config).await? {
+                Some(row) => Begin::Both { slot: None, checkpoint: row.flush_lsn },
+                None => Begin::Neither,
+            },
+        };
         Ok(Self {
             pending,
             user,
             member,
+            installed,
             publication: read_publication(client, &config.relay.publication).await?,
-            slot: read_slot(client, &config.relay.slot).await?.is_some(),
-            checkpoint: installed && checkpoint::read(client, name).await?.is_some(),
+            begin,
             indexes: match installed {
                 true => {
                     let there = read_indexes(client, &TableName::outbox()).await?;
@@ -76,28 +93,70 @@ impl Found {
             },
         })
     }
+
+    /// What `init` refuses after its first steps.
+    async fn verify(&self, client: &Client, config: &Config, skip: bool) -> Result<()> {
+        let relay = &config.relay;
+        if self.installed || relay.outbox.is_mapped() {
+            let rows = match (relay.kind, self.begin) {
+                (SourceKind::Wal, begin) => older_rows(client, config, skip, begin).await,
+                (SourceKind::Poll, Begin::Neither) => {
+                    rows_before(client, config, skip, poll::FIRST_POLL).await
+                }
+                (SourceKind::Poll, Begin::Both { .. } | Begin::Slot(_)) => Ok(None),
+            };
+            match rows {
+                Ok(None) => {}
+                Ok(Some(rows)) => print_warning(&format!("not published: {rows}")),
+                Err(error) if error.sqlstate() == Some(INSUFFICIENT_PRIVILEGE) => print_warning(
+                    &format!("{}: {error}; the SQL looks for rows itself", relay.outbox.table),
+                ),
+                Err(error) => return Err(error),
+            }
+        }
+        if !self.pending.is_empty() {
+            return Ok(());
+        }
+        match (relay.kind, &self.publication) {
+            (SourceKind::Wal, Some(there)) => fitting_schemas(client, relay, there).await.map(drop),
+            (SourceKind::Wal, None) => Ok(()),
+            (SourceKind::Poll, _) if relay.outbox.is_mapped() || self.indexes.is_empty() => Ok(()),
+            (SourceKind::Poll, _) => poll::may_index(client).await,
+        }
+    }
 }
 
 /// Prints it, and changes nothing.
 ///
 /// # Errors
-/// Where the configuration names no table, or the server's; a server that cannot be reached is
-/// taken for one with an empty database.
-pub(super) async fn print(config: &Config, admin: &Options) -> Result<End> {
+/// Where the configuration names no table; what `init` refuses; the server's. A server that cannot
+/// be reached is taken for one with an empty database.
+pub(super) async fn print(config: &Config, admin: &Options, args: &Args) -> Result<End> {
     let found = match sql(admin).await {
-        Ok(SqlConnection { client, closed: _closed }) => Found::read(&client, config).await?,
+        Ok(SqlConnection { client, closed: _closed }) => {
+            let server = server_facts(&client).await?;
+            let role = match args.admin_url {
+                Some(_) => role_of_source(config).await,
+                None => server.user.clone(),
+            };
+            let publish = Publish { anyway: args.publish_anyway, by_another: true };
+            before::verify(&client, config, admin, &server, &role, publish).await?;
+            let found = Found::read(&client, config, &server).await?;
+            found.verify(&client, config, args.skip_existing).await?;
+            found
+        }
         Err(error) => {
             print_warning(&format!("{error}; the SQL is that for an empty database"));
             Found::nothing(config)
         }
     };
-    let text = script(config, &found)?;
+    let text = script(config, &found, args.skip_existing)?;
     // `head` closes the pipe early; that is not our failure.
     let _ = std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes());
     Ok(End::Fine)
 }
 
-fn script(config: &Config, found: &Found) -> Result<String> {
+fn script(config: &Config, found: &Found, skip: bool) -> Result<String> {
     const CHECKPOINT: &str = include_str!("../../../sql/query/checkpoint_by_hand.sql");
     let relay = &config.relay;
     let mut text = format!(
@@ -113,7 +172,7 @@ fn script(config: &Config, found: &Found) -> Result<String> {
         text += &format!("GRANT watership_relay TO {};\n\n", escape_identifier(&found.user));
     }
     if relay.kind == SourceKind::Poll {
-        text += &polling(relay, found);
+        text += &polling(relay, found, skip);
         return Ok(text + &last(relay));
     }
     let wanted: Vec<TableName> = relay.wanted().iter().map(|t| t.parse()).collect::<Result<_>>()?;
@@ -128,13 +187,19 @@ fn script(config: &Config, found: &Found) -> Result<String> {
             }
         }
     }
-    if !found.slot {
+    if found.begin == Begin::Neither {
+        let slot = escape_literal(&relay.slot);
         text +=
             "-- Before applications write: a row that is older than the slot is never streamed.\n";
-        text += &create_slot(config.failover).replace("$1::text", &escape_literal(&relay.slot));
-        text += ";\n\n";
+        let undo = format!("PERFORM pg_drop_replication_slot({slot});");
+        let [before, after] = ["NULL;", &undo].map(|undo| match skip {
+            true => String::new(),
+            false => guard(relay, "the slot", undo),
+        });
+        let create = create_slot(config.failover).replace("$1::text", &slot);
+        text += &format!("{before}{create};\n\n{after}");
     }
-    if !found.checkpoint {
+    if !matches!(found.begin, Begin::Both { .. }) {
         let values = [
             ("name", &*escape_literal(&relay.name)),
             ("slot", &escape_literal(&relay.slot)),
@@ -146,15 +211,28 @@ fn script(config: &Config, found: &Found) -> Result<String> {
     Ok(text + &last(relay))
 }
 
+/// Ends the script where there are rows already.
+fn guard(relay: &relay::Options, begin: &str, undo: &str) -> String {
+    const GUARD: &str = include_str!("../../../sql/query/older_rows_by_hand.sql");
+    let table = &relay.outbox.table;
+    let message = format!("{table} has rows that are older than {begin}");
+    let values =
+        [("outbox", &*table.quoted()), ("message", &escape_literal(&message)), ("undo", undo)];
+    fill(GUARD, &values) + "\n"
+}
+
 /// What a relay that polls needs instead of publication and slot.
-fn polling(relay: &relay::Options, found: &Found) -> String {
+fn polling(relay: &relay::Options, found: &Found, skip: bool) -> String {
     const CHECKPOINT: &str = include_str!("../../../sql/query/poll_by_hand.sql");
     let mut text = String::new();
     // Those of a mapped table are the application's to make; init and check ask for them.
     for Index { statement, .. } in found.indexes.iter().filter(|_| !relay.outbox.is_mapped()) {
         text += &format!("{statement};\n\n");
     }
-    if !found.checkpoint {
+    if found.begin == Begin::Neither {
+        if !skip {
+            text += &guard(relay, poll::FIRST_POLL, "NULL;");
+        }
         text += "-- It begins after what is in the outbox then: existing rows are never sent.\n";
         let table = &relay.outbox.table;
         let mapped = relay.outbox.polled().filter(|_| relay.outbox.is_mapped());
