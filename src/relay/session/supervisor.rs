@@ -77,7 +77,8 @@ pub async fn run(
             break Err(error);
         }
         let healthy = life.streamed.is_some_and(|lived| lived >= HEALTHY);
-        let error = unsendable.judge(error, life.received, life.by_stream, options.binary);
+        let how = (options.kind, options.binary);
+        let error = unsendable.judge(error, life.received, life.by_stream, how);
         has_run |= life.streamed.is_some() || error.kind() == Kind::Busy;
         if healthy {
             backoff.reset();
