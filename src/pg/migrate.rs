@@ -86,6 +86,7 @@ pub const OUTBOX: Schema = Schema {
         migration!(13, "sql", "0013_backfill_moved"),
         migration!(14, "sql", "0014_signed_messages"),
         migration!(15, "sql", "0015_checkpoint_canary"),
+        migration!(16, "sql", "0016_limits_in_utf8"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 1)",
 };

@@ -1,6 +1,7 @@
 //! Servers that are set up otherwise than a developer's own: by a hosting service, read-only, with
 //! synchronous standbys, or in another encoding.
 
+use super::sources::POLL;
 use crate::support::inbox::kinds;
 use crate::support::servers::{Database, database_of, own_database, own_vhost, postgres};
 use crate::support::servers::{own_postgres, private_postgres};
@@ -55,6 +56,50 @@ async fn a_byte_that_is_not_a_character_is_a_verdict_and_resync_continues_past_i
     let relay = stage.start().await;
     stage.execute(&emit("after")).await;
     assert!(kinds(&stage.settled().await).contains(&"after"));
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_polled_row_that_cannot_be_sent_has_only_to_be_corrected() {
+    let setup = Setup { settings: POLL, ..Setup::default() };
+    let stage = Stage::on(database_in("WIN1252").await, own_vhost().await, setup).await;
+    stage.execute("SELECT watership.emit('t', '1', 'e', '\"' || chr(129) || '\"')").await;
+    let ended = stage.spawn().ended().await;
+    ended.expect_code(3).expect_text(&["row_unsendable: ", "correct the row", "start again"]);
+    assert!(!ended.log.contains("watership resync"), "{}", ended.log);
+    stage.execute("UPDATE watership.outbox SET payload = '\"fine\"'").await;
+    let relay = stage.start().await;
+    assert_eq!(stage.settled().await[0].body, "\"fine\"");
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn limits_count_the_bytes_of_the_message_in_every_encoding() {
+    let stage = Stage::on(database_in("LATIN1").await, own_vhost().await, Setup::default()).await;
+    let long = |count: usize| "\u{e4}".repeat(count);
+    let kinds_of = |kind, event| format!("'{}', '1', '{}', '1'", long(kind), long(event));
+    let id_of = |count| format!("'t', '{}', 'e', '1'", long(count));
+    for (most, more) in [(kinds_of(60, 67), kinds_of(60, 68)), (id_of(512), id_of(513))] {
+        for name in ["emit", "emit_wal"] {
+            stage.execute(&format!("SELECT watership.{name}({most})")).await;
+            let refused =
+                stage.sql.batch_execute(&format!("SELECT watership.{name}({more})")).await;
+            let error = refused.expect_err(name);
+            assert_eq!(error.code().map(|code| code.code()), Some("23514"), "{error:?}");
+        }
+    }
+    let typed =
+        |count: usize| format!("SELECT watership.emit_bytes('t', '1', 'e', '', '{}')", long(count));
+    stage.execute(&typed(127)).await;
+    stage.sql.batch_execute(&typed(128)).await.expect_err("256 bytes");
+    let traced = |count: usize| {
+        let headers = format!("{{\"traceparent\": \"{}\"}}", long(count));
+        format!("SELECT watership.emit('t', '1', 'e', '1', '{headers}')")
+    };
+    stage.execute(&traced(127)).await;
+    stage.sql.batch_execute(&traced(128)).await.expect_err("256 bytes");
+    let relay = stage.start().await;
+    assert_eq!(stage.settled().await.len(), 6, "and what was taken is sent");
     relay.stop().await.expect_code(0);
 }
 

@@ -227,6 +227,10 @@ async fn what_no_message_can_carry_is_refused_in_the_application() {
         r#"{"": 1}"#,
         r#"{"na\u0000me": 1}"#,
         r#"{"größe": 1}"#,
+        r#"{"a\nb": 1}"#,
+        r#"{"\n": 1}"#,
+        r#"{"CC\n": 1}"#,
+        r#"{"a\r": 1}"#,
         &format!(r#"{{"{}": 1}}"#, "k".repeat(256)),
         &format!(r#"{{"k": "{}"}}"#, "v".repeat(65_536)),
         "[1]",
@@ -239,6 +243,8 @@ async fn what_no_message_can_carry_is_refused_in_the_application() {
             (aggregate_type, aggregate_id, event_type, payload, headers) \
             VALUES ('t', '1', 'e', '{}', $1::text::jsonb)";
         assert!(admin.execute(insert, &[&headers]).await.is_err(), "{headers:.40}");
+        let emit_wal = "SELECT watership.emit_wal('t', '1', 'e', '{}', $1::text::jsonb)";
+        assert!(admin.query(emit_wal, &[&headers]).await.is_err(), "{headers:.40}");
     }
     let fine = r#"{"X-Request-Id": "1", "CCx": 1, "ws": 1, "nested": {"x-a": 1}}"#;
     let emit = "SELECT watership.emit('t', '1', 'e', '{}', $1::text::jsonb)";
