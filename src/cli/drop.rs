@@ -1,10 +1,10 @@
-//! `watership drop`: removes what `init` made in the database. The slot goes first: it is what
-//! fills a disk when nobody reads it, so no later failure may leave it behind.
+//! `watership drop`: removes what `init` made in the database, all or nothing. The slot cannot be
+//! restored by a rollback, so it goes last, when every lock is held and nothing else can fail.
 
 use std::time::Duration;
 
 use serde::Serialize;
-use tokio_postgres::Client;
+use tokio_postgres::{Client, GenericClient};
 
 use super::{End, Out, init};
 use crate::config::Config;
@@ -13,7 +13,7 @@ use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Settings;
 use crate::pg::publication::{drop_publication, read_publication};
 use crate::pg::slot::{SlotState, drop_slot, end_reader, read_slot};
-use crate::pg::sqlstate::{OBJECT_IN_USE, postgres_error};
+use crate::pg::sqlstate::{DEPENDENT_OBJECTS, LOCK_NOT_AVAILABLE, OBJECT_IN_USE, postgres_error};
 use crate::pg::unnamed;
 use crate::source::SourceKind;
 
@@ -94,12 +94,10 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         return Err(Error::new(Kind::Busy, text)
             .hint("stop the relay first, or pass --force to end its session"));
     }
-    if plan.slot.is_some() {
-        remove_slot(&client, &config.relay.slot, args.force).await?;
-        done(&mut parts, "slot", out);
+    if let Err(error) = remove(&mut client, config, &plan, args.force).await {
+        return Err(kept(&client, error).await);
     }
-    remove_rest(&mut client, config, &plan).await?;
-    for what in ["publication", "relay", "schema"] {
+    for what in ["slot", "publication", "relay", "schema"] {
         done(&mut parts, what, out);
     }
     keeps(&plan, out);
@@ -214,24 +212,24 @@ fn done(parts: &mut [Part], what: &str, out: Out) {
 const TRIES: u32 = 200;
 const BETWEEN: Duration = Duration::from_millis(20);
 
-async fn remove_slot(client: &Client, name: &str, force: bool) -> Result<()> {
+async fn remove_slot(client: &impl GenericClient, name: &str, force: bool) -> Result<()> {
     for _ in 0..TRIES {
         if force {
             end_reader(client, name).await?;
         }
-        match drop_slot(client, name).await {
-            Err(error) if force && error.sqlstate() == Some(OBJECT_IN_USE) => {
-                tokio::time::sleep(BETWEEN).await;
-            }
-            result => return result,
+        // Asked first: an error would end the transaction. The reader that connects in between is
+        // the only way to one.
+        match read_slot(client, name).await? {
+            Some(slot) if force && slot.active_pid.is_some() => tokio::time::sleep(BETWEEN).await,
+            Some(_) => return drop_slot(client, name).await,
+            None => return Ok(()),
         }
     }
     Err(Error::new(Kind::Busy, format!("slot {name:?} is read again and again"))
         .hint("stop the relay first"))
 }
 
-/// The publication and the schema, both or neither.
-async fn remove_rest(client: &mut Client, config: &Config, plan: &Plan) -> Result<()> {
+async fn remove(client: &mut Client, config: &Config, plan: &Plan, force: bool) -> Result<()> {
     const RELAY: &str = include_str!("../../sql/query/drop_relay.sql");
     const SCHEMA: &str = include_str!("../../sql/query/drop_schema.sql");
     let tx = client.transaction().await.map_err(postgres_error)?;
@@ -245,5 +243,30 @@ async fn remove_rest(client: &mut Client, config: &Config, plan: &Plan) -> Resul
         let failed = |e| postgres_error(e).context("dropping the schema watership");
         tx.batch_execute(SCHEMA).await.map_err(failed)?;
     }
+    if plan.slot.is_some() {
+        remove_slot(&tx, &config.relay.slot, force).await?;
+    }
     tx.commit().await.map_err(postgres_error)
+}
+
+/// The error, with what to do: whatever it was, everything is still there.
+async fn kept(client: &Client, error: Error) -> Error {
+    const LOCKED: &str = "SELECT string_agg(DISTINCT l.pid::text, ', ') \
+        FROM pg_catalog.pg_locks AS l \
+        JOIN pg_catalog.pg_class AS c ON c.oid = l.relation \
+        WHERE c.relnamespace = to_regnamespace('watership') AND l.pid <> pg_backend_pid() \
+            AND l.database = (SELECT oid FROM pg_catalog.pg_database \
+                WHERE datname = current_database())";
+    let hint = match error.sqlstate() {
+        Some(LOCK_NOT_AVAILABLE) => {
+            let pids = unnamed::query_one(client, LOCKED, &[]).await;
+            let pids = pids.ok().and_then(|row| row.try_get::<_, Option<String>>(0).ok().flatten());
+            let pids = pids.map_or(String::new(), |pids| format!(" (pid {pids})"));
+            format!("wait for the transactions that use these tables{pids}, or end them")
+        }
+        Some(DEPENDENT_OBJECTS) => "drop or move what depends on it".to_owned(),
+        Some(OBJECT_IN_USE) => "stop the relay, or pass --force".to_owned(),
+        _ => error.hint_or_kind().to_owned(),
+    };
+    error.hint(format!("{hint}; nothing was removed: run `watership drop` again"))
 }

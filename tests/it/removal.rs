@@ -1,6 +1,7 @@
 //! `watership drop`, and `init --print-sql`: what comes into a database by hand, and goes again.
 
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Output};
 
 use serde_json::Value;
 
@@ -64,14 +65,27 @@ async fn drop_leaves_the_relays_beside_it_alone() {
 }
 
 #[tokio::test]
-async fn drop_takes_nothing_of_others_along_and_leaves_no_slot_behind() {
+async fn drop_takes_nothing_of_others_along_and_is_all_or_nothing() {
     let stage = Stage::new(Setup::default()).await;
     stage.execute("CREATE VIEW public.mine AS SELECT id FROM watership.outbox").await;
-    let told = ["dropping the schema watership", "public.mine"];
+    let told = ["dropping the schema watership", "public.mine", "nothing was removed"];
     stage.run(&["drop", "--yes"]).await.expect_code(1).expect_text(&told);
-    assert_eq!(there(&stage).await, "publication,schema", "no slot is left to fill a disk");
+    assert_eq!(there(&stage).await, "slot,publication,schema");
     stage.execute("DROP VIEW public.mine").await;
     stage.run(&["drop", "--yes"]).await.expect_code(0).expect_text(&["removed schema"]);
+    assert_eq!(there(&stage).await, "");
+}
+
+#[tokio::test]
+async fn drop_removes_nothing_while_an_application_holds_the_outbox() {
+    let stage = Stage::new(Setup::default()).await;
+    let holder = stage.database.connect().await;
+    holder.batch_execute(&format!("BEGIN; {TEXT}")).await.expect("an open transaction");
+    let told = ["transactions that use these tables (pid ", "run `watership drop` again"];
+    stage.run(&["drop", "--yes"]).await.expect_code(1).expect_text(&told);
+    assert_eq!(there(&stage).await, "slot,publication,schema");
+    holder.batch_execute("ROLLBACK").await.expect("its end");
+    stage.run(&["drop", "--yes"]).await.expect_code(0).expect_text(&["removed slot"]);
     assert_eq!(there(&stage).await, "");
 }
 
@@ -91,6 +105,97 @@ async fn drop_by_a_role_that_owns_nothing_is_refused_before_anything_goes() {
     assert_eq!(there(&stage).await, "");
 }
 
+/// What `init --print-sql` writes to standard output.
+fn printed(file: &Path) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
+    command.arg("--config").arg(file).args(["init", "--print-sql"]);
+    let output = command.output().expect("it runs");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+/// Runs the script as the first line of it says.
+async fn psql(file: &Path, url: &str, script: &str) -> Output {
+    let path = file.with_extension("sql");
+    std::fs::write(&path, script).expect("the script is written");
+    let own = postgres().await.bin_dir().join("psql");
+    let psql = if own.exists() { own } else { "psql".into() };
+    let mut command = Command::new(psql);
+    command.args(["-q", "-v", "ON_ERROR_STOP=1", "-f"]).arg(&path).arg(url);
+    command.output().expect("psql runs")
+}
+
+#[tokio::test]
+async fn what_init_refuses_is_not_printed_as_sql_either() {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let client = database.connect().await;
+    let sql = "CREATE TABLE public.nopk (v text); CREATE VIEW public.seen AS SELECT * FROM nopk; \
+        CREATE UNLOGGED TABLE public.fast (id int PRIMARY KEY)";
+    client.batch_execute(sql).await.expect("tables");
+    for (table, told) in [
+        ("public.nopk", "public.nopk has no replica identity"),
+        ("public.seen", "public.seen is a view"),
+        ("public.fast", "public.fast is unlogged"),
+        ("public.gone", "captured table public.gone does not exist"),
+        ("pg_catalog.pg_class", "pg_catalog.pg_class is a system catalog"),
+    ] {
+        let setup = Setup { tables: &[table], ..Setup::default() };
+        let (file, _) = configuration(&database.url, "slot_none", &vhost, &setup);
+        for arguments in [&["init"][..], &["init", "--print-sql"]] {
+            let ended = run(&file, arguments).await;
+            ended.expect_code(1).expect_text(&[told]);
+            assert!(!ended.log.contains("CREATE PUBLICATION"), "{}", ended.log);
+        }
+        if table == "public.nopk" {
+            let arguments = ["init", "--print-sql", "--publish-anyway"];
+            run(&file, &arguments).await.expect_code(0).expect_text(&["CREATE PUBLICATION"]);
+        }
+    }
+}
+
+#[tokio::test]
+async fn sql_is_printed_for_another_role_than_the_one_that_looks() {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let role = format!("{}_relay", database.name);
+    let client = database.connect().await;
+    let sql = format!(
+        "CREATE ROLE {role} LOGIN REPLICATION; CREATE TABLE public.items (id int PRIMARY KEY)"
+    );
+    client.batch_execute(&sql).await.expect("a role and a table");
+    let source_url = &postgres().await.url(&role, &database.name);
+    let setup = Setup { source_url, tables: &["public.items"], ..Setup::default() };
+    let (file, _) = configuration(&database.url, "slot_none", &vhost, &setup);
+    let told = ["does not own public.items", "CREATE PUBLICATION"];
+    run(&file, &["init", "--print-sql"]).await.expect_code(0).expect_text(&told);
+}
+
+#[tokio::test]
+async fn the_printed_sql_makes_no_slot_behind_which_something_is_lost() {
+    let stage = Stage::new(Setup::default()).await;
+    let drop_slot = format!("SELECT pg_drop_replication_slot('{}')", stage.slot);
+    stage.execute(&drop_slot).await;
+    let told = ["slot_missing", "do not recreate it by hand"];
+    stage.run(&["init", "--print-sql"]).await.expect_code(3).expect_text(&told);
+    stage.execute("DELETE FROM watership.checkpoint").await;
+
+    let file = stage.config().to_owned();
+    let script = printed(&file);
+    stage.execute(TEXT).await;
+    let told = ["watership.outbox has 1 rows that are older than the slot"];
+    stage.run(&["init", "--print-sql"]).await.expect_code(1).expect_text(&told);
+    let behind = script.replacen("IF EXISTS", "IF false AND EXISTS", 1);
+    assert_ne!(behind, script);
+    for script in [script, behind] {
+        let output = psql(&file, &stage.database.url, &script).await;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(text.contains("watership.outbox has rows that are older than the slot"), "{text}");
+        assert_eq!(there(&stage).await, "publication,schema", "no slot, and no checkpoint");
+    }
+    let skips = stage.run(&["init", "--print-sql", "--skip-existing"]).await;
+    skips.expect_code(0).expect_text(&["pg_create_logical_replication_slot"]);
+    assert!(!skips.log.contains("RAISE"), "{}", skips.log);
+}
+
 #[tokio::test]
 async fn the_printed_sql_does_what_init_does() {
     let (database, vhost) = (own_database().await, own_vhost().await);
@@ -99,23 +204,10 @@ async fn the_printed_sql_does_what_init_does() {
     let setup = Setup { tables: &["public.items"], ..Setup::default() };
     let slot = format!("slot_{}", database.name);
     let (file, _) = configuration(&database.url, &slot, &vhost, &setup);
-    let printed = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
-        command.arg("--config").arg(&file).args(["init", "--print-sql"]);
-        let output = command.output().expect("it runs");
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).expect("UTF-8")
-    };
-    let script = printed();
+    let script = printed(&file);
     let there: String = client.query_one(THERE, &[]).await.unwrap().get(0);
     assert_eq!(there, "", "nothing was changed");
-    let path = file.with_extension("sql");
-    std::fs::write(&path, &script).expect("the script is written");
-    let own = postgres().await.bin_dir().join("psql");
-    let psql = if own.exists() { own } else { "psql".into() };
-    let mut command = Command::new(psql);
-    command.args(["-q", "-v", "ON_ERROR_STOP=1", "-f"]).arg(&path).arg(&database.url);
-    let output = command.output().expect("psql runs");
+    let output = psql(&file, &database.url, &script).await;
     assert!(output.status.success(), "{output:?}\n{script}");
     let ended = run(&file, &["init", "--json"]).await;
     ended.expect_code(0);
@@ -128,6 +220,6 @@ async fn the_printed_sql_does_what_init_does() {
         assert!(is_there, "{step}");
     }
     run(&file, &["check"]).await.expect_code(0);
-    let later = printed();
+    let later = printed(&file);
     assert!(!later.contains("\nCREATE "), "{later}");
 }
