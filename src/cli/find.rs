@@ -36,7 +36,7 @@ pub(super) struct Args {
     /// The id of the event.
     pub(super) id: Option<Uuid>,
     /// The latest events of this key, such as order/42.
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     pub(super) key: Option<String>,
 }
 

@@ -39,7 +39,7 @@ enum Command {
         #[arg(long)]
         route: Option<String>,
         /// Only this key, such as order/42.
-        #[arg(long)]
+        #[arg(long, allow_hyphen_values = true)]
         key: Option<String>,
         /// Only rows in this state.
         #[arg(long, value_enum, default_value_t = Which::Waiting)]
@@ -66,7 +66,7 @@ enum Command {
         #[arg(long)]
         route: Option<String>,
         /// All rows with this key.
-        #[arg(long)]
+        #[arg(long, allow_hyphen_values = true)]
         key: Option<String>,
         /// All rows.
         #[arg(long)]
@@ -83,7 +83,7 @@ enum Command {
         #[arg(long)]
         route: Option<String>,
         /// All waiting rows with this key.
-        #[arg(long)]
+        #[arg(long, allow_hyphen_values = true)]
         key: Option<String>,
         /// All waiting rows.
         #[arg(long)]
@@ -401,14 +401,37 @@ async fn retry(
     const ALL: &str = include_str!("../../sql/query/parked_retry_all.sql");
     const SOME: &str = include_str!("../../sql/query/parked_retry.sql");
     for id in ids {
-        one(client, name, *id).await?;
+        is_waiting(client, name, *id, "retried").await?;
     }
     let rows = if all || route.is_some() {
         unnamed::query(client, ALL, &[&name, route]).await
     } else {
         unnamed::query(client, SOME, &[&name, &ids, key]).await
     };
-    rows.map_err(postgres_error)?.iter().map(|r| r.try_get(0).map_err(postgres_error)).collect()
+    let rows = rows.map_err(postgres_error)?;
+    // Those that match may be marked already.
+    if rows.is_empty()
+        && ids.is_empty()
+        && list(client, name, Which::Waiting, route, key, 1).await?.is_empty()
+    {
+        return Err(no_match(name));
+    }
+    rows.iter().map(|r| r.try_get(0).map_err(postgres_error)).collect()
+}
+
+/// Refuses a row that was released or discarded, or is not there.
+async fn is_waiting(client: &Client, name: &str, id: i64, done: &str) -> Result<()> {
+    let row = one(client, name, id).await?;
+    if Which::Waiting.states().contains(&&*row.state) {
+        return Ok(());
+    }
+    let what = format!("row {id} is {}; only waiting rows can be {done}", row.state);
+    Err(Error::refused(what).hint(format!("nothing was {done}")))
+}
+
+fn no_match(name: &str) -> Error {
+    Error::refused(format!("relay {name:?} has no waiting rows that match"))
+        .hint("`watership parked list` lists them")
 }
 
 async fn discard(
@@ -425,18 +448,13 @@ async fn discard(
         return Err(Error::config("--reason is empty; say why the rows are discarded"));
     }
     for id in ids {
-        let row = one(client, name, *id).await?;
-        if !Which::Waiting.states().contains(&&*row.state) {
-            let what = format!("row {id} is {}; only waiting rows can be discarded", row.state);
-            return Err(Error::refused(what).hint("nothing was discarded"));
-        }
+        is_waiting(client, name, *id, "discarded").await?;
     }
     let found = unnamed::query_one(client, SQL, &[&name, &ids, key, route, &all, &reason]).await;
     let found = found.map_err(postgres_error)?;
     let discarded: Vec<i64> = found.try_get(0).map_err(postgres_error)?;
     if discarded.is_empty() {
-        let what = format!("relay {name:?} has no waiting rows that match");
-        return Err(Error::refused(what).hint("`watership parked list` lists them"));
+        return Err(no_match(name));
     }
     Ok(Discarded {
         discarded,

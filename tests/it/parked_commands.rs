@@ -25,6 +25,11 @@ async fn a_key_a_route_or_everything_that_waits_is_discarded_at_once() {
         .await
         .expect_code(1)
         .expect_text(&["no waiting rows that match"]);
+    let retry = async |which: &[&str]| stage.run(&[&["parked", "retry"], which].concat()).await;
+    for which in [&["--key", "order/9"][..], &["--key", "-x/1"], &["--route", "nope"]] {
+        let told = ["no waiting rows that match"];
+        retry(which).await.expect_code(1).expect_text(&told);
+    }
     discard(&["1", "99"]).await.expect_code(1).expect_text(&["no parked row 99"]);
     assert_eq!(rows(&stage).await[0], "parked too_large", "all that are named, or none");
 
@@ -34,6 +39,11 @@ async fn a_key_a_route_or_everything_that_waits_is_discarded_at_once() {
     discard(&["3", "4"]).await.expect_code(0).expect_text(&["discarded 2 rows"]);
     discard(&["--route", "outbox"]).await.expect_code(0).expect_text(&["discarded 2 rows"]);
     discard(&["--all"]).await.expect_code(1);
+    retry(&["--all"]).await.expect_code(1);
+    let told = ["row 1 is discarded; only waiting rows can be retried"];
+    retry(&["1"]).await.expect_code(1).expect_text(&told);
+    let told = ["outbox       no such row"];
+    stage.run(&["find", "--key", "-x/1"]).await.expect_code(1).expect_text(&told);
     until_rows(&stage, &["discarded too_large", "discarded follows"].repeat(3)).await;
     until("the keys are free", async || relay.status().await["parked"]["rows"] == 0).await;
     emit(&stage, "order", "1", "live").await;

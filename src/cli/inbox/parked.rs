@@ -39,7 +39,7 @@ pub(super) enum Command {
         /// The key of this message.
         message_id: Option<String>,
         /// This key, such as order/42.
-        #[arg(long)]
+        #[arg(long, allow_hyphen_values = true)]
         key: Option<String>,
         /// All keys of the consumer.
         #[arg(long)]
@@ -58,7 +58,7 @@ pub(super) enum Command {
         /// This message.
         message_id: Option<String>,
         /// All messages of this key.
-        #[arg(long)]
+        #[arg(long, allow_hyphen_values = true)]
         key: Option<String>,
         /// Why; stored with the messages.
         #[arg(long)]
