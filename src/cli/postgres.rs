@@ -439,11 +439,7 @@ async fn check_checkpoint(
     server: &ServerFacts,
 ) -> Result<()> {
     let Some(row) = checkpoint::read(client, &config.relay.name).await? else {
-        f.problem(
-            "checkpoint",
-            format!("relay {:?} has no checkpoint row", config.relay.name),
-            INIT,
-        );
+        f.error("checkpoint", &checkpoint::no_row(&config.relay.name));
         return Ok(());
     };
     if let Err(other) = checkpoint::is_of(&row, &config.relay.name, SourceKind::Wal) {

@@ -2,8 +2,9 @@
 
 use watership::dev::StopMode;
 
+use super::sources::POLL;
 use crate::support::inbox::kinds;
-use crate::support::servers::{database_of, own_vhost, private_postgres};
+use crate::support::servers::{database_of, own_database, own_vhost, postgres, private_postgres};
 use crate::support::stage::{Setup, Stage, configuration, run};
 use crate::support::waiting::until;
 
@@ -36,6 +37,47 @@ async fn museum_m04_a_slot_that_was_made_anew_is_a_verdict() {
     let make = format!("SELECT pg_create_logical_replication_slot('{slot}', 'pgoutput')");
     stage.execute(&make).await;
     stage.spawn().ended().await.expect_code(3).expect_text(&["ahead of the checkpoint"]);
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_is_gone_is_one_verdict_and_init_says_what_is_known() {
+    for settings in ["", POLL] {
+        let stage = Stage::new(Setup { settings, ..Setup::default() }).await;
+        let relay = stage.start().await;
+        stage.execute(TEXT).await;
+        assert_eq!(kinds(&stage.settled().await), ["e"]);
+        relay.stop().await.expect_code(0);
+        stage.execute("DELETE FROM watership.checkpoint").await;
+        for command in ["run", "check", "resync"] {
+            let ended = stage.run(&[command]).await;
+            ended.expect_code(3).expect_text(&["checkpoint_missing: ", "watership init"]);
+        }
+        let refused = stage.run(&["init"]).await;
+        refused.expect_code(1).expect_text(&["--skip-existing"]);
+        let told = match settings {
+            "" => "whether they were sent before is not known",
+            _ => "those not published yet would never be",
+        };
+        refused.expect_text(&[told]);
+        stage.run(&["init", "--skip-existing"]).await.expect_code(0);
+        stage.run(&["check"]).await.expect_code(0);
+    }
+}
+
+#[tokio::test]
+async fn a_role_that_may_not_log_in_is_told_so() {
+    let database = own_database().await;
+    let role = format!("{}_relay", database.name);
+    let sql = format!("CREATE ROLE {role} LOGIN REPLICATION");
+    let source_url = &postgres().await.url(&role, &database.name);
+    let stage =
+        Stage::on(database, own_vhost().await, Setup { sql: &sql, source_url, ..Setup::default() });
+    let stage = stage.await;
+    stage.execute(&format!("ALTER ROLE {role} NOLOGIN")).await;
+    let told = ["is not permitted to log in", "ALTER ROLE ... LOGIN"];
+    let ended = stage.run(&["check"]).await;
+    ended.expect_code(1).expect_text(&told);
+    assert!(!ended.log.contains("check user and password"), "{}", ended.log);
 }
 
 #[tokio::test]

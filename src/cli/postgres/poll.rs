@@ -2,7 +2,7 @@
 
 use tokio_postgres::Client;
 
-use super::{INIT, check_encoding, check_schema, check_version, outbox, role};
+use super::{check_encoding, check_schema, check_version, outbox, role};
 use crate::cli::findings::Findings;
 use crate::config::Config;
 use crate::error::Result;
@@ -36,7 +36,7 @@ pub(super) async fn look(
     }
     if checkpoint::read(client, name).await?.is_none() {
         check_indexes(f, &poll::facts(client, relay, None).await?);
-        f.problem("checkpoint", format!("relay {name:?} has no checkpoint row"), INIT);
+        f.error("checkpoint", &checkpoint::no_row(name));
         return Ok(());
     }
     match poll::read(client, &config.relay).await {
