@@ -423,6 +423,15 @@ fn check_table(
     if f.problems() == before {
         f.ok("table", format!("{table}, replica identity: {identity}"));
     }
+    if facts.partitioned {
+        f.ok(
+            "table",
+            format!(
+                "note: Postgres does not publish TRUNCATE of a single partition of {table}; \
+                 DELETE its rows, or TRUNCATE {table}"
+            ),
+        );
+    }
     if facts.primary_key.is_empty() {
         f.warning(
             "table",
