@@ -68,6 +68,10 @@ pub struct Graded {
 /// A routing key as far as it is known without a message.
 pub type KnownKey = [KeyPart];
 
+/// The headers that all messages of a route have, as far as they are known without a message: a
+/// value is absent where it differs from message to message.
+pub type KnownHeaders = [(String, Option<String>)];
+
 /// An exchange.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
@@ -145,7 +149,7 @@ pub type Policies = BTreeMap<String, Value>;
 
 impl Survey {
     /// What a confirm is worth for messages of `route` to `exchange` with this routing key.
-    pub fn grade(&self, route: &str, exchange: &str, key: &KnownKey) -> Graded {
+    pub fn grade(&self, headers: &KnownHeaders, exchange: &str, key: &KnownKey) -> Graded {
         let is_unsafe = |reason| Graded { grade: Grade::Unsafe, reason };
         match self.exchanges.get(exchange) {
             None => return is_unsafe(format!("exchange {exchange:?} does not exist")),
@@ -154,7 +158,7 @@ impl Survey {
             }
             Some(_) => {}
         }
-        let reach = self.reach(route, exchange, key);
+        let reach = self.reach(headers, exchange, key);
         let unknown: Vec<&str> = reach.unknown.iter().map(String::as_str).collect();
         let unknown = unknown.join("; ");
         if reach.queues.is_empty() {
@@ -198,8 +202,13 @@ impl Survey {
     }
 
     /// The same for a route with several routing keys: it is worth as much as the worst.
-    pub fn grade_keys(&self, route: &str, exchange: &str, keys: &[Vec<KeyPart>]) -> Graded {
-        let all: Vec<Graded> = keys.iter().map(|key| self.grade(route, exchange, key)).collect();
+    pub fn grade_keys(
+        &self,
+        headers: &KnownHeaders,
+        exchange: &str,
+        keys: &[Vec<KeyPart>],
+    ) -> Graded {
+        let all: Vec<Graded> = keys.iter().map(|key| self.grade(headers, exchange, key)).collect();
         let grade = all.iter().map(|graded| graded.grade).max().unwrap_or(Grade::Unsafe);
         let mut worst = all.into_iter().filter(|graded| graded.grade == grade);
         let mut reason = worst.next().map_or_else(String::new, |graded| graded.reason);
@@ -211,13 +220,18 @@ impl Survey {
     }
 
     /// The queues that messages of the route can reach.
-    pub fn queues_of(&self, route: &str, exchange: &str, key: &KnownKey) -> Vec<String> {
-        self.reach(route, exchange, key).queues.into_iter().collect()
+    pub fn queues_of(&self, headers: &KnownHeaders, exchange: &str, key: &KnownKey) -> Vec<String> {
+        self.reach(headers, exchange, key).queues.into_iter().collect()
     }
 
     /// The exchanges that messages of the route can come through, its own among them.
-    pub fn exchanges_of(&self, route: &str, exchange: &str, key: &KnownKey) -> Vec<String> {
-        self.reach(route, exchange, key).exchanges.into_keys().collect()
+    pub fn exchanges_of(
+        &self,
+        headers: &KnownHeaders,
+        exchange: &str,
+        key: &KnownKey,
+    ) -> Vec<String> {
+        self.reach(headers, exchange, key).exchanges.into_keys().collect()
     }
 
     fn unbound(&self, exchange: &str, key: &KnownKey, reach: &Reach) -> String {

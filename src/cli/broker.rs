@@ -114,7 +114,7 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
         let Action::Publish { address, .. } = &rule.action else { continue };
         let (exchanges, keys) = (address.exchanges(), rule.known_keys());
         let of_exchange = |exchange: &String| -> Vec<Vec<String>> {
-            keys.iter().map(|key| survey.queues_of(&rule.name, exchange, key)).collect()
+            keys.iter().map(|key| survey.queues_of(&headers, exchange, key)).collect()
         };
         let found: Vec<Vec<String>> = exchanges.iter().flat_map(of_exchange).collect();
         let unreached = found.iter().any(Vec::is_empty);
@@ -164,6 +164,7 @@ async fn check_bindings(f: &mut Findings, config: &Config, api: &Management) -> 
                 match topology::apply(&config.relay.broker, &again).await {
                     Ok(()) => f.ok("binding", binding.to_string()),
                     Err(error) => f.error("binding", &error),
+        let headers = rule.known_headers();
                 }
             }
             (false, Mode::Declare) => {

@@ -132,7 +132,7 @@ pub(super) async fn check_dead_letters(
         };
         let survey = management.survey(std::slice::from_ref(exchange)).await?;
         let key = [KeyPart::Text(name)];
-        match survey.queues_of(&rule.name, exchange, &key).as_slice() {
+        match survey.queues_of(&rule.known_headers(), exchange, &key).as_slice() {
             [] => f.problem(
                 AREA,
                 format!("the dead-letter exchange {exchange:?} is missing or leads to no queue"),

@@ -8,11 +8,11 @@
 use std::fmt::Write as _;
 
 use super::template::{Facts, Field, Fields, Segment, Template, partition};
-use super::{CloudEvents, Format, Partitions, Rule, Select};
+use super::{Action, CloudEvents, Format, Partitions, Rule, Select};
 use crate::error::{Error, Result};
 use crate::event::Event;
 use crate::event::hidden::Hide;
-use crate::message::{ExchangeId, SHORT_STRING_MAX, is_reserved_header};
+use crate::message::{ExchangeId, ROUTE_HEADER, SHORT_STRING_MAX, is_reserved_header};
 use crate::route::RouteRules;
 
 /// Where the messages of a route go.
@@ -42,6 +42,26 @@ impl Address {
             [] => std::slice::from_ref(&self.exchange),
             several => several,
         }
+    }
+}
+
+impl Rule {
+    /// The headers that all its messages have, with the values that do not depend on the event.
+    pub fn known_headers(&self) -> Vec<(String, Option<String>)> {
+        let mut known = vec![(ROUTE_HEADER.to_owned(), Some(self.name.clone()))];
+        let Action::Publish { address, .. } = &self.action else { return known };
+        for (name, text) in &address.headers {
+            let Ok(Template(segments)) = Template::parse(name, text, &mut Fields::of(&self.select))
+            else {
+                continue;
+            };
+            let constant = segments.into_iter().map(|segment| match segment {
+                Segment::Text(text) => Some(text),
+                Segment::Field(_) | Segment::Partition(_) => None,
+            });
+            known.push((name.clone(), constant.collect()));
+        }
+        known
     }
 }
 

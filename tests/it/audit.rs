@@ -155,3 +155,34 @@ async fn a_route_that_is_held_or_released_is_graded_again_at_once() {
     bind.await.expect("bound");
     graded(&relay, "orders", "team-orders", "weak", "quorum queue").await;
 }
+
+#[tokio::test]
+async fn a_route_to_a_headers_exchange_is_graded_by_its_own_headers_too() {
+    let routes = "[[route]]\nname = \"hr\"\noutbox = { aggregate_type = \"a\" }\n\
+        exchange = \"people\"\nrouting_key = \"x\"\n\
+        headers = { region = \"eu\", kind = \"{event_type}\" }\n\
+        [[exchange]]\nname = \"people\"\nkind = \"headers\"\n\
+        [[binding]]\nqueue = \"all\"\nexchange = \"people\"\nrouting_key = \"\"\n\
+        arguments = { x-match = \"all\", region = \"eu\", ws-route = \"hr\" }\n";
+    let settings = management().await;
+    let setup = Setup { routes, settings: &settings, ..Setup::default() };
+    let stage = Stage::on(own_database().await, own_vhost().await, setup).await;
+    let relay = stage.start().await;
+    graded(&relay, "hr", "", "weak", "quorum queue with a single member").await;
+    let text = stage.configuration().replace("region = \"eu\", ws-route", "kind = \"e\", ws-route");
+    relay.stop().await.expect_code(0);
+    let unbind = async |arguments: &[(&str, &str)]| {
+        let mut table = lapin::types::FieldTable::default();
+        for (name, value) in arguments {
+            table.insert((*name).into(), lapin::types::AMQPValue::LongString((*value).into()));
+        }
+        let unbind = stage.channel.queue_unbind("all".into(), "people".into(), "".into(), table);
+        unbind.await.expect("unbound");
+    };
+    unbind(&[("x-match", "all"), ("region", "eu"), ("ws-route", "hr")]).await;
+    stage.replace_configuration(&text);
+    let relay = stage.start().await;
+    // What the template makes differs from event to event.
+    graded(&relay, "hr", "", "weak", "match no binding").await;
+    relay.stop().await.expect_code(0);
+}

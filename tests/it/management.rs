@@ -125,7 +125,7 @@ async fn an_alternate_exchange_of_a_policy_is_seen_by_a_user_that_may_only_look(
     let url = url.replace("guest:guest", &format!("{user}:pw"));
     let api = management(&url, &vhost.url);
     let survey = api.survey(&["shop".into()]).await.expect("a survey");
-    let graded = survey.grade("r", "shop", &[KeyPart::Any]);
+    let graded = survey.grade(&[], "shop", &[KeyPart::Any]);
     // One node, so its disk is the only copy; RabbitMQ 4 says first that it limits deliveries.
     assert_eq!(graded.grade, Grade::Weak, "{}", graded.reason);
     assert!(graded.reason.contains("queue \"q\""), "{}", graded.reason);

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
 
-use super::KnownKey;
-use crate::message::{KeyPart, ROUTE_HEADER};
+use super::{KnownHeaders, KnownKey};
+use crate::message::KeyPart;
 
 /// How many of a route's messages a binding takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,8 +25,9 @@ pub(super) fn topic(binding_key: &str, key: &KnownKey) -> Takes {
     takes(&topic_elements(binding_key), &dotted(key))
 }
 
-/// Of the headers that a binding asks for, only the route is known in advance.
-pub(super) fn headers(arguments: &Map<String, Value>, route: &str) -> Takes {
+/// Values are compared with their types; a binding without a value asks whether the header is there
+/// (`deps/rabbit/src/rabbit_exchange_type_headers.erl`).
+pub(super) fn headers(arguments: &Map<String, Value>, known: &KnownHeaders) -> Takes {
     let kind = arguments.get("x-match").and_then(Value::as_str).unwrap_or("all");
     let (any, all_names) = (kind.starts_with("any"), kind.ends_with("-with-x"));
     let is_asked = |name: &str| name != "x-match" && (all_names || !name.starts_with("x-"));
@@ -34,10 +35,15 @@ pub(super) fn headers(arguments: &Map<String, Value>, route: &str) -> Takes {
     if asked.peek().is_none() {
         return if any { Takes::None } else { Takes::All };
     }
-    let each = asked.map(|(name, value)| match name.as_str() {
-        ROUTE_HEADER if value.as_str() == Some(route) => Takes::All,
-        ROUTE_HEADER => Takes::None,
-        _ => Takes::Some,
+    let each = asked.map(|(name, value)| {
+        match known.iter().find(|(known, _)| known == name) {
+            Some(_) if value.is_null() => Takes::All,
+            // All of them are strings.
+            Some(_) if !value.is_string() => Takes::None,
+            Some((_, Some(text))) if value.as_str() == Some(text) => Takes::All,
+            Some((_, Some(_))) => Takes::None,
+            Some((_, None)) | None => Takes::Some,
+        }
     });
     let each = if any { each.max() } else { each.min() };
     each.unwrap_or(Takes::None)
@@ -257,17 +263,31 @@ mod tests {
     }
 
     #[test]
-    fn a_headers_binding_can_ask_for_the_route() {
+    fn a_headers_binding_can_ask_for_the_route_and_for_its_own_headers() {
+        let known = [("ws-route", Some("orders")), ("region", Some("eu")), ("tenant", None)];
+        let known = known.map(|(name, value)| (name.to_owned(), value.map(str::to_owned)));
         let takes = |json| {
-            headers(serde_json::from_str::<Value>(json).unwrap().as_object().unwrap(), "orders")
+            headers(serde_json::from_str::<Value>(json).unwrap().as_object().unwrap(), &known)
         };
-        assert_eq!(takes("{}"), Takes::All);
-        assert_eq!(takes(r#"{"x-match":"any"}"#), Takes::None);
-        assert_eq!(takes(r#"{"ws-route":"orders"}"#), Takes::All);
-        assert_eq!(takes(r#"{"ws-route":"other"}"#), Takes::None);
-        assert_eq!(takes(r#"{"x-match":"all","ws-route":"orders","tenant":"a"}"#), Takes::Some);
-        assert_eq!(takes(r#"{"x-match":"any","ws-route":"other","tenant":"a"}"#), Takes::Some);
-        assert_eq!(takes(r#"{"x-match":"all","x-tenant":"a"}"#), Takes::All);
-        assert_eq!(takes(r#"{"x-match":"all-with-x","x-tenant":"a"}"#), Takes::Some);
+        for (arguments, expected) in [
+            ("{}", Takes::All),
+            (r#"{"x-match":"any"}"#, Takes::None),
+            (r#"{"ws-route":"orders"}"#, Takes::All),
+            (r#"{"ws-route":"other"}"#, Takes::None),
+            (r#"{"x-match":"all","ws-route":"orders","region":"eu"}"#, Takes::All),
+            (r#"{"x-match":"all","ws-route":"orders","region":"us"}"#, Takes::None),
+            (r#"{"x-match":"any","ws-route":"other","region":"eu"}"#, Takes::All),
+            (r#"{"x-match":"all","ws-route":"orders","tenant":"a"}"#, Takes::Some),
+            (r#"{"x-match":"any","ws-route":"other","tenant":"a"}"#, Takes::Some),
+            (r#"{"x-match":"any","tenant":"a","region":"eu"}"#, Takes::All),
+            (r#"{"x-match":"all","of the row":"a"}"#, Takes::Some),
+            (r#"{"region":null,"tenant":null}"#, Takes::All),
+            (r#"{"region":1}"#, Takes::None),
+            (r#"{"tenant":true}"#, Takes::None),
+            (r#"{"x-match":"all","x-tenant":"a"}"#, Takes::All),
+            (r#"{"x-match":"all-with-x","x-tenant":"a"}"#, Takes::Some),
+        ] {
+            assert_eq!(takes(arguments), expected, "{arguments}");
+        }
     }
 }

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::matching::{self, Takes};
-use super::{BindingFacts, ExchangeFacts, KnownKey, Policies, Survey};
+use super::{BindingFacts, ExchangeFacts, KnownHeaders, KnownKey, Policies, Survey};
 
 /// The argument of an exchange, and the key of a policy.
 const ALTERNATE: &str = "alternate-exchange";
@@ -31,14 +31,20 @@ pub(super) struct Reach {
 }
 
 impl Survey {
-    pub(super) fn reach(&self, route: &str, exchange: &str, key: &KnownKey) -> Reach {
+    pub(super) fn reach(&self, headers: &KnownHeaders, exchange: &str, key: &KnownKey) -> Reach {
         let mut reach = Reach::default();
-        reach.covered = self.walk(route, exchange, key, &mut reach);
+        reach.covered = self.walk(headers, exchange, key, &mut reach);
         reach
     }
 
     /// Follows one exchange; returns whether each message that comes to it reaches a queue.
-    fn walk(&self, route: &str, exchange: &str, key: &KnownKey, reach: &mut Reach) -> bool {
+    fn walk(
+        &self,
+        headers: &KnownHeaders,
+        exchange: &str,
+        key: &KnownKey,
+        reach: &mut Reach,
+    ) -> bool {
         if let Some(covered) = reach.exchanges.get(exchange) {
             // A message comes to each exchange once, so a circle adds nothing.
             return covered.unwrap_or(false);
@@ -58,7 +64,7 @@ impl Survey {
         let mut matched = Takes::None;
         let (mut one_takes_all, mut all_lead) = (false, true);
         for binding in self.bindings.get(exchange).into_iter().flatten() {
-            let takes = rules.takes(binding, route, key);
+            let takes = rules.takes(binding, headers, key);
             if takes == Takes::None {
                 continue;
             }
@@ -67,7 +73,7 @@ impl Survey {
                 reach.queues.insert(binding.destination.clone());
                 true
             } else {
-                self.walk(route, &binding.destination, key, reach)
+                self.walk(headers, &binding.destination, key, reach)
             };
             all_lead &= leads;
             one_takes_all |= leads && takes == Takes::All;
@@ -79,7 +85,7 @@ impl Survey {
         if matched != Takes::All
             && let Some(alternate) = self.alternate(exchange, facts, reach)
         {
-            covered = self.walk(route, &alternate, key, reach) && all_lead;
+            covered = self.walk(headers, &alternate, key, reach) && all_lead;
         }
         reach.exchanges.insert(exchange.to_owned(), Some(covered));
         covered
@@ -149,12 +155,12 @@ impl ExchangeFacts {
 }
 
 impl Rules {
-    fn takes(self, binding: &BindingFacts, route: &str, key: &KnownKey) -> Takes {
+    fn takes(self, binding: &BindingFacts, headers: &KnownHeaders, key: &KnownKey) -> Takes {
         match self {
             Rules::Fanout | Rules::OneOf => Takes::All,
             Rules::Direct => matching::direct(&binding.routing_key, key),
             Rules::Topic => matching::topic(&binding.routing_key, key),
-            Rules::Headers => matching::headers(&binding.arguments, route),
+            Rules::Headers => matching::headers(&binding.arguments, headers),
             Rules::Unknown => Takes::Some,
         }
     }
@@ -194,7 +200,7 @@ mod tests {
     #[test]
     fn a_route_is_worth_its_worst_queue_that_its_keys_reach() {
         let orders = key("order.{}");
-        let grade = |s: &Survey| s.grade("orders", "events", &orders);
+        let grade = |s: &Survey| s.grade(&[], "events", &orders);
         let none = grade(&survey(&[]));
         assert_eq!(
             (none.grade, &*none.reason),
@@ -224,7 +230,7 @@ mod tests {
             (gone.grade, &*gone.reason),
             (Grade::Unsafe, "queue \"gone\": it does not exist")
         );
-        let missing = survey(&[]).grade("orders", "nowhere", &orders);
+        let missing = survey(&[]).grade(&[], "nowhere", &orders);
         assert_eq!(missing.reason, "exchange \"nowhere\" does not exist");
     }
 
@@ -233,7 +239,7 @@ mod tests {
         let inner = ("events", bound("inner", "exchange", "order.#"));
         let to =
             |routing_key| survey(&[inner.clone(), ("inner", bound("poor", "queue", routing_key))]);
-        let grade = |s: &Survey, text: &str| s.grade("orders", "events", &key(text));
+        let grade = |s: &Survey, text: &str| s.grade(&[], "events", &key(text));
         assert_eq!(grade(&to("order.paid"), "order.paid").grade, Grade::Weak);
         assert_eq!(grade(&to("order.#"), "order.paid").grade, Grade::Unsafe, "direct has no #");
         let some = grade(&to("order.paid"), "order.{}");
@@ -250,10 +256,10 @@ mod tests {
         let mut survey = survey(&[("spare", bound("poor", "queue", ""))]);
         let events = survey.exchanges.get_mut("events").unwrap();
         events.arguments.insert("alternate-exchange".into(), "spare".into());
-        assert_eq!(survey.grade("r", "events", &key("a")).grade, Grade::Weak);
+        assert_eq!(survey.grade(&[], "events", &key("a")).grade, Grade::Weak);
         survey.bindings.insert("events".into(), vec![bound("good", "queue", "a")]);
-        assert_eq!(survey.grade("r", "events", &key("a")).grade, Grade::Safe);
-        assert_eq!(survey.grade("r", "events", &key("{}")).grade, Grade::Weak, "some go there");
+        assert_eq!(survey.grade(&[], "events", &key("a")).grade, Grade::Safe);
+        assert_eq!(survey.grade(&[], "events", &key("{}")).grade, Grade::Weak, "some go there");
     }
 
     #[test]
@@ -264,25 +270,25 @@ mod tests {
         ]);
         let events = survey.exchanges.get_mut("events").unwrap();
         events.arguments.insert("alternate-exchange".into(), "spare".into());
-        let graded = survey.grade("r", "events", &key("a"));
+        let graded = survey.grade(&[], "events", &key("a"));
         assert_eq!(graded.grade, Grade::Unsafe, "{}", graded.reason);
         assert!(graded.reason.contains("no queue is reached"), "{}", graded.reason);
         survey.bindings.insert("events".into(), vec![bound("inner", "exchange", "b")]);
-        assert_eq!(survey.grade("r", "events", &key("a")).grade, Grade::Safe, "not matched");
+        assert_eq!(survey.grade(&[], "events", &key("a")).grade, Grade::Safe, "not matched");
     }
 
     #[test]
     fn an_alternate_exchange_of_a_policy_is_followed_or_said_to_be_unknown() {
         let mut survey = survey(&[("spare", bound("good", "queue", ""))]);
         survey.exchanges.get_mut("events").unwrap().policy = Some("AE".into());
-        let unknown = survey.grade("r", "events", &key("a"));
+        let unknown = survey.grade(&[], "events", &key("a"));
         assert_eq!(unknown.grade, Grade::NotVerified);
         assert!(unknown.reason.contains("policy \"AE\" applies"), "{}", unknown.reason);
         let policy = json!({"alternate-exchange": "spare"});
         survey.policies = Some([("AE".to_owned(), policy)].into());
-        assert_eq!(survey.grade("r", "events", &key("a")).grade, Grade::Safe);
+        assert_eq!(survey.grade(&[], "events", &key("a")).grade, Grade::Safe);
         survey.policies = Some([("AE".to_owned(), json!({}))].into());
-        assert_eq!(survey.grade("r", "events", &key("a")).grade, Grade::Unsafe);
+        assert_eq!(survey.grade(&[], "events", &key("a")).grade, Grade::Unsafe);
     }
 
     #[test]
@@ -302,7 +308,7 @@ mod tests {
                 let fanout = ExchangeFacts { kind: "fanout".into(), ..Default::default() };
                 survey.exchanges.insert(name.into(), fanout);
             }
-            let graded = survey.grade("r", "events", &key("order.{}"));
+            let graded = survey.grade(&[], "events", &key("order.{}"));
             assert_eq!(graded.grade, Grade::Safe, "{}", graded.reason);
         }
     }
@@ -311,11 +317,11 @@ mod tests {
     fn a_value_with_dots_is_not_one_word_so_a_star_may_miss_it() {
         let star = survey(&[("events", bound("good", "queue", "order.*"))]);
         let any = [KeyPart::Text("order.".into()), KeyPart::Any];
-        let graded = star.grade("r", "events", &any);
+        let graded = star.grade(&[], "events", &any);
         assert_eq!(graded.grade, Grade::NotVerified);
         assert!(graded.reason.contains("match no binding"), "{}", graded.reason);
         let word = [KeyPart::Text("order.".into()), KeyPart::Word];
-        assert_eq!(star.grade("r", "events", &word).grade, Grade::Safe);
+        assert_eq!(star.grade(&[], "events", &word).grade, Grade::Safe);
     }
 
     #[test]
@@ -325,7 +331,7 @@ mod tests {
             let events = survey.exchanges.get_mut("events").unwrap();
             events.kind = kind.into();
             events.arguments = arguments.as_object().cloned().unwrap();
-            survey.grade("r", "events", &key("{}")).grade
+            survey.grade(&[], "events", &key("{}")).grade
         };
         assert_eq!(grade("x-consistent-hash", json!({})), Grade::Safe);
         assert_eq!(grade("x-strange", json!({})), Grade::NotVerified);

@@ -135,12 +135,12 @@ fn things(topology: &Topology, rules: &[Rule]) -> Vec<(RouteId, Things)> {
     for (id, rule) in (0..).map(RouteId).zip(rules) {
         let Action::Publish { address, .. } = &rule.action else { continue };
         let mut things = Things { exchanges: Vec::new(), queues: Vec::new() };
-        let keys = rule.known_keys();
+        let (headers, keys) = (rule.known_headers(), rule.known_keys());
         for (exchange, key) in
             address.exchanges().iter().flat_map(|e| keys.iter().map(move |key| (e, key)))
         {
-            things.exchanges.extend(survey.exchanges_of(&rule.name, exchange, key));
-            things.queues.extend(survey.queues_of(&rule.name, exchange, key));
+            things.exchanges.extend(survey.exchanges_of(&headers, exchange, key));
+            things.queues.extend(survey.queues_of(&headers, exchange, key));
         }
         all.push((id, things));
     }

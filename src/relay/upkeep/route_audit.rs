@@ -119,8 +119,8 @@ async fn by_management(options: &Options, management: &Management) -> Result<Vec
 
 /// The grade of the worst of the exchanges that the rule publishes to.
 pub fn grade(survey: &Survey, rule: &Rule, exchanges: &[String]) -> Graded {
-    let keys = rule.known_keys();
-    let of_each = exchanges.iter().map(|exchange| survey.grade_keys(&rule.name, exchange, &keys));
+    let (headers, keys) = (rule.known_headers(), rule.known_keys());
+    let of_each = exchanges.iter().map(|exchange| survey.grade_keys(&headers, exchange, &keys));
     let unknown = || Graded { grade: Grade::Unsafe, reason: String::new() };
     of_each
         .reduce(|worst, next| if next.grade > worst.grade { next } else { worst })
