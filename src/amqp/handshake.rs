@@ -69,9 +69,11 @@ pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> 
         Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::OpenOk(_))) => Ok(tuned),
         Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
             // The same code stands for a vhost that is missing and for a limit that is reached.
-            let hint = format!(
-                "create the virtual host {:?} and give user {:?} permissions in it; where a limit \
-                 is named, raise it or close connections",
+            if reply::limit_hint(close.reply_text.as_str()).is_some() {
+                return Err(error);
+            }
+            Err(error.hint(format!(
+                "create the virtual host {:?} and give user {:?} permissions in it",
                 url.vhost, url.username
             );
             say_close_ok(link).await;
@@ -191,8 +193,9 @@ fn lock_error(name: &str, close: &channel::Close) -> Error {
         }
         reply::ACCESS_REFUSED => Error::refused(format!("lock queue {name:?}: {text}"))
             .hint(format!("grant configure permission on {name:?} (rabbitmqctl set_permissions)")),
-        reply::PRECONDITION_FAILED => Error::refused(format!("lock queue {name:?}: {text}"))
-            .hint("delete or rename the existing queue of that name"),
+        reply::PRECONDITION_FAILED => Error::refused(format!("lock queue {name:?}: {text}")).hint(
+            reply::limit_hint(text.as_str()).unwrap_or("delete the existing queue of that name"),
+        ),
         code => reply::error(&format!("lock queue {name:?}"), code, text.as_str()),
     };
     error.coded(Code::Reply(close.reply_code))

@@ -194,7 +194,7 @@ impl Connection {
                         // A close-ok may be due; its fate does not matter.
                         let _ = self.link.poll_write(cx);
                     }
-                    return Poll::Ready(result);
+                    return Poll::Ready(result.map_err(|e| self.named(e)));
                 }
                 Poll::Pending => return Poll::Pending,
             }
@@ -217,12 +217,12 @@ impl Connection {
             return Poll::Ready(Ok(()));
         }
         match self.link.poll_read(cx) {
-            Poll::Ready(Ok(0)) => Poll::Ready(Err(self.lost("broker closed the connection", None))),
+            Poll::Ready(Ok(0)) => Poll::Ready(Err(lost("broker closed the connection", None))),
             Poll::Ready(Ok(_)) => Poll::Ready(Ok(())),
-            Poll::Ready(Err(e)) => Poll::Ready(Err(self.lost("reading from the broker", Some(e)))),
+            Poll::Ready(Err(e)) => Poll::Ready(Err(lost("reading from the broker", Some(e)))),
             Poll::Pending if self.write_error.is_some() => {
                 let error = self.write_error.take();
-                Poll::Ready(Err(self.lost("writing to the broker", error)))
+                Poll::Ready(Err(lost("writing to the broker", error)))
             }
             Poll::Pending if self.ticks.poll_tick(cx).is_ready() => {
                 Poll::Ready(self.check_deadlines())
@@ -231,12 +231,9 @@ impl Connection {
         }
     }
 
-    fn lost(&self, what: &str, cause: Option<io::Error>) -> Error {
-        let what = format!("broker {}: {what}", self.url);
-        match cause {
-            Some(cause) => io_error(&what, cause),
-            None => Error::unreachable(what),
-        }
+    /// With the broker's name; while the connection is opened, the caller adds it.
+    fn named(&self, error: Error) -> Error {
+        error.context(format!("broker {}", self.url))
     }
 
     fn check_deadlines(&mut self) -> Result<()> {
@@ -244,7 +241,7 @@ impl Connection {
         // Twice the negotiated timeout is what the broker itself allows us.
         let silence = now - self.link.last_read;
         if silence > self.heartbeat * 4 {
-            return Err(self.lost(&format!("nothing received for {silence:.1?}"), None));
+            return Err(lost(&format!("nothing received for {silence:.1?}"), None));
         }
         if now - self.link.last_write >= self.heartbeat && self.link.urgent().is_empty() {
             wire::put_heartbeat(self.link.urgent());
@@ -260,15 +257,14 @@ impl Connection {
         let waited =
             oldest.map(|sent| now.saturating_duration_since(sent.max(self.deadlines_from)));
         match waited {
-            Some(waited) if waited > self.confirm_timeout => Err(self
-                .lost(
-                    &format!(
-                        "no confirm for {waited:.1?} ({} messages unconfirmed)",
-                        self.unconfirmed()
-                    ),
-                    None,
-                )
-                .hint("are the queue's leader and a majority of its replicas up?")),
+            Some(waited) if waited > self.confirm_timeout => Err(lost(
+                &format!(
+                    "no confirm for {waited:.1?} ({} messages unconfirmed)",
+                    self.unconfirmed()
+                ),
+                None,
+            )
+            .hint("are the queue's leader and a majority of its replicas up?")),
             Some(_) | None => Ok(()),
         }
     }
@@ -281,10 +277,7 @@ impl Connection {
             Incoming::Heartbeat
             | Incoming::ContentHeader { channel: CONTROL_CHANNEL, .. }
             | Incoming::ContentBody { channel: CONTROL_CHANNEL, .. } => Ok(()),
-            Incoming::Method(CONTROL_CHANNEL, class) => {
-                let url = &self.url;
-                handshake::received_of_lock(class).map_err(|e| e.context(format!("broker {url}")))
-            }
+            Incoming::Method(CONTROL_CHANNEL, class) => handshake::received_of_lock(class),
             Incoming::ContentHeader { channel, body_size, message_id, route } => {
                 self.channel(channel)?.content_header(body_size, message_id, route)
             }
@@ -341,7 +334,7 @@ impl Connection {
                 let ok = connection::AMQPMethod::CloseOk(connection::CloseOk {});
                 self.link.hold(true);
                 wire::put_method(self.link.urgent(), 0, AMQPClass::Connection(ok));
-                Err(close_error(&close).context(format!("broker {}", self.url)))
+                Err(close_error(&close))
             }
             connection::AMQPMethod::Blocked(blocked) => {
                 if self.blocked_since.is_none() {
@@ -389,8 +382,7 @@ impl Connection {
             channel::AMQPMethod::Close(close)
                 if matches!(self.channel(number)?.state, State::Opening | State::Selecting) =>
             {
-                let what =
-                    format!("broker {} closed channel {number} while it was opened", self.url);
+                let what = format!("broker closed channel {number} while it was opened");
                 Err(reply::error(&what, close.reply_code, close.reply_text.as_str()))
             }
             channel::AMQPMethod::Close(close) => {
@@ -451,7 +443,7 @@ impl Connection {
             match read.await {
                 Ok(0) => return Ok(()),
                 Ok(_) => {}
-                Err(error) => return Err(self.lost("closing", Some(error))),
+                Err(error) => return Err(self.named(lost("closing", Some(error)))),
             }
         }
     }
@@ -513,6 +505,13 @@ impl Publisher for Connection {
         wire::put_method(self.link.urgent(), 0, AMQPClass::Connection(close));
         // An error or a timeout here changes nothing: the socket is dropped next.
         let _ = timeout(CLOSE_TIMEOUT, self.wait_for_close_ok()).await;
+    }
+}
+
+fn lost(what: &str, cause: Option<io::Error>) -> Error {
+    match cause {
+        Some(cause) => io_error(what, cause),
+        None => Error::unreachable(what),
     }
 }
 

@@ -1,8 +1,9 @@
 //! What a reply code of the broker means: one table, for `connection.close`, `channel.close` and
 //! `basic.return`, and what the relay decides by such a code. Pure.
 //!
-//! Decisions are made by code. Texts are shown, never looked into, with one exception:
-//! [`size_limit`], a number that RabbitMQ gives nowhere else.
+//! Decisions are made by code. Texts are shown, never looked into, with two exceptions:
+//! [`size_limit`], a number that RabbitMQ gives nowhere else, and [`limit_hint`], because one code
+//! stands for many things and what helps differs.
 //!
 //! AMQP 0-9-1, section 1.2 "Reply codes"; <https://www.rabbitmq.com/docs/channels#error-handling>
 
@@ -86,7 +87,7 @@ const REPLIES: &[Line] = &[
     (RESOURCE_ERROR, "resource-error", Kind::Unreachable,
         "the broker is short of a resource: check its memory, disk and limits"),
     (NOT_ALLOWED, "not-allowed", Kind::Refused,
-        "create the virtual host, give the user permissions in it, or check the vhost's limits"),
+        "create the virtual host, and give the user permissions in it"),
     (NOT_IMPLEMENTED, "not-implemented", Kind::Refused,
         "the broker is too old, or lacks a plugin"),
     (INTERNAL_ERROR, "internal-error", Kind::Unreachable,
@@ -109,7 +110,34 @@ pub fn error(what: &str, code: u16, text: &str) -> Error {
     // The broker's text mostly begins with the name, in capitals.
     let begins = text.to_ascii_lowercase().replace('_', "-").starts_with(name);
     let shown = if begins { text.to_owned() } else { format!("{name}, {text}") };
+    let hint = limit_hint(text).unwrap_or(hint);
     Error::new(kind, format!("{what}{space}{code} {shown}")).coded(Code::Reply(code)).hint(hint)
+}
+
+/// What helps where the broker says that a limit is reached, which has no code of its own:
+/// "number of channels opened for user 'a' has reached ...", "connection limit (1) is reached",
+/// "queue limit in vhost '/' (0) is reached".
+pub fn limit_hint(text: &str) -> Option<&'static str> {
+    if text.contains("number of channels") {
+        return Some(
+            "raise that limit (max-channels of the user, or channel_max): a relay opens a channel \
+             for its lock, up to four for each exchange, and one to look at exchanges and queues",
+        );
+    }
+    if !text.contains("is reached") {
+        return None;
+    }
+    if text.contains("connection limit") {
+        return Some(
+            "raise that limit (max-connections of the vhost or the user), or close connections: a \
+             relay needs two, and `watership check` one more beside it",
+        );
+    }
+    let of_queues = text.contains("queue limit");
+    of_queues.then_some(
+        "raise that limit (max-queues of the vhost), or delete queues: a relay needs one for its \
+         lock, beside those of its routes",
+    )
 }
 
 /// The broker says that the exchange or queue does not exist.
@@ -182,6 +210,34 @@ mod tests {
         assert!(is_missing(&error("x", NOT_FOUND, "")));
         assert!(!is_missing(&error("x", ACCESS_REFUSED, "404 does not exist")));
         assert!(!is_missing(&Error::refused("404 does not exist")));
+    }
+
+    #[test]
+    fn a_limit_that_is_reached_is_named_in_the_hint_whatever_its_code() {
+        for (code, text, expected) in [
+            (
+                NOT_ALLOWED,
+                "NOT_ALLOWED - number of channels opened for user 'a' has reached the maximum \
+                 allowed user limit of (2)",
+                "max-channels",
+            ),
+            (
+                NOT_ALLOWED,
+                "NOT_ALLOWED - access to vhost '/' refused for user 'a': connection limit (1) is \
+                 reached",
+                "max-connections",
+            ),
+            (
+                PRECONDITION_FAILED,
+                "PRECONDITION_FAILED - cannot declare queue 'q': queue limit in vhost '/' (0) is \
+                 reached",
+                "max-queues",
+            ),
+            (NOT_ALLOWED, "NOT_ALLOWED - vhost a not found", "create the virtual host"),
+        ] {
+            let hint = error("x", code, text).hint_or_kind().to_owned();
+            assert!(hint.contains(expected), "{text}: {hint}");
+        }
     }
 
     #[test]

@@ -1,16 +1,21 @@
 //! The broker half of `check`: connection, exchanges, queues; bindings and grades if there is a
 //! management URL.
 
+use std::fmt;
+
 use super::findings::Findings;
 use super::partitions;
 use crate::amqp::audit::{Grade, Graded};
 use crate::amqp::management::Management;
+use crate::amqp::publisher::Connection;
 use crate::amqp::topology::{self, Mode, Thing, Topology, Wrong};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::message::KeyPart;
+use crate::publisher::Publisher as _;
+use crate::relay::session;
 use crate::relay::upkeep::route_audit;
-use crate::route::{Action, MessageIdRule, Rule, Select};
+use crate::route::{Action, MessageIdRule, Router, Rule, Select};
 
 /// Adds its findings; it never fails, because a failure is a finding too.
 pub(super) async fn check(f: &mut Findings, config: &Config) {
@@ -23,7 +28,8 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
     };
     let urls: Vec<String> = options.urls.iter().map(ToString::to_string).collect();
     f.ok("broker", format!("connected to {}", urls.join(" or ")));
-    if let Err(error) = check_topology(f, config, &wrong).await {
+    let works = check_session(f, config, &verify).await;
+    if let Err(error) = check_topology(f, config, &wrong, works).await {
         f.error("broker", &error);
     }
     check_permission(f, config, &wrong).await;
@@ -33,10 +39,10 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
             "bindings cannot be verified: AMQP does not list them",
             "set broker.management_url",
         );
-        return grade_by_declares(f, config).await;
+        return grade_by_declares(f, config, works).await;
     };
     let graded = match management {
-        Ok(management) => check_routes(f, config, &management).await,
+        Ok(management) => check_routes(f, config, &management, works).await,
         Err(error) => Err(error),
     };
     if let Err(error) = graded {
@@ -44,9 +50,39 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
     }
 }
 
+/// Opens what a session of `run` opens in the broker, at once and for a moment: the publishing
+/// connection with its channels and the lock, and beside it the one that looks at exchanges and
+/// queues. So the limits of the broker show here. Returns whether a relay of this name works now.
+async fn check_session(f: &mut Findings, config: &Config, verify: &Topology) -> bool {
+    const AREA: &str = "session";
+    let options = &config.relay;
+    let opened = async {
+        let mut publisher =
+            Connection::open(&session::publishing(options, &Router::new(&options.rules)?)).await?;
+        let beside = topology::apply_each(&options.broker, verify);
+        let looked = session::while_kept_alive(&mut publisher, beside).await;
+        publisher.close().await;
+        looked.map_err(|e| e.context("the second connection, beside the publishing one"))
+    };
+    match opened.await {
+        Ok(_) => f.ok(AREA, "two connections, the channels of all exchanges, and the lock queue"),
+        Err(error) if error.kind() == Kind::Busy => {
+            f.ok(AREA, "a relay of this name holds the lock queue");
+            return true;
+        }
+        Err(error) => f.error(AREA, &error),
+    }
+    false
+}
+
 /// Each exchange and each queue is a finding. What `run` will declare and is there already is
 /// declared again: the same changes nothing, and anything else is refused as it will be then.
-async fn check_topology(f: &mut Findings, config: &Config, missing: &[Wrong]) -> Result<()> {
+async fn check_topology(
+    f: &mut Findings,
+    config: &Config,
+    missing: &[Wrong],
+    works: bool,
+) -> Result<()> {
     let things = &config.relay.topology;
     let is_missing = |thing: &Thing| missing.iter().any(|wrong| wrong.thing == *thing);
     let mut there = things.clone();
@@ -64,8 +100,7 @@ async fn check_topology(f: &mut Findings, config: &Config, missing: &[Wrong]) ->
         let of = |list: &'_ [Wrong]| list.iter().position(|wrong| wrong.thing == thing);
         match (of(missing), of(&refused)) {
             (Some(at), _) if things.mode == Mode::Declare && missing[at].missing => {
-                let what = format!("{thing} does not exist; `watership run` will declare it");
-                f.ok(area, what);
+                undeclared(f, area, &thing, works);
             }
             (Some(at), _) => f.error(area, &missing[at].error),
             (None, Some(at)) => f.error(area, &refused[at].error),
@@ -73,6 +108,17 @@ async fn check_topology(f: &mut Findings, config: &Config, missing: &[Wrong]) ->
         }
     }
     Ok(())
+}
+
+/// What is missing and is to be declared: a session does that at its start, and later only for a
+/// route that is held.
+fn undeclared(f: &mut Findings, area: &'static str, thing: &impl fmt::Display, works: bool) {
+    if works {
+        let what = format!("{thing} does not exist, and the relay is running");
+        let hint = "restart the relay, which declares it at its start, or declare it yourself";
+        return f.problem(area, what, hint);
+    }
+    f.ok(area, format!("{thing} does not exist; `watership run` will declare it"));
 }
 
 /// Whether the user may publish to the exchanges that exist.
@@ -104,8 +150,13 @@ struct Reached<'a> {
     queues: Vec<String>,
 }
 
-async fn check_routes(f: &mut Findings, config: &Config, management: &Management) -> Result<()> {
-    check_bindings(f, config, management).await?;
+async fn check_routes(
+    f: &mut Findings,
+    config: &Config,
+    management: &Management,
+    works: bool,
+) -> Result<()> {
+    check_bindings(f, config, management, works).await?;
     let exchanges: Vec<String> =
         config.relay.topology.exchanges.iter().map(|e| e.name.clone()).collect();
     let survey = management.survey(&exchanges).await?;
@@ -113,12 +164,14 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
     for rule in &config.relay.rules {
         let Action::Publish { address, .. } = &rule.action else { continue };
         let (exchanges, keys) = (address.exchanges(), rule.known_keys());
+        let headers = rule.known_headers();
         let of_exchange = |exchange: &String| -> Vec<Vec<String>> {
             keys.iter().map(|key| survey.queues_of(&headers, exchange, key)).collect()
         };
         let found: Vec<Vec<String>> = exchanges.iter().flat_map(of_exchange).collect();
         let unreached = found.iter().any(Vec::is_empty);
-        grade(f, config, rule, unreached, &route_audit::grade(&survey, rule, exchanges));
+        let graded = route_audit::grade(&survey, rule, exchanges);
+        grade(f, config, rule, unreached, works, &graded);
         reached.push(Reached { rule, queues: found.into_iter().flatten().collect() });
         partitions::check_queues(f, rule, &survey);
     }
@@ -128,7 +181,7 @@ async fn check_routes(f: &mut Findings, config: &Config, management: &Management
 }
 
 /// What is missing was reported above; this adds what it means for each route.
-async fn grade_by_declares(f: &mut Findings, config: &Config) {
+async fn grade_by_declares(f: &mut Findings, config: &Config, works: bool) {
     let all_graded = match route_audit::by_declares(&config.relay).await {
         Ok(all_graded) => all_graded,
         Err(error) => return f.error("route", &error),
@@ -140,6 +193,7 @@ async fn grade_by_declares(f: &mut Findings, config: &Config) {
         let what = format!("{:?} is {grade} ({reason})", rule.name);
         let declares = config.relay.topology.mode == Mode::Declare;
         let hint = match grade {
+            Grade::Unsafe if declares && works => "restart the relay: it declares what is missing",
             Grade::Unsafe if declares => "`watership run` will declare what is missing",
             Grade::Unsafe => "declare what is missing; until then the route is held",
             Grade::Safe | Grade::Weak | Grade::NotVerified => {
@@ -150,7 +204,12 @@ async fn grade_by_declares(f: &mut Findings, config: &Config) {
     }
 }
 
-async fn check_bindings(f: &mut Findings, config: &Config, api: &Management) -> Result<()> {
+async fn check_bindings(
+    f: &mut Findings,
+    config: &Config,
+    api: &Management,
+    works: bool,
+) -> Result<()> {
     let topology = &config.relay.topology;
     for binding in &topology.bindings {
         let there = api.bindings(&binding.exchange).await?;
@@ -164,13 +223,9 @@ async fn check_bindings(f: &mut Findings, config: &Config, api: &Management) -> 
                 match topology::apply(&config.relay.broker, &again).await {
                     Ok(()) => f.ok("binding", binding.to_string()),
                     Err(error) => f.error("binding", &error),
-        let headers = rule.known_headers();
                 }
             }
-            (false, Mode::Declare) => {
-                let what = format!("{binding} does not exist; `watership run` will declare it");
-                f.ok("binding", what);
-            }
+            (false, Mode::Declare) => undeclared(f, "binding", binding, works),
             (false, Mode::Verify) => {
                 f.problem(
                     "binding",
@@ -183,16 +238,24 @@ async fn check_bindings(f: &mut Findings, config: &Config, api: &Management) -> 
     Ok(())
 }
 
-fn grade(f: &mut Findings, config: &Config, rule: &Rule, unreached: bool, graded: &Graded) {
+fn grade(
+    f: &mut Findings,
+    config: &Config,
+    rule: &Rule,
+    unreached: bool,
+    works: bool,
+    graded: &Graded,
+) {
     let Graded { grade, reason } = graded;
     let what = format!("{:?} is {grade} ({reason})", rule.name);
     let Action::Publish { address, .. } = &rule.action else { return };
     let bindings = &config.relay.topology.bindings;
     let declared = bindings.iter().any(|b| address.exchanges().contains(&b.exchange));
+    let may_come = declared && config.relay.topology.mode == Mode::Declare;
     match grade {
         Grade::Safe => f.ok("route", what),
         // Before the first run nothing may exist yet; that is reported elsewhere.
-        Grade::Unsafe if unreached && declared && config.relay.topology.mode == Mode::Declare => {
+        Grade::Unsafe if unreached && may_come && !works => {
             let hint = "`watership run` will declare what is missing; then run check again";
             f.warning("route", what, hint);
         }

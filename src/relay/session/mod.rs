@@ -25,6 +25,7 @@ pub mod wal;
 
 use std::sync::Arc;
 
+use crate::amqp;
 use crate::amqp::publisher::Connection;
 use crate::amqp::topology::Wrong;
 use crate::error::{Error, Kind, Result};
@@ -88,10 +89,7 @@ pub async fn open(
     shared: &Shared,
     kept: &mut Kept,
 ) -> Result<Session> {
-    let mut broker = options.broker.clone();
-    broker.exchanges = router.exchanges().to_vec();
-    broker.lock_queue = Some(options.lock_queue());
-    broker.serves = format!("database {}", options.sql);
+    let broker = publishing(options, router);
     let mut publisher = count_busy(Connection::open(&broker).await, &shared.metrics.lock_busy)?;
     let preparing = async {
         match options.kind {
@@ -140,6 +138,15 @@ pub async fn open(
     Ok(Session { relay, closed: prepared.closed, backfill })
 }
 
+/// How the publishing connection is opened, which holds the lock of the relay.
+pub fn publishing(options: &Options, router: &Router) -> amqp::options::Options {
+    let mut broker = options.broker.clone();
+    broker.exchanges = router.exchanges().to_vec();
+    broker.lock_queue = Some(options.lock_queue());
+    broker.serves = format!("database {}", options.sql);
+    broker
+}
+
 /// The two ends of the link for backfills: the loop's and the worker's.
 fn linked(
     kind: SourceKind,
@@ -169,7 +176,10 @@ fn tell_start(options: &Options, row: &Checkpoint, kept: &Kept) {
 }
 
 /// Does `work` while the broker connection, which publishes nothing yet, is kept alive.
-async fn while_kept_alive<T>(
+///
+/// # Errors
+/// Those of the connection and of the work.
+pub async fn while_kept_alive<T>(
     publisher: &mut Connection,
     work: impl Future<Output = Result<T>>,
 ) -> Result<T> {

@@ -1,0 +1,87 @@
+//! What `check` and `init` see in the broker: what would stop `run`, and what a running relay does
+//! not declare.
+
+use lapin::types::FieldTable;
+
+use crate::support::servers::{Vhost, own_database, own_vhost, rabbit};
+use crate::support::stage::{Setup, Stage};
+
+async fn put(path: &str, body: &str) {
+    rabbit().await.management("PUT", path, body).await.unwrap_or_else(|e| panic!("{e:?}"));
+}
+
+#[tokio::test]
+async fn a_limit_of_the_broker_that_stops_the_relay_is_found_by_check_with_what_to_raise() {
+    let vhost = own_vhost().await;
+    let (name, user) = (vhost.name.clone(), format!("limited-{}", vhost.name));
+    put(&format!("/api/users/{user}"), r#"{"password":"pw","tags":""}"#).await;
+    let rights = r#"{"configure":".*","write":".*","read":".*"}"#;
+    put(&format!("/api/permissions/{name}/{user}"), rights).await;
+    let url = vhost.url.replace("guest:guest", &format!("{user}:pw"));
+    let of_vhost = format!("/api/vhost-limits/{name}/max-queues");
+    let stage = Stage::on(own_database().await, Vhost { url, name }, Setup::default()).await;
+    stage.run(&["check"]).await.expect_code(0);
+    // The queue of the stage is there, and no other is allowed.
+    let limits = [
+        (of_vhost, ["queue limit in vhost", "raise that limit (max-queues"]),
+        (
+            format!("/api/user-limits/{user}/max-channels"),
+            ["number of channels opened for user", "raise that limit (max-channels"],
+        ),
+    ];
+    for (path, told) in limits {
+        put(&path, r#"{"value":1}"#).await;
+        for ended in [stage.run(&["check"]).await, stage.spawn().ended().await] {
+            ended.expect_code(1).expect_text(&told);
+            let log = &ended.log;
+            assert!(!log.contains("delete the existing") && !log.contains("create the"), "{log}");
+            assert!(!log.contains("/: broker amqp"), "the broker is named once: {log}");
+        }
+        rabbit().await.management("DELETE", &path, "").await.expect("the limit is gone");
+    }
+    stage.run(&["check"]).await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_relay_that_may_have_one_connection_is_told_that_it_needs_two() {
+    let vhost = own_vhost().await;
+    let (name, user) = (vhost.name.clone(), format!("single-{}", vhost.name));
+    put(&format!("/api/users/{user}"), r#"{"password":"pw","tags":""}"#).await;
+    let rights = r#"{"configure":".*","write":".*","read":".*"}"#;
+    put(&format!("/api/permissions/{name}/{user}"), rights).await;
+    let (url, as_user) = (vhost.url.clone(), format!("{user}:pw"));
+    let stage = Stage::on(own_database().await, vhost, Setup::default()).await;
+    // The consumer of the stage stays another user.
+    let as_user = url.replace("guest:guest", &as_user);
+    stage.replace_configuration(&stage.configuration().replace(&url, &as_user));
+    stage.run(&["check"]).await.expect_code(0);
+    put(&format!("/api/user-limits/{user}/max-connections"), r#"{"value":1}"#).await;
+    let told = ["connection limit (1) is reached", "a relay needs two"];
+    stage.run(&["check"]).await.expect_code(1).expect_text(&told);
+    stage.spawn().ended().await.expect_code(1).expect_text(&told);
+}
+
+#[tokio::test]
+async fn what_a_running_relay_will_not_declare_is_a_problem_and_what_its_start_declares_is_not() {
+    let url = rabbit().await.management_url().expect("management runs");
+    let settings = format!("broker.management_url = \"{url}\"");
+    let setup = Setup { settings: &settings, ..Setup::default() };
+    let stage = Stage::new(setup).await;
+    let relay = stage.start().await;
+    stage.run(&["check"]).await.expect_code(0);
+    let none = FieldTable::default;
+    let unbind = stage.channel.queue_unbind("all".into(), "watership".into(), "#".into(), none());
+    unbind.await.expect("unbound");
+    stage.append_to_configuration("[[queue]]\nname = \"more\"\n");
+    stage.run(&["check"]).await.expect_code(1).expect_text(&[
+        "queue \"all\" to exchange \"watership\" by \"#\" does not exist, and the relay is running",
+        "queue \"more\" does not exist, and the relay is running",
+        "restart the relay",
+    ]);
+    relay.stop().await.expect_code(0);
+    let told = "does not exist; `watership run` will declare it";
+    let ended = stage.run(&["check"]).await;
+    assert_eq!(ended.expect_code(0).log.matches(told).count(), 2, "{}", ended.log);
+    stage.start().await.stop().await.expect_code(0);
+    assert!(!stage.run(&["check"]).await.expect_code(0).log.contains(told));
+}
