@@ -208,7 +208,7 @@ async fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<String
             probe((!status.is_alive()).then(stuck))
         }
         "/readyz" => probe(match standby_counts(request.uri().query()) {
-            Ok(true) if status.is_standing_by() => None,
+            Ok(true) if status.is_good_standby() => None,
             Ok(_) => status.not_ready(),
             Err(refused) => return response(StatusCode::BAD_REQUEST, TEXT, refused),
         }),

@@ -68,6 +68,8 @@ pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> 
     match receive(link).await? {
         Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::OpenOk(_))) => Ok(tuned),
         Incoming::Method(0, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
+            say_close_ok(link).await;
+            let error = close_error(&close);
             // The same code stands for a vhost that is missing and for a limit that is reached.
             if reply::limit_hint(close.reply_text.as_str()).is_some() {
                 return Err(error);
@@ -75,9 +77,7 @@ pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> 
             Err(error.hint(format!(
                 "create the virtual host {:?} and give user {:?} permissions in it",
                 url.vhost, url.username
-            );
-            say_close_ok(link).await;
-            Err(close_error(&close).hint(hint))
+            )))
         }
         other => Err(unexpected(&other, "connection.open-ok")),
     }
@@ -88,20 +88,61 @@ pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> 
 /// An exclusive queue belongs to one connection and is deleted with it
 /// (<https://www.rabbitmq.com/docs/queues#exclusive-queues>).
 pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
+    open_control_channel(link).await?;
+    match declare_lock(link, name, false).await? {
+        None => watch_lock(link, name).await,
+        Some(close) if close.reply_code == reply::RESOURCE_LOCKED => {
+            Err(held_or_ordinary(link, name, &close).await?)
+        }
+        Some(close) => Err(lock_error(name, &close)),
+    }
+}
+
+/// Why the lock cannot be taken. The broker gives one code for a queue that is exclusive to another
+/// connection and for an ordinary one of the same name; only the ordinary one shows itself to
+/// everybody.
+async fn held_or_ordinary(link: &mut Link, name: &str, close: &channel::Close) -> Result<Error> {
+    put_class(
+        link,
+        CONTROL_CHANNEL,
+        AMQPClass::Channel(channel::AMQPMethod::CloseOk(channel::CloseOk {})),
+    );
+    open_control_channel(link).await?;
+    if declare_lock(link, name, true).await?.is_some() {
+        return Ok(lock_error(name, close));
+    }
+    let what = format!("queue {name:?} is an ordinary queue, not the lock of a relay");
+    Ok(Error::refused(what).coded(Code::Reply(close.reply_code)).hint(
+        "delete that queue: the relay declares one of this name for itself alone; or give the \
+         relay another name",
+    ))
+}
+
+async fn open_control_channel(link: &mut Link) -> Result<()> {
     put_class(
         link,
         CONTROL_CHANNEL,
         AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open {})),
     );
     match receive(link).await? {
-        Incoming::Method(CONTROL_CHANNEL, AMQPClass::Channel(channel::AMQPMethod::OpenOk(_))) => {}
-        other => return Err(unexpected(&other, "channel.open-ok")),
+        Incoming::Method(CONTROL_CHANNEL, AMQPClass::Channel(channel::AMQPMethod::OpenOk(_))) => {
+            Ok(())
+        }
+        other => Err(unexpected(&other, "channel.open-ok")),
     }
+}
+
+/// Declares the lock queue, or only looks at it. Returns the broker's refusal, if it refuses.
+async fn declare_lock(
+    link: &mut Link,
+    name: &str,
+    passive: bool,
+) -> Result<Option<channel::Close>> {
     let declare = queue::Declare {
         queue: name.into(),
-        passive: false,
+        passive,
         durable: false,
-        exclusive: true,
+        exclusive: !passive,
         auto_delete: false,
         nowait: false,
         arguments: FieldTable::default(),
@@ -109,12 +150,12 @@ pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
     put_class(link, CONTROL_CHANNEL, AMQPClass::Queue(queue::AMQPMethod::Declare(declare)));
     match receive(link).await? {
         Incoming::Method(CONTROL_CHANNEL, AMQPClass::Queue(queue::AMQPMethod::DeclareOk(_))) => {
-            watch_lock(link, name).await
+            Ok(None)
         }
         Incoming::Method(
             CONTROL_CHANNEL,
             AMQPClass::Channel(channel::AMQPMethod::Close(close)),
-        ) => Err(lock_error(name, &close)),
+        ) => Ok(Some(close)),
         other => Err(unexpected(&other, "queue.declare-ok")),
     }
 }

@@ -55,8 +55,8 @@ struct Inner {
     last_error: Option<Trouble>,
     circuit: Circuit,
     holder: Option<Holder>,
-    /// The slot was looked at while another relay was active.
-    slot_looked_at: bool,
+    /// Since when nobody has been seen to read the slot while another relay holds the lock.
+    unread_since: Option<Instant>,
     lock_owner: Option<String>,
     grades: Vec<RouteGrade>,
     progress: Option<Progress>,
@@ -231,7 +231,7 @@ impl Status {
             last_error: None,
             circuit: Circuit::new(),
             holder: None,
-            slot_looked_at: false,
+            unread_since: None,
             lock_owner: None,
             grades: Vec::new(),
             progress: None,
@@ -370,7 +370,8 @@ impl Status {
             Some(Holder { slot: slot.name.clone(), pid, client: slot.active_client.clone() })
         });
         let mut inner = self.lock();
-        inner.slot_looked_at = inner.state == RelayState::StandingBy;
+        let unread = inner.state == RelayState::StandingBy && holder.is_none();
+        inner.unread_since = unread.then(|| inner.unread_since.unwrap_or_else(Instant::now));
         inner.holder = holder;
     }
 
@@ -438,6 +439,11 @@ impl Status {
     /// Another relay does the work.
     pub fn is_standing_by(&self) -> bool {
         self.lock().state == RelayState::StandingBy
+    }
+
+    /// Another relay does the work, as far as this one can see.
+    pub fn is_good_standby(&self) -> bool {
+        self.lock().standing_by().is_some_and(|by| by.in_vain().is_none())
     }
 
     /// Streaming, with the broker open.
@@ -511,16 +517,16 @@ impl Inner {
             (RelayState::StandingBy, Some(error)) => error.error.clone(),
             _ => return None,
         };
-        let unread = self.slot_looked_at && self.holder.is_none();
-        let doubt = unread.then_some(standby::NOBODY_READS);
+        let doubt = self.unread_since.map(|_| standby::NOBODY_READS);
+        let doubt_seconds = self.unread_since.map(|since| since.elapsed().as_secs());
         let (slot_holder, lock_owner) = (self.holder.clone(), self.lock_owner.clone());
-        Some(StandingBy { because, slot_holder, lock_owner, doubt })
+        Some(StandingBy { because, slot_holder, lock_owner, doubt, doubt_seconds })
     }
 
     fn enter(&mut self, state: RelayState) {
         if self.state != state {
-            self.state = state;
-            self.since = Instant::now();
+            (self.state, self.since) = (state, Instant::now());
+            self.unread_since = None;
         }
     }
 }

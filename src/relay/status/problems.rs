@@ -45,7 +45,7 @@ impl Concern {
     }
 }
 
-/// Everything that is wrong; a relay on standby is fine.
+/// Everything that is wrong; a relay on standby is fine while the other one works.
 pub(super) fn of(shown: &Snapshot, is_alive: bool) -> Vec<Concern> {
     let mut found: Vec<Concern> = session(shown, is_alive).into_iter().collect();
     if shown.broker_blocked {
@@ -103,7 +103,7 @@ pub(super) fn of(shown: &Snapshot, is_alive: bool) -> Vec<Concern> {
 
 fn session(shown: &Snapshot, is_alive: bool) -> Option<Concern> {
     let state = match shown.state {
-        RelayState::StandingBy => return None,
+        RelayState::StandingBy => return shown.standing_by.as_ref()?.in_vain(),
         RelayState::Streaming if is_alive => return None,
         RelayState::Streaming => {
             return Some(Concern::new(
@@ -186,6 +186,29 @@ mod tests {
         assert_eq!(levels(&status.snapshot(), true), [Severity::Verdict]);
         status.stopped(Some(&Error::unreachable("shutdown: 3 events were not confirmed")));
         assert_eq!(levels(&status.snapshot(), true), [Severity::Problem]);
+    }
+
+    #[test]
+    fn a_standby_whose_slot_nobody_reads_for_long_has_a_problem() {
+        let status = Status::new("r", Vec::new());
+        status.waiting(&Error::new(Kind::Busy, "the lock is held"), Duration::from_secs(1));
+        status.slot_seen(None);
+        let mut shown = status.snapshot();
+        assert_eq!((&shown.problems, status.is_good_standby()), (&Vec::new(), true), "not yet");
+        let by = shown.standing_by.as_mut().expect("it is on standby");
+        assert_eq!(by.doubt_seconds, Some(0));
+        (by.doubt_seconds, by.lock_owner) = (Some(31), Some("database d".into()));
+        let found = of(&shown, true);
+        assert!(found[0].what.contains("for 31 s: the connection that holds the lock, for"));
+        assert_eq!((found.len(), found[0].level), (1, Severity::Problem));
+        status.connecting();
+        assert!(status.snapshot().standing_by.is_some_and(|by| by.doubt.is_some()), "it tries");
+        status.waiting(&Error::unreachable("the broker is away"), Duration::from_secs(1));
+        status.waiting(&Error::new(Kind::Busy, "the lock is held"), Duration::from_secs(1));
+        assert!(
+            status.snapshot().standing_by.is_some_and(|by| by.doubt.is_none()),
+            "from the beginning"
+        );
     }
 
     #[test]

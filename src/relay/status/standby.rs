@@ -4,10 +4,16 @@ use std::fmt;
 
 use serde::Serialize;
 
+use super::Concern;
+
 /// What a standby may not know of the relay that it waits for.
 pub(super) const NOBODY_READS: &str = "nobody reads this relay's slot: the other relay of this \
     name serves another database (give one of them another name or vhost), or its connection is \
     dead and the broker has not noticed yet";
+
+/// How long nobody may read the slot before that is wrong, in seconds: a relay that has just taken
+/// the lock reads it soon, and the broker notices a dead connection by its heartbeats.
+const UNREAD_MAX: u64 = 30;
 
 /// Who reads the slot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -31,6 +37,25 @@ pub struct StandingBy {
     pub lock_owner: Option<String>,
     /// Why it may wait in vain.
     pub doubt: Option<&'static str>,
+    /// For how long that has been so, in seconds.
+    pub doubt_seconds: Option<u64>,
+}
+
+impl StandingBy {
+    /// What is wrong, if it has waited too long behind a lock whose holder does not do its work.
+    pub(super) fn in_vain(&self) -> Option<Concern> {
+        let seconds = self.doubt_seconds.filter(|seconds| *seconds >= UNREAD_MAX)?;
+        let owner = self.lock_owner.as_ref();
+        let owner = owner.map_or(String::new(), |owner| format!(", for {owner}"));
+        Some(Concern::new(
+            format!(
+                "on standby, and the slot has not been read by anybody for {seconds} s: the \
+                 connection that holds the lock{owner} does not do this relay's work"
+            ),
+            "if a relay of this name serves another database, give one of them another name or \
+             vhost; if the connection is dead, `rabbitmqctl close_connection` ends it",
+        ))
+    }
 }
 
 impl fmt::Display for StandingBy {
