@@ -5,6 +5,7 @@
 //! exists is left as it is, so `init` may be run again.
 
 mod before;
+mod broker;
 mod poll;
 mod script;
 mod slot;
@@ -15,7 +16,6 @@ use serde::Serialize;
 use tokio_postgres::Client;
 
 use super::{End, Out, print_warning};
-use crate::amqp::topology::{self, Mode};
 use crate::config::Config;
 use crate::config::load;
 use crate::error::{Error, Result};
@@ -141,7 +141,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     }
     grants(&mut steps, &mut client, config).await?;
     let changes = partitions(&client, config, args.accept_reorder).await?;
-    broker(&mut steps, config).await?;
+    broker::prepare(&mut steps, config).await?;
     session::partitions::record(&client, &config.relay, &changes).await?;
     out.line(
         "\nNext: grant the role to your application's user (GRANT watership_app TO …), then run \
@@ -339,20 +339,4 @@ async fn partitions(
     session::partitions::verify(&options, &options.broker, &changes).await?;
     changes.retain(|change| accept || change.from.is_none());
     Ok(changes)
-}
-
-async fn broker(steps: &mut Steps, config: &Config) -> Result<()> {
-    let topology = &config.relay.topology;
-    topology::apply(&config.relay.broker, topology).await?;
-    let count = format!(
-        "{} exchanges, {} queues, {} bindings",
-        topology.exchanges.len(),
-        topology.queues.len(),
-        topology.bindings.len()
-    );
-    match topology.mode {
-        Mode::Declare => steps.add(Done::Created, "broker", format!("declared {count}")),
-        Mode::Verify => steps.add(Done::Exists, "broker", format!("verified {count}")),
-    }
-    Ok(())
 }

@@ -85,3 +85,25 @@ async fn what_a_running_relay_will_not_declare_is_a_problem_and_what_its_start_d
     stage.start().await.stop().await.expect_code(0);
     assert!(!stage.run(&["check"]).await.expect_code(0).log.contains(told));
 }
+
+#[tokio::test]
+async fn init_verifies_bindings_or_does_not_claim_them() {
+    let stage = Stage::new(Setup::default()).await;
+    let text = stage.configuration();
+    let one_more =
+        "[[binding]]\nqueue = \"all\"\nexchange = \"watership\"\nrouting_key = \"more\"\n";
+    let verify = format!("broker.topology = \"verify\"\n{text}");
+    stage.replace_configuration(&format!("{verify}{one_more}"));
+    let init = ["init", "--admin-url", &stage.database.url];
+    let told = ["verified 1 exchanges, 1 queues", "2 are not verified: set broker.management_url"];
+    stage.run(&init).await.expect_code(0).expect_text(&told);
+    let url = rabbit().await.management_url().expect("management runs");
+    let seen = format!("broker.management_url = \"{url}\"\n{verify}");
+    stage.replace_configuration(&format!("{seen}{one_more}"));
+    stage.run(&init).await.expect_code(1).expect_text(&[
+        "1 of 2 bindings are missing: queue \"all\" to exchange \"watership\" by \"more\"",
+        "run init again",
+    ]);
+    stage.replace_configuration(&seen);
+    stage.run(&init).await.expect_code(0).expect_text(&["verified 1"]);
+}
