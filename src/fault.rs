@@ -130,19 +130,25 @@ pub fn classify_io(kind: io::ErrorKind) -> (Kind, Option<&'static str>) {
     }
 }
 
+#[cfg(any(feature = "inbox", feature = "relay"))]
+const BAD_SIGNATURE: &str = "name the CA that signed the server's certificate: sslrootcert in \
+    source.url, or broker.tls_ca; or give the server a key that is supported: RSA with 2048 to \
+    8192 bits, ECDSA P-256 or P-384, Ed25519";
+
 /// The table of TLS errors: a bad certificate stays bad until a person replaces it.
 #[cfg(any(feature = "inbox", feature = "relay"))]
 pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
     use rustls::CertificateError as C;
     use rustls::Error as T;
     match error {
-        T::InvalidCertificate(C::UnknownIssuer | C::BadSignature) => (
+        T::InvalidCertificate(C::UnknownIssuer) => (
             Kind::Refused,
             Some(
                 "name the CA that signed the server's certificate: sslrootcert in source.url, or \
                  broker.tls_ca",
             ),
         ),
+        T::InvalidCertificate(C::BadSignature) => (Kind::Refused, Some(BAD_SIGNATURE)),
         T::InvalidCertificate(C::NotValidForNameContext { presented, .. })
             if presented.is_empty() =>
         {
@@ -174,12 +180,7 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
         T::InvalidCertificate(_) | T::NoCertificatesPresented => {
             (Kind::Refused, Some(unfit_certificate(error)))
         }
-        T::AlertReceived(_) => (
-            Kind::Refused,
-            Some(
-                "the server refused TLS; check the client certificate and key, and the server log",
-            ),
-        ),
+        T::AlertReceived(alert) => (Kind::Refused, Some(refused_by_alert(*alert))),
         T::PeerIncompatible(_) => (
             Kind::Refused,
             Some("the server offers no TLS 1.2 or 1.3 with a cipher that Watership supports"),
@@ -187,6 +188,22 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
         T::InvalidMessage(_) => (Kind::Unreachable, Some("is TLS enabled on this port?")),
         // Corrupted or cut records and the like: a new connection may help.
         _ => (Kind::Unreachable, None),
+    }
+}
+
+/// OpenSSL says the first of the two, and Erlang the second, when they have nothing in common with
+/// us: most often the server's key, for whose kind no signature was offered. With TLS 1.2 some also
+/// say the first where a client certificate is missing.
+#[cfg(any(feature = "inbox", feature = "relay"))]
+fn refused_by_alert(alert: rustls::AlertDescription) -> &'static str {
+    use rustls::AlertDescription as A;
+    match alert {
+        A::HandshakeFailure | A::InsufficientSecurity => {
+            "the server's key must be RSA with 2048 to 8192 bits, ECDSA P-256 or P-384, or Ed25519 \
+             (P-521 is not supported); otherwise check the client certificate and key, and the \
+             server log"
+        }
+        _ => "the server refused TLS; check the client certificate and key, and the server log",
     }
 }
 

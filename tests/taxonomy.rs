@@ -161,6 +161,7 @@ fn every_tls_error_has_a_kind_and_a_hint() {
         ("no certificate", T::NoCertificatesPresented),
         ("alert: certificate required", T::AlertReceived(AlertDescription::CertificateRequired)),
         ("alert: handshake failure", T::AlertReceived(AlertDescription::HandshakeFailure)),
+        ("alert: insufficient security", T::AlertReceived(AlertDescription::InsufficientSecurity)),
         ("incompatible", T::PeerIncompatible(PeerIncompatible::NoCipherSuitesInCommon)),
         ("no TLS message", T::InvalidMessage(InvalidMessage::InvalidContentType)),
         ("corrupt record", T::DecryptError),

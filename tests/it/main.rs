@@ -79,6 +79,7 @@ mod sql;
 mod support;
 mod table_shapes;
 mod templates;
+mod tls_keys;
 mod topology;
 mod two_relays;
 mod type_matrix;
