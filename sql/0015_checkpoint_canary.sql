@@ -6,6 +6,7 @@
 SET ROLE watership_owner;
 
 ALTER TABLE watership.checkpoint ADD COLUMN canary bigint;
+GRANT UPDATE (canary) ON watership.checkpoint TO watership_relay;
 
 INSERT INTO watership.migration (version, name) VALUES (15, '0015_checkpoint_canary');
 
