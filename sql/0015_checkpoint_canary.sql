@@ -1,7 +1,7 @@
 -- Watership 0015: the checkpoint has the number of the last canary that came before it.
 --
--- A relay that found a gap between two canaries has stopped; one that is started afterwards may
--- begin behind the first of them, and would not know that any is missing.
+-- A relay that finds a gap between two canaries stops; one that is started afterwards may begin
+-- past the first of them, and would not know that any are missing.
 
 SET ROLE watership_owner;
 

@@ -23,12 +23,12 @@ pub fn io_error(what: &str, error: io::Error) -> Error {
     }
 }
 
-/// Most bytes of a file with a password or a certificate.
+/// The largest file with a password or a certificate, in bytes.
 #[cfg(any(feature = "inbox", feature = "relay"))]
 const FILE_MAX: u64 = 1 << 20;
 
-/// Reads a file that the configuration names. Only a regular one: what a pipe or a device gives may
-/// never come, and everything would wait for it.
+/// Reads a file that the configuration names. Only a regular one: a pipe or a device may never end,
+/// and everything would wait for it.
 ///
 /// # Errors
 /// The system's; and for a file that is not a regular one, or larger than 1 MiB.
@@ -191,17 +191,17 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
     }
 }
 
-/// OpenSSL says the first of the two, and Erlang the second, when they have nothing in common with
-/// us: most often the server's key, for whose kind no signature was offered. With TLS 1.2 some also
-/// say the first where a client certificate is missing.
+/// OpenSSL sends the first of these alerts, and Erlang the second, when they share no algorithm
+/// with us: most often we offer no signature scheme for the server's key. With TLS 1.2 some servers
+/// also send the first when a client certificate is missing.
 #[cfg(any(feature = "inbox", feature = "relay"))]
 fn refused_by_alert(alert: rustls::AlertDescription) -> &'static str {
     use rustls::AlertDescription as A;
     match alert {
         A::HandshakeFailure | A::InsufficientSecurity => {
             "the server's key must be RSA with 2048 to 8192 bits, ECDSA P-256 or P-384, or Ed25519 \
-             (P-521 is not supported); otherwise check the client certificate and key, and the \
-             server log"
+             (P-521 is not supported); if it is one of these, check the client certificate and \
+             key, and the server log"
         }
         _ => "the server refused TLS; check the client certificate and key, and the server log",
     }

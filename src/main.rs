@@ -72,7 +72,7 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
                 tokio::select! {
                     _ = terminate.recv() => {}
                     _ = interrupt.recv() => {}
-                    // The end of the terminal. The configuration is read at the start only.
+                    // The terminal was closed. SIGHUP does not reload the configuration.
                     _ = hang_up.recv() => {}
                 }
                 if times == 2 {

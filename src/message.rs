@@ -157,7 +157,7 @@ const POSITION_AT: usize = 1 + POSITION_HEADER.len() + 1 + 4;
 /// The length and name of the header with the commit time, and its type, a 64-bit integer.
 const COMMITTED_AT: &[u8; 17] = b"\x0fws-committed-atl";
 
-/// The headers that each message of a route has, up to the text of its key. Most of them is the
+/// The headers that each message of a route has, up to the text of its key. Most of this is the
 /// same each time, so it is encoded once, with room for the position.
 #[derive(Debug)]
 pub struct OwnHeaders(Box<[u8]>);
@@ -396,7 +396,7 @@ fn put_text(buf: &mut Vec<u8>, name: &str, value: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The length of a header's text, as AMQP has it before the text.
+/// The length of a header's text, which AMQP puts before the text.
 fn text_len(name: &str, value: &[u8]) -> Result<[u8; 4]> {
     let len = u32::try_from(value.len())
         .map_err(|_| Error::event(format!("header {name:?} is longer than 4 GiB")))?;

@@ -526,7 +526,7 @@ async fn a_channel_that_is_closed_while_it_is_opened_ends_the_session_in_the_bro
         peer
     });
     let text = text.await;
-    for part in ["closed channel 2 while it was opened", "no more of them"] {
+    for part in ["closed channel 2 while it was being opened", "no more of them"] {
         assert!(text.contains(part), "{text}");
     }
 }

@@ -391,7 +391,7 @@ fn ci_gets_no_more_rights_than_it_needs() {
 #[test]
 fn no_dependency_asks_for_a_newer_rust_than_is_promised() {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-    // Of this platform only: the build has brought no others.
+    // For this platform only: the build has fetched no crates of others.
     let rustc = Command::new("rustc").arg("-vV").output().expect("rustc starts").stdout;
     let rustc = String::from_utf8(rustc).expect("it prints text");
     let host = rustc.lines().find_map(|line| line.strip_prefix("host: ")).expect("its platform");

@@ -1,5 +1,5 @@
--- Ends a script of `watership init --print-sql` where the outbox has rows that the relay would not
--- see, which fills in the names, and what is to be undone.
+-- Aborts this script if the outbox has rows that the relay would not see. The names, and what is to
+-- be undone, were filled in by `watership init --print-sql`.
 DO $$
 BEGIN
     IF EXISTS (SELECT FROM :outbox) THEN

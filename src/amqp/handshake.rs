@@ -98,9 +98,9 @@ pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
     }
 }
 
-/// Why the lock cannot be taken. The broker gives one code for a queue that is exclusive to another
-/// connection and for an ordinary one of the same name; only the ordinary one shows itself to
-/// everybody.
+/// Why the lock cannot be taken. The broker gives the same code for a queue that is exclusive to
+/// another connection and for an ordinary one of that name; only the ordinary one can be declared
+/// passively by others.
 async fn held_or_ordinary(link: &mut Link, name: &str, close: &channel::Close) -> Result<Error> {
     put_class(
         link,

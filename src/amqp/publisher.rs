@@ -231,7 +231,7 @@ impl Connection {
         }
     }
 
-    /// With the broker's name; while the connection is opened, the caller adds it.
+    /// Adds the broker's name; while the connection is being opened, the caller does that.
     fn named(&self, error: Error) -> Error {
         error.context(format!("broker {}", self.url))
     }
@@ -382,7 +382,7 @@ impl Connection {
             channel::AMQPMethod::Close(close)
                 if matches!(self.channel(number)?.state, State::Opening | State::Selecting) =>
             {
-                let what = format!("broker closed channel {number} while it was opened");
+                let what = format!("broker closed channel {number} while it was being opened");
                 Err(reply::error(&what, close.reply_code, close.reply_text.as_str()))
             }
             channel::AMQPMethod::Close(close) => {

@@ -1,9 +1,9 @@
 //! What a reply code of the broker means: one table, for `connection.close`, `channel.close` and
 //! `basic.return`, and what the relay decides by such a code. Pure.
 //!
-//! Decisions are made by code. Texts are shown, never looked into, with two exceptions:
-//! [`size_limit`], a number that RabbitMQ gives nowhere else, and [`limit_hint`], because one code
-//! stands for many things and what helps differs.
+//! Decisions are made by code. Texts are shown, never parsed, with two exceptions: [`size_limit`],
+//! a number that RabbitMQ gives nowhere else, and [`limit_hint`], because one code stands for
+//! many things, each with its own remedy.
 //!
 //! AMQP 0-9-1, section 1.2 "Reply codes"; <https://www.rabbitmq.com/docs/channels#error-handling>
 
@@ -114,7 +114,7 @@ pub fn error(what: &str, code: u16, text: &str) -> Error {
     Error::new(kind, format!("{what}{space}{code} {shown}")).coded(Code::Reply(code)).hint(hint)
 }
 
-/// What helps where the broker says that a limit is reached, which has no code of its own:
+/// What to do when the broker says that a limit is reached, which has no code of its own:
 /// "number of channels opened for user 'a' has reached ...", "connection limit (1) is reached",
 /// "queue limit in vhost '/' (0) is reached".
 pub fn limit_hint(text: &str) -> Option<&'static str> {
@@ -130,13 +130,13 @@ pub fn limit_hint(text: &str) -> Option<&'static str> {
     if text.contains("connection limit") {
         return Some(
             "raise that limit (max-connections of the vhost or the user), or close connections: a \
-             relay needs two, and `watership check` one more beside it",
+             relay needs two, and `watership check` one more while it runs",
         );
     }
     let of_queues = text.contains("queue limit");
     of_queues.then_some(
         "raise that limit (max-queues of the vhost), or delete queues: a relay needs one for its \
-         lock, beside those of its routes",
+         lock, in addition to those of its routes",
     )
 }
 

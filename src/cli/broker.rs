@@ -50,9 +50,9 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
     }
 }
 
-/// Opens what a session of `run` opens in the broker, at once and for a moment: the publishing
-/// connection with its channels and the lock, and beside it the one that looks at exchanges and
-/// queues. So the limits of the broker show here. Returns whether a relay of this name works now.
+/// Opens, briefly and all at the same time, what a session of `run` opens in the broker: the
+/// publishing connection with its channels and the lock, and the one that looks at exchanges and
+/// queues. So the broker's limits show here. Returns whether a relay of this name is running.
 async fn check_session(f: &mut Findings, config: &Config, verify: &Topology) -> bool {
     const AREA: &str = "session";
     let options = &config.relay;
@@ -62,10 +62,10 @@ async fn check_session(f: &mut Findings, config: &Config, verify: &Topology) -> 
         let beside = topology::apply_each(&options.broker, verify);
         let looked = session::while_kept_alive(&mut publisher, beside).await;
         publisher.close().await;
-        looked.map_err(|e| e.context("the second connection, beside the publishing one"))
+        looked.map_err(|e| e.context("the second connection (the first one publishes)"))
     };
     match opened.await {
-        Ok(_) => f.ok(AREA, "two connections, the channels of all exchanges, and the lock queue"),
+        Ok(_) => f.ok(AREA, "opened two connections, all channels, and the lock queue"),
         Err(error) if error.kind() == Kind::Busy => {
             f.ok(AREA, "a relay of this name holds the lock queue");
             return true;
@@ -110,12 +110,12 @@ async fn check_topology(
     Ok(())
 }
 
-/// What is missing and is to be declared: a session does that at its start, and later only for a
+/// What is missing and is to be declared: a session does that when it starts, and later only for a
 /// route that is held.
 fn undeclared(f: &mut Findings, area: &'static str, thing: &impl fmt::Display, works: bool) {
     if works {
         let what = format!("{thing} does not exist, and the relay is running");
-        let hint = "restart the relay, which declares it at its start, or declare it yourself";
+        let hint = "restart the relay, which declares it when it starts, or declare it yourself";
         return f.problem(area, what, hint);
     }
     f.ok(area, format!("{thing} does not exist; `watership run` will declare it"));

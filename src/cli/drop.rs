@@ -217,8 +217,8 @@ async fn remove_slot(client: &impl GenericClient, name: &str, force: bool) -> Re
         if force {
             end_reader(client, name).await?;
         }
-        // Asked first: an error would end the transaction. The reader that connects in between is
-        // the only way to one.
+        // Checked first, because an error would abort the transaction; now only a reader that
+        // connects in between can cause one.
         match read_slot(client, name).await? {
             Some(slot) if force && slot.active_pid.is_some() => tokio::time::sleep(BETWEEN).await,
             Some(_) => return drop_slot(client, name).await,
@@ -268,5 +268,5 @@ async fn kept(client: &Client, error: Error) -> Error {
         Some(OBJECT_IN_USE) => "stop the relay, or pass --force".to_owned(),
         _ => error.hint_or_kind().to_owned(),
     };
-    error.hint(format!("{hint}; nothing was removed: run `watership drop` again"))
+    error.hint(format!("{hint}, then run `watership drop` again; nothing was removed"))
 }

@@ -274,8 +274,8 @@ async fn agree(steps: &mut Steps, client: &Client, config: &Config) -> Result<()
     }
 }
 
-/// The captured tables as they are, which have what their routes name, and what the routes are
-/// agreed with.
+/// The captured tables as they are, checked to have what their routes name, and what was agreed
+/// for the routes.
 async fn fitting_schemas(
     client: &Client,
     options: &relay::Options,

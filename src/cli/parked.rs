@@ -409,7 +409,7 @@ async fn retry(
         unnamed::query(client, SOME, &[&name, &ids, key]).await
     };
     let rows = rows.map_err(postgres_error)?;
-    // Those that match may be marked already.
+    // Matching rows may have been marked already.
     if rows.is_empty()
         && ids.is_empty()
         && list(client, name, Which::Waiting, route, key, 1).await?.is_empty()

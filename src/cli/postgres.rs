@@ -427,8 +427,8 @@ fn check_table(
         f.ok(
             "table",
             format!(
-                "note: Postgres does not publish TRUNCATE of a single partition of {table}; \
-                 DELETE its rows, or TRUNCATE {table}"
+                "note: Postgres does not publish TRUNCATE of a single partition of {table}; to \
+                 empty one, use DELETE"
             ),
         );
     }

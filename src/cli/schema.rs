@@ -46,7 +46,7 @@ enum Command {
     },
 }
 
-/// How long a relay that runs may take to begin a session with what was agreed to.
+/// How long a running relay may take to begin a session with what was agreed.
 const TAKE_OVER_LIMIT: Duration = Duration::from_secs(60);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// Rows of the history that are shown.
@@ -157,20 +157,20 @@ async fn accept(client: &Client, config: &Config, table: &str, out: Out) -> Resu
         out.line(&format!("agreed     route {route:?}, table {table}: {told}"));
     }
     match taken_over(client, config, session).await? {
-        Some(true) => out.line("The running relay has taken it over."),
+        Some(true) => out.line("The running relay now uses the agreement."),
         Some(false) => out.line(&format!(
-            "The running relay has not taken it over within {} s; see `watership status`.",
+            "The running relay does not use the agreement after {} s; see `watership status`.",
             TAKE_OVER_LIMIT.as_secs()
         )),
-        None => out.line("The relay does not run; it takes it over when it starts."),
+        None => out.line("The relay is not running; it will use the agreement when it starts."),
     }
-    out.line("What was parked for it is sent after `watership parked retry`.");
+    out.line("To send what was parked because of the change: `watership parked retry`.");
     out.data(&serde_json::json!({ "table": table, "agreed": before }))?;
     Ok(End::Fine)
 }
 
-/// Waits until a relay that runs has begun its next session, which reads what was agreed to: what
-/// is retried before would be parked again. Absent where nobody reads the slot.
+/// Waits until a running relay has begun its next session, which reads what was agreed: what is
+/// retried before that would be parked again. `None` if nobody reads the slot.
 async fn taken_over(client: &Client, config: &Config, before: Option<i64>) -> Result<Option<bool>> {
     let deadline = Instant::now() + TAKE_OVER_LIMIT;
     let slot = read_slot(client, &config.relay.slot).await?;

@@ -23,8 +23,8 @@ pub fn parse_local_us(text: &[u8]) -> Option<i64> {
     }
 }
 
-/// Years with four digits: almost every timestamp there is. On the path of every event, so it looks
-/// for what is not a digit only once, at the end.
+/// Years with four digits: almost every timestamp there is. On the path of every event, so it
+/// checks for non-digits only once, at the end.
 fn ordinary(text: &[u8]) -> Option<i64> {
     let (date, rest) = text.split_first_chunk::<19>()?;
     let separators = [date[4], date[7], date[10], date[13], date[16]];

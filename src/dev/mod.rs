@@ -82,7 +82,7 @@ pub enum Signal {
     Term,
     /// As by Ctrl-C; a fast shutdown for Postgres.
     Int,
-    /// As by a terminal that is closed.
+    /// As when the terminal is closed.
     Hangup,
     /// An immediate shutdown for Postgres.
     Quit,

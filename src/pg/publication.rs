@@ -435,9 +435,9 @@ pub async fn read_table(
     }))
 }
 
-/// Smaller ones are those of initdb (access/transam.h, `FirstNormalObjectId`).
+/// Smaller OIDs were assigned by initdb (access/transam.h, `FirstNormalObjectId`).
 const FIRST_NORMAL_OID: u32 = 16384;
-/// Of [`Nature::other_than_table`].
+/// A value of [`Nature::other_than_table`].
 pub(crate) const CATALOG: &str = "a system catalog";
 
 /// What the columns of [`NATURE`] say, which follow those of the facts.

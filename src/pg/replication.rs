@@ -349,8 +349,8 @@ fn name_loss(error: Error) -> Error {
     match error.sqlstate() {
         Some(UNDEFINED_OBJECT) => error.as_verdict(Verdict::PublicationMissing).hint(format!(
             "create it with `watership init` if it is gone. If it exists, it was created or \
-             renamed after the changes that the slot begins with, which are not streamed under \
-             its name; to accept the gap: {RESYNC} --anyway --from now"
+             renamed after the first changes that the slot holds, which cannot be streamed; \
+             to accept the gap: {RESYNC} --anyway --from now"
         )),
         Some(OBJECT_NOT_IN_PREREQUISITE_STATE) => error.as_verdict(Verdict::SlotLost).hint(
             format!("`watership check` shows the state of the slot; to accept the gap: {RESYNC}"),

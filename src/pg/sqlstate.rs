@@ -92,7 +92,7 @@ impl ServerError {
     pub fn to_error(&self) -> Error {
         let (kind, mut hint) = classify(&self.code);
         if self.code == "28000" && self.message.ends_with(NO_LOGIN) {
-            hint = Some("ALTER ROLE ... LOGIN, or name another role in the URL");
+            hint = Some("ALTER ROLE ... LOGIN, or use another role in the URL");
         }
         let message = match quotes_value(&self.code) {
             true => without_quoted(&self.message),
@@ -182,7 +182,7 @@ fn carries_row_data(code: &str) -> bool {
     code != "22023" && (code.starts_with("22") || code.starts_with("23"))
 }
 
-/// What Postgres says of a role that may not log in; in other languages we do not know it.
+/// What Postgres says of a role that may not log in; it is recognised in English only.
 const NO_LOGIN: &str = "is not permitted to log in";
 
 /// What poolers say for many reasons.

@@ -326,8 +326,8 @@ impl Wire {
             let detail = notice.detail.as_deref().unwrap_or_default();
             let text = format!("changes are missing from the stream: {}: {detail}", notice.message);
             return Err(self.fail(Error::named(Verdict::PublicationMissing, text).hint(format!(
-                "changes made while it did not exist under this name are not published; create it \
-                 with `watership init` if it is gone; to accept: {RESYNC} --anyway --from now"
+                "changes made while no publication had this name are not published; if it is gone, \
+                 create it with `watership init`; to accept: {RESYNC} --anyway --from now"
             ))));
         }
         Ok(())

@@ -55,7 +55,7 @@ struct Inner {
     last_error: Option<Trouble>,
     circuit: Circuit,
     holder: Option<Holder>,
-    /// Since when nobody has been seen to read the slot while another relay holds the lock.
+    /// Since when the slot has been seen without a reader while another relay holds the lock.
     unread_since: Option<Instant>,
     lock_owner: Option<String>,
     grades: Vec<RouteGrade>,

@@ -63,8 +63,8 @@ pub(super) fn columns<'a>(
 }
 
 /// Whether, in `other`, no column has taken over the name of another, and all hidden columns still
-/// have their own. Then a name in a row between this description and another of which that is true
-/// means the same column, unless it was renamed back and forth in between.
+/// have their own. If that holds for two descriptions, a name in a row between them means the same
+/// column, unless it was renamed back and forth in between.
 fn is_settled(rules: &ColumnRules, agreed: &Description, other: &Description) -> bool {
     let (Some(then), Some(today)) = (&agreed.numbered, &other.numbered) else { return false };
     let mut columns = agreed.columns.iter().zip(&then.numbers);
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hidden_column_that_had_an_open_name_when_it_was_last_seen_is_not_sent_under_it() {
+    fn a_hidden_column_that_was_last_seen_under_a_name_that_is_sent_is_not_sent_under_it() {
         let agreed = described("id a ssn b", &[1, 2, 3, 4]);
         // The name is back where it was, but the rows are older.
         let catalog = described("id ssn bb z", &[1, 3, 4, 5]);
@@ -290,7 +290,7 @@ mod tests {
             columns(&masks(), &[], &agreed, &described(now, &[]), found).join(" ")
         };
         assert_eq!(of("id b bb z", &described("id b bb z", &[1, 3, 4, 5])), "id");
-        assert_eq!(of("id b bb z", &agreed), "id b", "it was never seen so");
+        assert_eq!(of("id b bb z", &agreed), "id b", "it was never seen like that");
     }
 
     #[test]

@@ -68,7 +68,7 @@ pub enum Note {
     Moved(Moved),
     /// What is different about it from what was recorded last.
     Changed(Box<SchemaChange>),
-    /// The number of the last canary that came, with none missing before it.
+    /// The number of the last canary that was received, with none missing before it.
     Canary(u64),
 }
 

@@ -72,7 +72,7 @@ pub struct Assembler {
     unlike: BTreeSet<(u32, u32)>,
     /// The captured table that the last message has described.
     described: Option<DescribedAt>,
-    /// Some table has another key from `catalog_at` on.
+    /// Some table has a different key from `catalog_at` on.
     has_later_keys: bool,
 }
 

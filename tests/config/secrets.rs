@@ -238,7 +238,7 @@ fn secrets_from_variables_and_files_may_hold_any_character() {
 }
 
 #[test]
-fn a_password_that_is_not_in_a_file_is_not_waited_for() {
+fn a_password_is_read_only_from_a_regular_file_of_limited_size() {
     let directory = std::env::temp_dir().join(format!("watership-pipe-{}", std::process::id()));
     std::fs::create_dir(&directory).unwrap();
     let pipe = directory.join("pipe");

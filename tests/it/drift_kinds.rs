@@ -192,7 +192,7 @@ async fn until_released(stage: &Stage) {
 /// What was parked can be retried at once: `accept` waits for the running relay.
 async fn accept(stage: &Stage) {
     let accepted = stage.run(&["schema", "accept", "public.items"]).await;
-    accepted.expect_code(0).expect_text(&["The running relay has taken it over"]);
+    accepted.expect_code(0).expect_text(&["The running relay now uses the agreement"]);
 }
 
 async fn until_another_session(relay: &Running, before: f64) {

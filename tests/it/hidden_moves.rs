@@ -314,7 +314,7 @@ async fn a_hidden_column_is_not_sent_by_a_transaction_that_waits_for_the_relay_t
 }
 
 #[tokio::test]
-async fn a_hidden_column_that_was_seen_under_an_open_name_is_not_sent_after_it_has_its_own_again() {
+async fn a_hidden_column_that_was_seen_under_another_name_is_not_sent_after_it_has_its_own_again() {
     for rules in ["mask = [\"ssn\"]", "hash = [\"ssn\"]", "exclude = [\"ssn\"]"] {
         let routes = format!(
             "[[route]]\nname = \"people\"\ntable = \"public.people\"\n\
@@ -331,7 +331,7 @@ async fn a_hidden_column_that_was_seen_under_an_open_name_is_not_sent_after_it_h
         stage.execute(&secret(2)).await;
         stage.settled().await;
         relay.stop().await.expect_code(0);
-        // In the backlog it has the open name, in the catalog its own.
+        // In the backlog it has the name that is not hidden, in the catalog its own.
         stage.execute(&secret(3)).await;
         stage.execute("ALTER TABLE people RENAME name TO ssn").await;
         let relay = stage.start().await;

@@ -91,7 +91,7 @@ async fn a_user_who_may_not_read_the_lock_relays_and_is_told() {
 }
 
 #[tokio::test]
-async fn an_ordinary_queue_in_the_place_of_the_lock_is_named_and_no_other_relay() {
+async fn an_ordinary_queue_in_place_of_the_lock_is_not_taken_for_another_relay() {
     let vhost = own_vhost().await;
     let path = format!("/api/queues/{}/{LOCK}", vhost.name);
     let stage = Stage::on(own_database().await, vhost, Setup::default()).await;
@@ -107,7 +107,7 @@ async fn an_ordinary_queue_in_the_place_of_the_lock_is_named_and_no_other_relay(
         stage.run(&["check"]).await.expect_code(1).expect_text(&told);
         node.management("DELETE", &path, "").await.expect("it is deleted");
     }
-    let told = ["the channels of all exchanges, and the lock queue"];
+    let told = ["opened two connections, all channels, and the lock queue"];
     stage.run(&["check"]).await.expect_code(0).expect_text(&told);
     let relay = stage.start().await;
     let told = ["a relay of this name holds the lock queue", "nothing is wrong with it"];
@@ -136,13 +136,13 @@ async fn a_stand_by_behind_the_relay_of_another_database_says_which_one_that_ser
     .await;
     let (_, told) = waiting.get("/readyz").await;
     assert!(told.contains("another database") && !told.contains("guest:"), "{told}");
-    // For a moment that can be so while the other one starts.
+    // That is normal for a moment while the other one starts.
     until("it is a problem", async || {
         waiting.status().await["problems"].as_array().is_some_and(|list| !list.is_empty())
     })
     .await;
     assert_eq!(waiting.get("/readyz?standby=ok").await.0, 503);
-    let told = ["the slot has not been read by anybody for", &first.database.name, "another name"];
+    let told = ["nobody has read the slot for", &first.database.name, "another name"];
     for command in ["status", "check"] {
         second.run(&[command]).await.expect_code(1).expect_text(&told);
     }

@@ -292,15 +292,15 @@ async fn a_canary_that_a_later_one_overtook_is_a_verdict() {
             && stage.holds("(SELECT coalesce(max(number), 0) >= 2 FROM watership.canary)").await
     })
     .await;
-    // The position passes them, as it does where there is something to do.
+    // An event moves the checkpoint past the canaries so far.
     stage.execute(&emit("before")).await;
     stage.settled().await;
-    // As if the publication had left out five, and events go on.
+    // As if the publication had left out five while events went on.
     stage.execute("UPDATE watership.canary SET number = number + 5").await;
     stage.execute(&emit("past")).await;
     let ended = relay.ended().await;
     ended.expect_code(3).expect_text(&["stream_deaf: ", "without canaries", "may be missing"]);
-    // The position may be behind the gap by now.
+    // The position may be past the gap by now.
     stage.execute(&emit("later")).await;
     let again = stage.spawn().ended().await;
     again.expect_code(3).expect_text(&["stream_deaf: ", "--anyway --from checkpoint"]);

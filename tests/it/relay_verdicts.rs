@@ -40,7 +40,7 @@ async fn museum_m04_a_slot_that_was_made_anew_is_a_verdict() {
 }
 
 #[tokio::test]
-async fn a_checkpoint_that_is_gone_is_one_verdict_and_init_says_what_is_known() {
+async fn a_missing_checkpoint_is_the_same_verdict_everywhere_and_init_says_what_is_known() {
     for settings in ["", POLL] {
         let stage = Stage::new(Setup { settings, ..Setup::default() }).await;
         let relay = stage.start().await;
@@ -55,8 +55,8 @@ async fn a_checkpoint_that_is_gone_is_one_verdict_and_init_says_what_is_known() 
         let refused = stage.run(&["init"]).await;
         refused.expect_code(1).expect_text(&["--skip-existing"]);
         let told = match settings {
-            "" => "whether they were sent before is not known",
-            _ => "those not published yet would never be",
+            "" => "it is not known whether they already were",
+            _ => "any not published yet never will be",
         };
         refused.expect_text(&[told]);
         stage.run(&["init", "--skip-existing"]).await.expect_code(0);

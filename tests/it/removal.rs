@@ -65,7 +65,7 @@ async fn drop_leaves_the_relays_beside_it_alone() {
 }
 
 #[tokio::test]
-async fn drop_takes_nothing_of_others_along_and_is_all_or_nothing() {
+async fn drop_removes_nothing_of_others_and_is_all_or_nothing() {
     let stage = Stage::new(Setup::default()).await;
     stage.execute("CREATE VIEW public.mine AS SELECT id FROM watership.outbox").await;
     let told = ["dropping the schema watership", "public.mine", "nothing was removed"];
@@ -114,7 +114,7 @@ fn printed(file: &Path) -> String {
     String::from_utf8(output.stdout).expect("UTF-8")
 }
 
-/// Runs the script as the first line of it says.
+/// Runs the script as its first line says.
 async fn psql(file: &Path, url: &str, script: &str) -> Output {
     let path = file.with_extension("sql");
     std::fs::write(&path, script).expect("the script is written");
@@ -154,7 +154,7 @@ async fn what_init_refuses_is_not_printed_as_sql_either() {
 }
 
 #[tokio::test]
-async fn sql_is_printed_for_another_role_than_the_one_that_looks() {
+async fn sql_is_printed_for_a_role_other_than_the_one_that_connects() {
     let (database, vhost) = (own_database().await, own_vhost().await);
     let role = format!("{}_relay", database.name);
     let client = database.connect().await;
@@ -170,7 +170,7 @@ async fn sql_is_printed_for_another_role_than_the_one_that_looks() {
 }
 
 #[tokio::test]
-async fn the_printed_sql_makes_no_slot_behind_which_something_is_lost() {
+async fn the_printed_sql_makes_no_slot_that_would_skip_rows() {
     let stage = Stage::new(Setup::default()).await;
     let drop_slot = format!("SELECT pg_drop_replication_slot('{}')", stage.slot);
     stage.execute(&drop_slot).await;

@@ -1,4 +1,4 @@
-//! A server's key of a kind that is not supported is named, by Postgres and RabbitMQ alike.
+//! The error says when a server's key is of an unsupported kind, for Postgres and RabbitMQ alike.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;

@@ -22,17 +22,17 @@ use crate::relay::session::rights::{self, Lack};
 use crate::route::keys_of;
 use crate::source::SourceKind;
 
-/// What is known of the publication to come.
+/// How the publication will be made.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Publish {
-    /// Also tables whose application cannot change them then.
+    /// Publish even tables that applications could then no longer change.
     pub(super) anyway: bool,
-    /// Another role than that of the connection will make it all.
+    /// A role other than the connected one will make it.
     pub(super) by_another: bool,
 }
 
 impl Publish {
-    /// What the connected role cannot do is only said when another one does it.
+    /// What the connected role cannot do is only a warning when another role will do it.
     fn unless_by_another(self, checked: Result<()>) -> Result<()> {
         match checked {
             Err(error) if self.by_another => {

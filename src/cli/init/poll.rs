@@ -50,7 +50,7 @@ pub(super) async fn indexes(steps: &mut Steps, client: &mut Client, config: &Con
     Ok(())
 }
 
-/// Refuses to make an index while its writers would wait for long.
+/// Refuses to make an index if writers would have to wait for it too long.
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] with what to do; the server's.
@@ -71,10 +71,10 @@ pub(super) async fn may_index(client: &Client) -> Result<()> {
     Ok(())
 }
 
-/// Where a relay begins that polls.
+/// Where a relay that polls begins.
 pub(super) const FIRST_POLL: &str = "its first poll";
 
-/// The checkpoint, from which the relay may go on.
+/// The checkpoint, if there is one, checked that the relay may resume from it.
 ///
 /// # Errors
 /// A named verdict, or what [`checkpoint::is_of`] refuses; the server's.

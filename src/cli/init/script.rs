@@ -107,9 +107,9 @@ impl Found {
             };
             match rows {
                 Ok(None) => {}
-                Ok(Some(rows)) => print_warning(&format!("not published: {rows}")),
+                Ok(Some(rows)) => print_warning(&format!("skipped: {rows}")),
                 Err(error) if error.sqlstate() == Some(INSUFFICIENT_PRIVILEGE) => print_warning(
-                    &format!("{}: {error}; the SQL looks for rows itself", relay.outbox.table),
+                    &format!("{}: {error}; the script checks for rows", relay.outbox.table),
                 ),
                 Err(error) => return Err(error),
             }
@@ -211,7 +211,7 @@ fn script(config: &Config, found: &Found, skip: bool) -> Result<String> {
     Ok(text + &last(relay))
 }
 
-/// Ends the script where there are rows already.
+/// Aborts the script if there are rows already.
 fn guard(relay: &relay::Options, begin: &str, undo: &str) -> String {
     const GUARD: &str = include_str!("../../../sql/query/older_rows_by_hand.sql");
     let table = &relay.outbox.table;

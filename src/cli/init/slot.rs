@@ -18,10 +18,10 @@ use crate::relay::session::{facts, wal};
 use crate::source::SourceKind;
 use crate::verdict::Verdict;
 
-/// What there is of slot and checkpoint.
+/// Which of slot and checkpoint exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Begin {
-    /// Both, and the relay may go on.
+    /// Both, and the relay may resume.
     Both {
         /// Where the slot is.
         slot: Option<Lsn>,
@@ -75,7 +75,7 @@ pub(super) async fn begin(
     }
 }
 
-/// Makes what is missing of the two.
+/// Creates whichever of the two is missing.
 ///
 /// # Errors
 /// As [`begin`], and where rows of the outbox would stay unpublished.
@@ -196,8 +196,8 @@ pub(super) async fn count_rows(client: &Client, config: &Config) -> Result<i64> 
     Ok(unnamed::query_one(client, SQL, &[&COUNT_MAX]).await.map_err(postgres_error)?.get(0))
 }
 
-/// Rows of the outbox that a relay which begins here would not send: `None` where there are none,
-/// what to say of them where they may be skipped.
+/// Rows of the outbox that a relay which begins here would not send: `None` if there are none,
+/// otherwise what to say about them if they may be skipped.
 ///
 /// # Errors
 /// [`Kind::Refused`] where they may not be skipped; the server's.
@@ -214,9 +214,9 @@ pub(super) async fn older_rows(
             let Some(rows) = some_rows(client, config).await? else { return Ok(None) };
             let (table, slot) = (&config.relay.outbox.table, &config.relay.slot);
             let text = format!(
-                "{table} has {rows}, and slot {slot:?} has no checkpoint: rows that were committed \
-                 before {point} are not sent, and whether they were sent before is not known; \
-                 later ones are sent, some perhaps again"
+                "{table} has {rows}, and slot {slot:?} has no checkpoint: rows committed before \
+                 {point} will not be sent, and it is not known whether they already were; later \
+                 rows will be sent, some perhaps again"
             );
             if skip {
                 return Ok(Some(text));
@@ -229,7 +229,7 @@ pub(super) async fn older_rows(
     }
 }
 
-/// The same where nothing was there; `begin` is where the relay begins.
+/// The same without slot and checkpoint; `begin` says where the relay begins.
 pub(super) async fn rows_before(
     client: &Client,
     config: &Config,
@@ -241,7 +241,7 @@ pub(super) async fn rows_before(
         return Ok(Some(format!("{rows} older than {begin}")));
     }
     Err(Error::refused(format!(
-        "{} has {rows} that are older than {begin}; those not published yet would never be",
+        "{} has {rows} that are older than {begin}; any not published yet never will be",
         config.relay.outbox.table
     ))
     .hint("pass --skip-existing to leave them unpublished, or empty the outbox first"))

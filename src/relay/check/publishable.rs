@@ -92,8 +92,8 @@ pub fn obstacles(facts: &TableFacts, publication: Option<&Publication>) -> Vec<O
     found
 }
 
-/// A partition that is captured beside the table that it is a part of: its rows come as those of
-/// the whole, and Postgres refuses to publish both.
+/// A partition that is captured together with the table that it is a part of: its rows are
+/// published as rows of that table, and Postgres refuses to publish both.
 pub fn inside_another(all: &[TableFacts]) -> Option<Obstacle> {
     let has = |whole: &TableFacts, leaf: &TableName| whole.leaves.iter().any(|(l, _)| l == leaf);
     let is_inside = |part: &TableFacts, whole: &TableFacts| match &part.leaves[..] {

@@ -30,7 +30,7 @@ pub enum Rider {
     Moved(Vec<Moved>),
     /// What is different about captured tables from here on.
     Changed(Vec<SchemaChange>),
-    /// The number of the last canary that came.
+    /// The number of the last canary that was received.
     Canary(u64),
 }
 

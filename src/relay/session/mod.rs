@@ -138,7 +138,7 @@ pub async fn open(
     Ok(Session { relay, closed: prepared.closed, backfill })
 }
 
-/// How the publishing connection is opened, which holds the lock of the relay.
+/// Options of the publishing connection, which holds the lock of the relay.
 pub fn publishing(options: &Options, router: &Router) -> amqp::options::Options {
     let mut broker = options.broker.clone();
     broker.exchanges = router.exchanges().to_vec();

@@ -12,9 +12,9 @@ use crate::source::SourceKind;
 use crate::verdict::{RESYNC, Verdict};
 
 /// A poll reads the rows as they are at that time; the WAL keeps them as they were.
-const POLLED: &str = "correct the row, and whatever writes such values (the Postgres log has the \
-    server's reason; in a database that is not UTF8 a byte can be no character in UTF-8), then \
-    start again: the relay reads the row as it is then, and publishes it";
+const POLLED: &str = "correct the row, and whatever writes such values (the Postgres log says why; \
+    in a database that is not UTF8, some bytes have no equivalent in UTF-8), then start again: \
+    the relay reads the row as it is then, and publishes it";
 
 /// Remembers where the last session ended by an error of the server about a change.
 #[derive(Debug, Default)]

@@ -199,7 +199,7 @@ mod tests {
         assert_eq!(by.doubt_seconds, Some(0));
         (by.doubt_seconds, by.lock_owner) = (Some(31), Some("database d".into()));
         let found = of(&shown, true);
-        assert!(found[0].what.contains("for 31 s: the connection that holds the lock, for"));
+        assert!(found[0].what.contains("for 31 s: the connection that holds the lock (for"));
         assert_eq!((found.len(), found[0].level), (1, Severity::Problem));
         status.connecting();
         assert!(status.snapshot().standing_by.is_some_and(|by| by.doubt.is_some()), "it tries");

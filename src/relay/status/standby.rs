@@ -11,8 +11,8 @@ pub(super) const NOBODY_READS: &str = "nobody reads this relay's slot: the other
     name serves another database (give one of them another name or vhost), or its connection is \
     dead and the broker has not noticed yet";
 
-/// How long nobody may read the slot before that is wrong, in seconds: a relay that has just taken
-/// the lock reads it soon, and the broker notices a dead connection by its heartbeats.
+/// How long the slot may have no reader before that is a problem, in seconds: a relay that has just
+/// taken the lock reads it soon, and the broker notices a dead connection by its heartbeats.
 const UNREAD_MAX: u64 = 30;
 
 /// Who reads the slot.
@@ -46,11 +46,11 @@ impl StandingBy {
     pub(super) fn in_vain(&self) -> Option<Concern> {
         let seconds = self.doubt_seconds.filter(|seconds| *seconds >= UNREAD_MAX)?;
         let owner = self.lock_owner.as_ref();
-        let owner = owner.map_or(String::new(), |owner| format!(", for {owner}"));
+        let owner = owner.map_or(String::new(), |owner| format!(" (for {owner})"));
         Some(Concern::new(
             format!(
-                "on standby, and the slot has not been read by anybody for {seconds} s: the \
-                 connection that holds the lock{owner} does not do this relay's work"
+                "on standby, and nobody has read the slot for {seconds} s: the connection that \
+                 holds the lock{owner} does not do this relay's work"
             ),
             "if a relay of this name serves another database, give one of them another name or \
              vhost; if the connection is dead, `rabbitmqctl close_connection` ends it",

@@ -50,7 +50,7 @@ struct Inner {
     own_bytes: u64,
     /// Commits wait for the stream.
     hurried: bool,
-    /// Where the last one came before one that is missing.
+    /// Where the last one before a missing one came.
     gap_from: Option<Lsn>,
 }
 

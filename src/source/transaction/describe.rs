@@ -28,7 +28,7 @@ pub(super) struct Described {
     pub(super) role: Role,
     /// The first column whose type is not among those that this session read of the catalog.
     pub(super) unknown_type: Option<usize>,
-    /// Its key from where the catalog was read on, if that is another one.
+    /// Its key from where the catalog was read, if it differs.
     pub(super) later_key: Option<Vec<usize>>,
 }
 

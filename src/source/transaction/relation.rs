@@ -64,8 +64,8 @@ impl Assembler {
         Ok(())
     }
 
-    /// A transaction began that is younger than what was read of the catalog. What the stream says
-    /// of a table with REPLICA IDENTITY FULL is the same after its key was changed, so from here on
+    /// The first transaction began that committed after the catalog was read. With REPLICA IDENTITY
+    /// FULL the stream describes a table in the same way after its key was changed, so from here on
     /// the key is that of the catalog.
     pub(super) fn take_later_keys(&mut self, out: &mut Vec<Item>) {
         self.has_later_keys = false;

@@ -221,7 +221,7 @@ fn a_canary_that_is_missing_between_two_is_a_gap() {
     }
 }
 
-/// What the receipts of the items have to be found again.
+/// The notes that the receipts of the items carry.
 fn notes(items: Vec<Item>) -> Vec<Note> {
     let notes = |item| match item {
         Item::Commit(mut receipt) | Item::Idle(mut receipt) => receipt.take_notes(),
@@ -231,7 +231,7 @@ fn notes(items: Vec<Item>) -> Vec<Note> {
 }
 
 #[test]
-fn a_canary_that_is_missing_after_the_checkpoint_is_a_gap_of_every_session() {
+fn a_canary_that_is_missing_after_the_checkpoint_is_a_gap_in_every_session() {
     let before = Some(CanarySighting { number: 6, end: Lsn(50) });
     let id = "0192f2a0-0000-7000-8000-000000000001";
     let event = change(b'I', OUTBOX_ID, &[id, "order", "1", "placed", "{}"]);

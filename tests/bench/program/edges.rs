@@ -1,4 +1,4 @@
-//! What the edges cost those beside them: a full queue beside a healthy one, parking at its limits,
+//! What edge cases cost everything else: a full queue beside a healthy one, parking at its limits,
 //! a checkpoint that cannot be written, a password that has changed.
 
 use std::time::Duration;
@@ -56,14 +56,14 @@ pub struct AtLimits {
     /// Events a second of all other keys, and of the same without anything parked: medians.
     pub rate: f64,
     pub rate_without: f64,
-    /// Largest that was seen meanwhile, in milliseconds.
+    /// The largest seen meanwhile, in milliseconds.
     pub checkpoint_age_ms: f64,
-    /// Of the others, after a kill -9 in the middle.
+    /// Of the other events, after a kill -9 in the middle.
     pub duplicates: u64,
     pub lost: u64,
 }
 
-/// The row of the checkpoint is locked by somebody else at full speed, then the relay is killed.
+/// Somebody else locks the row of the checkpoint under full load, then the relay is killed.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Locked {
     pub events: u64,
@@ -71,7 +71,7 @@ pub struct Locked {
     pub lost: u64,
 }
 
-/// How long after its file has the new password the relay streams again, in milliseconds.
+/// How long the relay takes to stream again once its file has the new password, in milliseconds.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Rotated {
     pub ready_ms: f64,
@@ -144,7 +144,7 @@ pub async fn at_limits(servers: &Servers, events: u64, seed: u32, rounds: u32) -
             last = Some(run);
         }
     }
-    let last = last.ok_or_else(|| Error::config("--repeat is at least 1"))?;
+    let last = last.ok_or_else(|| Error::config("--repeat must be at least 1"))?;
     Ok(AtLimits { rate: median(with), rate_without: median(without), ..last })
 }
 

@@ -66,8 +66,8 @@ struct Arguments {
     /// that is poison.
     #[arg(long)]
     troubles: bool,
-    /// Measure what edges cost those beside them, and nothing else: a full queue, parking at its
-    /// limits, a locked checkpoint, a password that changes.
+    /// Measure only what edge cases cost everything else: a full queue, parking at its limits, a
+    /// locked checkpoint, a password that changes.
     #[arg(long)]
     edges: bool,
     /// Measure a backfill of this number of rows beside live events, and nothing else.

@@ -18,7 +18,7 @@ use crate::servers::{EXCHANGE, Servers};
 /// How long the relay may take to be ready, or to end after SIGTERM.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// How long a metric may take to be as it should, and how often it is looked at.
+/// How long to wait for a metric, and how often to look at it.
 const METRIC_LIMIT: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(20);
 
@@ -204,7 +204,7 @@ impl Relay {
         series.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
-    /// Waits until the sum of a metric is so.
+    /// Waits until the sum of a metric is as wanted.
     pub async fn until(&self, name: &str, wanted: impl Fn(f64) -> bool) -> Result<()> {
         let deadline = Instant::now() + METRIC_LIMIT;
         loop {

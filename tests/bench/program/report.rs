@@ -319,7 +319,7 @@ impl Report {
 
     pub fn rotated(&mut self, rotated: Rotated) {
         let ms = rotated.ready_ms;
-        println!("\nready {ms:.0} ms after its file has the new password");
+        println!("\nready {ms:.0} ms after the file has the new password");
         println!("  {}", at_most(ms, ROTATED_MS_MAX));
         self.rotated = Some(rotated);
     }

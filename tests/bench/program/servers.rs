@@ -112,7 +112,7 @@ impl Servers {
         self.bound_queue(name, ROUTING_KEY, arguments).await
     }
 
-    /// A durable quorum queue, bound to the relay's exchange, which is there, by this key.
+    /// A durable quorum queue, bound by this key to the relay's exchange, which must exist.
     pub async fn bound_queue(
         &self,
         name: &str,
