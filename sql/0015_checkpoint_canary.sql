@@ -5,8 +5,13 @@
 
 SET ROLE watership_owner;
 
-ALTER TABLE watership.checkpoint ADD COLUMN canary bigint;
-GRANT UPDATE (canary) ON watership.checkpoint TO watership_relay;
+ALTER TABLE watership.checkpoint
+    ADD COLUMN canary bigint,
+    -- Where its transaction ended.
+    ADD COLUMN canary_lsn pg_lsn,
+    -- The session that keeps them: one of an older version does not, and they count no more.
+    ADD COLUMN canary_session bigint;
+GRANT UPDATE (canary, canary_lsn, canary_session) ON watership.checkpoint TO watership_relay;
 
 INSERT INTO watership.migration (version, name) VALUES (15, '0015_checkpoint_canary');
 

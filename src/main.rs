@@ -6,7 +6,7 @@
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use watership::cli::{self, Cli, End};
@@ -52,7 +52,8 @@ fn report(error: &Error) -> ExitCode {
     })
 }
 
-/// The first SIGTERM, SIGINT or SIGHUP sets the value to true, the second ends the process.
+/// The first SIGTERM, SIGINT or SIGHUP sets the value to true, another SIGTERM or SIGINT ends the
+/// process.
 ///
 /// It has its own thread, so that it works when everything else hangs.
 fn watch_signals() -> Result<watch::Receiver<bool>> {
@@ -60,31 +61,48 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let (sender, receiver) = watch::channel(false);
-    let [mut terminate, mut interrupt, mut hang_up] = {
+    let (mut terminate, mut interrupt, mut hang_up) = {
         let _guard = runtime.enter();
-        let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
-        let [terminate, interrupt, hang_up] = kinds.map(signal);
-        [terminate.map_err(failed)?, interrupt.map_err(failed)?, hang_up.map_err(failed)?]
+        let hang_up = (!ignores_hang_up()).then(|| signal(SignalKind::hangup()));
+        let [terminate, interrupt] = [SignalKind::terminate(), SignalKind::interrupt()].map(signal);
+        let hang_up = hang_up.transpose().map_err(failed)?;
+        (terminate.map_err(failed)?, interrupt.map_err(failed)?, hang_up)
     };
     let wait = move || {
         runtime.block_on(async {
-            for times in 1.. {
-                tokio::select! {
-                    _ = terminate.recv() => {}
-                    _ = interrupt.recv() => {}
+            loop {
+                let is_hang_up = tokio::select! {
+                    _ = terminate.recv() => false,
+                    _ = interrupt.recv() => false,
                     // The terminal was closed. SIGHUP does not reload the configuration.
-                    _ = hang_up.recv() => {}
-                }
-                if times == 2 {
+                    () = received(hang_up.as_mut()) => true,
+                };
+                if !sender.send_replace(true) {
+                    tracing::info!("shutting down; send the signal again to exit now");
+                } else if !is_hang_up {
+                    // Shell and kernel both send SIGHUP, so that never counts as the second.
                     exit_now();
                 }
-                tracing::info!("shutting down; send the signal again to exit now");
-                sender.send_replace(true);
             }
         });
     };
     std::thread::Builder::new().name("signals".into()).spawn(wait).map_err(failed)?;
     Ok(receiver)
+}
+
+async fn received(signal: Option<&mut Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether the parent, `nohup` for example, has this process ignore SIGHUP (proc(5), `SigIgn`).
+fn ignores_hang_up() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & 1 == 1)
 }
 
 /// Ends the process when its loop hangs, without destructors: they could hang too.

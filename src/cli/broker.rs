@@ -12,10 +12,13 @@ use crate::amqp::topology::{self, Mode, Thing, Topology, Wrong};
 use crate::config::Config;
 use crate::error::{Kind, Result};
 use crate::message::KeyPart;
+use crate::pg::client::{SqlConnection, sql};
+use crate::pg::slot::read_slot;
 use crate::publisher::Publisher as _;
 use crate::relay::session;
 use crate::relay::upkeep::route_audit;
 use crate::route::{Action, MessageIdRule, Router, Rule, Select};
+use crate::source::SourceKind;
 
 /// Adds its findings; it never fails, because a failure is a finding too.
 pub(super) async fn check(f: &mut Findings, config: &Config) {
@@ -68,11 +71,26 @@ async fn check_session(f: &mut Findings, config: &Config, verify: &Topology) -> 
         Ok(_) => f.ok(AREA, "opened two connections, all channels, and the lock queue"),
         Err(error) if error.kind() == Kind::Busy => {
             f.ok(AREA, "a relay of this name holds the lock queue");
-            return true;
+            return streams(config).await;
         }
         Err(error) => f.error(AREA, &error),
     }
     false
+}
+
+/// Whether the holder of the lock streams by now: until then it may be declaring, or be another
+/// `check`. One that polls reads no slot, so its lock has to do.
+async fn streams(config: &Config) -> bool {
+    let options = &config.relay;
+    if options.kind == SourceKind::Poll {
+        return true;
+    }
+    // What is wrong with Postgres was reported.
+    let Ok(SqlConnection { client, closed: _closed }) = sql(&options.sql).await else {
+        return false;
+    };
+    let slot = read_slot(&client, &options.slot).await;
+    slot.is_ok_and(|slot| slot.is_some_and(|slot| slot.active_pid.is_some()))
 }
 
 /// Each exchange and each queue is a finding. What `run` will declare and is there already is

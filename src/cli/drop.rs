@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
-use tokio_postgres::{Client, GenericClient};
+use tokio_postgres::{Client, GenericClient, Transaction};
 
 use super::{End, Out, init};
 use crate::config::Config;
@@ -94,9 +94,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         return Err(Error::new(Kind::Busy, text)
             .hint("stop the relay first, or pass --force to end its session"));
     }
-    if let Err(error) = remove(&mut client, config, &plan, args.force).await {
-        return Err(kept(&client, error).await);
-    }
+    remove(&mut client, config, &plan, args.force).await?;
     for what in ["slot", "publication", "relay", "schema"] {
         done(&mut parts, what, out);
     }
@@ -230,23 +228,40 @@ async fn remove_slot(client: &impl GenericClient, name: &str, force: bool) -> Re
 }
 
 async fn remove(client: &mut Client, config: &Config, plan: &Plan, force: bool) -> Result<()> {
+    let tx = client.transaction().await.map_err(postgres_error)?;
+    let removed = remove_in(&tx, config, plan, force).await;
+    let ended = match removed {
+        Ok(()) => tx.commit().await.map_err(postgres_error),
+        Err(error) => {
+            drop(tx);
+            return Err(kept(client, error).await);
+        }
+    };
+    // A slot is gone at once, whatever becomes of the transaction.
+    let is_gone = if plan.slot.is_some() { "the slot is gone; " } else { "" };
+    ended.map_err(|e| {
+        let hint = e.hint_or_kind().to_owned();
+        e.hint(format!("{hint}; {is_gone}run `watership drop` again for the rest"))
+    })
+}
+
+async fn remove_in(tx: &Transaction<'_>, config: &Config, plan: &Plan, force: bool) -> Result<()> {
     const RELAY: &str = include_str!("../../sql/query/drop_relay.sql");
     const SCHEMA: &str = include_str!("../../sql/query/drop_schema.sql");
-    let tx = client.transaction().await.map_err(postgres_error)?;
     if plan.publication.is_some() {
-        drop_publication(&tx, &config.relay.publication).await?;
+        drop_publication(tx, &config.relay.publication).await?;
     }
     if plan.relay && !plan.schema {
-        unnamed::execute(&tx, RELAY, &[&config.relay.name]).await.map_err(postgres_error)?;
+        unnamed::execute(tx, RELAY, &[&config.relay.name]).await.map_err(postgres_error)?;
     }
     if plan.schema {
         let failed = |e| postgres_error(e).context("dropping the schema watership");
         tx.batch_execute(SCHEMA).await.map_err(failed)?;
     }
     if plan.slot.is_some() {
-        remove_slot(&tx, &config.relay.slot, force).await?;
+        remove_slot(tx, &config.relay.slot, force).await?;
     }
-    tx.commit().await.map_err(postgres_error)
+    Ok(())
 }
 
 /// The error, with what to do: whatever it was, everything is still there.

@@ -409,9 +409,10 @@ async fn retry(
         unnamed::query(client, SOME, &[&name, &ids, key]).await
     };
     let rows = rows.map_err(postgres_error)?;
-    // Matching rows may have been marked already.
+    // Matching rows may have been marked already; of all there may be none.
     if rows.is_empty()
         && ids.is_empty()
+        && !all
         && list(client, name, Which::Waiting, route, key, 1).await?.is_empty()
     {
         return Err(no_match(name));

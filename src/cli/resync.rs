@@ -126,7 +126,11 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     let (row, slot, server) = found.position();
     let plan = plan(row, slot, server, &doubts, args.from)?;
     report.from = Some(plan.from.name());
-    report.gap_from = Some(row.flush_lsn.to_string());
+    // What only the stream can tell, such as missing canaries, may lie before the checkpoint.
+    let canary = canary::recorded(&client, &config.relay.name).await?.before;
+    let canary = canary.filter(|_| doubts.is_empty()).map(|canary| canary.end);
+    let gap_from = canary.map_or(row.flush_lsn, |canary| canary.min(row.flush_lsn));
+    report.gap_from = Some(gap_from.to_string());
     report.resumed_at = plan.begin.map(|lsn| lsn.to_string());
     let since = gap_rows::since(&client, &config.relay.name).await?;
     if !args.accept_gap {
@@ -136,7 +140,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
         out.data(&report)?;
         return Ok(End::NeedsDecision);
     }
-    accept(&mut client, config, args, &found, &plan, &mut report).await?;
+    accept(&mut client, config, args, &found, (&plan, gap_from), &mut report).await?;
     print_result(config, &report, &plan, out);
     report.outbox = count_rows(&client, config, since, out).await;
     report.outbox.iter().for_each(|rows| rows.print_statement(out));
@@ -196,6 +200,7 @@ struct Resumed {
     from: ResumeFrom,
     commit_lsn: Lsn,
     flush_lsn: Lsn,
+    gap_from: Lsn,
     gap_to: Lsn,
 }
 
@@ -205,7 +210,7 @@ async fn accept(
     config: &Config,
     args: &Args,
     found: &StartFacts,
-    plan: &ResyncPlan,
+    (plan, gap_from): (&ResyncPlan, Lsn),
     report: &mut Report,
 ) -> Result<()> {
     let (row, slot, server) = found.position();
@@ -228,7 +233,7 @@ async fn accept(
     };
     // When the position stays, the gap is what lies between it and now.
     let gap_to = if plan.from == ResumeFrom::Checkpoint { server.wal_lsn } else { flush_lsn };
-    let resumed = Resumed { from: plan.from, commit_lsn, flush_lsn, gap_to };
+    let resumed = Resumed { from: plan.from, commit_lsn, flush_lsn, gap_from, gap_to };
     report.gap_to = Some(gap_to.to_string());
     report.resumed_at = Some(flush_lsn.to_string());
     let tx = client.transaction().await.map_err(postgres_error)?;
@@ -282,7 +287,7 @@ async fn record(
     report: &mut Report,
 ) -> Result<()> {
     const SQL: &str = include_str!("../../sql/query/resync_record.sql");
-    let (row, _, server) = found.position();
+    let (_, _, server) = found.position();
     let who = args.by.clone().unwrap_or_else(|| server.user.clone());
     let reason = args.reason.clone().unwrap_or_default();
     let recorded = unnamed::query_one(
@@ -293,7 +298,7 @@ async fn record(
             &who,
             &reason,
             &report.verdicts,
-            &PgLsn::from(row.flush_lsn.0),
+            &PgLsn::from(resumed.gap_from.0),
             &PgLsn::from(resumed.gap_to.0),
             &resumed.from.name(),
             &PgLsn::from(resumed.flush_lsn.0),

@@ -144,10 +144,11 @@ async fn accept(client: &Client, config: &Config, table: &str, out: Out) -> Resu
         }
     }
     let before = against(config, &now, &agreed)?;
-    let session = checkpoint::read(client, &options.name).await?.map(|row| row.session_no);
     for rule in routes_of(&options.rules, table) {
         schemas::agree(client, &options.name, &rule.name, &now, at).await?;
     }
+    // A session that begins from here on reads what was written.
+    let session = checkpoint::read(client, &options.name).await?.map(|row| row.session_no);
     for RouteReport { route, broken, left_out, .. } in &before {
         let told = match (broken.is_empty(), left_out.is_empty()) {
             (true, true) => "as before".to_owned(),

@@ -445,7 +445,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             self.durable.progress.on_settled(&receipt);
             let seen = self.source.seen();
             let canary = seen.canary_gap.map_or(seen.canary, |gap| Some(gap.before));
-            self.durable.notes.extend(canary.map(|canary| Note::Canary(canary.number)));
+            self.durable.notes.extend(canary.map(Note::Canary));
         }
         if self.tuning.checkpoint_interval <= TICK_MAX || now >= self.durable.due_at.into_std() {
             self.durable.due_at = Instant::now() + self.tuning.checkpoint_interval;

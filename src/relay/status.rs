@@ -57,6 +57,8 @@ struct Inner {
     holder: Option<Holder>,
     /// Since when the slot has been seen without a reader while another relay holds the lock.
     unread_since: Option<Instant>,
+    /// How long that was at the last look.
+    unread: Duration,
     lock_owner: Option<String>,
     grades: Vec<RouteGrade>,
     progress: Option<Progress>,
@@ -232,6 +234,7 @@ impl Status {
             circuit: Circuit::new(),
             holder: None,
             unread_since: None,
+            unread: Duration::ZERO,
             lock_owner: None,
             grades: Vec::new(),
             progress: None,
@@ -372,6 +375,7 @@ impl Status {
         let mut inner = self.lock();
         let unread = inner.state == RelayState::StandingBy && holder.is_none();
         inner.unread_since = unread.then(|| inner.unread_since.unwrap_or_else(Instant::now));
+        inner.unread = inner.unread_since.map_or(Duration::ZERO, |since| since.elapsed());
         inner.holder = holder;
     }
 
@@ -518,7 +522,7 @@ impl Inner {
             _ => return None,
         };
         let doubt = self.unread_since.map(|_| standby::NOBODY_READS);
-        let doubt_seconds = self.unread_since.map(|since| since.elapsed().as_secs());
+        let doubt_seconds = self.unread_since.map(|_| self.unread.as_secs());
         let (slot_holder, lock_owner) = (self.holder.clone(), self.lock_owner.clone());
         Some(StandingBy { because, slot_holder, lock_owner, doubt, doubt_seconds })
     }

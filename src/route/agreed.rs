@@ -26,13 +26,13 @@ enum Which {
 
 /// The columns of `now` that a route with these rules may send: those of `agreed`, and later ones
 /// too if the route names what it sends. `key`: the columns of the route's own key. `catalog`: the
-/// table as last read from the catalog. `seen`: the last description that was recorded before.
+/// table as last read from the catalog. `seen`: the descriptions that were recorded since.
 pub(super) fn columns<'a>(
     rules: &ColumnRules,
     key: &[String],
     agreed: &Description,
     now: &'a Description,
-    (catalog, seen): (Option<&Description>, Option<&Description>),
+    (catalog, seen): (Option<&Description>, &[&Description]),
 ) -> Vec<&'a str> {
     let named = || now.columns.iter().map(|column| &*column.name);
     let Some(which) = which(agreed, now, catalog) else {
@@ -44,11 +44,8 @@ pub(super) fn columns<'a>(
         let is_it = |(place, name): &(usize, &str)| *place < kept && (is_kept || is_key(name));
         return named().enumerate().filter(is_it).map(|(_, name)| name).collect();
     };
-    let was_settled = match seen.filter(|seen| seen.numbered.is_some()) {
-        Some(seen) => is_settled(rules, agreed, seen),
-        None => true,
-    };
-    let settled = was_settled && catalog.is_some_and(|catalog| is_settled(rules, agreed, catalog));
+    let settled = catalog.is_some_and(|catalog| is_settled(rules, agreed, catalog))
+        && seen.iter().all(|seen| is_settled(rules, agreed, seen));
     let is_it = |(which, name): &(Which, &str)| match which {
         Which::Number(number) => match agreed.with_number(*number) {
             Some(then) if then == *name => true,
@@ -195,7 +192,7 @@ mod tests {
 
     fn agreed_of(now: &str, catalog: Option<&Description>) -> String {
         let agreed = described("id note ssn name", &[1, 2, 3, 4]);
-        columns(&masks(), &["customer".into()], &agreed, &described(now, &[]), (catalog, None))
+        columns(&masks(), &["customer".into()], &agreed, &described(now, &[]), (catalog, &[]))
             .join(" ")
     }
 
@@ -248,7 +245,7 @@ mod tests {
         // came. The rows before that look like those that were agreed to.
         let agreed = described("id note ssn", &[1, 2, 3]);
         let of = |now: &str, catalog: &Description| {
-            columns(&masks(), &[], &agreed, &described(now, &[]), (Some(catalog), None)).join(" ")
+            columns(&masks(), &[], &agreed, &described(now, &[]), (Some(catalog), &[])).join(" ")
         };
         let swapped = described("id note ssn more", &[1, 3, 4, 5]);
         assert_eq!(of("id note ssn", &swapped), "id");
@@ -266,18 +263,18 @@ mod tests {
         let agreed = described("id ssn note name", &[1, 2, 3, 4]);
         let dropped = described("id ssn name more", &[1, 2, 4, 5]);
         let now = described("id ssn note name", &[]);
-        assert_eq!(columns(&masks(), &[], &agreed, &now, (Some(&dropped), None)).len(), 4);
+        assert_eq!(columns(&masks(), &[], &agreed, &now, (Some(&dropped), &[])).len(), 4);
         let dropped = described("id note name more", &[1, 3, 4, 5]);
-        let sent = columns(&masks(), &[], &agreed, &now, (Some(&dropped), None));
+        let sent = columns(&masks(), &[], &agreed, &now, (Some(&dropped), &[]));
         assert_eq!(sent, ["id"], "the hidden one may have had any of these names");
         // A column list that grew does not tell what was there.
         let agreed = described("id note name", &[1, 2, 4]);
         let listed = described("id name ssn note", &[1, 2, 3, 4]);
         let now = described("id note name", &[]);
-        assert!(columns(&masks(), &[], &agreed, &now, (Some(&listed), None)).is_empty());
+        assert!(columns(&masks(), &[], &agreed, &now, (Some(&listed), &[])).is_empty());
         // It was being altered when it was read.
         let open = described("id note name", &[]);
-        assert!(columns(&masks(), &[], &agreed, &now, (Some(&open), None)).is_empty());
+        assert!(columns(&masks(), &[], &agreed, &now, (Some(&open), &[])).is_empty());
     }
 
     #[test]
@@ -285,12 +282,15 @@ mod tests {
         let agreed = described("id a ssn b", &[1, 2, 3, 4]);
         // The name is back where it was, but the rows are older.
         let catalog = described("id ssn bb z", &[1, 3, 4, 5]);
-        let of = |now: &str, seen: &Description| {
-            let found = (Some(&catalog), Some(seen));
+        let of = |now: &str, seen: &[&Description]| {
+            let found = (Some(&catalog), seen);
             columns(&masks(), &[], &agreed, &described(now, &[]), found).join(" ")
         };
-        assert_eq!(of("id b bb z", &described("id b bb z", &[1, 3, 4, 5])), "id");
-        assert_eq!(of("id b bb z", &agreed), "id b", "it was never seen like that");
+        let taken = described("id b bb z", &[1, 3, 4, 5]);
+        assert_eq!(of("id b bb z", &[&taken]), "id");
+        assert_eq!(of("id b bb z", &[&taken, &catalog]), "id", "whatever was agreed afterwards");
+        assert_eq!(of("id b bb z", &[&described("id b bb z", &[])]), "id", "nobody knows");
+        assert_eq!(of("id b bb z", &[]), "id b", "it was never seen like that");
     }
 
     #[test]
@@ -298,7 +298,7 @@ mod tests {
         let agreed = described("id note ssn", &[1, 2, 3]);
         let of = |rules: &str, now: &str, numbers: &[i16]| {
             let catalog = described(now, numbers);
-            columns(&includes(rules), &[], &agreed, &described(now, &[]), (Some(&catalog), None))
+            columns(&includes(rules), &[], &agreed, &described(now, &[]), (Some(&catalog), &[]))
                 .join(" ")
         };
         assert_eq!(of("id note", "id note", &[1, 3]), "id", "it is the other one");

@@ -206,7 +206,7 @@ pub(super) fn left_out(
     if rules.is_empty() {
         return Vec::new();
     }
-    let agreed = agreed::columns(rules, &route.key, agreed, now, (catalog, None));
+    let agreed = agreed::columns(rules, &route.key, agreed, now, (catalog, &[]));
     let names = now.columns.iter().map(|column| &*column.name);
     let is_new = |name: &&str| !agreed.contains(name) && rules.hide(name).is_none();
     names.filter(is_new).map(str::to_owned).collect()

@@ -52,6 +52,13 @@ impl Recorded {
         }
     }
 
+    /// All that are younger than this place.
+    fn since(&self, mark: Mark) -> Vec<&Description> {
+        let changed = self.changed.iter().filter(|(at, _)| at.mark > mark);
+        let agreed = self.agreed.iter().filter(|(at, _)| *at > mark);
+        changed.map(|(_, one)| one).chain(agreed.map(|(_, one)| one)).collect()
+    }
+
     /// The description before `position`; absent where none is known, and where what comes there
     /// is recorded already: a transaction that is read again begins with its old description.
     pub(super) fn before(&self, position: Position) -> Option<&Description> {
@@ -96,8 +103,8 @@ impl Schemas {
         let rules = &route.rules.columns;
         match self.agreement(&route.name, table) {
             Some(agreement) if !rules.is_empty() => {
-                let seen = self.recorded.get(table).and_then(Recorded::last);
-                let found = (self.now.get(table), seen);
+                let seen = self.recorded.get(table).map(|recorded| recorded.since(agreement.since));
+                let found = (self.now.get(table), &*seen.unwrap_or_default());
                 agreed::columns(rules, &route.key, &agreement.description, now, found)
             }
             // Nothing has been agreed.

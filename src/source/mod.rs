@@ -68,8 +68,8 @@ pub enum Note {
     Moved(Moved),
     /// What is different about it from what was recorded last.
     Changed(Box<SchemaChange>),
-    /// The number of the last canary that was received, with none missing before it.
-    Canary(u64),
+    /// The last canary that was received, with none missing before it.
+    Canary(CanarySighting),
 }
 
 /// A low mark of a backfill, which the relay itself wrote: a transactional logical message, alone

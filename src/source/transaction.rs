@@ -61,7 +61,7 @@ pub struct Assembler {
     /// Number of the canary of the open transaction.
     canary: Option<u64>,
     /// That of the last one that came, until a receipt carries it.
-    canary_came: Option<u64>,
+    canary_came: Option<CanarySighting>,
     /// Commit LSN of the last transaction that began.
     last_begun: Lsn,
     /// The root that was described last; the description of the partition comes right after it.
@@ -247,8 +247,8 @@ impl Assembler {
             out.push(Item::Idle(Receipt::idle(end_lsn.into())));
         } else {
             let mut receipt = self.receipt(position, Some(end_lsn.into()));
-            if let Some(number) = self.canary_came.take() {
-                receipt.add_note(Note::Canary(number));
+            if let Some(canary) = self.canary_came.take() {
+                receipt.add_note(Note::Canary(canary));
             }
             out.push(Item::Commit(receipt));
         }
@@ -268,7 +268,7 @@ impl Assembler {
         }
         self.seen.canary = Some(after);
         if self.seen.canary_gap.is_none() {
-            self.canary_came = Some(after.number);
+            self.canary_came = Some(after);
         }
     }
 

@@ -12,6 +12,7 @@ mod backfill_commits;
 mod backfill_drift;
 mod backfill_moves;
 mod binary;
+mod canary;
 mod check_broker;
 mod cli;
 mod column_rules;

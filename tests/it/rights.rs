@@ -102,6 +102,26 @@ async fn too_few_connections_of_the_role_are_a_problem() {
 }
 
 #[tokio::test]
+async fn a_role_with_no_more_rights_than_it_needs_stores_the_canary_with_its_checkpoint() {
+    let settings = "relay.canary_interval = \"1s\"\nrelay.checkpoint_interval = \"20ms\"";
+    let (stage, _) = stage_of_a_role(settings).await;
+    let relay = stage.start().await;
+    let stored = "(SELECT canary > 1 AND canary_lsn > '0/0' FROM watership.checkpoint)";
+    until("the second canary is stored", async || {
+        // A canary alone is not progress.
+        stage.execute(&emit("1", "placed", "NULL")).await;
+        stage.holds(&format!("coalesce({stored}, false)")).await
+    })
+    .await;
+    assert_eq!(relay.metric("watership_sessions_total").await, Some(1.0));
+    relay.stop().await.expect_code(0);
+    let column = "watership.checkpoint FROM watership_relay";
+    stage.execute(&format!("REVOKE UPDATE (canary) ON {column}")).await;
+    let told = ["lacks UPDATE on watership.checkpoint"];
+    stage.run(&["check"]).await.expect_code(1).expect_text(&told);
+}
+
+#[tokio::test]
 async fn what_the_relay_lacks_refuses_check_init_and_start_and_says_what_to_do() {
     let (stage, _) = stage_of_a_role("").await;
     for (privilege, table) in [

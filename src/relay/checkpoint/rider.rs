@@ -13,7 +13,7 @@ use crate::position::Position;
 use crate::relay::parking::row::{Changed, ParkedRow, changes_to_json, rows_to_json};
 use crate::route::SchemaChange;
 use crate::route::description::Description;
-use crate::source::{Cursor, Moved, Note};
+use crate::source::{CanarySighting, Cursor, Moved, Note};
 
 /// One of them: all of its kind that go with one checkpoint.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,8 +30,8 @@ pub enum Rider {
     Moved(Vec<Moved>),
     /// What is different about captured tables from here on.
     Changed(Vec<SchemaChange>),
-    /// The number of the last canary that was received.
-    Canary(u64),
+    /// The last canary that was received.
+    Canary(CanarySighting),
 }
 
 /// The kinds, in the order of their statements.
@@ -86,7 +86,10 @@ impl Rider {
                 let rows: Vec<JsonMoved> = rows.iter().map(JsonMoved::of).collect();
                 serde_json::to_string(&rows).expect("texts and numbers are JSON")
             }
-            Rider::Canary(number) => format!("[{number}]"),
+            Rider::Canary(canary) => {
+                let row = (canary.number, canary.end.to_string());
+                serde_json::to_string(&row).expect("texts and numbers are JSON")
+            }
             Rider::Changed(changes) => {
                 let rows: Vec<JsonChange<'_>> = changes.iter().map(JsonChange::of).collect();
                 serde_json::to_string(&rows).expect("names and numbers are JSON")
@@ -105,7 +108,7 @@ pub fn of_notes(notes: Vec<Note>) -> Vec<Rider> {
             Note::Backfilled(cursor) => cursors.push(cursor),
             Note::Moved(row) => moved.push(row),
             Note::Changed(change) => changes.push(*change),
-            Note::Canary(number) => canary = Some(number),
+            Note::Canary(last) => canary = Some(last),
         }
     }
     let mut riders = Vec::new();

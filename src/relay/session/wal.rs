@@ -30,10 +30,10 @@ use crate::relay::parking::{Parking, store as parked};
 use crate::relay::upkeep::canary;
 use crate::relay::window::remembered::Remembered;
 use crate::route::{Resumed, Rule};
+use crate::source::AnySource;
 use crate::source::columns::{self, ColumnWatch, Watched};
 use crate::source::transaction::{self, Assembler, Timelines};
 use crate::source::wal::{Timing, Wal};
-use crate::source::{AnySource, CanarySighting};
 use crate::verdict::Verdict;
 
 /// Connects to Postgres, takes the checkpoint over, and starts the stream where it says.
@@ -313,7 +313,7 @@ pub(super) async fn stream(
         types,
         max_body: options.broker.max_message_size,
         canary: options.name.clone(),
-        canary_before: canaries.before.map(|number| CanarySighting { number, end: row.flush_lsn }),
+        canary_before: canaries.before,
         canary_accepted: canaries.accepted,
     });
     let publications = [&*options.publication];

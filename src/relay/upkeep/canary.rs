@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tokio_postgres::GenericClient;
+use tokio_postgres::types::PgLsn;
 
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
@@ -207,7 +208,8 @@ impl Canary {
         inner.gap_from = Some(before.end);
         let missing = match (before.number + 1, after.number - 1) {
             (first, last) if first == last => format!("canary {first}"),
-            (first, last) => format!("canaries {first} to {last}"),
+            // Of those that came, some may have come to an earlier session.
+            (first, last) => format!("all of canaries {first} to {last}"),
         };
         let text = format!(
             "the stream brought canary {} and then {} without {missing}: published changes were \
@@ -260,8 +262,8 @@ pub async fn accept(client: &impl GenericClient, name: &str) -> Result<()> {
 /// What is stored of a relay's canaries.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct StoredCanary {
-    /// The number of the last one that came before the checkpoint.
-    pub before: Option<u64>,
+    /// The last one that came before the checkpoint.
+    pub before: Option<Seen>,
     /// The number up to which they may be missing; 0 where nothing was accepted.
     pub accepted: u64,
 }
@@ -276,9 +278,11 @@ pub async fn recorded(client: &impl GenericClient, name: &str) -> Result<StoredC
     let Some(row) = row else { return Ok(StoredCanary::default()) };
     let number = |i: usize| row.try_get::<_, Option<i64>>(i).map_err(postgres_error);
     let unsigned = |number: i64| u64::try_from(number).unwrap_or_default();
+    let end: Option<PgLsn> = row.try_get(1).map_err(postgres_error)?;
+    let before = number(0)?.zip(end);
     Ok(StoredCanary {
-        before: number(0)?.map(unsigned),
-        accepted: number(1)?.map(unsigned).unwrap_or_default(),
+        before: before.map(|(number, end)| Seen { number: unsigned(number), end: Lsn(end.into()) }),
+        accepted: number(2)?.map(unsigned).unwrap_or_default(),
     })
 }
 
@@ -364,7 +368,7 @@ mod tests {
         assert!(one.contains("between 0/64 and 0/190"), "{one}");
         let more = canary.gap_verdict(gap(11)).expect("deaf");
         assert_eq!(more.verdict(), Some(Verdict::StreamDeaf));
-        assert!(more.to_string().contains("without canaries 8 to 10:"), "{more}");
+        assert!(more.to_string().contains("without all of canaries 8 to 10:"), "{more}");
         canary.begin(Lsn(50), false, start);
         assert!(canary.gap_verdict(gap(9)).is_none(), "its updates are not published");
     }

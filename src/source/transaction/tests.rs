@@ -242,8 +242,8 @@ fn a_canary_that_is_missing_after_the_checkpoint_is_a_gap_in_every_session() {
         assert_eq!(assembler.seen().canary_gap.is_some(), is_gap, "{number}");
         // After a gap none is noted, so that the next session finds it again.
         let first = [begin(200), event.clone(), commit(200)];
-        let noted: Vec<u64> = if is_gap { vec![] } else { vec![number.parse().unwrap()] };
-        let noted: Vec<Note> = noted.into_iter().map(Note::Canary).collect();
+        let canary = CanarySighting { number: number.parse().unwrap(), end: Lsn(108) };
+        let noted = if is_gap { vec![] } else { vec![Note::Canary(canary)] };
         assert_eq!(notes(apply(&mut assembler, &first)), noted, "{number}");
         let second = [begin(300), event.clone(), commit(300)];
         assert_eq!(notes(apply(&mut assembler, &second)), [], "once");
