@@ -234,8 +234,12 @@ impl Parking {
                 lanes_blocked.add(row.lanes);
                 continue;
             }
-            let Blocked { row, entry, .. } = self.blocked.remove(&key).expect("it was just read");
-            self.rows.get_mut(&key).expect("blocked rows are rows").place = Place::Pending;
+            let Blocked { mut row, entry, .. } =
+                self.blocked.remove(&key).expect("it was just read");
+            let waiting = self.rows.get_mut(&key).expect("blocked rows are rows");
+            waiting.place = Place::Pending;
+            // Somebody may have asked for a retry, or one may have failed, while it was blocked.
+            row.state = waiting.state;
             self.pending_bytes += row.size();
             settled.push((entry, key.route.clone(), row.why));
             self.pending.insert(key, row);
@@ -348,9 +352,13 @@ impl Parking {
         }
     }
 
-    /// The row still waits to be tried again.
-    pub fn is_retrying(&self, key: &ParkedKey) -> bool {
-        self.rows.get(key).is_some_and(|waiting| waiting.state == RowState::Retrying)
+    /// The row still waits to be tried again, and no row waits before it in its lanes.
+    pub fn is_next(&self, key: &ParkedKey) -> bool {
+        let is_next = |waiting: &Waiting| {
+            waiting.state == RowState::Retrying
+                && self.is_free(key, waiting.lanes, &BTreeSet::new())
+        };
+        self.rows.get(key).is_some_and(is_next)
     }
 
     /// The row is on its way with `open` messages; returns its number.

@@ -55,7 +55,12 @@ impl Parking {
 
     /// Whether all rows before this one in its lanes are `chosen`. If the one right before it in a
     /// lane is, those before that are, too; a truncate asks for each row of its table.
-    fn is_free(&self, key: &ParkedKey, lanes: LaneKeys, chosen: &BTreeSet<ParkedKey>) -> bool {
+    pub(super) fn is_free(
+        &self,
+        key: &ParkedKey,
+        lanes: LaneKeys,
+        chosen: &BTreeSet<ParkedKey>,
+    ) -> bool {
         let free = |set: Option<&BTreeSet<ParkedKey>>| {
             let before = set.and_then(|set| set.range(..key).next_back());
             before.is_none_or(|before| chosen.contains(before))

@@ -89,21 +89,25 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             Found::Same => {}
             Found::Index(rows) => self.parked.parking.reload(rows),
             Found::Rows(rows) => {
-                if rows.is_empty() {
+                let mut tried = false;
+                for row in rows {
+                    // One that was to come before it may not have come: somebody discarded it.
+                    if self.parked.parking.is_next(&row.key) {
+                        tried = true;
+                        self.retry(row);
+                    }
+                }
+                if !tried {
                     // Somebody was faster: what we know is old. No count is as large as this.
                     self.parked.retry_due = false;
                     self.parked.looking = Some(Box::pin(self.store.look((usize::MAX, 0))));
                 }
-                rows.into_iter().for_each(|row| self.retry(row));
             }
         }
     }
 
     /// Puts a row into its lanes, if nothing has come between; else it is parked again.
     fn retry(&mut self, row: ParkedRow) {
-        if !self.parked.parking.is_retrying(&row.key) {
-            return;
-        }
         match self.messages_of(&row) {
             Ok(messages) => {
                 let number = self.parked.parking.load(&row.key, messages.len().max(1));

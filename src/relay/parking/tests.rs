@@ -126,6 +126,24 @@ fn a_truncate_follows_its_table_and_its_table_follows_it() {
 }
 
 #[test]
+fn what_was_blocked_while_its_key_was_retried_is_written_as_to_be_retried() {
+    let limits = Limits { rows: 1, keys: 10 };
+    let mut parking = Parking::new(limits, Vec::new(), Known::default());
+    park(&mut parking, row(10, lane(1), Why::TooLarge));
+    assert_eq!(park(&mut parking, row(11, lane(1), Why::Follows)), Disposition::Blocked);
+    parking.take_riders(at(10));
+    retry_all(&mut parking);
+    let number = parking.load(&key(10), 1);
+    parking.confirmed(number);
+    assert_eq!(park(&mut parking, row(12, lane(1), Why::Follows)), Disposition::Blocked);
+    assert_eq!(parking.unblock().len(), 1);
+    let written = rows(parking.take_riders(at(11)));
+    assert_eq!(written.iter().map(|row| row.state).collect::<Vec<_>>(), [RowState::Retrying]);
+    // A read that brought the second alone must not let it pass the first.
+    assert!(parking.is_next(&key(11)) && !parking.is_next(&key(12)));
+}
+
+#[test]
 fn a_row_is_written_with_the_first_checkpoint_that_passes_it_and_not_before() {
     let mut parking = Parking::default();
     assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Disposition::Settled);
