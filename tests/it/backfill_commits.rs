@@ -1,6 +1,7 @@
 //! A commit that has a place in the WAL and that nobody sees yet, because it waits for a standby:
 //! what a backfill reads then is older than what the stream has brought.
 
+use tokio::task::JoinHandle;
 use watership::dev::{Postgres, StopMode};
 
 use crate::backfill::{backfill, state};
@@ -20,11 +21,25 @@ async fn standby(server: &Postgres, wanted: bool) {
 }
 
 /// Starts an update that is committed and not visible; returns when the stream has brought it.
-async fn hang(stage: &Stage, sql: &'static str) -> tokio::task::JoinHandle<()> {
-    let session = client(&stage.database.url).await.expect("a session");
-    let committing = tokio::spawn(async move {
-        session.batch_execute(sql).await.expect("it commits in the end");
-    });
+async fn hang(stage: &Stage, sql: &'static str) -> JoinHandle<()> {
+    let committing = loop {
+        let session = client(&stage.database.url).await.expect("a session");
+        let pid = session.query_one("SELECT pg_backend_pid()", &[]).await.expect("its number");
+        let pid: i32 = pid.get(0);
+        let committing = tokio::spawn(async move {
+            session.batch_execute(sql).await.expect("it commits in the end");
+        });
+        let waits = format!("pg_stat_activity WHERE pid = {pid} AND wait_event = 'SyncRep'");
+        let waits = format!("(SELECT count(*) FROM {waits}) = 1");
+        until("it waits, or has not waited", async || {
+            committing.is_finished() || stage.holds(&waits).await
+        })
+        .await;
+        // The checkpointer tells all others that commits wait, and may not have done so yet.
+        if !committing.is_finished() {
+            break committing;
+        }
+    };
     stage.inbox.wait("the update", |all| all.iter().any(|m| m.body.contains("new"))).await;
     committing
 }
