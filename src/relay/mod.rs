@@ -314,7 +314,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     /// How many more items may be taken.
     fn room(&self) -> usize {
         let bytes = self.flight.window.bytes() + self.parked.parking.pending_bytes();
-        let moving = bytes.saturating_sub(self.flight.stuck_bytes);
+        let stuck = self.flight.stuck_bytes + self.parked.parking.blocked_bytes();
+        let moving = bytes.saturating_sub(stuck);
         let full = bytes >= self.tuning.window.bytes || moving >= MOVING_BYTES;
         let unstored = self.flight.window.left() - self.durable.stored_left;
         let unstored = usize::try_from(unstored).unwrap_or(usize::MAX);

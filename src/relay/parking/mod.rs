@@ -118,6 +118,7 @@ pub struct Parking {
     pending: BTreeMap<ParkedKey, ParkedRow>,
     pending_bytes: usize,
     blocked: BTreeMap<ParkedKey, Blocked>,
+    blocked_bytes: usize,
     loaded: HashMap<u64, Loaded>,
     next_number: u64,
     /// Changes that are not written yet; a later one of a row replaces the earlier.
@@ -214,6 +215,7 @@ impl Parking {
         let (lanes, state, why, bytes) = (row.lanes, row.state, row.why, row.size());
         self.insert(&key, Waiting { lanes, state, why, place, bytes, parked_at: now });
         if blocked {
+            self.blocked_bytes += bytes;
             self.blocked.insert(key, Blocked { row, entry, policy });
             return Disposition::Blocked;
         }
@@ -240,6 +242,7 @@ impl Parking {
             waiting.place = Place::Pending;
             // Somebody may have asked for a retry, or one may have failed, while it was blocked.
             row.state = waiting.state;
+            self.blocked_bytes -= waiting.bytes;
             self.pending_bytes += row.size();
             settled.push((entry, key.route.clone(), row.why));
             self.pending.insert(key, row);
@@ -393,7 +396,8 @@ impl Parking {
 
     /// A blocked row is published after all; its entry settles with its message.
     pub fn unload_blocked(&mut self, key: &ParkedKey) {
-        self.remove(key);
+        let waiting = self.remove(key);
+        self.blocked_bytes -= waiting.map_or(0, |waiting| waiting.bytes);
         self.blocked.remove(key);
     }
 
@@ -479,6 +483,11 @@ impl Parking {
     /// Bytes that wait to be written and belong to no entry of the window.
     pub fn pending_bytes(&self) -> usize {
         self.pending_bytes
+    }
+
+    /// Bytes of rows that wait for room in the table, or for a person.
+    pub fn blocked_bytes(&self) -> usize {
+        self.blocked_bytes
     }
 
     fn insert(&mut self, key: &ParkedKey, waiting: Waiting) {

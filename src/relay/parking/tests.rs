@@ -162,12 +162,15 @@ fn at_the_limit_poison_waits_in_the_window_and_is_parked_when_there_is_room() {
     assert_eq!(park(&mut parking, row(10, lane(1), Why::TooLarge)), Disposition::Settled);
     assert_eq!(park(&mut parking, row(11, lane(2), Why::TooLarge)), Disposition::Blocked);
     assert_eq!(park(&mut parking, row(12, lane(2), Why::Follows)), Disposition::Blocked);
+    let bytes = row(11, lane(2), Why::TooLarge).size();
+    assert_eq!(parking.blocked_bytes(), 2 * bytes);
     assert!(parking.unblock().is_empty());
     assert_eq!(parking.blocked_routes().len(), 1);
     parking.take_riders(at(10));
     // A person discards the stored row.
     parking.reload(Vec::new());
     assert_eq!(parking.unblock().len(), 1, "there is room for one");
+    assert_eq!(parking.blocked_bytes(), bytes);
     assert!(parking.follows(&key(13), lane(2)).is_some());
     assert!(parking.follows(&key(13), lane(1)).is_none());
 }

@@ -18,6 +18,9 @@ use crate::servers::{Servers, sql};
 
 /// Keys that a full queue refuses.
 const STUCK: u64 = 3_000;
+/// What is behind refused or blocked events stays in the window: it must have room for all of
+/// them, or intake pauses, and the window is what is measured.
+const WIDE: &str = "[relay]\nmax_window_events = 500000\nmax_window_bytes = \"512MiB\"";
 /// How long they are refused, at least.
 const REFUSED: Duration = Duration::from_secs(60);
 /// Keys whose first event is poison, and events of each that follow it into the table.
@@ -91,7 +94,7 @@ pub async fn beside(servers: &Servers, events: u64, seed: u32, rounds: u32) -> R
             if is_full {
                 servers.bound_queue(&full, "stuck.now", one_message()).await?;
             }
-            let installation = Installation::create(servers, &name, "").await?;
+            let installation = Installation::create(servers, &name, WIDE).await?;
             let client = servers.client(&name).await?;
             emit(&client, "stuck", STUCK, "'{}'").await?;
             load::fill(&client, &shape).await?;
@@ -152,13 +155,13 @@ pub async fn at_limits(servers: &Servers, events: u64, seed: u32, rounds: u32) -
 async fn one_at_limits(servers: &Servers, shape: &Shape, is_parked: bool) -> Result<AtLimits> {
     let name = format!("bench_parking_{is_parked}_{}", shape.round);
     servers.fresh_queue(&name).await?;
-    let settings = "max_message_size = \"64KiB\"";
-    let installation = Installation::create(servers, &name, settings).await?;
+    let settings = format!("max_message_size = \"2KiB\"\n{WIDE}");
+    let installation = Installation::create(servers, &name, &settings).await?;
     let client = servers.client(&name).await?;
     let mut relay = installation.start()?;
     relay.ready().await?;
     if is_parked {
-        emit(&client, "poison", POISON_KEYS, "to_json(repeat('x', 100000))").await?;
+        emit(&client, "poison", POISON_KEYS, "to_json(repeat('x', 3000))").await?;
         for _ in 0..FOLLOWING {
             emit(&client, "poison", POISON_KEYS, "'{}'").await?;
         }
@@ -180,7 +183,9 @@ async fn one_at_limits(servers: &Servers, shape: &Shape, is_parked: bool) -> Res
     while servers.depth(&name).await? < shape.events {
         relay.alive()?;
         if begin.elapsed() > LIMIT {
-            return Err(Error::unreachable(format!("the others do not arrive\n{}", relay.tail())));
+            let depth = servers.depth(&name).await?;
+            let text = format!("{depth} of {} others have arrived\n{}", shape.events, relay.tail());
+            return Err(Error::unreachable(text));
         }
         age = age.max(relay.metric("watership_checkpoint_age_seconds").await);
         if is_parked && Instant::now() >= retry_at {

@@ -159,10 +159,10 @@ async fn run(arguments: Arguments) -> Result<()> {
     }
     if arguments.edges {
         let Arguments { events, seed, repeat, .. } = arguments;
+        report.at_limits(edges::at_limits(&servers, events, seed, repeat).await?);
         report.rotated(edges::rotated(&servers).await?);
         report.locked(edges::locked(&servers, events, seed).await?);
         report.beside(edges::beside(&servers, events, seed, repeat).await?);
-        report.at_limits(edges::at_limits(&servers, events, seed, repeat).await?);
         return report.write(&arguments.out);
     }
     if let Some(rows) = arguments.backfill {

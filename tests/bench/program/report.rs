@@ -37,8 +37,8 @@ const POLL_P50_MS_MAX: f64 = 8.0;
 const POLL_DEAD_LOOK_MS_MAX: f64 = 10.0;
 const COPIES_MAX: u64 = 200;
 const CHECKPOINT_AGE_MS_MAX: f64 = 300.0;
-/// The defaults of `relay.max_unconfirmed` and `relay.max_unstored_events`.
-const DUPLICATES_MAX: u64 = 2_048 + 16_384;
+/// The defaults of `relay.max_window_events` and `relay.max_unstored_events`.
+const DUPLICATES_MAX: u64 = 8_192 + 16_384;
 const ROTATED_MS_MAX: f64 = 2_000.0;
 const BACKFILL_P99_TIMES_MAX: f64 = 2.0;
 
