@@ -78,7 +78,7 @@ fn watch_signals() -> Result<watch::Receiver<bool>> {
                     () = received(hang_up.as_mut()) => true,
                 };
                 if !sender.send_replace(true) {
-                    tracing::info!("shutting down; send the signal again to exit now");
+                    tracing::info!("shutting down; send SIGTERM or SIGINT to exit now");
                 } else if !is_hang_up {
                     // Shell and kernel both send SIGHUP, so that never counts as the second.
                     exit_now();

@@ -31,8 +31,8 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
     };
     let urls: Vec<String> = options.urls.iter().map(ToString::to_string).collect();
     f.ok("broker", format!("connected to {}", urls.join(" or ")));
-    let works = check_session(f, config, &verify).await;
-    if let Err(error) = check_topology(f, config, &wrong, works).await {
+    let is_running = check_session(f, config, &verify).await;
+    if let Err(error) = check_topology(f, config, &wrong, is_running).await {
         f.error("broker", &error);
     }
     check_permission(f, config, &wrong).await;
@@ -42,10 +42,10 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
             "bindings cannot be verified: AMQP does not list them",
             "set broker.management_url",
         );
-        return grade_by_declares(f, config, works).await;
+        return grade_by_declares(f, config, is_running).await;
     };
     let graded = match management {
-        Ok(management) => check_routes(f, config, &management, works).await,
+        Ok(management) => check_routes(f, config, &management, is_running).await,
         Err(error) => Err(error),
     };
     if let Err(error) = graded {
@@ -99,7 +99,7 @@ async fn check_topology(
     f: &mut Findings,
     config: &Config,
     missing: &[Wrong],
-    works: bool,
+    is_running: bool,
 ) -> Result<()> {
     let things = &config.relay.topology;
     let is_missing = |thing: &Thing| missing.iter().any(|wrong| wrong.thing == *thing);
@@ -118,7 +118,7 @@ async fn check_topology(
         let of = |list: &'_ [Wrong]| list.iter().position(|wrong| wrong.thing == thing);
         match (of(missing), of(&refused)) {
             (Some(at), _) if things.mode == Mode::Declare && missing[at].missing => {
-                undeclared(f, area, &thing, works);
+                undeclared(f, area, &thing, is_running);
             }
             (Some(at), _) => f.error(area, &missing[at].error),
             (None, Some(at)) => f.error(area, &refused[at].error),
@@ -130,8 +130,8 @@ async fn check_topology(
 
 /// What is missing and is to be declared: a session does that when it starts, and later only for a
 /// route that is held.
-fn undeclared(f: &mut Findings, area: &'static str, thing: &impl fmt::Display, works: bool) {
-    if works {
+fn undeclared(f: &mut Findings, area: &'static str, thing: &impl fmt::Display, is_running: bool) {
+    if is_running {
         let what = format!("{thing} does not exist, and the relay is running");
         let hint = "restart the relay, which declares it when it starts, or declare it yourself";
         return f.problem(area, what, hint);
@@ -172,9 +172,9 @@ async fn check_routes(
     f: &mut Findings,
     config: &Config,
     management: &Management,
-    works: bool,
+    is_running: bool,
 ) -> Result<()> {
-    check_bindings(f, config, management, works).await?;
+    check_bindings(f, config, management, is_running).await?;
     let exchanges: Vec<String> =
         config.relay.topology.exchanges.iter().map(|e| e.name.clone()).collect();
     let survey = management.survey(&exchanges).await?;
@@ -189,7 +189,7 @@ async fn check_routes(
         let found: Vec<Vec<String>> = exchanges.iter().flat_map(of_exchange).collect();
         let unreached = found.iter().any(Vec::is_empty);
         let graded = route_audit::grade(&survey, rule, exchanges);
-        grade(f, config, rule, unreached, works, &graded);
+        grade(f, config, rule, unreached, is_running, &graded);
         reached.push(Reached { rule, queues: found.into_iter().flatten().collect() });
         partitions::check_queues(f, rule, &survey);
     }
@@ -199,7 +199,7 @@ async fn check_routes(
 }
 
 /// What is missing was reported above; this adds what it means for each route.
-async fn grade_by_declares(f: &mut Findings, config: &Config, works: bool) {
+async fn grade_by_declares(f: &mut Findings, config: &Config, is_running: bool) {
     let all_graded = match route_audit::by_declares(&config.relay).await {
         Ok(all_graded) => all_graded,
         Err(error) => return f.error("route", &error),
@@ -211,7 +211,9 @@ async fn grade_by_declares(f: &mut Findings, config: &Config, works: bool) {
         let what = format!("{:?} is {grade} ({reason})", rule.name);
         let declares = config.relay.topology.mode == Mode::Declare;
         let hint = match grade {
-            Grade::Unsafe if declares && works => "restart the relay: it declares what is missing",
+            Grade::Unsafe if declares && is_running => {
+                "restart the relay: it declares what is missing"
+            }
             Grade::Unsafe if declares => "`watership run` will declare what is missing",
             Grade::Unsafe => "declare what is missing; until then the route is held",
             Grade::Safe | Grade::Weak | Grade::NotVerified => {
@@ -226,7 +228,7 @@ async fn check_bindings(
     f: &mut Findings,
     config: &Config,
     api: &Management,
-    works: bool,
+    is_running: bool,
 ) -> Result<()> {
     let topology = &config.relay.topology;
     for binding in &topology.bindings {
@@ -243,7 +245,7 @@ async fn check_bindings(
                     Err(error) => f.error("binding", &error),
                 }
             }
-            (false, Mode::Declare) => undeclared(f, "binding", binding, works),
+            (false, Mode::Declare) => undeclared(f, "binding", binding, is_running),
             (false, Mode::Verify) => {
                 f.problem(
                     "binding",
@@ -261,7 +263,7 @@ fn grade(
     config: &Config,
     rule: &Rule,
     unreached: bool,
-    works: bool,
+    is_running: bool,
     graded: &Graded,
 ) {
     let Graded { grade, reason } = graded;
@@ -273,7 +275,7 @@ fn grade(
     match grade {
         Grade::Safe => f.ok("route", what),
         // Before the first run nothing may exist yet; that is reported elsewhere.
-        Grade::Unsafe if unreached && may_come && !works => {
+        Grade::Unsafe if unreached && may_come && !is_running => {
             let hint = "`watership run` will declare what is missing; then run check again";
             f.warning("route", what, hint);
         }

@@ -17,7 +17,9 @@ use crate::pg::publication::{filter_columns, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus, read_slot, server_facts};
 use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
-use crate::relay::check::publishable::{Harm, Obstacle, filter_breaks, inside_another, obstacles};
+use crate::relay::check::publishable::{
+    Harm, Obstacle, filter_breaks, none_inside_another, obstacles,
+};
 use crate::relay::check::server::{encoding_risk, may_be_waited_for};
 use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
 use crate::relay::check::tables;
@@ -373,8 +375,8 @@ async fn check_tables(
             ),
         }
     }
-    if let Some(Obstacle { what, hint, .. }) = inside_another(&found) {
-        f.problem("table", what, hint);
+    if let Err(error) = none_inside_another(&found) {
+        f.error("table", &error);
     }
     Ok(())
 }

@@ -466,7 +466,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         let age = self.seen.canary.age(now);
         self.seen.status.canary(age, self.seen.canary.is_late(now));
         self.seen.metrics.wal.canary_age_seconds.set(age.unwrap_or_default().as_secs_f64());
-        let gap = seen.canary_gap.and_then(|gap| self.seen.canary.gap_verdict(gap));
+        let gap = seen.canary_gap.and_then(|gap| self.seen.canary.missed(gap));
         if let Some(deaf) = gap.or_else(|| self.seen.canary.verdict(seen.received, now)) {
             self.drain(Some(deaf));
         }

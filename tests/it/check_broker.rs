@@ -10,14 +10,21 @@ async fn put(path: &str, body: &str) {
     rabbit().await.management("PUT", path, body).await.unwrap_or_else(|e| panic!("{e:?}"));
 }
 
-#[tokio::test]
-async fn a_limit_of_the_broker_that_stops_the_relay_is_found_by_check_with_what_to_raise() {
+/// A vhost with a user of its own, who may do everything in it; returns it with the user's name and
+/// the URL for this user.
+async fn vhost_with_user() -> (Vhost, String, String) {
     let vhost = own_vhost().await;
-    let (name, user) = (vhost.name.clone(), format!("limited-{}", vhost.name));
+    let user = format!("limited-{}", vhost.name);
     put(&format!("/api/users/{user}"), r#"{"password":"pw","tags":""}"#).await;
     let rights = r#"{"configure":".*","write":".*","read":".*"}"#;
-    put(&format!("/api/permissions/{name}/{user}"), rights).await;
+    put(&format!("/api/permissions/{}/{user}", vhost.name), rights).await;
     let url = vhost.url.replace("guest:guest", &format!("{user}:pw"));
+    (vhost, user, url)
+}
+
+#[tokio::test]
+async fn a_limit_of_the_broker_that_stops_the_relay_is_found_by_check_with_what_to_raise() {
+    let (Vhost { name, .. }, user, url) = vhost_with_user().await;
     let of_vhost = format!("/api/vhost-limits/{name}/max-queues");
     let stage = Stage::on(own_database().await, Vhost { url, name }, Setup::default()).await;
     stage.run(&["check"]).await.expect_code(0);
@@ -44,15 +51,10 @@ async fn a_limit_of_the_broker_that_stops_the_relay_is_found_by_check_with_what_
 
 #[tokio::test]
 async fn a_relay_that_may_have_one_connection_is_told_that_it_needs_two() {
-    let vhost = own_vhost().await;
-    let (name, user) = (vhost.name.clone(), format!("single-{}", vhost.name));
-    put(&format!("/api/users/{user}"), r#"{"password":"pw","tags":""}"#).await;
-    let rights = r#"{"configure":".*","write":".*","read":".*"}"#;
-    put(&format!("/api/permissions/{name}/{user}"), rights).await;
-    let (url, as_user) = (vhost.url.clone(), format!("{user}:pw"));
+    let (vhost, user, as_user) = vhost_with_user().await;
+    let url = vhost.url.clone();
     let stage = Stage::on(own_database().await, vhost, Setup::default()).await;
     // The consumer of the stage stays another user.
-    let as_user = url.replace("guest:guest", &as_user);
     stage.replace_configuration(&stage.configuration().replace(&url, &as_user));
     stage.run(&["check"]).await.expect_code(0);
     put(&format!("/api/user-limits/{user}/max-connections"), r#"{"value":1}"#).await;

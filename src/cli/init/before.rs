@@ -14,7 +14,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::pg::unnamed;
 use crate::relay;
 use crate::relay::check;
-use crate::relay::check::publishable::{Harm, Obstacle, inside_another, obstacles};
+use crate::relay::check::publishable::{Harm, Obstacle, none_inside_another, obstacles};
 use crate::relay::check::server::encoding_risk;
 use crate::relay::check::tables;
 use crate::relay::session::outbox::{self, Mapped};
@@ -244,10 +244,7 @@ async fn check_tables(
         check_table(config, server, &facts, publication, publish)?;
         found.push(facts);
     }
-    match inside_another(&found) {
-        Some(Obstacle { what, hint, .. }) => Err(Error::refused(what).hint(hint)),
-        None => Ok(()),
-    }
+    none_inside_another(&found)
 }
 
 /// A table that is published already is not refused: its application fails already, and a new

@@ -34,7 +34,8 @@ pub(super) enum Begin {
     Neither,
 }
 
-/// Looks, and refuses what is in the way. Without our schema (`installed`) there is no checkpoint.
+/// Finds out where the relay begins, and refuses what prevents that. `installed`: the schema is
+/// there; without it there is no checkpoint to read.
 ///
 /// # Errors
 /// A named verdict, [`Kind::Refused`], [`Kind::Busy`] or [`Kind::Config`] with what to do; the

@@ -4,6 +4,7 @@
 //! `init` asks before it makes anything, because the application is the one that fails; `check` and
 //! every start ask again, because the table may have been altered since.
 
+use crate::error::{Error, Result};
 use crate::pg::publication::{
     CATALOG, CatalogIdentity, Operations, Publication, TableFacts, TableName,
 };
@@ -92,9 +93,12 @@ pub fn obstacles(facts: &TableFacts, publication: Option<&Publication>) -> Vec<O
     found
 }
 
-/// A partition that is captured together with the table that it is a part of: its rows are
+/// Refuses a partition that is captured together with the table that it is a part of: its rows are
 /// published as rows of that table, and Postgres refuses to publish both.
-pub fn inside_another(all: &[TableFacts]) -> Option<Obstacle> {
+///
+/// # Errors
+/// [`crate::error::Kind::Refused`], with the two tables.
+pub fn none_inside_another(all: &[TableFacts]) -> Result<()> {
     let has = |whole: &TableFacts, leaf: &TableName| whole.leaves.iter().any(|(l, _)| l == leaf);
     let is_inside = |part: &TableFacts, whole: &TableFacts| match &part.leaves[..] {
         [] => has(whole, &part.table),
@@ -104,13 +108,12 @@ pub fn inside_another(all: &[TableFacts]) -> Option<Obstacle> {
     };
     let pairs = all.iter().flat_map(|part| all.iter().map(move |whole| (part, whole)));
     let mut different = pairs.filter(|(part, whole)| part.oid != whole.oid);
-    let (part, whole) = different.find(|(part, whole)| is_inside(part, whole))?;
+    let Some((part, whole)) = different.find(|(part, whole)| is_inside(part, whole)) else {
+        return Ok(());
+    };
     let (part, whole) = (&part.table, &whole.table);
-    Some(Obstacle {
-        harm: Harm::Impossible,
-        what: format!("{part} is a partition of {whole}, and both are captured"),
-        hint: format!("remove {part} from source.tables: its rows come as rows of {whole}"),
-    })
+    Err(Error::refused(format!("{part} is a partition of {whole}, and both are captured"))
+        .hint(format!("remove {part} from source.tables: its rows come as rows of {whole}")))
 }
 
 /// A column list has to cover the replica identity, or changes fail.

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::pg::publication::{CatalogIdentity, Publication, TableFacts, TableName, read_table};
 use crate::position::Lsn;
 use crate::relay::check::lost::{Agreed, was_away};
-use crate::relay::check::publishable::{Harm, Obstacle, inside_another, obstacles};
+use crate::relay::check::publishable::{Harm, Obstacle, none_inside_another, obstacles};
 use crate::relay::check::tables;
 use crate::relay::{Options, checkpoint};
 use crate::route::keys_of;
@@ -216,10 +216,8 @@ pub(in crate::relay) async fn read_tables(
             None => return Err(does_not_exist(&table)),
         }
     }
-    match inside_another(&captured.found) {
-        Some(Obstacle { what, hint, .. }) => Err(Error::refused(what).hint(hint)),
-        None => Ok(captured),
-    }
+    none_inside_another(&captured.found)?;
+    Ok(captured)
 }
 
 fn fits(facts: &TableFacts, publication: &Publication) -> Result<()> {

@@ -197,9 +197,10 @@ impl Canary {
         (inner.listening && expected).then(|| inner.last_seen.map_or(began, |seen| seen.end))
     }
 
-    /// The verdict about a stream that brought a later canary and not the one before it. It may be
-    /// well again by now, but what was committed in between may have been left out like the canary.
-    pub fn gap_verdict(&self, gap: CanaryGap) -> Option<Error> {
+    /// A later canary came without the one before it. The stream may be well again by now, but what
+    /// was committed in between may have been left out like the canary: an idle stream advances no
+    /// further from here on. Returns the verdict; absent where no canaries are expected.
+    pub fn missed(&self, gap: CanaryGap) -> Option<Error> {
         let CanaryGap { before, after } = gap;
         let mut inner = self.lock();
         if !inner.listening {
@@ -362,15 +363,15 @@ mod tests {
         canary.seen(Some(seen(7, 100)), start);
         canary.seen(Some(seen(9, 400)), start);
         assert_eq!(canary.limit(start), Some(Lsn(400)), "the last one that came");
-        let one = canary.gap_verdict(gap(9)).expect("deaf").to_string();
+        let one = canary.missed(gap(9)).expect("deaf").to_string();
         assert_eq!(canary.limit(start), Some(Lsn(100)), "the next start finds it again");
         assert!(one.contains("without canary 8:"), "{one}");
         assert!(one.contains("between 0/64 and 0/190"), "{one}");
-        let more = canary.gap_verdict(gap(11)).expect("deaf");
+        let more = canary.missed(gap(11)).expect("deaf");
         assert_eq!(more.verdict(), Some(Verdict::StreamDeaf));
         assert!(more.to_string().contains("without all of canaries 8 to 10:"), "{more}");
         canary.begin(Lsn(50), false, start);
-        assert!(canary.gap_verdict(gap(9)).is_none(), "its updates are not published");
+        assert!(canary.missed(gap(9)).is_none(), "its updates are not published");
     }
 
     #[test]

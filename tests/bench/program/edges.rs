@@ -54,14 +54,14 @@ pub struct Beside {
 pub struct AtLimits {
     pub parked: u64,
     pub blocked: u64,
-    /// Rows that were tried again while the others were measured.
+    /// Tries of rows while the others were measured.
     pub retried: u64,
     /// Events a second of all other keys, and of the same without anything parked: medians.
     pub rate: f64,
     pub rate_without: f64,
     /// The largest seen meanwhile, in milliseconds.
     pub checkpoint_age_ms: f64,
-    /// Of the other events, after a kill -9 in the middle.
+    /// Of the other events, after a kill -9 at the end: the window holds all of them.
     pub duplicates: u64,
     pub lost: u64,
 }
@@ -170,11 +170,11 @@ async fn one_at_limits(servers: &Servers, shape: &Shape, is_parked: bool) -> Res
         for _ in 0..BLOCKED / POISON_KEYS {
             emit(&client, "poison", POISON_KEYS, "'{}'").await?;
         }
-        relay.until("watership_parked_blocked", |blocked| blocked > 0.0).await?;
+        relay.until("watership_parked_blocked", |blocked| blocked >= BLOCKED as f64).await?;
     }
     let blocked = relay.metric("watership_parked_blocked").await as u64;
     let parked = relay.metric("watership_parked").await as u64;
-    let retried_before = relay.metric("watership_parked_retried_total").await;
+    let tried_before = tries(&client).await?;
     servers.settle_broker().await?;
     let begin = Instant::now();
     let writer = tokio::spawn(fill(servers.client(&name).await?, *shape));
@@ -196,28 +196,33 @@ async fn one_at_limits(servers: &Servers, shape: &Shape, is_parked: bool) -> Res
     }
     let rate = shape.events as f64 / begin.elapsed().as_secs_f64();
     writer.await.map_err(|e| Error::unreachable("the writer").caused_by(e))??;
-    let retried = relay.metric("watership_parked_retried_total").await - retried_before;
-    // The same again, killed in the middle.
-    let before = servers.depth(&name).await?;
-    load::fill(&client, shape).await?;
+    let retried = tries(&client).await? - tried_before;
     relay.process.signal(Signal::Kill);
     relay.process.wait(LIMIT).await?;
-    let mut relay = installation.start()?;
-    let wanted = before + shape.events;
-    drain::filled(servers, &name, wanted, POLL, &mut relay).await?;
+    let relay = installation.start()?;
+    // What is blocked stands before all others, so all of them come again.
+    let unsettled = if is_parked { BLOCKED + shape.events } else { 0 };
+    relay.until("watership_changes_received_total", |n| n >= unsettled as f64).await?;
     relay.until("watership_in_flight_messages", |messages| messages == 0.0).await?;
     let depth = servers.depth(&name).await?;
     drain::finish(servers, &name, relay).await?;
     Ok(AtLimits {
         parked,
         blocked,
-        retried: retried as u64,
+        retried,
         rate,
         rate_without: rate,
         checkpoint_age_ms: age * 1e3,
-        duplicates: depth.saturating_sub(wanted),
-        lost: wanted.saturating_sub(depth),
+        duplicates: depth.saturating_sub(shape.events),
+        lost: shape.events.saturating_sub(depth),
     })
+}
+
+/// How often rows were tried, together.
+async fn tries(client: &Client) -> Result<u64> {
+    let tries = "SELECT coalesce(sum(attempts), 0)::bigint FROM watership.parked";
+    let row = client.query_one(tries, &[]).await.map_err(sql("counting tries"))?;
+    Ok(u64::try_from(row.get::<_, i64>(0)).unwrap_or(0))
 }
 
 async fn fill(client: Client, shape: Shape) -> Result<u64> {
