@@ -12,6 +12,7 @@
 //! samples wait in memory until then.
 
 mod backfill;
+mod help;
 mod outbox;
 mod parked;
 mod poll;
@@ -24,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::position::Lsn;
 use crate::verdict::Verdict;
 pub use backfill::BackfillMetrics;
+pub use help::HELP;
 pub use outbox::OutboxMetrics;
 pub use parked::ParkedMetrics;
 pub use poll::PollMetrics;
@@ -48,6 +50,7 @@ pub struct Exporter(PrometheusHandle);
 /// [`crate::error::Kind::Internal`] when a recorder is installed already.
 pub fn install() -> Result<Exporter> {
     let recorder = builder().build_recorder();
+    help::describe(&recorder);
     let handle = recorder.handle();
     metrics::set_global_recorder(recorder)
         .map_err(|e| Error::internal("metrics cannot be recorded").caused_by(e))?;

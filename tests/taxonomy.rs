@@ -1,5 +1,6 @@
 //! What becomes of every failure, as text: `tests/snapshots/*.txt` holds the tables of kinds,
-//! retries and hints, so that a change of any of them is seen in review.
+//! retries and hints, so that a change of any of them is seen in review. And what every series of
+//! the metrics means: `docs/metrics.md`.
 //!
 //! `WATERSHIP_UPDATE_SNAPSHOTS=1 cargo test --test taxonomy` writes them again.
 
@@ -13,9 +14,14 @@ use watership::error::{Error, Kind, Retry};
 use watership::fault;
 use watership::pg::sqlstate::{self, ServerError};
 
-/// Compares `text` with the file, or writes the file when asked to.
+/// Compares `text` with the file in `tests/snapshots`.
 fn snapshot(name: &str, text: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/snapshots").join(name);
+    same_as_file(&format!("tests/snapshots/{name}"), text);
+}
+
+/// Compares `text` with the file, or writes the file when asked to.
+fn same_as_file(name: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
     if std::env::var_os("WATERSHIP_UPDATE_SNAPSHOTS").is_some() {
         std::fs::write(&path, text).expect("the snapshot is written");
         return;
@@ -171,4 +177,22 @@ fn every_tls_error_has_a_kind_and_a_hint() {
         line(&mut out, name, &fault::io_error("x", error));
     }
     snapshot("tls.txt", &out);
+}
+
+#[test]
+fn every_series_is_documented_with_the_words_of_its_help() {
+    let mut out = String::from(
+        "# Metrics\n\n\
+         `/metrics` is in the text format of Prometheus; [which of them to alert \
+         on](operating.md#alerts). Every series exists from the start. Names that end in `_total` \
+         are counters, `_to_confirm_seconds` and `_to_publish_seconds` are histograms, the others \
+         are gauges. The words are those of `# HELP`.\n\n\
+         | name | labels | meaning |\n|---|---|---|\n",
+    );
+    for (name, labels, meaning) in watership::metrics::HELP {
+        let labels: Vec<String> =
+            labels.split(", ").filter(|l| !l.is_empty()).map(|l| format!("`{l}`")).collect();
+        let _ = writeln!(out, "| `{name}` | {} | {meaning} |", labels.join(", "));
+    }
+    same_as_file("docs/metrics.md", &out);
 }
