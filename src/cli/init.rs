@@ -285,7 +285,7 @@ async fn fitting_schemas(
     for table in &options.tables {
         tables.extend(read_table(client, &table.parse()?).await?);
     }
-    let tables = session::schemas::catalog(client, publication, &tables).await?;
+    let tables = session::schemas::catalog(client, Some(publication), &tables).await?;
     let agreed = session::schemas::agreed(client, &options.name).await?;
     session::schemas::verify(options, &tables, &agreed)?;
     Ok((tables, agreed))

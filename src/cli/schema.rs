@@ -243,7 +243,7 @@ async fn found(client: &Client, config: &Config, table: &str) -> Result<Option<C
     let Some(facts) = read_table(client, &table).await? else { return Ok(None) };
     let publication = read_publication(client, &config.relay.publication).await?;
     let Some(publication) = publication else { return Ok(None) };
-    let tables = schemas::catalog(client, &publication, &[facts]).await?;
+    let tables = schemas::catalog(client, Some(&publication), &[facts]).await?;
     Ok(tables.into_iter().next())
 }
 

@@ -154,6 +154,36 @@ async fn what_init_refuses_is_not_printed_as_sql_either() {
 }
 
 #[tokio::test]
+async fn rules_that_do_not_fit_their_table_are_refused_before_anything_is_made() {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let client = database.connect().await;
+    let sql = "CREATE TABLE public.items (id int PRIMARY KEY, name text, paid boolean)";
+    client.batch_execute(sql).await.expect("a table");
+    for (rules, told) in [
+        ("filter = \"name > 3\"", "compares \"name\" with a number"),
+        ("filter = \"paid = 'x'\"", "compares \"paid\" with a text"),
+        ("filter = \"nmae = 'x'\"", "names column \"nmae\""),
+        ("columns.hash = [\"mail\"]", "columns.hash names column \"mail\""),
+        ("map.default = { paid = \"no\" }", "map.default of column \"paid\""),
+    ] {
+        let routes = format!(
+            "[[route]]\nname = \"items\"\ntable = \"public.items\"\nexchange = \"watership\"\n\
+             routing_key = \"items\"\n{rules}\n"
+        );
+        let setup = Setup { tables: &["public.items"], routes: &routes, ..Setup::default() };
+        let (file, _) = configuration(&database.url, "slot_none", &vhost, &setup);
+        for arguments in [&["init"][..], &["init", "--print-sql"]] {
+            run(&file, arguments).await.expect_code(1).expect_text(&["route \"items\"", told]);
+        }
+        let made = "SELECT count(*) FROM (SELECT nspname FROM pg_namespace WHERE nspname = \
+            'watership' UNION ALL SELECT pubname FROM pg_publication UNION ALL SELECT slot_name \
+            FROM pg_replication_slots WHERE slot_name = 'slot_none') AS made";
+        let made: i64 = client.query_one(made, &[]).await.expect("it is counted").get(0);
+        assert_eq!(made, 0, "{rules}");
+    }
+}
+
+#[tokio::test]
 async fn sql_is_printed_for_a_role_other_than_the_one_that_connects() {
     let (database, vhost) = (own_database().await, own_vhost().await);
     let role = format!("{}_relay", database.name);

@@ -1,6 +1,8 @@
 //! What `init` looks at before it makes anything: what would fail after half of the steps, and what
 //! would make an application fail afterwards.
 
+use std::collections::HashMap;
+
 use tokio_postgres::Client;
 
 use crate::cli::print_warning;
@@ -10,7 +12,7 @@ use crate::pg::connect::Options;
 use crate::pg::hosting;
 use crate::pg::publication::{Publication, TableFacts, TableName, read_publication, read_table};
 use crate::pg::slot::{ServerFacts, read_slot};
-use crate::pg::sqlstate::postgres_error;
+use crate::pg::sqlstate::{INSUFFICIENT_PRIVILEGE, postgres_error};
 use crate::pg::unnamed;
 use crate::relay;
 use crate::relay::check;
@@ -19,8 +21,10 @@ use crate::relay::check::server::encoding_risk;
 use crate::relay::check::tables;
 use crate::relay::session::outbox::{self, Mapped};
 use crate::relay::session::rights::{self, Lack};
+use crate::relay::session::schemas;
 use crate::route::keys_of;
 use crate::source::SourceKind;
+use crate::verdict::Verdict;
 
 /// How the publication will be made.
 #[derive(Debug, Clone, Copy)]
@@ -244,7 +248,28 @@ async fn check_tables(
         check_table(config, server, &facts, publication, publish)?;
         found.push(facts);
     }
-    none_inside_another(&found)
+    none_inside_another(&found)?;
+    check_rules(client, &config.relay, publication, &found, publish).await
+}
+
+/// Whether the rules of the routes fit their tables. What was agreed is known only if the schema is
+/// there.
+async fn check_rules(
+    client: &Client,
+    options: &relay::Options,
+    publication: Option<&Publication>,
+    tables: &[TableFacts],
+    publish: Publish,
+) -> Result<()> {
+    let tables = schemas::catalog(client, publication, tables).await?;
+    let agreed = match schemas::agreed(client, &options.name).await {
+        Err(error) if error.verdict() == Some(Verdict::SchemaUnknown) => HashMap::new(),
+        Err(error) if error.sqlstate() == Some(INSUFFICIENT_PRIVILEGE) => {
+            return publish.unless_by_another(Err(error));
+        }
+        agreed => agreed?,
+    };
+    schemas::verify(options, &tables, &agreed)
 }
 
 /// A table that is published already is not refused: its application fails already, and a new

@@ -6,7 +6,7 @@ use tokio_postgres::Client;
 
 use super::before::{self, Publish};
 use super::slot::{self, Begin, older_rows, rows_before};
-use super::{Args, fitting_schemas, poll, role_of_source};
+use super::{Args, poll, role_of_source};
 use crate::cli::{End, print_warning};
 use crate::config::Config;
 use crate::error::Result;
@@ -117,11 +117,11 @@ impl Found {
         if !self.pending.is_empty() {
             return Ok(());
         }
-        match (relay.kind, &self.publication) {
-            (SourceKind::Wal, Some(there)) => fitting_schemas(client, relay, there).await.map(drop),
-            (SourceKind::Wal, None) => Ok(()),
-            (SourceKind::Poll, _) if relay.outbox.is_mapped() || self.indexes.is_empty() => Ok(()),
-            (SourceKind::Poll, _) => poll::may_index(client).await,
+        match relay.kind {
+            SourceKind::Poll if !relay.outbox.is_mapped() && !self.indexes.is_empty() => {
+                poll::may_index(client).await
+            }
+            SourceKind::Poll | SourceKind::Wal => Ok(()),
         }
     }
 }

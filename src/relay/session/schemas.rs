@@ -123,20 +123,22 @@ pub(in crate::relay) fn description(row: &SqlRow, index: usize) -> Result<Descri
     serde_json::from_value(json).map_err(wrong)
 }
 
-/// How the stream describes tables from now on, by the catalog.
+/// How the stream describes tables from now on, by the catalog; without a publication, as one that
+/// is made for them will have it.
 ///
 /// # Errors
 /// The server's.
 pub async fn catalog(
     client: &impl GenericClient,
-    publication: &Publication,
+    publication: Option<&Publication>,
     tables: &[TableFacts],
 ) -> Result<Vec<Cataloged>> {
     const SQL: &str = include_str!("../../../sql/query/schema_catalog.sql");
     let mut found = Vec::new();
     for facts in tables {
-        let list = publication.table(&facts.table).and_then(|table| table.columns.clone());
-        let rows = client.query(SQL, &[&facts.oid, &list, &publication.generated]).await;
+        let list = publication.and_then(|there| there.table(&facts.table)?.columns.clone());
+        let generated = publication.is_some_and(|there| there.generated);
+        let rows = client.query(SQL, &[&facts.oid, &list, &generated]).await;
         let column = |row: &SqlRow| {
             Ok(DescribedColumn {
                 name: row.try_get(0)?,

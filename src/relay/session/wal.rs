@@ -165,7 +165,7 @@ async fn take_over(
     // Before the checkpoint is taken: what cannot work must not replace what does.
     outbox::verify(client, options, Some(publication)).await?;
     let tables = catalog::read_tables(client, options, publication, found.agreed()).await?;
-    let cataloged = schemas::catalog(client, publication, &tables.found).await?;
+    let cataloged = schemas::catalog(client, Some(publication), &tables.found).await?;
     let routes_agreed = schemas::agreed(client, name).await?;
     schemas::verify(options, &cataloged, &routes_agreed)?;
     if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
@@ -288,7 +288,7 @@ pub(super) async fn stream(
     let captured = catalog::captured(client, options, &taken.publication, &taken.agreed).await?;
     let tables =
         catalog::read_tables(client, options, &taken.publication, Some(&taken.agreed)).await?;
-    let cataloged = schemas::catalog(client, &taken.publication, &tables.found).await?;
+    let cataloged = schemas::catalog(client, Some(&taken.publication), &tables.found).await?;
     started_with.set(&captured);
     let keys = captured.values().filter_map(|table| Some((table.oid, table.former.clone()?.key)));
     let names = captured.iter().map(|(name, table)| (table.oid, name.as_str().into()));
