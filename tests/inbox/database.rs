@@ -21,6 +21,8 @@ async fn a_database_that_restarts_loses_and_repeats_nothing() {
             let number = round * 100 + n;
             stage.publish(&format!("m{number}"), &format!("k{}", n % 5), &number.to_string()).await;
         }
+        // Its sessions are open, so it notices.
+        until("it works", async || stage.effects("%").await.len() > round * 100).await;
         server.stop(mode).await.expect("it stops");
         server.start_again().await.expect("it starts");
         stage.sql = stage.database.connect().await;
