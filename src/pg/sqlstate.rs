@@ -30,6 +30,8 @@ pub const DEPENDENT_OBJECTS: &str = "2BP01";
 pub const LOCK_NOT_AVAILABLE: &str = "55P03";
 /// No table of that name.
 pub const UNDEFINED_TABLE: &str = "42P01";
+/// No column of that name.
+pub const UNDEFINED_COLUMN: &str = "42703";
 /// No object of that name: of a slot or a publication.
 pub const UNDEFINED_OBJECT: &str = "42704";
 /// No schema of that name.
@@ -213,7 +215,7 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
             (Kind::Refused, "check user and password in the URL, and the server's pg_hba.conf")
         }
         (_, "3D000") => (Kind::Refused, "check the database name in the URL"),
-        (_, INVALID_SCHEMA_NAME | UNDEFINED_TABLE | "42883" | "42703") => {
+        (_, INVALID_SCHEMA_NAME | UNDEFINED_TABLE | UNDEFINED_COLUMN | "42883") => {
             (Kind::Refused, "run `watership init` to install the schema in this database")
         }
         ("40", _) | (_, "55P03") => (Kind::Busy, "another session holds a lock; Watership retries"),

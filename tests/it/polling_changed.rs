@@ -118,6 +118,29 @@ async fn a_table_that_is_replaced_while_it_is_polled_ends_the_relay() {
 }
 
 #[tokio::test]
+async fn a_table_that_is_renamed_while_it_is_polled_is_not_taken_for_a_missing_schema() {
+    let stage = stage(TABLE, "").await;
+    let relay = stage.start().await;
+    for (change, back) in [
+        ("ALTER TABLE outbox RENAME TO other", "ALTER TABLE other RENAME TO outbox"),
+        ("ALTER TABLE outbox RENAME seq TO number", "ALTER TABLE outbox RENAME number TO seq"),
+    ] {
+        // It polls.
+        stage.execute(&emit("one")).await;
+        settled(&stage, "outbox").await;
+        let told = || relay.log().matches("public.outbox or a column of it was renamed").count();
+        let before = told();
+        stage.execute(change).await;
+        until("it is said", async || told() > before).await;
+        stage.execute(back).await;
+    }
+    stage.execute(&emit("two")).await;
+    assert_eq!(kinds(&settled(&stage, "outbox").await), ["one", "one", "two"]);
+    assert!(!relay.log().contains("to install the schema"), "{}", relay.log());
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
 async fn a_transaction_column_of_another_type_is_told_by_every_command_that_asks_for_it() {
     let stage = stage(TABLE, "").await;
     let text = "ALTER TABLE outbox DROP xid, ADD xid text NOT NULL DEFAULT '5'; \

@@ -19,7 +19,9 @@ use crate::event::{Column, Identity, OutboxPayload, Table};
 use crate::pg::outbox::MappedColumn;
 use crate::pg::pgoutput::{self, ReplicationMessage};
 use crate::pg::publication::TableName;
-use crate::pg::sqlstate::postgres_error;
+use crate::pg::sqlstate::{
+    INVALID_SCHEMA_NAME, UNDEFINED_COLUMN, UNDEFINED_TABLE, postgres_error,
+};
 use crate::pg::unnamed;
 use crate::source::outbox::{OutboxTable, Polled};
 use crate::source::transaction::outbox_row::{OutboxColumns, broken, outbox_row};
@@ -167,7 +169,22 @@ impl PolledOutbox {
                 try_join!(begin, query, end).map(|(_, rows, _)| rows)
             }
         };
-        rows.map_err(postgres_error)
+        rows.map_err(postgres_error).map_err(|error| self.changed(error))
+    }
+
+    /// A mapped table is read as the session found it. What is missing since then is the table's,
+    /// not our schema's.
+    fn changed(&self, error: Error) -> Error {
+        match (&self.rows, error.sqlstate()) {
+            (
+                Rows::Mapped(_),
+                Some(UNDEFINED_TABLE | UNDEFINED_COLUMN | INVALID_SCHEMA_NAME),
+            ) => error.hint(format!(
+                "{} or a column of it was renamed or dropped; if it stays so, change [outbox]",
+                self.name
+            )),
+            _ => error,
+        }
     }
 
     /// What its batches are made with; absent for the relay's own.
