@@ -19,9 +19,7 @@ use crate::event::{Column, Identity, OutboxPayload, Table};
 use crate::pg::outbox::MappedColumn;
 use crate::pg::pgoutput::{self, ReplicationMessage};
 use crate::pg::publication::TableName;
-use crate::pg::sqlstate::{
-    INVALID_SCHEMA_NAME, UNDEFINED_COLUMN, UNDEFINED_TABLE, postgres_error,
-};
+use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_COLUMN, UNDEFINED_TABLE, postgres_error};
 use crate::pg::unnamed;
 use crate::source::outbox::{OutboxTable, Polled};
 use crate::source::transaction::outbox_row::{OutboxColumns, broken, outbox_row};
@@ -176,13 +174,12 @@ impl PolledOutbox {
     /// not our schema's.
     fn changed(&self, error: Error) -> Error {
         match (&self.rows, error.sqlstate()) {
-            (
-                Rows::Mapped(_),
-                Some(UNDEFINED_TABLE | UNDEFINED_COLUMN | INVALID_SCHEMA_NAME),
-            ) => error.hint(format!(
-                "{} or a column of it was renamed or dropped; if it stays so, change [outbox]",
-                self.name
-            )),
+            (Rows::Mapped(_), Some(UNDEFINED_TABLE | UNDEFINED_COLUMN | INVALID_SCHEMA_NAME)) => {
+                error.hint(format!(
+                    "{} or a column of it was renamed or dropped; if it stays so, change [outbox]",
+                    self.name
+                ))
+            }
             _ => error,
         }
     }

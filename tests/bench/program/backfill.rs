@@ -2,7 +2,7 @@
 //!
 //! Four writers emit a given number of events a second, each waits for its commits; one consumer
 //! takes them. First without a backfill, then while a table is read, whose rows go to a queue that
-//! nobody reads. Finally the same rows again, without live events: on a route that drops them,
+//! nobody reads, or another consumer. Finally the same rows again, without live events: on a route that drops them,
 //! which shows what reading costs, and to a broker that confirms everything at once and keeps
 //! nothing.
 
@@ -32,10 +32,25 @@ const WARM_UP: usize = 250;
 /// How long anything may take.
 const LIMIT: Duration = Duration::from_secs(1800);
 
+/// What is measured.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    /// Rows of the table.
+    pub rows: u64,
+    /// Live events a second.
+    pub live: u64,
+    /// Instead of the default of `backfill.max_unconfirmed`.
+    pub unconfirmed: Option<u64>,
+    /// A consumer takes the rows as they come.
+    pub drained: bool,
+}
+
 /// What was measured.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Backfill {
     pub rows: u64,
+    /// A consumer took the rows as they came.
+    pub drained: bool,
     pub seconds: f64,
     pub rows_per_second: f64,
     /// Live events a second that were asked for.
@@ -51,14 +66,9 @@ pub struct Backfill {
     pub null_rows_per_second: f64,
 }
 
-/// Reads a table of `rows` rows while `rate` events a second are emitted; `unconfirmed` instead of
-/// the default of `backfill.max_unconfirmed`.
-pub async fn run(
-    servers: &Servers,
-    rows: u64,
-    rate: u64,
-    unconfirmed: Option<u64>,
-) -> Result<Backfill> {
+/// Reads a table while events are emitted.
+pub async fn run(servers: &Servers, setup: Setup) -> Result<Backfill> {
+    let Setup { rows, live: rate, unconfirmed, drained } = setup;
     let name = "bench_backfill";
     servers.fresh_queue(name).await?;
     servers.bound_queue("rows", "rows", FieldTable::default()).await?;
@@ -90,6 +100,10 @@ pub async fn run(
     let mut relay = installation.start()?;
     relay.ready().await?;
     let mut received = consume(servers, name).await?;
+    if drained {
+        let mut taken = consume(servers, "rows").await?;
+        tokio::spawn(async move { while taken.recv().await.is_some() {} });
+    }
     let before = live(servers, name, rate, &mut received, async {
         tokio::time::sleep(Duration::from_secs(BEFORE)).await;
         Ok(())
@@ -112,6 +126,7 @@ pub async fn run(
     relay.stop().await?;
     Ok(Backfill {
         rows,
+        drained,
         seconds,
         rows_per_second: rows as f64 / seconds,
         live_rate: rate,

@@ -76,6 +76,9 @@ struct Arguments {
     /// Live events a second beside it.
     #[arg(long, default_value_t = 1000)]
     live: u64,
+    /// A consumer takes its rows as they come; without it they stay in their queue.
+    #[arg(long)]
+    drained: bool,
     /// Its share of the unconfirmed messages, instead of the default.
     #[arg(long)]
     unconfirmed: Option<u64>,
@@ -166,8 +169,9 @@ async fn run(arguments: Arguments) -> Result<()> {
         return report.write(&arguments.out);
     }
     if let Some(rows) = arguments.backfill {
-        report
-            .backfill(backfill::run(&servers, rows, arguments.live, arguments.unconfirmed).await?);
+        let Arguments { live, unconfirmed, drained, .. } = arguments;
+        let setup = backfill::Setup { rows, live, unconfirmed, drained };
+        report.backfill(backfill::run(&servers, setup).await?);
         return report.write(&arguments.out);
     }
     if arguments.poll {

@@ -227,7 +227,11 @@ impl Report {
 
     pub fn backfill(&mut self, backfill: Backfill) {
         let b = &backfill;
-        println!("\nbackfill of {} rows beside {} live events a second", b.rows, b.live_rate);
+        let drained = if b.drained { ", with a consumer of the rows" } else { "" };
+        println!(
+            "\nbackfill of {} rows beside {} live events a second{drained}",
+            b.rows, b.live_rate
+        );
         println!("  {:.1} s, {:.0} rows/s", b.seconds, b.rows_per_second);
         println!(
             "  live events, commit to consumer: p50 {:.2} ms, p99 {:.2} ms; without it \
