@@ -21,7 +21,7 @@ use crate::relay::check::publishable::{
     Harm, Obstacle, filter_breaks, none_inside_another, obstacles,
 };
 use crate::relay::check::server::{encoding_risk, may_be_waited_for};
-use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
+use crate::relay::check::slot_risk::{at_risk, held_by_standby};
 use crate::relay::check::tables;
 use crate::relay::checkpoint;
 use crate::relay::session::{facts, wal};
@@ -103,8 +103,8 @@ fn check_server(f: &mut Findings, config: &Config, server: &ServerFacts, makes_l
             "postgres",
             format!(
                 "synchronous_standby_names = {:?} can choose the relay ({application}): commits \
-                 then wait until the broker has confirmed their events, and without end while the \
-                 relay or the broker is away",
+                 then wait until the broker has confirmed their events, and indefinitely while the \
+                 relay or the broker is down",
                 server.synchronous_standby_names
             ),
             "name your standbys there, or set another application_name in source.url",
@@ -215,11 +215,7 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
         }
         Some(status @ (WalStatus::Reserved | WalStatus::Extended | WalStatus::Unreserved)) => {
             match at_risk(slot, server.max_slot_wal_keep_size) {
-                Some(warning) => f.warning(
-                    "slot",
-                    warning,
-                    "let the relay catch up now, or raise max_slot_wal_keep_size",
-                ),
+                Some(risk) => f.warning("slot", risk.what, risk.hint),
                 None => f.ok(
                     "slot",
                     format!("{name:?} is {}, {reader}, retains {mib} MiB of WAL", status.as_str()),
@@ -228,7 +224,7 @@ fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Opt
         }
     }
     if let Some(held) = held_by_standby(slot) {
-        f.warning("slot", held, START_THE_STANDBY);
+        f.warning("slot", held.what, held.hint);
     }
     if config.failover && !slot.failover {
         f.warning(
@@ -287,7 +283,7 @@ fn check_publication(f: &mut Findings, config: &Config, publication: &Publicatio
             f.warning(
                 "publication",
                 what,
-                "other rows never become events; make sure that is intended",
+                "other rows are never captured; make sure that is intended",
             );
         }
         if let Some(columns) = &published.columns {

@@ -99,8 +99,10 @@ pub struct SlotStatus {
     pub retained_bytes: u64,
     /// Bytes between its position and the end of WAL.
     pub lag_bytes: u64,
-    /// Why WAL that it needs may soon be removed.
+    /// Why WAL that it needs may soon be removed, the disk may fill, or nothing comes.
     pub warning: Option<String>,
+    /// What to do about that.
+    pub hint: Option<&'static str>,
 }
 
 /// What the relay is doing.
@@ -211,11 +213,11 @@ pub struct Snapshot {
     pub slot: Option<SlotStatus>,
     /// Captured tables whose changes do not come.
     pub lost_tables: Vec<LostTable>,
-    /// Captured tables that were lost since the process started, and are there again.
+    /// Captured tables that were lost since the process started, and are back.
     pub returned_tables: Vec<ReturnedTable>,
     /// Backfills that have begun in this process.
     pub backfills: Vec<BackfillView>,
-    /// Everything that is wrong, with what to do; empty when all flows.
+    /// Everything that is wrong, with what to do; empty when everything is flowing.
     pub problems: Vec<Concern>,
 }
 
@@ -425,7 +427,7 @@ impl Status {
         self.lock().tables.lose(lost)
     }
 
-    /// A held table is there again.
+    /// A held table is back.
     pub fn returned_table(&self, back: ReturnedTable) {
         self.lock().tables.find(back);
     }

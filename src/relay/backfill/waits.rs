@@ -64,6 +64,7 @@ mod tests {
             retained_bytes,
             lag_bytes: 0,
             warning: None,
+            hint: None,
         };
         let mut shown = well.clone();
         shown.slot = Some(slot(10 << 20));

@@ -55,8 +55,9 @@ pub fn verify(
     history: &[(u32, Lsn)],
 ) -> Result<Start> {
     if server.in_recovery {
-        return Err(Error::unreachable("the server is a standby (in recovery)")
-            .hint("wait if it is about to be promoted; otherwise name the primary in source.url"));
+        return Err(Error::unreachable("the server is a standby (in recovery)").hint(
+            "wait if it is about to be promoted; otherwise point source.url at the primary",
+        ));
     }
     if server.wal_level != "logical" {
         let text =
@@ -130,9 +131,14 @@ pub(super) fn check_slot(row: &Checkpoint, server: &ServerFacts, slot: &SlotStat
     if slot.wal_status == Some(WalStatus::Lost) {
         let reason = slot.invalidation_reason.as_deref().unwrap_or("max_slot_wal_keep_size");
         let text = format!("slot {name:?} is lost ({reason}): WAL that it needs was removed");
+        let first = match reason {
+            "wal_removed" | "max_slot_wal_keep_size" => "raise max_slot_wal_keep_size, and ",
+            "idle_timeout" => "raise idle_replication_slot_timeout, and ",
+            _ => "",
+        };
         return Err(gap(Verdict::SlotLost, text, row.flush_lsn, server.wal_lsn).hint(format!(
-            "raise max_slot_wal_keep_size, and find out why the relay was down; to accept the gap \
-             and resume with a new slot: {RESYNC}"
+            "{first}find out why the relay was down; to accept the gap and resume with a new \
+             slot: {RESYNC}"
         )));
     }
     Ok(())
@@ -372,7 +378,7 @@ fn altered(then: &Publication, now: &Publication) -> Option<String> {
     None
 }
 
-/// What of a table is published otherwise than before.
+/// What of a table is published differently than before.
 pub(super) fn narrowed(then: &PublishedTable, now: &PublishedTable) -> Option<String> {
     if then.row_filter != now.row_filter {
         let show = |t: &PublishedTable| t.row_filter.clone().unwrap_or_else(|| "none".into());

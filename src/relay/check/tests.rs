@@ -163,7 +163,7 @@ fn each_doubt_has_its_name_its_range_and_its_command() {
         assert!(text.starts_with(&format!("{name}: ")), "{text}");
         assert!(name == "wal_level" || text.contains("watership resync"), "{text}");
         for wanted in texts {
-            assert!(text.contains(wanted), "{wanted:?} is missing in {text}");
+            assert!(text.contains(wanted), "{wanted:?} is missing from {text}");
         }
     }
 }
@@ -256,7 +256,7 @@ fn each_change_of_the_publication_has_its_name() {
         let (verdict, told) = told(check(Some(&found), &wanted));
         assert_eq!(verdict, name, "{told}");
         for text in [text, "between 0/3E8 and 0/1388", RESYNC] {
-            assert!(told.contains(text), "{text:?} is missing in {told}");
+            assert!(told.contains(text), "{text:?} is missing from {told}");
         }
     }
     assert_eq!(told(check(None, &wanted)).0, "publication_missing");
@@ -356,15 +356,16 @@ fn a_slot_in_danger_is_told_before_it_is_lost() {
     };
     assert_eq!(at(WalStatus::Reserved, None), None);
     assert_eq!(at(WalStatus::Reserved, Some(100 << 20)), None);
-    for (status, safe, text) in [
-        (WalStatus::Reserved, Some((100 << 20) - 1), "after 99 MiB more"),
-        (WalStatus::Extended, Some(1 << 20), "after 1 MiB more"),
-        (WalStatus::Extended, Some(300 << 20), "is extended"),
-        (WalStatus::Extended, None, "is extended"),
-        (WalStatus::Unreserved, Some(-5), "is unreserved"),
-        (WalStatus::Lost, None, "is lost"),
+    let raise = "or raise max_slot_wal_keep_size";
+    for (status, safe, text, hint) in [
+        (WalStatus::Reserved, Some((100 << 20) - 1), "after 99 MiB more", raise),
+        (WalStatus::Extended, Some(1 << 20), "after 1 MiB more", raise),
+        (WalStatus::Extended, Some(300 << 20), "is extended", raise),
+        (WalStatus::Extended, None, "is extended", "so the disk may fill"),
+        (WalStatus::Unreserved, Some(-5), "is unreserved", raise),
+        (WalStatus::Lost, None, "is lost", "watership resync"),
     ] {
-        let warning = at(status, safe).expect("a warning");
-        assert!(warning.contains(text), "{warning}");
+        let risk = at(status, safe).expect("a warning");
+        assert!(risk.what.contains(text) && risk.hint.contains(hint), "{risk:?}");
     }
 }

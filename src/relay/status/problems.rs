@@ -74,7 +74,7 @@ pub(super) fn of(shown: &Snapshot, is_alive: bool) -> Vec<Concern> {
                  exchange {exchange:?}, routing key {routing_key:?}{others}, {waiting} keys wait"
             ),
             "a queue behind it is full or has no majority: see `rabbitmqctl list_queues`; what is \
-             refused is sent again, more and more slowly, until the queue takes it",
+             refused is retried at increasing intervals until the queue accepts it",
         ));
     }
     for (route, reason) in &shown.parked.blocked {
@@ -128,11 +128,10 @@ fn session(shown: &Snapshot, is_alive: bool) -> Option<Concern> {
 /// What a stream shows that runs and does not move.
 fn stream(shown: &Snapshot) -> Vec<Concern> {
     let mut found = Vec::new();
-    if let Some(warning) = shown.slot.as_ref().and_then(|slot| slot.warning.as_ref()) {
-        found.push(Concern::warning(
-            format!("the slot is at risk: {warning}"),
-            "make the relay catch up, or raise max_slot_wal_keep_size",
-        ));
+    if let Some(slot) = &shown.slot
+        && let Some(warning) = &slot.warning
+    {
+        found.push(Concern::warning(warning, slot.hint.unwrap_or("see the relay's log")));
     }
     if shown.state != RelayState::Streaming {
         return found;
@@ -176,9 +175,9 @@ mod tests {
         assert_eq!(levels(&status.snapshot(), true), []);
         assert_eq!(levels(&status.snapshot(), false), [Severity::Problem], "its loop is stuck");
         let second = Duration::from_secs(1);
-        status.waiting(&Error::unreachable("the broker is away"), second);
+        status.waiting(&Error::unreachable("the broker is down"), second);
         let problems = status.snapshot().problems;
-        assert!(problems[0].what.contains("the broker is away"), "{problems:?}");
+        assert!(problems[0].what.contains("the broker is down"), "{problems:?}");
         assert_eq!(problems[0].level, Severity::Problem);
         status.waiting(&Error::new(Kind::Busy, "the lock queue is held"), second);
         assert_eq!(status.snapshot().problems, []);
@@ -203,7 +202,7 @@ mod tests {
         assert_eq!((found.len(), found[0].level), (1, Severity::Problem));
         status.connecting();
         assert!(status.snapshot().standing_by.is_some_and(|by| by.doubt.is_some()), "it tries");
-        status.waiting(&Error::unreachable("the broker is away"), Duration::from_secs(1));
+        status.waiting(&Error::unreachable("the broker is down"), Duration::from_secs(1));
         status.waiting(&Error::new(Kind::Busy, "the lock is held"), Duration::from_secs(1));
         assert!(
             status.snapshot().standing_by.is_some_and(|by| by.doubt.is_none()),
@@ -241,13 +240,14 @@ mod tests {
                 (s.canary_age_seconds, s.canary_late) = (Some(77.0), true);
             }),
             ("stored for 12 s", Severity::Problem, |s| s.checkpoint_age_seconds = 12.0),
-            ("the slot is at risk: soon", Severity::Warning, |s| {
+            ("slot \"s\" is lost", Severity::Warning, |s| {
                 s.slot = Some(SlotStatus {
                     wal_status: None,
                     safe_wal_size: None,
                     retained_bytes: 0,
                     lag_bytes: 0,
-                    warning: Some("soon".into()),
+                    warning: Some("slot \"s\" is lost".into()),
+                    hint: Some("resync"),
                 });
             }),
         ];

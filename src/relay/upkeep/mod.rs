@@ -24,7 +24,7 @@ use crate::pg::unnamed;
 use crate::relay::Options;
 use crate::relay::check::polling::PollingFrom;
 use crate::relay::check::server::may_be_waited_for;
-use crate::relay::check::slot_risk::{START_THE_STANDBY, at_risk, held_by_standby};
+use crate::relay::check::slot_risk::{at_risk, held_by_standby};
 use crate::relay::session::{Shared, catalog, facts, outbox, poll, rights, schemas};
 use crate::relay::status::SlotStatus;
 use crate::relay::upkeep::canary::Canary;
@@ -252,7 +252,7 @@ async fn compare_polling(
         Ok(PollingFrom::AsStored) => None,
         Ok(PollingFrom::NewEpoch) => {
             let text = "the server behind source.url is on a different timeline from this session";
-            Some(Error::unreachable(text).hint("no action needed: the next session looks at it"))
+            Some(Error::unreachable(text).hint("no action needed: the next session checks it"))
         }
         Err(error) => Some(error),
     })
@@ -356,17 +356,16 @@ async fn look_at_slot(client: &Client, options: &Options, shared: &Shared) -> Re
     metrics.set_status(slot.wal_status.map_or("", |s| s.as_str()));
     metrics.slot_at_risk.set(f64::from(u8::from(at_risk.is_some())));
     metrics.slot_held_by_standby.set(f64::from(u8::from(held.is_some())));
-    let hint = match at_risk {
-        Some(_) => "let the relay catch up, or raise max_slot_wal_keep_size",
-        None => START_THE_STANDBY,
-    };
-    let warning = at_risk.or(held);
+    let risk = at_risk.or(held);
+    let hint = risk.as_ref().map(|risk| risk.hint);
+    let warning = risk.map(|risk| risk.what);
     let news = shared.status.slot(SlotStatus {
         wal_status: slot.wal_status.map(WalStatus::as_str),
         safe_wal_size: slot.safe_wal_size,
         retained_bytes: slot.retained_bytes,
         lag_bytes: slot.lag_bytes,
         warning: warning.clone(),
+        hint,
     });
     match warning {
         Some(warning) if news => tracing::warn!(hint, "{warning}"),
