@@ -1,4 +1,5 @@
-//! What is sent: routing key, properties and body of one publish.
+//! One publish as bytes: which AMQP properties a message has and how they are encoded; routing key,
+//! body.
 //!
 //! A message is encoded once, into one allocation, in the form in which AMQP carries it: the
 //! properties are the bytes of the content header's flags and list (AMQP 0-9-1, section 4.2.6.1).

@@ -1,4 +1,5 @@
-//! HTTP for probes, metrics and status: GET /livez, /readyz, /metrics, /status, /find.
+//! HTTP for probes, metrics and status: GET /livez, /readyz, /metrics, /status, /find. Transport
+//! only; what is shown is made in `relay/status`.
 //!
 //! It runs on its own thread, so that a storm of scrapes does not slow the data path and /livez
 //! answers while the relay's loop hangs. The same thread does the histograms' upkeep, which must
@@ -219,7 +220,7 @@ async fn answer(request: &Request<Incoming>, shared: &Shared) -> Response<String
             Err(refused) => response(StatusCode::BAD_REQUEST, TEXT, refused.into()),
         },
         _ => {
-            let paths = "not found; there are /livez, /readyz, /metrics, /status and /find\n";
+            let paths = "not found; available: /livez, /readyz, /metrics, /status and /find\n";
             response(StatusCode::NOT_FOUND, TEXT, paths.into())
         }
     }
@@ -260,7 +261,7 @@ async fn find(status: &Status, wanted: Wanted) -> Response<String> {
         return unknown("nothing is streamed now; /status says why");
     }
     let Some(answer) = status.asks.ask(wanted) else {
-        return unknown("too many questions at once; ask again");
+        return unknown("too many concurrent requests; retry");
     };
     match timeout(FIND_LIMIT, answer).await {
         Ok(Ok(seen)) => json(&seen),

@@ -1,4 +1,4 @@
-//! Event to message: properties, headers and body. Pure.
+//! Event to message: the values of properties, headers and body (their encoding: `message`). Pure.
 //!
 //! Invariant: a message is a function of the event, its plan and the relay's name, so the same
 //! event gives the same bytes on every attempt. Only a route that asks for it has the time at which

@@ -1,4 +1,5 @@
-//! Series of what could not be published.
+//! Series of what could not be published. `relay/observed` sets the gauges, from what
+//! `relay/parking/shown` adds up.
 
 use metrics::{Counter, Gauge, counter, gauge};
 

@@ -1,4 +1,5 @@
-//! The outbox read with SQL, for databases that let nobody read their WAL.
+//! The outbox read with SQL, for databases that let nobody read their WAL. How many rows and bytes
+//! one read takes is decided here.
 //!
 //! Invariant: what is new is told by comparing two snapshots, never by `seq > last`: a transaction
 //! that commits late is in the next batch whatever its rows are numbered, and one that stays open

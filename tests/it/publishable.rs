@@ -183,7 +183,7 @@ async fn a_filter_or_a_list_of_somebody_else_that_makes_changes_fail_is_found_by
     run(&file, &["init"]).await.expect_code(0);
     let set = "ALTER PUBLICATION watership SET TABLE watership.outbox, watership.canary, public.t";
     for (clause, text) in [
-        ("WHERE (v <> 'x')", "the row filter of public.t looks at column \"v\""),
+        ("WHERE (v <> 'x')", "the row filter of public.t uses column \"v\""),
         ("(v)", "the column list of public.t lacks \"id\""),
     ] {
         client.batch_execute(&format!("{set} {clause}")).await.expect(clause);

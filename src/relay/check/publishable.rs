@@ -1,5 +1,6 @@
-//! What goes wrong once a table is published: its application can no longer change rows, or rows
-//! never come. Pure.
+//! What breaks once a table is published: no replica identity, row filters, column lists, generated
+//! columns, kinds of table. Its application can no longer change rows, or rows are never captured.
+//! Pure.
 //!
 //! `init` asks before it makes anything, because the application is the one that fails; `check` and
 //! every start ask again, because the table may have been altered since.
@@ -58,7 +59,8 @@ pub fn obstacles(facts: &TableFacts, publication: Option<&Publication>) -> Vec<O
         add(
             Harm::Absent,
             format!(
-                "{table} is a hypertable of TimescaleDB: its rows are in chunks and never come"
+                "{table} is a hypertable of TimescaleDB: its rows are in chunks and are never \
+                 captured"
             ),
             "emit events to the outbox for it, and remove it from source.tables".to_owned(),
         );
@@ -76,7 +78,7 @@ pub fn obstacles(facts: &TableFacts, publication: Option<&Publication>) -> Vec<O
     for (leaf, why) in &facts.nature.lost_leaves {
         add(
             Harm::Absent,
-            format!("partition {leaf} of {table} is {why}: its rows never come"),
+            format!("partition {leaf} of {table} is {why}: its rows are never captured"),
             "make it an ordinary table, or detach it".to_owned(),
         );
     }
@@ -154,7 +156,7 @@ pub fn filter_breaks(
     Some(Obstacle {
         harm: Harm::Breaks,
         what: format!(
-            "the row filter of {table} looks at column {column:?}, which is not in its replica \
+            "the row filter of {table} uses column {column:?}, which is not in its replica \
              identity: UPDATE and DELETE on it fail"
         ),
         hint: format!(

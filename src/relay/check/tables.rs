@@ -1,4 +1,5 @@
-//! Whether each change of a captured table will say which row it is about. Pure.
+//! Whether the replica identity that a table has carries its key: each change of a captured table
+//! must say which row it is about. Pure.
 //!
 //! Invariant: what is refused here at `init`, `check` and every start could otherwise make an event
 //! whose `key` or `before` is wrong. Order does not rest on it: a change that does not carry its

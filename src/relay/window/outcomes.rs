@@ -1,6 +1,6 @@
-//! What became of each publish, of an event of the window or of a parked row on its way again: it
-//! is settled or released, tried again, held, or parked. The route's policy decides here; waits and
-//! places in lanes are in `relay/window/lanes`.
+//! What follows from ack, nack, return and channel close: what was published, an event of the
+//! window or a parked row on its way again, is settled or released, tried again, held, or parked.
+//! The route's policy decides here; waits and places in lanes are in `relay/window/lanes`.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -215,7 +215,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         for route in missing.take_well() {
             if lanes.end_idle_hold(route) {
                 let route = &*self.making.router.by_id(route).name;
-                tracing::info!(route, "nothing is wrong with its destination: it is not held");
+                tracing::info!(route, "the destination is fine again: the route is no longer held");
             }
         }
         self.flight.stuck_bytes = lanes.stuck_bytes();

@@ -1,4 +1,5 @@
-//! Batches, places in them, and when to look for the next one. Pure.
+//! Batches (everything between two snapshots, of any size), places in them, and when to look for
+//! the next one. Pure.
 //!
 //! Invariant: a batch is what `snapshot` shows and `since` does not, in the order of `seq`; both
 //! are stored before anything of it is handed on. So an event has the same position on every
