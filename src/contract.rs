@@ -67,8 +67,8 @@ impl Contract {
                 place => format!("at {place}"),
             };
             wrong(format!("{place}: {error}")).hint(
-                "a schema stands alone: references lead to places in the same file; patterns have \
-                 neither look-around nor back-references",
+                "schemas must be self-contained: $ref only within the file; patterns have neither \
+                 look-around nor back-references",
             )
         })?;
         Ok(Self { file: file.to_owned(), text: text.to_owned(), validator })
@@ -125,7 +125,7 @@ impl Contract {
         let text = format!(
             "the body violates contract {file:?} at {place}: {keyword}{missing}, by {rule}"
         );
-        Error::event(text).hint("correct what is written, or the contract")
+        Error::event(text).hint("fix what the application writes, or change the contract")
     }
 }
 

@@ -52,7 +52,7 @@ impl Kind {
             Kind::Config => "correct the configuration or the command line, then start again",
             Kind::Unreachable => "no action needed: Watership retries until the peer is back",
             Kind::Refused => {
-                "fix what the message names; Watership keeps retrying, up to 15 s apart"
+                "fix the cause given in the error; Watership retries at least every 15 s"
             }
             Kind::Busy => {
                 "no action needed: this relay is on standby and takes over when the other stops"
@@ -61,7 +61,8 @@ impl Kind {
                 "check for a proxy in between and for version mismatches; Watership keeps retrying"
             }
             Kind::Internal => {
-                "unless the cause is a limit of this machine, please report this as a bug"
+                "probably a bug: please report it, unless this machine ran out of memory, threads \
+                 or file descriptors"
             }
             Kind::Event => "fix or discard the event; it can never be published as it is",
             Kind::Verdict => {

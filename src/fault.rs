@@ -155,9 +155,9 @@ pub fn classify_tls(error: &rustls::Error) -> (Kind, Option<&'static str>) {
             (
                 Kind::Refused,
                 Some(
-                    "the server's certificate has no subjectAltName, and its CN is not looked at; \
-                     make it with -addext subjectAltName=DNS:… (for Postgres, sslmode=verify-ca \
-                     skips the name check)",
+                    "the server's certificate has no subjectAltName, and its CN is ignored; make \
+                     it with -addext subjectAltName=DNS:… (for Postgres, sslmode=verify-ca skips \
+                     the name check)",
                 ),
             )
         }
@@ -223,13 +223,13 @@ pub fn webpki_error(error: &rustls::Error) -> Option<&webpki::Error> {
 fn unfit_certificate(error: &rustls::Error) -> &'static str {
     match webpki_error(error) {
         Some(webpki::Error::CaUsedAsEndEntity) => {
-            "the server's certificate is that of a CA (CA:TRUE); make it with -addext \
-             basicConstraints=CA:FALSE -addext subjectAltName=DNS:…, or name this very certificate \
+            "the server presents a CA certificate (CA:TRUE); make it with -addext \
+             basicConstraints=CA:FALSE -addext subjectAltName=DNS:…, or set this very certificate \
              as the root: sslrootcert in source.url, or broker.tls_ca"
         }
         Some(webpki::Error::UnsupportedCertVersion) => {
-            "the server's certificate has X.509 version 1, as `openssl x509 -req` makes it without \
-             extensions; make it with -addext basicConstraints=CA:FALSE -addext \
+            "the server's certificate is X.509 v1, which is what `openssl x509 -req` makes without \
+             an extension file; make it with -addext basicConstraints=CA:FALSE -addext \
              subjectAltName=DNS:… (`openssl x509` takes them in a file, -extfile)"
         }
         _ => "check the server's certificate",

@@ -154,7 +154,8 @@ impl Survey {
         match self.exchanges.get(exchange) {
             None => return is_unsafe(format!("exchange {exchange:?} does not exist")),
             Some(facts) if facts.internal => {
-                return is_unsafe(format!("exchange {exchange:?} is internal: it takes nothing"));
+                let what = format!("exchange {exchange:?} is internal");
+                return is_unsafe(format!("{what}: it does not accept publishes"));
             }
             Some(_) => {}
         }

@@ -312,7 +312,7 @@ fn tune_with(tune: &connection::Tune, url: &Url, options: &Options) -> Result<Tu
     let channel_max = if tune.channel_max == 0 { u16::MAX } else { tune.channel_max };
     if channel_max <= CONTROL_CHANNEL {
         return Err(Error::refused(format!(
-            "broker allows {channel_max} channel a connection; {} are needed, for the lock queue \
+            "broker allows {channel_max} channel per connection; {} are needed, for the lock queue \
              and to publish",
             CONTROL_CHANNEL + 1
         ))

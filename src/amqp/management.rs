@@ -281,7 +281,10 @@ impl Management {
             )
         } else {
             (
-                format!("user {user:?} may not look: its password is wrong, or it lacks a tag"),
+                format!(
+                    "access to the management API denied for user {user:?}: its password is \
+                     wrong, or it lacks a tag"
+                ),
                 format!(
                     "check the password; if it is right: rabbitmqctl set_user_tags {user} \
                      monitoring"

@@ -69,7 +69,7 @@ const REPLIES: &[Line] = &[
     (ACCESS_REFUSED, "access-refused", Kind::Refused,
         "check the user, its password, and its configure, write and read permissions"),
     (NOT_FOUND, "not-found", Kind::Refused,
-        "create it, or set broker.topology = \"declare\""),
+        "create the missing exchange or queue, or set broker.topology = \"declare\""),
     (RESOURCE_LOCKED, "resource-locked", Kind::Busy,
         "another connection owns this queue; this relay is on standby"),
     (PRECONDITION_FAILED, "precondition-failed", Kind::Refused,

@@ -204,11 +204,11 @@ impl fmt::Display for Destination {
 impl fmt::Display for Binding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { destination, exchange, routing_key, arguments } = self;
-        write!(f, "{destination} to exchange {exchange:?} by {routing_key:?}")?;
+        write!(f, "{destination} to exchange {exchange:?} with routing key {routing_key:?}")?;
         if arguments.is_empty() {
             return Ok(());
         }
-        write!(f, " with {}", Value::Object(json(arguments)))
+        write!(f, " and arguments {}", Value::Object(json(arguments)))
     }
 }
 

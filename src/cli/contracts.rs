@@ -62,7 +62,8 @@ fn report(findings: &mut Findings, route: &str, checked: Option<&Checked>) {
     let none = Checked::default();
     let Checked { rows, wrong, first } = checked.unwrap_or(&none);
     if *wrong == 0 {
-        return findings.ok(AREA, format!("route {route:?}: {rows} rows of the outbox keep it"));
+        let what = format!("{rows} rows of the outbox satisfy its contracts");
+        return findings.ok(AREA, format!("route {route:?}: {what}"));
     }
     let text =
         format!("route {route:?}: {wrong} of {rows} rows of the outbox violate its contracts");

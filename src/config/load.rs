@@ -77,7 +77,7 @@ enum Encoding {
     Raw,
     /// Percent-encoded.
     Percent,
-    /// User and password in one value: as before, but the first colon parts them.
+    /// User and password in one value: as before, but the first colon separates them.
     Credentials,
 }
 
@@ -261,7 +261,7 @@ fn resolve(
     };
     let is_name = !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
     if !is_name {
-        return Err(Error::config("what stands in ${…} is not the name of a variable")
+        return Err(Error::config("the text inside ${…} is not the name of a variable")
             .hint("use letters, digits and _; write $${ for a literal ${"));
     }
     let value = match (lookup(name), default) {
@@ -397,7 +397,7 @@ mod tests {
         for (text, problem, hint) in [
             ("${HOST}", "environment variable HOST is not set", "${NAME:-default}"),
             ("${HOST", "\"${\" has no closing \"}\"", "close it"),
-            ("${a b}", "what stands in ${…} is not the name", "letters, digits and _"),
+            ("${a b}", "the text inside ${…} is not the name", "letters, digits and _"),
             ("${file:/none}", "file /none of ${file:…} cannot be read", "create the file"),
         ] {
             let error = fill(text).unwrap_err();

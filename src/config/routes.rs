@@ -244,7 +244,7 @@ fn exchange(
             t.problem(EXCHANGE, format!("{path} = {exchange:?}: {text}"));
         }
         (false, false) if !exchange.is_empty() => {
-            let text = "lists what an exchange with fields can make, and exchange has none";
+            let text = "is only for an exchange with fields, but exchange contains no {field}";
             let what = "remove exchanges, or put a field into exchange";
             t.problem(EXCHANGES, format!("{of_list} {text}; {what}"));
         }

@@ -42,7 +42,7 @@ const SERVICES: &[Service] = &[
     Service {
         role: "supabase_admin",
         admits: "as role postgres (Supabase): ALTER ROLE {} REPLICATION",
-        makes_logical: "ask the support: wal_level is logical by default on Supabase",
+        makes_logical: "contact support: wal_level is logical by default on Supabase",
     },
 ];
 

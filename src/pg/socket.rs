@@ -125,7 +125,7 @@ fn configure(stream: &TcpStream, options: &Options) -> io::Result<()> {
 ///
 /// <https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-SSL>
 async fn open_tls(mut tcp: TcpStream, name: &str, options: &tls::Options) -> Result<Socket> {
-    // The files come first: a wrong path is reported as such, also while the server is away.
+    // The files come first: a wrong path is reported as such, even while the server is down.
     let config = tls::client_config(options)?;
     let name = tls::server_name(name)?;
     let mut request = BytesMut::new();

@@ -189,8 +189,12 @@ const NO_LOGIN: &str = "is not permitted to log in";
 
 /// What poolers say for many reasons.
 const POOLER: &str = "if this is a connection pooler such as PgBouncer: source.mode = \"wal\" and \
-    `init` need the Postgres server itself; for source.mode = \"poll\" the pooler must know the \
-    database and the user, and source.url may have no options that the pooler does not know";
+    `init` need the Postgres server itself; for source.mode = \"poll\" the pooler must be \
+    configured with the database and the user, and source.url must not contain options that the \
+    pooler does not recognise";
+
+const READ_ONLY: &str = "this server is a standby, or read-only: point the URL at the primary, or \
+    wait until it is promoted or writable";
 
 /// The table: what the caller does about an SQLSTATE, and our hint. The last line of a class is
 /// for all of its codes that are not named.
@@ -203,10 +207,7 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
             Kind::Refused,
             "this server is too old, or lacks a feature that the configuration needs",
         ),
-        (_, "25006") => (
-            Kind::Unreachable,
-            "this server is a standby, or read-only: name the primary in the URL, or wait",
-        ),
+        (_, "25006") => (Kind::Unreachable, READ_ONLY),
         (_, "25P03" | "25P04" | "57P05") => {
             (Kind::Unreachable, "a server timeout ended the session; Watership reconnects")
         }
@@ -223,12 +224,13 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
             (Kind::Busy, "another relay is using the slot; this relay is on standby")
         }
         (_, INSUFFICIENT_PRIVILEGE) => {
-            (Kind::Refused, "grant what the message names; `watership check` says what is lacking")
+            (Kind::Refused, "grant the missing privilege; `watership check` lists what is missing")
         }
         // Of a slot or publication that is needed, what asked for it makes a named verdict.
-        (_, UNDEFINED_OBJECT) => {
-            (Kind::Refused, "something that is named does not exist; `watership check` shows which")
-        }
+        (_, UNDEFINED_OBJECT) => (
+            Kind::Refused,
+            "what the error names does not exist; `watership check` shows which one",
+        ),
         (_, "53400") => (Kind::Refused, "raise max_replication_slots, or drop unused slots"),
         (_, TOO_MANY_CONNECTIONS) => (
             Kind::Unreachable,
@@ -241,7 +243,7 @@ pub fn classify(code: &str) -> (Kind, Option<&'static str>) {
         }
         (_, OBJECT_NOT_IN_PREREQUISITE_STATE) => (
             Kind::Refused,
-            "something is not in the state that this needs; `watership check` shows what",
+            "an object is not in the required state; `watership check` shows which one",
         ),
         (_, "57014") => {
             (Kind::Unreachable, "cancelled by a timeout or an operator; Watership retries")

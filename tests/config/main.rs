@@ -379,8 +379,9 @@ fn partitions_come_with_their_queues_bindings_and_dead_letters() {
     let exchanges: Vec<_> = made.exchanges.iter().map(|e| (&*e.name, &*e.kind)).collect();
     assert_eq!(exchanges, [("orders", "direct"), ("orders.dlx", "fanout")]);
     let bindings: Vec<String> = made.bindings.iter().map(ToString::to_string).collect();
-    assert_eq!(bindings[1], "queue \"orders.01\" to exchange \"orders\" by \"orders.01\"");
-    assert_eq!(bindings[3], "queue \"orders.dead\" to exchange \"orders.dlx\" by \"#\"");
+    let to = |to, key| format!("to exchange {to:?} with routing key {key:?}");
+    assert_eq!(bindings[1], format!("queue \"orders.01\" {}", to("orders", "orders.01")));
+    assert_eq!(bindings[3], format!("queue \"orders.dead\" {}", to("orders.dlx", "#")));
     assert_eq!(bindings.len(), 4);
     // A second route may share them, and what is listed is declared as it is listed.
     let listed = "[[exchange]]\nname = 'orders.dlx'\nkind = 'direct'\n\

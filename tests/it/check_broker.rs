@@ -76,7 +76,8 @@ async fn what_a_running_relay_will_not_declare_is_a_problem_and_what_its_start_d
     unbind.await.expect("unbound");
     stage.append_to_configuration("[[queue]]\nname = \"more\"\n");
     stage.run(&["check"]).await.expect_code(1).expect_text(&[
-        "queue \"all\" to exchange \"watership\" by \"#\" does not exist, and the relay is running",
+        "queue \"all\" to exchange \"watership\" with routing key \"#\" does not exist, and the \
+         relay is running",
         "queue \"more\" does not exist, and the relay is running",
         "restart the relay",
     ]);
@@ -103,7 +104,8 @@ async fn init_verifies_bindings_or_does_not_claim_them() {
     let seen = format!("broker.management_url = \"{url}\"\n{verify}");
     stage.replace_configuration(&format!("{seen}{one_more}"));
     stage.run(&init).await.expect_code(1).expect_text(&[
-        "1 of 2 bindings are missing: queue \"all\" to exchange \"watership\" by \"more\"",
+        "1 of 2 bindings are missing: queue \"all\" to exchange \"watership\" with routing key \
+         \"more\"",
         "run init again",
     ]);
     stage.replace_configuration(&seen);

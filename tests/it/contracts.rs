@@ -77,7 +77,7 @@ async fn check_tries_the_outbox_against_the_contracts() {
         stage.execute(&emit(key, "placed", &format!("{{\"id\": {key}}}"))).await;
     }
     stage.execute(&emit(7, "shipped", "{}")).await;
-    let kept = ["route \"orders\": 250 rows of the outbox keep it"];
+    let kept = ["route \"orders\": 250 rows of the outbox satisfy its contracts"];
     stage.run(&["check", "--contracts"]).await.expect_code(0).expect_text(&kept);
     stage.execute(&emit(8, "placed", "{\"id\": \"canary-4711\"}")).await;
     let wrong = ["1 of 251 rows of the outbox violate its contracts", "at /id: type"];
@@ -96,7 +96,7 @@ async fn a_schema_that_is_missing_or_wrong_is_an_error_of_the_configuration() {
         (None, "cannot be read"),
         (Some("{"), "it is not JSON"),
         (Some(r#"{"type": 5}"#), "at /type"),
-        (Some(r#"{"$ref": "https://example.com/x.json"}"#), "a schema stands alone"),
+        (Some(r#"{"$ref": "https://example.com/x.json"}"#), "schemas must be self-contained"),
     ] {
         if let Some(schema) = schema {
             std::fs::write(&path, schema).expect("a schema");

@@ -106,7 +106,11 @@ async fn a_template_that_names_no_column_of_the_table_is_refused_by_check_and_at
         ("{column.regoin}", "{column.email}", "a template names column \"email\", which the route"),
         ("exchanges = [", "ordering = \"pipelined\"\nexchanges = [", "overtake each other"),
         ("exchanges = [\"shop.eu\", \"shop.us\"]", "", "an exchange with fields needs exchanges"),
-        ("\"shop.{column.region}\"", "\"shop.eu\"", "and exchange has none; remove exchanges"),
+        (
+            "\"shop.{column.region}\"",
+            "\"shop.eu\"",
+            "but exchange contains no {field}; remove exchanges",
+        ),
     ] {
         let text = text.replace(from, to).replace("mask = [\"email\"]", "exclude = [\"email\"]");
         stage.replace_configuration(&text);

@@ -264,7 +264,7 @@ async fn check_tells_what_run_will_meet_before_it_does() {
     // The relay may declare everything, and publish nothing to one exchange.
     let body = r#"{"configure":".*","write":"^(watership|all|others)$","read":".*"}"#;
     node.management("PUT", &path, body).await.expect("rights are set");
-    let publishing = "publishing to exchange \"other\" by \"bad\": 403";
+    let publishing = "publishing to exchange \"other\" with routing key \"bad\": 403";
     stage.run(&["check"]).await.expect_code(1).expect_text(&[publishing]);
     rights(node, &vhost, ".*").await;
     stage.run(&["check"]).await.expect_code(0).expect_text(&["exchange \"other\" exists"]);
@@ -334,7 +334,7 @@ async fn bindings_with_arguments_and_between_exchanges_route_as_configured() {
     let text = stage.configuration();
     stage.replace_configuration(&format!("broker.management_url = \"{url}\"\n{text}"));
     stage.run(&["check"]).await.expect_code(0).expect_text(&[
-        "queue \"eu\" to exchange \"heads\" by \"\" with {",
-        "exchange \"watership\" to exchange \"outer\" by \"a.#\"",
+        "queue \"eu\" to exchange \"heads\" with routing key \"\" and arguments {",
+        "exchange \"watership\" to exchange \"outer\" with routing key \"a.#\"",
     ]);
 }

@@ -264,7 +264,7 @@ impl Hand<'_> {
 
     async fn may_publish(&mut self, exchange: &str, routing_key: &str) -> Result<()> {
         let channel = self.channel().await?;
-        let what = format!("publishing to exchange {exchange:?} by {routing_key:?}");
+        let what = format!("publishing to exchange {exchange:?} with routing key {routing_key:?}");
         let none = ConfirmSelectOptions::default();
         step(self.limit, &what, channel.confirm_select(none)).await?;
         // An expiration is a number: with this one the broker takes no message.
