@@ -38,7 +38,7 @@ enum Command {
         #[arg(long)]
         print_sql: bool,
     },
-    /// Move the window on, once. The helpers do it by themselves, once an hour.
+    /// Advance the deduplication window once. The helpers do it by themselves, once an hour.
     Maintain {
         #[command(flatten)]
         database: Database,

@@ -21,7 +21,7 @@ pub(super) async fn parked_for(
     one(tx, REASON, &params).await
 }
 
-/// Whether an attempt at it neither failed nor ended.
+/// Whether an attempt at it started and never returned.
 pub(super) async fn has_killed(client: &Client, consumer: &str, id: &str) -> Result<bool> {
     const KILLED: &str = "SELECT EXISTS (SELECT FROM watership_inbox.unfinished_attempts AS a \
         WHERE a.consumer = $1 AND a.message_id = $2 AND a.killed > 0)";
@@ -29,7 +29,7 @@ pub(super) async fn has_killed(client: &Client, consumer: &str, id: &str) -> Res
     one(client, KILLED, &params).await
 }
 
-/// An attempt begins: recorded failures, and attempts that neither failed nor ended.
+/// An attempt begins: recorded failures, and attempts that never returned.
 pub(super) async fn started(client: &Client, consumer: &str, id: &str) -> Result<(u32, u32)> {
     const STARTED: &str = "SELECT failed, killed FROM watership_inbox.attempt_started($1, $2)";
     let params: [Param<'_>; 2] = [(&consumer, Type::TEXT), (&id, Type::TEXT)];

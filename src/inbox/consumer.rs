@@ -290,7 +290,7 @@ impl<H: Handler> Consumer<H> {
             Attempt::NotAcknowledged => {}
             Attempt::DatabaseAway(error) => {
                 let error = error.text_with_hint();
-                tracing::warn!(consumer = self.name(), error, "the database is away");
+                tracing::warn!(consumer = self.name(), error, "the database is unreachable");
                 self.lanes.done(&lane);
                 return Some(Loss::Database);
             }

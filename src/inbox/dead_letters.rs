@@ -59,7 +59,7 @@ impl DeadLetters {
         let Some((_, channel)) = &*open else {
             return Err(Error::internal("no channel for dead letters"));
         };
-        let what = format!("dead letter to exchange {exchange:?} by {routing_key:?}");
+        let what = format!("dead letter to exchange {exchange:?} with routing key {routing_key:?}");
         let options = BasicPublishOptions { mandatory: true, ..Default::default() };
         let (exchange, routing_key) = (short(exchange)?, short(routing_key)?);
         let publish = async {

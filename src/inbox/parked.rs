@@ -14,7 +14,7 @@ use super::claim::one;
 use super::database::Database;
 use super::handler::{HandlerError, is_serialization};
 use super::message::Message;
-use super::work::{Handler, KILLED, Worker, begin, commit};
+use super::work::{Handler, KILLED, Worker, begin, commit, never_returned};
 use crate::backoff::Backoff;
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
@@ -177,7 +177,7 @@ async fn try_next<H: Handler>(
     let (_, killed) = started(side, consumer, &parked.message.id).await?;
     if killed >= worker.options.max_kills {
         tx.rollback().await.map_err(postgres_error)?;
-        let error = format!("{KILLED}: {killed} attempts neither failed nor ended");
+        let error = format!("{KILLED}: {}", never_returned(killed));
         return Ok(Ok(Tried::Failed(parked, error)));
     }
     if let Err(error) = worker.handle(&parked.message, &tx).await {

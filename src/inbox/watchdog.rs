@@ -64,7 +64,7 @@ pub(super) async fn watch(connection: Arc<Connection>, queue: String, activity: 
             // The queue is gone, and the subscription has not heard of it.
             Err(error) if error.reply_code() == Some(reply::NOT_FOUND) => return Loss::Watchdog,
             Err(error) if error.reply_code().is_some() => {
-                tracing::debug!(%error, "the queue cannot be looked at");
+                tracing::debug!(%error, "the queue cannot be checked");
             }
             Err(_) => return Loss::ConnectionLost,
         }
@@ -76,7 +76,7 @@ async fn look(connection: &Connection, queue: &str) -> Result<(u32, u32)> {
     let channel = step(LIMIT, "opening a channel", connection.create_channel()).await?;
     let options = QueueDeclareOptions { passive: true, ..Default::default() };
     let declare = channel.queue_declare(short(queue)?, options, FieldTable::default());
-    let seen = step(LIMIT, "looking at the queue", declare).await?;
+    let seen = step(LIMIT, "checking the queue", declare).await?;
     let close = channel.close(reply::REPLY_SUCCESS, "seen".into());
     step(LIMIT, "closing a channel", close).await?;
     Ok((seen.message_count(), seen.consumer_count()))

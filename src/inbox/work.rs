@@ -61,6 +61,14 @@ const MAINTAIN_TRIES: u32 = 100;
 /// The word for a handler that fails, and for one that its process does not survive.
 pub(super) const FAILED: &str = "failed";
 pub(super) const KILLED: &str = "killed";
+
+/// What is said of attempts that did not even fail.
+pub(super) fn never_returned(attempts: u32) -> String {
+    format!(
+        "{attempts} attempts started and never returned: the consumer was killed, crashed, or lost \
+         its connection"
+    )
+}
 const NO_MESSAGE_ID: &str = "no_message_id";
 /// Commits. What a handler left aborted, or has ended by itself, would otherwise commit nothing and
 /// look like success.
@@ -118,7 +126,7 @@ pub(super) enum Attempt {
     Again(Duration),
     /// The channel does not take the acknowledgement.
     NotAcknowledged,
-    /// The database is away.
+    /// The database is unreachable.
     DatabaseAway(Error),
 }
 
@@ -214,8 +222,7 @@ impl<H: Handler> Worker<H> {
             let (failures, killed) = started(client, consumer, &item.message.id).await?;
             (item.failures, item.recorded) = (failures, true);
             if killed >= self.options.max_kills {
-                let error = format!("{killed} attempts neither failed nor ended");
-                return self.give_up(client, item, KILLED, &error).await;
+                return self.give_up(client, item, KILLED, &never_returned(killed)).await;
             }
         }
         item.begun = true;
@@ -297,7 +304,8 @@ impl<H: Handler> Worker<H> {
                 let reason =
                     parked_for(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
                 tx.commit().await.map_err(inbox)?;
-                self.told_parked(message, &reason, "it waits behind others of its key, or is old");
+                let why = "it is queued behind its key, or older than the window";
+                self.told_parked(message, &reason, why);
             }
         }
         Ok(())

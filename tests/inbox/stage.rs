@@ -133,7 +133,7 @@ impl Stage {
     /// The same with another connection, which a broker that was away needs.
     pub async fn again(&mut self) {
         let mut opened = None;
-        until("the queue is there again", async || {
+        until("the queue is back", async || {
             opened = self.reopened().await.ok();
             opened.is_some()
         })

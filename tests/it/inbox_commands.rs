@@ -184,6 +184,6 @@ async fn check_says_what_can_come_after_the_window() {
     let out = String::from_utf8_lossy(&output.stdout);
     let says = |text: &str| assert!(out.contains(text), "{text}\n{out}");
     says("messages are remembered for 7 days");
-    says("the relay has a parked row of 9 days ago; the window is 7 days");
+    says("the relay has a parked row from 9 days ago; the window is 7 days");
     says("queue \"slow\" keeps messages for 10 days; the window is 7 days");
 }

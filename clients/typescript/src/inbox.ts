@@ -59,7 +59,7 @@ export class Inbox {
     const name = `watership inbox ${consumer}`;
     this.#inSlot = slots(concurrency);
     this.#broker = { url: amqp, name, socket };
-    // A host that vanished must not be waited for without end.
+    // A host that vanished must not be waited for indefinitely.
     this.#database = new Database({ fallback_application_name: name, connectionTimeoutMillis: 5_000,
       keepAlive: true, keepAliveInitialDelayMillis: 10_000,
       ...typeof database === 'string' ? { connectionString: database } : database,

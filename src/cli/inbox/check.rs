@@ -33,7 +33,7 @@ async fn look(findings: &mut Findings, config: &Config, url: &str) -> Result<()>
                 consumer as beyond_window";
     if let Some(days) = oldest_parked(config).await?.filter(|days| *days >= window_days) {
         let what = format!(
-            "the relay has a parked row of {days} days ago; the window is {window_days} days"
+            "the relay has a parked row from {days} days ago; the window is {window_days} days"
         );
         findings.warning(AREA, what, hint);
     }

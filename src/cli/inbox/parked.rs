@@ -100,7 +100,8 @@ struct Shown {
 struct Marked {
     /// Keys that the consumer will retry.
     keys: i64,
-    /// Keys that were left alone because their first message came after the window.
+    /// Keys that were left alone because their first message arrived after the deduplication window
+    /// had passed.
     beyond_window: i64,
 }
 
@@ -123,8 +124,9 @@ pub(super) async fn execute(client: &Client, command: &Command, out: Out) -> Res
             out.line(&format!("the consumer will retry {keys} keys"));
             if left > 0 {
                 out.line(&format!(
-                    "{left} keys were left alone: their first message came after the window, so it \
-                     may have been handled before; --beyond-window retries them"
+                    "{left} keys were left alone: their first message arrived after the \
+                     deduplication window had passed, so it may have been handled before; \
+                     --beyond-window retries them"
                 ));
             }
             out.data(&Marked { keys, beyond_window: left })?;
