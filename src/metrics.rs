@@ -462,7 +462,7 @@ mod tests {
             "watership_canary_age_seconds 0",
             "watership_phantom_suspected_total 0",
         ] {
-            assert!(text.contains(series), "{series} is missing in\n{text}");
+            assert!(text.contains(series), "{series} is missing from\n{text}");
         }
         let unnamed = text.lines().filter(|l| !l.is_empty() && !l.starts_with('#'));
         assert!(unnamed.clone().all(|l| l.starts_with("watership_")), "{text}");
@@ -493,7 +493,7 @@ mod tests {
         let text = exporter.render();
         for cause in CAUSES {
             let series = format!("watership_reconnects_total{{cause=\"{cause}\"}} 1");
-            assert!(text.contains(&series), "{series} is missing in\n{text}");
+            assert!(text.contains(&series), "{series} is missing from\n{text}");
         }
     }
 

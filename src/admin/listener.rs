@@ -32,7 +32,7 @@ const REQUEST_BYTES_MAX: usize = 16 << 10;
 /// Pause after a failed accept (no free file descriptor), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
-/// Serves connections without end; `answer` makes the response to a request.
+/// Serves connections indefinitely; `answer` makes the response to a request.
 pub(super) async fn serve<A, F>(listener: TcpListener, answer: A) -> Infallible
 where
     A: Fn(Request<Incoming>) -> F + Clone + Send + 'static,

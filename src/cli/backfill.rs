@@ -44,13 +44,13 @@ pub(super) struct Args {
     /// The captured table, schema.table.
     #[arg(required = true)]
     table: Option<String>,
-    /// Only rows for which this holds, as SQL over the table's columns.
+    /// Only rows matching this SQL condition over the table's columns.
     #[arg(long = "where", value_name = "SQL")]
     condition: Option<String>,
     /// Begin at this key; once for each column of the key, in the order of its index.
     #[arg(long = "from", value_name = "VALUE")]
     from: Vec<String>,
-    /// Do not wait for the end.
+    /// Do not wait for completion.
     #[arg(long)]
     detach: bool,
 }
@@ -61,7 +61,7 @@ enum Command {
     List,
     /// Pause the backfill of a table.
     Pause(Which),
-    /// Go on with a paused one.
+    /// Resume a paused one.
     Resume(Which),
     /// End it; what was published stays published.
     Cancel(Which),
@@ -244,7 +244,7 @@ async fn follow(client: &Client, relay: &relay::Options, run: Uuid, out: Out) ->
         if idle && !std::mem::replace(&mut noticed, true) {
             progress(out, "");
             super::print_warning(
-                "nobody has begun with it: does the relay run, with this version?",
+                "no relay has picked it up: is the relay running, with this version?",
             );
         }
         sleep(LOOK_EVERY).await;

@@ -8,19 +8,21 @@ use crate::relay::status::Concern;
 
 /// Options of `check`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  watership --config shop.toml check\n  \
+#[command(after_help = "Example:\n  \
+    watership --config shop.toml check\n  \
     watership --config shop.toml check --json | jq '.findings[] | select(.level != \"ok\")'\n\n\
-    A relay that runs is asked what is wrong with it: held routes, parked rows, and so on.\n\
+    If the relay is running, it is asked what is wrong with it: held routes, parked rows, and so \
+    on.\n\
     Exit codes: 0 no problems, 1 problems, 3 a verdict for you to decide, such as a lost slot.")]
 pub(super) struct Args {
-    /// Also look whether a message can come to the consumer with this database after the window in
-    /// which its inbox remembers it. ${NAME} and ${file:/path} are filled in.
+    /// Also check whether a message could reach a consumer after its inbox's deduplication window.
+    /// The value is the URL of the consumer's database; ${NAME} and ${file:/path} are filled in.
     #[arg(long, value_name = "URL")]
     inbox_url: Option<String>,
-    /// Report other partitions than before as a warning, even while messages are queued.
+    /// Report a changed partition count or queue as a warning only, even while messages are queued.
     #[arg(long)]
     accept_reorder: bool,
-    /// Also try the outbox rows that are still there against the contracts of their routes.
+    /// Also validate the rows still in the outbox against the contracts of their routes.
     #[arg(long)]
     contracts: bool,
 }
@@ -51,7 +53,7 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
 async fn running(findings: &mut Findings, config: &Config) {
     const AREA: &str = "relay";
     let Some(address) = config.admin.listen else {
-        return findings.ok(AREA, "admin.listen is empty: a relay that runs cannot be asked");
+        return findings.ok(AREA, "admin.listen is empty: a running relay cannot be queried");
     };
     let status = match ask::status(&config.relay.name, address).await {
         Ok(status) => status,

@@ -171,7 +171,7 @@ async fn may_remove(client: &Client, plan: &Plan, config: &Config) -> Result<()>
         (_, _) => return Ok(()),
     };
     let text = format!("role {:?} does not own {lacking}", row.get::<_, String>(0));
-    Err(Error::refused(text).hint("pass a superuser or the owner in --admin-url"))
+    Err(Error::refused(text).hint("set --admin-url to a URL of a superuser or the owner"))
 }
 
 fn parts(plan: &Plan, config: &Config) -> Vec<Part> {

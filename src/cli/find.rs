@@ -25,12 +25,12 @@ use crate::source::SourceKind;
 
 /// Options of `find`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  watership --config shop.toml find \
-    0d5f3f6e-7a1c-4d0e-9c53-2f4d8d1c9e11\n  \
+#[command(after_help = "Example:\n  \
+    watership --config shop.toml find 0d5f3f6e-7a1c-4d0e-9c53-2f4d8d1c9e11\n  \
     watership --config shop.toml find --key order/42\n\n\
     ID is the id of an event or the message_id of a message. It takes up to 12 s when the relay \
     has to see how far the stream is.\n\
-    Exit codes: 0 found, 1 not found or a server is away.")]
+    Exit codes: 0 found, 1 not found or a server is unreachable.")]
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(false).args(["id", "key"]))]
 pub(super) struct Args {
     /// The id of the event.
@@ -56,9 +56,9 @@ struct Report {
     outbox: Vec<Row>,
     /// Rows of `watership.parked`, the newest first.
     parked: Vec<Listed>,
-    /// What the running relay says; absent when it cannot be asked.
+    /// What the running relay says; absent when it cannot be queried.
     relay: Option<Value>,
-    /// Why it cannot be asked.
+    /// Why it cannot be queried.
     relay_error: Option<String>,
 }
 
@@ -214,7 +214,7 @@ async fn parked(
 /// for it to get there.
 async fn sighting(config: &Config, query: &str, rows: &mut [Row]) -> Result<Value> {
     let address = config.admin.listen.ok_or_else(|| {
-        Error::config("admin.listen is empty, so the relay cannot be asked")
+        Error::config("admin.listen is empty, so the relay cannot be queried")
             .hint("set admin.listen")
     })?;
     ask::status(&config.relay.name, address).await?;
@@ -250,8 +250,8 @@ fn print(report: &Report, out: Out) {
     if report.outbox.is_empty() {
         line(
             "outbox",
-            "no such row: never committed, not in the table any more (outbox.retain), captured, or \
-             emitted by emit_wal, which keeps no row",
+            "no such row: it was never committed, or is no longer in the table (outbox.retain), or \
+             it is a captured-table change, or it was emitted by emit_wal, which keeps no row",
         );
     }
     for row in &report.outbox {

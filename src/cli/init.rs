@@ -53,14 +53,14 @@ pub(super) struct Args {
     #[arg(long)]
     skip_existing: bool,
     /// Publish captured tables even if their UPDATE and DELETE fail from then on, or rows of them
-    /// never come.
+    /// are never captured.
     #[arg(long)]
     publish_anyway: bool,
-    /// Use other partitions than before even while messages are queued: events of one key may be
-    /// handled out of order.
+    /// Use a changed partition count or queue even while messages are queued: events of one key may
+    /// be handled out of order.
     #[arg(long)]
     accept_reorder: bool,
-    /// Print the SQL of the steps that are missing in the database, and change nothing.
+    /// Print the SQL of the steps that the database still lacks, and change nothing.
     #[arg(long)]
     print_sql: bool,
 }
@@ -188,7 +188,7 @@ async fn schema(steps: &mut Steps, client: &mut Client) -> Result<()> {
 }
 
 /// The role that a connection to source.url gets; a pooler may use another one than the URL names.
-/// If it cannot be asked from here, for example because it does not exist yet, the URL's role is
+/// If it cannot be queried from here, for example because it does not exist yet, the URL's role is
 /// assumed.
 async fn role_of_source(config: &Config) -> String {
     let asked = async {

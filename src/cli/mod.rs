@@ -83,7 +83,7 @@ enum Command {
     Run(run::Args),
     /// List, show, retry or discard events that could not be published.
     Parked(parked::Args),
-    /// Publish the rows that a captured table has already, between its live changes.
+    /// Publish the existing rows of a captured table, between its live changes.
     Backfill(backfill::Args),
     /// Show the state of the relay, its checkpoint and its slot.
     Status(status::Args),

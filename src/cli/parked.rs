@@ -72,8 +72,9 @@ enum Command {
         #[arg(long)]
         all: bool,
     },
-    /// Discard rows: they will never be published. What follows them in their keys and has no
-    /// reason of its own is published by the relay, without a retry.
+    /// Discard rows: they will never be published. Discarding a key's first row unblocks the rows
+    /// after it: the relay then publishes them automatically, stopping at the next row with its own
+    /// error.
     #[command(group = clap::ArgGroup::new("which").required(true).multiple(false)
         .args(["ids", "route", "key", "all"]))]
     Discard {
@@ -477,9 +478,9 @@ fn print_discarded(done: &Discarded, out: Out) {
     }
     if done.following > 0 {
         out.line(&format!(
-            "{} rows with the same key follow; a running relay publishes them now, in order, up to \
-             the next one with a reason of its own. To discard them as well: `watership parked \
-             discard --key …`",
+            "{} rows with the same key follow; a running relay publishes them now, in order, \
+             stopping at the next row with its own error. To discard them as well: `watership \
+             parked discard --key …`",
             done.following
         ));
     }

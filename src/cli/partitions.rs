@@ -30,7 +30,8 @@ pub(super) async fn check(f: &mut Findings, config: &Config, accept_reorder: boo
             Err(refused) if accept_reorder => f.warning(AREA, refused.to_string(), "accepted"),
             Err(refused) => f.error(AREA, &refused),
             Ok(()) if change.from.is_some() => {
-                f.ok(AREA, format!("those of route {route:?} may change: nothing is queued"));
+                let what = format!("partitions of route {route:?} may be changed");
+                f.ok(AREA, format!("{what}: nothing is queued"));
             }
             Ok(()) => {}
         }
@@ -72,7 +73,7 @@ pub(super) async fn check(f: &mut Findings, config: &Config, accept_reorder: boo
             AREA,
             format!(
                 "route {:?} has {count} partitions of queue {queue:?}, and the broker has {}: \
-                 {names} get nothing, and hold {messages} messages",
+                 {names} receive nothing new and still hold {messages} messages",
                 rule.name,
                 usize::from(*count) + found.len(),
             ),

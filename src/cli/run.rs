@@ -28,18 +28,18 @@ use crate::verdict::Verdict;
     and exits. A second signal exits at once.\n\
     After a verdict it serves /status and /metrics for admin.linger more, then exits with code 3.")]
 pub(super) struct Args {
-    /// Use other partitions than before even while messages are queued: events of one key may be
-    /// handled out of order.
+    /// Use a changed partition count or queue even while messages are queued: events of one key may
+    /// be handled out of order.
     #[arg(long)]
     accept_reorder: bool,
     /// Print what would be published, one JSON object a line, and change nothing: no connection to
     /// the broker, no checkpoint, no move of the slot. In mode "wal" the slot must have no reader.
     #[arg(long)]
     dry_run: bool,
-    /// With --dry-run: end after this many messages.
+    /// With --dry-run: exit after this many messages.
     #[arg(long, value_name = "N", requires = "dry_run")]
     limit: Option<NonZeroU64>,
-    /// With --dry-run: end when all is printed that was committed at the start.
+    /// With --dry-run: exit once everything committed before the start is printed.
     #[arg(long, requires = "dry_run")]
     until_caught_up: bool,
 }

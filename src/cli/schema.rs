@@ -26,9 +26,11 @@ use crate::route::{Agreement, OnDrift, Router};
 /// Options of `schema`.
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
-#[command(after_help = "Example:\n  watership --config shop.toml schema public.customers\n  \
+#[command(after_help = "Example:\n  \
+    watership --config shop.toml schema public.customers\n  \
     watership --config shop.toml schema accept public.customers\n\n\
-    Exit codes: 0 the table has what its routes promise, 1 it has not, or a server is away.")]
+    Exit codes: 0 the table has what its routes promise, 1 it does not, or a server is \
+    unreachable.")]
 pub(super) struct Args {
     /// A captured table, schema.table.
     #[arg(required = true)]
@@ -160,7 +162,7 @@ async fn accept(client: &Client, config: &Config, table: &str, out: Out) -> Resu
     match taken_over(client, config, session).await? {
         Some(true) => out.line("The running relay now uses the agreement."),
         Some(false) => out.line(&format!(
-            "The running relay does not use the agreement after {} s; see `watership status`.",
+            "The running relay has not picked up the agreement after {} s; see `watership status`.",
             TAKE_OVER_LIMIT.as_secs()
         )),
         None => out.line("The relay is not running; it will use the agreement when it starts."),

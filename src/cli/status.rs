@@ -18,12 +18,14 @@ use crate::source::SourceKind;
 
 /// Options of `status`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  watership --config shop.toml status\n  \
+#[command(after_help = "Example:\n  \
+    watership --config shop.toml status\n  \
     watership --config shop.toml status --alive    # a container's health check\n  \
     watership --config shop.toml status --ready --standby-ok    # the gate of a rolling update\n\n\
-    Exit codes: 0 all flows, or this is a standby; 1 something is wrong, and it is printed; 3 a \
-    verdict.\n--alive and --ready only end with 0 or 1, print nothing unless it is an error, and \
-    read only name and [admin] of the file.")]
+    Exit codes: 0 everything is flowing, or this is a standby; 1 something is wrong, and it is \
+    printed; 3 a verdict.\n\
+    --alive and --ready exit with 0 or 1, print only errors, and use just name and [admin] from \
+    the configuration file.")]
 pub(super) struct Args {
     /// Only ask /livez: the process works, whatever state its servers are in.
     #[arg(long, conflicts_with = "ready")]
@@ -86,7 +88,7 @@ pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
             Ok(relay) => (Some(relay), None),
             Err(error) => {
                 problems.push(Concern::new(
-                    format!("the relay cannot be asked: {error}"),
+                    format!("cannot query the relay: {error}"),
                     error.hint_text().unwrap_or("start it with `watership run`"),
                 ));
                 (None, Some(error.to_string()))
@@ -100,7 +102,7 @@ pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
             stored
         }
         Err(error) => {
-            let what = format!("the database cannot be asked: {error}");
+            let what = format!("cannot query the database: {error}");
             problems.push(Concern::new(what, error.hint_or_kind()));
             (None, None)
         }
@@ -139,7 +141,7 @@ fn missing(config: &Config, row: Option<&Checkpoint>, slot: Option<&SlotState>) 
     match slot.map(|slot| slot.wal_status) {
         None if config.relay.kind == SourceKind::Poll => {}
         None => {
-            let hint = "run `watership check`, which says how to go on";
+            let hint = "run `watership check`, which says what to do next";
             found.push(Concern::new(format!("slot {name:?} does not exist"), hint));
         }
         Some(Some(WalStatus::Lost)) => found.push(Concern {
@@ -171,7 +173,8 @@ pub(super) async fn probe(path: &Path, args: &Args) -> End {
 async fn ask_probe(path: &Path, args: &Args) -> Result<()> {
     let (name, admin) = Config::load_admin(path)?;
     let address = admin.listen.ok_or_else(|| {
-        Error::config("admin.listen is empty, so nothing can be asked").hint("set admin.listen")
+        Error::config("admin.listen is empty, so the relay cannot be queried")
+            .hint("set admin.listen")
     })?;
     let (path, what) = match (args.alive, args.standby_ok) {
         (true, _) => ("/livez", "alive"),

@@ -138,7 +138,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
             }
         }
         for row in self.parked.parking.unwritten().filter(|row| is_it(row.id, &row.key_text)) {
-            let waits_for = format!("its place in watership.parked, as {}: {}", row.why, row.error);
+            let waits_for =
+                format!("to be written to watership.parked, as {}: {}", row.why, row.error);
             found.push((row.key.position, row.key.route.to_string(), row.id, waits_for));
         }
         found.sort_by_key(|(position, ..)| *position);

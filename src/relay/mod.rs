@@ -480,7 +480,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
     }
 
     /// Draining, and everything in the window is settled, as is every parked row on its way that
-    /// is out or may still go: what a held route keeps would wait without end.
+    /// is out or may still go: what a held route keeps would wait indefinitely.
     fn drained(&self) -> bool {
         let retried = self.parked.parking.on_their_way() == 0 || self.flight.lanes.is_stuck();
         matches!(self.ending, Ending::Draining { .. }) && self.flight.window.is_empty() && retried

@@ -61,7 +61,7 @@ pub struct Options {
     pub canary_interval: Duration,
     /// How rows of captured tables are read that were there before.
     pub backfill: backfill::Options,
-    /// Whether other partitions than before may be used while messages are queued in these.
+    /// Whether a changed partition count or queue may be used while messages are queued in these.
     pub accept_reorder: bool,
 }
 

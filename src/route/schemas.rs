@@ -161,7 +161,7 @@ impl Schemas {
     }
 }
 
-/// A table is described otherwise than before.
+/// A table is described differently than before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SchemaChange {
     /// `schema.table` as the configuration has it.

@@ -37,7 +37,7 @@ pub struct Timing {
     /// How long it may take to answer. A walsender that replays a large transaction of which
     /// nothing is published looks at replies only when the last one is older than half of
     /// `wal_sender_timeout` (walsender.c, `WalSndUpdateProgress`). Who gives it up sooner makes the
-    /// next session replay the same, without end. Dead paths are noticed by TCP_USER_TIMEOUT.
+    /// next session replay the same, again and again. Dead paths are noticed by TCP_USER_TIMEOUT.
     pub reply_limit: Duration,
 }
 

@@ -324,7 +324,7 @@ async fn alarm_longer_than_the_confirm_deadline_holds_publishes_and_lets_them_go
             result = connection.next_outcomes(&mut outcomes) => result.unwrap(),
         }
     }
-    // Each poll is given up after a moment, to look whether the broker has blocked us.
+    // Each poll is given up after a moment, to check whether the broker has blocked us.
     connection.send(Ticket(2), &message(0, "q", 2, b"x"));
     while !connection.is_blocked() {
         let poll = connection.next_outcomes(&mut outcomes);

@@ -139,7 +139,7 @@ async fn parked_rows_that_an_asynchronous_failover_loses_are_counted_and_named()
     let recorded = "SELECT count(*) FROM watership.resync WHERE verdicts = '{timeline_changed}' \
         AND gap_from < gap_to";
     assert_eq!(pair.stage.text(recorded).await, "1");
-    let texts = ["a parked row was lost by the failover", "missing in watership.parked"];
+    let texts = ["a parked row was lost by the failover", "are not in watership.parked"];
     pair.relay.stop().await.expect_code(0).expect_text(&texts);
 }
 

@@ -1,5 +1,5 @@
-//! Servers that are set up otherwise than a developer's own: by a hosting service, read-only, with
-//! synchronous standbys, or in another encoding.
+//! Servers that are set up differently than a developer's own: by a hosting service, read-only,
+//! with synchronous standbys, or in another encoding.
 
 use super::sources::POLL;
 use crate::support::inbox::kinds;
@@ -111,7 +111,7 @@ async fn a_database_that_is_read_only_by_default_still_gets_its_checkpoint() {
     let relay = stage.start().await;
     stage.execute(&emit("one")).await;
     assert_eq!(kinds(&stage.settled().await), ["one"], "and the checkpoint has passed it");
-    let told = ["default_transaction_read_only is on", "the relay's own sessions set it off"];
+    let told = ["default_transaction_read_only is on", "the relay's own sessions turn it off"];
     stage.run(&["check"]).await.expect_code(0).expect_text(&told);
     relay.stop().await.expect_code(0);
 }

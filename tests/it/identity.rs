@@ -22,7 +22,7 @@ fn another(stage: &Stage, name: &str, tables: &[&str]) -> String {
     ];
     let mut text = stage.configuration();
     for (old, new) in lines {
-        assert!(text.contains(old), "{old} is missing in {text}");
+        assert!(text.contains(old), "{old} is missing from {text}");
         text = text.replacen(old, &new, 1);
     }
     let (before, after) = text.split_once("source.tables = ").expect("the captured tables");

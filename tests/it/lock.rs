@@ -64,7 +64,7 @@ async fn a_lock_that_was_deleted_ends_the_session_and_is_taken_again() {
         sessions(&relay).await > 1 && relay.status().await["state"] == "streaming"
     })
     .await;
-    assert!(consumers(&name).await.is_some(), "the lock is there again");
+    assert!(consumers(&name).await.is_some(), "the lock is back");
     stage.execute("SELECT watership.emit('t', '1', 'e', '2')").await;
     stage.inbox.count(2).await;
     relay.stop().await.expect_code(0).expect_text(&["the lock queue of this relay was deleted"]);

@@ -108,8 +108,8 @@ async fn a_held_table_that_leaves_the_publication_stops_nothing_else_and_comes_b
     let recorded = "SELECT count(*) FROM watership.resync WHERE gap_from < gap_to \
         AND reason LIKE '%public.a%' AND verdicts = '{table_removed}'";
     assert_eq!(stage.text(recorded).await, "1");
-    stage.run(&["status"]).await.expect_code(0).expect_text(&["is there again"]);
-    relay.stop().await.expect_code(0).expect_text(&["is there again", "from_lsn"]);
+    stage.run(&["status"]).await.expect_code(0).expect_text(&["is back"]);
+    relay.stop().await.expect_code(0).expect_text(&["is back", "from_lsn"]);
 }
 
 #[tokio::test]

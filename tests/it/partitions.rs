@@ -271,7 +271,7 @@ async fn another_number_of_partitions_is_refused_while_messages_are_queued() {
         purge.await.expect("purged");
     }
     stage.replace_configuration(&four.replace("partitions = 4", "partitions = 6"));
-    stage.run(&["check"]).await.expect_code(0).expect_text(&["may change: nothing is queued"]);
+    stage.run(&["check"]).await.expect_code(0).expect_text(&["may be changed: nothing is queued"]);
     stage.start().await.stop().await.expect_code(0);
     consume(&stage, 6).await;
     stage.replace_configuration(&four);

@@ -77,7 +77,7 @@ async fn a_full_queue_costs_a_healthy_one_beside_it_few_copies_and_other_keys_no
     let over = async || relay.status().await["refused"].as_array().is_some_and(Vec::is_empty);
     until("nothing is refused any more", over).await;
     let ended = relay.stop().await;
-    ended.expect_code(0).expect_text(&["refuses messages of the route", "takes all messages"]);
+    ended.expect_code(0).expect_text(&["refuses messages of the route", "accepts all messages"]);
 }
 
 #[tokio::test]

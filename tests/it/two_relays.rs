@@ -151,7 +151,7 @@ async fn a_stand_by_says_what_it_waits_for_and_who_holds_it() {
     let (code, body) = second.get("/readyz").await;
     assert_eq!(code, 503);
     for text in ["on standby", "holds the lock queue", &format!("pid {pid} from 127.0.0.1:")] {
-        assert!(body.contains(text), "{text} is missing in {body}");
+        assert!(body.contains(text), "{text} is missing from {body}");
     }
     assert_eq!(second.get("/livez").await.0, 200);
 }

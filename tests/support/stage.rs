@@ -258,10 +258,10 @@ impl Ended {
         self
     }
 
-    /// Fails, showing the log, when one of the texts is missing in it.
+    /// Fails, showing the log, when one of the texts is missing from it.
     pub fn expect_text(&self, texts: &[&str]) -> &Self {
         for text in texts {
-            assert!(self.log.contains(text), "{text:?} is missing in\n{}", self.log);
+            assert!(self.log.contains(text), "{text:?} is missing from\n{}", self.log);
         }
         self
     }

@@ -99,7 +99,7 @@ async fn check_server(client: &Client, config: &Config, server: &ServerFacts) ->
         return Err(Error::refused(
             "this server is a standby (in recovery); init needs the primary",
         )
-        .hint("name the primary in source.url or --admin-url"));
+        .hint("point source.url or --admin-url at the primary"));
     }
     if server.version_num < 150_000 {
         return Err(Error::refused(format!(
@@ -171,7 +171,7 @@ async fn may_replicate(client: &Client, options: &Options, what: &str) -> Result
             .caused_by(error)
             .hint(hosting::how_to_admit(client, &options.user).await?)),
         Err(error) => {
-            print_warning(&format!("the server could not be asked whether {what}: {error}"));
+            print_warning(&format!("could not check whether {what}: {error}"));
             Ok(())
         }
     }
@@ -334,7 +334,9 @@ fn may_publish(
         return Err(Error::refused(format!(
             "role {user:?} does not own {table}, and only an owner may publish it"
         ))
-        .hint(format!("GRANT the role that owns {table} TO {quoted}, or name it in --admin-url")));
+        .hint(format!(
+            "GRANT the role that owns {table} TO {quoted}, or use that role in --admin-url"
+        )));
     }
     Ok(())
 }

@@ -27,7 +27,7 @@ pub(super) async fn check(
                 f.warning(
                     "read-only",
                     "default_transaction_read_only is on: applications cannot write, and emit \
-                     fails; the relay's own sessions set it off",
+                     fails; the relay's own sessions turn it off",
                     "hosting services do that when the disk is full: make room, or, where somebody \
                      has set it, ALTER SYSTEM, DATABASE or ROLE ... RESET \
                      default_transaction_read_only",
@@ -42,7 +42,7 @@ pub(super) async fn check(
         // The running relay may have the only walsender.
         Err(error) if error.sqlstate() == Some(TOO_MANY_CONNECTIONS) => f.warning(
             "role",
-            format!("whether {user} may replicate could not be asked: {error}"),
+            format!("could not check whether {user} may replicate: {error}"),
             error.hint_or_kind(),
         ),
         Err(error) => f.error("role", &error.context("a replication connection")),

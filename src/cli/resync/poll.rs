@@ -1,4 +1,4 @@
-//! The same of a relay that polls: it continues where it is, or begins again behind what is visible
+//! The same of a relay that polls: it continues where it is, or starts again after what is visible
 //! now. The batch that it stands at says what may have been missed.
 
 use serde::Serialize;
@@ -75,7 +75,9 @@ pub(super) async fn execute(
     if !args.accept_gap {
         let what = match from {
             ResumeFrom::Checkpoint => "resume at the checkpoint, in a new epoch",
-            ResumeFrom::Slot | ResumeFrom::Now => "begin again behind what the outbox has now",
+            ResumeFrom::Slot | ResumeFrom::Now => {
+                "skip everything that is in the outbox now and start with the next row"
+            }
         };
         out.line(&format!("would        {what}; it is at batch {}", found.row.flush().0));
         report.outbox = count_rows(client, config, since, out).await;
@@ -85,7 +87,7 @@ pub(super) async fn execute(
     }
     accept(client, (config, args), &found, from, &mut report).await?;
     let batch = report.resumed_batch.unwrap_or_default();
-    out.line(&format!("resumes      behind batch {batch}, from {}", from.name()));
+    out.line(&format!("resumes      after batch {batch}, from {}", from.name()));
     out.line(&format!("epoch        {}", report.epoch.unwrap_or_default()));
     report.outbox = count_rows(client, config, since, out).await;
     if from == ResumeFrom::Now {

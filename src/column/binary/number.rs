@@ -181,7 +181,8 @@ fn float(
     }
 }
 
-/// Count of digits to the base of 10000, the weight of the first, sign, digits behind the point.
+/// Count of digits to the base of 10000, the weight of the first, sign, digits after the decimal
+/// point.
 ///
 /// `numeric_send` and `get_str_from_var` of the server.
 pub(super) fn numeric(out: &mut Vec<u8>, read: &mut Read<'_>) -> Result<()> {

@@ -145,7 +145,7 @@ enum Element {
     Date(time::Unit),
     Time(time::Unit),
     Timestamp(time::Unit),
-    /// With the number of digits that seconds have behind the point.
+    /// With the number of digits that seconds have after the decimal point.
     TimestampTz(u8),
     TimeTz,
     Interval(IntervalHandling),

@@ -130,8 +130,8 @@ impl Decimal {
         Ok(Self { negative, digits, scale: fraction.len() as i32 })
     }
 
-    /// With this many digits behind the point, rounded half up; fewer than none means that the
-    /// last digits before the point are left out.
+    /// With this many digits after the decimal point, rounded half up; fewer than none means that
+    /// the last digits before the point are left out.
     fn with_scale(mut self, scale: i32) -> Self {
         while self.scale < scale {
             self.digits.push(b'0');

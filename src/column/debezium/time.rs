@@ -32,7 +32,7 @@ const MINUS_INFINITY_ISO: &str = "-290308-12-21T19:59:27.6Z";
 const US_PER_SECOND: i64 = 1_000_000;
 const US_PER_DAY: i64 = 86_400 * US_PER_SECOND;
 
-/// Digits behind the point of a second; without a type modifier there are six.
+/// Digits after the decimal point of a second; without a type modifier there are six.
 pub(super) fn digits(modifier: i32) -> u8 {
     u8::try_from(modifier).ok().filter(|digits| *digits <= 6).unwrap_or(6)
 }
@@ -305,7 +305,7 @@ fn clock_us(text: &[u8]) -> Option<i64> {
     Some((hours * 3600 + minutes * 60 + seconds) * US_PER_SECOND + us)
 }
 
-/// With as few digits behind the point as there are.
+/// With as few digits after the decimal point as there are.
 fn iso_clock(us: i64) -> String {
     let (seconds, us) = (us / US_PER_SECOND, us % US_PER_SECOND);
     let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);

@@ -281,7 +281,7 @@ pub async fn chunk(
         Some(Ok(now)) => now,
     };
     if now.table.version != shape_then.table.version || now.numbers != shape_then.numbers {
-        let what = format!("{table} was altered: its columns, its key or its name are others");
+        let what = format!("{table} was altered: its columns, its key or its name have changed");
         return Ok(ReadOutcome::Changed(what));
     }
     let (unseen, _) = unseen(&tx).await?;

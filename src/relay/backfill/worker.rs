@@ -70,7 +70,7 @@ async fn run(options: Options, shared: Shared, mut end: WorkerEnd) {
             Err(error) => error,
         };
         if !std::mem::replace(&mut failing, true) {
-            tracing::warn!(error = %error, "backfills cannot be looked at; it will be retried");
+            tracing::warn!(error = %error, "the backfill worker failed; it will be retried");
         }
         shared.backfills.session_over();
         sleep(AGAIN).await;
@@ -111,7 +111,8 @@ async fn request_snapshots(client: &Client, options: &Options) -> Result<()> {
             Ok(Some(run)) => tracing::info!(table, %run, "its snapshot will be taken"),
             Ok(None) => {}
             Err(error) if error.kind() == Kind::Refused => {
-                tracing::warn!(table, error = %error, "its snapshot comes after the next start");
+                let error = error.to_string();
+                tracing::warn!(table, error, "its snapshot will be taken after the next start");
             }
             Err(error) => return Err(error),
         }
@@ -236,7 +237,7 @@ impl Worker<'_> {
             return None;
         }
         if self.counted.as_ref().is_none_or(|(at, _)| at.elapsed() >= COUNT_EVERY) {
-            // A broker that cannot be asked is reported elsewhere.
+            // A broker that cannot be queried is reported elsewhere.
             let counts = topology::counts(&self.options.broker, &names).await.unwrap_or_default();
             let counts = counts.into_iter().zip(&names);
             let mut long = counts.filter_map(|(count, name)| Some((count?.0, name)));
@@ -372,7 +373,7 @@ impl Worker<'_> {
             Some(QUERY_CANCELED | LOCK_NOT_AVAILABLE) => {
                 one.pace.given_up();
                 one.not_before = Instant::now() + LOCKED_AGAIN;
-                let why = "a lock on the table, or the reading of it, took too long".to_owned();
+                let why = "locking or reading the table took too long".to_owned();
                 self.wait(&mut one, Some(why)).await?;
                 self.active.push_back(one);
             }
@@ -467,7 +468,7 @@ impl Worker<'_> {
         tracing::warn!(
             table = run.table,
             run = %run.run,
-            "its backfill has failed: {why}; the others go on"
+            "its backfill has failed: {why}; the others continue"
         );
         if let Some(metrics) = self.shared.backfills.of(&run.table) {
             metrics.failed.increment(1);

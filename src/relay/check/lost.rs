@@ -55,7 +55,7 @@ impl Agreed {
     }
 }
 
-/// A held table that is there again.
+/// A held table that is back.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Returned {
     /// Its name.
@@ -64,7 +64,7 @@ pub struct Returned {
     pub from: Lsn,
     /// and up to this one.
     pub to: Lsn,
-    /// What of it is published otherwise than before.
+    /// What of it is published differently than before.
     pub differs: Option<String>,
 }
 

@@ -55,8 +55,8 @@ pub fn faults(
     }
     if nature.hypertable && kind == SourceKind::Wal {
         let text = format!(
-            "outbox.table {table} is a hypertable of TimescaleDB: its rows are in chunks and \
-             never come"
+            "outbox.table {table} is a hypertable of TimescaleDB: its rows are in chunks and are \
+             never captured"
         );
         return vec![(text, "use an ordinary or a partitioned table".into())];
     }

@@ -1,4 +1,4 @@
-//! Whether a route may use other partitions than before. Pure.
+//! Whether a route may use a changed partition count or queue. Pure.
 //!
 //! Invariant: while a message is queued, or may be with a consumer, its key is not given another
 //! queue, unless a person accepts that events of one key are handled out of order.

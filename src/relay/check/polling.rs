@@ -89,8 +89,9 @@ pub fn indexes(outbox: &Polled, partitioned: bool) -> [Index; 2] {
 /// [`crate::error::Kind::Unreachable`] for a standby, else a named verdict.
 pub fn verify(row: &Checkpoint, server: &ServerFacts) -> Result<PollingFrom> {
     if server.in_recovery {
-        return Err(Error::unreachable("the server is a standby (in recovery)")
-            .hint("wait if it is about to be promoted; otherwise name the primary in source.url"));
+        return Err(Error::unreachable("the server is a standby (in recovery)").hint(
+            "wait if it is about to be promoted; otherwise point source.url at the primary",
+        ));
     }
     if server.system_identifier != row.system_id {
         let (now, then) = (server.system_identifier, row.system_id);
@@ -119,8 +120,8 @@ pub fn verify_transactions(facts: &PollFacts) -> Result<()> {
     }
     if facts.foreign_rows {
         let text = format!(
-            "{} has rows of transactions that this cluster has not had yet: they were copied from \
-             another one, and would be published when it gets there",
+            "{} has rows with transaction IDs that this cluster has not reached: they were copied \
+             from another one, and would be published once it reaches them",
             facts.outbox.table
         );
         return Err(Error::named(Verdict::ForeignRows, text).hint(adopt(&facts.outbox)));
@@ -245,12 +246,13 @@ pub fn verify_made_with<'a>(
         let then = told(then);
         let text = format!(
             "batch {number} of relay {name:?} is not settled and was made with {then} as \
-             outbox.{key}, but the configuration names {name_now:?}: read by that, some of its \
-             rows would be left out"
+             outbox.{key}, but the configuration names {name_now:?}: ordered by that column, some \
+             rows would be skipped"
         );
         return Err(Error::named(Verdict::BatchUnreadable, text).hint(format!(
             "set outbox.{key} back to {then}, let the relay settle what it has found, then change \
-             it; if that cannot be, begin again behind what is in the outbox now: {RESYNC}"
+             it; if that is not possible, skip everything that is in the outbox now and start with \
+             the next row: {RESYNC}"
         )));
     }
     Ok(())
@@ -294,11 +296,12 @@ pub fn verify_batches(name: &str, settled: Mark, stored: impl Iterator<Item = Ma
 
 fn batch_missing(name: &str, number: u64) -> Error {
     let text = format!(
-        "batch {number} of relay {name:?} is missing in watership.poll_batch, so what was \
-         published cannot be told from what was not"
+        "batch {number} of relay {name:?} is not in watership.poll_batch, so what was published \
+         cannot be told from what was not"
     );
     Error::named(Verdict::BatchMissing, text).hint(format!(
-        "find out who deleted it; to begin again behind what is in the outbox now: {RESYNC}"
+        "find out who deleted it; to skip everything that is in the outbox now and start with the \
+         next row: {RESYNC}"
     ))
 }
 

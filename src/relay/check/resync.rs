@@ -41,7 +41,7 @@ pub struct ResyncPlan {
     pub begin: Option<Lsn>,
 }
 
-/// How to go on in spite of `doubts`; `asked` is what a person wants instead.
+/// How to continue in spite of `doubts`; `asked` is what a person wants instead.
 ///
 /// # Errors
 /// When it is not possible, or somebody reads the slot.

@@ -337,7 +337,7 @@ pub trait Store {
         riders: Vec<Rider>,
     ) -> impl Future<Output = Result<Lsn>> + 'static;
 
-    /// Looks whether people changed parked rows; `expected` are the counts without such a change.
+    /// Checks whether people changed parked rows; `expected` are the counts without such a change.
     ///
     /// # Errors
     /// The server's.

@@ -78,7 +78,7 @@ impl StartedWith {
         };
         let changed = columns.of_tables.iter().any(is_other);
         (columns.unknown.load(Ordering::Relaxed) || changed).then(|| {
-            Error::protocol("a captured table has other columns now")
+            Error::protocol("the columns of a captured table have changed")
                 .hint("no action needed: the next session reads which ones they are")
         })
     }
@@ -265,7 +265,8 @@ pub(in crate::relay) fn held_changed(
     let table = options.held.iter().find(changed)?;
     let what = match captured.gone.iter().find(|gone| gone.table == *table) {
         Some(gone) => format!("{}; it is held", gone.why),
-        None => format!("captured table {table} is there again, or was away for a while"),
+        None => format!("captured table {table} is back, or was gone for a while"),
     };
-    Some(Error::protocol(what).hint("no action needed: the other tables go on in the next session"))
+    let hint = "no action needed: the other tables continue in the next session";
+    Some(Error::protocol(what).hint(hint))
 }

@@ -32,10 +32,10 @@ pub(super) async fn record(
         to_lsn = %to,
         hint = "the old primary, if it can still be read, has them in watership.parked",
         "the promoted server has the slot's position, but not the last checkpoints before it: rows \
-         that were parked for transactions of this range are missing in watership.parked; it is \
+         that were parked for transactions of this range are not in watership.parked; it is \
          recorded in watership.resync"
     );
-    let reason = "failover: rows that were parked in this range may be missing in watership.parked";
+    let reason = "failover: rows that were parked in this range may not be in watership.parked";
     let gap = Gap { verdict: Verdict::TimelineChanged, from, to };
     checkpoint::record_gap(client, &options.name, row, &gap, reason).await
 }

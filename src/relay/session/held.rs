@@ -62,9 +62,9 @@ pub(super) fn tell(shared: &Shared, agreed: &Agreed, returned: &[Returned], gone
             from_lsn = %from,
             to_lsn = %to,
             differs,
-            "a captured table is there again, and its changes flow; what was committed between \
-             these two while it was not in the publication under its name was not published \
-             (recorded in watership.resync)"
+            "a captured table is back and its changes are published again; changes committed \
+             between from_lsn and to_lsn while it was out of the publication, or had another name, \
+             were not published (recorded in watership.resync)"
         );
         shared.status.returned_table(ReturnedTable {
             table: table.to_string(),

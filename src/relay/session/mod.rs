@@ -66,7 +66,7 @@ pub struct Shared {
     pub canary: Arc<Canary>,
     /// What the process itself last took or stored of its checkpoint.
     pub own: Arc<OwnCheckpoint>,
-    /// Routes of which a thing is known to be missing in the broker.
+    /// Routes of which a thing is known to be missing from the broker.
     pub missing: Arc<Missing>,
     /// The keys that the session was started with.
     pub(in crate::relay) keys: Arc<catalog::StartedWith>,
@@ -204,7 +204,7 @@ fn report(options: &Options, wrong: &[Wrong]) {
             error = one.error.to_string(),
             hint = one.error.hint_or_kind(),
             ?routes,
-            "wrong in the broker: the routes that use it are held and probed, the others flow"
+            "wrong in the broker: the routes that use it are held and probed, the others continue"
         );
     }
 }

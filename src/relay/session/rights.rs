@@ -52,9 +52,7 @@ impl Lack {
         }
         if self.hidden {
             what.push(match self.app {
-                true => format!(
-                    "row-level security of {object} lets no policy admit what {role} inserts"
-                ),
+                true => format!("no row-level security policy on {object} lets role {role} insert"),
                 false => format!(
                     "row-level security of {object} applies to role {role:?} and can hide rows \
                      from it"

@@ -50,7 +50,7 @@ pub async fn read(
         None => {
             return Err(Error::refused("watership.secret is empty").hint(
                 "restore its row from a backup; or, as the owner of the schema, insert one with \
-                 its default: ids, lanes and hashes of hidden values are others from then on",
+                 its default: ids, lanes and hashes of hidden values are different from then on",
             ));
         }
     };

@@ -53,7 +53,8 @@ impl StandingBy {
                  holds the lock{owner} does not do this relay's work"
             ),
             "if a relay of this name serves another database, give one of them another name or \
-             vhost; if the connection is dead, `rabbitmqctl close_connection` ends it",
+             vhost; if the connection is dead, find its pid with `rabbitmqctl list_connections pid \
+             name client_properties`, then `rabbitmqctl close_connection '<pid>' 'reason'`",
         ))
     }
 }

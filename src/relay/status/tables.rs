@@ -17,7 +17,7 @@ pub struct LostTable {
     pub since_lsn: String,
 }
 
-/// A captured table that was lost, and is there again.
+/// A captured table that was lost, and is back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ReturnedTable {
     /// `schema.table`.
@@ -26,7 +26,7 @@ pub struct ReturnedTable {
     pub from_lsn: String,
     /// and up to this one.
     pub to_lsn: String,
-    /// What of it is published otherwise than before.
+    /// What of it is published differently than before.
     pub differs: Option<String>,
 }
 
@@ -68,15 +68,15 @@ pub(super) fn concerns(lost: &[LostTable], returned: &[ReturnedTable]) -> Vec<Co
     });
     let returned = returned.iter().map(|back| {
         let ReturnedTable { table, from_lsn, to_lsn, differs } = back;
-        let differs = differs.iter().map(|what| format!("; it is published otherwise: {what}"));
+        let differs = differs.iter().map(|what| format!("; published differently now: {what}"));
         let text = format!(
-            "captured table {table} was lost and is there again: what was committed between \
-             {from_lsn} and {to_lsn} while it was not in the publication under its name was not \
+            "captured table {table} was lost and is back: changes committed between {from_lsn} and \
+             {to_lsn} while it was out of the publication, or had another name, were not \
              published{}",
             differs.collect::<String>()
         );
-        let hint = "it is recorded in watership.resync; bring its consumers up to date. This line \
-                    goes with the next start of the relay";
+        let hint = "it is recorded in watership.resync; bring its consumers up to date. This \
+                    warning clears when the relay is next restarted";
         Concern::warning(text, hint)
     });
     lost.chain(returned).collect()

@@ -1,5 +1,5 @@
-//! A captured table is described otherwise than before: what that means to routes is said once, and
-//! recorded with the position.
+//! A captured table is described differently than before: what that means to routes is said once,
+//! and recorded with the position.
 
 use std::sync::Arc;
 
@@ -59,8 +59,8 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     position = %position,
                     hint = "no action needed: its routes send all columns again some seconds after \
                             the transaction has ended; alter tables in transactions of their own",
-                    "a transaction that may have altered the table cannot be looked at yet: \
-                     columns that may be hidden ones are left out"
+                    "a transaction that may have altered the table is not visible yet: columns \
+                     that may need hiding are left out"
                 );
                 self.making.plans.forget_columns(&self.making.router, table, position);
                 Ok(())
@@ -94,7 +94,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                 route,
                 ?columns,
                 hint = "`watership schema accept TABLE` agrees to them; mask, hash or exclude them \
-                        before if they must not be sent",
+                        first, if they must not be sent",
                 "the route leaves out new columns that nobody has agreed to"
             );
         }

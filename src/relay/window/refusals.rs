@@ -82,7 +82,8 @@ impl Refusals {
                     messages = refused.waiting,
                     keys = refused.waiting,
                     hint = "a queue behind this destination is full or has no majority: see \
-                            `rabbitmqctl list_queues`; nothing is lost, and sending again is slow",
+                            `rabbitmqctl list_queues`; nothing is lost, and it is retried at \
+                            increasing intervals",
                     "the broker refuses messages of the route; they wait"
                 );
             }
@@ -95,7 +96,7 @@ impl Refusals {
                 routing_key = refused.routing_key,
                 nacks = refused.nacks,
                 seconds = now.saturating_duration_since(refused.since).as_secs(),
-                "the broker takes all messages of the route again"
+                "the broker accepts all messages of the route again"
             );
         }
         let shown = found.iter().map(|(route, refused)| RefusedRoute {

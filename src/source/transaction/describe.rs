@@ -197,8 +197,8 @@ pub(super) fn just_changed(table: &str) -> Error {
 
 /// The next session finds out which, leaves out what is not certain, and says what may be missing.
 pub(super) fn just_lost_or_found(table: &str) -> Error {
-    Error::protocol(format!("the held table {table} has just been lost, or is there again"))
-        .hint("no action needed: the next session looks at it, and says what may be missing")
+    Error::protocol(format!("the held table {table} has just been lost, or is back"))
+        .hint("no action needed: the next session checks it, and says what may be missing")
 }
 
 /// The table of a change.

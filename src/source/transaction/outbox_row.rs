@@ -104,7 +104,7 @@ impl OutboxColumns {
         if let Some(name) = gone.filter(|_| !is_older) {
             let text = format!("column {name:?} of the outbox {} has just gone", table.full_name);
             return Err(Error::protocol(text)
-                .hint("no action needed: the next session looks at the table again"));
+                .hint("no action needed: the next session reads the table again"));
         }
         let base = |index: usize| outbox.base_type(table.columns[index].type_oid);
         let id = needed(&names.id)?;
@@ -166,7 +166,7 @@ impl OutboxColumns {
 }
 
 fn missing(table: &Table, name: &str) -> Error {
-    let text = format!("column {name:?} is missing in {}", table.full_name);
+    let text = format!("column {name:?} is missing from {}", table.full_name);
     Error::named(Verdict::OutboxAltered, text)
         .hint("restore the column, or put it into the publication's column list")
 }

@@ -10,7 +10,7 @@ use crate::pg::pgoutput::Relation;
 use crate::position::Position;
 use crate::source::{Item, Note};
 
-/// A captured table was described, whether or not otherwise than before.
+/// A captured table was described, whether or not it is different.
 #[derive(Debug, Clone)]
 pub struct DescribedAt {
     /// How.
