@@ -509,7 +509,7 @@ async fn what_a_broker_does_not_offer_is_named_with_what_to_do() {
         peer
     });
     let text = text.await;
-    for part in ["broker allows 1 channel a connection; 2 are needed", "raise channel_max"] {
+    for part in ["broker allows 1 channel per connection; 2 are needed", "raise channel_max"] {
         assert!(text.contains(part), "{text}");
     }
 }

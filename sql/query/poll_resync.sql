@@ -1,4 +1,4 @@
--- Relay $1, last written by session $2, begins again behind what is visible now, in a new epoch,
+-- Relay $1, last written by session $2, starts again after what is visible now, in a new epoch,
 -- on system $3, timeline $4, of the outbox $5, whose OID is $6, by its columns $7 (order) and $8
 -- (transaction). The old session can write no more. No row: another
 -- session has taken over.

@@ -1,6 +1,6 @@
 -- Rides on the checkpoint of relay $1, session $2, at epoch $3, mark $4, ordinal $5, sub $6, which
 -- was written before in this transaction; if it was not, nothing is.
--- Captured tables that are described otherwise than before: $7, a JSON array.
+-- Captured tables that are described differently than before: $7, a JSON array.
 INSERT INTO watership.schema_history (name, kind, table_name, relation, epoch, mark, ordinal, sub,
     description, changes, broken)
 SELECT mine.name, 'changed', r.table_name, r.relation, r.epoch, r.mark, r.ordinal, r.sub,

@@ -22,6 +22,24 @@ const PHRASES: &[(&str, &str)] = &[
     ("besides", "in addition, or except"),
     ("a person has to", "someone must"),
     ("is well again", "is healthy again"),
+    ("is there again", "is back"),
+    ("are there again", "are back"),
+    ("there with other", "exists with different"),
+    ("without end", "indefinitely"),
+    ("cannot be asked", "cannot be queried"),
+    ("could not be asked", "could not be checked"),
+    ("look whether", "check whether"),
+    ("looks whether", "checks whether"),
+    ("missing in", "missing from"),
+    ("how to go on", "what to do next"),
+    ("all flows", "everything is flowing"),
+    ("server is away", "is down, or unreachable"),
+    ("broker is away", "is down, or unreachable"),
+    ("database is away", "is down, or unreachable"),
+    ("begin again behind", "skip what is there, start with the next"),
+    ("begins again behind", "skips what is there, starts with the next"),
+    ("otherwise than", "differently than"),
+    ("behind the point", "after the decimal point"),
 ];
 
 /// The file that names the phrases, and what is quoted from others.
@@ -68,6 +86,7 @@ fn nobody_stumbles_over_the_english() {
             ("src/relay/mod.rs", "//! It waits for ever.", 1),
             ("docs/operating.md", "x\nThe slot is well again.", 2),
             ("sql/0001_schema.sql", "-- It is no\n", 1),
+            ("src/a.rs", "// It waits without end.", 1),
         ],
     );
     accepts(odd_phrases, &[("src/a.rs", "// amended: there is no slot, it is no longer noted")]);
