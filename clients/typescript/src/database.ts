@@ -55,7 +55,7 @@ export class Database {
   /** Gives the work a connection of its own. If it rejects, the database counts as lost. */
   async run<T>(work: (client: pg.PoolClient) => Promise<T>): Promise<T> {
     const pool = this.#pool;
-    if (!pool) throw new Error('the database is away');
+    if (!pool) throw new Error('the database is unreachable');
     let client: pg.PoolClient | undefined;
     try {
       client = await pool.connect();

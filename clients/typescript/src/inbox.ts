@@ -64,7 +64,7 @@ export class Inbox {
       keepAlive: true, keepAliveInitialDelayMillis: 10_000,
       ...typeof database === 'string' ? { connectionString: database } : database,
       max: concurrency }, (error) => {
-      this.#log('error', 'the database is away', { error: describe(error) });
+      this.#log('error', 'the database is unreachable', { error: describe(error) });
       this.#subscription?.lose('database');
     });
   }
