@@ -45,10 +45,10 @@ pub(super) struct Args {
     #[arg(required = true)]
     table: Option<String>,
     /// Only rows matching this SQL condition over the table's columns.
-    #[arg(long = "where", value_name = "SQL")]
+    #[arg(long = "where", value_name = "SQL", allow_hyphen_values = true)]
     condition: Option<String>,
     /// Begin at this key; once for each column of the key, in the order of its index.
-    #[arg(long = "from", value_name = "VALUE")]
+    #[arg(long = "from", value_name = "VALUE", allow_hyphen_values = true)]
     from: Vec<String>,
     /// Do not wait for completion.
     #[arg(long)]

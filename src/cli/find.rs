@@ -34,6 +34,7 @@ use crate::source::SourceKind;
 #[command(group = clap::ArgGroup::new("what").required(true).multiple(false).args(["id", "key"]))]
 pub(super) struct Args {
     /// The id of the event.
+    #[arg(value_parser = event_id)]
     pub(super) id: Option<Uuid>,
     /// The latest events of this key, such as order/42.
     #[arg(long, allow_hyphen_values = true)]
@@ -191,6 +192,10 @@ fn routes(rules: &[Rule], kind: &str, key: &str) -> Vec<String> {
         Action::Drop => format!("route {:?} drops it", rule.name),
     };
     rules.iter().filter(selects).map(say).collect()
+}
+
+fn event_id(text: &str) -> std::result::Result<Uuid, &'static str> {
+    text.parse().map_err(|_| "it is not a UUID; for the events of a key: --key")
 }
 
 /// The id, and the ids that the routes give to the messages of an event with this id.

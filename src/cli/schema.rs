@@ -206,9 +206,9 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
 async fn look(f: &mut Findings, config: &Config) -> Result<()> {
     let options = &config.relay;
     let SqlConnection { client, closed: _closed } = sql(&options.sql).await?;
-    let agreed = schemas::agreed(&client, &options.name).await?;
+    let agreed = schemas::agreed_if_installed(&client, &options.name).await?;
     for table in &options.tables {
-        // A table or publication that is missing was reported before.
+        // A table that is missing was reported before.
         let Some(now) = found(&client, config, table).await? else { continue };
         if let Err(error) = schemas::verify(options, std::slice::from_ref(&now), &agreed) {
             f.error(AREA, &error);
@@ -244,8 +244,7 @@ async fn found(client: &Client, config: &Config, table: &str) -> Result<Option<C
     let table: TableName = table.parse()?;
     let Some(facts) = read_table(client, &table).await? else { return Ok(None) };
     let publication = read_publication(client, &config.relay.publication).await?;
-    let Some(publication) = publication else { return Ok(None) };
-    let tables = schemas::catalog(client, Some(&publication), &[facts]).await?;
+    let tables = schemas::catalog(client, publication.as_ref(), &[facts]).await?;
     Ok(tables.into_iter().next())
 }
 
@@ -256,7 +255,7 @@ async fn cataloged(client: &Client, config: &Config, table: &str) -> Result<Cata
             .hint(format!("source.tables has: {captured}")));
     }
     let found = found(client, config, table).await?;
-    found.ok_or_else(|| Error::refused(format!("table {table} or the publication does not exist")))
+    found.ok_or_else(|| Error::refused(format!("table {table} does not exist")))
 }
 
 fn names(description: &Description) -> Vec<String> {

@@ -264,6 +264,10 @@ fn resolve(
         return Err(Error::config("the text inside ${…} is not the name of a variable")
             .hint("use letters, digits and _; write $${ for a literal ${"));
     }
+    if default.is_some_and(|default| default.contains("${")) {
+        return Err(Error::config(format!("the default of ${{{name}:-…}} holds another ${{…}}"))
+            .hint("a default is plain text; set the variable where the relay is started"));
+    }
     let value = match (lookup(name), default) {
         (Some(value), None) => value,
         (Some(value), Some(_)) if !value.is_empty() => value,
@@ -397,6 +401,7 @@ mod tests {
         for (text, problem, hint) in [
             ("${HOST}", "environment variable HOST is not set", "${NAME:-default}"),
             ("${HOST", "\"${\" has no closing \"}\"", "close it"),
+            ("${HOST:-${OTHER}}", "the default of ${HOST:-…} holds another ${…}", "plain text"),
             ("${a b}", "the text inside ${…} is not the name", "letters, digits and _"),
             ("${file:/none}", "file /none of ${file:…} cannot be read", "create the file"),
         ] {

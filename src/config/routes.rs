@@ -135,6 +135,11 @@ fn select(t: &mut Section<'_>) -> Option<Select> {
             );
             None
         }
+        (kind, "") if kind != "*" && kind.contains('*') => {
+            let expected = "an aggregate type, or \"*\" alone for all";
+            t.invalid("outbox.aggregate_type", format!("{kind:?}"), expected);
+            None
+        }
         (_, "") => Some(Select::Outbox { aggregate_type }),
         ("", _) => Some(Select::Table { name: table }),
         (_, _) => {

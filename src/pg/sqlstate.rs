@@ -22,6 +22,8 @@ pub const OBJECT_IN_USE: &str = "55006";
 pub const OBJECT_NOT_IN_PREREQUISITE_STATE: &str = "55000";
 /// A row with this key is there already.
 pub const UNIQUE_VIOLATION: &str = "23505";
+/// A row names another one that does not exist.
+pub const FOREIGN_KEY_VIOLATION: &str = "23503";
 /// A statement was cancelled: it took too long.
 pub const QUERY_CANCELED: &str = "57014";
 /// Something else depends on it.

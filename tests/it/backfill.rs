@@ -448,8 +448,13 @@ async fn only_the_rows_that_are_wanted_and_published_are_sent() {
     wrong.expect_code(1).expect_text(&told);
     let wrong = stage.run(&["backfill", "public.t", "--where", " "]).await;
     wrong.expect_code(1).expect_text(&["--where is empty"]);
-    let wrong = stage.run(&["backfill", "public.t", "--from", "3"]).await;
+    let wrong = stage.run(&["backfill", "public.t", "--from", "-3"]).await;
     wrong.expect_code(1).expect_text(&["--from has 1 values for the key (a, b)"]);
+    let wrong = stage.run(&["backfill", "public.t", "--where", "-n > 'x'"]).await;
+    wrong.expect_code(1).expect_text(&["--where or --from", "invalid input syntax"]);
+    stage.execute("DELETE FROM watership.checkpoint").await;
+    let early = stage.run(&["backfill", "public.t"]).await;
+    early.expect_text(&["there is no checkpoint row for relay", "run `watership init` first"]);
 }
 
 #[tokio::test]

@@ -72,6 +72,7 @@ async fn an_event_is_found_in_the_window_confirmed_parked_dropped_and_behind_the
     let unknown = "00000000-0000-4000-8000-000000000000";
     stage.run(&["find", unknown]).await.expect_code(1).expect_text(&["outbox       no such row"]);
     stage.run(&["find", "--key", "x\u{1b}[2J/1"]).await.expect_code(1);
+    stage.run(&["find", "order/1"]).await.expect_code(2).expect_text(&["not a UUID", "--key"]);
     relay.kill();
 
     let told = find(&stage, &lost).await;

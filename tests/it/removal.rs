@@ -172,7 +172,7 @@ async fn rules_that_do_not_fit_their_table_are_refused_before_anything_is_made()
         );
         let setup = Setup { tables: &["public.items"], routes: &routes, ..Setup::default() };
         let (file, _) = configuration(&database.url, "slot_none", &vhost, &setup);
-        for arguments in [&["init"][..], &["init", "--print-sql"]] {
+        for arguments in [&["init"][..], &["init", "--print-sql"], &["check"]] {
             run(&file, arguments).await.expect_code(1).expect_text(&["route \"items\"", told]);
         }
         let made = "SELECT count(*) FROM (SELECT nspname FROM pg_namespace WHERE nspname = \

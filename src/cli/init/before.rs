@@ -1,8 +1,6 @@
 //! What `init` looks at before it makes anything: what would fail after half of the steps, and what
 //! would make an application fail afterwards.
 
-use std::collections::HashMap;
-
 use tokio_postgres::Client;
 
 use crate::cli::print_warning;
@@ -24,7 +22,6 @@ use crate::relay::session::rights::{self, Lack};
 use crate::relay::session::schemas;
 use crate::route::keys_of;
 use crate::source::SourceKind;
-use crate::verdict::Verdict;
 
 /// How the publication will be made.
 #[derive(Debug, Clone, Copy)]
@@ -262,8 +259,7 @@ async fn check_rules(
     publish: Publish,
 ) -> Result<()> {
     let tables = schemas::catalog(client, publication, tables).await?;
-    let agreed = match schemas::agreed(client, &options.name).await {
-        Err(error) if error.verdict() == Some(Verdict::SchemaUnknown) => HashMap::new(),
+    let agreed = match schemas::agreed_if_installed(client, &options.name).await {
         Err(error) if error.sqlstate() == Some(INSUFFICIENT_PRIVILEGE) => {
             return publish.unless_by_another(Err(error));
         }

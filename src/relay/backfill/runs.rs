@@ -6,8 +6,8 @@ use tokio_postgres::{GenericClient, Row as SqlRow};
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
-use crate::pg::sqlstate::{UNIQUE_VIOLATION, postgres_error};
-use crate::relay::checkpoint::missing_schema;
+use crate::pg::sqlstate::{FOREIGN_KEY_VIOLATION, UNIQUE_VIOLATION, postgres_error};
+use crate::relay::checkpoint::{missing_schema, no_row};
 
 /// What a run is doing, as the table has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,6 +115,7 @@ pub async fn request(
             Err(Error::refused(format!("a backfill of {table} has not ended"))
                 .hint("`watership backfill list` shows it; wait for it, resume it, or cancel it"))
         }
+        Err(error) if error.sqlstate() == Some(FOREIGN_KEY_VIOLATION) => Err(no_row(name)),
         Err(error) => Err(error),
     }
 }

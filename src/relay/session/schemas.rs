@@ -17,6 +17,7 @@ use crate::relay::check::columns;
 use crate::relay::checkpoint::{missing_schema, to_sql};
 use crate::route::description::{DescribedColumn, DescribedIdentity, Description, Numbered};
 use crate::route::{Agreement, DatabaseSecret, Recorded, Schemas};
+use crate::verdict::Verdict;
 
 /// A captured table as the catalog has it.
 #[derive(Debug, Clone)]
@@ -104,6 +105,20 @@ pub async fn agreed(
         Ok(((text(0)?, text(1)?), Agreement { description: description(row, 3)?, since }))
     };
     rows.iter().map(agreement).collect()
+}
+
+/// As [`agreed`]; nothing where the schema is not installed, or older.
+///
+/// # Errors
+/// The server's.
+pub async fn agreed_if_installed(
+    client: &impl GenericClient,
+    name: &str,
+) -> Result<HashMap<(String, String), Agreement>> {
+    match agreed(client, name).await {
+        Err(error) if error.verdict() == Some(Verdict::SchemaUnknown) => Ok(HashMap::new()),
+        agreed => agreed,
+    }
 }
 
 /// The number of the last agreement.
