@@ -1,7 +1,7 @@
 //! Any bytes from a broker: each frame is read or refused, never more than what is there, and a
 //! frame that is not complete yet is waited for.
 //!
-//! Run: `cargo +nightly fuzz run --fuzz-dir tests/fuzz amqp_frames -- -max_total_time=60`
+//! Run: `scripts/fuzz 60 amqp_frames`
 
 #![no_main]
 

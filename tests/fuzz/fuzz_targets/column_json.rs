@@ -1,7 +1,7 @@
 //! Any bytes as a column's text form: the output is one JSON value, or nothing and an error.
 //!
 //! The first byte picks the type. Run:
-//! `cargo +nightly fuzz run --fuzz-dir tests/fuzz column_json -- -max_total_time=60`
+//! `scripts/fuzz 60 column_json`
 
 #![no_main]
 

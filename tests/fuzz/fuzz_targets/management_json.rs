@@ -1,7 +1,7 @@
 //! Any JSON of the management API: what can be read can be graded, and a circle of exchanges ends.
 //!
 //! The lines are an exchange, its bindings and a queue. Run:
-//! `cargo +nightly fuzz run --fuzz-dir tests/fuzz management_json -- -max_total_time=60`
+//! `scripts/fuzz 60 management_json`
 
 #![no_main]
 

@@ -1,7 +1,7 @@
 //! Any bytes as a pgoutput message: decoded, and everything in it walked.
 //!
 //! Run:
-//! `cargo +nightly fuzz run --fuzz-dir tests/fuzz pgoutput_decode -- -max_total_time=60`
+//! `scripts/fuzz 60 pgoutput_decode`
 
 #![no_main]
 
