@@ -15,8 +15,8 @@ const BEFORE: &str = "name = 'shop'\nsource.url = 'postgres://r@h/d'\nbroker.url
 
 fuzz_target!(|data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    if text.contains("file:") {
-        // Nothing on this machine is to be read.
+    // Nothing on this machine is to be read, and what stands in the file itself is no secret.
+    if text.contains("file:") || text.contains(SECRET) {
         return;
     }
     let lookup = |_: &str| Some(SECRET.to_owned());
