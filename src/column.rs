@@ -106,6 +106,22 @@ impl Shape {
         written
     }
 
+    /// Whether `text` makes one JSON value, also where no server vouches for it.
+    pub fn takes(self, text: &[u8]) -> bool {
+        let mut out = Vec::new();
+        let is_json = |out: &[u8]| serde_json::from_slice::<serde::de::IgnoredAny>(out).is_ok();
+        let is_finite = |text: &[u8]| {
+            std::str::from_utf8(text)
+                .is_ok_and(|text| text.parse::<f64>().is_ok_and(f64::is_finite))
+        };
+        self.write(&mut out, text).is_ok()
+            && match (self.form, self.arrays) {
+                (Form::Float, 0) if out == text => is_finite(text),
+                (Form::Json, _) => is_json(&out),
+                _ => true,
+            }
+    }
+
     fn write_nested(self, out: &mut Vec<u8>, text: &[u8]) -> Result<()> {
         match self.arrays {
             0 => self.form.write(out, text),

@@ -287,7 +287,7 @@ async fn fitting_schemas(
     }
     let tables = session::schemas::catalog(client, Some(publication), &tables).await?;
     let agreed = session::schemas::agreed(client, &options.name).await?;
-    session::schemas::verify(options, &tables, &agreed)?;
+    session::schemas::verify(client, options, &tables, &agreed).await?;
     Ok((tables, agreed))
 }
 

@@ -19,6 +19,7 @@ use crate::pg::sqlstate::postgres_error;
 use crate::position::{Mark, Position};
 use crate::relay::check::columns::{self, routes_of};
 use crate::relay::checkpoint;
+use crate::relay::session::constants;
 use crate::relay::session::schemas::{self, Cataloged};
 use crate::route::description::Description;
 use crate::route::{Agreement, OnDrift, Router};
@@ -139,7 +140,8 @@ async fn accept(client: &Client, config: &Config, table: &str, out: Out) -> Resu
     let agreed = schemas::agreed(client, &options.name).await?;
     // A rule for a column that is gone would hide nothing of what came in its place.
     for rule in routes_of(&options.rules, table) {
-        columns::verify(rule, table, &now.description, None)?;
+        columns::verify(rule, &now, None)?;
+        constants::verify(client, rule, &now).await?;
         if options.binary {
             // Else the next session would refuse what is agreed to here.
             columns::verify_binary(rule, &now, Some(&now.description))?;
@@ -210,7 +212,8 @@ async fn look(f: &mut Findings, config: &Config) -> Result<()> {
     for table in &options.tables {
         // A table that is missing was reported before.
         let Some(now) = found(&client, config, table).await? else { continue };
-        if let Err(error) = schemas::verify(options, std::slice::from_ref(&now), &agreed) {
+        let now_only = std::slice::from_ref(&now);
+        if let Err(error) = schemas::verify(&client, options, now_only, &agreed).await {
             f.error(AREA, &error);
             continue;
         }

@@ -11,6 +11,10 @@ pub const FIRST_NOT_FIXED: u32 = 10_000;
 pub const BOOL: u32 = 16;
 /// `bytea`.
 pub const BYTEA: u32 = 17;
+/// `"char"`.
+pub const CHAR: u32 = 18;
+/// `name`.
+pub const NAME: u32 = 19;
 /// `int8`.
 pub const INT8: u32 = 20;
 /// `int2`.
@@ -21,6 +25,8 @@ pub const INT4: u32 = 23;
 pub const TEXT: u32 = 25;
 /// `oid`.
 pub const OID: u32 = 26;
+/// `xid`.
+pub const XID: u32 = 28;
 /// `json`.
 pub const JSON: u32 = 114;
 /// `point`.
@@ -69,6 +75,8 @@ pub const NUMERIC: u32 = 1700;
 pub const UUID: u32 = 2950;
 /// `jsonb`.
 pub const JSONB: u32 = 3802;
+/// `xid8`.
+pub const XID8: u32 = 5069;
 
 /// Types from here on are made by users and extensions (`FirstNormalObjectId`,
 /// `src/include/access/transam.h`).
@@ -115,14 +123,14 @@ pub const fn element_of(type_oid: u32) -> Option<u32> {
 pub const fn precise_element_of(type_oid: u32) -> Option<u32> {
     let element = match type_oid {
         143 => 142,
-        271 => 5069,
+        271 => XID8,
         629 => LINE,
         651 => 650,
         719 => CIRCLE,
         775 => 774,
         791 => MONEY,
-        1002 => 18,
-        1003 => 19,
+        1002 => CHAR,
+        1003 => NAME,
         1017 => POINT,
         1018 => LSEG,
         1019 => PATH,

@@ -26,6 +26,10 @@ use crate::event::{
 /// Why an event with a hashed value that has no text cannot be published.
 const UNHASHED: &str = "the column is hashed, and its value has no text form";
 
+/// Why an event cannot be published with a default that its column cannot have: the column has
+/// another type than at the start, or had it when the event was written.
+const MISFIT: &str = "map.default of the column is not a value of its type";
+
 /// What stands in the place of a value.
 #[derive(Clone)]
 pub(super) enum Stand {
@@ -49,7 +53,7 @@ struct Field {
     /// What stands in its place; absent: the value itself.
     stand: Option<Stand>,
     /// Sent instead of null, and as the value of a constant.
-    default: Option<Bytes>,
+    default: Option<Value>,
 }
 
 /// What is made of a table's rows.
@@ -157,13 +161,13 @@ impl Projection {
                     Column::new(sent_as, oid::TEXT, -1)
                 }
             });
-            let default = map.if_null(&column.name).map(|constant| constant.text().into());
+            let default = map.if_null(&column.name).map(|constant| default(column, constant));
             fields.push(Field { from: Some(index), stand, default });
         }
         for (name, constant) in &map.set {
             let (column, text) = constant.as_column(name);
             columns.push(column);
-            fields.push(Field { from: None, stand: None, default: Some(text) });
+            fields.push(Field { from: None, stand: None, default: Some(Value::Text(text)) });
         }
         let place = |index: &usize| fields.iter().position(|field| field.from == Some(*index));
         let places = |indexes: &[usize]| indexes.iter().filter_map(place).collect::<Vec<usize>>();
@@ -264,7 +268,7 @@ impl Field {
             Some(stand) => stand.value(value, is_identity),
         };
         match (&self.default, value) {
-            (Some(default), Value::Null) if !is_identity => Value::Text(default.clone()),
+            (Some(default), Value::Null) if !is_identity => default.clone(),
             (_, value) => value,
         }
     }
@@ -284,6 +288,15 @@ impl Stand {
                 Value::Unreadable(Box::new(Unreadable { why: UNHASHED.to_owned(), bytes: None }))
             }
         }
+    }
+}
+
+/// What is sent where the column is null: never what would make the body invalid.
+fn default(column: &Column, constant: &Constant) -> Value {
+    let text = constant.text();
+    match column.shape.takes(text.as_bytes()) {
+        true => Value::Text(text.into()),
+        false => Value::Unreadable(Box::new(Unreadable { why: MISFIT.to_owned(), bytes: None })),
     }
 }
 

@@ -333,7 +333,10 @@ impl fmt::Display for DescribedColumn {
             oid::NUMERIC => "numeric",
             oid::UUID => "uuid",
             oid::JSONB => "jsonb",
-            other => return write!(f, "type {other}"),
+            other => match element(other) {
+                Some(type_oid) => return write!(f, "{}[]", Self { type_oid, ..self.clone() }),
+                None => return write!(f, "type {other}"),
+            },
         };
         f.write_str(name)?;
         match (self.type_oid, self.type_modifier - 4) {

@@ -11,6 +11,7 @@ mod decimal;
 mod parse;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -18,11 +19,12 @@ use std::collections::BTreeMap;
 
 use serde_json::value::RawValue;
 
-use super::description::Description;
-use crate::column::oid;
-use crate::error::{Error, Result};
+use self::verify::Test;
+use super::rules::column_type::{Comparable, Instant};
+use crate::column::ValueKind;
+use crate::error::Result;
 use crate::event::hidden::Hidden;
-use crate::event::{Change, Content, Event, OldRow, OutboxRow, Row, Table, Value};
+use crate::event::{Change, Column, Content, Event, OldRow, OutboxRow, Row, Table, Value};
 
 /// An expression, parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,8 +77,8 @@ enum Literal {
     Bool(bool),
 }
 
-/// The fields of an outbox event.
-const OUTBOX: [&str; 4] = ["op", "aggregate_type", "aggregate_id", "event_type"];
+/// A header that has a field of its own in an outbox row.
+const TRACEPARENT: &str = "traceparent";
 
 /// A filter for the events of one table, or of the outbox.
 pub(super) struct Bound {
@@ -92,16 +94,27 @@ enum Source {
     AggregateId,
     EventType,
     Header(String),
-    Column(usize),
+    /// `headers.traceparent`
+    Traceparent,
+    Column(usize, Form),
     /// A column that the table does not have, or whose value is hidden.
     Unknown,
+}
+
+/// How a value is compared with a text, where not by its bytes.
+#[derive(Clone, Copy)]
+enum Form {
+    Bytes,
+    /// Without the blanks at its end.
+    Padded,
+    Instant(Instant),
 }
 
 /// A value of an event.
 enum Found<'a> {
     Unknown,
     Null,
-    Text(Cow<'a, str>),
+    Text(Cow<'a, str>, Form),
 }
 
 /// What an event shows of itself.
@@ -125,87 +138,13 @@ impl Filter {
         })
     }
 
-    /// Refuses names that no outbox event has.
-    ///
-    /// # Errors
-    /// [`crate::error::Kind::Config`] with the name.
-    pub(super) fn verify_outbox(&self) -> Result<()> {
-        let is_unknown = |name: &&Name| match name {
-            Name::Word(word) => !OUTBOX.contains(&word.as_str()),
-            Name::Quoted(_) => true,
-            Name::Header(_) => false,
-        };
-        match self.names.iter().find(is_unknown) {
-            Some(Name::Word(word) | Name::Quoted(word)) => Err(Error::config(format!(
-                "filter {:?}: {word:?} is not known here; allowed are: {}, headers.NAME",
-                self.text,
-                OUTBOX.join(", ")
-            ))),
-            Some(Name::Header(_)) | None => Ok(()),
-        }
-    }
-
-    /// Refuses names that no change of a captured table has.
-    ///
-    /// # Errors
-    /// [`crate::error::Kind::Config`] with the name.
-    pub(super) fn verify_table(&self, any: bool) -> Result<()> {
-        let header = self.names.iter().any(|name| matches!(name, Name::Header(_)));
-        let (text, column) = (&self.text, self.columns().next());
-        match column {
-            _ if header => Err(Error::config(format!(
-                "filter {text:?}: headers are those of outbox rows; a table has columns"
-            ))),
-            Some(column) if any => Err(Error::config(format!(
-                "filter {text:?} names column {column:?}, and the route is for all tables"
-            ))
-            .hint("name one table in the route, or filter by op only")),
-            _ => Ok(()),
-        }
-    }
-
-    /// Refuses comparisons that a column of `now` cannot have.
-    ///
-    /// # Errors
-    /// [`crate::error::Kind::Refused`] with column and type.
-    pub(super) fn verify_types(&self, now: &Description) -> Result<()> {
-        self.root.each(&mut |index, literal| {
-            let (Name::Word(name) | Name::Quoted(name)) = &self.names[index] else { return Ok(()) };
-            let is_op = self.names[index] == Name::Word("op".into());
-            let type_oid =
-                if is_op { oid::TEXT } else { now.column(name).map_or(0, |c| c.type_oid) };
-            let expected = match type_oid {
-                oid::BOOL => "true or false",
-                oid::INT2
-                | oid::INT4
-                | oid::INT8
-                | oid::OID
-                | oid::NUMERIC
-                | oid::FLOAT4
-                | oid::FLOAT8 => "a number",
-                oid::TEXT | oid::VARCHAR | oid::BPCHAR | oid::UUID => "a text in single quotes",
-                _ => return Ok(()),
-            };
-            let given = match literal {
-                Some(Literal::Text(_)) => "a text in single quotes",
-                Some(Literal::Number(_)) => "a number",
-                Some(Literal::Bool(_)) | None => "true or false",
-            };
-            if given == expected {
-                return Ok(());
-            }
-            let text = format!(
-                "filter {:?} compares {name:?} with {given}; expected {expected}",
-                self.text
-            );
-            Err(Error::refused(text))
-        })
-    }
-
     /// For the events of a table, of which these columns are hidden, or for the outbox.
     pub(super) fn bind(&self, table: Option<&Table>, hidden: &Hidden) -> Bound {
         let column = |name: &str| match table.and_then(|table| table.column(name)) {
-            Some(index) if hidden.of(index).is_none() => Source::Column(index),
+            Some(index) if hidden.of(index).is_none() => {
+                let form = table.map_or(Form::Bytes, |table| Form::of(&table.columns[index]));
+                Source::Column(index, form)
+            }
             Some(_) | None => Source::Unknown,
         };
         let source = |name: &Name| match name {
@@ -217,6 +156,7 @@ impl Filter {
                 _ => Source::Unknown,
             },
             Name::Word(name) | Name::Quoted(name) => column(name),
+            Name::Header(name) if name == TRACEPARENT => Source::Traceparent,
             Name::Header(name) => Source::Header(name.clone()),
         };
         Bound { sources: self.names.iter().map(source).collect(), filter: self.clone() }
@@ -224,17 +164,55 @@ impl Filter {
 }
 
 impl Expression {
-    /// Calls `each` with all names and what they are compared with; nothing is a boolean.
-    fn each(&self, each: &mut impl FnMut(usize, Option<&Literal>) -> Result<()>) -> Result<()> {
+    /// Calls `each` with all names and how they are tested, but not whether they are null.
+    fn each<'l>(&'l self, each: &mut impl FnMut(usize, Test<'l>) -> Result<()>) -> Result<()> {
         match self {
             Expression::Or(parts) | Expression::And(parts) => {
                 parts.iter().try_for_each(|part| part.each(each))
             }
             Expression::Not(part) => part.each(each),
-            Expression::IsTrue(name) => each(*name, None),
+            Expression::IsTrue(name) => each(*name, Test::IsTrue),
             Expression::IsNull(_) => Ok(()),
-            Expression::In(name, list) => list.iter().try_for_each(|one| each(*name, Some(one))),
-            Expression::Compare(name, _, literal) => each(*name, Some(literal)),
+            Expression::In(name, list) => {
+                list.iter().try_for_each(|one| each(*name, Test::With(Comparison::Equal, one)))
+            }
+            Expression::Compare(name, comparison, literal) => {
+                each(*name, Test::With(*comparison, literal))
+            }
+        }
+    }
+}
+
+impl Form {
+    fn of(column: &Column) -> Self {
+        let base = match column.resolved {
+            Some(of) if of.arrays > 0 => return Form::Bytes,
+            Some(of) => match of.kind {
+                ValueKind::BuiltIn(base) => base,
+                _ => return Form::Bytes,
+            },
+            None => column.type_oid,
+        };
+        match Comparable::of_base(base) {
+            Comparable::Padded => Form::Padded,
+            Comparable::Instant(of) => Form::Instant(of),
+            _ => Form::Bytes,
+        }
+    }
+
+    /// How the value with this text follows the one that the filter has.
+    fn compare(self, text: &str, wanted: &str) -> Ordering {
+        let by_bytes = text.as_bytes().cmp(wanted.as_bytes());
+        match self {
+            Form::Bytes => by_bytes,
+            Form::Padded => {
+                let trimmed = |text: &str| text.trim_end_matches(' ').to_owned();
+                trimmed(text).into_bytes().cmp(&trimmed(wanted).into_bytes())
+            }
+            Form::Instant(of) => match (of.of(text), of.of(wanted)) {
+                (Some(one), Some(other)) => one.cmp(&other),
+                _ => by_bytes,
+            },
         }
     }
 }
@@ -301,7 +279,7 @@ impl Bound {
             Expression::IsNull(name) => match found(name) {
                 Found::Unknown => None,
                 Found::Null => Some(true),
-                Found::Text(_) => Some(false),
+                Found::Text(..) => Some(false),
             },
             Expression::In(name, list) => {
                 let value = found(name);
@@ -324,24 +302,31 @@ impl Bound {
 
 impl Source {
     fn find<'a>(&self, event: &'a Event, view: View<'a>) -> Found<'a> {
-        let text = |text: &'a str| Found::Text(Cow::Borrowed(text));
+        let text = |text: &'a str| Found::Text(Cow::Borrowed(text), Form::Bytes);
         match (self, view) {
             (Source::Op, _) => text(event.op().as_str()),
             (Source::AggregateType, View::Outbox(row, _)) => text(&row.aggregate_type),
             (Source::AggregateId, View::Outbox(row, _)) => text(&row.aggregate_id),
             (Source::EventType, View::Outbox(row, _)) => text(&row.event_type),
             (Source::Header(name), View::Outbox(_, headers)) => header(headers.get(name)),
-            (Source::Column(index), View::Row(row)) => of_row(&row[*index]),
-            (Source::Column(index), View::Identity(row)) => match of_row(&row[*index]) {
-                Found::Null => Found::Unknown,
-                found => found,
+            (Source::Traceparent, View::Outbox(row, headers)) => match &row.traceparent {
+                Some(traceparent) => text(traceparent),
+                None => header(headers.get(TRACEPARENT)),
             },
+            (Source::Column(index, form), View::Row(row)) => of_row(&row[*index], *form),
+            (Source::Column(index, form), View::Identity(row)) => {
+                match of_row(&row[*index], *form) {
+                    Found::Null => Found::Unknown,
+                    found => found,
+                }
+            }
             (
                 Source::AggregateType
                 | Source::AggregateId
                 | Source::EventType
                 | Source::Header(_)
-                | Source::Column(_)
+                | Source::Traceparent
+                | Source::Column(..)
                 | Source::Unknown,
                 _,
             ) => Found::Unknown,
@@ -349,11 +334,11 @@ impl Source {
     }
 }
 
-fn of_row(value: &Value) -> Found<'_> {
+fn of_row(value: &Value, form: Form) -> Found<'_> {
     match value {
         Value::Null => Found::Null,
         Value::Text(text) => {
-            std::str::from_utf8(text).map_or(Found::Unknown, |text| Found::Text(text.into()))
+            std::str::from_utf8(text).map_or(Found::Unknown, |text| Found::Text(text.into(), form))
         }
         Value::Unchanged | Value::Unreadable(_) => Found::Unknown,
     }
@@ -366,22 +351,32 @@ fn header<'a>(value: Option<&&'a RawValue>) -> Found<'a> {
     match text.as_bytes().first() {
         Some(b'n') => Found::Null,
         Some(b'"') => match serde_json::from_str::<String>(text) {
-            Ok(text) => Found::Text(text.into()),
+            Ok(text) => Found::Text(text.into(), Form::Bytes),
             Err(_) => Found::Unknown,
         },
-        _ => Found::Text(text.into()),
+        _ => Found::Text(text.into(), Form::Bytes),
     }
 }
 
+/// Whether it is one, as Postgres writes them.
+pub(super) fn is_number(text: &str) -> bool {
+    decimal::compare(text, "0").is_some()
+}
+
+/// Whether both are numbers, and the same.
+pub fn same_number(one: &str, other: &str) -> bool {
+    decimal::compare(one, other) == Some(Ordering::Equal)
+}
+
 fn compare(value: &Found<'_>, comparison: Comparison, literal: &Literal) -> Option<bool> {
-    let text = match value {
+    let (text, form) = match value {
         Found::Unknown => return None,
         // It equals no value, and is neither before nor after one.
         Found::Null => return Some(comparison == Comparison::NotEqual),
-        Found::Text(text) => text,
+        Found::Text(text, form) => (text, form),
     };
     let order = match literal {
-        Literal::Text(wanted) => text.as_bytes().cmp(wanted.as_bytes()),
+        Literal::Text(wanted) => form.compare(text, wanted),
         // What is not a number cannot be compared with one.
         Literal::Number(wanted) => decimal::compare(text, wanted)?,
         Literal::Bool(wanted) => {

@@ -4,11 +4,12 @@
 //! Invariant: rules name columns and nothing else; what they mean for a table is decided once for
 //! each description of it, in `route/columns`. A route without rules has none of this.
 
+pub mod column_type;
+
 use xxhash_rust::xxh64::Xxh64;
 
-use super::description::Description;
+use self::column_type::{ColumnTypes, Judged};
 use super::filter::Filter;
-use crate::column::Shape;
 use crate::error::{Error, Result};
 use crate::event::hidden::Hide;
 use crate::secret::Secret;
@@ -265,23 +266,37 @@ impl RouteRules {
         Some(format!("{:016x}", hasher.digest()))
     }
 
-    /// Refuses constants that a column of `now` cannot have.
+    /// Refuses constants that columns of these types cannot have, and comparisons.
     ///
     /// # Errors
     /// [`crate::error::Kind::Refused`] naming the column.
-    pub fn verify_types(&self, now: &Description) -> Result<()> {
+    pub fn verify_types(&self, types: &ColumnTypes) -> Result<()> {
         if let Some(filter) = &self.filter {
-            filter.verify_types(now)?;
+            filter.verify_types(types)?;
         }
         for (name, constant) in &self.map.default {
-            let Some(column) = now.column(name) else { continue };
+            let Some(of) = types.get(name) else { continue };
             let text = constant.text();
-            if Shape::of(column.type_oid).write(&mut Vec::new(), text.as_bytes()).is_err() {
-                let text = format!("map.default of column {name:?} ({column}) is {text:?}");
+            if !of.takes(&text) {
+                let text = format!("map.default of column {name:?} ({}) is {text:?}", of.name);
                 return Err(Error::refused(text).hint("use a value of the column's type"));
             }
         }
         Ok(())
+    }
+
+    /// The constants that the server can judge.
+    pub fn judged<'a>(&'a self, types: &ColumnTypes) -> Vec<Judged<'a>> {
+        let default = |(name, constant): &'a (String, Constant)| {
+            Some(Judged {
+                what: format!("map.default of column {name:?}"),
+                column: name,
+                text: constant.text().into(),
+                form: types.get(name)?.form_of_default(),
+            })
+        };
+        let filter = self.filter.iter().flat_map(|filter| filter.judged(types));
+        self.map.default.iter().filter_map(default).chain(filter).collect()
     }
 
     /// `key`: the columns that the route names as its key.

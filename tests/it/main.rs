@@ -16,6 +16,7 @@ mod canary;
 mod check_broker;
 mod cli;
 mod column_rules;
+mod constants;
 mod contracts;
 mod crash;
 mod dev;

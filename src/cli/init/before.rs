@@ -265,7 +265,7 @@ async fn check_rules(
         }
         agreed => agreed?,
     };
-    schemas::verify(options, &tables, &agreed)
+    schemas::verify(client, options, &tables, &agreed).await
 }
 
 /// A table that is published already is not refused: its application fails already, and a new

@@ -22,12 +22,8 @@ pub fn routes_of<'a>(rules: &'a [Rule], table: &str) -> impl Iterator<Item = &'a
 ///
 /// # Errors
 /// [`crate::error::Kind::Refused`] naming the route, the rule and the column.
-pub fn verify(
-    rule: &Rule,
-    table: &str,
-    now: &Description,
-    agreed: Option<&Description>,
-) -> Result<()> {
+pub fn verify(rule: &Rule, now: &Cataloged, agreed: Option<&Description>) -> Result<()> {
+    let Cataloged { table, description: now, types, .. } = now;
     let Action::Publish { rules, key: named_key, .. } = &rule.action else { return Ok(()) };
     let in_route = |error: Error| error.context(format!("route {:?}", rule.name));
     let is_known = |name: &str| {
@@ -61,7 +57,7 @@ pub fn verify(
         return Err(in_route(Error::refused(text))
             .hint("choose another name, or put the column into map.drop"));
     }
-    rules.verify_types(now).map_err(in_route)
+    rules.verify_types(types).map_err(in_route)
 }
 
 /// Refuses a column of which binary mode gets less than text mode, on a route that sends it. Every
@@ -97,8 +93,26 @@ mod tests {
     use super::*;
     use crate::column::oid;
     use crate::route::description::DescribedColumn;
+    use crate::route::rules::column_type::ColumnType;
     use crate::route::rules::{ColumnRules, Constant, Map};
     use crate::route::{RouteRules, default_rules};
+
+    fn cataloged(names: &[&str]) -> Cataloged {
+        let description = description(names);
+        let of = |column: &DescribedColumn| ColumnType {
+            name: column.to_string(),
+            base: column.type_oid,
+            category: b'U',
+        };
+        let types = description.columns.iter().map(|column| (column.name.clone(), of(column)));
+        Cataloged {
+            table: "public.t".into(),
+            oid: 7,
+            types: types.collect(),
+            description,
+            named_things: Vec::new(),
+        }
+    }
 
     fn description(names: &[&str]) -> Description {
         let column = |name: &&str| DescribedColumn {
@@ -114,7 +128,7 @@ mod tests {
         let mut rule = default_rules().remove(1);
         let Action::Publish { rules: of_rule, .. } = &mut rule.action else { unreachable!() };
         **of_rule = rules;
-        verify(&rule, "public.t", &description(&["id", "email", "age"]), agreed)
+        verify(&rule, &cataloged(&["id", "email", "age"]), agreed)
     }
 
     fn names(list: &[&str]) -> Vec<String> {

@@ -7,6 +7,7 @@
 pub mod broken;
 pub(in crate::relay) mod catalog;
 pub mod circuit;
+pub mod constants;
 pub mod dry_run;
 pub mod facts;
 mod failed_over;

@@ -15,7 +15,9 @@ use crate::position::{Lsn, Mark, Position};
 use crate::relay::Options;
 use crate::relay::check::columns;
 use crate::relay::checkpoint::{missing_schema, to_sql};
+use crate::relay::session::constants;
 use crate::route::description::{DescribedColumn, DescribedIdentity, Description, Numbered};
+use crate::route::rules::column_type::{ColumnType, ColumnTypes};
 use crate::route::{Agreement, DatabaseSecret, Recorded, Schemas};
 use crate::verdict::Verdict;
 
@@ -31,6 +33,8 @@ pub struct Cataloged {
     /// Columns whose values are numbers in binary mode but names in text mode, each with the type
     /// that causes it.
     pub named_things: Vec<(String, String)>,
+    /// The types of its columns.
+    pub types: ColumnTypes,
 }
 
 /// All that is kept, for the start of a session; with the captured tables as the catalog has them,
@@ -165,10 +169,12 @@ pub async fn catalog(
         let numbers: std::result::Result<_, _> = rows.iter().map(|row| row.try_get(3)).collect();
         let numbered = Numbered { relation: facts.oid, numbers: numbers.map_err(postgres_error)? };
         let columns: std::result::Result<Vec<_>, _> = rows.iter().map(column).collect();
-        let mut named_things = Vec::new();
+        let (mut named_things, mut types) = (Vec::new(), ColumnTypes::new());
         for row in &rows {
+            let name: String = row.try_get(0).map_err(postgres_error)?;
+            types.insert(name.clone(), column_type(row).map_err(postgres_error)?);
             if let Some(kind) = row.try_get::<_, Option<String>>(4).map_err(postgres_error)? {
-                named_things.push((row.try_get(0).map_err(postgres_error)?, kind));
+                named_things.push((name, kind));
             }
         }
         let columns = columns.map_err(postgres_error)?;
@@ -187,28 +193,40 @@ pub async fn catalog(
         let description =
             Description { schema, table, columns, key, identity, numbered: Some(numbered) };
         let (table, oid) = (facts.table.to_string(), facts.oid);
-        found.push(Cataloged { table, oid, description, named_things });
+        found.push(Cataloged { table, oid, description, named_things, types });
     }
     Ok(found)
+}
+
+/// The type of a column, in a row of `sql/query/schema_catalog.sql`.
+fn column_type(row: &SqlRow) -> std::result::Result<ColumnType, tokio_postgres::Error> {
+    let category: i8 = row.try_get(7)?;
+    Ok(ColumnType {
+        name: row.try_get(5)?,
+        base: row.try_get(6)?,
+        category: category.cast_unsigned(),
+    })
 }
 
 /// Refuses routes whose rules do not fit their tables.
 ///
 /// # Errors
-/// [`crate::error::Kind::Refused`] with the first that does not.
-pub fn verify(
+/// [`crate::error::Kind::Refused`] with the first that does not; the server's.
+pub async fn verify(
+    client: &impl GenericClient,
     options: &Options,
     tables: &[Cataloged],
     agreed: &HashMap<(String, String), Agreement>,
 ) -> Result<()> {
-    for cataloged @ Cataloged { table, description, .. } in tables {
+    for cataloged @ Cataloged { table, .. } in tables {
         for rule in columns::routes_of(&options.rules, table) {
             let agreed = agreed.get(&(rule.name.clone(), table.clone()));
             let agreed = agreed.map(|agreed| &agreed.description);
-            columns::verify(rule, table, description, agreed)?;
+            columns::verify(rule, cataloged, agreed)?;
             if options.binary {
                 columns::verify_binary(rule, cataloged, agreed)?;
             }
+            constants::verify(client, rule, cataloged).await?;
         }
     }
     Ok(())

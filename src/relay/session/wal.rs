@@ -167,7 +167,7 @@ async fn take_over(
     let tables = catalog::read_tables(client, options, publication, found.agreed()).await?;
     let cataloged = schemas::catalog(client, Some(publication), &tables.found).await?;
     let routes_agreed = schemas::agreed(client, name).await?;
-    schemas::verify(options, &cataloged, &routes_agreed)?;
+    schemas::verify(client, options, &cataloged, &routes_agreed).await?;
     if let Some(pid) = slot.and_then(|slot| slot.active_pid) {
         // Before the checkpoint is taken: a relay on another broker or vhost, which has another
         // lock, continues undisturbed.

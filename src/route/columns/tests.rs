@@ -230,3 +230,32 @@ fn an_id_is_keyed_where_what_it_is_made_of_is_hidden() {
     assert!(keyed(Identity::Nothing, &abc()), "ids of its inserts are made of all columns");
     assert!(!keyed(Identity::Full, &ColumnRules::default()));
 }
+
+#[test]
+fn a_default_that_its_column_cannot_have_is_never_part_of_a_body() {
+    for (type_oid, fits, wrong) in [
+        (oid::JSONB, "{\"a\": 1}", "{\"a\": 1"),
+        (oid::JSON, "1e400", "none"),
+        (3807, "{1,\"{}\"}", "{x}"),
+        (oid::BOOL, "t", "yes"),
+        (oid::FLOAT8, "NaN", "1e400"),
+        (1007, "{1}", "[1]"),
+    ] {
+        let table = Arc::new(Table {
+            columns: vec![Column::new("id", oid::INT4, -1), Column::new("a", type_oid, -1)],
+            ..Table::clone(&table(&["id", "a"], Identity::Columns(vec![0])))
+        });
+        for (default, is_sent) in [(fits, true), (wrong, false)] {
+            let default = vec![("a".to_owned(), Constant::Text(default.to_owned()))];
+            let map = Map { default, ..Map::default() };
+            let rules = ColumnRules::default();
+            let columns = columns(&rules, &map, &table, &[], &Hidden::default());
+            let sent = columns.sent(&event(&table, [text("1"), Value::Null].into()));
+            match (&row(&sent)[1], is_sent) {
+                (Value::Text(_), true) => {}
+                (Value::Unreadable(value), false) => assert!(value.why.contains("map.default")),
+                (other, _) => panic!("{type_oid} {map:?} {other:?}"),
+            }
+        }
+    }
+}

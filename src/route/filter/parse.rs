@@ -138,8 +138,16 @@ impl Parser<'_> {
         };
         self.advance()?;
         let name = if name == Name::Word("headers".into()) && self.sign(".")? {
-            let (Token::Word(header) | Token::Quoted(header)) = self.token.clone() else {
-                return Err(self.expected("the name of a header"));
+            let header = match self.token.clone() {
+                Token::Word(_) if self.text[self.at..].starts_with(['-', '.']) => {
+                    let is_part = |c: char| c.is_alphanumeric() || "_-.$".contains(c);
+                    let rest = &self.text[self.begin..];
+                    let name = &rest[..rest.find(|c| !is_part(c)).unwrap_or(rest.len())];
+                    let what = format!("{name} must be in double quotes: headers.\"{name}\"");
+                    return Err(self.wrong(&what));
+                }
+                Token::Word(header) | Token::Quoted(header) => header,
+                _ => return Err(self.expected("the name of a header")),
             };
             self.advance()?;
             Name::Header(header)

@@ -6,10 +6,12 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 use super::*;
+use crate::column::{Types, UserType, oid};
+use crate::error::Kind;
 use crate::event::hidden::Hide;
 use crate::event::{Column, Identity, OutboxPayload};
 use crate::position::Position;
-use crate::route::description::DescribedColumn;
+use crate::route::rules::column_type::{ColumnType, ColumnTypes, JudgedForm};
 
 fn table() -> Arc<Table> {
     let column = |(name, type_oid): (&str, u32)| Column::new(name, type_oid, -1);
@@ -158,7 +160,7 @@ fn an_outbox_event_is_judged_by_its_fields_and_headers() {
             payload: OutboxPayload::Json(Bytes::from_static(b"1")),
             content_type: None,
             headers: headers.map(|json| Bytes::from_static(json.as_bytes())),
-            traceparent: None,
+            traceparent: headers.is_some().then(|| "00-1".into()),
             columns: None,
             shown: Vec::new(),
         };
@@ -175,10 +177,12 @@ fn an_outbox_event_is_judged_by_its_fields_and_headers() {
         ("headers.vip", true),
         ("headers.none is null and headers.missing is null", true),
         ("headers.missing = 'a'", false),
+        ("headers.traceparent is not null and headers.traceparent = '00-1'", true),
     ] {
         assert_eq!(judge(filter, Some(headers)), expected, "{filter}");
     }
     assert!(!judge("headers.vip", None), "a header that is not there is null");
+    assert!(!judge("headers.traceparent is not null", None));
 }
 
 #[test]
@@ -199,6 +203,11 @@ fn a_mistake_is_shown_at_its_place() {
         ("total = 1 # comment", "'#' means nothing here at character 11"),
         ("and", "expected a name at character 1"),
         ("headers. = 'a'", "expected the name of a header"),
+        (
+            "headers.tenant-id = 'a'",
+            "tenant-id must be in double quotes: headers.\"tenant-id\" at character 9",
+        ),
+        ("headers.a.b = 'a'", "a.b must be in double quotes: headers.\"a.b\""),
         ("tü = 'a' x", "at character 10"),
     ] {
         let error = Filter::parse(filter).unwrap_err().to_string();
@@ -217,25 +226,143 @@ fn names_and_types_are_held_against_what_there_is() {
     assert!(parse("headers.a = 'x'").verify_table(false).is_err());
     assert!(parse("status = 'x'").verify_table(true).is_err());
     assert!(parse("op = 'insert'").verify_table(true).is_ok());
-    let describe = |column: &Column| DescribedColumn {
-        name: column.name.clone(),
-        type_oid: column.type_oid,
-        type_modifier: -1,
+}
+
+fn types() -> ColumnTypes {
+    let of = |(name, type_name, base, category): (&str, &str, u32, u8)| {
+        (name.to_owned(), ColumnType { name: type_name.into(), base, category })
     };
-    let columns = table().columns.iter().map(describe).collect();
-    let now = Description { columns, ..Description::default() };
+    [
+        ("status", "text", oid::TEXT, b'S'),
+        ("total", "numeric", oid::NUMERIC, b'N'),
+        ("open", "boolean", oid::BOOL, b'B'),
+        ("price", "public.price", oid::NUMERIC, b'N'),
+        ("list", "integer[]", 1007, b'A'),
+        ("at", "timestamp with time zone", oid::TIMESTAMPTZ, b'D'),
+        ("day", "date", oid::DATE, b'D'),
+        ("json", "jsonb", oid::JSONB, b'U'),
+        ("bytes", "bytea", oid::BYTEA, b'U'),
+        ("mood", "public.mood", 20_000, b'E'),
+        ("money", "money", oid::MONEY, b'N'),
+        ("code", "character(5)", oid::BPCHAR, b'S'),
+        ("mail", "public.citext", 20_001, b'S'),
+        ("id", "uuid", oid::UUID, b'U'),
+    ]
+    .map(of)
+    .into()
+}
+
+#[test]
+fn a_comparison_that_a_type_cannot_have_is_refused_with_column_and_type() {
     for (filter, expected) in [
-        ("status = 1", Some("compares \"status\" with a number; expected a text")),
-        ("total in (1, '2')", Some("compares \"total\" with a text in single quotes")),
-        ("status", Some("expected a text in single quotes")),
-        ("open = 'x' or not total", Some("expected true or false")),
-        ("op = 1", Some("compares \"op\" with a number")),
-        ("status = 'x' and total > 1 and open and gone = 1", None),
+        ("status = 1", "compares \"status\" (text) with a number; expected a text"),
+        ("total in (1, '2')", "compares \"total\" (numeric) with a text in single quotes"),
+        ("status", "with true or false; expected a text in single quotes"),
+        ("open = 'x' or not total", "expected true or false"),
+        ("price = 'abc'", "compares \"price\" (public.price) with a text"),
+        ("list = 1", "compares \"list\" (integer[]) with a number; expected a text"),
+        ("list", "compares \"list\" (integer[]) with true or false; expected a text"),
+        ("at > 5", "compares \"at\" (timestamp with time zone) with a number; expected a time"),
+        ("at > 'x'", "with \"x\"; expected a time in UTC such as '2024-01-31'"),
+        ("day = '31.1.2024'", "expected a date such as '2024-01-31'"),
+        ("json = true", "compares \"json\" (jsonb) with true or false; expected a text"),
+        ("bytes = 5", "compares \"bytes\" (bytea) with a number"),
+        ("mood = 5", "compares \"mood\" (public.mood) with a number"),
+        (
+            "mood > 'hi'",
+            "compares \"mood\" (public.mood) with >, but values of this type have no order here; \
+             allowed are =, != and in, with a text in single quotes",
+        ),
+        ("money > 100", "compares \"money\" (money) with >, but values of this type have no"),
     ] {
-        let error = parse(filter).verify_types(&now).err().map(|error| error.to_string());
-        match expected {
-            None => assert_eq!(error, None),
-            Some(text) => assert!(error.as_ref().is_some_and(|e| e.contains(text)), "{error:?}"),
+        let error = Filter::parse(filter).unwrap().verify_types(&types()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Refused);
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    for filter in [
+        "status = 'x' and total > 1 and open and gone = 1 and price >= 1.5 and id < 'a'",
+        "list = '{1}' and json != '{}' and mood in ('lo', 'hi') and money = '$1.00'",
+        "at >= '2024-01-31' and at < '2024-01-31T10:00:00Z' and day = '2024-01-31'",
+        "code = 'a' and mail > 'a' and list is null and not json is null",
+    ] {
+        Filter::parse(filter).unwrap().verify_types(&types()).unwrap();
+    }
+    let judged = "mood = 'a' and list in ('b') and at > '2024-01-31' and id = 'c' and id < 'd' and \
+        status = 'e' and code = 'f' and mail = 'g' and op = 'insert' and total = 1";
+    let judged = Filter::parse(judged).unwrap();
+    let asked: Vec<_> =
+        judged.judged(&types()).iter().map(|j| (j.text.to_string(), j.form)).collect();
+    let exact = |text: &str| (text.to_owned(), JudgedForm::Exact);
+    let at = ("2024-01-31".to_owned(), JudgedForm::Any);
+    assert_eq!(asked, [exact("a"), exact("b"), at, exact("c")]);
+}
+
+#[test]
+fn an_operation_that_never_comes_is_refused() {
+    let all = "'insert', 'update', 'delete', 'truncate', 'read'";
+    for (filter, expected) in [
+        ("op = 'upsert'", format!("compares \"op\" with 'upsert'; op can be {all}")),
+        ("op in ('insert', 'bogus')", "compares \"op\" with 'bogus'".to_owned()),
+        ("not op != 'bogus'", "compares \"op\" with 'bogus'".to_owned()),
+        ("op > 'insert'", "compares \"op\" with >; allowed are =, != and in".to_owned()),
+        ("op = 1", format!("compares \"op\" with a number; expected {all}")),
+        ("op", "compares \"op\" with true or false".to_owned()),
+    ] {
+        let error = Filter::parse(filter).unwrap().verify_table(false).unwrap_err().to_string();
+        assert!(error.contains(&expected), "{error}");
+    }
+    for (filter, expected) in [
+        ("op = 'update'", "op of an outbox event can be 'insert'"),
+        ("op in ('insert', 'delete')", "compares \"op\" with 'delete'"),
+        ("op != 'upsert'", "compares \"op\" with 'upsert'"),
+        ("event_type = 5", "compares \"event_type\" with a number; expected a text"),
+        ("not aggregate_id", "compares \"aggregate_id\" with true or false; expected a text"),
+    ] {
+        let error = Filter::parse(filter).unwrap().verify_outbox().unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    let filter = "op != 'delete' and op = 'insert' and aggregate_id > 5 and headers.a = 5";
+    Filter::parse(filter).unwrap().verify_outbox().unwrap();
+    for op in ["insert", "update", "delete", "truncate", "read"] {
+        let filter = Filter::parse(&format!("op = '{op}' and \"op\" = 'x'")).unwrap();
+        filter.verify_table(false).unwrap();
+    }
+}
+
+#[test]
+fn blanks_at_the_end_of_char_n_do_not_count_and_times_are_compared_as_times() {
+    const CODE: u32 = 20_000;
+    const AT: u32 = 20_001;
+    let domains = Types(
+        [(CODE, UserType::Domain(oid::BPCHAR, 9)), (AT, UserType::Domain(oid::TIMESTAMPTZ, -1))]
+            .into(),
+    );
+    for (code, at) in [(oid::BPCHAR, oid::TIMESTAMPTZ), (CODE, AT)] {
+        let columns = [("code", code), ("at", at)];
+        let columns = columns.map(|(name, type_oid)| Column::of(name, type_oid, -1, &domains));
+        let table = Arc::new(Table { columns: columns.into(), ..Table::clone(&table()) });
+        let passes = |filter: &str, code: &'static str, at: &'static str| {
+            let new = [code, at].map(|text| Value::Text(text.into())).into();
+            let event = event(Content::Change(Change::Insert { new }));
+            let filter = Filter::parse(filter).unwrap();
+            filter.bind(Some(&table), &Hidden::default()).passes(&event)
+        };
+        let late = "2024-06-01 10:00:00.5+00";
+        for (filter, expected) in [
+            ("code = 'a'", true),
+            ("code in ('b', 'a  ')", true),
+            ("code != 'a'", false),
+            ("code > 'a'", false),
+            ("code = ' a'", false),
+            ("at > '2024-06-01T10:00:00Z'", true),
+            ("at = '2024-06-01T10:00:00.500Z'", true),
+            ("at <= '2024-06-01'", false),
+        ] {
+            assert_eq!(passes(filter, "a    ", late), expected, "{filter}");
         }
+        assert!(passes("at <= '2024-06-01' and at >= '2024-06-01'", "", "2024-06-01 00:00:00+00"));
+        assert!(passes("at < '2024-06-01'", "", "0044-03-15 00:00:00+00 BC"));
+        assert!(passes("at > '2024-06-01'", "", "infinity"));
+        assert!(passes("at > '2024-06-01'", "", "12024-01-01 00:00:00+00"));
     }
 }
