@@ -8,6 +8,8 @@
 //! What is needed again later, the route and the key's text, is noted beside the bytes; nothing
 //! here reads them back.
 
+mod largest;
+
 use uuid::Uuid;
 use xxhash_rust::xxh64::xxh64;
 
@@ -102,7 +104,7 @@ impl Message {
         let Parts { key, routing_key, properties, body } = parts;
         let routing_key_len = check_short("routing key", routing_key)?;
         if properties.len() > PROPERTIES_MAX {
-            return Err(too_long(properties.len()));
+            return Err(too_long(properties));
         }
         Ok(Self {
             buf: [key.as_bytes(), routing_key.as_bytes(), properties, body].concat().into(),
@@ -346,9 +348,9 @@ impl<'a> Builder<'a> {
                 self.buf.extend_from_slice(&properties.timestamp.to_be_bytes());
             }
         }
-        let properties_len = self.buf.len() - usize::from(self.routing_key_len);
-        if properties_len > PROPERTIES_MAX {
-            return Err(too_long(properties_len));
+        let written = &self.buf[usize::from(self.routing_key_len)..];
+        if written.len() > PROPERTIES_MAX {
+            return Err(too_long(written));
         }
         let properties_end = self.buf.len() as u32;
         write_body(self.buf);
@@ -404,10 +406,15 @@ fn text_len(name: &str, value: &[u8]) -> Result<[u8; 4]> {
     Ok(len.to_be_bytes())
 }
 
-fn too_long(properties_len: usize) -> Error {
+fn too_long(properties: &[u8]) -> Error {
+    let largest = match largest::largest_header(properties) {
+        Some((name, len)) => format!("; the largest header, {name:?}, has {len}"),
+        None => String::new(),
+    };
+    let len = properties.len();
     Error::event(format!(
-        "message properties and headers have {properties_len} bytes, at most {PROPERTIES_MAX} are \
-         allowed"
+        "message properties and headers have {len} bytes, at most {PROPERTIES_MAX} are \
+         allowed{largest}"
     ))
 }
 
@@ -522,6 +529,9 @@ mod tests {
         builder.header_text("big", &vec![b'x'; PROPERTIES_MAX]).unwrap();
         let error = builder.finish(ExchangeId(0), RouteId(0), |_| {}).unwrap_err();
         assert_eq!(error.kind(), crate::error::Kind::Event);
+        // A length of one byte, the name, a type, a length of four bytes, the text.
+        let told = format!("the largest header, \"big\", has {}", PROPERTIES_MAX + 9);
+        assert!(error.to_string().ends_with(&told), "{error}");
         let error = Builder::new(&mut scratch, &long, PROPERTIES).err().unwrap();
         assert!(
             error.to_string().starts_with("routing key has 256 bytes, AMQP allows at most 255")
