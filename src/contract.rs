@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use jsonschema::error::ValidationErrorKind;
 use jsonschema::{PatternOptions, ValidationError, Validator};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 
@@ -20,13 +20,23 @@ use crate::error::{Error, Result};
 pub const CHECKED_MAX: usize = 4 << 20;
 /// Most bytes of a schema.
 pub const SCHEMA_MAX: usize = 1 << 20;
+/// How deep a document that is checked is nested, and a schema: the limit of the JSON parser.
+const DEPTH_MAX: usize = 127;
+/// The drafts of JSON Schema, by what `$schema` has.
+const DRAFTS: [&str; 5] = [
+    "https://json-schema.org/draft/2020-12/schema",
+    "https://json-schema.org/draft/2019-09/schema",
+    "http://json-schema.org/draft-07/schema",
+    "http://json-schema.org/draft-06/schema",
+    "http://json-schema.org/draft-04/schema",
+];
 /// Most bytes of a place in a document that are shown: names of members can be anybody's data.
 const PLACE_MAX: usize = 200;
 
 /// A compiled schema.
 pub struct Contract {
     file: String,
-    text: String,
+    text: Vec<u8>,
     validator: Validator,
 }
 
@@ -45,33 +55,32 @@ impl PartialEq for Contract {
 impl Eq for Contract {}
 
 impl Contract {
-    /// Compiles the schema `text` of `file`.
+    /// Compiles the schema `text` of `file`, of which no more than one byte too many is needed.
     ///
     /// # Errors
     /// [`crate::error::Kind::Config`] with the place in the schema and what is wrong there.
-    pub fn compile(file: &str, text: &str) -> Result<Self> {
+    pub fn compile(file: &str, text: &[u8]) -> Result<Self> {
         let wrong = |what: String| Error::config(format!("contract {file:?}: {what}"));
         if text.len() > SCHEMA_MAX {
-            let len = text.len();
-            return Err(wrong(format!("the schema has {len} bytes, at most {SCHEMA_MAX}")));
+            return Err(wrong(format!("the schema has more than {SCHEMA_MAX} bytes")));
         }
-        let schema: Value =
-            serde_json::from_str(text).map_err(|e| wrong(format!("it is not JSON: {e}")))?;
-        let options = jsonschema::options()
-            .offline()
-            .should_validate_formats(true)
-            .with_pattern_options(PatternOptions::regex());
-        let validator = options.build(&schema).map_err(|error| {
-            let place = match error.instance_path().as_str() {
-                "" => "at its top".to_owned(),
-                place => format!("at {place}"),
-            };
-            wrong(format!("{place}: {error}")).hint(
-                "schemas must be self-contained: $ref only within the file; patterns have neither \
-                 look-around nor back-references",
-            )
+        let schema: Value = serde_json::from_slice(text).map_err(|error| {
+            wrong(match beyond(&error) {
+                Some(what) => format!("the schema has {what}, {}", place(&error)),
+                None => format!("it is not JSON: {error}"),
+            })
         })?;
-        Ok(Self { file: file.to_owned(), text: text.to_owned(), validator })
+        match compiled(&schema) {
+            Ok(validator) => Ok(Self { file: file.to_owned(), text: text.to_owned(), validator }),
+            Err(error) => {
+                let (what, hint) = uncompiled(&schema, &error);
+                let error = wrong(what);
+                Err(match hint {
+                    Some(hint) => error.hint(hint),
+                    None => error,
+                })
+            }
+        }
     }
 
     /// The file it was read from, as the configuration has it.
@@ -93,10 +102,11 @@ impl Contract {
         }
         // What serde says can show a value.
         let document: Value = serde_json::from_slice(document).map_err(|error| {
-            let (line, column) = (error.line(), error.column());
-            Error::event(format!(
-                "contract {file:?}: the body is not JSON, at line {line}, column {column}"
-            ))
+            let place = place(&error);
+            Error::event(match beyond(&error) {
+                Some(what) => format!("contract {file:?}: the body has {what}, {place}"),
+                None => format!("contract {file:?}: the body is not JSON, {place}"),
+            })
         })?;
         let is_excused = |error: &ValidationError<'_>| match error.kind() {
             ValidationErrorKind::Required { property: Value::String(name) } => {
@@ -127,6 +137,87 @@ impl Contract {
         );
         Error::event(text).hint("fix what the application writes, or change the contract")
     }
+}
+
+fn compiled(schema: &Value) -> std::result::Result<Validator, ValidationError<'static>> {
+    let options = jsonschema::options()
+        .offline()
+        .should_validate_formats(true)
+        .with_pattern_options(PatternOptions::regex());
+    options.build(schema)
+}
+
+/// Why a schema cannot be compiled, and what to do.
+fn uncompiled(schema: &Value, error: &ValidationError<'_>) -> (String, Option<String>) {
+    if let Some(Value::String(draft)) = schema.get("$schema")
+        && !DRAFTS.contains(&draft.trim_end_matches('#'))
+    {
+        let what = format!("at /$schema: {draft:?} is not known");
+        return (what, Some(format!("use one of: {}", DRAFTS.join(", "))));
+    }
+    let at = match error.instance_path().as_str() {
+        "" => "at its top".to_owned(),
+        place => format!("at {place}"),
+    };
+    if let (ValidationErrorKind::Format { format }, Value::String(pattern)) =
+        (error.kind(), error.instance().as_ref())
+        && format == "regex"
+    {
+        return match compiled(&json!({ "pattern": without_counts(pattern) })) {
+            Ok(_) => {
+                let what = format!("{at}: the pattern {pattern:?} is too large when compiled");
+                (what, Some("use smaller numbers of repetitions".to_owned()))
+            }
+            Err(_) => {
+                let what = format!("{at}: {pattern:?} is not a pattern that can be used");
+                let hint = "correct it; patterns have neither look-around nor back-references";
+                (what, Some(hint.to_owned()))
+            }
+        };
+    }
+    let hint = matches!(error.kind(), ValidationErrorKind::Referencing(_))
+        .then(|| "schemas must be self-contained: $ref only within the file".to_owned());
+    (format!("{at}: {error}"), hint)
+}
+
+/// The pattern with `{1}` for every number of repetitions.
+fn without_counts(pattern: &str) -> String {
+    let mut out = String::new();
+    let mut rest = pattern;
+    while let Some(begin) = rest.find('{') {
+        let (before, from) = rest.split_at(begin);
+        out.push_str(before);
+        let is_count = |c: char| c.is_ascii_digit() || c == ',';
+        let inside = from[1..].find(|c| !is_count(c)).unwrap_or(0);
+        rest = match from[1 + inside..].strip_prefix('}') {
+            Some(after) if inside > 0 => {
+                out.push_str("{1}");
+                after
+            }
+            _ => {
+                out.push('{');
+                &from[1..]
+            }
+        };
+    }
+    out + rest
+}
+
+/// What a document has that is JSON, and more than is read.
+fn beyond(error: &serde_json::Error) -> Option<String> {
+    // The parser tells these only in words, which show no value.
+    let told = error.to_string();
+    if told.starts_with("number out of range") {
+        Some("a number beyond what a double holds".to_owned())
+    } else if told.starts_with("recursion limit exceeded") {
+        Some(format!("parts nested more than {DEPTH_MAX} deep"))
+    } else {
+        None
+    }
+}
+
+fn place(error: &serde_json::Error) -> String {
+    format!("at line {}, column {}", error.line(), error.column())
 }
 
 /// The contracts of a route.
@@ -166,7 +257,7 @@ mod tests {
     }"##;
 
     fn violation(document: &str, absent: &[&str]) -> String {
-        let contract = Contract::compile("c.json", ORDER).unwrap();
+        let contract = Contract::compile("c.json", ORDER.as_bytes()).unwrap();
         match contract.check(document.as_bytes(), absent) {
             Ok(()) => String::new(),
             Err(error) => {
@@ -196,8 +287,6 @@ mod tests {
         assert_eq!(code, of("/code", "pattern", "/properties/code/pattern"));
         let wrong = violation("{\"id\": secret}", &[]);
         assert_eq!(wrong, "contract \"c.json\": the body is not JSON, at line 1, column 8");
-        let deep = "[".repeat(100_000);
-        assert!(violation(&deep, &[]).contains("is not JSON"));
         let large = format!("\"{}\"", "x".repeat(CHECKED_MAX));
         assert!(violation(&large, &[]).contains("at most 4194304 are checked"));
     }
@@ -214,15 +303,71 @@ mod tests {
             (r#"{"pattern": "(a+)+(?=b)"}"#, "contract \"c.json\""),
             (r#"{"pattern": "("}"#, "contract \"c.json\""),
         ] {
-            let error = Contract::compile("c.json", schema).expect_err(schema);
+            let error = Contract::compile("c.json", schema.as_bytes()).expect_err(schema);
             assert_eq!(error.kind(), Kind::Config);
             assert!(error.to_string().contains(text), "{schema}: {error}");
         }
     }
 
     #[test]
+    fn what_is_json_but_more_than_is_read_is_not_called_something_else() {
+        let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+        for (document, told) in [
+            (nested(DEPTH_MAX + 1), "the body has parts nested more than 127 deep, at line 1"),
+            ("[".repeat(100_000), "the body has parts nested more than 127 deep, at line 1"),
+            (
+                "{\"a\": 1e400}".to_owned(),
+                "the body has a number beyond what a double holds, at line 1, column 11",
+            ),
+        ] {
+            let violation = violation(&document, &[]);
+            assert!(violation.contains(told), "{violation}");
+            assert!(!violation.contains("not JSON"), "{violation}");
+        }
+        assert!(!violation(&nested(DEPTH_MAX), &[]).contains("nested"));
+    }
+
+    #[test]
+    fn why_a_schema_cannot_be_used_is_told_with_what_to_do() {
+        let large = format!("{{\"title\": \"{}\"}}", "x".repeat(SCHEMA_MAX));
+        let drafts = "use one of: https://json-schema.org/draft/2020-12/schema, ";
+        for (schema, told, hint) in [
+            (&*large, "the schema has more than 1048576 bytes", ""),
+            (r#"{"enum": [1e400]}"#, "the schema has a number beyond what a double holds", ""),
+            (
+                r#"{"properties": {"a": {"pattern": "^(\\p{L}{1,100}){1,100}$"}}}"#,
+                "at /properties/a/pattern: the pattern \"^(\\\\p{L}{1,100}){1,100}$\" is too large",
+                "smaller numbers of repetitions",
+            ),
+            (
+                r#"{"pattern": "^(?!x)"}"#,
+                "at /pattern: \"^(?!x)\" is not a pattern that can be used",
+                "neither look-around nor back-references",
+            ),
+            (
+                r#"{"$schema": "http://json-schema.org/draft-99/schema#"}"#,
+                "at /$schema: \"http://json-schema.org/draft-99/schema#\" is not known",
+                drafts,
+            ),
+            (r#"{"$ref": "other.json"}"#, "contract \"c.json\"", "$ref only within the file"),
+            (r#"{"type": "strin"}"#, "at /type", ""),
+        ] {
+            let error = Contract::compile("c.json", schema.as_bytes()).expect_err(told);
+            assert!(error.to_string().contains(told), "{error}");
+            assert_eq!(error.hint_text().is_some(), !hint.is_empty(), "{error}");
+            assert!(error.hint_text().unwrap_or_default().contains(hint), "{error}");
+        }
+        for draft in DRAFTS {
+            for end in ["", "#"] {
+                let schema = format!("{{\"$schema\": \"{draft}{end}\"}}");
+                assert!(Contract::compile("c.json", schema.as_bytes()).is_ok(), "{schema}");
+            }
+        }
+    }
+
+    #[test]
     fn a_pattern_that_backtracks_elsewhere_ends_at_once() {
-        let contract = Contract::compile("c.json", r#"{"pattern": "^(a+)+$"}"#).unwrap();
+        let contract = Contract::compile("c.json", br#"{"pattern": "^(a+)+$"}"#).unwrap();
         let document = format!("\"{}b\"", "a".repeat(1_000_000));
         assert!(contract.check(document.as_bytes(), &[]).is_err());
     }

@@ -19,6 +19,15 @@ pub(super) fn contracts(t: &mut Section<'_>) -> Contracts {
     }
     let mut of_types = t.table(CONTRACTS, "such as { placed = \"contracts/placed.json\" }");
     for event_type in of_types.keys() {
+        if matches!(event_type, "" | "*") {
+            let path = of_types.path("");
+            let table = path.trim_end_matches('.');
+            let text = format!(
+                "{table} names {event_type:?}, which is not an event type; the \
+                                contract of all other events is the key contract"
+            );
+            of_types.problem(event_type, text);
+        }
         match of_types.scalar(event_type) {
             Some(Scalar::Text(file)) if !file.is_empty() => {
                 if let Some(contract) = compiled(&of_types, event_type, &file) {
@@ -36,7 +45,7 @@ pub(super) fn contracts(t: &mut Section<'_>) -> Contracts {
 }
 
 fn compiled(t: &Section<'_>, key: &str, file: &str) -> Option<Arc<Contract>> {
-    match read(t, file).and_then(|text| Contract::compile(file, &text)) {
+    match read(t, file).and_then(|schema| Contract::compile(file, &schema)) {
         Ok(contract) => Some(Arc::new(contract)),
         Err(error) => {
             t.error(key, &error);
@@ -45,15 +54,15 @@ fn compiled(t: &Section<'_>, key: &str, file: &str) -> Option<Arc<Contract>> {
     }
 }
 
-fn read(t: &Section<'_>, file: &str) -> Result<String> {
+fn read(t: &Section<'_>, file: &str) -> Result<Vec<u8>> {
     let path = t.directory().join(file);
-    let mut text = String::new();
+    let mut schema = Vec::new();
     // One byte more than is allowed says that there is more.
     let limit = SCHEMA_MAX as u64 + 1;
     let read =
-        std::fs::File::open(&path).and_then(|file| file.take(limit).read_to_string(&mut text));
+        std::fs::File::open(&path).and_then(|file| file.take(limit).read_to_end(&mut schema));
     let path = path.display();
-    read.map(|_| text).map_err(|error| {
+    read.map(|_| schema).map_err(|error| {
         Error::config(format!("contract {file:?} cannot be read: {error} ({path})"))
     })
 }
