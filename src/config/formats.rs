@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::section::Section;
+use super::section::{Scalar, Section};
 use crate::column::debezium::{
     BinaryHandling, DecimalHandling, HstoreHandling, IntervalHandling, MONEY_DIGITS_MAX,
     TimePrecision, ValueForms,
@@ -89,6 +89,7 @@ enum Key {
 
 fn debezium(t: &mut Section<'_>, is_table: bool, relay: &str) -> (Debezium, Key) {
     let default = default_debezium(relay);
+    let first = t.asked();
     let values = values(t, default.values);
     let keys = [
         ("template", Key::Template),
@@ -116,16 +117,53 @@ fn debezium(t: &mut Section<'_>, is_table: bool, relay: &str) -> (Debezium, Key)
         tombstone_body: debezium.tombstone_body,
         ..default_debezium(relay)
     };
+    let given = t.given_since(first);
     if !is_table && of_outbox != debezium {
-        let text = "an outbox route has the options of the event router, routing_key and \
-                    tombstone_body; the others are for tables (docs/formats.md)";
-        t.problem("", format!("{}{text}", t.path("")));
-    }
-    if is_table && debezium.router != EventRouter::default() {
-        let text = "the options of the event router are for outbox routes (docs/formats.md)";
-        t.problem("", format!("{}{text}", t.path("")));
+        let allowed = format!("{}, {}", OF_BOTH.join(", "), OF_ROUTER.join(", "));
+        let of_tables = |key: &&str| !OF_BOTH.contains(key) && !OF_ROUTER.contains(key);
+        for key in given.into_iter().filter(of_tables) {
+            let shown = shown(t, key);
+            let text = format!("{shown} is for routes of tables; an outbox route has: {allowed}");
+            t.problem(key, text);
+        }
+    } else if is_table && debezium.router != EventRouter::default() {
+        for key in given.into_iter().filter(|key| OF_ROUTER.contains(key)) {
+            let shown = shown(t, key);
+            t.problem(key, format!("{shown} is for outbox routes; remove it"));
+        }
     }
     (debezium, key)
+}
+
+/// The options that any route has.
+const OF_BOTH: [&str; 2] = ["routing_key", "tombstone_body"];
+
+/// The options of the outbox event router.
+const OF_ROUTER: [&str; 8] = [
+    PLACEMENT,
+    "missing_field",
+    "expand_json_payload",
+    "json_null",
+    "json_empty_array",
+    "tombstone_on_empty_payload",
+    "payload_as_string",
+    "quoted_id",
+];
+
+const PLACEMENT: &str = "additional_placement";
+
+/// The key with its value.
+fn shown<'f>(t: &mut Section<'f>, key: &'f str) -> String {
+    let path = t.path(key);
+    if key == PLACEMENT {
+        return path;
+    }
+    match t.scalar(key) {
+        Some(Scalar::Text(text)) => format!("{path} = {text:?}"),
+        Some(Scalar::Int(number)) => format!("{path} = {number}"),
+        Some(Scalar::Bool(yes)) => format!("{path} = {yes}"),
+        None => path,
+    }
 }
 
 fn values(t: &mut Section<'_>, default: ValueForms) -> ValueForms {
@@ -188,7 +226,6 @@ fn skipped(t: &mut Section<'_>) -> Vec<Op> {
 }
 
 fn router(t: &mut Section<'_>) -> EventRouter {
-    const PLACEMENT: &str = "additional_placement";
     const EXPECTED: &str = "\"field:header\" or \"field:envelope\", with \":alias\" behind it if \
                             its name is another";
     let mut placements = Vec::new();
@@ -204,6 +241,18 @@ fn router(t: &mut Section<'_>) -> EventRouter {
             continue;
         }
         let in_body = place == "envelope";
+        let is_same = |other: &Placement| other.in_body == in_body && other.name == name;
+        // The router itself makes these.
+        let own = if in_body { "payload" } else { "id" };
+        if name == own || placements.iter().any(is_same) {
+            let whose = if name == own { "the router itself" } else { "another field" };
+            let expected = format!(
+                "an alias of its own, such as {:?}: {whose} has the name {name:?} in the {place}",
+                format!("{field}:{place}:{name}2")
+            );
+            t.invalid(PLACEMENT, format!("{text:?}"), expected);
+            continue;
+        }
         if !in_body && crate::envelope::is_reserved_header(name) {
             t.invalid(PLACEMENT, format!("{text:?}"), "a header other than CC, BCC, x-* and ws-*");
         }

@@ -95,7 +95,11 @@ pub(super) fn write_headers(
         true => builder.header_text("id", format!("\"{id}\"").as_bytes())?,
         false => builder.header_text("id", id.as_bytes())?,
     }
-    each_placed(event, row, router, false, |name, value| headers::write_one(builder, name, value))
+    each_placed(event, row, router, false, |name, value| {
+        // The field of the outbox with this name stands before others.
+        let is_taken = name == "traceparent" && row.traceparent.is_some();
+        if is_taken { Ok(()) } else { headers::write_one(builder, name, value) }
+    })
 }
 
 /// Whether the router sets a header of this name itself.

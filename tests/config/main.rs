@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use toml::{Table, Value};
 use watership::config::Config;
 
+mod formats;
 mod outbox;
 mod polling;
 mod secrets;
