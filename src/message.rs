@@ -529,9 +529,6 @@ mod tests {
         builder.header_text("big", &vec![b'x'; PROPERTIES_MAX]).unwrap();
         let error = builder.finish(ExchangeId(0), RouteId(0), |_| {}).unwrap_err();
         assert_eq!(error.kind(), crate::error::Kind::Event);
-        // A length of one byte, the name, a type, a length of four bytes, the text.
-        let told = format!("the largest header, \"big\", has {}", PROPERTIES_MAX + 9);
-        assert!(error.to_string().ends_with(&told), "{error}");
         let error = Builder::new(&mut scratch, &long, PROPERTIES).err().unwrap();
         assert!(
             error.to_string().starts_with("routing key has 256 bytes, AMQP allows at most 255")

@@ -396,6 +396,20 @@ fn case_26_a_field_that_is_missing_is_an_error_or_ignored() {
 }
 
 #[test]
+fn a_field_that_is_placed_as_traceparent_does_not_send_that_header_twice() {
+    let mut event = user("{}", None);
+    let router = placing([place("type", "header", "traceparent")]);
+    let got = routed(&event, router.clone()).unwrap();
+    assert_eq!(text(&got, "traceparent").as_deref(), Some("UserCreated"));
+    let Content::Outbox(row) = &mut event.content else { unreachable!() };
+    row.traceparent = Some("00-1".into());
+    let got = routed(&event, router).unwrap();
+    assert_eq!(text(&got, "traceparent").as_deref(), Some("00-1"));
+    let sent = got.properties().windows(11).filter(|part| part == b"traceparent");
+    assert_eq!(sent.count(), 1);
+}
+
+#[test]
 fn case_d4_a_payload_can_be_a_string_with_json_in_it() {
     let router = EventRouter { payload_as_string: true, ..EventRouter::default() };
     let body = routed_body(&user("{\"a\": 1}", None), router);

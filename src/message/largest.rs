@@ -41,3 +41,37 @@ fn long(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     let (len, rest) = bytes.split_first_chunk()?;
     rest.split_at_checked(usize::try_from(u32::from_be_bytes(*len)).ok()?)
 }
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use crate::message::{Builder, ExchangeId, PROPERTIES_MAX, Properties, RouteId};
+
+    #[test]
+    fn headers_that_are_too_large_are_refused_with_the_name_of_the_largest() {
+        let properties = Properties {
+            content_type: "application/json",
+            message_id: Uuid::nil(),
+            timestamp: 1,
+            kind: "created",
+            app_id: "shop",
+        };
+        for largest in ["first", "middle", "last"] {
+            let mut scratch = Vec::new();
+            let mut builder = Builder::new(&mut scratch, "key", properties).unwrap();
+            for name in ["first", "middle", "last"] {
+                let len = if name == largest { PROPERTIES_MAX } else { 100 };
+                builder.header_int("int", 5).unwrap();
+                builder.header_bool("bool", true).unwrap();
+                builder.header_void("void").unwrap();
+                builder.header_text(name, &vec![b'x'; len]).unwrap();
+            }
+            let error = builder.finish(ExchangeId(0), RouteId(0), |_| {}).unwrap_err().to_string();
+            // Lengths of one byte and of four, and the type.
+            let len = PROPERTIES_MAX + largest.len() + 6;
+            let told = format!("are allowed; the largest header, {largest:?}, has {len}");
+            assert!(error.ends_with(&told), "{error}");
+        }
+    }
+}

@@ -489,6 +489,8 @@ mod tests {
         ];
         assert_eq!(told, expected);
         assert_eq!(before.differences(&before), []);
+        let array = column("c", 1231, (10 << 16 | 2) + 4);
+        assert_eq!(array.to_string(), "numeric(10,2)[]");
     }
 
     #[test]

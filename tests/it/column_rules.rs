@@ -266,7 +266,7 @@ async fn what_a_filter_drops_is_counted_and_a_row_that_leaves_it_is_told() {
     relay.stop().await.expect_code(0);
     let wrong = stage.configuration().replace("name in ('paid', 'sent')", "name in (1, 2)");
     stage.replace_configuration(&wrong);
-    let text = "compares \"name\" with a number; expected a text in single quotes";
+    let text = "compares \"name\" (text) with a number; expected a text in single quotes";
     stage.run(&["check"]).await.expect_code(1).expect_text(&[text]);
     stage.run(&["run"]).await.expect_code(1).expect_text(&[text]);
     stage.replace_configuration(&wrong.replace("name in (1, 2)", "name in (1, 2"));

@@ -160,8 +160,8 @@ async fn rules_that_do_not_fit_their_table_are_refused_before_anything_is_made()
     let sql = "CREATE TABLE public.items (id int PRIMARY KEY, name text, paid boolean)";
     client.batch_execute(sql).await.expect("a table");
     for (rules, told) in [
-        ("filter = \"name > 3\"", "compares \"name\" with a number"),
-        ("filter = \"paid = 'x'\"", "compares \"paid\" with a text"),
+        ("filter = \"name > 3\"", "compares \"name\" (text) with a number"),
+        ("filter = \"paid = 'x'\"", "compares \"paid\" (boolean) with a text"),
         ("filter = \"nmae = 'x'\"", "names column \"nmae\""),
         ("columns.hash = [\"mail\"]", "columns.hash names column \"mail\""),
         ("map.default = { paid = \"no\" }", "map.default of column \"paid\""),
