@@ -3,7 +3,9 @@
 
 use serde_json::json;
 
+use crate::support::servers::{own_database, own_vhost, postgres};
 use crate::support::stage::{Setup, Stage};
+use crate::support::waiting::until;
 
 const SQL: &str = "CREATE TYPE mood AS ENUM ('lo', 'hi'); CREATE DOMAIN price AS numeric(6,2); \
     CREATE DOMAIN flag AS boolean; CREATE DOMAIN numbers AS int[]; \
@@ -98,7 +100,7 @@ async fn defaults_of_every_type_make_a_body_of_valid_json() {
     stage.execute("ALTER TABLE t ALTER m TYPE jsonb USING NULL, ALTER v TYPE int USING 1").await;
     stage.execute("INSERT INTO t (id, v) VALUES (2, 1)").await;
     let parked = "SELECT coalesce(string_agg(error, ' '), '') FROM watership.parked";
-    crate::support::waiting::until("it is parked", async || {
+    until("it is parked", async || {
         stage.text(parked).await.contains("map.default of the column is not a value of its type")
     })
     .await;
@@ -142,4 +144,30 @@ async fn a_filter_that_no_row_passes_is_refused_with_column_and_type() {
     assert_eq!(got.len(), 1);
     assert_eq!(got[0].json()["key"], json!({"id": 2}));
     relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
+async fn a_type_that_the_relays_role_may_not_use_is_judged_by_its_form_alone() {
+    let (database, vhost) = (own_database().await, own_vhost().await);
+    let role = format!("{}_relay", database.name);
+    let sql = format!(
+        "CREATE ROLE {role} LOGIN REPLICATION; CREATE SCHEMA app; \
+         CREATE TYPE app.mood AS ENUM ('lo', 'hi'); CREATE DOMAIN app.body AS jsonb; \
+         CREATE TABLE public.t (id int PRIMARY KEY, m app.mood, j app.body)"
+    );
+    let routes = route("map = { default = { m = 'lo', j = '{}' } }\nfilter = \"m is null\"");
+    let source_url = &postgres().await.url(&role, &database.name);
+    let tables = &["public.t"];
+    let setup = Setup { sql: &sql, source_url, routes: &routes, tables, ..Setup::default() };
+    let stage = Stage::on(database, vhost, setup).await;
+    let relay = stage.start().await;
+    stage.execute("INSERT INTO t (id) VALUES (1)").await;
+    let got = stage.settled().await;
+    assert_eq!(got[0].json()["after"], json!({"id": 1, "m": "lo", "j": {}}));
+    relay.stop().await.expect_code(0);
+    stage.run(&["check"]).await.expect_code(0);
+    let wrong = stage.configuration().replace("j = '{}'", "j = '{]'");
+    stage.replace_configuration(&wrong);
+    let told = "map.default of column \"j\" (app.body) is \"{]\"";
+    stage.run(&["check"]).await.expect_code(1).expect_text(&[told]);
 }
