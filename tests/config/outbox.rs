@@ -8,6 +8,10 @@ fn each_mistake_in_the_outbox_is_named() {
         ("outbox.profile = 'debezium'", "outbox.profile is for a table of your own: set outbox.ta"),
         ("outbox.columns.id = 'a'", "outbox.columns is for a table of your own"),
         ("outbox.delete_after = '7d'", "outbox.delete_after is for a table of your own"),
+        (
+            "[[route]]\nname = 'r'\noutbox = {aggregate_type = 'o*'}\nexchange = 'x'",
+            "expected an aggregate type, or \"*\" alone for all",
+        ),
         ("outbox.table = 'events'", "outbox.table = \"events\" is invalid; expected \"schema.tab"),
         ("outbox.table = 'watership.outbox'", "a table outside the relay's own schema"),
         ("outbox = {table = 'a.b', retain = '1d'}", "outbox.retain is for the relay's own outbox"),

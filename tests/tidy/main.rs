@@ -46,11 +46,7 @@ const EXCEPTIONS: &[Exception] = &[
 ];
 
 /// What may stay although only tests use it.
-const KEPT: &[Kept] = &[Kept {
-    path: "src/config/mod.rs",
-    name: "parse",
-    why: "the tests hold configurations against the program without files and environment",
-}];
+const KEPT: &[Kept] = &[];
 
 type Rule = fn(&[Code]) -> Vec<String>;
 

@@ -2,9 +2,9 @@
 //!
 //! Four writers emit a given number of events a second, each waits for its commits; one consumer
 //! takes them. First without a backfill, then while a table is read, whose rows go to a queue that
-//! nobody reads, or another consumer. Finally the same rows again, without live events: on a route that drops them,
-//! which shows what reading costs, and to a broker that confirms everything at once and keeps
-//! nothing.
+//! nobody reads, or to another consumer. Finally the same rows again, without live events: on a
+//! route that drops them, which shows what reading costs, and to a broker that confirms everything
+//! at once and keeps nothing.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -82,15 +82,7 @@ pub async fn run(servers: &Servers, setup: Setup) -> Result<Backfill> {
     );
     let limit = unconfirmed.map(|most| format!("[backfill]\nmax_unconfirmed = {most}\n"));
     let routes = limit.unwrap_or_default() + &routes;
-    let make = format!(
-        "CREATE TABLE {TABLE} (id bigint PRIMARY KEY, name text, note text, at timestamptz); \
-         INSERT INTO {TABLE} SELECT g, 'customer-' || g, repeat('watership ', 12), now() \
-         FROM generate_series(1, {rows}) AS g; \
-         CREATE TABLE {DROPPED} (LIKE {TABLE} INCLUDING ALL); \
-         INSERT INTO {DROPPED} SELECT * FROM {TABLE}; \
-         CREATE TABLE {NOWHERE} (LIKE {TABLE} INCLUDING ALL); \
-         INSERT INTO {NOWHERE} SELECT * FROM {TABLE}; ANALYZE"
-    );
+    let make = tables_of(rows);
     let tables = [TABLE, DROPPED, NOWHERE];
     let installation = Installation::with_tables(servers, name, &make, &tables, &routes).await?;
     // What loading left to write is not the backfill's.
@@ -137,6 +129,19 @@ pub async fn run(servers: &Servers, setup: Setup) -> Result<Backfill> {
         dropped_rows_per_second: rows as f64 / dropped,
         null_rows_per_second: rows as f64 / nowhere,
     })
+}
+
+/// The statements that make the tables, each with this number of rows.
+fn tables_of(rows: u64) -> String {
+    format!(
+        "CREATE TABLE {TABLE} (id bigint PRIMARY KEY, name text, note text, at timestamptz); \
+         INSERT INTO {TABLE} SELECT g, 'customer-' || g, repeat('watership ', 12), now() \
+         FROM generate_series(1, {rows}) AS g; \
+         CREATE TABLE {DROPPED} (LIKE {TABLE} INCLUDING ALL); \
+         INSERT INTO {DROPPED} SELECT * FROM {TABLE}; \
+         CREATE TABLE {NOWHERE} (LIKE {TABLE} INCLUDING ALL); \
+         INSERT INTO {NOWHERE} SELECT * FROM {TABLE}; ANALYZE"
+    )
 }
 
 /// Asks for a backfill, and waits until it is done.

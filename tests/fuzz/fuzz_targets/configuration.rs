@@ -15,7 +15,7 @@ const BEFORE: &str = "name = 'shop'\nsource.url = 'postgres://r@h/d'\nbroker.url
 
 fuzz_target!(|data: &[u8]| {
     let Ok(text) = std::str::from_utf8(data) else { return };
-    // Nothing on this machine is to be read, and what stands in the file itself is no secret.
+    // Nothing on this machine is to be read, and the file itself holds no secrets.
     if text.contains("file:") || text.contains(SECRET) {
         return;
     }
