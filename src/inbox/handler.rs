@@ -51,6 +51,19 @@ pub(super) fn is_serialization(sqlstate: &str) -> bool {
     matches!(sqlstate, "40001" | "40P01")
 }
 
+/// The error at the end of a handler's transaction, with what the handler did to it: the server
+/// only says that a statement cannot be run there.
+pub(super) fn spoilt(error: Error) -> Error {
+    match error.sqlstate() {
+        // No transaction is open, or not the one with our savepoint.
+        Some("25P01" | "3B001") => error.context(
+            "the handler ended the transaction (COMMIT or ROLLBACK): leave that to the inbox",
+        ),
+        Some("25P02") => error.context("the handler hid an error of the database"),
+        _ => error,
+    }
+}
+
 impl<E: Into<Box<dyn StdError + Send + Sync>>> From<E> for HandlerError {
     fn from(error: E) -> Self {
         Self { source: error.into(), permanent: false }

@@ -20,7 +20,7 @@ use super::attempts::{ended, failed, has_killed, maintain, parked_for, started};
 use super::claim::{park, receive};
 use super::counters::Counters;
 use super::dead_letters::{self, DeadLetters, Reason};
-use super::handler::{HandlerError, is_serialization};
+use super::handler::{HandlerError, is_serialization, spoilt};
 use super::message::Message;
 use super::options::{Boxed, OnFailure, Options};
 use super::sql::Received;
@@ -318,8 +318,17 @@ impl<H: Handler> Worker<H> {
         let (consumer, message) = (&self.options.consumer, &item.message);
         let inner = tx.savepoint("watership_handler").await.map_err(inbox)?;
         let failed = match self.handle(message, &inner).await {
-            // A transaction that the handler left aborted fails here.
-            Ok(()) => inner.commit().await.err().map(|error| postgres_error(error).into()),
+            Ok(()) => match inner.commit().await {
+                Ok(()) => None,
+                Err(error) => {
+                    let error = spoilt(postgres_error(error)).into();
+                    // One that the handler left aborted is whole again; one that it ended is gone.
+                    if tx.batch_execute("ROLLBACK TO watership_handler").await.is_err() {
+                        return Err(Failure::Handler(error));
+                    }
+                    Some(error)
+                }
+            },
             Err(error) => {
                 rolled_back(inner.rollback().await);
                 Some(error)
@@ -503,7 +512,7 @@ pub(super) async fn commit(tx: Transaction<'_>) -> Result<(), HandlerCommit> {
             mem::forget(tx);
             Ok(())
         }
-        Err(error) => Err(HandlerCommit(postgres_error(error).context("committing"))),
+        Err(error) => Err(HandlerCommit(spoilt(postgres_error(error)).context("committing"))),
     }
 }
 

@@ -78,17 +78,17 @@ async fn a_failure_that_passes_keeps_the_order_of_its_key() {
 }
 
 #[tokio::test]
-async fn a_final_error_a_panic_and_a_transaction_left_aborted_are_failures() {
+async fn a_final_error_a_panic_and_a_transaction_that_the_handler_spoilt_are_failures() {
     let stage = Stage::new().await;
     let failing = Failing::default();
-    let kinds = ["permanent", "panic", "aborted"];
+    let kinds = ["permanent", "panic", "aborted", "ended"];
     kinds.iter().for_each(|kind| failing.fail(kind, kind));
     let running = failing.run(stage.inbox().max_failures(2));
     for kind in kinds {
         stage.publish(kind, kind, kind).await;
     }
     stage.publish("m", "k", "good").await;
-    until("all three are parked", async || stage.parked().await.len() == 3).await;
+    until("all four are parked", async || stage.parked().await.len() == 4).await;
     assert_eq!(stage.effects_come(1).await, ["good"]);
     let error = |id: &str| {
         format!("SELECT error FROM watership_inbox.parked_messages WHERE message_id = '{id}'")
@@ -96,9 +96,13 @@ async fn a_final_error_a_panic_and_a_transaction_left_aborted_are_failures() {
     assert_eq!(stage.text(&error("permanent")).await, "it can never be handled");
     let panicked = "the handler panicked: the handler's own panic";
     assert_eq!(stage.text(&error("panic")).await, panicked);
-    assert!(stage.text(&error("aborted")).await.contains("25P02"));
-    // The final one was not tried again: 1 + 2 + 2.
-    assert_eq!(stage.counted("failures_total", ""), 5);
+    let aborted = stage.text(&error("aborted")).await;
+    assert!(aborted.contains("hid an error of the database"), "{aborted}");
+    assert!(aborted.contains("25P02"), "{aborted}");
+    let ended = stage.text(&error("ended")).await;
+    assert!(ended.contains("the handler ended the transaction"), "{ended}");
+    // The final one was not tried again: 1 + 2 + 2 + 2.
+    assert_eq!(stage.counted("failures_total", ""), 7);
     assert!(running.is_running());
     running.stop().await;
 }

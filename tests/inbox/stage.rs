@@ -331,8 +331,8 @@ pub type Handled<'a> =
 pub struct Failing(Arc<Mutex<Vec<(String, &'static str)>>>);
 
 impl Failing {
-    /// Messages with this body fail from now on: `error`, `permanent`, `panic`, `aborted` or
-    /// `serialization`.
+    /// Messages with this body fail from now on: `error`, `permanent`, `panic`, `aborted`,
+    /// `ended` or `serialization`.
     pub fn fail(&self, body: &str, how: &'static str) {
         self.0.lock().expect("nobody panics with it").push((body.to_owned(), how));
     }
@@ -360,6 +360,10 @@ impl Failing {
             Some("aborted") => {
                 // An error of Postgres that is swallowed leaves the transaction aborted.
                 let _ = tx.batch_execute("SELECT 1 / 0").await;
+                Ok(())
+            }
+            Some("ended") => {
+                tx.batch_execute("ROLLBACK").await?;
                 Ok(())
             }
             Some("serialization") => {

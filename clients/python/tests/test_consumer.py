@@ -365,7 +365,8 @@ def test_a_conflict_at_the_commit_is_retried(world: World) -> None:
 
 
 @pytest.mark.parametrize("what", ["swallowed", "committed", "rolled back"])
-def test_a_handler_that_spoils_its_transaction_fails(world: World, what: str) -> None:
+def test_a_handler_that_spoils_its_transaction_fails_and_the_error_says_how(
+        world: World, what: str, caplog: pytest.LogCaptureFixture) -> None:
     async def handle(message: Message, run: Run) -> None:
         if message.key == "good":
             return await world.effect(message, run)
@@ -384,8 +385,13 @@ def test_a_handler_that_spoils_its_transaction_fails(world: World, what: str) ->
     if what == "committed":
         # The claim was committed with it.
         eventually(lambda: running.counted("duplicates") == 1)
+        assert "the handler ended the transaction" in caplog.text
     else:
         eventually(lambda: [reason for _, reason in world.parked()] == ["failed"])
+        (error,), = world.rows("SELECT error FROM watership_inbox.parked_messages "
+                               "WHERE consumer = %s", world.consumer)
+        said = "hid an error of the database" if what == "swallowed" else "ended the transaction"
+        assert error.startswith(f"the handler {said}"), error
 
 
 def test_a_message_without_an_id_is_parked(world: World) -> None:

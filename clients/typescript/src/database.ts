@@ -9,15 +9,18 @@ export function codeOf(error: unknown): string {
   let code = '';
   for (let depth = 0; typeof error === 'object' && error && depth < 20; depth += 1) {
     const { code: own, cause } = error as { code?: unknown; cause?: unknown };
-    code = String(own ?? code);
-    error = cause;
+    [code, error] = [String(own ?? code), cause];
   }
   return code;
 }
 /** Of two transactions: nobody's fault. */
 export const isConflict = (error: unknown): boolean => /^(40001|40P01)$/.test(codeOf(error));
-export const describe = (error: unknown): string =>
-  clean(`${error instanceof Error ? error.message : String(error)} ${codeOf(error)}`.trim());
+const ENDED = 'the handler ended the transaction (COMMIT or ROLLBACK): leave that to the inbox: ';
+/** What a handler has done before a statement fails so. */
+const SPOILT: { [code: string]: string } = { '25P01': ENDED, '3B001': ENDED,
+  '25P02': 'the handler hid an error of the database: ' };
+export const describe = (error: unknown): string => clean(`${SPOILT[codeOf(error)] ?? ''}${
+  error instanceof Error ? error.message : String(error)} ${codeOf(error)}`.trim());
 
 /** Lets the window move on; to a message that it could not take, if given. */
 export async function maintain(client: pg.PoolClient, seen: Date | null = null): Promise<void> {

@@ -31,6 +31,9 @@ log = logging.getLogger("watership")
 # Unless the URL says otherwise: a connection to a host that is gone is noticed.
 _CONNECTION = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5,
                "keepalives_count": 3, "tcp_user_timeout": 30000}
+_ENDED = "the handler ended the transaction (COMMIT or ROLLBACK): leave that to the inbox: "
+# What a handler has done before a statement fails so, by SQLSTATE.
+_SPOILT = {"25P01": _ENDED, "3B001": _ENDED, "25P02": "the handler hid an error of the database: "}
 
 
 class Abandoned(Exception):
@@ -62,7 +65,7 @@ class Job:
 
 
 def error_text(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {plain(str(error))}"
+    return f"{_SPOILT.get(sqlstate(error), '')}{type(error).__name__}: {plain(str(error))}"
 
 
 def sqlstate(error: BaseException | None) -> str:
@@ -418,10 +421,8 @@ class Consumer(abc.ABC):
                 self._maintained = time.monotonic()
                 await self._borrow(session, self._maintain)
             found = await self._borrow(session, lambda conn: self._ask(conn, "next_retry"))
-            if found:
-                await self._work(session, Job(parked(*found[1:]), retried=found[0]))
-            else:
-                await session.pause(1.0)
+            await (self._work(session, Job(parked(*found[1:]), retried=found[0])) if found
+                   else session.pause(1.0))
 
     async def _maintain(self, conn: Any, occurred_at: Any = None) -> None:
         # The last column says whether another call can do something now.
