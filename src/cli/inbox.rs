@@ -2,6 +2,7 @@
 
 use clap::Subcommand;
 use serde::Serialize;
+use tokio::sync::watch;
 use tokio_postgres::Client;
 
 use super::{End, Out, print_warning};
@@ -10,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::connect::Options;
 use crate::pg::migrate::INBOX;
-use crate::pg::sqlstate::postgres_error;
+use crate::pg::sqlstate::{INSUFFICIENT_PRIVILEGE, postgres_error};
 use crate::secret::Secret;
 
 pub(super) mod check;
@@ -92,18 +93,28 @@ impl Database {
     /// A connection to a database that has the inbox.
     async fn inbox(&self, option: &str) -> Result<SqlConnection> {
         let connection = self.connect(option).await?;
-        let there = "SELECT pg_catalog.to_regnamespace('watership_inbox') IS NOT NULL, \
-            current_database()::text";
+        let there = "SELECT has_schema_privilege(n.oid, 'USAGE'), current_database()::text, \
+            current_user::text, format('GRANT watership_consumer TO %I', current_user) \
+            FROM (SELECT pg_catalog.to_regnamespace('watership_inbox')::oid) AS n (oid)";
         let row = connection.client.query_one(there, &[]).await.map_err(postgres_error)?;
-        if !row.get::<_, bool>(0) {
-            let text = format!("database {:?} has no inbox", row.get::<_, String>(1));
-            return Err(Error::refused(text).hint("install it: watership inbox install --url …"));
+        let [database, user, grant] = [1, 2, 3].map(|at| row.get::<_, String>(at));
+        let Some(allowed) = row.get::<_, Option<bool>>(0) else {
+            return Err(Error::refused(format!("database {database:?} has no inbox"))
+                .hint("install it: watership inbox install --url …"));
+        };
+        if !allowed {
+            let text = format!("user {user:?} may not use the inbox of database {database:?}");
+            return Err(Error::refused(text).hint(format!("run as a superuser: {grant}")));
         }
         Ok(connection)
     }
 }
 
-pub(super) async fn execute(args: &Args, out: Out) -> Result<End> {
+pub(super) async fn execute(
+    args: &Args,
+    watch_signals: impl FnOnce() -> Result<watch::Receiver<bool>>,
+    out: Out,
+) -> Result<End> {
     match &args.command {
         Command::Install { database, print_sql: true } => print_sql(database).await,
         Command::Install { database, print_sql: false } => install(database, out).await,
@@ -113,7 +124,7 @@ pub(super) async fn execute(args: &Args, out: Out) -> Result<End> {
             let SqlConnection { client, closed: _closed } = database.inbox(URL).await?;
             parked::execute(&client, command, out).await
         }
-        Command::Torture(args) => torture::execute(args, out).await,
+        Command::Torture(args) => torture::execute(args, watch_signals, out).await,
     }
 }
 
@@ -125,7 +136,7 @@ struct Installed {
 
 async fn install(database: &Database, out: Out) -> Result<End> {
     let SqlConnection { mut client, closed: _closed } = database.connect(URL).await?;
-    let applied = INBOX.apply(&mut client).await?;
+    let applied = INBOX.apply(&mut client).await.map_err(installing)?;
     let applied: Vec<_> = applied.iter().map(|one| one.name).collect();
     match &*applied {
         [] => out.line(&format!("exists  schema watership_inbox, at {}", INBOX.newest())),
@@ -136,9 +147,19 @@ async fn install(database: &Database, out: Out) -> Result<End> {
     Ok(End::Fine)
 }
 
+/// The hint of the table is for the relay.
+fn installing(error: Error) -> Error {
+    match error.sqlstate() {
+        Some(INSUFFICIENT_PRIVILEGE) => error.hint(
+            "install as a superuser, or as a role with CREATEROLE and with CREATE on the database",
+        ),
+        _ => error,
+    }
+}
+
 async fn print_sql(database: &Database) -> Result<End> {
     let SqlConnection { client, closed: _closed } = database.connect(URL).await?;
-    let pending = INBOX.pending(&client).await?;
+    let pending = INBOX.pending(&client).await.map_err(installing)?;
     let text = match &*pending {
         [] => "-- nothing is missing\n".to_owned(),
         pending => INBOX.script(pending),

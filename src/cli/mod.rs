@@ -101,8 +101,8 @@ enum Command {
     Demo(demo::Args),
 }
 
-/// Runs the command. `run` calls `watch_signals` to learn when to stop, and `give_up`, which does
-/// not return, when the relay's loop is stuck.
+/// Runs the command. `run` and `inbox torture` call `watch_signals` to learn when to stop; `run`
+/// also calls `give_up`, which does not return, when the relay's loop is stuck.
 ///
 /// # Errors
 /// The command's own.
@@ -147,7 +147,7 @@ async fn command(
             resync::execute(&load_with_warnings(&cli.config)?, &args, out).await
         }
         Command::Drop(args) => drop::execute(&load_with_warnings(&cli.config)?, &args, out).await,
-        Command::Inbox(args) => inbox::execute(&args, out).await,
+        Command::Inbox(args) => inbox::execute(&args, watch_signals, out).await,
         Command::Demo(args) => Ok(if demo::run(args).await? { End::Fine } else { End::Failed }),
     }
 }
@@ -195,6 +195,11 @@ pub fn print_error(error: &Error) {
 
 fn print_warning(text: &str) {
     let _ = writeln!(io::stderr(), "warning: {}", printable::lines(text));
+}
+
+/// Says how far a long command has come, beside its data.
+fn print_note(text: &str) {
+    let _ = writeln!(io::stderr(), "{}", printable::lines(text));
 }
 
 /// Where data is printed. Everything passes `printable` on its way; what is one value of a line

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use tokio::sync::watch;
 use watership::dev::torture::{self, Report};
 use watership::dev::{self, Process, Signal};
 use watership::pg::connect;
 use watership::secret::Secret;
 
 use crate::stage::Stage;
-use crate::support::waiting::{Patience, until};
+use crate::support::waiting::{Patience, until, within};
 
 /// The example, which cargo builds before the tests.
 fn program() -> PathBuf {
@@ -35,10 +36,12 @@ async fn tortured(stage: &Stage, ordered: bool, events: usize, kills: usize) -> 
         duplicates_percent: 10,
         kills,
         processes: 3,
+        patience: Duration::from_secs(60),
         ordered,
         command: vec![program().display().to_string()],
     };
-    torture::run(&options, |_| {}).await.expect("the crash test runs")
+    let (_never, stop) = watch::channel(false);
+    torture::run(&options, stop, |_| {}).await.expect("the crash test runs")
 }
 
 #[tokio::test]
@@ -53,6 +56,44 @@ async fn with_a_single_active_consumer_processes_killed_at_random_keep_the_order
     let report = tortured(&Stage::new().await, true, 1_000, 10).await;
     assert!(report.is_good(), "{report:#?}");
     assert_eq!((report.kills, report.ended, report.parked), (10, 0, 0));
+}
+
+/// Runs the command with the example, and returns its verdict.
+async fn command(stage: &Stage, code: i32) -> (String, String) {
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_watership"));
+    command
+        .args(["inbox", "torture", "--url", &stage.postgres, "--amqp", &stage.amqp])
+        .args(["--queue", "q", "--events", "60", "--keys", "6", "--kills", "1", "--"])
+        .arg(program())
+        .kill_on_drop(true);
+    let output = within("the crash test ends", command.output()).await.expect("it starts");
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    let (out, err) = (text(output.stdout), text(output.stderr));
+    assert_eq!(output.status.code(), Some(code), "{out}\n{err}");
+    (out, err)
+}
+
+#[tokio::test]
+async fn a_run_that_parks_says_why_and_does_not_spoil_the_next_one() {
+    let stage = Stage::new().await;
+    let user = "DO $$ BEGIN EXECUTE (SELECT format('GRANT CREATE ON DATABASE %I TO %I', \
+                current_database(), rolname) FROM pg_roles WHERE rolname LIKE \
+                'user_' || current_database() || '_%'); END $$";
+    stage.sql.batch_execute(user).await.expect("granted");
+    // No effect fits the table, as if the handler were wrong.
+    let wrong = "CREATE FUNCTION spoil() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN \
+                 ALTER TABLE watership_torture.effect ADD CONSTRAINT wrong CHECK (number < 0); \
+                 END $$; \
+                 CREATE EVENT TRIGGER spoil ON ddl_command_end WHEN TAG IN ('CREATE TABLE') \
+                 EXECUTE FUNCTION spoil()";
+    stage.sql.batch_execute(wrong).await.expect("an event trigger");
+    let (out, _) = command(&stage, 1).await;
+    assert!(out.contains("parked        60"), "{out}");
+    assert!(out.contains("the first: ") && out.contains("\"wrong\""), "{out}");
+    assert!(out.contains("inbox parked --url … list --consumer torture"), "{out}");
+    stage.sql.batch_execute("DROP EVENT TRIGGER spoil").await.expect("dropped");
+    let (out, _) = command(&stage, 0).await;
+    assert!(out.contains("parked        0"), "{out}");
 }
 
 /// A process of the example.

@@ -11,7 +11,7 @@ use crate::support::servers::{Database, own_database, own_vhost, rabbit};
 use crate::support::waiting::LIMIT;
 
 /// Runs the command, which must end with `code`, and returns stdout and stderr.
-async fn inbox(arguments: &[&str], code: i32) -> (String, String) {
+pub async fn inbox(arguments: &[&str], code: i32) -> (String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_watership"));
     command.arg("inbox").args(arguments).stdin(Stdio::null()).kill_on_drop(true);
     let output = tokio::time::timeout(LIMIT, command.output()).await;
@@ -22,7 +22,7 @@ async fn inbox(arguments: &[&str], code: i32) -> (String, String) {
     (out, err)
 }
 
-async fn installed() -> (Database, Client) {
+pub async fn installed() -> (Database, Client) {
     let database = own_database().await;
     inbox(&["install", "--url", &database.url], 0).await;
     let client = database.connect().await;
@@ -35,10 +35,10 @@ async fn receive(client: &Client, id: &str, days_ago: i32, key: &str) -> String 
     client.query_one(sql, &[&id, &days_ago, &key]).await.expect("receive").get(0)
 }
 
-async fn park(client: &Client, id: &str, key: &str) {
-    let sql = "SELECT watership_inbox.park('billing', $1, now(), $2, 'failed', 'no such account', \
+pub async fn park(client: &Client, consumer: &str, id: &str, key: &str) {
+    let sql = "SELECT watership_inbox.park($1, $2, now(), $3, 'failed', 'no such account', \
                '\\x7b7d', '{}')";
-    let parked: bool = client.query_one(sql, &[&id, &key]).await.expect("park").get(0);
+    let parked: bool = client.query_one(sql, &[&consumer, &id, &key]).await.expect("park").get(0);
     assert!(parked);
 }
 
@@ -54,7 +54,7 @@ async fn the_inbox_is_installed_once_and_printed_for_psql() {
     assert!(out.starts_with("exists"), "{out}");
     let checked = "SELECT count(*) FROM watership_inbox.migration WHERE checksum IS NOT NULL";
     let files: i64 = client.query_one(checked, &[]).await.expect("the migrations").get(0);
-    assert_eq!(files, 5);
+    assert_eq!(files, 6);
     let (out, _) = inbox(&["status", "--url", &database.url], 0).await;
     assert!(out.contains("7 days"), "{out}");
 }
@@ -93,10 +93,10 @@ async fn parked(url: &str, arguments: &[&str]) -> Value {
 async fn an_operator_retries_and_discards_what_a_consumer_parked() {
     let (database, client) = installed().await;
     let url = &*database.url;
-    park(&client, "m1", "order/1").await;
+    park(&client, "billing", "m1", "order/1").await;
     assert_eq!(receive(&client, "m2", 0, "order/1").await, "parked");
     assert_eq!(receive(&client, "old", 30, "order/2").await, "parked");
-    park(&client, "m3", "order/3").await;
+    park(&client, "billing", "m3", "order/3").await;
 
     let list = parked(url, &["list"]).await;
     let keys: Vec<_> = list.as_array().expect("a list").iter().map(|row| &row["key"]).collect();
@@ -130,13 +130,21 @@ async fn an_operator_retries_and_discards_what_a_consumer_parked() {
 }
 
 #[tokio::test]
-async fn a_consumer_that_does_nothing_fails_the_torture() {
-    let (database, _client) = installed().await;
-    let vhost = own_vhost().await;
-    let torture = ["torture", "--url", &database.url, "--amqp", &vhost.url, "--queue", "q"];
-    let ends = [&torture[..], &["--events", "10", "--kills", "0", "--", "false"]].concat();
-    let (_, error) = inbox(&ends, 1).await;
-    assert!(error.contains("ended by itself"), "{error}");
+async fn what_was_handled_is_seen_with_its_day_or_without_a_time() {
+    let (_database, client) = installed().await;
+    assert_eq!(receive(&client, "timed", 1, "k").await, "handle");
+    let claim = "SELECT watership_inbox.claim('billing', 'untimed')";
+    client.execute(claim, &[]).await.expect("claimed");
+    // While a generation opens, a claim is in both.
+    let opening = "UPDATE watership_inbox.generation SET opening = true";
+    client.batch_execute(opening).await.expect("a generation opens");
+    client.execute(&claim.replace("untimed", "twice"), &[]).await.expect("claimed");
+    let seen = "SELECT string_agg(message_id || ' ' || coalesce(day::text, 'none'), ', ' \
+                ORDER BY message_id) FROM watership_inbox.seen WHERE consumer = 'billing'";
+    let seen: String = client.query_one(seen, &[]).await.expect("the view").get(0);
+    let day = "SELECT ((now() - interval '1 day') AT TIME ZONE 'UTC')::date::text";
+    let day: String = client.query_one(day, &[]).await.expect("a day").get(0);
+    assert_eq!(seen, format!("timed {day}, twice none, untimed none"));
 }
 
 #[tokio::test]

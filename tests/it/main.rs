@@ -83,6 +83,7 @@ mod table_shapes;
 mod templates;
 mod tls_keys;
 mod topology;
+mod torture;
 mod two_relays;
 mod type_matrix;
 mod unstored;

@@ -51,7 +51,7 @@ pub(super) enum Command {
     },
     /// Give messages up: they count as handled from now on. What is parked behind them stays.
     #[command(group = clap::ArgGroup::new("which").required(true).multiple(false)
-        .args(["message_id", "key"]))]
+        .args(["message_id", "key", "all"]))]
     Discard {
         #[arg(long)]
         consumer: String,
@@ -60,6 +60,9 @@ pub(super) enum Command {
         /// All messages of this key.
         #[arg(long, allow_hyphen_values = true)]
         key: Option<String>,
+        /// All messages of the consumer.
+        #[arg(long)]
+        all: bool,
         /// Why; stored with the messages.
         #[arg(long)]
         reason: String,
@@ -134,10 +137,14 @@ pub(super) async fn execute(client: &Client, command: &Command, out: Out) -> Res
                 return Err(nothing(consumer));
             }
         }
-        Command::Discard { consumer, message_id, key, reason } => {
+        Command::Discard { consumer, message_id, key, all, reason } => {
             const SQL: &str = include_str!("../../../sql/query/inbox_parked_discard.sql");
-            let messages = client.query_one(SQL, &[consumer, reason, key, message_id]).await;
-            let messages: i64 = messages.map_err(postgres_error)?.get(0);
+            let messages = if *all {
+                discard_all(client, consumer, reason).await?
+            } else {
+                let messages = client.query_one(SQL, &[consumer, reason, key, message_id]).await;
+                messages.map_err(postgres_error)?.get(0)
+            };
             if messages == 0 {
                 return Err(nothing(consumer));
             }
@@ -146,6 +153,31 @@ pub(super) async fn execute(client: &Client, command: &Command, out: Out) -> Res
         }
     }
     Ok(End::Fine)
+}
+
+/// How many messages the consumer has parked, and the number of the newest.
+async fn count(client: &Client, consumer: &str) -> Result<(i64, i64)> {
+    const SQL: &str = include_str!("../../../sql/query/inbox_parked_count.sql");
+    let row = client.query_one(SQL, &[&consumer]).await.map_err(postgres_error)?;
+    Ok((row.get(0), row.get(1)))
+}
+
+pub(super) async fn is_parked(client: &Client, consumer: &str) -> Result<bool> {
+    Ok(count(client, consumer).await?.0 > 0)
+}
+
+/// Gives up all that is parked by now, and returns how many messages that were.
+pub(super) async fn discard_all(client: &Client, consumer: &str, reason: &str) -> Result<i64> {
+    const SQL: &str = include_str!("../../../sql/query/inbox_parked_discard_all.sql");
+    let (mut found, newest) = count(client, consumer).await?;
+    let mut discarded = 0;
+    while found > 0 {
+        let row = client.query_one(SQL, &[&consumer, &reason, &newest]).await;
+        let row = row.map_err(postgres_error)?;
+        found = row.get(0);
+        discarded += row.get::<_, i64>(1);
+    }
+    Ok(discarded)
 }
 
 fn nothing(consumer: &str) -> Error {
