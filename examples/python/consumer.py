@@ -28,6 +28,8 @@ async def handle(message: Message, conn: psycopg.AsyncConnection[Any]) -> None:
 
 async def main() -> None:
     queues = os.environ["QUEUE"].split(",")
+    # Partitions run side by side, so each of them does with one connection to the database. To share
+    # them among processes, subscribe to those of this process first: docs/consuming.md.
     inboxes = [Inbox(
         consumer=os.environ["CONSUMER"], queue=queue, amqp=os.environ["AMQP_URL"],
         database=os.environ["DATABASE_URL"], ordered=os.environ.get("ORDERED") == "true",

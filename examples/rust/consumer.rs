@@ -38,7 +38,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         stopping.send_replace(true);
     });
-    // Several queues are the partitions of a route: each key is in one of them.
+    // Several queues are the partitions of a route: each key is in one of them. They run side by
+    // side, so each does with few connections to the database. To share them among processes,
+    // subscribe to those of this process first: docs/consuming.md.
     let names = setting("QUEUE")?;
     let queues: Vec<_> = names.split(',').collect();
     let mut running = JoinSet::new();

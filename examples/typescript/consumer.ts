@@ -13,6 +13,8 @@ function setting(name: string): string {
 }
 
 const queues = setting('QUEUE').split(',');
+// Partitions run side by side, so each of them does with one connection to the database. To share
+// them among processes, subscribe to those of this process first: docs/consuming.md.
 const inboxes = queues.map((queue) => new Inbox(setting('CONSUMER'), {
   amqp: setting('AMQP_URL'),
   database: setting('DATABASE_URL'),
