@@ -35,7 +35,7 @@ pub(super) struct TestQueue {
 }
 
 impl TestQueue {
-    /// Makes the queue, or looks whether the one that is there can be used.
+    /// Makes the queue, or checks whether the existing one can be used.
     pub async fn open(options: &Options) -> Result<Self> {
         if options.queue.contains(',') {
             let text = format!("--queue {:?} names several queues", options.queue);
