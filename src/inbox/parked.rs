@@ -14,7 +14,7 @@ use super::claim::one;
 use super::database::Database;
 use super::handler::{HandlerError, is_serialization};
 use super::message::Message;
-use super::work::{Handler, KILLED, Worker, begin, commit, never_returned};
+use super::work::{Handler, KILLED, SAVEPOINT, Worker, begin, commit, never_returned, release};
 use crate::backoff::Backoff;
 use crate::error::{Error, Result};
 use crate::pg::sqlstate::postgres_error;
@@ -180,9 +180,13 @@ async fn try_next<H: Handler>(
         let error = format!("{KILLED}: {}", never_returned(killed));
         return Ok(Ok(Tried::Failed(parked, error)));
     }
+    tx.batch_execute(SAVEPOINT).await.map_err(postgres_error)?;
     if let Err(error) = worker.handle(&parked.message, &tx).await {
         tx.rollback().await.map_err(postgres_error)?;
         return Ok(Err((parked, error)));
+    }
+    if let Err(error) = release(&tx).await {
+        return Ok(Err((parked, error.into())));
     }
     let done = tx.query_typed(RETRY_DONE, &[(&parked.id, Type::INT8)]).await;
     if let Err(error) = done {
@@ -191,6 +195,6 @@ async fn try_next<H: Handler>(
     }
     match commit(tx).await {
         Ok(()) => Ok(Ok(Tried::Handled(parked.message))),
-        Err(error) => Ok(Err((parked, error.0.into()))),
+        Err(error) => Ok(Err((parked, error.into()))),
     }
 }

@@ -8,7 +8,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
+use futures_util::{FutureExt as _, TryFutureExt as _, try_join};
 use lapin::message::Delivery;
 use lapin::options::BasicAckOptions;
 use lapin::{Acker, BasicProperties};
@@ -70,9 +70,12 @@ pub(super) fn never_returned(attempts: u32) -> String {
     )
 }
 const NO_MESSAGE_ID: &str = "no_message_id";
-/// Commits. What a handler left aborted, or has ended by itself, would otherwise commit nothing and
-/// look like success.
-const COMMIT: &str = "SAVEPOINT watership; COMMIT";
+/// Around the handler. What it left aborted, or has ended by itself, would otherwise commit nothing
+/// and look like success: then there is no savepoint to release.
+pub(super) const SAVEPOINT: &str = "SAVEPOINT watership_handler";
+const RELEASE: &str = "RELEASE SAVEPOINT watership_handler";
+const RELEASE_AND_COMMIT: &str = "RELEASE SAVEPOINT watership_handler; COMMIT";
+const UNDO: &str = "ROLLBACK TO SAVEPOINT watership_handler";
 
 /// A delivered message on its way.
 pub(super) struct InHand {
@@ -277,7 +280,10 @@ impl<H: Handler> Worker<H> {
         let Options { consumer, isolation, on_failure, .. } = &self.options;
         let message = &item.message;
         let tx = begin(client, *isolation).await.map_err(inbox)?;
-        match receive(&tx, consumer, message).await.map_err(Failure::Inbox)? {
+        // Sent together, in this order.
+        let savepoint = tx.batch_execute(SAVEPOINT).map_err(postgres_error);
+        let both = try_join!(receive(&tx, consumer, message), savepoint);
+        match both.map_err(Failure::Inbox)?.0 {
             Received::Handle if last && *on_failure == OnFailure::Park => {
                 return self.last(tx, item).await;
             }
@@ -286,11 +292,7 @@ impl<H: Handler> Worker<H> {
                     rolled_back(tx.rollback().await);
                     return Err(Failure::Handler(error));
                 }
-                if item.recorded {
-                    ended(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
-                }
-                commit(tx).await?;
-                self.counters.handled.increment(1);
+                self.handled(tx, item).await?;
             }
             Received::Duplicate => {
                 if item.recorded {
@@ -311,46 +313,47 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
+    /// The handler has succeeded: commits, if it left the transaction to us.
+    async fn handled(&self, tx: Transaction<'_>, item: &InHand) -> Result<(), Failure> {
+        if item.recorded {
+            release(&tx).await.map_err(|error| Failure::Handler(error.into()))?;
+            let consumer = &self.options.consumer;
+            ended(&tx, consumer, &item.message.id).await.map_err(Failure::Inbox)?;
+            commit(tx).await.map_err(|error| Failure::Handler(error.into()))?;
+        } else {
+            let ended = end(tx, RELEASE_AND_COMMIT).await;
+            ended.map_err(|error| Failure::Handler(error.into()))?;
+        }
+        self.counters.handled.increment(1);
+        Ok(())
+    }
+
     /// The last attempt: if it fails too, the message is parked without a moment in which something
     /// of its key passes.
-    async fn last(&self, mut tx: Transaction<'_>, item: &InHand) -> Result<(), Failure> {
+    async fn last(&self, tx: Transaction<'_>, item: &InHand) -> Result<(), Failure> {
         let inbox = |error| Failure::Inbox(postgres_error(error));
         let (consumer, message) = (&self.options.consumer, &item.message);
-        let inner = tx.savepoint("watership_handler").await.map_err(inbox)?;
-        let failed = match self.handle(message, &inner).await {
-            Ok(()) => match inner.commit().await {
-                Ok(()) => None,
-                Err(error) => {
-                    let error = spoilt(postgres_error(error)).into();
-                    // One that the handler left aborted is whole again; one that it ended is gone.
-                    if tx.batch_execute("ROLLBACK TO watership_handler").await.is_err() {
-                        return Err(Failure::Handler(error));
-                    }
-                    Some(error)
-                }
-            },
-            Err(error) => {
-                rolled_back(inner.rollback().await);
-                Some(error)
-            }
+        let failed = match self.handle(message, &tx).await {
+            Ok(()) => release(&tx).await.err().map(HandlerError::from),
+            Err(error) => Some(error),
         };
-        match failed {
-            None => {
-                if item.recorded {
-                    ended(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
-                }
-                commit(tx).await?;
-                self.counters.handled.increment(1);
+        let Some(error) = failed else {
+            if item.recorded {
+                ended(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
             }
-            Some(error) if error.is_serialization() => return Err(Failure::Handler(error)),
-            Some(error) => {
-                let text = error.to_string();
-                park(&tx, consumer, message, FAILED, &text).await.map_err(Failure::Inbox)?;
-                tx.commit().await.map_err(inbox)?;
-                self.counters.failures.increment(1);
-                self.told_parked(message, FAILED, &text);
-            }
+            commit(tx).await.map_err(|error| Failure::Handler(error.into()))?;
+            self.counters.handled.increment(1);
+            return Ok(());
+        };
+        // What the handler left aborted is whole again; what it ended is gone.
+        if error.is_serialization() || tx.batch_execute(UNDO).await.is_err() {
+            return Err(Failure::Handler(error));
         }
+        let text = error.to_string();
+        park(&tx, consumer, message, FAILED, &text).await.map_err(Failure::Inbox)?;
+        tx.commit().await.map_err(inbox)?;
+        self.counters.failures.increment(1);
+        self.told_parked(message, FAILED, &text);
         Ok(())
     }
 
@@ -503,25 +506,26 @@ pub(super) async fn begin(
     }
 }
 
-/// Commits, or says why nothing was committed: an error of the commit is the handler's (a deferred
-/// constraint, say), as is a transaction that it left aborted.
-pub(super) async fn commit(tx: Transaction<'_>) -> Result<(), HandlerCommit> {
-    match tx.batch_execute(COMMIT).await {
+/// Ends the savepoint around the handler; an error if the handler ended the transaction or left it
+/// aborted. Nothing else may be said to the server before: it would be committed by itself.
+pub(super) async fn release(tx: &Transaction<'_>) -> Result<()> {
+    tx.batch_execute(RELEASE).await.map_err(|error| spoilt(postgres_error(error)))
+}
+
+/// Commits what was released, or says why nothing was committed: an error of the commit is the
+/// handler's (a deferred constraint, say).
+pub(super) async fn commit(tx: Transaction<'_>) -> Result<()> {
+    end(tx, "COMMIT").await
+}
+
+async fn end(tx: Transaction<'_>, statements: &str) -> Result<()> {
+    match tx.batch_execute(statements).await {
         Ok(()) => {
             // It has ended on the server: there is nothing to roll back any more.
             mem::forget(tx);
             Ok(())
         }
-        Err(error) => Err(HandlerCommit(spoilt(postgres_error(error)).context("committing"))),
-    }
-}
-
-/// An error of the commit.
-pub(super) struct HandlerCommit(pub Error);
-
-impl From<HandlerCommit> for Failure {
-    fn from(error: HandlerCommit) -> Self {
-        Failure::Handler(error.0.into())
+        Err(error) => Err(spoilt(postgres_error(error)).context("committing")),
     }
 }
 

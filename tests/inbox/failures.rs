@@ -108,6 +108,34 @@ async fn a_final_error_a_panic_and_a_transaction_that_the_handler_spoilt_are_fai
 }
 
 #[tokio::test]
+async fn a_message_whose_handler_ends_the_transaction_is_parked_and_no_retry_loses_it() {
+    let stage = Stage::new().await;
+    let failing = Failing::default();
+    let kinds = ["aborted", "ended", "restarted"];
+    kinds.iter().for_each(|kind| failing.fail(kind, kind));
+    // Attempts between the first and the last record that they have ended.
+    let running = failing.run(stage.inbox().max_failures(4));
+    for kind in kinds {
+        stage.publish(kind, kind, kind).await;
+    }
+    until("all of them are parked", async || stage.parked().await.len() == 3).await;
+    let told = "SELECT count(*) FROM watership_inbox.parked_messages \
+        WHERE error LIKE '%the handler %' AND error NOT LIKE '%committing%'";
+    assert_eq!(stage.text(told).await, "3");
+    let retry = format!("watership_inbox.retry('{}', all_keys => true)", stage.consumer);
+    let failed = "(SELECT count(*) FROM watership_inbox.parked_messages WHERE attempts = 1)";
+    assert_eq!(stage.text(&retry).await, "3");
+    until("all of them have failed again", async || stage.text(failed).await == "3").await;
+    assert_eq!(stage.parked().await.len(), 3);
+    assert!(stage.effects("%").await.is_empty());
+    failing.heal();
+    assert_eq!(stage.text(&retry).await, "3");
+    assert_eq!(stage.effects_come(3).await.len(), 3);
+    until("none is parked", async || stage.parked().await.is_empty()).await;
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn an_effect_that_only_the_commit_refuses_is_a_failure() {
     let stage = Stage::new().await;
     stage

@@ -332,7 +332,7 @@ pub struct Failing(Arc<Mutex<Vec<(String, &'static str)>>>);
 
 impl Failing {
     /// Messages with this body fail from now on: `error`, `permanent`, `panic`, `aborted`,
-    /// `ended` or `serialization`.
+    /// `ended`, `restarted` or `serialization`.
     pub fn fail(&self, body: &str, how: &'static str) {
         self.0.lock().expect("nobody panics with it").push((body.to_owned(), how));
     }
@@ -364,6 +364,10 @@ impl Failing {
             }
             Some("ended") => {
                 tx.batch_execute("ROLLBACK").await?;
+                Ok(())
+            }
+            Some("restarted") => {
+                tx.batch_execute("ROLLBACK; BEGIN").await?;
                 Ok(())
             }
             Some("serialization") => {
