@@ -124,7 +124,7 @@ fn number(file: &Path) -> Option<u32> {
 async fn a_bad_verdict_comes_with_what_the_consumer_printed() {
     let scene = Scene::new().await;
     let script = "echo 'cannot connect'; echo 'wrong port' >&2; exec sleep 3600";
-    let options = ["--queue", "q", "--events", "5", "--kills", "0", "--patience", "1"];
+    let options = ["--queue", "q", "--events", "5", "--kills", "0", "--patience", "10"];
     let (out, _) = scene.torture(&[&options[..], &["--", "sh", "-c", script]].concat(), 1).await;
     assert!(out.contains("lost          5"), "{out}");
     assert!(out.contains("    cannot connect\n    wrong port\n"), "{out}");
