@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytes::{BufMut, BytesMut};
 use futures_util::try_join;
-use postgres_protocol::escape::escape_identifier;
+use postgres_protocol::escape::{escape_identifier, escape_literal};
 use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
@@ -20,6 +20,7 @@ use crate::pg::outbox::MappedColumn;
 use crate::pg::pgoutput::{self, ReplicationMessage};
 use crate::pg::publication::TableName;
 use crate::pg::sqlstate::{INVALID_SCHEMA_NAME, UNDEFINED_COLUMN, UNDEFINED_TABLE, postgres_error};
+use crate::pg::statement::fill;
 use crate::pg::unnamed;
 use crate::source::outbox::{OutboxTable, Polled};
 use crate::source::transaction::outbox_row::{OutboxColumns, broken, outbox_row};
@@ -28,7 +29,7 @@ use crate::source::transaction::rows::Values;
 /// How a mapped table is read: always by its two indexes, never with rows that are hidden, and with
 /// values as the stream of the WAL has them. The settings are those of one transaction, so that a
 /// pooler gives the connection to the next client as it was.
-const BEGIN: &str = "BEGIN READ ONLY; SET LOCAL search_path = pg_catalog, pg_temp; \
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; SET LOCAL search_path = pg_catalog, pg_temp; \
     SET LOCAL row_security = off; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; \
     SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off; \
     SET LOCAL enable_incremental_sort = on; SET LOCAL IntervalStyle = iso_8601; \
@@ -56,6 +57,8 @@ enum Rows {
 }
 
 struct MappedRows {
+    /// Asks whether the statements still read what they read at first.
+    same: String,
     table: Arc<Table>,
     columns: OutboxColumns,
     types: Types,
@@ -111,6 +114,7 @@ impl PolledOutbox {
         let table = Arc::new(table(database, &outbox.table, oid, described.collect()));
         let type_oids: Vec<String> = columns.iter().map(|c| c.type_oid.to_string()).collect();
         let rows = MappedRows {
+            same: same_statement(made_with, polled),
             type_oids: type_oids.join(" "),
             columns: OutboxColumns::find(&table, outbox, false)?,
             table,
@@ -160,14 +164,18 @@ impl PolledOutbox {
         values: &[unnamed::Parameter<'_>],
     ) -> Result<Vec<Row>> {
         let query = unnamed::query(client, sql, values);
-        let rows = match self.rows {
-            Rows::Own(_) => query.await,
-            Rows::Mapped(_) => {
-                let (begin, end) = (client.batch_execute(BEGIN), client.batch_execute("COMMIT"));
-                try_join!(begin, query, end).map(|(_, rows, _)| rows)
-            }
-        };
-        rows.map_err(postgres_error).map_err(|error| self.changed(error))
+        let Rows::Mapped(mapped) = &self.rows else { return query.await.map_err(postgres_error) };
+        let (begin, end) = (client.batch_execute(BEGIN), client.batch_execute("COMMIT"));
+        let same = unnamed::query_one(client, &mapped.same, &[]);
+        let all = try_join!(begin, query, same, end).map_err(postgres_error);
+        let (_, rows, same, _) = all.map_err(|error| self.changed(error))?;
+        if same.try_get(0).map_err(postgres_error)? {
+            return Ok(rows);
+        }
+        // Rows that were read by other names must not be taken for those of the batch, nor their
+        // absence for its end.
+        let text = format!("{}, or a column that it is polled by, was replaced", self.name);
+        Err(Error::unreachable(text).hint("no action needed: the next session looks at it again"))
     }
 
     /// A mapped table is read as the session found it. What is missing since then is the table's,
@@ -210,6 +218,20 @@ fn table(database: &Arc<str>, name: &TableName, oid: u32, columns: Vec<Column>) 
         key: Vec::new(),
         identity: Identity::Nothing,
     }
+}
+
+fn same_statement(made_with: Option<MadeWith>, polled: &Polled) -> String {
+    const SAME: &str = include_str!("../../../sql/query/poll_same.sql");
+    let (oid, order_by, xid) = MadeWith::stored(made_with);
+    let values = [
+        ("named", &*escape_literal(&polled.table.quoted())),
+        ("oid", &oid.unwrap_or_default().to_string()),
+        ("order_name", &escape_literal(&polled.order_by)),
+        ("order_number", &order_by.unwrap_or_default().to_string()),
+        ("xid_name", &escape_literal(&polled.xid)),
+        ("xid_number", &xid.unwrap_or_default().to_string()),
+    ];
+    fill(SAME, &values)
 }
 
 /// Values as their types write them, which a cast to text does not do for all: a boolean would be
