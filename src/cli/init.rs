@@ -130,8 +130,15 @@ pub(super) async fn execute(config: &Config, args: &Args, out: Out) -> Result<En
     match kind {
         SourceKind::Wal => {
             let publication = publication(&mut steps, &client, config).await?;
-            slot::slot_and_checkpoint(&mut steps, &client, config, args, &server, &publication)
-                .await?;
+            slot::slot_and_checkpoint(
+                &mut steps,
+                (&client, &admin),
+                config,
+                args,
+                &server,
+                &publication,
+            )
+            .await?;
             schemas(&mut steps, &client, config, &publication).await?;
         }
         SourceKind::Poll => {

@@ -1,11 +1,18 @@
 //! Where a relay that reads the WAL begins: its slot, its checkpoint, and what is in the way.
 
+use std::convert::Infallible;
+use std::time::Duration;
+
+use tokio::time::sleep;
 use tokio_postgres::Client;
 
 use super::{Args, Done, Steps, agree};
+use crate::cli::print_warning;
 use crate::config::Config;
 use crate::error::{Error, Kind, Result};
 use crate::pg;
+use crate::pg::client::{SqlConnection, sql};
+use crate::pg::connect::Options;
 use crate::pg::publication::Publication;
 use crate::pg::slot::{ServerFacts, SlotState, WalStatus};
 use crate::pg::slot::{create_slot, drop_slot, read_slot};
@@ -82,7 +89,7 @@ pub(super) async fn begin(
 /// As [`begin`], and where rows of the outbox would stay unpublished.
 pub(super) async fn slot_and_checkpoint(
     steps: &mut Steps,
-    client: &Client,
+    (client, admin): (&Client, &Options),
     config: &Config,
     args: &Args,
     server: &ServerFacts,
@@ -106,7 +113,7 @@ pub(super) async fn slot_and_checkpoint(
             point
         }
         Begin::Neither => {
-            let point = create_slot_without_gap(client, config, args).await?;
+            let point = create_slot_without_gap((client, admin), config, args).await?;
             steps.add(Done::Created, "slot", detail(Some(point)));
             point
         }
@@ -257,11 +264,49 @@ async fn some_rows(client: &Client, config: &Config) -> Result<Option<String>> {
     })
 }
 
+/// A slot waits for all transactions that were open when it was begun, for minutes if need be. From
+/// a session of its own, which is told nothing else; what it cannot find out stays unsaid.
+async fn tell_for_whom_it_waits(admin: &Options, pid: i32) -> Infallible {
+    const SQL: &str = include_str!("../../../sql/query/slot_waits_for.sql");
+    const EVERY: Duration = Duration::from_secs(2);
+    let (mut told, mut session) = (None, None);
+    loop {
+        sleep(EVERY).await;
+        if session.is_none() {
+            session = sql(admin).await.ok();
+        }
+        let Some(SqlConnection { client, .. }) = &session else { continue };
+        let Ok(row) = unnamed::query_one(client, SQL, &[&pid]).await else {
+            session = None;
+            continue;
+        };
+        let others: Option<String> = row.get(0);
+        if let Some(others) = &others
+            && told.as_ref() != Some(others)
+        {
+            print_warning(&format!(
+                "the slot waits for open transactions to end: {others}; end them, or wait"
+            ));
+        }
+        told = others;
+    }
+}
+
 /// Creates the slot. A row that commits between the count and the slot's consistent point would be
 /// missed silently; so if rows have appeared meanwhile, the slot is dropped again.
-async fn create_slot_without_gap(client: &Client, config: &Config, args: &Args) -> Result<Lsn> {
+async fn create_slot_without_gap(
+    (client, admin): (&Client, &Options),
+    config: &Config,
+    args: &Args,
+) -> Result<Lsn> {
     let name = &config.relay.slot;
-    let point = create_slot(client, name, config.failover).await?;
+    let pid = unnamed::query_one(client, "SELECT pg_catalog.pg_backend_pid()", &[]).await;
+    let pid: i32 = pid.map_err(postgres_error)?.get(0);
+    let point = tokio::select! {
+        biased;
+        point = create_slot(client, name, config.failover) => point?,
+        never = tell_for_whom_it_waits(admin, pid) => match never {},
+    };
     if args.skip_existing || count_rows(client, config).await? == 0 {
         return Ok(point);
     }
