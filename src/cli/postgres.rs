@@ -30,6 +30,9 @@ use crate::source::SourceKind;
 use crate::verdict::Verdict;
 
 const INIT: &str = "run `watership init`";
+/// Where a checkpoint says that it was there before.
+const GONE: &str = "do not create it again: a new one begins after events that were not \
+    published; do what the verdict says";
 
 /// Adds its findings; it never fails, because a failure is a finding too.
 pub(super) async fn check(f: &mut Findings, config: &Config) {
@@ -48,6 +51,9 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
         return poll::look(f, config, client, &server).await;
     }
     let slot = read_slot(client, &config.relay.slot).await?;
+    // Without the schema there is none, which is said below.
+    let checkpoint = checkpoint::read(client, &config.relay.name).await.unwrap_or_default();
+    let missing = if checkpoint.is_some() { GONE } else { INIT };
     check_server(f, config, &server, hosting::how_to_make_logical(client).await?);
     check_capacity(f, &server, slot.as_ref());
     check_encoding(f, client).await?;
@@ -59,12 +65,16 @@ async fn look(f: &mut Findings, config: &Config, client: &Client) -> Result<()> 
             check_strangers(f, config, client, publication).await?;
         }
         None => {
-            f.problem("publication", format!("{:?} does not exist", config.relay.publication), INIT)
+            let what = format!("{:?} does not exist", config.relay.publication);
+            f.problem("publication", what, missing);
         }
     }
     outbox::check(f, config, client, publication.as_ref()).await?;
     check_tables(f, config, client, publication.as_ref()).await?;
-    check_slot(f, config, &server, slot.as_ref());
+    match &slot {
+        Some(slot) => check_slot(f, config, &server, slot),
+        None => f.problem("slot", format!("{:?} does not exist", config.relay.slot), missing),
+    }
     if check_schema(f, client).await {
         check_checkpoint(f, config, client, &server).await?;
     }
@@ -184,11 +194,8 @@ async fn check_schema(f: &mut Findings, client: &Client) -> bool {
     }
 }
 
-fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: Option<&SlotState>) {
+fn check_slot(f: &mut Findings, config: &Config, server: &ServerFacts, slot: &SlotState) {
     let name = &config.relay.slot;
-    let Some(slot) = slot else {
-        return f.problem("slot", format!("{name:?} does not exist"), INIT);
-    };
     if slot.database.as_deref() != Some(&*server.database)
         || slot.plugin.as_deref() != Some("pgoutput")
     {

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::pg::client::{SqlConnection, sql};
 use crate::pg::slot::{SlotState, WalStatus, read_slot};
 use crate::relay::checkpoint::{self, Checkpoint};
+use crate::relay::session::{facts, poll, wal};
 use crate::relay::status::{Concern, Severity};
 use crate::source::SourceKind;
 
@@ -96,10 +97,13 @@ pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
         },
     };
     problems.extend(relay.iter().flat_map(ask::problems));
-    let (row, slot) = match stored(config).await {
-        Ok(stored) => {
-            problems.extend(missing(config, stored.0.as_ref(), stored.1.as_ref()));
-            stored
+    let (row, slot) = match stored(config, relay.is_none()).await {
+        Ok(Stored { row, slot, verdicts }) => {
+            if verdicts.is_empty() {
+                problems.extend(missing(config, row.as_ref(), slot.as_ref()));
+            }
+            problems.extend(verdicts);
+            (row, slot)
         }
         Err(error) => {
             let what = format!("cannot query the database: {error}");
@@ -125,14 +129,44 @@ pub(super) async fn execute(config: &Config, out: Out) -> Result<End> {
 }
 
 /// What the database knows of the relay.
-async fn stored(config: &Config) -> Result<(Option<Checkpoint>, Option<SlotState>)> {
-    let SqlConnection { client, closed: _closed } = sql(&config.relay.sql).await?;
-    let row = checkpoint::read(&client, &config.relay.name).await?;
-    let slot = match config.relay.kind {
-        SourceKind::Wal => read_slot(&client, &config.relay.slot).await?,
+struct Stored {
+    row: Option<Checkpoint>,
+    slot: Option<SlotState>,
+    /// With which the relay would end.
+    verdicts: Vec<Concern>,
+}
+
+/// `judged`: nobody runs who would say that it cannot go on.
+async fn stored(config: &Config, judged: bool) -> Result<Stored> {
+    let options = &config.relay;
+    let SqlConnection { client, closed: _closed } = sql(&options.sql).await?;
+    let row = checkpoint::read(&client, &options.name).await?;
+    let slot = match options.kind {
+        SourceKind::Wal => read_slot(&client, &options.slot).await?,
         SourceKind::Poll => None,
     };
-    Ok((row, slot))
+    let is_own = row.as_ref().is_some_and(|row| match options.kind {
+        SourceKind::Wal => row.kind == options.kind && row.slot == options.slot,
+        SourceKind::Poll => row.kind == options.kind,
+    });
+    let doubts = match options.kind {
+        _ if !judged || !is_own => Vec::new(),
+        SourceKind::Wal => {
+            let found = facts::read(&client, options).await?;
+            let history = wal::ancestors_for(&options.sql, &found).await?;
+            found.doubts(options, &history)
+        }
+        SourceKind::Poll => {
+            let found = poll::read(&client, options).await?;
+            found.verify().err().into_iter().collect()
+        }
+    };
+    let verdicts = doubts.iter().filter(|doubt| doubt.kind().is_verdict()).map(|doubt| Concern {
+        level: Severity::Verdict,
+        what: doubt.to_string(),
+        hint: doubt.hint_or_kind().into(),
+    });
+    Ok(Stored { row, slot, verdicts: verdicts.collect() })
 }
 
 fn missing(config: &Config, row: Option<&Checkpoint>, slot: Option<&SlotState>) -> Vec<Concern> {

@@ -82,6 +82,11 @@ async fn a_dropped_slot_is_resolved_with_a_new_one() {
     let stage = stage("").await;
     stage.execute(&format!("SELECT pg_drop_replication_slot('{}')", stage.slot)).await;
     stage.execute(&emit("lost")).await;
+    let checked = stage.run(&["check"]).await;
+    checked.expect_code(3).expect_text(&["do not create it again", "slot_missing"]);
+    assert!(!checked.log.contains("run `watership init`"), "{}", checked.log);
+    let status = stage.run(&["status"]).await;
+    status.expect_code(3).expect_text(&["slot_missing", "watership resync"]);
     resolve(&stage, "slot_missing", "now").await;
     assert!(!kinds(&stage.settled_now().await).contains(&"lost"));
 }
