@@ -5,6 +5,8 @@
 
 mod client;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hyper::StatusCode;
@@ -29,9 +31,16 @@ const QUEUES_MAX: usize = 5_000;
 /// Without it, the plugin gathers statistics from the whole cluster.
 const NO_STATISTICS: &str = "?disable_stats=true";
 
+/// Every management API has it, and no permission of a vhost matters for it.
+const OVERVIEW: &str = "/api/overview?disable_stats=true";
+/// What to do when something else answers there.
+const NO_API: &str = "check port and path prefix in broker.management_url: something else answers";
+
 /// Where the plugin listens, and which vhost is read.
 pub struct Management {
     client: Client,
+    /// Its overview was seen: what it calls missing is missing.
+    known: AtomicBool,
     user: String,
     vhost: String,
     shown: String,
@@ -132,7 +141,8 @@ impl Management {
             connect_timeout: broker.connect_timeout,
             open: Mutex::new(None),
         };
-        Ok(Self { client, user, vhost: first.vhost.clone(), shown })
+        let known = AtomicBool::new(false);
+        Ok(Self { client, known, user, vhost: first.vhost.clone(), shown })
     }
 
     /// The host, where everything goes to it in plain text, the password too.
@@ -154,8 +164,7 @@ impl Management {
     /// # Errors
     /// As every request.
     pub async fn survey(&self, exchanges: &[String]) -> Result<Survey> {
-        let version: Option<Overview> = self.get("/api/overview?disable_stats=true").await?;
-        let version = version.map(|overview| overview.rabbitmq_version).unwrap_or_default();
+        let version = self.overview().await?.rabbitmq_version;
         let major = version.split('.').next().and_then(|major| major.parse().ok());
         let lists = PolicyLists {
             ordinary: self.policies("policies").await?,
@@ -235,8 +244,26 @@ impl Management {
         format!("/api/{what}/{}/{}", segment(&self.vhost), segment(name))
     }
 
-    /// The answer to a GET; `None` for 404.
+    /// The answer to a GET; `None` for 404, if it is the management API that says so.
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>> {
+        let found = self.ask(path).await?;
+        if found.is_none() && !self.known.load(Ordering::Relaxed) {
+            self.overview().await?;
+        }
+        Ok(found)
+    }
+
+    /// What the API says of itself. A proxy that does not know the path answers 404, too.
+    async fn overview(&self) -> Result<Overview> {
+        let Some(overview) = self.ask(OVERVIEW).await? else {
+            let shown = &self.shown;
+            return Err(Error::refused(format!("no management API at {shown} (404)")).hint(NO_API));
+        };
+        self.known.store(true, Ordering::Relaxed);
+        Ok(overview)
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>> {
         let answer = self.client.get(path).await;
         answer.and_then(|answer| self.parse(&answer)).map_err(|error| {
             let path = path.split('?').next().unwrap_or(path);
@@ -246,9 +273,11 @@ impl Management {
 
     fn parse<T: DeserializeOwned>(&self, answer: &HttpAnswer) -> Result<Option<T>> {
         match answer.status {
-            StatusCode::OK => serde_json::from_slice(&answer.body)
-                .map(Some)
-                .map_err(|e| Error::protocol("the answer has an unexpected form").caused_by(e)),
+            StatusCode::OK => serde_json::from_slice(&answer.body).map(Some).map_err(|e| {
+                Error::protocol("this is not the answer of a management API")
+                    .caused_by(e)
+                    .hint(NO_API)
+            }),
             StatusCode::NOT_FOUND => Ok(None),
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(self.refused(answer)),
             StatusCode::MOVED_PERMANENTLY
@@ -257,6 +286,9 @@ impl Management {
             | StatusCode::PERMANENT_REDIRECT => {
                 Err(Error::refused(format!("unexpected status {}", answer.status))
                     .hint("set broker.management_url to where it redirects, such as https://"))
+            }
+            status if status.is_client_error() => {
+                Err(Error::refused(format!("unexpected status {status}")).hint(NO_API))
             }
             status => Err(Error::refused(format!("unexpected status {status}"))
                 .hint("see the log of the broker, or of the proxy in between")),
@@ -386,7 +418,8 @@ mod tests {
         };
         assert_eq!(parse(200, "[1,2]").unwrap(), Some(vec![1, 2]));
         assert_eq!(parse(404, "{}").unwrap(), None);
-        assert!(parse(200, "[1,").is_err());
+        let other = parse(200, "<html></html>").unwrap_err();
+        assert!(other.hint_text().unwrap().contains("path prefix"), "{other}");
         let untagged = parse(401, r#"{"reason":"Not management user"}"#).unwrap_err();
         assert!(untagged.to_string().contains("\"relay\" lacks the tag \"monitoring\""));
         assert!(untagged.hint_text().unwrap().contains("set_user_tags relay monitoring"));

@@ -19,6 +19,13 @@ type Asked = Arc<Mutex<(usize, Vec<String>)>>;
 
 /// A server on this address that answers each request in chunks with an empty list.
 async fn chunked(address: &str) -> (u16, Asked) {
+    let answer = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n\
+                  1\r\n[\r\n1\r\n]\r\n0\r\n\r\n";
+    answering(address, answer).await
+}
+
+/// A server on this address that answers each request like this.
+async fn answering(address: &str, answer: &'static str) -> (u16, Asked) {
     let listener = TcpListener::bind(address).await.expect("a listener");
     let port = listener.local_addr().expect("an address").port();
     let asked = Asked::default();
@@ -26,13 +33,13 @@ async fn chunked(address: &str) -> (u16, Asked) {
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
             seen.lock().expect("no panic").0 += 1;
-            tokio::spawn(serve(stream, seen.clone()));
+            tokio::spawn(serve(stream, seen.clone(), answer));
         }
     });
     (port, asked)
 }
 
-async fn serve(mut stream: TcpStream, seen: Asked) {
+async fn serve(mut stream: TcpStream, seen: Asked, answer: &str) {
     let mut text = String::new();
     let mut buffer = [0; 4096];
     while let Ok(n @ 1..) = stream.read(&mut buffer).await {
@@ -40,8 +47,6 @@ async fn serve(mut stream: TcpStream, seen: Asked) {
         while let Some((head, rest)) = text.split_once("\r\n\r\n") {
             seen.lock().expect("no panic").1.push(head.to_owned());
             text = rest.to_owned();
-            let answer = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n\
-                          1\r\n[\r\n1\r\n]\r\n0\r\n\r\n";
             let _ = stream.write_all(answer.as_bytes()).await;
         }
     }
@@ -129,4 +134,34 @@ async fn an_alternate_exchange_of_a_policy_is_seen_by_a_user_that_may_only_look(
     // One node, so its disk is the only copy; RabbitMQ 4 says first that it limits deliveries.
     assert_eq!(graded.grade, Grade::Weak, "{}", graded.reason);
     assert!(graded.reason.contains("queue \"q\""), "{}", graded.reason);
+}
+
+#[tokio::test]
+async fn a_url_behind_which_there_is_no_management_api_shows_nothing_as_missing() {
+    let node = rabbit().await;
+    let vhost = own_vhost().await;
+    let url = node.management_url().expect("management runs");
+    let real = management(&url, &vhost.url);
+    assert!(real.bindings("nowhere").await.expect("an answer").is_empty());
+    let html = "200 OK\r\ncontent-type: text/html\r\ncontent-length: 13\r\n\r\n<html></html>";
+    let list = "200 OK\r\ncontent-length: 2\r\n\r\n[]";
+    let mut urls = Vec::new();
+    for answer in ["404 Not Found\r\ncontent-length: 0\r\n\r\n", html, list] {
+        let answer = format!("HTTP/1.1 {answer}").leak();
+        let (port, _) = answering("127.0.0.1:0", answer).await;
+        urls.push(format!("http://guest:guest@127.0.0.1:{port}"));
+    }
+    // The plugin itself, with a prefix that it does not have.
+    urls.push(format!("{}/rabbit", url.trim_end_matches('/')));
+    for (index, url) in urls.iter().enumerate() {
+        let other = management(url, &vhost.url);
+        let (bindings, survey) = (other.bindings("x").await, other.survey(&["x".into()]).await);
+        let error = survey.unwrap_err();
+        assert!(error.hint_text().is_some_and(|hint| hint.contains("path prefix")), "{error:?}");
+        if index == 0 {
+            for text in [error.to_string(), bindings.unwrap_err().to_string()] {
+                assert!(text.contains("no management API at") && text.contains("(404)"), "{text}");
+            }
+        }
+    }
 }
