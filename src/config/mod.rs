@@ -26,6 +26,7 @@ use crate::source::SourceKind;
 use crate::{admin, relay};
 
 mod broker;
+mod checked_arguments;
 mod contracts;
 mod formats;
 pub mod load;

@@ -4,6 +4,7 @@
 //! consumer, a delivery limit far above that of RabbitMQ 4, and dead letters that leave the queue
 //! only when another one has them.
 
+use super::checked_arguments;
 use super::section::Section;
 use super::topology::{self, durable, routing};
 use crate::amqp::topology::{Argument, Binding, Destination, Queue, QueueKind, Topology};
@@ -93,6 +94,9 @@ impl Partitioned {
             let path = t.path(&format!("{ARGUMENTS}.{key}"));
             t.problem(ARGUMENTS, format!("{path}: the relay sets it itself for partitions"));
         }
+        let own = |key: &str| OWN_ARGUMENTS.contains(&key);
+        let others: Vec<_> = arguments.iter().filter(|(key, _)| !own(key)).cloned().collect();
+        checked_arguments::of_queue(t, QueueKind::Quorum, &others);
         let (partitions, exchange) = (Partitions { queue, count }, String::new());
         Some(Self {
             partitions,

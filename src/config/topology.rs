@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::checked_arguments;
 use super::partitions::{self, Partitioned};
 use super::routes;
 use super::section::{Scalar, Section};
@@ -22,16 +23,24 @@ pub(super) fn topology(
     partitioned: &[Partitioned],
 ) -> Topology {
     let mut seen = HashSet::new();
-    let mut exchanges: Vec<Exchange> =
-        root.tables("exchange").into_iter().map(|mut t| exchange(&mut t, &mut seen)).collect();
+    let mut exchanges: Vec<Exchange> = root
+        .tables("exchange")
+        .into_iter()
+        .map(|mut t| exchange(&mut t, mode, &mut seen))
+        .collect();
     for name in routes::exchanges(rules) {
         if !exchanges.iter().any(|exchange| exchange.name == name) {
             let kind = partitions::kind_of_exchange(partitioned, rules, name);
+            let kind = brokers_own(name).unwrap_or(kind);
             exchanges.push(durable(name.to_owned(), kind.to_owned(), Vec::new()));
+            if let Some(problem) = reserved(name).filter(|_| mode == Mode::Declare) {
+                root.problem("route", problem);
+            }
         }
     }
     let mut seen = HashSet::new();
-    let queues = root.tables("queue").into_iter().map(|mut t| queue(&mut t, &mut seen)).collect();
+    let queues = root.tables("queue").into_iter();
+    let queues = queues.map(|mut t| queue(&mut t, mode, &mut seen)).collect();
     let bindings = root.tables("binding").into_iter();
     let bindings = bindings.filter_map(|mut t| binding(&mut t, &exchanges)).collect();
     let mut topology = Topology { mode, exchanges, queues, bindings };
@@ -50,11 +59,37 @@ fn unique(t: &Section<'_>, what: &str, name: &str, seen: &mut HashSet<String>) {
     }
 }
 
-fn exchange(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Exchange {
+/// The kinds of the exchanges that each vhost has from the beginning.
+fn brokers_own(name: &str) -> Option<&'static str> {
+    match name {
+        "amq.direct" => Some("direct"),
+        "amq.fanout" => Some("fanout"),
+        "amq.headers" | "amq.match" => Some("headers"),
+        "amq.topic" => Some("topic"),
+        // Of its trace, log and event plugins.
+        name if name.starts_with("amq.rabbitmq.") => Some("topic"),
+        _ => None,
+    }
+}
+
+/// What is wrong with a name under which the broker lets nobody declare anything.
+fn reserved(name: &str) -> Option<String> {
+    (name.starts_with("amq.") && brokers_own(name).is_none()).then(|| {
+        format!(
+            "exchange {name:?}: the broker refuses to declare names with \"amq.\"; use another \
+             one, or broker.topology = \"verify\" if it exists"
+        )
+    })
+}
+
+fn exchange(t: &mut Section<'_>, mode: Mode, seen: &mut HashSet<String>) -> Exchange {
     const KIND: &str = "kind";
     let name = t.short_string(NAME);
     unique(t, "exchange", &name, seen);
-    let kind = t.text(KIND, "topic");
+    if let Some(problem) = reserved(&name).filter(|_| mode == Mode::Declare) {
+        t.problem(NAME, problem);
+    }
+    let kind = t.text(KIND, brokers_own(&name).unwrap_or("topic"));
     let known = ["topic", "direct", "fanout", "headers"];
     // Plugins bring more kinds, all of them named x-….
     if !known.contains(&&*kind) && !kind.starts_with("x-") {
@@ -62,6 +97,7 @@ fn exchange(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Exchange {
         t.invalid(KIND, format!("{kind:?}"), expected);
     }
     let arguments = arguments(t, "such as { alternate-exchange = \"unrouted\" }");
+    checked_arguments::of_exchange(t, &arguments);
     if kind == "x-delayed-message" && !arguments.iter().any(|(key, _)| key == "x-delayed-type") {
         let what = format!("exchange {name:?}: the broker needs to know how it routes");
         t.problem(KIND, format!("{what}: add arguments = {{ x-delayed-type = \"topic\" }}"));
@@ -87,9 +123,17 @@ pub(super) fn arguments(t: &mut Section<'_>, example: &str) -> Vec<(String, Argu
     arguments
 }
 
-fn queue(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Queue {
+fn queue(t: &mut Section<'_>, mode: Mode, seen: &mut HashSet<String>) -> Queue {
     let name = t.short_string(NAME);
     unique(t, "queue", &name, seen);
+    if name.starts_with("amq.") && mode == Mode::Declare {
+        let what = format!("queue {name:?}: the broker refuses to declare names with \"amq.\"");
+        t.problem(NAME, format!("{what}; use another one"));
+    }
+    if name.starts_with("watership.") && name.ends_with(".lock") {
+        let what = format!("queue {name:?}: relays use names of this form for their locks");
+        t.problem(NAME, format!("{what}; use another one"));
+    }
     let kinds = [QueueKind::Quorum, QueueKind::Classic, QueueKind::Stream];
     let kind = t.word("type", &kinds.map(|kind| (kind.name(), kind)));
     let arguments = arguments(t, "such as { x-max-length = 100000 }");
@@ -97,6 +141,7 @@ fn queue(t: &mut Section<'_>, seen: &mut HashSet<String>) -> Queue {
         let path = t.path("arguments.x-queue-type");
         t.problem("arguments", format!("{path}: set the queue's type with its key \"type\""));
     }
+    checked_arguments::of_queue(t, kind, &arguments);
     Queue { name, kind, max_length: None, arguments }
 }
 

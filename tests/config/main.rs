@@ -9,6 +9,7 @@ mod formats;
 mod outbox;
 mod polling;
 mod secrets;
+mod topology;
 
 const REFERENCE: &str = include_str!("../../config/watership.toml");
 
