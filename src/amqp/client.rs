@@ -27,6 +27,14 @@ use crate::tls;
 /// Addresses of a name that are tried; with more, none would have time to answer.
 const ADDRESSES_MAX: usize = 8;
 
+/// What to do when something else answers.
+pub(super) const NOT_RABBITMQ: &str = "this is not a RabbitMQ port: check host and port in the \
+    broker URL, such as broker.url (5672; for amqps:// 5671)";
+
+/// The same, when it closes without an answer.
+pub(super) const NO_WORD: &str = "see the broker's log; if it has nothing, this is not a RabbitMQ \
+    port: check host and port in the broker URL, such as broker.url (5672; for amqps:// 5671)";
+
 /// What connections of different use differ in.
 #[derive(Debug, Clone)]
 pub struct Use {
@@ -84,9 +92,26 @@ pub async fn connect(
         },
         properties,
     );
+    // Servers of other protocols close what they do not understand.
+    let mut closed = false;
+    let connecting = async {
+        let connected = connecting.await;
+        closed = connected.as_ref().is_err_and(is_closed);
+        connected
+    };
     let connected = step(limit, "connecting", connecting).await;
+    let connected = connected.map_err(|error| if closed { error.hint(NO_WORD) } else { error });
     let failed = failed.lock().expect("nobody panics while holding it").take();
     connected.map_err(|error| failed.map_or(error, |failed| failed.context("connecting")))
+}
+
+fn is_closed(error: &lapin::Error) -> bool {
+    use io::ErrorKind as E;
+    let kind = match error.kind() {
+        ErrorKind::IOError(io) => io.kind(),
+        _ => return false,
+    };
+    matches!(kind, E::ConnectionReset | E::ConnectionAborted | E::UnexpectedEof | E::BrokenPipe)
 }
 
 fn uri(options: &Options, url: &Url, kind: &Use) -> AMQPUri {
@@ -152,6 +177,9 @@ pub fn translate(error: &lapin::Error) -> Error {
             let (kind, hint) = classify(io);
             let what = if is_tls(io) { "TLS with the broker" } else { "broker connection failed" };
             with_hint(Error::new(kind, what).caused_by(error.clone()), hint)
+        }
+        ErrorKind::ParsingError(_) | ErrorKind::InvalidProtocolVersion(_) => {
+            Error::protocol("the answer is not AMQP 0-9-1").hint(NOT_RABBITMQ)
         }
         _ => Error::unreachable("broker connection failed").caused_by(error.clone()),
     }

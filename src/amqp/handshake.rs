@@ -8,6 +8,7 @@ use std::future::poll_fn;
 use amq_protocol::protocol::{AMQPClass, basic, channel, connection, queue};
 use amq_protocol::types::{AMQPValue, FieldTable, LongString};
 
+use super::client::NO_WORD;
 use super::link::Link;
 use super::options::{Auth, Options, Url};
 use super::reply;
@@ -342,6 +343,14 @@ pub(super) fn close_error(close: &connection::Close) -> Error {
 /// The error for a frame that came in place of `wanted`.
 pub(super) fn unexpected(incoming: &Incoming, wanted: &str) -> Error {
     match incoming {
+/// A server of another protocol closes what it does not understand.
+fn no_word(error: Error) -> Error {
+    match (error.kind(), error.hint_text()) {
+        (Kind::Unreachable, None) => error.hint(NO_WORD),
+        _ => error,
+    }
+}
+
         Incoming::Method(_, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
             close_error(close)
         }

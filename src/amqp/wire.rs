@@ -12,6 +12,7 @@ use amq_protocol::frame::{AMQPFrame, WriteContext, gen_frame, parse_frame};
 use amq_protocol::protocol::AMQPClass;
 use uuid::Uuid;
 
+use super::client::NOT_RABBITMQ;
 use crate::error::{Error, Result};
 use crate::message::{Message, ROUTE_HEADER, route_hash};
 
@@ -128,10 +129,9 @@ pub fn parse(bytes: &[u8], frame_max: usize) -> Result<Option<(Incoming, usize)>
 fn known_type(kind: u8) -> Result<()> {
     match kind {
         METHOD | HEADER | BODY | HEARTBEAT => Ok(()),
-        b'A' => Err(Error::protocol("the server does not speak AMQP 0-9-1")
-            .hint("is this the AMQP port of a RabbitMQ broker (5672, with TLS 5671)?")),
+        b'A' => Err(Error::protocol("the server does not speak AMQP 0-9-1").hint(NOT_RABBITMQ)),
         other => Err(Error::protocol(format!("broker sent a frame of unknown type {other}"))
-            .hint("is this the AMQP port of a RabbitMQ broker, and does that port expect TLS?")),
+            .hint(NOT_RABBITMQ)),
     }
 }
 

@@ -15,8 +15,9 @@ use tokio_postgres::fallible_iterator::FallibleIterator;
 
 use super::connect::{ChannelBinding, Options, Settings};
 use super::scram::{Scram, ScramBinding};
+use super::socket::{NO_WORD, NOT_POSTGRES};
 use super::wire::{Reply, Wire};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::secret::Secret;
 
 /// Settings of every session of ours, replication or not: values come as ISO 8601 and exact, their
@@ -136,7 +137,13 @@ pub(super) async fn start_up(wire: &mut Wire, options: &Options, replication: bo
 }
 
 async fn asked_proof(wire: &mut Wire) -> Result<Proof> {
-    match wire.reply().await? {
+    // A server of another protocol shows with its first message, or closes without any.
+    let first = wire.reply().await.map_err(|error| match (error.kind(), error.hint_text()) {
+        (Kind::Protocol, _) => error.hint(NOT_POSTGRES),
+        (Kind::Unreachable, None) => error.hint(NO_WORD),
+        _ => error,
+    });
+    match first? {
         Reply::Message(Message::AuthenticationOk) => Ok(Proof::None),
         Reply::Message(Message::AuthenticationMd5Password(body)) => Ok(Proof::Md5(body.salt())),
         Reply::Message(Message::AuthenticationSasl(body)) => Ok(Proof::Sasl(body)),

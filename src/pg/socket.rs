@@ -29,6 +29,12 @@ use crate::error::{Error, Result};
 use crate::fault::io_error;
 use crate::tls::{self, SslMode};
 
+/// What to do when something else answers.
+pub(super) const NOT_POSTGRES: &str =
+    "this is not a Postgres port: check host and port in the URL, such as source.url";
+/// The same, when it closes without an answer.
+pub(super) const NO_WORD: &str = "see the server's log; if it has nothing, this is not a Postgres \
+    port: check host and port in the URL, such as source.url";
 /// The kernel probes an idle connection after this long, then as often, at most three times.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 3;
@@ -144,7 +150,8 @@ async fn open_tls(mut tcp: TcpStream, name: &str, options: &tls::Options) -> Res
         other => {
             return Err(Error::protocol(format!(
                 "the answer to an SSLRequest is {other:#04x}; expected 'S' or 'N'"
-            )));
+            ))
+            .hint(NOT_POSTGRES));
         }
     }
     let stream = TlsConnector::from(config).connect(name, tcp).await;
