@@ -23,6 +23,12 @@ pub(super) const CONTROL_CHANNEL: u16 = 1;
 /// The client property that says what a connection works for.
 pub(super) const SERVES: &str = "serves";
 
+/// What it means that the lock queue cannot be consumed.
+pub(super) const UNWATCHED: &str =
+    "the lock queue cannot be watched: a policy with expires would delete it unnoticed";
+/// What to do about it.
+pub(super) const UNWATCHED_HINT: &str = "grant read permission on it (rabbitmqctl set_permissions)";
+
 /// The smallest `frame_max` that takes every message's properties in one frame.
 const FRAME_MIN: usize = PROPERTIES_MAX + 64;
 
@@ -40,7 +46,7 @@ pub(super) struct Tuned {
 /// Opens the connection: authentication, tuning, virtual host.
 pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> Result<Tuned> {
     link.out().extend_from_slice(wire::PROTOCOL_HEADER);
-    let mechanisms = match receive(link).await? {
+    let mechanisms = match receive(link).await.map_err(no_word)? {
         Incoming::Start(mechanisms) => mechanisms,
         other => return Err(unexpected(&other, "connection.start")),
     };
@@ -87,8 +93,9 @@ pub(super) async fn handshake(link: &mut Link, url: &Url, options: &Options) -> 
 /// Declares the exclusive queue that fences a second publisher of the same name.
 ///
 /// An exclusive queue belongs to one connection and is deleted with it
-/// (<https://www.rabbitmq.com/docs/queues#exclusive-queues>).
-pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<()> {
+/// (<https://www.rabbitmq.com/docs/queues#exclusive-queues>). Returns why it cannot be watched, if
+/// it cannot.
+pub(super) async fn take_lock(link: &mut Link, name: &str) -> Result<Option<String>> {
     open_control_channel(link).await?;
     match declare_lock(link, name, false).await? {
         None => watch_lock(link, name).await,
@@ -164,8 +171,9 @@ async fn declare_lock(
 /// Consumes the lock queue: a policy with `expires` deletes only queues that nobody uses, and the
 /// broker tells a consumer when its queue is deleted (`basic.cancel`).
 ///
-/// The lock holds without it. So a user who may not read the queue is only told.
-async fn watch_lock(link: &mut Link, name: &str) -> Result<()> {
+/// The lock holds without it. So a user who may not read the queue is only told; the reason is
+/// returned.
+async fn watch_lock(link: &mut Link, name: &str) -> Result<Option<String>> {
     let consume = basic::Consume {
         queue: name.into(),
         consumer_tag: "lock".into(),
@@ -178,7 +186,7 @@ async fn watch_lock(link: &mut Link, name: &str) -> Result<()> {
     put_class(link, CONTROL_CHANNEL, AMQPClass::Basic(basic::AMQPMethod::Consume(consume)));
     match receive(link).await? {
         Incoming::Method(CONTROL_CHANNEL, AMQPClass::Basic(basic::AMQPMethod::ConsumeOk(_))) => {
-            Ok(())
+            Ok(None)
         }
         Incoming::Method(
             CONTROL_CHANNEL,
@@ -189,10 +197,10 @@ async fn watch_lock(link: &mut Link, name: &str) -> Result<()> {
             tracing::warn!(
                 queue = name,
                 reason = close.reply_text.as_str(),
-                hint = "grant read permission on it (rabbitmqctl set_permissions)",
-                "the lock queue cannot be watched: a policy with expires would delete it unnoticed"
+                hint = UNWATCHED_HINT,
+                "{UNWATCHED}"
             );
-            Ok(())
+            Ok(Some(close.reply_text.as_str().to_owned()))
         }
         Incoming::Method(
             CONTROL_CHANNEL,
@@ -335,14 +343,6 @@ fn silent_refusal(error: Error) -> Error {
         .hint("the broker closed the connection during login, often wrong credentials; see its log")
 }
 
-/// What a `connection.close` of the broker means for us.
-pub(super) fn close_error(close: &connection::Close) -> Error {
-    reply::error("broker closed the connection", close.reply_code, close.reply_text.as_str())
-}
-
-/// The error for a frame that came in place of `wanted`.
-pub(super) fn unexpected(incoming: &Incoming, wanted: &str) -> Error {
-    match incoming {
 /// A server of another protocol closes what it does not understand.
 fn no_word(error: Error) -> Error {
     match (error.kind(), error.hint_text()) {
@@ -351,6 +351,14 @@ fn no_word(error: Error) -> Error {
     }
 }
 
+/// What a `connection.close` of the broker means for us.
+pub(super) fn close_error(close: &connection::Close) -> Error {
+    reply::error("broker closed the connection", close.reply_code, close.reply_text.as_str())
+}
+
+/// The error for a frame that came in place of `wanted`.
+pub(super) fn unexpected(incoming: &Incoming, wanted: &str) -> Error {
+    match incoming {
         Incoming::Method(_, AMQPClass::Connection(connection::AMQPMethod::Close(close))) => {
             close_error(close)
         }

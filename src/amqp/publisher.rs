@@ -43,6 +43,8 @@ const TICKS_PER_DEADLINE: u32 = 4;
 pub struct Connection {
     link: Link,
     url: Url,
+    /// Why the broker does not say when it deletes the lock queue.
+    unwatched: Option<String>,
     channels: Vec<Channel>,
     channels_per_exchange: usize,
     /// Publishes whose outcome has not been handed on.
@@ -107,15 +109,24 @@ impl Connection {
         let tuned = handshake::handshake(&mut link, url, options).await?;
         let locked = match &options.lock_queue {
             Some(name) => handshake::take_lock(&mut link, name).await,
-            None => Ok(()),
+            None => Ok(None),
         };
         let mut connection = Self::new(options, url, link, tuned);
-        if let Err(error) = locked {
-            connection.close().await;
-            return Err(error);
+        match locked {
+            Ok(reason) => connection.unwatched = reason,
+            Err(error) => {
+                connection.close().await;
+                return Err(error);
+            }
         }
         connection.open_channels().await?;
         Ok(connection)
+    }
+
+    /// What is wrong with the lock, and what to do, when the broker will not say that it is gone.
+    pub fn unwatched(&self) -> Option<(String, &'static str)> {
+        let reason = self.unwatched.as_ref()?;
+        Some((format!("{} ({reason})", handshake::UNWATCHED), handshake::UNWATCHED_HINT))
     }
 
     fn new(options: &Options, url: &Url, link: Link, tuned: Tuned) -> Self {
@@ -132,6 +143,7 @@ impl Connection {
         Self {
             link,
             url: url.clone(),
+            unwatched: None,
             channels: (0..count).map(|i| Channel::new(CONTROL_CHANNEL + 1 + i as u16)).collect(),
             channels_per_exchange: each,
             outstanding: 0,

@@ -2,8 +2,8 @@
 //! `basic.return`, and what the relay decides by such a code. Pure.
 //!
 //! Decisions are made by code. Texts are shown, never parsed, with two exceptions: [`size_limit`],
-//! a number that RabbitMQ gives nowhere else, and [`limit_hint`], because one code stands for
-//! many things, each with its own remedy.
+//! a number that RabbitMQ gives nowhere else, and the hints of [`limit_hint`] and [`access_hint`],
+//! because one code stands for many things, each with its own remedy.
 //!
 //! AMQP 0-9-1, section 1.2 "Reply codes"; <https://www.rabbitmq.com/docs/channels#error-handling>
 
@@ -67,9 +67,11 @@ const REPLIES: &[Line] = &[
     (INVALID_PATH, "invalid-path", Kind::Refused,
         "check the virtual host in broker.url"),
     (ACCESS_REFUSED, "access-refused", Kind::Refused,
-        "check the user, its password, and its configure, write and read permissions"),
+        "grant what is missing (rabbitmqctl set_permissions): configure to declare, write to \
+         publish and to the target of a binding, read to its source and to consume"),
     (NOT_FOUND, "not-found", Kind::Refused,
-        "create the missing exchange or queue, or set broker.topology = \"declare\""),
+        "create the missing exchange or queue; with broker.topology = \"declare\" the relay \
+         creates those listed as [[exchange]] and [[queue]]"),
     (RESOURCE_LOCKED, "resource-locked", Kind::Busy,
         "another connection owns this queue; this relay is on standby"),
     (PRECONDITION_FAILED, "precondition-failed", Kind::Refused,
@@ -110,8 +112,55 @@ pub fn error(what: &str, code: u16, text: &str) -> Error {
     // The broker's text mostly begins with the name, in capitals.
     let begins = text.to_ascii_lowercase().replace('_', "-").starts_with(name);
     let shown = if begins { text.to_owned() } else { format!("{name}, {text}") };
-    let hint = limit_hint(text).unwrap_or(hint);
+    let of_text = match code {
+        ACCESS_REFUSED => refusal_hint(text),
+        _ => limit_hint(text).map(str::to_owned),
+    };
+    let hint = of_text.unwrap_or_else(|| hint.to_owned());
     Error::new(kind, format!("{what}{space}{code} {shown}")).coded(Code::Reply(code)).hint(hint)
+}
+
+/// What to do about a 403 to something that needs these permissions.
+pub fn access_hint(text: &str, needed: &str) -> String {
+    refusal_hint(text).unwrap_or_else(|| format!("grant {needed} (rabbitmqctl set_permissions)"))
+}
+
+/// What to do when a publish to this exchange is refused.
+pub fn publish_hint(code: u16, text: &str, exchange: &str) -> String {
+    match code {
+        ACCESS_REFUSED => access_hint(text, &format!("write permission on exchange {exchange:?}")),
+        _ => classify(code).2.to_owned(),
+    }
+}
+
+/// What to do about a 403 whose text says more than that a permission is missing. Newer
+/// brokers name it: "read access to exchange 'a' in vhost '/' refused for user 'b'".
+fn refusal_hint(text: &str) -> Option<String> {
+    let fixed = [
+        (
+            "internal exchange",
+            "an internal exchange takes messages from other exchanges only: publish to one that is \
+             bound to it",
+        ),
+        ("reserved prefix", "names that begin with \"amq.\" are the broker's own: use another one"),
+        (
+            "default exchange",
+            "the default exchange routes to each queue by its name; it cannot be declared or bound",
+        ),
+    ];
+    if let Some((_, hint)) = fixed.iter().find(|(part, _)| text.contains(part)) {
+        return Some((*hint).to_owned());
+    }
+    let (before, after) = text.split_once(" access to ").or(text.split_once("access to "))?;
+    let (thing, _) = after.split_once(" in vhost ")?;
+    if thing.starts_with("topic ") {
+        let permissions = "rabbitmqctl set_topic_permissions";
+        return Some(format!("grant the topic permission for {thing} ({permissions})"));
+    }
+    let permission = before.rsplit(' ').next()?;
+    ["configure", "write", "read"]
+        .contains(&permission)
+        .then(|| format!("grant {permission} permission on {thing} (rabbitmqctl set_permissions)"))
 }
 
 /// What to do when the broker says that a limit is reached, which has no code of its own:
@@ -238,6 +287,38 @@ mod tests {
             let hint = error("x", code, text).hint_or_kind().to_owned();
             assert!(hint.contains(expected), "{text}: {hint}");
         }
+    }
+
+    #[test]
+    fn the_hint_to_a_403_names_the_permission_or_what_is_wrong_in_its_place() {
+        let unnamed = "ACCESS_REFUSED - access to exchange 'e' in vhost '/' refused for user 'u'";
+        let needed = "write permission on exchange \"e\"";
+        assert_eq!(
+            publish_hint(ACCESS_REFUSED, unnamed, "e"),
+            format!("grant {needed} (rabbitmqctl set_permissions)")
+        );
+        for (text, expected) in [
+            (
+                "ACCESS_REFUSED - read access to queue 'q' in vhost '/' refused for user 'u'",
+                "grant read permission on queue 'q' (rabbitmqctl set_permissions)",
+            ),
+            (
+                "ACCESS_REFUSED - access to topic 'a.b' in exchange 'e' in vhost '/' refused for \
+                 user 'u'",
+                "grant the topic permission for topic 'a.b' in exchange 'e' (rabbitmqctl \
+                 set_topic_permissions)",
+            ),
+            (
+                "ACCESS_REFUSED - cannot publish to internal exchange 'e' in vhost '/'",
+                "an internal exchange takes messages from other exchanges only: publish to one \
+                 that is bound to it",
+            ),
+        ] {
+            assert_eq!(access_hint(text, needed), expected);
+            assert_eq!(error("x", ACCESS_REFUSED, text).hint_text(), Some(expected));
+        }
+        let generic = error("x", ACCESS_REFUSED, unnamed).hint_or_kind().to_owned();
+        assert!(generic.contains("configure to declare"), "{generic}");
     }
 
     #[test]

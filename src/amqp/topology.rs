@@ -1,6 +1,7 @@
 //! Exchanges, queues and bindings that must be there; `apply` declares or verifies them.
 
 mod apply;
+mod rehearse;
 
 use std::fmt;
 
@@ -8,7 +9,8 @@ use serde_json::{Map, Value};
 
 use super::audit::{BindingFacts, ExchangeFacts, Survey};
 
-pub use apply::{apply, apply_each, counts, may_publish};
+pub use apply::{apply, apply_each, counts};
+pub use rehearse::{may_declare, may_publish};
 
 /// Whether missing things are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -131,7 +133,8 @@ pub enum Thing {
 pub struct Wrong {
     /// Which thing.
     pub thing: Thing,
-    /// It does not exist; otherwise it is there, or nobody could see.
+    /// It does not exist; otherwise it is there, or nobody could see. A binding that was refused
+    /// counts as missing: nobody can see it, and what should come through it might not.
     pub missing: bool,
     /// What the broker said.
     pub error: crate::error::Error,
@@ -141,6 +144,10 @@ impl Topology {
     /// Where messages go if everything is as configured. Queues have no facts.
     pub fn survey(&self) -> Survey {
         let mut survey = Survey::default();
+        // How one of these routes is not known, so everything may come through it.
+        for Exchange { name, .. } in self.unlisted().exchanges {
+            survey.exchanges.insert(name, ExchangeFacts::default());
+        }
         for Exchange { name, kind, durable, arguments } in &self.exchanges {
             let facts = ExchangeFacts {
                 kind: kind.clone(),
@@ -161,9 +168,68 @@ impl Topology {
         }
         survey
     }
+
+    /// The exchanges and queues that bindings name and that are not listed: nobody declares them
+    /// here, so they can only be looked at.
+    pub fn unlisted(&self) -> Topology {
+        let mut unlisted = Topology { mode: Mode::Verify, ..Topology::default() };
+        for binding in &self.bindings {
+            let exchange = match &binding.destination {
+                Destination::Exchange(name) => Some(name),
+                Destination::Queue(_) => None,
+            };
+            for name in exchange.into_iter().chain([&binding.exchange]) {
+                let is_it = |exchange: &Exchange| exchange.name == *name;
+                if name.is_empty() || self.exchanges.iter().chain(&unlisted.exchanges).any(is_it) {
+                    continue;
+                }
+                let (name, kind) = (name.clone(), "topic".to_owned());
+                let exchange = Exchange { name, kind, durable: true, arguments: Vec::new() };
+                unlisted.exchanges.push(exchange);
+            }
+            let Destination::Queue(name) = &binding.destination else { continue };
+            let is_it = |queue: &Queue| queue.name == *name;
+            if !self.queues.iter().chain(&unlisted.queues).any(is_it) {
+                let (name, kind) = (name.clone(), QueueKind::default());
+                unlisted.queues.push(Queue { name, kind, max_length: None, arguments: Vec::new() });
+            }
+        }
+        unlisted
+    }
+
+    /// What to do when this binding cannot be made because one of its ends is missing.
+    pub fn hint_for_ends(&self, binding: &Binding) -> String {
+        let alone = Topology { bindings: vec![binding.clone()], ..self.clone() }.unlisted();
+        let names = alone.exchanges.iter().map(|e| ("exchange", &e.name));
+        let names: Vec<(&str, &String)> =
+            names.chain(alone.queues.iter().map(|q| ("queue", &q.name))).collect();
+        let list = |text: fn(&(&str, &String)) -> String, between: &str| {
+            names.iter().map(text).collect::<Vec<_>>().join(between)
+        };
+        match (self.mode, names.is_empty()) {
+            (_, true) => "it is made once its exchange and its queue are there".to_owned(),
+            (Mode::Declare, false) => format!(
+                "add {} to the configuration, or create it in the broker: the binding follows",
+                list(|(kind, name)| format!("[[{kind}]] name = {name:?}"), " and ")
+            ),
+            (Mode::Verify, false) => format!(
+                "create {}, and bind it",
+                list(|(kind, name)| format!("{kind} {name:?}"), " and ")
+            ),
+        }
+    }
 }
 
 impl Binding {
+    /// What it leads to, and the exchange that it comes from.
+    pub fn ends(&self) -> [Thing; 2] {
+        let to = match &self.destination {
+            Destination::Queue(name) => Thing::Queue(name.clone()),
+            Destination::Exchange(name) => Thing::Exchange(name.clone()),
+        };
+        [to, Thing::Exchange(self.exchange.clone())]
+    }
+
     /// It is the one that the management API shows.
     pub fn is(&self, found: &BindingFacts) -> bool {
         let (kind, name) = self.destination.kind_and_name();

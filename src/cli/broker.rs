@@ -8,7 +8,7 @@ use super::partitions;
 use crate::amqp::audit::{Grade, Graded};
 use crate::amqp::management::Management;
 use crate::amqp::publisher::Connection;
-use crate::amqp::topology::{self, Mode, Thing, Topology, Wrong};
+use crate::amqp::topology::{self, Binding, Mode, Thing, Topology, Wrong};
 use crate::config::Config;
 use crate::error::{Kind, Result};
 use crate::message::KeyPart;
@@ -32,8 +32,10 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
     let urls: Vec<String> = options.urls.iter().map(ToString::to_string).collect();
     f.ok("broker", format!("connected to {}", urls.join(" or ")));
     let is_running = check_session(f, config, &verify).await;
-    if let Err(error) = check_topology(f, config, &wrong, is_running).await {
-        f.error("broker", &error);
+    let mut refused = Vec::new();
+    match check_topology(f, config, &wrong, is_running).await {
+        Ok(bindings) => refused = bindings,
+        Err(error) => f.error("broker", &error),
     }
     check_permission(f, config, &wrong).await;
     let Some(management) = config.relay.audit.management(options).transpose() else {
@@ -45,7 +47,7 @@ pub(super) async fn check(f: &mut Findings, config: &Config) {
         return grade_by_declares(f, config, is_running).await;
     };
     let graded = match management {
-        Ok(management) => check_routes(f, config, &management, is_running).await,
+        Ok(management) => check_routes(f, config, &management, &refused, is_running).await,
         Err(error) => Err(error),
     };
     if let Err(error) = graded {
@@ -64,11 +66,20 @@ async fn check_session(f: &mut Findings, config: &Config, verify: &Topology) -> 
             Connection::open(&session::publishing(options, &Router::new(&options.rules)?)).await?;
         let beside = topology::apply_each(&options.broker, verify);
         let looked = session::while_kept_alive(&mut publisher, beside).await;
+        let unwatched = publisher.unwatched();
         publisher.close().await;
-        looked.map_err(|e| e.context("the second connection (the first one publishes)"))
+        let looked =
+            looked.map_err(|e| e.context("the second connection (the first one publishes)"));
+        looked.map(|_| unwatched)
     };
     match opened.await {
-        Ok(_) => f.ok(AREA, "opened two connections, all channels, and the lock queue"),
+        Ok(unwatched) => {
+            f.ok(AREA, "opened two connections, all channels, and the lock queue");
+            if let Some((what, hint)) = unwatched {
+                let queue = options.lock_queue();
+                f.warning(AREA, format!("queue {queue:?}: {what}"), hint);
+            }
+        }
         Err(error) if error.kind() == Kind::Busy => {
             f.ok(AREA, "a relay of this name holds the lock queue");
             return streams(config).await;
@@ -94,22 +105,29 @@ async fn streams(config: &Config) -> bool {
 }
 
 /// Each exchange and each queue is a finding. What `run` will declare and is there already is
-/// declared again: the same changes nothing, and anything else is refused as it will be then.
+/// declared again: the same changes nothing, and anything else is refused as it will be then. For
+/// what is missing the permission is tried. Returns the bindings that cannot be made.
 async fn check_topology(
     f: &mut Findings,
     config: &Config,
     missing: &[Wrong],
     is_running: bool,
-) -> Result<()> {
-    let things = &config.relay.topology;
+) -> Result<Vec<Binding>> {
+    let (things, broker) = (&config.relay.topology, &config.relay.broker);
     let is_missing = |thing: &Thing| missing.iter().any(|wrong| wrong.thing == *thing);
     let mut there = things.clone();
     there.exchanges.retain(|e| !is_missing(&Thing::Exchange(e.name.clone())));
     there.queues.retain(|q| !is_missing(&Thing::Queue(q.name.clone())));
     there.bindings.clear();
-    let refused = match things.mode {
-        Mode::Verify => Vec::new(),
-        Mode::Declare => topology::apply_each(&config.relay.broker, &there).await?,
+    let mut to_make = things.clone();
+    to_make.exchanges.retain(|e| is_missing(&Thing::Exchange(e.name.clone())));
+    to_make.queues.retain(|q| is_missing(&Thing::Queue(q.name.clone())));
+    let (refused, forbidden) = match things.mode {
+        Mode::Verify => (Vec::new(), Vec::new()),
+        Mode::Declare => (
+            topology::apply_each(broker, &there).await?,
+            topology::may_declare(broker, &to_make).await?,
+        ),
     };
     let exchanges = things.exchanges.iter().map(|e| Thing::Exchange(e.name.clone()));
     let queues = things.queues.iter().map(|q| Thing::Queue(q.name.clone()));
@@ -118,14 +136,46 @@ async fn check_topology(
         let of = |list: &'_ [Wrong]| list.iter().position(|wrong| wrong.thing == thing);
         match (of(missing), of(&refused)) {
             (Some(at), _) if things.mode == Mode::Declare && missing[at].missing => {
-                undeclared(f, area, &thing, is_running);
+                match of(&forbidden) {
+                    Some(at) => f.error(area, &forbidden[at].error),
+                    None => undeclared(f, area, &thing, is_running),
+                }
             }
             (Some(at), _) => f.error(area, &missing[at].error),
             (None, Some(at)) => f.error(area, &refused[at].error),
             (None, None) => f.ok(area, format!("{thing} exists")),
         }
     }
-    Ok(())
+    let ends = topology::apply_each(broker, &things.unlisted()).await?;
+    Ok(check_ends(f, things, &ends, &forbidden))
+}
+
+/// The bindings that cannot be made: an end of them is missing and nobody declares it, or the
+/// permission is missing.
+fn check_ends(
+    f: &mut Findings,
+    things: &Topology,
+    ends: &[Wrong],
+    forbidden: &[Wrong],
+) -> Vec<Binding> {
+    const AREA: &str = "binding";
+    let mut refused = Vec::new();
+    for binding in &things.bindings {
+        let its_ends = binding.ends();
+        let gone = ends.iter().find(|wrong| its_ends.contains(&wrong.thing));
+        let is_it = |wrong: &&Wrong| wrong.thing == Thing::Binding(binding.clone());
+        match (gone, forbidden.iter().find(is_it)) {
+            (Some(gone), _) if gone.missing => {
+                let what = format!("{binding}: {} does not exist, nor is it listed", gone.thing);
+                f.problem(AREA, what, things.hint_for_ends(binding));
+            }
+            (Some(gone), _) => f.error(AREA, &gone.error),
+            (None, Some(forbidden)) => f.error(AREA, &forbidden.error),
+            (None, None) => continue,
+        }
+        refused.push(binding.clone());
+    }
+    refused
 }
 
 /// What is missing and is to be declared: a session does that when it starts, and later only for a
@@ -172,9 +222,10 @@ async fn check_routes(
     f: &mut Findings,
     config: &Config,
     management: &Management,
+    refused: &[Binding],
     is_running: bool,
 ) -> Result<()> {
-    check_bindings(f, config, management, is_running).await?;
+    check_bindings(f, config, management, refused, is_running).await?;
     let exchanges: Vec<String> =
         config.relay.topology.exchanges.iter().map(|e| e.name.clone()).collect();
     let survey = management.survey(&exchanges).await?;
@@ -214,7 +265,7 @@ async fn grade_by_declares(f: &mut Findings, config: &Config, is_running: bool) 
             Grade::Unsafe if declares && is_running => {
                 "restart the relay: it declares what is missing"
             }
-            Grade::Unsafe if declares => "`watership run` will declare what is missing",
+            Grade::Unsafe if declares => "`watership run` will try to declare what is missing",
             Grade::Unsafe => "declare what is missing; until then the route is held",
             Grade::Safe | Grade::Weak | Grade::NotVerified => {
                 "check the bound queues: they decide what a confirm guarantees"
@@ -228,10 +279,12 @@ async fn check_bindings(
     f: &mut Findings,
     config: &Config,
     api: &Management,
+    refused: &[Binding],
     is_running: bool,
 ) -> Result<()> {
     let topology = &config.relay.topology;
-    for binding in &topology.bindings {
+    // What is wrong with the others was said.
+    for binding in topology.bindings.iter().filter(|binding| !refused.contains(binding)) {
         let there = api.bindings(&binding.exchange).await?;
         let bound = there.iter().any(|found| binding.is(found));
         match (bound, topology.mode) {
@@ -276,7 +329,7 @@ fn grade(
         Grade::Safe => f.ok("route", what),
         // Before the first run nothing may exist yet; that is reported elsewhere.
         Grade::Unsafe if unreached && may_come && !is_running => {
-            let hint = "`watership run` will declare what is missing; then run check again";
+            let hint = "`watership run` will try to declare what is missing; then run check again";
             f.warning("route", what, hint);
         }
         Grade::Unsafe if unreached => f.problem(

@@ -2,8 +2,10 @@
 //! not declare.
 
 use lapin::types::FieldTable;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpListener;
 
-use crate::support::servers::{Vhost, own_database, own_vhost, rabbit};
+use crate::support::servers::{Vhost, own_database, own_vhost, postgres, rabbit};
 use crate::support::stage::{Setup, Stage};
 
 async fn put(path: &str, body: &str) {
@@ -110,4 +112,89 @@ async fn init_verifies_bindings_or_does_not_claim_them() {
     ]);
     stage.replace_configuration(&seen);
     stage.run(&init).await.expect_code(0).expect_text(&["verified 1"]);
+}
+
+#[tokio::test]
+async fn what_run_may_not_do_is_a_problem_that_names_the_permission() {
+    let (Vhost { name, .. }, user, url) = vhost_with_user().await;
+    let path = format!("/api/permissions/{name}/{user}");
+    let stage = Stage::on(own_database().await, Vhost { url, name }, Setup::default()).await;
+    stage.append_to_configuration(
+        "[[exchange]]\nname = \"wide\"\n[[queue]]\nname = \"more\"\n\
+         [[binding]]\nqueue = \"more\"\nexchange = \"wide\"\nrouting_key = \"#\"\n",
+    );
+    let queue = stage.run(&["check"]).await;
+    queue.expect_code(0).expect_text(&["queue \"more\" does not exist; `watership run` will"]);
+    put(&path, r#"{"configure":"^(watership.*|all)$","write":".*","read":".*"}"#).await;
+    stage.run(&["check"]).await.expect_code(1).expect_text(&[
+        "queue \"more\": 403",
+        "exchange \"wide\": 403",
+        "grant configure permission on queue",
+        "grant configure permission on exchange",
+    ]);
+    put(&path, r#"{"configure":".*","write":"^(watership|wide|all)$","read":".*"}"#).await;
+    let told = ["binding of queue \"more\"", "403", "write permission on queue"];
+    stage.run(&["check"]).await.expect_code(1).expect_text(&told);
+    put(&path, r#"{"configure":".*","write":".*","read":"^(watership|wide)$"}"#).await;
+    let told = ["the lock queue cannot be watched", "grant read permission on it"];
+    stage.run(&["check"]).await.expect_code(0).expect_text(&told);
+    put(&path, r#"{"configure":".*","write":".*","read":".*"}"#).await;
+    let all_right = stage.run(&["check"]).await;
+    assert!(!all_right.expect_code(0).log.contains("cannot be watched"), "{}", all_right.log);
+    // Nothing was made, and nothing removed.
+    let (none, passive) = (FieldTable::default(), true);
+    let options = lapin::options::QueueDeclareOptions { passive, ..Default::default() };
+    let looked = stage.channel.queue_declare("more".into(), options, none).await;
+    assert!(looked.is_err(), "the queue was declared");
+    stage.start().await.stop().await.expect_code(0);
+    stage.run(&["check"]).await.expect_code(0);
+}
+
+#[tokio::test]
+async fn an_internal_exchange_is_refused_for_what_it_is() {
+    let vhost = own_vhost().await;
+    let body = r#"{"type":"topic","durable":true,"internal":true}"#;
+    put(&format!("/api/exchanges/{}/inner", vhost.name), body).await;
+    let stage = Stage::on(own_database().await, vhost, Setup::default()).await;
+    stage.append_to_configuration(
+        "[[route]]\nname = \"in\"\noutbox = { aggregate_type = \"in\" }\nexchange = \"inner\"\n",
+    );
+    let told = ["publishing to exchange \"inner\"", "takes messages from other exchanges only"];
+    stage.run(&["check"]).await.expect_code(1).expect_text(&told);
+}
+
+#[tokio::test]
+async fn a_port_of_another_protocol_is_named_as_such() {
+    // As a server of SSH does it.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+    let ssh = listener.local_addr().expect("an address").port();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let _ = stream.write_all(b"SSH-2.0-OpenSSH_9.6\r\n").await;
+                // Until the client gives up.
+                while let Ok(1..) = stream.read(&mut [0; 4096]).await {}
+            });
+        }
+    });
+    let stage = Stage::new(Setup::default()).await;
+    let text = stage.configuration();
+    let line = |key: &str| {
+        let line = text.lines().find(|line| line.starts_with(key));
+        line.expect("it is configured").to_owned()
+    };
+    let management = rabbit().await.management_url().expect("management runs");
+    let http = management.rsplit(':').next().expect("a port").trim_end_matches('/');
+    let (amqp, sql) = (rabbit().await.port().to_string(), postgres().await.port().to_string());
+    let ssh = ssh.to_string();
+    for port in [&ssh, http, &amqp] {
+        let other = format!("source.url = \"postgres://postgres@127.0.0.1:{port}/shop\"");
+        stage.replace_configuration(&text.replace(&line("source.url"), &other));
+        stage.run(&["check"]).await.expect_code(1).expect_text(&["this is not a Postgres port"]);
+    }
+    for port in [&ssh, http, &sql] {
+        let other = format!("broker.url = \"amqp://guest:guest@127.0.0.1:{port}/shop\"");
+        stage.replace_configuration(&text.replace(&line("broker.url"), &other));
+        stage.run(&["check"]).await.expect_code(1).expect_text(&["this is not a RabbitMQ port"]);
+    }
 }

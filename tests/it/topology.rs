@@ -45,9 +45,25 @@ async fn stage() -> (Stage, String) {
 }
 
 async fn rights(node: &Rabbit, vhost: &str, configure: &str) {
+    all_rights(node, vhost, [configure, ".*", ".*"]).await;
+}
+
+/// Configure, write and read.
+async fn all_rights(node: &Rabbit, vhost: &str, [configure, write, read]: [&str; 3]) {
     let path = format!("/api/permissions/{vhost}/user-{vhost}");
-    let body = format!(r#"{{"configure":"{configure}","write":".*","read":".*"}}"#);
+    let body = format!(r#"{{"configure":"{configure}","write":"{write}","read":"{read}"}}"#);
     node.management("PUT", &path, &body).await.expect("rights are set");
+}
+
+/// Waits until somebody has looked at held routes: what was deleted is declared again.
+async fn looked(stage: &Stage, relay: &Running) {
+    let times = || relay.log().matches("declared again").count();
+    // The first one may have begun before.
+    for _ in 0..2 {
+        let before = times();
+        delete_queue(stage, "others").await;
+        until("the queue is declared again", async || times() > before).await;
+    }
 }
 
 async fn emit_both(stage: &Stage, numbers: std::ops::RangeInclusive<u32>) {
@@ -224,6 +240,89 @@ async fn an_exchange_whose_type_the_broker_lost_stops_nothing_else() {
     assert_eq!(bodies(&stage.inbox.count(2).await), ["1", "2"]);
     assert_eq!(bodies(&others.count(2).await), ["1", "2"]);
     relay.stop().await.expect_code(0).expect_text(&["exchange \"lost\"", "x-lost"]);
+}
+
+#[tokio::test]
+async fn a_binding_to_a_queue_that_is_not_there_holds_its_route_until_somebody_makes_the_queue() {
+    let (stage, _) = stage().await;
+    let binding = "[[binding]]\nqueue = \"later\"\nexchange = \"other\"\nrouting_key = \"#\"\n";
+    stage.append_to_configuration(binding);
+    let hint = "add [[queue]] name = \"later\" to the configuration";
+    let told = ["queue \"later\" does not exist", hint];
+    stage.run(&["check"]).await.expect_code(1).expect_text(&told);
+    let again = ["init", "--admin-url", &stage.database.url];
+    stage.run(&again).await.expect_code(1).expect_text(&[hint]);
+    let relay = stage.start().await;
+    held_for(&relay, &["404", "later"]).await;
+    emit_both(&stage, 1..=3).await;
+    assert_eq!(bodies(&stage.inbox.count(3).await), ["1", "2", "3"], "the other route flows");
+    looked(&stage, &relay).await;
+    held_for(&relay, &["404", "later"]).await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    assert!(others.flush(&stage.channel, "others").await.is_empty(), "it would hide the loss");
+    stage.run(&["status"]).await.expect_code(1).expect_text(&["route \"bad\"", "later"]);
+    stage.run(&["check"]).await.expect_code(1).expect_text(&told);
+
+    let options = lapin::options::QueueDeclareOptions { durable: true, ..Default::default() };
+    let made = stage.channel.queue_declare("later".into(), options, Default::default());
+    made.await.expect("declared");
+    let later = Inbox::open(&stage.channel, "later").await;
+    assert_eq!(bodies(&later.count(3).await), ["1", "2", "3"], "the relay has bound it");
+    assert_eq!(bodies(&others.count(3).await), ["1", "2", "3"]);
+    released(&relay).await;
+    stage.run(&["check"]).await.expect_code(0);
+    relay.stop().await.expect_code(0).expect_text(&["wrong in the broker", "add [[queue]] name"]);
+}
+
+#[tokio::test]
+async fn a_binding_that_is_not_permitted_holds_its_route_until_it_is() {
+    let (stage, vhost) = stage().await;
+    let node = rabbit().await;
+    stage.append_to_configuration(
+        "[[queue]]\nname = \"more\"\n\
+         [[binding]]\nqueue = \"more\"\nexchange = \"other\"\nrouting_key = \"#\"\n",
+    );
+    for rights in [[".*", ".*", "^watership.*$"], [".*", "^(watership.*|all|others?)$", ".*"]] {
+        delete_queue(&stage, "more").await;
+        all_rights(node, &vhost, rights).await;
+        let told = ["binding of queue \"more\"", "403", "permission on exchange \"other\""];
+        stage.run(&["check"]).await.expect_code(1).expect_text(&told);
+        let relay = stage.start().await;
+        held_for(&relay, &["403", "more"]).await;
+        emit_both(&stage, 1..=2).await;
+        looked(&stage, &relay).await;
+        held_for(&relay, &["403", "more"]).await;
+        all_rights(node, &vhost, [".*", ".*", ".*"]).await;
+        let more = Inbox::open(&stage.channel, "more").await;
+        assert_eq!(bodies(&more.count(2).await), ["1", "2"]);
+        let others = Inbox::open(&stage.channel, "others").await;
+        assert_eq!(bodies(&others.count(2).await), ["1", "2"]);
+        released(&relay).await;
+        relay.stop().await.expect_code(0);
+    }
+}
+
+#[tokio::test]
+async fn a_binding_to_an_exchange_that_is_not_there_holds_its_route() {
+    let (stage, _) = stage().await;
+    stage.append_to_configuration(
+        "[[binding]]\nto_exchange = \"nope\"\nexchange = \"other\"\nrouting_key = \"#\"\n",
+    );
+    let told = ["exchange \"nope\" does not exist", "add [[exchange]] name = \"nope\""];
+    stage.run(&["check"]).await.expect_code(1).expect_text(&told);
+    let relay = stage.start().await;
+    held_for(&relay, &["404", "nope"]).await;
+    emit_both(&stage, 1..=2).await;
+    looked(&stage, &relay).await;
+    held_for(&relay, &["404", "nope"]).await;
+    let options = lapin::options::ExchangeDeclareOptions { durable: true, ..Default::default() };
+    let kind = lapin::ExchangeKind::Topic;
+    let made = stage.channel.exchange_declare("nope".into(), kind, options, Default::default());
+    made.await.expect("declared");
+    released(&relay).await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    assert_eq!(bodies(&others.count(2).await), ["1", "2"]);
+    relay.stop().await.expect_code(0);
 }
 
 #[tokio::test]

@@ -14,11 +14,10 @@
 use std::time::Duration;
 
 use lapin::options::{
-    BasicPublishOptions, ConfirmSelectOptions, ExchangeBindOptions, ExchangeDeclareOptions,
-    QueueBindOptions, QueueDeclareOptions,
+    ExchangeBindOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{BasicProperties, Channel, Connection, ExchangeKind};
+use lapin::{Channel, Connection, ExchangeKind};
 use tokio::time::timeout;
 
 use super::{Argument, Binding, Destination, Exchange, Mode, Queue, Thing, Topology, Wrong};
@@ -63,15 +62,6 @@ pub async fn apply_each(options: &Options, topology: &Topology) -> Result<Vec<Wr
     on_first(options, async |hand| hand.apply(topology).await).await
 }
 
-/// Whether the user may publish to `exchange` by `routing_key`: what the broker says to a message
-/// that it must refuse in any case, after its permissions are checked. Nothing is published.
-///
-/// # Errors
-/// `Refused` when it may not, or the exchange is missing.
-pub async fn may_publish(options: &Options, exchange: &str, routing_key: &str) -> Result<()> {
-    on_first(options, async |hand| hand.may_publish(exchange, routing_key).await).await
-}
-
 /// Messages that are ready, and consumers, of each of these queues; absent for one that does not
 /// exist. What a consumer holds is not among the messages.
 ///
@@ -95,7 +85,7 @@ pub async fn counts(options: &Options, queues: &[String]) -> Result<Vec<Option<(
 }
 
 /// Does `work` on the first broker that answers.
-async fn on_first<T>(
+pub(super) async fn on_first<T>(
     options: &Options,
     work: impl AsyncFnOnce(&mut Hand<'_>) -> Result<T>,
 ) -> Result<T> {
@@ -127,10 +117,10 @@ async fn connect(options: &Options, url: &Url, limit: Duration) -> Result<Connec
 }
 
 /// One connection, opened again where a thing made the broker close it.
-struct Hand<'a> {
+pub(super) struct Hand<'a> {
     options: &'a Options,
     url: &'a Url,
-    limit: Duration,
+    pub(super) limit: Duration,
     connection: Connection,
     channel: Option<Channel>,
     reconnects: u32,
@@ -148,7 +138,8 @@ impl Hand<'_> {
             {
                 missing = reply::is_missing(&self.of_thing(seen)?);
             }
-            wrong.push(self.wrong(Thing::Exchange(exchange.name.clone()), missing, error));
+            let thing = Thing::Exchange(exchange.name.clone());
+            wrong.push(self.wrong(thing, missing, error, topology));
         }
         for queue in &topology.queues {
             let Err(error) = self.queue(queue, topology.mode).await else { continue };
@@ -159,21 +150,22 @@ impl Hand<'_> {
             {
                 missing = reply::is_missing(&self.of_thing(seen)?);
             }
-            wrong.push(self.wrong(Thing::Queue(queue.name.clone()), missing, error));
+            let thing = Thing::Queue(queue.name.clone());
+            wrong.push(self.wrong(thing, missing, error, topology));
         }
         if topology.mode == Mode::Declare {
             for binding in &topology.bindings {
                 let Err(error) = self.binding(binding).await else { continue };
                 let error = self.of_thing(error)?;
-                let missing = reply::is_missing(&error);
-                wrong.push(self.wrong(Thing::Binding(binding.clone()), missing, error));
+                let thing = Thing::Binding(binding.clone());
+                wrong.push(self.wrong(thing, true, error, topology));
             }
         }
         Ok(wrong)
     }
 
     /// The error, if it is about the thing that was asked for and not about the connection.
-    fn of_thing(&self, error: Error) -> Result<Error> {
+    pub(super) fn of_thing(&self, error: Error) -> Result<Error> {
         let connected = self.connection.status().connected();
         match error.reply_code() {
             None | Some(reply::CONNECTION_FORCED) => Err(error),
@@ -182,21 +174,34 @@ impl Hand<'_> {
         }
     }
 
-    fn wrong(&self, thing: Thing, missing: bool, error: Error) -> Wrong {
+    pub(super) fn wrong(
+        &self,
+        thing: Thing,
+        missing: bool,
+        error: Error,
+        topology: &Topology,
+    ) -> Wrong {
         let vhost = &self.url.vhost;
-        let error = match &thing {
-            Thing::Exchange(_) | Thing::Queue(_) if reply::is_missing(&error) => {
+        let error = match (&thing, error.reply_code()) {
+            (Thing::Exchange(_) | Thing::Queue(_), Some(reply::NOT_FOUND)) => {
                 Error::refused(format!("{thing} does not exist in vhost {vhost:?}"))
                     .coded(Code::Reply(reply::NOT_FOUND))
                     .hint("create it, or set broker.topology = \"declare\"")
             }
-            Thing::Exchange(_) | Thing::Queue(_) | Thing::Binding(_) => error,
+            (Thing::Binding(binding), Some(reply::NOT_FOUND)) => {
+                error.hint(topology.hint_for_ends(binding))
+            }
+            (_, Some(reply::ACCESS_REFUSED)) => {
+                let hint = reply::access_hint(&error.to_string(), &needed(&thing));
+                error.hint(hint)
+            }
+            _ => error,
         };
         Wrong { thing, missing, error: error.context(format!("broker {}", self.url)) }
     }
 
     /// An open channel; a refusal has closed the one before.
-    async fn channel(&mut self) -> Result<Channel> {
+    pub(super) async fn channel(&mut self) -> Result<Channel> {
         if !self.connection.status().connected() {
             self.reconnects += 1;
             self.connection = connect(self.options, self.url, self.limit).await?;
@@ -210,7 +215,7 @@ impl Hand<'_> {
         Ok(self.channel.insert(channel).clone())
     }
 
-    async fn exchange(&mut self, exchange: &Exchange, mode: Mode) -> Result<()> {
+    pub(super) async fn exchange(&mut self, exchange: &Exchange, mode: Mode) -> Result<()> {
         let channel = self.channel().await?;
         let options = ExchangeDeclareOptions {
             passive: mode == Mode::Verify,
@@ -223,7 +228,7 @@ impl Hand<'_> {
         step(self.limit, &format!("exchange {:?}", exchange.name), declare).await
     }
 
-    async fn queue(&mut self, queue: &Queue, mode: Mode) -> Result<()> {
+    pub(super) async fn queue(&mut self, queue: &Queue, mode: Mode) -> Result<()> {
         self.declare_queue(&queue.name, mode, queue_table(queue)?).await.map(drop)
     }
 
@@ -261,22 +266,27 @@ impl Hand<'_> {
             }
         }
     }
+}
 
-    async fn may_publish(&mut self, exchange: &str, routing_key: &str) -> Result<()> {
-        let channel = self.channel().await?;
-        let what = format!("publishing to exchange {exchange:?} with routing key {routing_key:?}");
-        let none = ConfirmSelectOptions::default();
-        step(self.limit, &what, channel.confirm_select(none)).await?;
-        // An expiration is a number: with this one the broker takes no message.
-        let refused = BasicProperties::default().with_expiration("none".into());
-        let (name, key) = (short(exchange)?, short(routing_key)?);
-        let publish = async {
-            let options = BasicPublishOptions::default();
-            channel.basic_publish(name, key, options, b"", refused).await?.await.map(drop)
-        };
-        match step(self.limit, &what, publish).await {
-            Err(e) if e.reply_code() == Some(reply::PRECONDITION_FAILED) => Ok(()),
-            done => done,
+/// The permissions without which a thing cannot be declared.
+fn needed(thing: &Thing) -> String {
+    match thing {
+        Thing::Exchange(_) => {
+            format!(
+                "configure permission on {thing} (with an alternate exchange also read, and \
+                     write on that one)"
+            )
+        }
+        Thing::Queue(_) => {
+            format!(
+                "configure permission on {thing} (with dead letters also read, and write on \
+                     their exchange)"
+            )
+        }
+        Thing::Binding(Binding { destination, exchange, .. }) => {
+            format!(
+                "write permission on {destination} and read permission on exchange {exchange:?}"
+            )
         }
     }
 }
@@ -286,7 +296,7 @@ fn may_not_declare(error: &Error, mode: Mode) -> bool {
     mode == Mode::Declare && error.reply_code() == Some(reply::ACCESS_REFUSED)
 }
 
-fn table(arguments: &[(String, Argument)]) -> Result<FieldTable> {
+pub(super) fn table(arguments: &[(String, Argument)]) -> Result<FieldTable> {
     let mut table = FieldTable::default();
     for (name, value) in arguments {
         let value = match value {

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard};
 
-use crate::amqp::topology::{Binding, Destination, Thing, Topology, Wrong};
+use crate::amqp::topology::{Binding, Thing, Topology, Wrong};
 use crate::message::RouteId;
 use crate::route::{Action, Rule};
 
@@ -28,26 +28,56 @@ pub struct Missing(Mutex<Looked>);
 
 #[derive(Debug, Default)]
 struct Looked {
+    /// Counts the sessions.
+    session: u64,
     missing: BTreeSet<RouteId>,
+    unbound: Vec<Binding>,
     well: BTreeSet<RouteId>,
 }
 
+/// What one look at the broker begins with: nobody can see a binding, so those that were refused
+/// are remembered, and made again until the broker takes them.
+#[derive(Debug)]
+pub struct Unbound {
+    session: u64,
+    /// Bindings that were refused.
+    pub bindings: Vec<Binding>,
+}
+
+/// What it ends with.
+#[derive(Debug)]
+pub struct StillWrong {
+    /// Of these routes something is still missing.
+    pub missing: BTreeSet<RouteId>,
+    /// These bindings are still refused.
+    pub unbound: Vec<Binding>,
+    /// Nothing is wrong with what these held routes come through.
+    pub well: BTreeSet<RouteId>,
+}
+
 impl Missing {
-    /// A session begins, and these are all.
-    pub fn set(&self, broken: &[BrokenRoute]) {
+    /// A session begins, and this is all that is wrong.
+    pub fn set(&self, broken: &[BrokenRoute], wrong: &[Wrong]) {
         let missing = broken.iter().filter(|broken| broken.missing);
         let missing = missing.map(|broken| broken.route).collect();
-        *self.lock() = Looked { missing, well: BTreeSet::new() };
+        let mut looked = self.lock();
+        let session = looked.session + 1;
+        *looked = Looked { session, missing, unbound: unbound(wrong), well: BTreeSet::new() };
     }
 
-    /// Only these are left.
-    pub fn keep(&self, left: &BTreeSet<RouteId>) {
-        self.lock().missing.retain(|route| left.contains(route));
+    /// The bindings that have to be made again.
+    pub fn unbound(&self) -> Unbound {
+        let looked = self.lock();
+        Unbound { session: looked.session, bindings: looked.unbound.clone() }
     }
 
-    /// Somebody looked, and nothing is wrong with what these held routes come through.
-    pub fn set_well(&self, well: BTreeSet<RouteId>) {
-        self.lock().well = well;
+    /// Somebody looked. It does not count when another session has begun meanwhile.
+    pub fn looked(&self, begin: &Unbound, seen: StillWrong) {
+        let mut looked = self.lock();
+        if looked.session == begin.session {
+            looked.missing.retain(|route| seen.missing.contains(route));
+            (looked.unbound, looked.well) = (seen.unbound, seen.well);
+        }
     }
 
     /// The routes that were found well since the last call.
@@ -93,12 +123,21 @@ pub fn part(topology: &Topology, rules: &[Rule], of: &BTreeSet<RouteId>) -> Topo
     part
 }
 
-/// Only what is missing, and the bindings that are lost with it.
-pub fn lost(mut topology: Topology, missing: &[Thing]) -> Topology {
-    let is_lost = |thing: Thing| missing.contains(&thing);
-    topology.bindings.retain(|binding| {
-        is_lost(destination(binding)) || is_lost(Thing::Exchange(binding.exchange.clone()))
+/// The bindings among what is wrong.
+pub fn unbound(wrong: &[Wrong]) -> Vec<Binding> {
+    let bindings = wrong.iter().filter_map(|wrong| match &wrong.thing {
+        Thing::Binding(binding) => Some(binding.clone()),
+        Thing::Exchange(_) | Thing::Queue(_) => None,
     });
+    bindings.collect()
+}
+
+/// Only what is missing, the bindings that are lost with it, and those that were refused before.
+pub fn lost(mut topology: Topology, missing: &[Thing], unbound: &[Binding]) -> Topology {
+    let is_lost = |thing: Thing| missing.contains(&thing);
+    topology
+        .bindings
+        .retain(|binding| unbound.contains(binding) || binding.ends().into_iter().any(is_lost));
     topology.exchanges.retain(|exchange| is_lost(Thing::Exchange(exchange.name.clone())));
     topology.queues.retain(|queue| is_lost(Thing::Queue(queue.name.clone())));
     topology
@@ -115,17 +154,8 @@ impl Things {
         match thing {
             Thing::Exchange(name) => self.exchanges.contains(name),
             Thing::Queue(name) => self.queues.contains(name),
-            Thing::Binding(binding) => {
-                self.exchanges.contains(&binding.exchange) && self.contain(&destination(binding))
-            }
+            Thing::Binding(binding) => binding.ends().iter().all(|end| self.contain(end)),
         }
-    }
-}
-
-fn destination(binding: &Binding) -> Thing {
-    match &binding.destination {
-        Destination::Queue(name) => Thing::Queue(name.clone()),
-        Destination::Exchange(name) => Thing::Exchange(name.clone()),
     }
 }
 
@@ -150,7 +180,7 @@ fn things(topology: &Topology, rules: &[Rule]) -> Vec<(RouteId, Things)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::amqp::topology::{Exchange, Mode, Queue, QueueKind};
+    use crate::amqp::topology::{Destination, Exchange, Mode, Queue, QueueKind};
     use crate::error::Error;
     use crate::route::{self, Format, MessageIdRule, Ordering, Policy, Select};
 
@@ -247,8 +277,47 @@ mod tests {
         let part = part(&topology(), &rules, &[RouteId(0)].into());
         let names: Vec<&str> = part.queues.iter().map(|queue| &*queue.name).collect();
         assert_eq!(names, ["orders", "all"]);
-        let lost = lost(part, &[Thing::Exchange("inner".into())]);
-        assert!(lost.queues.is_empty());
-        assert_eq!((lost.exchanges.len(), lost.bindings.len()), (1, 2));
+        let lost_with = lost(part.clone(), &[Thing::Exchange("inner".into())], &[]);
+        assert!(lost_with.queues.is_empty());
+        assert_eq!((lost_with.exchanges.len(), lost_with.bindings.len()), (1, 2));
+        let refused = part.bindings[0].clone();
+        let again = lost(part, &[], std::slice::from_ref(&refused));
+        assert_eq!((again.exchanges.len(), again.queues.len()), (0, 0));
+        assert_eq!(again.bindings, [refused]);
+    }
+
+    #[test]
+    fn a_binding_to_an_exchange_that_is_not_listed_concerns_the_route() {
+        let mut topology = topology();
+        let to = Destination::Exchange("elsewhere".into());
+        topology.bindings.push(binding(to, "e", "bill.#"));
+        let rules = [rule("order", "e"), rule("bill", "e")];
+        let thing = Thing::Binding(topology.bindings.last().unwrap().clone());
+        let wrong = Wrong { thing, missing: true, error: Error::refused("gone") };
+        let broken = routes(&topology, &rules, &[wrong]);
+        assert_eq!(broken.iter().map(|broken| broken.route.0).collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn what_was_seen_before_a_session_began_does_not_count_for_it() {
+        let missing = Missing::default();
+        let broken = BrokenRoute { route: RouteId(0), reason: "gone".into(), missing: true };
+        let refused = || Wrong {
+            thing: Thing::Binding(topology().bindings[0].clone()),
+            missing: true,
+            error: Error::refused("gone"),
+        };
+        let none =
+            || StillWrong { missing: [].into(), unbound: Vec::new(), well: [RouteId(0)].into() };
+        missing.set(std::slice::from_ref(&broken), &[refused()]);
+        let before = missing.unbound();
+        missing.set(std::slice::from_ref(&broken), &[refused()]);
+        missing.looked(&before, none());
+        assert!(missing.has(RouteId(0)) && missing.take_well().is_empty());
+        let begin = missing.unbound();
+        assert_eq!(begin.bindings, topology().bindings[..1]);
+        missing.looked(&begin, none());
+        assert!(!missing.has(RouteId(0)) && missing.unbound().bindings.is_empty());
+        assert_eq!(missing.take_well(), [RouteId(0)].into());
     }
 }

@@ -108,7 +108,7 @@ pub async fn open(
     };
     let row = prepared.row;
     let broken = broken::routes(&options.topology, &options.rules, &prepared.wrong);
-    shared.missing.set(&broken);
+    shared.missing.set(&broken, &prepared.wrong);
     report(options, &prepared.wrong);
     if let Some(failover) = prepared.failover {
         failed_over::tell(&failover, row.position.epoch, kept, &prepared.parking, shared);
@@ -205,7 +205,7 @@ fn report(options: &Options, wrong: &[Wrong]) {
             error = one.error.to_string(),
             hint = one.error.hint_or_kind(),
             ?routes,
-            "wrong in the broker: the routes that use it are held and probed, the others continue"
+            "wrong in the broker: the routes that use it are held, the others continue"
         );
     }
 }

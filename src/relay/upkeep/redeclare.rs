@@ -2,7 +2,8 @@
 //! there, and declares again what was deleted, if the configuration says to declare.
 //!
 //! A binding that somebody took away is left alone: that is how a queue is taken out of use. It is
-//! made again with its queue or exchange, and at the start of a session.
+//! made again with its queue or exchange, and at the start of a session. One that was refused then
+//! is made in each look until the broker takes it, because nobody can see whether it is there.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -10,11 +11,11 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
-use crate::amqp::topology::{self, Mode, Thing, Topology, Wrong};
+use crate::amqp::topology::{self, Binding, Mode, Thing, Topology, Wrong};
 use crate::error::Result;
 use crate::message::RouteId;
 use crate::relay::Options;
-use crate::relay::session::broken::{self, Missing};
+use crate::relay::session::broken::{self, Missing, StillWrong};
 use crate::relay::status::Status;
 
 /// How often there may be something to do.
@@ -47,25 +48,35 @@ async fn look(options: &Options, held: &BTreeSet<RouteId>, missing: &Missing) ->
     let part = broken::part(things, &options.rules, held);
     let verify = Topology { mode: Mode::Verify, ..part.clone() };
     let alone = Topology { bindings: Vec::new(), ..part.clone() };
+    let begin = missing.unbound();
+    let (refused, others): (Vec<Binding>, Vec<Binding>) =
+        begin.bindings.iter().cloned().partition(|binding| part.bindings.contains(binding));
     let mut gone = still_missing(topology::apply_each(&options.broker, &verify).await?);
-    if things.mode == Mode::Declare && !gone.is_empty() {
-        let lost = broken::lost(part, &gone.iter().map(|w| w.thing.clone()).collect::<Vec<_>>());
+    if things.mode == Mode::Declare && !(gone.is_empty() && refused.is_empty()) {
+        let lost: Vec<Thing> = gone.iter().map(|wrong| wrong.thing.clone()).collect();
+        let lost = broken::lost(part, &lost, &refused);
         let before = gone;
         gone = topology::apply_each(&options.broker, &lost).await?;
         let is_there = |thing: &Thing| !gone.iter().any(|wrong| wrong.thing == *thing);
         for thing in before.into_iter().map(|wrong| wrong.thing).filter(is_there) {
             tracing::warn!(%thing, "it was deleted while its route is in use: declared again");
         }
+        for thing in refused.into_iter().map(Thing::Binding).filter(is_there) {
+            tracing::info!(%thing, "the broker takes it now: it is there");
+        }
         gone = still_missing(gone);
     }
-    let left = broken::routes(things, &options.rules, &gone);
-    missing.keep(&left.into_iter().map(|broken| broken.route).collect());
+    let of_routes = |wrong: &[Wrong]| -> BTreeSet<RouteId> {
+        let broken = broken::routes(things, &options.rules, wrong);
+        broken.into_iter().map(|broken| broken.route).collect()
+    };
+    let left = of_routes(&gone);
     // The same again changes nothing, and anything else is refused. A route that nothing was sent
     // on since has no probe that could tell.
-    let wrong = topology::apply_each(&options.broker, &alone).await?;
-    let wrong = broken::routes(things, &options.rules, &wrong);
-    let is_wrong = |route: &RouteId| wrong.iter().any(|broken| broken.route == *route);
-    missing.set_well(held.iter().copied().filter(|route| !is_wrong(route)).collect());
+    let wrong = of_routes(&topology::apply_each(&options.broker, &alone).await?);
+    let well = held.iter().filter(|route| !left.contains(route) && !wrong.contains(route));
+    let unbound = broken::unbound(&gone).into_iter().chain(others).collect();
+    missing.looked(&begin, StillWrong { well: well.copied().collect(), missing: left, unbound });
     Ok(())
 }
 

@@ -47,7 +47,11 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
                     Cause::Destination if probes > 1 && self.flight.lanes.is_probe(ticket) => {
                         self.flight.lanes.probe_again(ticket, now);
                     }
-                    Cause::Destination => self.hold(ticket, text, reply::classify(code).2, now),
+                    Cause::Destination => {
+                        let exchange = self.exchange_of(ticket);
+                        let hint = reply::publish_hint(code, &text, exchange);
+                        self.hold(ticket, text, &hint, now);
+                    }
                     Cause::Message => self.refused(ticket, &text, now),
                     Cause::Session => {
                         // What other messages became is still good.
@@ -139,10 +143,15 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         self.park_evicted(slots, Why::Refused, &error);
     }
 
+    fn exchange_of(&self, ticket: Ticket) -> &str {
+        let exchange = self.flight.lanes.slot(ticket).message.exchange;
+        &self.making.router.exchanges()[usize::from(exchange.0)]
+    }
+
     fn hold(&mut self, ticket: Ticket, reason: String, hint: &str, now: Instant) {
+        let exchange = self.exchange_of(ticket).to_owned();
         let message = &self.flight.lanes.slot(ticket).message;
         let router = &self.making.router;
-        let exchange = router.exchanges()[usize::from(message.exchange.0)].clone();
         let routing_key = String::from_utf8_lossy(message.routing_key()).into_owned();
         let route = &*router.by_id(message.route).name;
         if self.flight.lanes.hold(ticket, reason.clone(), now) {
