@@ -198,7 +198,7 @@ async fn check_names_what_is_wrong_with_a_partition() {
         "queue \"orders.02\" is a classic queue",
         "queue \"orders.dead\" does not exist",
         "\"orders.dlx\" is missing or leads to no queue",
-        "has 4 partitions of queue \"orders\", and the broker has 5: \"orders.05\" get nothing",
+        "and the broker has 5: \"orders.05\" receive nothing new",
     ]);
     // Without the API, declaring again finds the other arguments.
     let text = stage.configuration().replace("\"verify\"", "\"declare\"");
