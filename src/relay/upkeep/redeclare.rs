@@ -36,8 +36,9 @@ pub async fn run(options: Options, status: Arc<Status>, missing: Arc<Missing>) {
             continue;
         }
         let held: BTreeSet<RouteId> = held.into_iter().map(|(route, _)| route).collect();
-        if let Err(error) = look(&options, &held, &missing).await {
-            tracing::debug!(error = %error, "the destinations of held routes could not be seen");
+        match look(&options, &held, &missing).await {
+            Ok(()) => tracing::debug!("looked at the destinations of held routes"),
+            Err(error) => tracing::debug!(%error, "destinations of held routes were not seen"),
         }
         look_at = Instant::now() + LOOK_EVERY;
     }
