@@ -310,7 +310,6 @@ fn each_mistake_in_routes_is_named() {
             route("table = '*'\ndrop = true\nordering = 'pipelined'\nkey = ['a']"),
             "drop = true ignores key, ordering; remove",
         ),
-        (route("table = '*'\ndrop = true\nnack_limit = 3"), "drop = true ignores nack_limit;"),
         (route("table = 'a.b'\nexchange = 'x'"), "which is not captured; add it to source.tables"),
         (route("table = '*'\nexchange = 'x'\nordering = 'fifo'"), "\"keyed\", \"pipelined\""),
         (route("table = '*'\nexchange = 'x'\nrouting_key = '{nope}'"), "route \"r\""),

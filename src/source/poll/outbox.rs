@@ -29,13 +29,13 @@ use crate::source::transaction::rows::Values;
 /// How a mapped table is read: always by its two indexes, never with rows that are hidden, and with
 /// values as the stream of the WAL has them. The settings are those of one transaction, so that a
 /// pooler gives the connection to the next client as it was.
-const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; SET LOCAL search_path = pg_catalog, pg_temp; \
-    SET LOCAL row_security = off; SET LOCAL jit = off; SET LOCAL enable_seqscan = off; \
-    SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off; \
-    SET LOCAL enable_incremental_sort = on; SET LOCAL IntervalStyle = iso_8601; \
-    SET LOCAL extra_float_digits = 3; SET LOCAL bytea_output = hex; SET LOCAL lc_monetary = 'C'; \
-    SET LOCAL DateStyle = 'ISO, YMD'; SET LOCAL TimeZone = 'UTC'; \
-    SET LOCAL quote_all_identifiers = off";
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY; \
+    SET LOCAL search_path = pg_catalog, pg_temp; SET LOCAL row_security = off; \
+    SET LOCAL jit = off; SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; \
+    SET LOCAL enable_sort = off; SET LOCAL enable_incremental_sort = on; \
+    SET LOCAL IntervalStyle = iso_8601; SET LOCAL extra_float_digits = 3; \
+    SET LOCAL bytea_output = hex; SET LOCAL lc_monetary = 'C'; SET LOCAL DateStyle = 'ISO, YMD'; \
+    SET LOCAL TimeZone = 'UTC'; SET LOCAL quote_all_identifiers = off";
 /// Columns of `poll_read_mapped.sql` before those of the table.
 const BEFORE: usize = 6;
 
