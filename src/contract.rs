@@ -11,7 +11,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use jsonschema::error::ValidationErrorKind;
-use jsonschema::{PatternOptions, ValidationError, Validator};
+use jsonschema::{PatternOptions, ReferencingError, ValidationError, Validator};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
@@ -149,10 +149,13 @@ fn compiled(schema: &Value) -> std::result::Result<Validator, ValidationError<'s
 
 /// Why a schema cannot be compiled, and what to do.
 fn uncompiled(schema: &Value, error: &ValidationError<'_>) -> (String, Option<String>) {
-    if let Some(Value::String(draft)) = schema.get("$schema")
-        && !DRAFTS.contains(&draft.trim_end_matches('#'))
+    if let ValidationErrorKind::Referencing(ReferencingError::UnknownSpecification {
+        specification,
+    }) = error.kind()
     {
-        let what = format!("at /$schema: {draft:?} is not known");
+        let is_of_top = schema.get("$schema").and_then(Value::as_str) == Some(specification);
+        let at = if is_of_top { "at /$schema: " } else { "$schema " };
+        let what = format!("{at}{specification:?} is not known");
         return (what, Some(format!("use one of: {}", DRAFTS.join(", "))));
     }
     let at = match error.instance_path().as_str() {
@@ -348,6 +351,11 @@ mod tests {
                 r#"{"$schema": "http://json-schema.org/draft-99/schema#"}"#,
                 "at /$schema: \"http://json-schema.org/draft-99/schema#\" is not known",
                 drafts,
+            ),
+            (
+                r#"{"$schema": "https://json-schema.org/schema", "pattern": "^(?!x)"}"#,
+                "at /pattern: \"^(?!x)\" is not a pattern",
+                "neither look-around nor back-references",
             ),
             (r#"{"$ref": "other.json"}"#, "contract \"c.json\"", "$ref only within the file"),
             (r#"{"type": "strin"}"#, "at /type", ""),
