@@ -4,27 +4,35 @@
 /// session with DateStyle ISO and TimeZone UTC: `2024-01-02 03:04:05.123456+00`. The infinities,
 /// and what lies beyond, are the ends of the range. Absent for anything else.
 pub fn parse_us(text: &[u8]) -> Option<i64> {
-    match (ordinary(text), text) {
-        (Some(us), _) => Some(us),
+    match (text.strip_suffix(b"+00"), text) {
+        (Some(local), _) => ordinary(local).or_else(|| rare(local, false)),
         (None, b"infinity") => Some(i64::MAX),
         (None, b"-infinity") => Some(i64::MIN),
-        (None, _) => rare(text),
+        (None, _) => rare(text.strip_suffix(b"+00 BC")?, true),
     }
 }
 
 /// The same of a timestamp without time zone, which is taken for UTC.
 pub fn parse_local_us(text: &[u8]) -> Option<i64> {
-    match text {
-        b"infinity" | b"-infinity" => parse_us(text),
-        _ => match text.strip_suffix(b" BC") {
-            Some(text) => parse_us(&[text, b"+00 BC"].concat()),
-            None => parse_us(&[text, b"+00"].concat()),
+    match (ordinary(text), text) {
+        (Some(us), _) => Some(us),
+        (None, b"infinity" | b"-infinity") => parse_us(text),
+        (None, _) => match text.strip_suffix(b" BC") {
+            Some(text) => rare(text, true),
+            None => rare(text, false),
         },
     }
 }
 
-/// Years with four digits: almost every timestamp there is. On the path of every event, so it
-/// checks for non-digits only once, at the end.
+/// The same of a date whose year has four digits, at its beginning.
+pub fn parse_date_us(text: &[u8]) -> Option<i64> {
+    let mut midnight = *b"0000-00-00 00:00:00";
+    midnight[..10].copy_from_slice(text.first_chunk::<10>().filter(|_| text.len() == 10)?);
+    ordinary(&midnight)
+}
+
+/// Years with four digits: almost every timestamp there is, here without its zone. On the path of
+/// every event, so it checks for non-digits only once, at the end.
 fn ordinary(text: &[u8]) -> Option<i64> {
     let (date, rest) = text.split_first_chunk::<19>()?;
     let separators = [date[4], date[7], date[10], date[13], date[16]];
@@ -40,7 +48,7 @@ fn ordinary(text: &[u8]) -> Option<i64> {
     };
     let (year, month, day) = (number(&date[..4]), number(&date[5..7]), number(&date[8..10]));
     let clock = [&date[11..13], &date[14..16], &date[17..]].map(&mut number);
-    let us = match rest.strip_suffix(b"+00")? {
+    let us = match rest {
         [] => 0,
         [b'.', digits @ ..] => match digits.first_chunk::<6>() {
             Some(all) if digits.len() == 6 => number(all),
@@ -66,13 +74,9 @@ pub(super) fn days_since_1970(year: i64, month: i64, day: i64) -> i64 {
     era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + day_of_year - 719_468
 }
 
-/// `12024-01-02 03:04:05+00`, `0044-03-15 12:00:00+00 BC`.
-fn rare(text: &[u8]) -> Option<i64> {
+/// `12024-01-02 03:04:05`, and years before Christ.
+fn rare(text: &[u8], before_christ: bool) -> Option<i64> {
     let text = std::str::from_utf8(text).ok()?;
-    let (text, before_christ) = match text.strip_suffix(" BC") {
-        Some(text) => (text, true),
-        None => (text, false),
-    };
     let (year, rest) = text.split_once('-')?;
     let year: i64 = year.parse().ok()?;
     // The year before 1 is 1 BC. Whole eras of 400 years have the same days, so only they move.
@@ -85,7 +89,7 @@ fn rare(text: &[u8]) -> Option<i64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{parse_local_us, parse_us};
+    use super::{parse_date_us, parse_local_us, parse_us};
 
     #[test]
     fn timestamps_are_the_microseconds_that_postgres_counts() {
@@ -106,6 +110,11 @@ mod tests {
             assert_eq!(parse_local_us(local.as_bytes()).map(i128::from), Some(us), "{local}");
         }
         assert_eq!(parse_us(b"infinity"), Some(i64::MAX));
+        assert_eq!(parse_local_us(b"-infinity"), Some(i64::MIN));
+        assert_eq!(parse_date_us(b"2024-01-02"), parse_us(b"2024-01-02 00:00:00+00"));
+        for wrong in ["2024-1-02", "2024-01-02 ", "infinity", "12024-01-02"] {
+            assert_eq!(parse_date_us(wrong.as_bytes()), None, "{wrong}");
+        }
         for wrong in ["", "2024-01-02", "2024-01-02 03:04:05", "2024-01-02 03:04:05+01", "x"] {
             assert_eq!(parse_us(wrong.as_bytes()), None, "{wrong}");
         }

@@ -130,7 +130,8 @@ impl Types {
     /// The type under all domains over it.
     pub fn base_of(&self, type_oid: u32) -> u32 {
         let mut base = type_oid;
-        for _ in 0..DEPTH_MAX {
+        // More steps than there are types would be a circle, which no server has.
+        for _ in 0..=self.0.len() {
             match self.0.get(&base) {
                 Some(UserType::Domain(of, _)) => base = *of,
                 _ => break,

@@ -8,6 +8,7 @@
 //! Numbers are compared by their digits and never as doubles. `filter/parse` reads the expression.
 
 mod decimal;
+mod operand;
 mod parse;
 #[cfg(test)]
 mod tests;
@@ -19,12 +20,11 @@ use std::collections::BTreeMap;
 
 use serde_json::value::RawValue;
 
+use self::operand::{Operand, TextOrder};
 use self::verify::Test;
-use super::rules::column_type::{Comparable, Instant};
-use crate::column::ValueKind;
 use crate::error::Result;
 use crate::event::hidden::Hidden;
-use crate::event::{Change, Column, Content, Event, OldRow, OutboxRow, Row, Table, Value};
+use crate::event::{Change, Content, Event, OldRow, OutboxRow, Row, Table, Value};
 
 /// An expression, parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,15 +47,15 @@ enum Name {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Expression {
-    Or(Vec<Expression>),
-    And(Vec<Expression>),
-    Not(Box<Expression>),
+enum Expression<Constant = Literal> {
+    Or(Vec<Self>),
+    And(Vec<Self>),
+    Not(Box<Self>),
     /// A boolean by itself.
     IsTrue(usize),
     IsNull(usize),
-    In(usize, Vec<Literal>),
-    Compare(usize, Comparison, Literal),
+    In(usize, Vec<Constant>),
+    Compare(usize, Comparison, Constant),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,7 +82,8 @@ const TRACEPARENT: &str = "traceparent";
 
 /// A filter for the events of one table, or of the outbox.
 pub(super) struct Bound {
-    filter: Filter,
+    /// With what its constants are for their sources.
+    root: Expression<Operand>,
     /// Of the names, in their order.
     sources: Vec<Source>,
 }
@@ -96,25 +97,16 @@ enum Source {
     Header(String),
     /// `headers.traceparent`
     Traceparent,
-    Column(usize, Form),
+    Column(usize, TextOrder),
     /// A column that the table does not have, or whose value is hidden.
     Unknown,
-}
-
-/// How a value is compared with a text, where not by its bytes.
-#[derive(Clone, Copy)]
-enum Form {
-    Bytes,
-    /// Without the blanks at its end.
-    Padded,
-    Instant(Instant),
 }
 
 /// A value of an event.
 enum Found<'a> {
     Unknown,
     Null,
-    Text(Cow<'a, str>, Form),
+    Text(Cow<'a, str>),
 }
 
 /// What an event shows of itself.
@@ -142,7 +134,8 @@ impl Filter {
     pub(super) fn bind(&self, table: Option<&Table>, hidden: &Hidden) -> Bound {
         let column = |name: &str| match table.and_then(|table| table.column(name)) {
             Some(index) if hidden.of(index).is_none() => {
-                let form = table.map_or(Form::Bytes, |table| Form::of(&table.columns[index]));
+                let form =
+                    table.map_or(TextOrder::Bytes, |table| TextOrder::of(&table.columns[index]));
                 Source::Column(index, form)
             }
             Some(_) | None => Source::Unknown,
@@ -159,60 +152,58 @@ impl Filter {
             Name::Header(name) if name == TRACEPARENT => Source::Traceparent,
             Name::Header(name) => Source::Header(name.clone()),
         };
-        Bound { sources: self.names.iter().map(source).collect(), filter: self.clone() }
+        let sources: Vec<Source> = self.names.iter().map(source).collect();
+        let form = |name: usize| match &sources[name] {
+            Source::Column(_, form) => *form,
+            _ => TextOrder::Bytes,
+        };
+        Bound { root: self.root.bind(&|name, literal| Operand::of(form(name), literal)), sources }
     }
 }
 
 impl Expression {
     /// Calls `each` with all names and how they are tested, but not whether they are null.
     fn each<'l>(&'l self, each: &mut impl FnMut(usize, Test<'l>) -> Result<()>) -> Result<()> {
+        self.each_within(false, each)
+    }
+
+    fn each_within<'l>(
+        &'l self,
+        negated: bool,
+        each: &mut impl FnMut(usize, Test<'l>) -> Result<()>,
+    ) -> Result<()> {
+        let with = |comparison, literal| Test::With { comparison, literal, negated };
         match self {
             Expression::Or(parts) | Expression::And(parts) => {
-                parts.iter().try_for_each(|part| part.each(each))
+                parts.iter().try_for_each(|part| part.each_within(negated, each))
             }
-            Expression::Not(part) => part.each(each),
+            Expression::Not(part) => part.each_within(!negated, each),
             Expression::IsTrue(name) => each(*name, Test::IsTrue),
             Expression::IsNull(_) => Ok(()),
             Expression::In(name, list) => {
-                list.iter().try_for_each(|one| each(*name, Test::With(Comparison::Equal, one)))
+                list.iter().try_for_each(|one| each(*name, with(Comparison::Equal, one)))
             }
             Expression::Compare(name, comparison, literal) => {
-                each(*name, Test::With(*comparison, literal))
+                each(*name, with(*comparison, literal))
             }
         }
     }
-}
 
-impl Form {
-    fn of(column: &Column) -> Self {
-        let base = match column.resolved {
-            Some(of) if of.arrays > 0 => return Form::Bytes,
-            Some(of) => match of.kind {
-                ValueKind::BuiltIn(base) => base,
-                _ => return Form::Bytes,
-            },
-            None => column.type_oid,
-        };
-        match Comparable::of_base(base) {
-            Comparable::Padded => Form::Padded,
-            Comparable::Instant(of) => Form::Instant(of),
-            _ => Form::Bytes,
-        }
-    }
-
-    /// How the value with this text follows the one that the filter has.
-    fn compare(self, text: &str, wanted: &str) -> Ordering {
-        let by_bytes = text.as_bytes().cmp(wanted.as_bytes());
+    /// The same with `wanted` in the places of the literals, by the names they stand beside.
+    fn bind(&self, wanted: &impl Fn(usize, &Literal) -> Operand) -> Expression<Operand> {
+        let all = |parts: &[Self]| parts.iter().map(|part| part.bind(wanted)).collect();
         match self {
-            Form::Bytes => by_bytes,
-            Form::Padded => {
-                let trimmed = |text: &str| text.trim_end_matches(' ').to_owned();
-                trimmed(text).into_bytes().cmp(&trimmed(wanted).into_bytes())
+            Expression::Or(parts) => Expression::Or(all(parts)),
+            Expression::And(parts) => Expression::And(all(parts)),
+            Expression::Not(part) => Expression::Not(Box::new(part.bind(wanted))),
+            Expression::IsTrue(name) => Expression::IsTrue(*name),
+            Expression::IsNull(name) => Expression::IsNull(*name),
+            Expression::In(name, list) => {
+                Expression::In(*name, list.iter().map(|one| wanted(*name, one)).collect())
             }
-            Form::Instant(of) => match (of.of(text), of.of(wanted)) {
-                (Some(one), Some(other)) => one.cmp(&other),
-                _ => by_bytes,
-            },
+            Expression::Compare(name, comparison, literal) => {
+                Expression::Compare(*name, *comparison, wanted(*name, literal))
+            }
         }
     }
 }
@@ -221,7 +212,7 @@ impl Bound {
     /// Whether the event is published. An update also passes if the row was published before it, as
     /// far as the whole old row tells: who has the row must learn that it has left.
     pub(super) fn passes(&self, event: &Event) -> bool {
-        let judge = |view| self.judge(&self.filter.root, event, view);
+        let judge = |view| self.judge(&self.root, event, view);
         let change = match &event.content {
             Content::Outbox(row) => {
                 // What is not an object makes no message either.
@@ -247,7 +238,12 @@ impl Bound {
     }
 
     /// `None`: unknown.
-    fn judge(&self, expression: &Expression, event: &Event, view: View<'_>) -> Option<bool> {
+    fn judge(
+        &self,
+        expression: &Expression<Operand>,
+        event: &Event,
+        view: View<'_>,
+    ) -> Option<bool> {
         let found = |name: &usize| self.sources[*name].find(event, view);
         match expression {
             Expression::Or(parts) => {
@@ -274,12 +270,12 @@ impl Bound {
             }
             Expression::Not(part) => self.judge(part, event, view).map(|is| !is),
             Expression::IsTrue(name) => {
-                compare(&found(name), Comparison::Equal, &Literal::Bool(true))
+                compare(&found(name), Comparison::Equal, &Operand::Bool(true))
             }
             Expression::IsNull(name) => match found(name) {
                 Found::Unknown => None,
                 Found::Null => Some(true),
-                Found::Text(..) => Some(false),
+                Found::Text(_) => Some(false),
             },
             Expression::In(name, list) => {
                 let value = found(name);
@@ -302,7 +298,7 @@ impl Bound {
 
 impl Source {
     fn find<'a>(&self, event: &'a Event, view: View<'a>) -> Found<'a> {
-        let text = |text: &'a str| Found::Text(Cow::Borrowed(text), Form::Bytes);
+        let text = |text: &'a str| Found::Text(Cow::Borrowed(text));
         match (self, view) {
             (Source::Op, _) => text(event.op().as_str()),
             (Source::AggregateType, View::Outbox(row, _)) => text(&row.aggregate_type),
@@ -313,13 +309,11 @@ impl Source {
                 Some(traceparent) => text(traceparent),
                 None => header(headers.get(TRACEPARENT)),
             },
-            (Source::Column(index, form), View::Row(row)) => of_row(&row[*index], *form),
-            (Source::Column(index, form), View::Identity(row)) => {
-                match of_row(&row[*index], *form) {
-                    Found::Null => Found::Unknown,
-                    found => found,
-                }
-            }
+            (Source::Column(index, _), View::Row(row)) => of_row(&row[*index]),
+            (Source::Column(index, _), View::Identity(row)) => match of_row(&row[*index]) {
+                Found::Null => Found::Unknown,
+                found => found,
+            },
             (
                 Source::AggregateType
                 | Source::AggregateId
@@ -334,11 +328,11 @@ impl Source {
     }
 }
 
-fn of_row(value: &Value, form: Form) -> Found<'_> {
+fn of_row(value: &Value) -> Found<'_> {
     match value {
         Value::Null => Found::Null,
         Value::Text(text) => {
-            std::str::from_utf8(text).map_or(Found::Unknown, |text| Found::Text(text.into(), form))
+            std::str::from_utf8(text).map_or(Found::Unknown, |text| Found::Text(text.into()))
         }
         Value::Unchanged | Value::Unreadable(_) => Found::Unknown,
     }
@@ -351,10 +345,10 @@ fn header<'a>(value: Option<&&'a RawValue>) -> Found<'a> {
     match text.as_bytes().first() {
         Some(b'n') => Found::Null,
         Some(b'"') => match serde_json::from_str::<String>(text) {
-            Ok(text) => Found::Text(text.into(), Form::Bytes),
+            Ok(text) => Found::Text(text.into()),
             Err(_) => Found::Unknown,
         },
-        _ => Found::Text(text.into(), Form::Bytes),
+        _ => Found::Text(text.into()),
     }
 }
 
@@ -368,25 +362,12 @@ pub fn same_number(one: &str, other: &str) -> bool {
     decimal::compare(one, other) == Some(Ordering::Equal)
 }
 
-fn compare(value: &Found<'_>, comparison: Comparison, literal: &Literal) -> Option<bool> {
-    let (text, form) = match value {
+fn compare(value: &Found<'_>, comparison: Comparison, wanted: &Operand) -> Option<bool> {
+    let order = match value {
         Found::Unknown => return None,
         // It equals no value, and is neither before nor after one.
         Found::Null => return Some(comparison == Comparison::NotEqual),
-        Found::Text(text, form) => (text, form),
-    };
-    let order = match literal {
-        Literal::Text(wanted) => form.compare(text, wanted),
-        // What is not a number cannot be compared with one.
-        Literal::Number(wanted) => decimal::compare(text, wanted)?,
-        Literal::Bool(wanted) => {
-            let is = match &**text {
-                "t" | "true" => true,
-                "f" | "false" => false,
-                _ => return None,
-            };
-            is.cmp(wanted)
-        }
+        Found::Text(text) => wanted.followed_by(text)?,
     };
     Some(match comparison {
         Comparison::Equal => order == Ordering::Equal,

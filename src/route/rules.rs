@@ -293,6 +293,7 @@ impl RouteRules {
                 column: name,
                 text: constant.text().into(),
                 form: types.get(name)?.form_of_default(),
+                may_be_no_value: false,
             })
         };
         let filter = self.filter.iter().flat_map(|filter| filter.judged(types));

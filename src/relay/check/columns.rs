@@ -103,6 +103,7 @@ mod tests {
             name: column.to_string(),
             base: column.type_oid,
             category: b'U',
+            modifier: column.type_modifier,
         };
         let types = description.columns.iter().map(|column| (column.name.clone(), of(column)));
         Cataloged {

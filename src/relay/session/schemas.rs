@@ -205,6 +205,7 @@ fn column_type(row: &SqlRow) -> std::result::Result<ColumnType, tokio_postgres::
         name: row.try_get(5)?,
         base: row.try_get(6)?,
         category: category.cast_unsigned(),
+        modifier: row.try_get(8)?,
     })
 }
 

@@ -10,22 +10,57 @@ const EXPONENT_MAX: i64 = 200_000;
 /// A number: sign, digits without leading and trailing zeros, and the power of ten that the first
 /// digit counts.
 #[derive(Debug, PartialEq, Eq)]
-enum Decimal<'a> {
+enum Decimal<Digits> {
     NegativeInfinity,
-    Finite { negative: bool, power: i64, whole: &'a [u8], fraction: &'a [u8] },
+    Finite { negative: bool, power: i64, whole: Digits, fraction: Digits },
     Infinity,
     NaN,
 }
 
+/// A number that is kept.
+pub(super) struct Number(Decimal<Box<[u8]>>);
+
+impl Number {
+    /// Absent for what is not a number.
+    pub(super) fn read(text: &str) -> Option<Self> {
+        Some(Self(match parse(text)? {
+            Decimal::NegativeInfinity => Decimal::NegativeInfinity,
+            Decimal::Finite { negative, power, whole, fraction } => {
+                Decimal::Finite { negative, power, whole: whole.into(), fraction: fraction.into() }
+            }
+            Decimal::Infinity => Decimal::Infinity,
+            Decimal::NaN => Decimal::NaN,
+        }))
+    }
+
+    /// How the number with this text follows it; absent for what is not a number.
+    pub(super) fn followed_by(&self, text: &str) -> Option<Ordering> {
+        Some(order(&parse(text)?, &self.0))
+    }
+
+    /// Whether it has no fraction, and is finite.
+    pub(super) fn is_whole(&self) -> bool {
+        let Decimal::Finite { power, whole, fraction, .. } = &self.0 else { return false };
+        let digits = whole.len() + fraction.len();
+        digits == 0 || i64::try_from(digits).is_ok_and(|digits| digits <= *power)
+    }
+}
+
 /// How the numbers with these texts follow each other; absent if one is not a number.
 pub(super) fn compare(one: &str, other: &str) -> Option<Ordering> {
-    let (one, other) = (parse(one)?, parse(other)?);
-    let rank = |decimal: &Decimal<'_>| match decimal {
+    Some(order(&parse(one)?, &parse(other)?))
+}
+
+fn rank<Digits>(decimal: &Decimal<Digits>) -> u8 {
+    match decimal {
         Decimal::NegativeInfinity => 0,
         Decimal::Finite { .. } => 1,
         Decimal::Infinity => 2,
         Decimal::NaN => 3,
-    };
+    }
+}
+
+fn order<A: AsRef<[u8]>, B: AsRef<[u8]>>(one: &Decimal<A>, other: &Decimal<B>) -> Ordering {
     let (
         Decimal::Finite { negative, power, whole, fraction },
         Decimal::Finite {
@@ -34,20 +69,20 @@ pub(super) fn compare(one: &str, other: &str) -> Option<Ordering> {
             whole: whole_2,
             fraction: fraction_2,
         },
-    ) = (&one, &other)
+    ) = (one, other)
     else {
-        return Some(rank(&one).cmp(&rank(&other)));
+        return rank(one).cmp(&rank(other));
     };
     if negative != negative_2 {
-        return Some(negative_2.cmp(negative));
+        return negative_2.cmp(negative);
     }
-    let digits = whole.iter().chain(*fraction).copied();
-    let digits_2 = whole_2.iter().chain(*fraction_2).copied();
+    let digits = whole.as_ref().iter().chain(fraction.as_ref());
+    let digits_2 = whole_2.as_ref().iter().chain(fraction_2.as_ref());
     let larger = power.cmp(power_2).then_with(|| digits.cmp(digits_2));
-    Some(if *negative { larger.reverse() } else { larger })
+    if *negative { larger.reverse() } else { larger }
 }
 
-fn parse(text: &str) -> Option<Decimal<'_>> {
+fn parse(text: &str) -> Option<Decimal<&[u8]>> {
     match text {
         "NaN" => return Some(Decimal::NaN),
         "Infinity" => return Some(Decimal::Infinity),
@@ -128,7 +163,30 @@ mod tests {
         for (i, one) in ordered.iter().enumerate() {
             for (j, other) in ordered.iter().enumerate() {
                 assert_eq!(compare(one, other), Some(i.cmp(&j)), "{one} and {other}");
+                let kept = Number::read(other).unwrap();
+                assert_eq!(kept.followed_by(one), Some(i.cmp(&j)), "{one} and {other}");
             }
+        }
+    }
+
+    #[test]
+    fn a_number_is_whole_however_it_is_written() {
+        for (text, is_whole) in [
+            ("5", true),
+            ("-500", true),
+            ("5.00", true),
+            ("0.0", true),
+            ("1e3", true),
+            ("120e-1", true),
+            ("1.25e2", true),
+            ("1.5", false),
+            ("0.001", false),
+            ("125e-2", false),
+            ("1.25e1", false),
+            ("Infinity", false),
+            ("NaN", false),
+        ] {
+            assert_eq!(Number::read(text).unwrap().is_whole(), is_whole, "{text}");
         }
     }
 

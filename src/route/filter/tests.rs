@@ -230,7 +230,8 @@ fn names_and_types_are_held_against_what_there_is() {
 
 fn types() -> ColumnTypes {
     let of = |(name, type_name, base, category): (&str, &str, u32, u8)| {
-        (name.to_owned(), ColumnType { name: type_name.into(), base, category })
+        let modifier = if base == oid::VARCHAR { 7 } else { -1 };
+        (name.to_owned(), ColumnType { name: type_name.into(), base, category, modifier })
     };
     [
         ("status", "text", oid::TEXT, b'S'),
@@ -247,6 +248,10 @@ fn types() -> ColumnTypes {
         ("code", "character(5)", oid::BPCHAR, b'S'),
         ("mail", "public.citext", 20_001, b'S'),
         ("id", "uuid", oid::UUID, b'U'),
+        ("n", "integer", oid::INT4, b'N'),
+        ("age", "public.age", oid::INT2, b'N'),
+        ("xid", "xid8", oid::XID8, b'U'),
+        ("short", "character varying(3)", oid::VARCHAR, b'S'),
     ]
     .map(of)
     .into()
@@ -274,6 +279,14 @@ fn a_comparison_that_a_type_cannot_have_is_refused_with_column_and_type() {
              allowed are =, != and in, with a text in single quotes",
         ),
         ("money > 100", "compares \"money\" (money) with >, but values of this type have no"),
+        (
+            "n = 1.5",
+            "compares \"n\" (integer) with 1.5; expected a whole number from -2147483648 to",
+        ),
+        ("n in (1, 99999999999)", "compares \"n\" (integer) with 99999999999; expected a whole"),
+        ("not (n != -2147483649)", "compares \"n\" (integer) with -2147483649; expected"),
+        ("age = 32768", "compares \"age\" (public.age) with 32768; expected a whole number from"),
+        ("xid = -1", "compares \"xid\" (xid8) with -1; expected a whole number from 0 to 1844"),
     ] {
         let error = Filter::parse(filter).unwrap().verify_types(&types()).unwrap_err();
         assert_eq!(error.kind(), Kind::Refused);
@@ -284,17 +297,62 @@ fn a_comparison_that_a_type_cannot_have_is_refused_with_column_and_type() {
         "list = '{1}' and json != '{}' and mood in ('lo', 'hi') and money = '$1.00'",
         "at >= '2024-01-31' and at < '2024-01-31T10:00:00Z' and day = '2024-01-31'",
         "code = 'a' and mail > 'a' and list is null and not json is null",
+        "n = 1e3 and n = -5.00 and n > 1.5 and n < 1e12 and n != 1.5 and n not in (0.5)",
+        "at > '2024-01-31 10:00:00' and n = -2147483648 and n = 2147483647",
     ] {
         Filter::parse(filter).unwrap().verify_types(&types()).unwrap();
     }
+}
+
+#[test]
+fn the_server_is_asked_about_what_only_it_knows() {
     let judged = "mood = 'a' and list in ('b') and at > '2024-01-31' and id = 'c' and id < 'd' and \
-        status = 'e' and code = 'f' and mail = 'g' and op = 'insert' and total = 1";
+        status = 'e' and code = 'f' and code > 'f2' and mail = 'g' and op = 'insert' and total = 1 \
+        and total > 2 and n = 3 and short = 'h' and short < 'long' and mood != 'i' and \
+        mood not in ('j') and not (mood != 'k') and not at = '2024-02-31' and open = true";
     let judged = Filter::parse(judged).unwrap();
-    let asked: Vec<_> =
-        judged.judged(&types()).iter().map(|j| (j.text.to_string(), j.form)).collect();
-    let exact = |text: &str| (text.to_owned(), JudgedForm::Exact);
-    let at = ("2024-01-31".to_owned(), JudgedForm::Any);
-    assert_eq!(asked, [exact("a"), exact("b"), at, exact("c")]);
+    let asked: Vec<_> = judged
+        .judged(&types())
+        .iter()
+        .map(|one| (one.text.to_string(), one.form, one.may_be_no_value))
+        .collect();
+    let exact = |text: &str| (text.to_owned(), JudgedForm::Exact, false);
+    let unequal = |text: &str| (text.to_owned(), JudgedForm::Exact, true);
+    let any = |text: &str| (text.to_owned(), JudgedForm::Any, false);
+    assert_eq!(
+        asked,
+        [
+            exact("a"),
+            exact("b"),
+            any("2024-01-31"),
+            exact("c"),
+            any("f"),
+            ("1".to_owned(), JudgedForm::Number, false),
+            exact("h"),
+            unequal("i"),
+            unequal("j"),
+            exact("k"),
+            ("2024-02-31".to_owned(), JudgedForm::Any, true),
+        ]
+    );
+}
+
+#[test]
+fn a_column_is_compared_in_the_way_that_its_type_was_accepted_for() {
+    const DOMAIN: u32 = 20_000;
+    for base in (1..oid::FIRST_NOT_FIXED).filter(|base| *base < 6_000) {
+        let of_type = ColumnType { name: "t".into(), base, category: b'U', modifier: -1 };
+        let expected = TextOrder::of_comparable(of_type.comparable());
+        // Under no domain, one, and more than twenty domains over each other.
+        for depth in [0, 1, 2, 20, 40] {
+            let under = |at: u32| if at == 1 { base } else { DOMAIN + at - 1 };
+            let domain = |at: u32| (DOMAIN + at, UserType::Domain(under(at), -1));
+            let types = Types((1..=depth).map(domain).collect());
+            let type_oid = if depth == 0 { base } else { DOMAIN + depth };
+            let column = Column::of("c", type_oid, -1, &types);
+            assert_eq!(TextOrder::of(&column), expected, "{base} under {depth} domains");
+        }
+    }
 }
 
 #[test]
@@ -357,6 +415,8 @@ fn blanks_at_the_end_of_char_n_do_not_count_and_times_are_compared_as_times() {
             ("at > '2024-06-01T10:00:00Z'", true),
             ("at = '2024-06-01T10:00:00.500Z'", true),
             ("at <= '2024-06-01'", false),
+            ("at > '2024-06-01 10:00:00'", true),
+            ("at in ('2024-06-01 10:00:00', '2024-06-01 10:00:00.5')", true),
         ] {
             assert_eq!(passes(filter, "a    ", late), expected, "{filter}");
         }

@@ -2,6 +2,9 @@
 //!
 //! What can never be true is refused: it would drop every event, and nothing would tell.
 
+use std::cmp::Ordering;
+
+use super::decimal::Number;
 use super::{Comparison, Filter, Literal, Name};
 use crate::error::{Error, Result};
 use crate::event::Op;
@@ -19,7 +22,12 @@ const OUTBOX_OPS: [Op; 1] = [Op::Insert];
 pub(super) enum Test<'l> {
     /// A boolean by itself.
     IsTrue,
-    With(Comparison, &'l Literal),
+    With {
+        comparison: Comparison,
+        literal: &'l Literal,
+        /// Within a `not`.
+        negated: bool,
+    },
 }
 
 const A_BOOLEAN: &str = "true or false";
@@ -30,9 +38,18 @@ impl Test<'_> {
     /// What the value is compared with.
     fn given(self) -> &'static str {
         match self {
-            Test::IsTrue | Test::With(_, Literal::Bool(_)) => A_BOOLEAN,
-            Test::With(_, Literal::Number(_)) => A_NUMBER,
-            Test::With(_, Literal::Text(_)) => A_TEXT,
+            Test::IsTrue | Test::With { literal: Literal::Bool(_), .. } => A_BOOLEAN,
+            Test::With { literal: Literal::Number(_), .. } => A_NUMBER,
+            Test::With { literal: Literal::Text(_), .. } => A_TEXT,
+        }
+    }
+
+    /// Whether it is true only of rows with the value.
+    fn is_equal(self) -> bool {
+        match self {
+            Test::IsTrue => false,
+            Test::With { comparison, negated: false, .. } => comparison == Comparison::Equal,
+            Test::With { comparison, negated: true, .. } => comparison == Comparison::NotEqual,
         }
     }
 }
@@ -130,7 +147,7 @@ impl Filter {
                     "filter {text:?} compares {name:?} ({type_name}) {what}"
                 )))
             };
-            if let Test::With(comparison, _) = test
+            if let Test::With { comparison, .. } = test
                 && !comparison.is_equality()
                 && !comparable.has_order()
             {
@@ -142,10 +159,20 @@ impl Filter {
                 ));
             }
             let fits = match (comparable, test) {
-                (Comparable::Instant(of), Test::With(_, Literal::Text(text))) => {
+                (Comparable::Instant(of), Test::With { literal: Literal::Text(text), .. }) => {
                     return match of.of(text) {
                         Some(_) => Ok(()),
                         None => wrong(format!("with {text:?}; expected {}", comparable.expected())),
+                    };
+                }
+                (Comparable::Number, Test::With { literal: Literal::Number(number), .. })
+                    if test.is_equal() =>
+                {
+                    return match of.whole().filter(|whole| !is_within(number, *whole)) {
+                        None => Ok(()),
+                        Some((least, greatest)) => wrong(format!(
+                            "with {number}; expected a whole number from {least} to {greatest}"
+                        )),
                     };
                 }
                 (Comparable::Bool, _) => given == A_BOOLEAN,
@@ -159,26 +186,40 @@ impl Filter {
         })
     }
 
-    /// The texts that only the server can say whether a column is ever equal to.
+    /// The constants of which only the server can say whether a column is ever equal to them.
     pub(in crate::route) fn judged<'a>(&'a self, types: &ColumnTypes) -> Vec<Judged<'a>> {
         let mut judged = Vec::new();
         let collected = self.root.each(&mut |index, test| {
-            let (Some((column, of)), Test::With(comparison, Literal::Text(text))) =
+            let (Some((column, of)), Test::With { comparison, literal, .. }) =
                 (self.column(index, types), test)
             else {
                 return Ok(());
             };
-            let form = match of.comparable() {
-                // Any text can be one; a UUID or bytes cannot.
-                Comparable::Text if of.is_text() => return Ok(()),
-                Comparable::Padded | Comparable::Bool | Comparable::Number => return Ok(()),
+            let form = match (of.comparable(), literal) {
+                (Comparable::Instant(_), Literal::Text(_)) => JudgedForm::Any,
                 // A part of a value can be a limit.
-                Comparable::Text if !comparison.is_equality() => return Ok(()),
-                Comparable::Text | Comparable::Equal | Comparable::Time => JudgedForm::Exact,
-                Comparable::Instant(_) => JudgedForm::Any,
+                (Comparable::Text, _) if !comparison.is_equality() => return Ok(()),
+                (Comparable::Padded, Literal::Text(_)) if test.is_equal() => JudgedForm::Any,
+                (Comparable::Text, Literal::Text(_)) if of.is_any_text() => return Ok(()),
+                (Comparable::Text | Comparable::Equal | Comparable::Time, Literal::Text(_)) => {
+                    JudgedForm::Exact
+                }
+                // Of whole numbers it is known.
+                (Comparable::Number, Literal::Number(_))
+                    if test.is_equal() && of.whole().is_none() =>
+                {
+                    JudgedForm::Number
+                }
+                (Comparable::Padded | Comparable::Bool | Comparable::Number, _)
+                | (_, Literal::Number(_) | Literal::Bool(_)) => return Ok(()),
             };
             let what = format!("filter {:?}: what column {column:?} is compared with", self.text);
-            judged.push(Judged { what, column, text: text.into(), form });
+            let text = match literal {
+                Literal::Text(text) | Literal::Number(text) => text.into(),
+                Literal::Bool(_) => return Ok(()),
+            };
+            let may_be_no_value = comparison.is_equality() && !test.is_equal();
+            judged.push(Judged { what, column, text, form, may_be_no_value });
             Ok(())
         });
         collected.expect("nothing is refused");
@@ -200,6 +241,15 @@ impl Filter {
     }
 }
 
+/// Whether a number is whole, and not beyond these.
+fn is_within(number: &str, (least, greatest): (&str, &str)) -> bool {
+    Number::read(number).is_some_and(|number| {
+        number.is_whole()
+            && number.followed_by(least) != Some(Ordering::Greater)
+            && number.followed_by(greatest) != Some(Ordering::Less)
+    })
+}
+
 /// Why `op` cannot be tested like this, where it is one of `ops`.
 fn wrong_op(ops: &[Op], test: Test<'_>) -> Option<String> {
     let is_one = |ops: &[Op], op: &str| ops.iter().any(|one| one.as_str() == op);
@@ -207,17 +257,17 @@ fn wrong_op(ops: &[Op], test: Test<'_>) -> Option<String> {
     let allowed = listed.join(", ");
     let of = if *ops == OUTBOX_OPS { " of an outbox event" } else { "" };
     match test {
-        Test::With(comparison, Literal::Text(op)) if comparison.is_equality() => {
+        Test::With { comparison, literal: Literal::Text(op), .. } if comparison.is_equality() => {
             // What is true for every event does no harm.
             let ops = if comparison == Comparison::NotEqual { &OPS } else { ops };
             let what = format!("compares \"op\" with '{op}'; op{of} can be {allowed}");
             (!is_one(ops, op)).then_some(what)
         }
-        Test::With(comparison, Literal::Text(_)) => {
+        Test::With { comparison, literal: Literal::Text(_), .. } => {
             let sign = comparison.sign();
             Some(format!("compares \"op\" with {sign}; allowed are =, != and in, with {allowed}"))
         }
-        Test::IsTrue | Test::With(..) => {
+        Test::IsTrue | Test::With { .. } => {
             Some(format!("compares \"op\" with {}; expected {allowed}", test.given()))
         }
     }

@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use crate::column::instant::{parse_local_us, parse_us};
+use crate::column::instant::{parse_date_us, parse_local_us, parse_us};
 use crate::column::{Shape, oid};
 
 /// The category of types that are texts, such as `citext`.
@@ -22,6 +22,8 @@ pub struct ColumnType {
     pub base: u32,
     /// `pg_type.typcategory` of that type.
     pub category: u8,
+    /// The modifier that values of that type have here: length, precision and scale; -1 for none.
+    pub modifier: i32,
 }
 
 /// The types of a table's columns, by name.
@@ -38,6 +40,8 @@ pub struct Judged<'r> {
     pub text: Cow<'r, str>,
     /// What its text must be.
     pub form: JudgedForm,
+    /// Whether it does no harm if it is not a value: every row is another.
+    pub may_be_no_value: bool,
 }
 
 /// What the text of a constant must be, in addition to a value of its column's type.
@@ -126,21 +130,32 @@ impl Comparable {
 
 impl Instant {
     /// Microseconds from 1970-01-01 UTC; absent for what is not a value of the type as Postgres
-    /// writes it, in ISO 8601, or a date.
+    /// writes it, in ISO 8601, or a date. What has no time zone is UTC.
     pub(in crate::route) fn of(self, text: &str) -> Option<i64> {
+        let usual = match self {
+            Instant::Date => parse_date_us(text.as_bytes()),
+            Instant::Timestamp => parse_local_us(text.as_bytes()),
+            Instant::TimestampTz => parse_us(text.as_bytes()),
+        };
+        usual.or_else(|| self.rare(text))
+    }
+
+    /// Of a text that Postgres does not write, or seldom.
+    fn rare(self, text: &str) -> Option<i64> {
         let (text, era) = match text.strip_suffix(" BC") {
             Some(text) => (text, " BC"),
             None => (text, ""),
         };
-        let mut text = text.replacen('T', " ", 1);
-        if let Some(utc) = text.strip_suffix('Z').filter(|_| self == Instant::TimestampTz) {
-            text = format!("{utc}+00");
-        }
+        let text = text.replacen('T', " ", 1);
         let is_date = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-');
+        let utc = text.strip_suffix('Z').or_else(|| text.strip_suffix("+00"));
         match (self, is_date) {
             (_, true) => parse_local_us(format!("{text} 00:00:00{era}").as_bytes()),
-            (Instant::TimestampTz, false) => parse_us(format!("{text}{era}").as_bytes()),
             (Instant::Timestamp, false) => parse_local_us(format!("{text}{era}").as_bytes()),
+            (Instant::TimestampTz, false) => match utc {
+                Some(utc) => parse_us(format!("{utc}+00{era}").as_bytes()),
+                None => parse_local_us(format!("{text}{era}").as_bytes()),
+            },
             (Instant::Date, false) => {
                 matches!(&*text, "infinity" | "-infinity").then(|| parse_us(text.as_bytes()))?
             }
@@ -158,10 +173,25 @@ impl ColumnType {
         }
     }
 
-    /// Whether any text is a value of the type, but for its length.
-    pub(in crate::route) fn is_text(&self) -> bool {
-        matches!(self.base, oid::TEXT | oid::VARCHAR | oid::CHAR | oid::NAME)
-            || (self.category == OF_TEXT && self.base >= oid::FIRST_NOT_FIXED)
+    /// Whether any text is a value of the type.
+    pub(in crate::route) fn is_any_text(&self) -> bool {
+        match self.base {
+            oid::TEXT => true,
+            oid::VARCHAR => self.modifier < 0,
+            base => self.category == OF_TEXT && base >= oid::FIRST_NOT_FIXED,
+        }
+    }
+
+    /// The least and the greatest value, if they are whole numbers.
+    pub(in crate::route) fn whole(&self) -> Option<(&'static str, &'static str)> {
+        match self.base {
+            oid::INT2 => Some(("-32768", "32767")),
+            oid::INT4 => Some(("-2147483648", "2147483647")),
+            oid::INT8 => Some(("-9223372036854775808", "9223372036854775807")),
+            oid::OID | oid::XID => Some(("0", "4294967295")),
+            oid::XID8 => Some(("0", "18446744073709551615")),
+            _ => None,
+        }
     }
 
     /// Whether `text` is written as a value of the type is; more only the server knows.
@@ -196,6 +226,9 @@ mod tests {
         same((Date, "2024-01-31"), (Timestamp, "2024-01-31 00:00:00"));
         same((TimestampTz, "2024-01-31"), (TimestampTz, "2024-01-31T00:00:00Z"));
         same((TimestampTz, "2024-01-31 10:00:00.5+00"), (Timestamp, "2024-01-31T10:00:00.500"));
+        same((TimestampTz, "2024-01-31 10:00:00"), (TimestampTz, "2024-01-31T10:00:00Z"));
+        same((TimestampTz, "0044-03-15 00:00:00+00 BC"), (Date, "0044-03-15 BC"));
+        same((Date, "12024-01-31"), (Timestamp, "12024-01-31 00:00:00"));
         same((Date, "0044-03-15 BC"), (Timestamp, "0044-03-15 00:00:00 BC"));
         same((Date, "infinity"), (TimestampTz, "infinity"));
         assert!(Date.of("0044-03-15 BC") < Date.of("0001-01-01"));
@@ -205,8 +238,10 @@ mod tests {
             (Date, "2024"),
             (Date, "2024-01-31 10:00:00"),
             (Timestamp, "2024-01-31 10:00:00Z"),
-            (TimestampTz, "2024-01-31 10:00:00"),
             (TimestampTz, "2024-01-31 10:00:00+02"),
+            (TimestampTz, "2024-01-31 10:00:00+00Z"),
+            (TimestampTz, "infinity+00"),
+            (Date, "2024-1-31"),
         ] {
             assert_eq!(of.of(wrong), None, "{wrong}");
         }
