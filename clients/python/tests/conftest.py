@@ -92,6 +92,12 @@ class Running:
         loop: asyncio.AbstractEventLoop = getattr(self.inbox, "_loop")
         asyncio.run_coroutine_threadsafe(work(), loop).result(10)
 
+    def loop_ends(self, seconds: float) -> None:
+        """After an error that ended it: its tasks are cancelled, as asyncio.run does."""
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(seconds))
+
     def stop(self) -> None:
         if self._thread.is_alive():
             self.ask_to_stop()

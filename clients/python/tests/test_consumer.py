@@ -537,36 +537,55 @@ def test_a_database_without_the_inbox_is_an_error_at_start(world: World) -> None
         world.db.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-def test_a_handler_that_is_cancelled_by_itself_has_failed() -> None:
-    world = World("async")
-    world.declare()
-    try:
-        async def handle(message: Message, run: Run) -> None:
-            if message.key == "a":
-                raise asyncio.CancelledError
-            await world.effect(message, run)
-
-        id = world.publish("a")
-        for key in "bcdefghijklm":
-            world.publish(key)
-        world.start(handle)
-        eventually(lambda: len(world.effects()) == 12)
-        assert eventually(world.parked) == [(id, "failed")]
-    finally:
-        world.close()
+class Odd(BaseException):
+    """As gevent.Timeout and trio.Cancelled."""
 
 
-def test_a_handler_that_ends_the_process_ends_it() -> None:
-    world = World("sync")
-    world.declare()
-    try:
-        async def handle(message: Message, run: Run) -> None:
-            raise SystemExit(3)
+@pytest.mark.parametrize("kind", [Odd, asyncio.CancelledError, GeneratorExit])
+def test_a_handler_that_raises_what_is_no_exception_has_failed_and_its_key_waits(
+        world: World, kind: type[BaseException]) -> None:
+    state, calls = {"broken": True}, []
 
+    async def handle(message: Message, run: Run) -> None:
+        calls.append(message.id)
+        if message.id == first and state["broken"]:
+            raise kind("odd")
+        await world.effect(message, run)
+
+    first = world.publish("a")
+    behind = [world.publish("a") for _ in range(3)]
+    for key in "bcdefghijklm":
+        world.publish(key)
+    running = world.start(handle, max_failures=3)
+    eventually(lambda: len(world.effects()) == 12)
+    eventually(lambda: len(world.parked()) == 4)
+    assert world.parked() == [(first, "failed")] + [(id, "behind") for id in behind]
+    assert calls.count(first) == 3 and not set(calls) & set(behind)
+    assert running.counted("failures") == 3 and running.counted("resubscribed") == 0
+    (error,), = world.rows("SELECT error FROM watership_inbox.parked_messages "
+                           "WHERE message_id = %s", first)
+    assert kind.__name__ in error or error == "ConnectionError: cancelled", error
+    state["broken"] = False
+    world.rows("SELECT watership_inbox.retry(%s, key => 'a')", world.consumer)
+    eventually(lambda: world.effects("a") == [1, 2, 3, 4])
+    assert world.nothing_left()
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_a_handler_that_ends_the_process_ends_it_and_nothing_of_its_key_begins(
+        world: World, kind: type[BaseException]) -> None:
+    calls: list[str] = []
+
+    async def handle(message: Message, run: Run) -> None:
+        calls.append(message.id)
+        raise kind(3)
+
+    first = world.publish("a")
+    for _ in range(3):
         world.publish("a")
-        running = world.start(handle)
-        eventually(lambda: running.error)
-        assert isinstance(running.error, SystemExit)
-        eventually(lambda: world.depth() == 1)
-    finally:
-        world.close()
+    running = world.start(handle)
+    eventually(lambda: running.error)
+    assert isinstance(running.error, kind)
+    if world.flavour == "async":
+        running.loop_ends(1.0)
+    assert calls == [first] and world.effects() == []

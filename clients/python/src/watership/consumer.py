@@ -260,8 +260,11 @@ class Consumer(abc.ABC):
                 await work
             except Abandoned:
                 pass
-            except Exception as error:
+            except BaseException as error:
+                # Whatever it is: nothing may begin behind a message that is not acknowledged.
                 session.lose("database")
+                if not isinstance(error, Exception):
+                    raise
                 log.warning("consumer %s: %s", self.consumer, error_text(error))
         task = asyncio.create_task(guarded())
         self._tasks.add(task)
@@ -373,7 +376,12 @@ class Consumer(abc.ABC):
             if following == "handle":
                 await got(conn.execute("SAVEPOINT watership_handler"))
                 job.handling = True
-                await self._invoke(message, conn)
+                try:
+                    await self._invoke(message, conn)
+                except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError):
+                    raise
+                except BaseException as error:
+                    raise RuntimeError(f"{type(error).__name__}: {error}") from error
                 # An error if the handler ended its transaction, or hid an error of the database.
                 await got(conn.execute("RELEASE SAVEPOINT watership_handler"))
                 if job.begun:

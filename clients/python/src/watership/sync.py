@@ -118,7 +118,11 @@ class Inbox(Consumer):
         asyncio.run(self._consume())
 
     async def _invoke(self, message: Message, conn: Any) -> None:
-        self._handler(message, conn)
+        try:
+            self._handler(message, conn)
+        except asyncio.CancelledError as error:
+            # Of the handler: this thread has no task.
+            raise ConnectionError("cancelled") from error
 
     async def _in_database(self, work: Coroutine[Any, Any, T]) -> T:
         loop = asyncio.get_running_loop()
