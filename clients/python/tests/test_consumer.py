@@ -342,6 +342,55 @@ def test_a_tenth_conflict_is_a_failure(world: World) -> None:
     assert eventually(lambda: running.counted("retries") == 18)
 
 
+LOSES = {"timeout": ("SET LOCAL idle_in_transaction_session_timeout = '100ms'",),
+         "terminated": ("SELECT pg_terminate_backend(pg_backend_pid())",)}
+
+
+@pytest.mark.parametrize("how", ["timeout", "terminated", "hidden"])
+@pytest.mark.parametrize("goes", ["parked", "dead_lettered"])
+def test_a_message_that_costs_its_handler_the_connection_fails_and_others_go_on(
+        world: World, how: str, goes: str) -> None:
+    async def handle(message: Message, run: Run) -> None:
+        if message.key == "bad":
+            await run(*LOSES.get(how, LOSES["timeout"]))
+            # Longer than the server waits.
+            time.sleep(0.5)
+            if how == "hidden":
+                raise ValueError("of something else")
+        await world.effect(message, run)
+
+    dead = world.queue + "-dead"
+    world.channel.queue_declare(dead, durable=True)
+    id = world.publish("bad")
+    for _ in range(10):
+        world.publish("good")
+    running = world.start(handle, max_failures=2, concurrency=2,
+                          on_failure="park" if goes == "parked" else DeadLetter("", dead))
+    eventually(lambda: running.counted(goes, 'reason="failed"') == 1)
+    eventually(lambda: len(world.effects()) == 10)
+    assert world.parked() == ([(id, "failed")] if goes == "parked" else [])
+    assert (running.counted("retries"), running.counted("failures")) == (1, 2)
+    assert running.counted("resubscribed") == 0 and world.nothing_left()
+    world.channel.queue_delete(dead)
+
+
+def test_a_connection_that_is_lost_once_under_a_handler_is_no_failure(world: World) -> None:
+    state = {"left": 1}
+
+    async def handle(message: Message, run: Run) -> None:
+        await world.effect(message, run)
+        if state["left"]:
+            state["left"] -= 1
+            await run(*LOSES["terminated"])
+
+    for _ in range(3):
+        world.publish("a")
+    running = world.start(handle, max_failures=1)
+    eventually(lambda: len(world.effects()) == 3)
+    assert world.effects() == [1, 2, 3] and running.counted("failures") == 0
+    assert running.counted("resubscribed") == 0 and world.nothing_left()
+
+
 def test_a_conflict_at_the_commit_is_retried(world: World) -> None:
     """A constraint that is checked at the commit says that the commit can fail."""
     conflicts = {"left": 2}
@@ -564,7 +613,7 @@ def test_a_handler_that_raises_what_is_no_exception_has_failed_and_its_key_waits
     assert running.counted("failures") == 3 and running.counted("resubscribed") == 0
     (error,), = world.rows("SELECT error FROM watership_inbox.parked_messages "
                            "WHERE message_id = %s", first)
-    assert kind.__name__ in error or error == "ConnectionError: cancelled", error
+    assert error in (f"RuntimeError: {kind.__name__}: odd", "ConnectionError: cancelled"), error
     state["broken"] = False
     world.rows("SELECT watership_inbox.retry(%s, key => 'a')", world.consumer)
     eventually(lambda: world.effects("a") == [1, 2, 3, 4])

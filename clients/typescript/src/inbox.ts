@@ -18,7 +18,7 @@ const MOST_CONFLICTS = 9;
  *  a delivery; `failure` ended the last attempt, and is not noted yet. */
 interface Job {
   readonly message: Message; readonly delivery?: ConsumeMessage; readonly retried: string | null;
-  begun?: boolean; isHandling?: boolean; failure?: { thrown: unknown }; reason?: string;
+  begun?: boolean; stage?: '' | 'handler' | 'commit'; failure?: { thrown: unknown }; reason?: string;
   error?: string | null; conflicts: number; failed: number;
 }
 
@@ -178,18 +178,27 @@ export class Inbox {
         return { next: 'again', wait: isConflict(error) ? 10 * job.conflicts : maxBackoff };
       }
       // In the same transaction, so that nothing of its key passes before it is parked.
-      await client.query('ROLLBACK TO SAVEPOINT watership_handler')
-        .catch(() => client.query('ROLLBACK'));
+      const isOpen = await client.query('ROLLBACK TO SAVEPOINT watership_handler')
+        .catch(() => client.query('ROLLBACK')).then(() => true, () => false);
       // Data, constraints, limits: another message may pass. The rest is not a message's fault.
-      if (job.failure || !job.isHandling && !/^(22|23|54|WI)/.test(codeOf(error))) throw error;
-      Object.assign(job, { failure: { thrown: error }, conflicts: 0 });
+      if (job.failure || !isOpen && job.stage !== 'handler'
+        || !job.stage && !/^(22|23|54|WI)/.test(codeOf(error))) throw error;
+      if (!isOpen && !job.conflicts) {
+        // The connection was lost under the handler. Once that may be chance.
+        job.conflicts = 1;
+        this.#tell('warn', 'retries', message, describe(error));
+        return { next: 'again', wait: backoff };
+      }
+      job.failure = { thrown: error };
+      if (!isOpen) return { next: 'again', wait: 0 };
+      job.conflicts = 0;
       return this.#attempt(client, job);
     }
   }
 
   async #receive(client: PoolClient, job: Job): Promise<string> {
     const { message, retried } = job;
-    job.isHandling = false;
+    job.stage = '';
     if (!job.begun && (message.again || !message.hasId)) {
       const noted = await about<Job & Next>(client, 'begin_message', this.consumer, message,
         retried, message.hasId, this.#options.maxKills, this.#deadLetters);
@@ -202,11 +211,12 @@ export class Inbox {
     job.reason = reason;
     if (next === 'handle') {
       await client.query('SAVEPOINT watership_handler');
-      job.isHandling = true;
+      job.stage = 'handler';
       await this.#handler(message, client);
       // An error if the handler ended its transaction, or ignored the error of a statement.
       await client.query('RELEASE SAVEPOINT watership_handler');
       if (job.begun) await call(client, 'end_message', this.consumer, message.id, retried);
+      job.stage = 'commit';
     }
     await client.query('COMMIT');
     return next;

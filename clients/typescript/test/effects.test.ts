@@ -3,6 +3,7 @@ import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
 import { readFile, readdir } from 'node:fs/promises';
 import { afterEach, test } from 'node:test';
+import { setTimeout as sleep } from 'node:timers/promises';
 import pg from 'pg';
 import { Permanent, type Message } from '../src/index.js';
 import { DATABASE_URL, Scene, count, randomName, until } from './support.js';
@@ -280,6 +281,27 @@ test('whatever a handler throws is a failure', async () => {
   assert.deepEqual(await scene.settled(1, inbox), ['fine']);
   assert.equal(count(inbox, 'failures'), 2 * thrown.length);
 });
+
+for (const how of ["SET LOCAL idle_in_transaction_session_timeout = '100ms'",
+  'SELECT pg_terminate_backend(pg_backend_pid())']) {
+  test(`a message that costs its handler the connection fails, and others go on: ${how}`,
+    async () => {
+      scene = await Scene.open();
+      const inbox = scene.start(async (message, tx) => {
+        if (message.key === 'bad') {
+          await tx.query(how);
+          await sleep(1_000);
+        }
+        await scene.insert(message, tx);
+      }, { maxFailures: 2, concurrency: 2 });
+      const ids = Array.from({ length: 10 }, (_, i) => `m${i}`);
+      await scene.send({ id: 'bad', key: 'bad' }, ...ids.map((id) => ({ id, key: 'good' })));
+      await until('it is parked', async () => (await scene.parked()).length === 1);
+      assert.deepEqual(await scene.settled(10, inbox), ids);
+      assert.deepEqual(['retries', 'failures', 'resubscribed'].map((name) => count(inbox, name)),
+        [1, 2, 0]);
+    });
+}
 
 test('a conflict that a layer above the driver wrapped is tried again and not counted',
   async () => {

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
@@ -75,6 +76,7 @@ class Inbox(Consumer):
     """A consumer: its handler runs in a transaction, once for each message."""
 
     _new_session = Session
+    _passed = (*Consumer._passed, asyncio.CancelledError)
     _connect = staticmethod(psycopg.AsyncConnection[Any].connect)
 
     async def run(self, handler: Handler) -> None:

@@ -56,7 +56,7 @@ class Job:
     properties: Any = None
     retried: int | None = None
     begun: bool = False
-    handling: bool = False
+    stage: Literal["", "handler", "commit"] = ""
     conflicts: int = 0
     failed: int = 0
     failure: Exception | None = None
@@ -129,6 +129,8 @@ class Consumer(abc.ABC):
 
     # What each helper does in its own way.
 
+    # What a handler raises and is not made an error; asyncio cancels a task of this helper's own.
+    _passed: ClassVar[tuple[type[BaseException], ...]] = (Exception, SystemExit, KeyboardInterrupt)
     _new_session: ClassVar[type[Session]]
     _connect: ClassVar[Callable[..., Any]]
 
@@ -297,7 +299,7 @@ class Consumer(abc.ABC):
         try:
             conn = conn or await got(self._connect(**options))
             result = await work(conn)
-            if not session.cause:
+            if not (session.cause or conn.closed):
                 session.idle.append(conn)
                 conn = None
             return result
@@ -334,7 +336,7 @@ class Consumer(abc.ABC):
         try:
             following: str = await (self._fail if job.failure else self._receive)(job, conn)
         except Exception as error:
-            if conn.closed:
+            if conn.closed and (job.failure or job.stage != "handler"):
                 raise
             state = "" if isinstance(error, Permanent) else sqlstate(error)
             if state == "WI003" or state in ("40001", "40P01") and job.conflicts < 9:
@@ -347,15 +349,20 @@ class Consumer(abc.ABC):
                 self._tell("retries", job.message)
                 return "again", random.uniform(0, doubled(0.005, 0.2, job.conflicts))
             # Data, constraints and limits may be the message's fault; other errors are not.
-            if job.failure or not job.handling and state[:2] not in ("22", "23", "54", "WI"):
+            if job.failure or not job.stage and state[:2] not in ("22", "23", "54", "WI"):
                 raise
-            job.failure, job.conflicts = error, 0
-            try:
-                # In the same transaction, so that nothing of its key passes before it is parked.
-                await got(conn.execute("ROLLBACK TO SAVEPOINT watership_handler"))
-            except psycopg.Error:
-                await got(conn.execute("ROLLBACK"))
-            return await self._attempt(job, conn)
+            # In the same transaction, so that nothing of its key passes before it is parked.
+            for statement in ("ROLLBACK TO SAVEPOINT watership_handler", "ROLLBACK"):
+                with contextlib.suppress(psycopg.Error):
+                    await got(conn.execute(statement))
+                    break
+            if conn.closed and not job.conflicts:
+                # It was lost under the handler. Once that may be chance, and is not held against it.
+                job.conflicts = 1
+                self._tell("retries", job.message, error_text(error))
+                return "again", random.uniform(0, self.backoff[0])
+            job.failure, job.conflicts = error, job.conflicts if conn.closed else 0
+            return ("again", 0.0) if conn.closed else await self._attempt(job, conn)
         if following == "parked":
             self._tell("parked", job.message, job.error, reason=job.reason)
         elif following in ("handle", "duplicate"):
@@ -363,7 +370,7 @@ class Consumer(abc.ABC):
         return following, random.uniform(0, doubled(*self.backoff, job.failed - 1))
 
     async def _receive(self, job: Job, conn: Any) -> str:
-        message, following, job.handling = job.message, "handle", False
+        message, following, job.stage = job.message, "handle", ""
         if not job.begun and (message.redelivered or not message.has_id):
             following, job.reason, job.error, job.failed = await self._ask(
                 conn, "begin_message", message, retried=job.retried, has_id=message.has_id,
@@ -375,10 +382,10 @@ class Consumer(abc.ABC):
                 conn, "receive_message", message, retried=job.retried)
             if following == "handle":
                 await got(conn.execute("SAVEPOINT watership_handler"))
-                job.handling = True
+                job.stage = "handler"
                 try:
                     await self._invoke(message, conn)
-                except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError):
+                except self._passed:
                     raise
                 except BaseException as error:
                     raise RuntimeError(f"{type(error).__name__}: {error}") from error
@@ -387,6 +394,7 @@ class Consumer(abc.ABC):
                 if job.begun:
                     await self._ask(conn, "end_message", message_id=message.id,
                                     retried=job.retried)
+                job.stage = "commit"
             await got(conn.execute("COMMIT"))
         return following
 

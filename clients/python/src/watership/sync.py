@@ -118,11 +118,7 @@ class Inbox(Consumer):
         asyncio.run(self._consume())
 
     async def _invoke(self, message: Message, conn: Any) -> None:
-        try:
-            self._handler(message, conn)
-        except asyncio.CancelledError as error:
-            # Of the handler: this thread has no task.
-            raise ConnectionError("cancelled") from error
+        self._handler(message, conn)
 
     async def _in_database(self, work: Coroutine[Any, Any, T]) -> T:
         loop = asyncio.get_running_loop()
