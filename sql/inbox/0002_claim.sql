@@ -178,7 +178,8 @@ BEGIN
     INSERT INTO watership_inbox.claimed (slot, day, consumer, message_id, body_hash)
     SELECT (d.day - date '2000-01-01') % 40, d.day, c.id, message_id, body_hash
     FROM watership_inbox.ring AS r, watership_inbox.consumer AS c,
-        (SELECT (occurred_at AT TIME ZONE 'UTC')::date) AS d (day)
+        (SELECT CASE WHEN isfinite(occurred_at)
+            THEN (occurred_at AT TIME ZONE 'UTC')::date END) AS d (day)
     WHERE c.name = consumer AND octet_length(message_id) BETWEEN 1 AND 1024
         AND d.day BETWEEN r.first_day AND r.emptied_before + 39
         AND d.day <= (clock_timestamp() AT TIME ZONE 'UTC')::date + 1

@@ -73,9 +73,9 @@ BEGIN
     first := true;
     IF occurred_at IS NULL THEN
         first := watership_inbox.claim_in_generation(consumer_id, message_id, body_hash, false);
-    ELSIF day < (SELECT r.first_day FROM watership_inbox.ring AS r) THEN
+    ELSIF isfinite(day) AND day < (SELECT r.first_day FROM watership_inbox.ring AS r) THEN
         unknown := 'beyond_window';
-    ELSIF day > (clock_timestamp() AT TIME ZONE 'UTC')::date + 1 THEN
+    ELSIF isfinite(day) AND day > (clock_timestamp() AT TIME ZONE 'UTC')::date + 1 THEN
         unknown := 'beyond_tomorrow';
     ELSE
         first := watership_inbox.claim(consumer, message_id, occurred_at, body_hash);
@@ -99,7 +99,7 @@ BEGIN
         SELECT g.xmin::text::bigint INTO low FROM watership_inbox.claimed_in_generation AS g
         WHERE g.consumer = consumer_id AND g.message_id = message_id
         ORDER BY g.claimed_at DESC LIMIT 1;
-    ELSE
+    ELSIF isfinite(occurred_at) THEN
         SELECT c.xmin::text::bigint INTO low FROM watership_inbox.claimed AS c
         WHERE c.consumer = consumer_id AND c.message_id = message_id
             AND c.slot = ((occurred_at AT TIME ZONE 'UTC')::date - date '2000-01-01') % 40;
@@ -207,7 +207,8 @@ BEGIN
         INSERT INTO watership_inbox.claimed (slot, day, consumer, message_id, body_hash)
         SELECT (d.day - date '2000-01-01') % 40, d.day, c.id, message_id, body_hash
         FROM watership_inbox.ring AS r, watership_inbox.consumer AS c,
-            (SELECT (occurred_at AT TIME ZONE 'UTC')::date) AS d (day)
+            (SELECT CASE WHEN isfinite(occurred_at)
+                THEN (occurred_at AT TIME ZONE 'UTC')::date END) AS d (day)
         WHERE c.name = consumer AND octet_length(message_id) BETWEEN 1 AND 1024
             AND d.day BETWEEN r.first_day AND r.emptied_before + 39
             AND d.day <= (clock_timestamp() AT TIME ZONE 'UTC')::date + 1

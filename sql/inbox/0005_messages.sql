@@ -144,7 +144,8 @@ BEGIN
         FROM watership_inbox.attempt_started(consumer, message_id) AS a;
         IF killed >= max_kills THEN
             reason := 'killed';
-            error := format('the process did not survive %s attempts', killed);
+            error := format('%s attempts neither failed nor ended: the process or its connection '
+                'to the database did not survive', killed);
         END IF;
     ELSE
         reason := 'no_message_id';
@@ -234,7 +235,7 @@ BEGIN
 END
 $$;
 
--- True if a process did not survive an attempt at the message. Begin it while nothing else is
+-- True if an attempt at the message neither failed nor ended. Begin it while nothing else is
 -- handled, or one such message at a time: so only its own count of such attempts rises.
 CREATE FUNCTION watership_inbox.suspect(consumer text, message_id text) RETURNS boolean
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
