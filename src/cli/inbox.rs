@@ -118,13 +118,23 @@ pub(super) async fn execute(
     match &args.command {
         Command::Install { database, print_sql: true } => print_sql(database).await,
         Command::Install { database, print_sql: false } => install(database, out).await,
-        Command::Maintain { database } => maintain(database, out).await,
-        Command::Status { database } => status(database, out).await,
+        Command::Maintain { database } => maintain(database, out).await.map_err(granting),
+        Command::Status { database } => status(database, out).await.map_err(granting),
         Command::Parked { database, command } => {
             let SqlConnection { client, closed: _closed } = database.inbox(URL).await?;
-            parked::execute(&client, command, out).await
+            parked::execute(&client, command, out).await.map_err(granting)
         }
         Command::Torture(args) => torture::execute(args, watch_signals, out).await,
+    }
+}
+
+/// The hint of the table is for the relay.
+fn granting(error: Error) -> Error {
+    match error.sqlstate() {
+        Some(INSUFFICIENT_PRIVILEGE) if error.hint_text().is_none_or(|h| !h.contains("GRANT")) => {
+            error.hint("run as a superuser: GRANT watership_consumer TO the user of --url")
+        }
+        _ => error,
     }
 }
 
@@ -136,7 +146,10 @@ struct Installed {
 
 async fn install(database: &Database, out: Out) -> Result<End> {
     let SqlConnection { mut client, closed: _closed } = database.connect(URL).await?;
-    let applied = INBOX.apply(&mut client).await.map_err(installing)?;
+    let applied = match INBOX.apply(&mut client).await {
+        Ok(applied) => applied,
+        Err(error) => return Err(installing(&client, error).await),
+    };
     let applied: Vec<_> = applied.iter().map(|one| one.name).collect();
     match &*applied {
         [] => out.line(&format!("exists  schema watership_inbox, at {}", INBOX.newest())),
@@ -147,19 +160,31 @@ async fn install(database: &Database, out: Out) -> Result<End> {
     Ok(End::Fine)
 }
 
-/// The hint of the table is for the relay.
-fn installing(error: Error) -> Error {
-    match error.sqlstate() {
-        Some(INSUFFICIENT_PRIVILEGE) => error.hint(
-            "install as a superuser, or as a role with CREATEROLE and with CREATE on the database",
-        ),
-        _ => error,
+/// What the user lacks to install. Roles belong to the cluster: the owner may be there already.
+async fn installing(client: &Client, error: Error) -> Error {
+    if error.sqlstate() != Some(INSUFFICIENT_PRIVILEGE) {
+        return error;
     }
+    let owner = INBOX.owner;
+    let probe = format!("SET ROLE {owner}; RESET ROLE");
+    let probed = client.batch_execute(&probe).await.map_err(postgres_error);
+    if probed.is_err_and(|e| e.sqlstate() == Some(INSUFFICIENT_PRIVILEGE)) {
+        let grant = format!("SELECT format('GRANT {owner} TO %I', current_user)");
+        if let Ok(row) = client.query_one(&grant, &[]).await {
+            return error.hint(format!("run as a superuser: {}", row.get::<_, String>(0)));
+        }
+    }
+    error.hint(
+        "install as a superuser, or as a role with CREATEROLE and with CREATE on the database",
+    )
 }
 
 async fn print_sql(database: &Database) -> Result<End> {
     let SqlConnection { client, closed: _closed } = database.connect(URL).await?;
-    let pending = INBOX.pending(&client).await.map_err(installing)?;
+    let pending = match INBOX.pending(&client).await {
+        Ok(pending) => pending,
+        Err(error) => return Err(installing(&client, error).await),
+    };
     let text = match &*pending {
         [] => "-- nothing is missing\n".to_owned(),
         pending => INBOX.script(pending),

@@ -55,7 +55,7 @@ pub struct Schema {
     /// Its name in the database.
     pub name: &'static str,
     /// The role that owns it.
-    owner: &'static str,
+    pub owner: &'static str,
     /// Where its files are.
     folder: &'static str,
     /// Its files, in order.

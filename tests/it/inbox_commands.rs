@@ -130,6 +130,32 @@ async fn an_operator_retries_and_discards_what_a_consumer_parked() {
 }
 
 #[tokio::test]
+async fn a_consumer_that_is_unknown_and_a_reason_that_is_empty_are_refused_and_change_nothing() {
+    let (database, client) = installed().await;
+    let url = &*database.url;
+    let parked = ["parked", "--url", url];
+    let all = ["--consumer", "biling", "--all"];
+    let (_, error) = inbox(&[&parked[..], &["retry"], &all].concat(), 1).await;
+    assert!(error.contains("no consumer \"biling\"") && error.contains("started yet"), "{error}");
+    park(&client, "billing", "m1", "order/1").await;
+    park(&client, "stock", "m1", "order/1").await;
+    let reason = ["--reason", "why"];
+    let show = ["show", "--consumer", "biling", "m1"];
+    for command in
+        [&[&["retry"][..], &all].concat()[..], &[&["discard"][..], &all, &reason].concat(), &show]
+    {
+        let (_, error) = inbox(&[&parked[..], command].concat(), 1).await;
+        assert!(error.contains("\"biling\"") && error.contains("billing, stock"), "{error}");
+    }
+    let empty = ["discard", "--consumer", "billing", "--all", "--reason", ""];
+    let (_, error) = inbox(&[&parked[..], &empty].concat(), 2).await;
+    assert!(error.contains("--reason"), "{error}");
+    let names = "SELECT string_agg(name, ' ' ORDER BY name) FROM watership_inbox.consumer";
+    let names: String = client.query_one(names, &[]).await.expect("the consumers").get(0);
+    assert_eq!(names, "billing stock");
+}
+
+#[tokio::test]
 async fn what_was_handled_is_seen_with_its_day_or_without_a_time() {
     let (_database, client) = installed().await;
     assert_eq!(receive(&client, "timed", 1, "k").await, "handle");

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 use watership::dev::{self, Process, Signal};
 
 use crate::inbox_commands::{inbox, installed, park};
-use crate::support::servers::{Database, Vhost, own_vhost};
+use crate::support::servers::{Database, Vhost, own_database, own_vhost};
 use crate::support::waiting::{LIMIT, until};
 
 struct Scene {
@@ -212,7 +212,27 @@ async fn a_right_that_is_lacking_is_named_with_its_grant() {
         assert!(!error.contains("watership check"), "{error}");
     }
     let (_, error) = inbox(&["install", "--url", &url], 1).await;
+    let member = format!("GRANT watership_inbox_owner TO {user}");
+    assert!(error.contains(&member) && !error.contains("watership check"), "{error}");
+    scene.client.batch_execute(&member).await.expect("granted");
+    inbox(&["install", "--url", &url], 0).await;
+    let empty = own_database().await;
+    let url_of_empty = empty.url.replacen("postgres@", &format!("{user}@"), 1);
+    let (_, error) = inbox(&["install", "--url", &url_of_empty], 1).await;
     assert!(error.contains("CREATEROLE") && !error.contains("watership check"), "{error}");
+    scene
+        .client
+        .batch_execute(&format!("REVOKE {}", &member[6..].replace(" TO ", " FROM ")))
+        .await
+        .expect("revoked");
+    // Into the schema, and no further.
+    let poor = format!("GRANT USAGE ON SCHEMA watership_inbox TO {user}");
+    scene.client.batch_execute(&poor).await.expect("granted");
+    for command in [&["status", "--url", &url][..], &["maintain", "--url", &url], &list] {
+        let (_, error) = inbox(command, 1).await;
+        assert!(error.contains("GRANT watership_consumer TO"), "{error}");
+        assert!(!error.contains("watership check"), "{error}");
+    }
     let grant = format!("GRANT watership_consumer TO {user}");
     scene.client.batch_execute(&grant).await.expect("granted");
     let (_, error) = inbox(&torture, 1).await;

@@ -2,6 +2,7 @@
 //! are marked, and the running consumer does the rest, in their order.
 
 use clap::Subcommand;
+use clap::builder::NonEmptyStringValueParser;
 use serde::Serialize;
 use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
@@ -64,7 +65,7 @@ pub(super) enum Command {
         #[arg(long)]
         all: bool,
         /// Why; stored with the messages.
-        #[arg(long)]
+        #[arg(long, value_parser = NonEmptyStringValueParser::new())]
         reason: String,
     },
 }
@@ -120,6 +121,7 @@ pub(super) async fn execute(client: &Client, command: &Command, out: Out) -> Res
         Command::Retry { consumer, message_id, key, all, beyond_window } => {
             const RETRY: &str = include_str!("../../../sql/query/inbox_parked_retry.sql");
             const LEFT: &str = include_str!("../../../sql/query/inbox_parked_left.sql");
+            known(client, consumer).await?;
             let which: &[&(dyn ToSql + Sync)] = &[consumer, key, message_id, all, beyond_window];
             let keys = client.query_one(RETRY, which).await.map_err(postgres_error)?;
             let left = client.query_one(LEFT, &which[..4]).await.map_err(postgres_error)?;
@@ -139,6 +141,7 @@ pub(super) async fn execute(client: &Client, command: &Command, out: Out) -> Res
         }
         Command::Discard { consumer, message_id, key, all, reason } => {
             const SQL: &str = include_str!("../../../sql/query/inbox_parked_discard.sql");
+            known(client, consumer).await?;
             let messages = if *all {
                 discard_all(client, consumer, reason).await?
             } else {
@@ -153,6 +156,21 @@ pub(super) async fn execute(client: &Client, command: &Command, out: Out) -> Res
         }
     }
     Ok(End::Fine)
+}
+
+/// An error for a name that no consumer has registered.
+async fn known(client: &Client, consumer: &str) -> Result<()> {
+    const SQL: &str = include_str!("../../../sql/query/inbox_consumers.sql");
+    let row = client.query_one(SQL, &[&consumer]).await.map_err(postgres_error)?;
+    let (is_known, names): (bool, String) = (row.get(0), row.get(1));
+    if is_known {
+        return Ok(());
+    }
+    let error = Error::refused(format!("the inbox knows no consumer {consumer:?}"));
+    Err(error.hint(match &*names {
+        "" => "no consumer has started yet".to_owned(),
+        names => format!("it knows these: {names}"),
+    }))
 }
 
 /// How many messages the consumer has parked, and the number of the newest.
@@ -228,7 +246,10 @@ async fn list(client: &Client, consumer: Option<&str>, limit: i64, out: Out) -> 
 async fn show(client: &Client, consumer: &str, message_id: &str, out: Out) -> Result<()> {
     const SQL: &str = include_str!("../../../sql/query/inbox_parked_show.sql");
     let row = client.query_opt(SQL, &[&consumer, &message_id]).await.map_err(postgres_error)?;
-    let row = row.ok_or_else(|| nothing(consumer))?;
+    let Some(row) = row else {
+        known(client, consumer).await?;
+        return Err(nothing(consumer));
+    };
     let (properties, body): (String, Vec<u8>) = (row.get(7), row.get(8));
     let text = std::str::from_utf8(&body).ok();
     let shown = Shown {
