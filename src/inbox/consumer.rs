@@ -257,9 +257,9 @@ impl<H: Handler> Consumer<H> {
                 self.idle.push(client);
                 break;
             };
-            let worker = self.worker.clone();
+            let (worker, database) = (self.worker.clone(), self.database.clone());
             self.work.spawn(async move {
-                let outcome = worker.attempt(&mut client, &mut item).await;
+                let outcome = worker.attempt(&database, &mut client, &mut item).await;
                 Done { lane, item, client, outcome }
             });
         }

@@ -178,8 +178,8 @@ impl Inbox {
         self
     }
 
-    /// Attempts at one message that the process did not survive until it is given up: at least 1,
-    /// by default 10.
+    /// Attempts at one message that neither failed nor ended, because the process or its connection
+    /// to the database did not survive, until it is given up: at least 1, by default 10.
     #[must_use]
     pub fn max_kills(mut self, kills: u32) -> Self {
         self.options.max_kills = kills;

@@ -19,6 +19,7 @@ use tracing::Instrument as _;
 use super::attempts::{ended, failed, has_killed, maintain, parked_for, started};
 use super::claim::{park, receive};
 use super::counters::Counters;
+use super::database::Database;
 use super::dead_letters::{self, DeadLetters, Reason};
 use super::handler::{HandlerError, is_serialization, spoilt};
 use super::message::Message;
@@ -27,6 +28,11 @@ use super::sql::Received;
 use super::turns::Turns;
 use crate::error::{Error, Kind, Result};
 use crate::pg::sqlstate::postgres_error;
+
+mod disconnected;
+mod failure;
+
+use failure::Failure;
 
 /// The handler of the application.
 pub(super) trait Handler:
@@ -93,6 +99,9 @@ pub(super) struct InHand {
     begun: bool,
     /// Whether a process died at it before.
     suspect: bool,
+    /// How the handler's connection has ended under it just now, and whether one has before.
+    lost: Option<HandlerError>,
+    disconnected: bool,
 }
 
 impl InHand {
@@ -108,6 +117,8 @@ impl InHand {
             recorded: false,
             begun: false,
             suspect: false,
+            lost: None,
+            disconnected: false,
         }
     }
 
@@ -133,34 +144,6 @@ pub(super) enum Attempt {
     DatabaseAway(Error),
 }
 
-/// Why an attempt did not commit.
-enum Failure {
-    /// The handler, or what it left to the commit.
-    Handler(HandlerError),
-    /// The inbox itself.
-    Inbox(Error),
-}
-
-impl Failure {
-    fn is_serialization(&self) -> bool {
-        match self {
-            Self::Handler(error) => error.is_serialization(),
-            Self::Inbox(error) => error.sqlstate().is_some_and(is_serialization),
-        }
-    }
-
-    fn into_error(self) -> HandlerError {
-        match self {
-            Self::Handler(error) => error,
-            Self::Inbox(error) => error.into(),
-        }
-    }
-
-    fn is_not_maintained(&self) -> bool {
-        matches!(self, Self::Inbox(error) if error.sqlstate() == Some(NOT_MAINTAINED))
-    }
-}
-
 /// What every attempt needs.
 pub(super) struct Worker<H> {
     pub options: Options,
@@ -184,8 +167,16 @@ impl<H> Clone for Worker<H> {
 
 impl<H: Handler> Worker<H> {
     /// One attempt at a delivered message.
-    pub async fn attempt(&self, client: &mut Client, item: &mut InHand) -> Attempt {
-        let attempted = self.try_item(client, item).await;
+    pub async fn attempt(
+        &self,
+        database: &Database,
+        client: &mut Client,
+        item: &mut InHand,
+    ) -> Attempt {
+        let mut attempted = self.try_item(client, item).await;
+        if let Some(error) = item.lost.take() {
+            attempted = self.disconnected(database, client, item, error).await;
+        }
         attempted.unwrap_or_else(|error| self.inbox_failed(client, item, error))
     }
 
@@ -233,6 +224,10 @@ impl<H: Handler> Worker<H> {
         match self.transaction(client, item, last).await {
             Ok(()) => Ok(self.acknowledge(item).await),
             Err(Failure::Inbox(error)) if client.is_closed() => Err(error),
+            Err(Failure::Handler(error)) if client.is_closed() => {
+                item.lost = Some(error);
+                Ok(Attempt::Again(Duration::ZERO))
+            }
             Err(failure) => self.failed(client, item, failure.into_error()).await,
         }
     }
@@ -252,8 +247,10 @@ impl<H: Handler> Worker<H> {
                 Err(failure) => failure,
             };
             if client.is_closed() {
-                let text = failure.into_error().to_string();
-                return Err(Failure::Inbox(Error::unreachable(text)));
+                return Err(match failure {
+                    Failure::Inbox(error) => Failure::Inbox(Error::unreachable(error.to_string())),
+                    handler => handler,
+                });
             }
             if failure.is_not_maintained() && !maintained {
                 maintained = true;

@@ -76,6 +76,47 @@ async fn a_session_that_is_terminated_under_a_handler_is_no_failure_of_the_messa
 }
 
 #[tokio::test]
+async fn a_message_that_costs_its_handler_the_connection_fails_and_others_go_on() {
+    let stage = Stage::new().await;
+    let url = stage.database.url.clone();
+    let inbox = stage.inbox().max_failures(3).concurrency(2);
+    let running = run(inbox, move |message, tx| {
+        let url = url.clone();
+        Box::pin(async move {
+            let own = tx.query_one("SELECT pg_backend_pid()", &[]).await?.get::<_, i32>(0);
+            match message.key.as_deref() {
+                Some("loud") => {
+                    tx.execute("SELECT pg_terminate_backend($1)", &[&own]).await?;
+                }
+                // As by a timeout of the server, while the handler does something else.
+                Some("quiet") => {
+                    let (other, connection) =
+                        tokio_postgres::connect(&url, tokio_postgres::NoTls).await?;
+                    tokio::spawn(connection);
+                    let end = "SELECT pg_terminate_backend($1, 60000)";
+                    other.execute(end, &[&own]).await?;
+                    return Ok(());
+                }
+                _ => {}
+            }
+            record(message, tx).await
+        })
+    });
+    stage.publish("loud", "loud", "").await;
+    stage.publish("quiet", "quiet", "").await;
+    stage.publish_many(20, 4).await;
+    assert_eq!(stage.effects_come(20).await.len(), 20);
+    until("they are parked", async || stage.parked().await.len() == 2).await;
+    running.stop().await;
+    let mut parked = stage.parked().await;
+    parked.sort();
+    assert_eq!(parked, ["loud failed", "quiet failed"]);
+    assert_eq!(stage.counted("failures_total", ""), 6);
+    assert_eq!(stage.counted("resubscribed_total", "cause=\"database\""), 0);
+    assert_eq!(stage.waiting().await, 0);
+}
+
+#[tokio::test]
 async fn a_commit_whose_answer_is_lost_has_one_effect() {
     let stage = Stage::new().await;
     let proxy = Proxy::before(postgres().await.port(), Protocol::Postgres).await;
