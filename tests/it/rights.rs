@@ -54,7 +54,7 @@ async fn a_table_whose_rows_are_hidden_from_the_relay_refuses_check_init_and_sta
 async fn an_outbox_whose_policies_admit_no_insert_is_a_problem_and_one_that_admits_it_is_not() {
     let (stage, _) = stage_of_a_role("").await;
     stage.execute("ALTER TABLE watership.outbox ENABLE ROW LEVEL SECURITY").await;
-    let told = ["row-level security of watership.outbox", "CREATE POLICY emit"];
+    let told = ["row-level security policy on watership.outbox", "CREATE POLICY emit"];
     stage.run(&["check"]).await.expect_code(1).expect_text(&told);
     let policy = "CREATE POLICY emit ON watership.outbox FOR INSERT TO watership_app \
         WITH CHECK (true)";
