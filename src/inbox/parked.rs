@@ -117,7 +117,7 @@ async fn retry<H: Handler>(worker: &Worker<H>, client: &mut Client, side: &Clien
     let consumer = &worker.options.consumer;
     let mut tries = 1;
     let tried = loop {
-        match try_next(worker, client, side).await? {
+        match try_next(worker, client, side, tries == 1).await? {
             Ok(tried) => break tried,
             // Not the handler's fault.
             Err((_, error)) if client.is_closed() => {
@@ -159,6 +159,7 @@ async fn try_next<H: Handler>(
     worker: &Worker<H>,
     client: &mut Client,
     side: &Client,
+    is_first: bool,
 ) -> Result<Result<Tried, (Parked, HandlerError)>> {
     let consumer = &worker.options.consumer;
     let _turn = worker.turns.beside_others().await;
@@ -174,7 +175,11 @@ async fn try_next<H: Handler>(
         return Ok(Ok(Tried::None));
     };
     let parked = Parked::read(row)?;
-    let (_, killed) = started(side, consumer, &parked.message.id).await?;
+    // A conflict does not make it another attempt.
+    let killed = match is_first {
+        true => started(side, consumer, &parked.message.id).await?.1,
+        false => 0,
+    };
     if killed >= worker.options.max_kills {
         tx.rollback().await.map_err(postgres_error)?;
         let error = format!("{KILLED}: {}", never_returned(killed));

@@ -228,6 +228,8 @@ impl<H: Handler> Worker<H> {
                 item.lost = Some(error);
                 Ok(Attempt::Again(Duration::ZERO))
             }
+            // Not the message's fault: a lock that did not come, a full disk.
+            Err(Failure::Inbox(error)) if !is_of_message(&error) => Err(error),
             Err(failure) => self.failed(client, item, failure.into_error()).await,
         }
     }
@@ -302,6 +304,9 @@ impl<H: Handler> Worker<H> {
             Received::Parked => {
                 let reason =
                     parked_for(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
+                if item.recorded {
+                    ended(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
+                }
                 tx.commit().await.map_err(inbox)?;
                 let why = "it is queued behind its key, or older than the window";
                 self.told_parked(message, &reason, why);
@@ -489,6 +494,13 @@ impl<H: Handler> Worker<H> {
             Ok(Ok(false) | Err(_)) | Err(_) => Attempt::NotAcknowledged,
         }
     }
+}
+
+/// Whether another message may pass where this one fails before its handler: data, constraints,
+/// limits, and what the inbox says itself.
+fn is_of_message(error: &Error) -> bool {
+    let classes = ["22", "23", "54", "WI"];
+    error.sqlstate().is_some_and(|state| classes.iter().any(|class| state.starts_with(class)))
 }
 
 /// Begins the handler's transaction.

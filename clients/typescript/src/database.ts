@@ -55,6 +55,9 @@ export class Database {
     this.#isOpen = true;
   }
 
+  /** Connections that nobody is to get again: their transaction may be open. */
+  readonly broken = new WeakSet<pg.PoolClient>();
+
   /** Gives the work a connection of its own. If it rejects, the database counts as lost. */
   async run<T>(work: (client: pg.PoolClient) => Promise<T>): Promise<T> {
     const pool = this.#pool;
@@ -63,7 +66,7 @@ export class Database {
     try {
       client = await pool.connect();
       const result = await work(client);
-      client.release();
+      client.release(this.broken.has(client));
       return result;
     } catch (error) {
       client?.release(true);

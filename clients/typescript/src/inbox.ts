@@ -180,6 +180,7 @@ export class Inbox {
       // In the same transaction, so that nothing of its key passes before it is parked.
       const isOpen = await client.query('ROLLBACK TO SAVEPOINT watership_handler')
         .catch(() => client.query('ROLLBACK')).then(() => true, () => false);
+      if (!isOpen) this.#database.broken.add(client);
       // Data, constraints, limits: another message may pass. The rest is not a message's fault.
       if (job.failure || !isOpen && job.stage !== 'handler'
         || !job.stage && !/^(22|23|54|WI)/.test(codeOf(error))) throw error;
@@ -255,7 +256,9 @@ export class Inbox {
     }
     this.#tell('error', 'dead_lettered', message, error, { reason });
     // Moved back from there, it starts from the beginning.
-    await this.#begin(over, (c) => call(c, 'end_message', this.consumer, message.id));
+    await this.#begin(over, (c) => call(c, 'end_message', this.consumer, message.id))
+      // At a stop it is acknowledged all the same: the dead letter is sent.
+      .catch((left: unknown) => { if (left !== LEFT) throw left; });
     return { next: 'sent', wait: 0 };
   }
 

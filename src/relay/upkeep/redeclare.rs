@@ -55,7 +55,8 @@ async fn look(options: &Options, held: &BTreeSet<RouteId>, missing: &Missing) ->
     let mut gone = still_missing(topology::apply_each(&options.broker, &verify).await?);
     if things.mode == Mode::Declare && !(gone.is_empty() && refused.is_empty()) {
         let lost: Vec<Thing> = gone.iter().map(|wrong| wrong.thing.clone()).collect();
-        let lost = broken::lost(part, &lost, &refused);
+        // With the bindings of all routes: others lost theirs, too, and nobody would notice.
+        let lost = broken::lost(things.clone(), &lost, &refused);
         let before = gone;
         gone = topology::apply_each(&options.broker, &lost).await?;
         let is_there = |thing: &Thing| !gone.iter().any(|wrong| wrong.thing == *thing);

@@ -97,7 +97,7 @@ fn parse(text: &str) -> Option<Decimal<&[u8]>> {
         Some((digits, exponent)) => (digits, exponent.parse::<i64>().ok()?),
         None => (text, 0),
     };
-    if exponent.abs() > EXPONENT_MAX {
+    if exponent.unsigned_abs() > EXPONENT_MAX.unsigned_abs() {
         return None;
     }
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
@@ -204,7 +204,10 @@ mod tests {
         ] {
             assert_eq!(compare(one, other), Some(Ordering::Equal), "{one} and {other}");
         }
-        for text in ["", "-", ".", "1.2.3", "abc", "1e", "1e9999999", "0x10", "$1.00", "1 "] {
+        // The last is one that has no absolute value in 64 bits.
+        let least = format!("1e{}", i64::MIN);
+        for text in ["", "-", ".", "1.2.3", "abc", "1e", "1e9999999", "0x10", "$1.00", "1 ", &least]
+        {
             assert_eq!(compare(text, "1"), None, "{text:?}");
         }
     }

@@ -424,8 +424,10 @@ class Consumer(abc.ABC):
                         error_text(error))
             job.conflicts += 1
             return "dead_letter", doubled(*self.backoff, job.conflicts)
-        await self._borrow(session, lambda conn: self._ask(
-            conn, "end_message", message_id=job.message.id))
+        # At a stop it is acknowledged all the same: the dead letter is sent.
+        with contextlib.suppress(Abandoned):
+            await self._borrow(session, lambda conn: self._ask(
+                conn, "end_message", message_id=job.message.id))
         self._tell("dead_lettered", job.message, text, reason=job.reason)
         return "sent", 0.0
 
