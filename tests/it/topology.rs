@@ -368,6 +368,29 @@ async fn a_queue_or_exchange_that_is_deleted_while_running_is_declared_again() {
 }
 
 #[tokio::test]
+async fn an_exchange_that_is_declared_again_has_the_bindings_of_routes_that_are_quiet_too() {
+    let (stage, _) = stage().await;
+    configure(
+        &stage,
+        "[[route]]\nname = \"quiet\"\noutbox = { aggregate_type = \"quiet\" }\n\
+         exchange = \"other\"\nrouting_key = \"quiet\"\n[[queue]]\nname = \"quiets\"\n\
+         [[binding]]\nqueue = \"quiets\"\nexchange = \"other\"\nrouting_key = \"quiet\"\n",
+    );
+    let relay = stage.start().await;
+    let deleted = stage.channel.exchange_delete("other".into(), Default::default());
+    deleted.await.expect("deleted");
+    emit_both(&stage, 1..=1).await;
+    let others = Inbox::open(&stage.channel, "others").await;
+    assert_eq!(bodies(&others.count(1).await), ["1"]);
+    released(&relay).await;
+    stage.execute("SELECT watership.emit('quiet', '1', 'e', '2')").await;
+    let quiets = Inbox::open(&stage.channel, "quiets").await;
+    assert_eq!(bodies(&quiets.count(1).await), ["2"]);
+    assert_eq!(relay.status().await["sessions"], 1);
+    relay.stop().await.expect_code(0);
+}
+
+#[tokio::test]
 async fn check_tells_what_run_will_meet_before_it_does() {
     let (stage, vhost) = stage().await;
     let node = rabbit().await;
