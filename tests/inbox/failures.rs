@@ -1,5 +1,6 @@
 //! Handlers that fail, and what becomes of their messages.
 
+use lapin::options::{BasicGetOptions, BasicNackOptions};
 use lapin::types::AMQPValue;
 use watership::inbox::{IsolationLevel, OnFailure};
 
@@ -289,5 +290,77 @@ async fn an_inbox_that_nobody_maintained_is_maintained_and_the_message_handled()
     stage.sql.batch_execute(back).await.expect("set back");
     stage.publish("m1", "k", "1").await;
     assert_eq!(stage.effects_come(2).await, ["0", "1"]);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn conflicts_while_a_parked_message_is_retried_are_no_kills() {
+    let stage = Stage::new().await;
+    let failing = Failing::default();
+    failing.fail("m", "error");
+    let running = failing.run(stage.inbox().max_failures(1).max_kills(2));
+    stage.publish("m", "k", "m").await;
+    until("it is parked", async || stage.parked().await.len() == 1).await;
+    failing.heal();
+    failing.fail("m", "serialization");
+    let retry = format!("watership_inbox.retry('{}', key => 'k')", stage.consumer);
+    assert_eq!(stage.text(&retry).await, "1");
+    let attempts = "SELECT attempts FROM watership_inbox.parked_keys";
+    until("the retry has failed", async || stage.text(attempts).await == "1").await;
+    let error = stage.text("SELECT last_error FROM watership_inbox.parked_keys").await;
+    assert!(error.contains("40001"), "{error}");
+    assert!(stage.counted("retries_total", "") > 2);
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_redelivered_message_that_waits_behind_its_key_leaves_no_attempt() {
+    let stage = Stage::new().await;
+    let failing = Failing::default();
+    failing.fail("bad", "error");
+    let running = failing.run(stage.inbox().max_failures(1));
+    stage.publish("m1", "k", "bad").await;
+    until("the key is parked", async || stage.parked().await.len() == 1).await;
+    running.stop().await;
+    stage.publish("m2", "k", "2").await;
+    let mut got = None;
+    until("it is delivered once", async || {
+        let (queue, options) = (stage.queue.as_str().into(), BasicGetOptions::default());
+        got = stage.channel.basic_get(queue, options).await.expect("an answer");
+        got.is_some()
+    })
+    .await;
+    let again = BasicNackOptions { requeue: true, multiple: false };
+    got.expect("a message").nack(again).await.expect("it is requeued");
+    let running = failing.run(stage.inbox().max_failures(1));
+    until("it waits behind its key", async || stage.parked().await.len() == 2).await;
+    assert_eq!(stage.counted("redelivered_total", ""), 1);
+    let attempts = "SELECT count(*) FROM watership_inbox.attempt WHERE message_id = 'm2'";
+    assert_eq!(stage.text(attempts).await, "0");
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_lock_that_does_not_come_is_no_failure_of_the_message() {
+    let stage = Stage::new().await;
+    let set = "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET lock_timeout = 2000', \
+        current_database()); END $$";
+    stage.sql.batch_execute(set).await.expect("it is set");
+    let other = stage.database.connect().await;
+    let receive = format!(
+        "BEGIN; SELECT watership_inbox.receive('{}', 'other', now(), 'k', '')",
+        stage.consumer
+    );
+    other.batch_execute(&receive).await.expect("it holds the key");
+    let running = Failing::default().run(stage.inbox().max_failures(1));
+    stage.publish("m", "k", "m").await;
+    let waits = "SELECT count(*) FROM pg_stat_activity \
+        WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    until("the inbox waits", async || stage.text(waits).await == "1").await;
+    until("it has given up", async || stage.text(waits).await == "0").await;
+    assert!(stage.parked().await.is_empty());
+    assert_eq!(stage.counted("failures_total", ""), 0);
+    other.batch_execute("ROLLBACK").await.expect("it ends");
+    assert_eq!(stage.effects_come(1).await, ["m"]);
     running.stop().await;
 }

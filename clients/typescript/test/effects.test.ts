@@ -303,6 +303,25 @@ for (const how of ["SET LOCAL idle_in_transaction_session_timeout = '100ms'",
     });
 }
 
+test('a transaction that is still open when its connection is given up reaches no other message',
+  async () => {
+    scene = await Scene.open();
+    let slow = true;
+    // The rollbacks time out as well, behind the statement that still runs.
+    const database = { connectionString: DATABASE_URL, query_timeout: 600 };
+    const inbox = scene.start(async (message, tx) => {
+      await scene.insert(message, tx);
+      if (slow) {
+        slow = false;
+        await tx.query('SELECT pg_sleep(2)');
+      }
+      await scene.insert(message, tx);
+    }, { database, concurrency: 1 });
+    await scene.send({ id: 'm' });
+    assert.deepEqual(await scene.settled(2, inbox), ['m', 'm']);
+    assert.equal(count(inbox, 'duplicates'), 0);
+  });
+
 test('a conflict that a layer above the driver wrapped is tried again and not counted',
   async () => {
     scene = await Scene.open();
