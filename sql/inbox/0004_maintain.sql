@@ -237,12 +237,18 @@ FROM (
 WHERE x.claimed_at > now() - interval '1 day'
 GROUP BY 1, 2;
 
--- For a reconcile: what was handled or parked, by day of the message.
+-- For a reconcile: what was handled or parked. `day` is the day of the message; NULL for one
+-- without a time, which is in two generations if it came while the second was opening.
 CREATE VIEW watership_inbox.seen AS
 SELECT c.name AS consumer, x.message_id, x.day, x.claimed_at,
     EXISTS (SELECT FROM watership_inbox.parked AS p
         WHERE p.consumer = x.consumer AND p.message_id = x.message_id) AS parked
-FROM watership_inbox.claimed AS x JOIN watership_inbox.consumer AS c ON c.id = x.consumer;
+FROM (
+    SELECT consumer, message_id, day, claimed_at FROM watership_inbox.claimed
+    UNION ALL
+    SELECT consumer, message_id, NULL, min(claimed_at) FROM watership_inbox.claimed_in_generation
+    GROUP BY consumer, message_id
+) AS x JOIN watership_inbox.consumer AS c ON c.id = x.consumer;
 
 -- `age`: how long after the first delivery the last one came. Near window_days, raise that.
 CREATE VIEW watership_inbox.duplicates AS

@@ -9,8 +9,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use lapin::options::QueueDeclareOptions;
 use lapin::tcp::{AMQPUriTcpExt, RustlsConnector, TLSConfig};
-use lapin::types::ShortString;
+use lapin::types::{FieldTable, ShortString};
 use lapin::uri::{
     AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism,
 };
@@ -232,6 +233,25 @@ async fn each_of<T>(
         }
     }
     last.map(Err)
+}
+
+/// Messages that wait in the queue, and its consumers, by a passive declare; each step may take
+/// `limit`.
+///
+/// # Errors
+/// The broker's: 404 where there is no such queue.
+pub async fn queue_counts(
+    connection: &Connection,
+    queue: &str,
+    limit: Duration,
+) -> Result<(u32, u32)> {
+    let channel = step(limit, "opening a channel", connection.create_channel()).await?;
+    let options = QueueDeclareOptions { passive: true, ..Default::default() };
+    let declare = channel.queue_declare(short(queue)?, options, FieldTable::default());
+    let seen = step(limit, &format!("queue {queue:?}"), declare).await?;
+    let close = channel.close(reply::REPLY_SUCCESS, "seen".into());
+    step(limit, "closing a channel", close).await?;
+    Ok((seen.message_count(), seen.consumer_count()))
 }
 
 #[cfg(test)]

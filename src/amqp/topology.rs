@@ -1,4 +1,5 @@
-//! Exchanges, queues and bindings that must be there; `apply` declares or verifies them.
+//! Exchanges, queues and bindings that must be there; `apply` declares or verifies them;
+//! `rehearse` asks whether the user may.
 
 mod apply;
 mod rehearse;

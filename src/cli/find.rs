@@ -255,7 +255,7 @@ fn print(report: &Report, out: Out) {
     if report.outbox.is_empty() {
         line(
             "outbox",
-            "no such row: it was never committed, or is no longer in the table (outbox.retain), or \
+            "no such row: it was never committed, has been removed (outbox.retain), or \
              it is a captured-table change, or it was emitted by emit_wal, which keeps no row",
         );
     }

@@ -226,8 +226,8 @@ fn skipped(t: &mut Section<'_>) -> Vec<Op> {
 }
 
 fn router(t: &mut Section<'_>) -> EventRouter {
-    const EXPECTED: &str = "\"field:header\" or \"field:envelope\", with \":alias\" behind it if \
-                            its name is another";
+    const EXPECTED: &str = "\"field:header\" or \"field:envelope\", followed by \":alias\" to \
+        rename it";
     let mut placements = Vec::new();
     for text in t.list(PLACEMENT) {
         let parts: Vec<&str> = text.split(':').collect();

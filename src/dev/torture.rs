@@ -121,7 +121,7 @@ async fn unless_stopped<T>(
 ) -> Result<T> {
     tokio::select! {
         Ok(_) = stop.wait_for(|stop| *stop) => {
-            Err(Error::refused("stopped by a signal before the end: there is no verdict"))
+            Err(Error::refused("interrupted by a signal; the run has no verdict"))
         }
         result = work => result,
     }
@@ -361,8 +361,10 @@ impl<'a> Run<'a> {
             if self.report.ended >= ENDS_MAX && self.report.kills == 0 {
                 let output = self.output();
                 if !output.is_empty() {
-                    let text =
-                        format!("the command printed at last:\n    {}", output.join("\n    "));
+                    let text = format!(
+                        "the last lines that the command printed:\n    {}",
+                        output.join("\n    ")
+                    );
                     self.tell(Told::Note(&text));
                 }
                 let text =

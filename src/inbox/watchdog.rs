@@ -7,14 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use lapin::Connection;
-use lapin::options::QueueDeclareOptions;
-use lapin::types::FieldTable;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::counters::Loss;
-use crate::amqp::client::{short, step};
+use crate::amqp::client::queue_counts;
 use crate::amqp::reply;
-use crate::error::Result;
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(15);
@@ -55,7 +52,7 @@ pub(super) async fn watch(connection: Arc<Connection>, queue: String, activity: 
     ticks.tick().await;
     loop {
         ticks.tick().await;
-        match look(&connection, &queue).await {
+        match queue_counts(&connection, &queue, LIMIT).await {
             Ok((waiting, consumers)) => {
                 if waiting > 0 && (consumers == 0 || activity.is_silent()) {
                     return Loss::Watchdog;
@@ -69,15 +66,4 @@ pub(super) async fn watch(connection: Arc<Connection>, queue: String, activity: 
             Err(_) => return Loss::ConnectionLost,
         }
     }
-}
-
-/// Messages that wait and consumers of the queue, by a passive declare.
-async fn look(connection: &Connection, queue: &str) -> Result<(u32, u32)> {
-    let channel = step(LIMIT, "opening a channel", connection.create_channel()).await?;
-    let options = QueueDeclareOptions { passive: true, ..Default::default() };
-    let declare = channel.queue_declare(short(queue)?, options, FieldTable::default());
-    let seen = step(LIMIT, "checking the queue", declare).await?;
-    let close = channel.close(reply::REPLY_SUCCESS, "seen".into());
-    step(LIMIT, "closing a channel", close).await?;
-    Ok((seen.message_count(), seen.consumer_count()))
 }

@@ -77,7 +77,7 @@ pub(super) fn never_returned(attempts: u32) -> String {
 }
 const NO_MESSAGE_ID: &str = "no_message_id";
 /// Around the handler. What it left aborted, or has ended by itself, would otherwise commit nothing
-/// and look like success: then there is no savepoint to release.
+/// and look like success; in both cases the savepoint cannot be released.
 pub(super) const SAVEPOINT: &str = "SAVEPOINT watership_handler";
 const RELEASE: &str = "RELEASE SAVEPOINT watership_handler";
 const RELEASE_AND_COMMIT: &str = "RELEASE SAVEPOINT watership_handler; COMMIT";
@@ -319,13 +319,21 @@ impl<H: Handler> Worker<H> {
     async fn handled(&self, tx: Transaction<'_>, item: &InHand) -> Result<(), Failure> {
         if item.recorded {
             release(&tx).await.map_err(|error| Failure::Handler(error.into()))?;
+            return self.released(tx, item).await;
+        }
+        let ended = end(tx, RELEASE_AND_COMMIT).await;
+        ended.map_err(|error| Failure::Handler(error.into()))?;
+        self.counters.handled.increment(1);
+        Ok(())
+    }
+
+    /// Commits what the handler did, once its savepoint is released.
+    async fn released(&self, tx: Transaction<'_>, item: &InHand) -> Result<(), Failure> {
+        if item.recorded {
             let consumer = &self.options.consumer;
             ended(&tx, consumer, &item.message.id).await.map_err(Failure::Inbox)?;
-            commit(tx).await.map_err(|error| Failure::Handler(error.into()))?;
-        } else {
-            let ended = end(tx, RELEASE_AND_COMMIT).await;
-            ended.map_err(|error| Failure::Handler(error.into()))?;
         }
+        commit(tx).await.map_err(|error| Failure::Handler(error.into()))?;
         self.counters.handled.increment(1);
         Ok(())
     }
@@ -339,14 +347,7 @@ impl<H: Handler> Worker<H> {
             Ok(()) => release(&tx).await.err().map(HandlerError::from),
             Err(error) => Some(error),
         };
-        let Some(error) = failed else {
-            if item.recorded {
-                ended(&tx, consumer, &message.id).await.map_err(Failure::Inbox)?;
-            }
-            commit(tx).await.map_err(|error| Failure::Handler(error.into()))?;
-            self.counters.handled.increment(1);
-            return Ok(());
-        };
+        let Some(error) = failed else { return self.released(tx, item).await };
         // What the handler left aborted is whole again; what it ended is gone.
         if error.is_serialization() || tx.batch_execute(UNDO).await.is_err() {
             return Err(Failure::Handler(error));

@@ -102,7 +102,6 @@ pub const INBOX: Schema = Schema {
         migration!(3, "sql/inbox", "0003_receive"),
         migration!(4, "sql/inbox", "0004_maintain"),
         migration!(5, "sql/inbox", "0005_messages"),
-        migration!(6, "sql/inbox", "0006_seen"),
     ],
     lock: "SELECT pg_catalog.pg_advisory_xact_lock(1465079888, 4)",
 };

@@ -132,13 +132,11 @@ impl Filter {
 
     /// For the events of a table, of which these columns are hidden, or for the outbox.
     pub(super) fn bind(&self, table: Option<&Table>, hidden: &Hidden) -> Bound {
-        let column = |name: &str| match table.and_then(|table| table.column(name)) {
-            Some(index) if hidden.of(index).is_none() => {
-                let form =
-                    table.map_or(TextOrder::Bytes, |table| TextOrder::of(&table.columns[index]));
-                Source::Column(index, form)
-            }
-            Some(_) | None => Source::Unknown,
+        let column = |name: &str| {
+            let table = table?;
+            let index = table.column(name)?;
+            let is_shown = hidden.of(index).is_none();
+            is_shown.then(|| Source::Column(index, TextOrder::of(&table.columns[index])))
         };
         let source = |name: &Name| match name {
             Name::Word(word) if word == "op" => Source::Op,
@@ -148,16 +146,16 @@ impl Filter {
                 "event_type" => Source::EventType,
                 _ => Source::Unknown,
             },
-            Name::Word(name) | Name::Quoted(name) => column(name),
+            Name::Word(name) | Name::Quoted(name) => column(name).unwrap_or(Source::Unknown),
             Name::Header(name) if name == TRACEPARENT => Source::Traceparent,
             Name::Header(name) => Source::Header(name.clone()),
         };
         let sources: Vec<Source> = self.names.iter().map(source).collect();
-        let form = |name: usize| match &sources[name] {
-            Source::Column(_, form) => *form,
+        let order = |name: usize| match &sources[name] {
+            Source::Column(_, order) => *order,
             _ => TextOrder::Bytes,
         };
-        Bound { root: self.root.bind(&|name, literal| Operand::of(form(name), literal)), sources }
+        Bound { root: self.root.bind(&|name, literal| Operand::of(order(name), literal)), sources }
     }
 }
 

@@ -1,9 +1,8 @@
 //! What the running relay says a confirm is worth, on a real broker, and how it notices a change.
 
 use serde_json::Value;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpListener;
 
+use crate::management::answering;
 use crate::support::servers::{Vhost, own_database, own_vhost, rabbit};
 use crate::support::stage::{Running, Setup, Stage};
 use crate::support::waiting::until;
@@ -191,18 +190,8 @@ async fn a_route_to_a_headers_exchange_is_graded_by_its_own_headers_too() {
 
 #[tokio::test]
 async fn a_management_url_that_leads_elsewhere_leaves_routes_unverified_and_not_unsafe() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
-    let port = listener.local_addr().expect("an address").port();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                while let Ok(1..) = stream.read(&mut [0; 4096]).await {
-                    let answer = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n";
-                    let _ = stream.write_all(answer).await;
-                }
-            });
-        }
-    });
+    let (port, _) =
+        answering("127.0.0.1:0", "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").await;
     let settings = format!("broker.management_url = \"http://u:p@127.0.0.1:{port}/rabbit\"");
     let stage = stage(own_vhost().await, &settings).await;
     let relay = stage.start().await;

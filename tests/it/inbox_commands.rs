@@ -54,7 +54,7 @@ async fn the_inbox_is_installed_once_and_printed_for_psql() {
     assert!(out.starts_with("exists"), "{out}");
     let checked = "SELECT count(*) FROM watership_inbox.migration WHERE checksum IS NOT NULL";
     let files: i64 = client.query_one(checked, &[]).await.expect("the migrations").get(0);
-    assert_eq!(files, 6);
+    assert_eq!(files, 5);
     let (out, _) = inbox(&["status", "--url", &database.url], 0).await;
     assert!(out.contains("7 days"), "{out}");
 }

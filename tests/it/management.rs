@@ -15,7 +15,7 @@ use watership::secret::Secret;
 use crate::support::servers::{own_vhost, rabbit};
 
 /// Connections, and the heads of the requests that came over them.
-type Asked = Arc<Mutex<(usize, Vec<String>)>>;
+pub type Asked = Arc<Mutex<(usize, Vec<String>)>>;
 
 /// A server on this address that answers each request in chunks with an empty list.
 async fn chunked(address: &str) -> (u16, Asked) {
@@ -25,7 +25,7 @@ async fn chunked(address: &str) -> (u16, Asked) {
 }
 
 /// A server on this address that answers each request like this.
-async fn answering(address: &str, answer: &'static str) -> (u16, Asked) {
+pub async fn answering(address: &str, answer: &'static str) -> (u16, Asked) {
     let listener = TcpListener::bind(address).await.expect("a listener");
     let port = listener.local_addr().expect("an address").port();
     let asked = Asked::default();

@@ -109,7 +109,7 @@ async fn a_signal_ends_it_with_its_consumers_and_its_queue_and_until_then_it_say
         let status = process.wait(LIMIT).await.expect("it ends");
         let text = dev::tail(&log);
         assert_eq!(status.code(), Some(1), "{text}");
-        assert!(text.contains("there is no verdict"), "{text}");
+        assert!(text.contains("the run has no verdict"), "{text}");
         assert_eq!(scene.ready(name).await, None, "the queue is removed");
         let consumer = number(&pid).expect("its number");
         assert!(!Path::new(&format!("/proc/{consumer}")).exists(), "the consumer has ended");

@@ -166,7 +166,7 @@ impl Relay {
         assert!(complaints.is_empty(), "nothing was wrong, and it said {complaints:#?}");
     }
 
-    /// The test is about a log that goes nowhere.
+    /// What the log must say is not known: it goes nowhere, or chance decides.
     pub fn cannot_be_heard(&mut self) {
         self.heard = true;
     }

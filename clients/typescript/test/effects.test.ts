@@ -372,7 +372,7 @@ test('nothing is consumed while the inbox is older than the client', async () =>
   await scene.send({ id: 'a' });
   await until('it says so more than once', () =>
     scene.logs.filter((line) => line.includes('run watership inbox install')).length > 1);
-  assert.equal(scene.logs.filter((line) => /subscribed|away/.test(line)).length, 0);
+  assert.equal(scene.logs.filter((line) => /subscribed|unreachable/.test(line)).length, 0);
   for (const file of files.slice(at)) await install(file);
   await until('a', () => handled.length === 1);
   await inbox.stop();

@@ -56,7 +56,7 @@ pub(super) struct Args {
     /// Processes that run side by side.
     #[arg(long, default_value_t = 3, value_parser = at_least_one)]
     processes: usize,
-    /// Give up when no effect came for this long.
+    /// Give up when there has been no new effect for this long.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = at_least_one)]
     patience: usize,
     /// Make the queue with a single active consumer, and judge the order within each key. A queue
@@ -162,7 +162,7 @@ fn print(report: &Report, args: &Args, out: Out) {
     }
     out.line(&format!("{:<13} {}", "left in queue", report.left));
     if !report.output.is_empty() {
-        out.line("\nA consumer printed at last:");
+        out.line("\nThe last lines that a consumer printed:");
         report.output.iter().for_each(|line| out.line(&format!("    {}", one_line(line))));
     }
 }

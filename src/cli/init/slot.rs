@@ -41,8 +41,8 @@ pub(super) enum Begin {
     Neither,
 }
 
-/// Finds out where the relay begins, and refuses what prevents that. `installed`: the schema is
-/// there; without it there is no checkpoint to read.
+/// Finds out where the relay begins, and refuses what prevents that. `installed` says whether the
+/// schema exists; if not, no checkpoint can be read.
 ///
 /// # Errors
 /// A named verdict, [`Kind::Refused`], [`Kind::Busy`] or [`Kind::Config`] with what to do; the

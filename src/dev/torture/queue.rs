@@ -10,7 +10,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection};
 
 use super::{Event, Options};
-use crate::amqp::client::{self, Use, short, step, translate};
+use crate::amqp::client::{self, Use, queue_counts, short, step, translate};
 use crate::amqp::options::{Options as Broker, Url};
 use crate::amqp::reply;
 use crate::error::{Error, Result};
@@ -64,7 +64,7 @@ impl TestQueue {
         Ok(queue)
     }
 
-    /// False if there is no such queue.
+    /// Whether the queue exists; refuses one that holds messages or has consumers.
     async fn is_there_and_unused(&self) -> Result<bool> {
         let (messages, consumers) = match self.counts().await {
             Err(error) if reply::is_missing(&error) => return Ok(false),
@@ -95,7 +95,7 @@ impl TestQueue {
         if ordered {
             arguments.insert(SINGLE.into(), AMQPValue::Boolean(true));
         }
-        self.declare(arguments, false).await?;
+        self.declare(arguments).await?;
         self.is_ours = true;
         Ok(())
     }
@@ -107,7 +107,7 @@ impl TestQueue {
         let mut arguments = FieldTable::default();
         arguments.insert(SINGLE.into(), AMQPValue::Boolean(true));
         for _ in 0..ARGUMENTS_MAX {
-            let Err(error) = self.declare(arguments.clone(), false).await else { return Ok(()) };
+            let Err(error) = self.declare(arguments.clone()).await else { return Ok(()) };
             if error.reply_code() != Some(reply::PRECONDITION_FAILED) {
                 return Err(error);
             }
@@ -115,7 +115,7 @@ impl TestQueue {
                 Some(differs) if differs.argument == SINGLE => {
                     let text = format!("queue {:?} has no single active consumer", self.name);
                     return Err(Error::refused(text).hint(format!(
-                        "leave --ordered away, name a queue that was declared with {SINGLE}, or \
+                        "leave out --ordered, name a queue that was declared with {SINGLE}, or \
                          one that does not exist"
                     )));
                 }
@@ -130,19 +130,18 @@ impl TestQueue {
     }
 
     /// Declares it; returns the messages that are ready, and the consumers.
-    async fn declare(&self, arguments: FieldTable, passive: bool) -> Result<(u32, u32)> {
+    async fn declare(&self, arguments: FieldTable) -> Result<()> {
         // The broker closes the channel of a declaration that it refuses.
         let channel = step(LIMIT, "opening a channel", self.connection.create_channel()).await?;
-        let options = QueueDeclareOptions { durable: true, passive, ..Default::default() };
+        let options = QueueDeclareOptions { durable: true, ..Default::default() };
         let declared = channel.queue_declare(self.name.as_str().into(), options, arguments);
-        let queue = step(LIMIT, &format!("queue {:?}", self.name), declared).await?;
-        let counts = (queue.message_count(), queue.consumer_count());
-        step(LIMIT, "closing a channel", channel.close(200, "seen".into())).await?;
-        Ok(counts)
+        step(LIMIT, &format!("queue {:?}", self.name), declared).await?;
+        let close = channel.close(reply::REPLY_SUCCESS, "declared".into());
+        step(LIMIT, "closing a channel", close).await
     }
 
     async fn counts(&self) -> Result<(u32, u32)> {
-        self.declare(FieldTable::default(), true).await
+        queue_counts(&self.connection, &self.name, LIMIT).await
     }
 
     /// Messages that wait in the queue.

@@ -68,7 +68,7 @@ pub async fn verify(client: &impl GenericClient, rule: &Rule, now: &Cataloged) -
         Err(error) => error,
     };
     if Says::of(wrong.sqlstate()) == Says::Nothing {
-        let context = format!("route {:?}: asking for the constants of its rules", rule.name);
+        let context = format!("route {:?}: checking the constants of its rules", rule.name);
         return Err(wrong.context(context));
     }
     // It does not say which one it is.

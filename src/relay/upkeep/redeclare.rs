@@ -38,7 +38,9 @@ pub async fn run(options: Options, status: Arc<Status>, missing: Arc<Missing>) {
         let held: BTreeSet<RouteId> = held.into_iter().map(|(route, _)| route).collect();
         match look(&options, &held, &missing).await {
             Ok(()) => tracing::debug!("looked at the destinations of held routes"),
-            Err(error) => tracing::debug!(%error, "destinations of held routes were not seen"),
+            Err(error) => {
+                tracing::debug!(%error, "could not look at the destinations of held routes")
+            }
         }
         look_at = Instant::now() + LOOK_EVERY;
     }
@@ -64,7 +66,7 @@ async fn look(options: &Options, held: &BTreeSet<RouteId>, missing: &Missing) ->
             tracing::warn!(%thing, "it was deleted while its route is in use: declared again");
         }
         for thing in refused.into_iter().map(Thing::Binding).filter(is_there) {
-            tracing::info!(%thing, "the broker takes it now: it is there");
+            tracing::info!(%thing, "the broker accepts this binding now: it was made");
         }
         gone = still_missing(gone);
     }

@@ -224,7 +224,7 @@ impl<S: Source, P: Publisher, C: Store> Relay<S, P, C> {
         for route in missing.take_well() {
             if lanes.end_idle_hold(route) {
                 let route = &*self.making.router.by_id(route).name;
-                tracing::info!(route, "the destination is fine again: the route is no longer held");
+                tracing::info!(route, "the destination works again; the route is no longer held");
             }
         }
         self.flight.stuck_bytes = lanes.stuck_bytes();

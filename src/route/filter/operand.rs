@@ -25,8 +25,7 @@ pub(super) enum Operand {
     Bytes(String),
     /// Without the blanks at its end.
     Padded(String),
-    /// What it is, and its text, for values that are not read.
-    Instant(Instant, i64, String),
+    Instant(Instant, i64),
     Number(Number),
     Bool(bool),
 }
@@ -55,18 +54,17 @@ impl TextOrder {
 }
 
 impl Operand {
-    pub(super) fn of(form: TextOrder, literal: &Literal) -> Self {
+    pub(super) fn of(order: TextOrder, literal: &Literal) -> Self {
         match literal {
             Literal::Bool(is) => Operand::Bool(*is),
-            Literal::Number(number) => match Number::read(number) {
-                Some(number) => Operand::Number(number),
-                None => Operand::Bytes(number.clone()),
-            },
-            Literal::Text(text) => match form {
+            Literal::Number(number) => {
+                Operand::Number(Number::read(number).expect("the parser takes only numbers"))
+            }
+            Literal::Text(text) => match order {
                 TextOrder::Bytes => Operand::Bytes(text.clone()),
                 TextOrder::Padded => Operand::Padded(text.trim_end_matches(' ').to_owned()),
                 TextOrder::Instant(of) => match of.of(text) {
-                    Some(at) => Operand::Instant(of, at, text.clone()),
+                    Some(at) => Operand::Instant(of, at),
                     None => Operand::Bytes(text.clone()),
                 },
             },
@@ -78,10 +76,7 @@ impl Operand {
         match self {
             Operand::Bytes(wanted) => Some(text.cmp(wanted)),
             Operand::Padded(wanted) => Some(text.trim_end_matches(' ').cmp(wanted)),
-            Operand::Instant(of, at, wanted) => Some(match of.of(text) {
-                Some(found) => found.cmp(at),
-                None => text.cmp(wanted),
-            }),
+            Operand::Instant(of, at) => Some(of.of(text)?.cmp(at)),
             Operand::Number(wanted) => wanted.followed_by(text),
             Operand::Bool(wanted) => match text {
                 "t" | "true" => Some(true.cmp(wanted)),

@@ -195,6 +195,7 @@ impl Filter {
             else {
                 return Ok(());
             };
+            let (Literal::Text(text) | Literal::Number(text)) = literal else { return Ok(()) };
             let form = match (of.comparable(), literal) {
                 (Comparable::Instant(_), Literal::Text(_)) => JudgedForm::Any,
                 // A part of a value can be a limit.
@@ -213,11 +214,8 @@ impl Filter {
                 (Comparable::Padded | Comparable::Bool | Comparable::Number, _)
                 | (_, Literal::Number(_) | Literal::Bool(_)) => return Ok(()),
             };
-            let what = format!("filter {:?}: what column {column:?} is compared with", self.text);
-            let text = match literal {
-                Literal::Text(text) | Literal::Number(text) => text.into(),
-                Literal::Bool(_) => return Ok(()),
-            };
+            let what = format!("filter {:?}: the constant for column {column:?}", self.text);
+            let text = text.into();
             let may_be_no_value = comparison.is_equality() && !test.is_equal();
             judged.push(Judged { what, column, text, form, may_be_no_value });
             Ok(())

@@ -175,19 +175,18 @@ impl PolledOutbox {
         // Rows that were read by other names must not be taken for those of the batch, nor their
         // absence for its end.
         let text = format!("{}, or a column that it is polled by, was replaced", self.name);
-        Err(Error::unreachable(text).hint("no action needed: the next session looks at it again"))
+        Err(Error::unreachable(text)
+            .hint("no action needed: the next session reads the table again"))
     }
 
     /// A mapped table is read as the session found it. What is missing since then is the table's,
     /// not our schema's.
     fn changed(&self, error: Error) -> Error {
-        match (&self.rows, error.sqlstate()) {
-            (Rows::Mapped(_), Some(UNDEFINED_TABLE | UNDEFINED_COLUMN | INVALID_SCHEMA_NAME)) => {
-                error.hint(format!(
-                    "{} or a column of it was renamed or dropped; if it stays so, change [outbox]",
-                    self.name
-                ))
-            }
+        match error.sqlstate() {
+            Some(UNDEFINED_TABLE | UNDEFINED_COLUMN | INVALID_SCHEMA_NAME) => error.hint(format!(
+                "{} or a column of it was renamed or dropped; if it stays so, change [outbox]",
+                self.name
+            )),
             _ => error,
         }
     }
