@@ -17,6 +17,7 @@ from conftest import Handler, World, eventually
 
 from watership import DeadLetter, Message, Permanent
 from watership.aio import NotInstalled
+from watership.broker import Session
 
 Run = Callable[..., Awaitable[Any]]
 
@@ -279,6 +280,26 @@ def test_a_message_is_dead_lettered_with_the_reason(world: World, reason: str) -
     world.start()
     eventually(lambda: world.effects() == [2, 1])
     assert world.nothing_left()
+    world.channel.queue_delete(dead)
+
+
+def test_a_dead_letter_that_is_sent_while_the_consumer_stops_is_sent_once(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead = world.queue + "-dead"
+    world.channel.queue_declare(dead, durable=True)
+    send = Session.send
+
+    async def send_and_stop(session: Session, *args: Any) -> None:
+        await send(session, *args)
+        world.running[0].ask_to_stop()
+        await session.over.wait()
+
+    monkeypatch.setattr(Session, "send", send_and_stop)
+    world.publish("a")
+    world.start(failing(world, lambda message: True), on_failure=DeadLetter("", dead),
+                max_failures=1)
+    eventually(lambda: world.running[0].counted("dead_lettered") == 1)
+    assert world.nothing_left() and world.get(dead) and not world.get(dead)
     world.channel.queue_delete(dead)
 
 
